@@ -1,0 +1,234 @@
+// The Python module locas_ext._C: checks each argument once, fills the launch parameters, picks the device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "cpu/kernels.h"
+#include "params.h"
+#include "tensor_ref.h"
+#ifdef LOCAS_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace locas {
+namespace {
+
+struct Named {
+  const char* name;
+  const TensorRef& tensor;
+};
+
+[[noreturn]] void fail(const char* op, const Named& t, const std::string& problem) {
+  throw py::value_error(std::string(op) + ": " + t.name + " " + problem);
+}
+
+// A [rows, cols] matrix with a contiguous last dimension that matches `like` in shape, dtype and device.
+Rows matrix(const char* op, const Named& t, const TensorRef& like) {
+  if (t.tensor.ndim != 2) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected [rows, cols]");
+  if (!t.tensor.same_shape(like)) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + like.shape_text());
+  if (t.tensor.dtype != like.dtype) fail(op, t, "has another dtype than gate");
+  if (t.tensor.device != like.device) fail(op, t, "lies on another device than gate");
+  if (t.tensor.dtype == DType::f64 || t.tensor.dtype == DType::i64)
+    fail(op, t, "has a dtype that the kernels do not take; expected float32, bfloat16 or float16");
+  if (t.tensor.shape[1] > 1 && t.tensor.stride[1] != 1) fail(op, t, "must be contiguous in its last dimension");
+  return {t.tensor.data, t.tensor.stride[0]};
+}
+
+Activation activation_of(const char* op, int index) {
+  if (index < 0 || index > static_cast<int>(Activation::relu))
+    throw py::value_error(std::string(op) + ": unknown activation index " + std::to_string(index));
+  return static_cast<Activation>(index);
+}
+
+// An fp32 contiguous tensor of the slots' shape on the slots' device.
+float* slot_state(const char* op, const Named& t, const TensorRef& slots) {
+  if (!t.tensor.same_shape(slots)) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + slots.shape_text());
+  if (t.tensor.dtype != DType::f32) fail(op, t, "must be float32");
+  if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
+  if (!t.tensor.contiguous()) fail(op, t, "must be contiguous");
+  return static_cast<float*>(t.tensor.data);
+}
+
+DeviceScalar scalar(const char* op, const Named& t, const TensorRef& slots) {
+  if (t.tensor.numel() != 1) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected a 0-d tensor");
+  if (t.tensor.dtype != DType::f32 && t.tensor.dtype != DType::f64 && t.tensor.dtype != DType::i64)
+    fail(op, t, "must be float32, float64 or int64");
+  if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
+  return {t.tensor.data, t.tensor.dtype};
+}
+
+// The rounded copy of the slots, in a half dtype; returns null for None.
+void* compute_copy(const char* op, const std::optional<TensorRef>& t, const TensorRef& slots) {
+  if (!t) return nullptr;
+  const Named named{"compute", *t};
+  if (!t->same_shape(slots)) fail(op, named, "has shape " + t->shape_text() + "; expected " + slots.shape_text());
+  if (t->dtype == DType::f64 || t->dtype == DType::i64) fail(op, named, "must be float32, bfloat16 or float16");
+  if (t->device != slots.device) fail(op, named, "lies on another device than slots");
+  if (!t->contiguous()) fail(op, named, "must be contiguous");
+  return t->data;
+}
+
+void slot_rows(const char* op, const TensorRef& slots, int64_t& rows, int64_t& d) {
+  if (slots.ndim < 1) fail(op, {"slots", slots}, "has no dimensions; expected [..., d]");
+  d = slots.shape[slots.ndim - 1];
+  rows = d == 0 ? 0 : slots.numel() / d;
+}
+
+// Runs the CPU or the CUDA kernel of one op with the interpreter released.
+#ifdef LOCAS_WITH_CUDA
+#define LOCAS_DISPATCH(kernel, params, device_index, stream)                       \
+  do {                                                                             \
+    const py::gil_scoped_release released;                                         \
+    if ((device_index) < 0) cpu::kernels().kernel(params);                         \
+    else cuda::kernel(params, {device_index, reinterpret_cast<void*>(stream)});    \
+  } while (0)
+#else
+#define LOCAS_DISPATCH(kernel, params, device_index, stream)                                        \
+  do {                                                                                              \
+    (void)(stream);                                                                                 \
+    if ((device_index) >= 0)                                                                        \
+      throw std::runtime_error(#kernel ": this build has no CUDA kernels; rebuild with LOCAS_CUDA=1 " \
+                               "where nvcc is found");                                              \
+    const py::gil_scoped_release released;                                                          \
+    cpu::kernels().kernel(params);                                                                  \
+  } while (0)
+#endif
+
+void glu_forward(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation, float scale,
+                 uintptr_t stream) {
+  constexpr const char* op = "glu_forward";
+  GluForwardParams p;
+  p.gate = matrix(op, {"gate", gate}, gate);
+  p.up = matrix(op, {"up", up}, gate);
+  p.out = matrix(op, {"out", out}, gate);
+  p.rows = gate.shape[0];
+  p.cols = gate.shape[1];
+  p.scale = scale;
+  p.activation = activation_of(op, activation);
+  p.dtype = gate.dtype;
+  LOCAS_DISPATCH(glu_forward, p, gate.device, stream);
+}
+
+void glu_backward(const TensorRef& d_hidden, const TensorRef& gate, const TensorRef& up, const TensorRef& d_gate,
+                  const TensorRef& d_up, const std::optional<TensorRef>& hidden, int activation, float scale,
+                  uintptr_t stream) {
+  constexpr const char* op = "glu_backward";
+  GluBackwardParams p;
+  p.gate = matrix(op, {"gate", gate}, gate);
+  p.up = matrix(op, {"up", up}, gate);
+  p.d_hidden = matrix(op, {"d_hidden", d_hidden}, gate);
+  p.d_gate = matrix(op, {"d_gate", d_gate}, gate);
+  p.d_up = matrix(op, {"d_up", d_up}, gate);
+  p.hidden = hidden ? matrix(op, {"hidden", *hidden}, gate) : Rows{nullptr, 0};
+  p.rows = gate.shape[0];
+  p.cols = gate.shape[1];
+  p.scale = scale;
+  p.activation = activation_of(op, activation);
+  p.dtype = gate.dtype;
+  LOCAS_DISPATCH(glu_backward, p, gate.device, stream);
+}
+
+void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation, uintptr_t stream) {
+  constexpr const char* op = "importance";
+  ImportanceParams p;
+  p.gate = matrix(op, {"gate", gate}, gate);
+  p.up = matrix(op, {"up", up}, gate);
+  p.rows = gate.shape[0];
+  p.cols = gate.shape[1];
+  if (p.rows == 0) fail(op, {"gate", gate}, "has no rows; the mean needs at least one");
+  if (out.ndim != 1 || out.shape[0] != p.cols || out.dtype != DType::f32 || !out.contiguous() ||
+      out.device != gate.device)
+    fail(op, {"out", out}, "must be a contiguous float32 vector of one element per column, on gate's device");
+  p.importance = static_cast<float*>(out.data);
+  p.activation = activation_of(op, activation);
+  p.dtype = gate.dtype;
+  LOCAS_DISPATCH(importance, p, gate.device, stream);
+}
+
+void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+           const TensorRef& step, const TensorRef& learning_rate, float beta1, float beta2, float eps,
+           float weight_decay, bool clip, const std::optional<TensorRef>& compute, uintptr_t stream) {
+  constexpr const char* op = "update_slots_";
+  AdamWParams p;
+  p.slots = slot_state(op, {"slots", slots}, slots);
+  p.grad = slot_state(op, {"grad", grad}, slots);
+  p.exp_avg = slot_state(op, {"exp_avg", exp_avg}, slots);
+  p.exp_avg_sq = slot_state(op, {"exp_avg_sq", exp_avg_sq}, slots);
+  p.compute = compute_copy(op, compute, slots);
+  p.compute_dtype = compute ? compute->dtype : DType::f32;
+  slot_rows(op, slots, p.rows, p.d);
+  p.step = scalar(op, {"step", step}, slots);
+  p.learning_rate = scalar(op, {"learning_rate", learning_rate}, slots);
+  p.beta1 = beta1;
+  p.beta2 = beta2;
+  p.eps = eps;
+  p.weight_decay = weight_decay;
+  p.clip = clip;
+  LOCAS_DISPATCH(adamw, p, slots.device, stream);
+}
+
+void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<TensorRef>& momentum_buffer,
+         const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
+         const std::optional<TensorRef>& compute, uintptr_t stream) {
+  constexpr const char* op = "sgd_slots_";
+  SgdParams p;
+  p.slots = slot_state(op, {"slots", slots}, slots);
+  p.grad = slot_state(op, {"grad", grad}, slots);
+  p.momentum_buffer = momentum_buffer ? slot_state(op, {"momentum_buffer", *momentum_buffer}, slots) : nullptr;
+  p.compute = compute_copy(op, compute, slots);
+  p.compute_dtype = compute ? compute->dtype : DType::f32;
+  slot_rows(op, slots, p.rows, p.d);
+  p.learning_rate = scalar(op, {"learning_rate", learning_rate}, slots);
+  p.momentum = momentum;
+  p.weight_decay = weight_decay;
+  p.clip = clip;
+  LOCAS_DISPATCH(sgd, p, slots.device, stream);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LOCAS_VERSION;
+  info["compiler"] = LOCAS_COMPILER;
+  info["cpu_isa"] = cpu::kernels().isa;
+#ifdef _OPENMP
+  info["openmp_threads"] = omp_get_max_threads();
+#else
+  info["openmp_threads"] = 1;
+#endif
+#ifdef LOCAS_WITH_CUDA
+  info["cuda_architectures"] = cuda::compiled_architectures();
+  info["cuda_devices"] = cuda::devices();
+#else
+  info["cuda_architectures"] = py::none();
+  info["cuda_devices"] = py::list();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of locas_ext; use them through locas_ext.ops.";
+  m.def("glu_forward", &glu_forward, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
+        py::arg("scale"), py::arg("stream"));
+  m.def("glu_backward", &glu_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"), py::arg("d_gate"),
+        py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"), py::arg("stream"));
+  m.def("importance", &importance, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
+        py::arg("stream"));
+  m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+        py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+  m.def("sgd", &sgd, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("learning_rate"),
+        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+  m.def("build_info", &build_info);
+}
+
+}  // namespace locas

@@ -1,0 +1,20 @@
+// The CPU kernels as a table of functions. kernels.cpp is compiled once per instruction set; dispatch.cpp picks the
+// best table that this processor can run, so one build serves every machine of its architecture.
+#pragma once
+
+#include "../params.h"
+
+namespace locas::cpu {
+
+struct Kernels {
+  const char* isa;
+  void (*glu_forward)(const GluForwardParams&);
+  void (*glu_backward)(const GluBackwardParams&);
+  void (*importance)(const ImportanceParams&);
+  void (*adamw)(const AdamWParams&);
+  void (*sgd)(const SgdParams&);
+};
+
+const Kernels& kernels();
+
+}  // namespace locas::cpu

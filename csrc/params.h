@@ -1,0 +1,88 @@
+// Launch parameters of every kernel: plain data, no CUDA, no Python.
+//
+// The bindings fill these structs and check them once; the CPU and the CUDA side read the same ones.
+// A shape stands after every pointer. "Rows" are matrices whose last dimension is contiguous and whose rows
+// lie `stride` elements apart.
+#pragma once
+
+#include <cstdint>
+
+namespace locas {
+
+enum class DType : int32_t { f32, bf16, f16, f64, i64 };
+
+enum class Activation : int32_t { silu, gelu_tanh, gelu, relu };
+
+// A matrix of `GluParams::rows` x `cols` elements of `GluParams::dtype`.
+struct Rows {
+  void* data;      // [rows, cols]
+  int64_t stride;  // elements from one row to the next
+};
+
+// out = scale * act(gate) * up
+struct GluForwardParams {
+  Rows gate, up;  // [rows, cols] pre-activations
+  Rows out;       // [rows, cols]
+  int64_t rows, cols;
+  float scale;
+  Activation activation;
+  DType dtype;
+};
+
+// From d_hidden, the gradient of scale * act(gate) * up, to the gradients of gate and up.
+// d_hidden may be the same memory as d_gate: every element is read before it is written.
+struct GluBackwardParams {
+  Rows d_hidden;       // [rows, cols]
+  Rows gate, up;       // [rows, cols] saved pre-activations
+  Rows d_gate, d_up;   // [rows, cols] out
+  Rows hidden;         // [rows, cols] out: scale * act(gate) * up once more; data may be null
+  int64_t rows, cols;
+  float scale;
+  Activation activation;
+  DType dtype;
+};
+
+// importance[j] = mean over rows of |act(gate[:, j]) * up[:, j]|
+struct ImportanceParams {
+  Rows gate, up;      // [rows, cols]
+  float* importance;  // [cols]
+  int64_t rows, cols;
+  Activation activation;
+  DType dtype;
+};
+
+// The learning rate and the number of this update (counted from 1) lie on the slots' device, so that a captured
+// graph can be replayed with other values.
+struct DeviceScalar {
+  const void* data;  // one element
+  DType dtype;       // f32, f64 or i64
+};
+
+// One AdamW step over rows of d elements, then every row longer than 1 is scaled back to length 1.
+struct AdamWParams {
+  float* slots;              // [rows, d] fp32 master, in place
+  const float* grad;         // [rows, d]
+  float* exp_avg;            // [rows, d] in place
+  float* exp_avg_sq;         // [rows, d] in place
+  void* compute;             // [rows, d] rounded copy of the new slots; may be null
+  int64_t rows, d;
+  DType compute_dtype;
+  DeviceScalar step, learning_rate;
+  float beta1, beta2, eps, weight_decay;
+  bool clip;
+};
+
+// One SGD step (momentum_buffer = momentum * momentum_buffer + grad), then the same clip.
+struct SgdParams {
+  float* slots;            // [rows, d] fp32 master, in place
+  const float* grad;       // [rows, d]
+  float* momentum_buffer;  // [rows, d] in place; null when momentum is 0
+  void* compute;           // [rows, d]; may be null
+  int64_t rows, d;
+  DType compute_dtype;
+  DeviceScalar learning_rate;
+  float momentum, weight_decay;
+  bool clip;
+};
+
+}  // namespace locas
