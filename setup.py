@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,12 @@ class CMakeBuild(build_ext):
         if architectures := cuda_architectures():
             options["LOCAS_CUDA_ARCHS"] = architectures
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-G", "Ninja", ROOT, *defines], cwd=build, check=True)
-        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        # The cmake and ninja installed beside this Python come before the system's, which may be too old.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path}
+        cmake = shutil.which("cmake", path=path) or sys.exit("locas_ext: cmake not found; pip install cmake ninja")
+        subprocess.run([cmake, "-G", "Ninja", ROOT, *defines], cwd=build, env=environment, check=True)
+        subprocess.run([cmake, "--build", "."], cwd=build, env=environment, check=True)
 
 
 setup(

@@ -1,0 +1,24 @@
+"""Locally-supported parametric memories for Hugging Face language models (arXiv 2602.05085)."""
+
+from .config import LocasConfig
+from .errors import LocasError
+from .memory import Chunk, LayerStatus, MemorizeReport, Memory, attach, load, memory_of
+from .merge import unmerge
+from .optim import SlotAdamW, SlotSGD
+from .version import __version__
+
+__all__ = [
+    "Chunk",
+    "LayerStatus",
+    "LocasConfig",
+    "LocasError",
+    "MemorizeReport",
+    "Memory",
+    "SlotAdamW",
+    "SlotSGD",
+    "__version__",
+    "attach",
+    "load",
+    "memory_of",
+    "unmerge",
+]

@@ -1,0 +1,230 @@
+"""Saving and loading: locas_config.json and locas_memory.safetensors in one folder.
+
+The config holds the SHA-256 of the tensor file, so neither can be damaged or mixed up unnoticed. A save replaces the two
+files one after the other; between the two renames the previous tensor file is kept as locas_memory.safetensors.previous,
+so that whatever moment a save is cut off at, the folder holds one complete memory, and `load` finds it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+
+from .config import LocasConfig
+from .errors import LocasError
+from .hosts import Host
+from .patch import Attachment
+from .stream import Stream
+from .version import __version__
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "locas_config.json"
+MEMORY_NAME = "locas_memory.safetensors"
+PREVIOUS_NAME = MEMORY_NAME + ".previous"
+_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
+
+
+# ---- which host ------------------------------------------------------------------------------------------------
+def fingerprint(host: Host) -> dict:
+    """What a memory's host must be: type, sizes, and a hash over weights sampled from every FFN.
+
+    The samples are rounded to bfloat16 first, so one checkpoint has one fingerprint whether it is loaded in float32
+    or bfloat16.
+    """
+    digest = hashlib.sha256()
+    for ffn in host.ffns:
+        weight = ffn.weights().gate.detach().reshape(-1)
+        samples = weight[:: max(1, weight.numel() // 64)].to("cpu", torch.bfloat16)
+        digest.update(samples.view(torch.int16).numpy().tobytes())
+    return {
+        "model_type": host.config.model_type,
+        "hidden_size": host.hidden_size,
+        "intermediate_size": host.intermediate_size,
+        "num_hidden_layers": len(host.ffns),
+        "vocab_size": host.vocab_size,
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either the old one or the whole new one, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prepare_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder to save the memory in")
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = (folder / CONFIG_NAME).exists() or (folder / MEMORY_NAME).exists()
+    foreign = next((entry.name for entry in folder.iterdir()), None)
+    if foreign and not ours:
+        raise FileExistsError(
+            f"{folder} holds something else ({foreign}) and no memory; expected an empty or new folder"
+        )
+
+
+def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
+    """See `Memory.save_pretrained`."""
+    folder, arena = Path(path), attachment.arena
+    arena.sync()
+    tensors = {"slots": arena.slots, "scale": arena.scale}
+    if optimizer:
+        tensors.update({name: getattr(arena, name) for name in _STATES if getattr(arena, name) is not None})
+    content = serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    stream = attachment.stream
+    record = {
+        "format_version": FORMAT_VERSION,
+        "locas_ext_version": __version__,
+        "config": attachment.config.to_dict(),
+        "layers": list(arena.layers),
+        "host": fingerprint(attachment.host),
+        "memory_version": arena.version,
+        "initialized": arena.initialized,
+        "slots_used": arena.rank if arena.initialized else 0,
+        "tokens_seen": stream.position if stream else 0,
+        "stream": stream.to_dict() if stream and optimizer else None,
+        "memory_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    record["config_sha256"] = _record_digest(record)
+    try:
+        _prepare_folder(folder)
+        memory_file, previous = folder / MEMORY_NAME, folder / PREVIOUS_NAME
+        if memory_file.exists():
+            previous.unlink(missing_ok=True)
+            os.link(memory_file, previous)
+        write_atomically(memory_file, content)
+        write_atomically(folder / CONFIG_NAME, json.dumps(record, indent=1).encode())
+        previous.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is None or type(error) is FileExistsError:
+            raise
+        raise type(error)(error.errno, f"cannot save the memory: {error.strerror}", str(error.filename)) from error
+
+
+def _record_digest(record: dict) -> str:
+    fields = {name: value for name, value in record.items() if name != "config_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+def _read_record(path: str | Path) -> dict:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected one with {CONFIG_NAME} and {MEMORY_NAME}")
+    file = folder / CONFIG_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} holds no memory: {CONFIG_NAME} is missing")
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise LocasError(f"{file} is damaged: not valid JSON ({error})") from None
+    if not isinstance(record, dict) or "format_version" not in record:
+        raise LocasError(f"{file} is damaged: it has no format_version")
+    if record["format_version"] != FORMAT_VERSION:
+        raise LocasError(
+            f"{file} has format version {record['format_version']!r}; this version of locas_ext reads {FORMAT_VERSION}"
+        )
+    if record.get("config_sha256") != _record_digest(record):
+        raise LocasError(f"{file} is damaged: its checksum does not match its content")
+    return record
+
+
+def read_config(path: str | Path) -> LocasConfig:
+    """The LocasConfig of a saved memory, with its layers spelled out."""
+    record = _read_record(path)
+    return LocasConfig(**{**record["config"], "layers": record["layers"]})
+
+
+def read_stream(path: str | Path) -> Stream | None:
+    """The saved place in a text, or None."""
+    return _stream(_read_record(path))
+
+
+def _stream(record: dict) -> Stream | None:
+    return Stream.from_dict(record["stream"]) if record["stream"] else None
+
+
+def _read_tensors(folder: Path, record: dict) -> dict[str, torch.Tensor]:
+    expected = record["memory_sha256"]
+    for name in (MEMORY_NAME, PREVIOUS_NAME):
+        file = folder / name
+        if not file.exists():
+            continue
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() == expected:
+            try:
+                return parse_tensors(content)
+            except SafetensorError as error:
+                raise LocasError(f"{file} is damaged: {error}") from None
+    if not (folder / MEMORY_NAME).exists():
+        raise FileNotFoundError(f"{folder} holds no memory: {MEMORY_NAME} is missing")
+    raise LocasError(
+        f"{folder / MEMORY_NAME} is damaged or not the one {CONFIG_NAME} was written with: its checksum does not match"
+    )
+
+
+def load(attachment: Attachment, path: str | Path) -> None:
+    """See `Memory.load`. Everything is checked before the first change."""
+    folder, arena = Path(path), attachment.arena
+    record = _read_record(folder)
+    tensors = _read_tensors(folder, record)
+    saved_host, host = record["host"], fingerprint(attachment.host)
+    different = [name for name in host if saved_host.get(name) != host[name]]
+    if different:
+        details = ", ".join(f"{name} {saved_host.get(name)!r} there, {host[name]!r} here" for name in different)
+        raise LocasError(f"{folder} is a memory of another host: {details}")
+    if record["layers"] != list(arena.layers):
+        raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(arena.layers)}")
+    for name in ("variant", "rank"):
+        mine = getattr(attachment.config, name)
+        if record["config"][name] != mine:
+            raise LocasError(f"{folder} has {name} {record['config'][name]!r}; attached is {mine!r}")
+    allowed = {"slots", "scale", *_STATES}
+    if missing := {"slots", "scale"} - set(tensors):
+        raise LocasError(f"{folder / MEMORY_NAME} lacks {', '.join(sorted(missing))}")
+    if extra := set(tensors) - allowed:
+        raise LocasError(f"{folder / MEMORY_NAME} holds unknown tensors: {', '.join(sorted(extra))}")
+    for name, tensor in tensors.items():
+        shape = {"scale": arena.scale.shape, "step": arena.step.shape}.get(name, arena.slots.shape)
+        dtype = torch.int64 if name == "step" else torch.float32
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise LocasError(
+                f"{folder / MEMORY_NAME}: {name} is {tensor.dtype} {list(tensor.shape)}; "
+                f"expected {dtype} {list(shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")
+    if not math.isfinite(record["memory_version"]):
+        raise LocasError(f"{folder / CONFIG_NAME}: memory_version is {record['memory_version']}")
+    stream = _stream(record)
+
+    arena.set_scale(tensors["scale"])
+    arena.set_slots(tensors["slots"], version=record["memory_version"], initialized=record["initialized"])
+    for name in set(tensors) - {"slots", "scale"}:
+        (arena.step if name == "step" else arena.state(name)).copy_(tensors[name])
+    attachment.stream = stream

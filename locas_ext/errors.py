@@ -1,0 +1,2 @@
+class LocasError(ValueError):
+    """A memory file, a memory folder or a run that cannot be used, with what was wrong and what to do."""

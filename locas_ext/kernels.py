@@ -1,0 +1,158 @@
+"""The forward and backward of the FFN with memory on [T, d] matrices, without autograd: the `matmul` backend.
+
+GEMMs are torch's (cuBLAS, oneDNN, MKL); everything between them is native code from `locas_ext._C`. `ops.py` puts
+checks and autograd around these functions, `library.py` registers them for torch.compile.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C
+
+
+class HostWeights(NamedTuple):
+    """A host FFN in Hugging Face layout: gate and up [m, d], down [d, m], biases [m], [m], [d] or None."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class SlotViews(NamedTuple):
+    """One layer's slots in the compute dtype: gate and key rows stacked [2r, d], values [r, d]."""
+
+    gate_key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, slots: Tensor) -> "SlotViews":
+        return cls(slots[:2].flatten(0, 1), slots[2])
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The CUDA stream that work on this tensor belongs on, as an integer handle; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Tensor:
+    """scale * act(x G^T) * (x K^T), [T, r], from the pre-activations [T, 2r]."""
+    gate, key = memory_gate_key.tensor_split(2, dim=1)
+    hidden = gate.new_empty(gate.shape)
+    _C.glu_forward(gate, key, hidden, activation, scale, stream_of(hidden))
+    return hidden
+
+
+def sideway_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Tensor]:
+    """-> y [T, d] and the pre-activations [T, 2r] that the backward needs."""
+    memory_gate_key = F.linear(x, slots.gate_key)
+    return memory_hidden(memory_gate_key, scale, activation) @ slots.value, memory_gate_key
+
+
+def glu_ffn_forward(
+    x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """-> y [T, d], the host's pre-activations gate and up [T, m] (None unless `save`) and the memory's [T, 2r]."""
+    gate = F.linear(x, host.gate, host.gate_bias)
+    up = F.linear(x, host.up, host.up_bias)
+    hidden = torch.empty_like(gate) if save else gate
+    _C.glu_forward(gate, up, hidden, activation, 1.0, stream_of(gate))
+    y = F.linear(hidden, host.down, host.down_bias)
+    del hidden
+    memory_gate_key = F.linear(x, slots.gate_key)
+    y.addmm_(memory_hidden(memory_gate_key, scale, activation), slots.value)
+    return (y, gate, up, memory_gate_key) if save else (y, None, None, memory_gate_key)
+
+
+def sideway_backward(
+    dy: Tensor,
+    x: Tensor,
+    memory_gate_key: Tensor,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """-> the gradient of the memory's pre-activations [T, 2r] and that of the slots [3, r, d].
+
+    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
+    """
+    gate, key = memory_gate_key.tensor_split(2, dim=1)
+    d_gate_key = torch.empty_like(memory_gate_key)
+    d_gate, d_key = d_gate_key.tensor_split(2, dim=1)
+    hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    d_hidden = dy @ slots.value.T
+    _C.glu_backward(d_hidden, gate, key, d_gate, d_key, hidden, activation, scale, stream_of(dy))
+    if slots_grad is None:
+        rank, d = slots.value.shape
+        d_slots = dy.new_empty(3, rank, d)
+        torch.mm(d_gate_key.T, x, out=d_slots[:2].view(2 * rank, d))
+        torch.mm(hidden.T, dy, out=d_slots[2])
+        return d_gate_key, d_slots
+    grad = SlotViews(slots_grad[:2].view(slots.gate_key.shape), slots_grad[2])
+    if dy.dtype == slots_grad.dtype:
+        grad.gate_key.addmm_(d_gate_key.T, x)
+        grad.value.addmm_(hidden.T, dy)
+    else:
+        grad.gate_key.add_(d_gate_key.T @ x)
+        grad.value.add_(hidden.T @ dy)
+    return d_gate_key, None
+
+
+def glu_ffn_backward(dy: Tensor, gate: Tensor, up: Tensor, host: HostWeights, activation: int) -> Tensor:
+    """The host's share of dx [T, d]; its weights are frozen and get no gradient."""
+    d_gate = dy @ host.down
+    d_up = torch.empty_like(d_gate)
+    _C.glu_backward(d_gate, gate, up, d_gate, d_up, None, activation, 1.0, stream_of(dy))
+    dx = d_gate @ host.gate
+    del d_gate
+    return dx.addmm_(d_up, host.up)
+
+
+def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
+    """Mean over the tokens of |act(gate) * up|: [m] float32."""
+    gate = F.linear(x, host.gate, host.gate_bias)
+    up = F.linear(x, host.up, host.up_bias)
+    importance = torch.empty(gate.shape[1], dtype=torch.float32, device=x.device)
+    _C.importance(gate, up, importance, activation, stream_of(x))
+    return importance
+
+
+def update_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: bool,
+    compute: Tensor | None = None,
+) -> None:
+    """One AdamW step over rows of the last dimension, then the row clip; in place."""
+    _C.adamw(
+        slots, grad, exp_avg, exp_avg_sq, step, learning_rate,
+        beta1, beta2, eps, weight_decay, clip, compute, stream_of(slots),
+    )
+
+
+def sgd_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    learning_rate: Tensor,
+    momentum_buffer: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    clip: bool,
+    compute: Tensor | None = None,
+) -> None:
+    """One SGD step over rows of the last dimension, then the row clip; in place."""
+    _C.sgd(slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, stream_of(slots))

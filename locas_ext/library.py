@@ -1,0 +1,170 @@
+"""The same kernels as torch.library operators, which is how torch.compile reaches them.
+
+Eager code calls the autograd Functions of `ops.py` instead: they cost about half as much per call. Schemas, fake
+kernels and autograd formulas stand together for each operator.
+"""
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .activations import activation_index
+from .kernels import HostWeights, SlotViews
+
+_library = torch.library.Library("locas", "DEF")
+
+
+def _define(schema: str, implementation, fake) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=torch.Tag.needs_exact_strides)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"locas::{name}", fake, lib=_library)
+
+
+_HOST = "Tensor gate_weight, Tensor up_weight, Tensor down_weight"
+_BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
+
+
+# ---- glu_ffn: y, and what the backward needs ----------------------------------------------------------------
+def _glu_ffn(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
+    host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
+    return kernels.glu_ffn_forward(
+        x, host, SlotViews.of(slots), scale, activation_index(activation), save=True
+    )
+
+
+def _glu_ffn_fake(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
+    tokens, m = x.shape[0], gate.shape[0]
+    return (x.new_empty(x.shape), x.new_empty(tokens, m), x.new_empty(tokens, m),
+            x.new_empty(tokens, 2 * slots.shape[1]))
+
+
+_define(
+    f"glu_ffn(Tensor x, {_HOST}, Tensor slots, float scale, str activation, {_BIASES})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _glu_ffn,
+    _glu_ffn_fake,
+)
+
+
+def _glu_ffn_inference(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
+    host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
+    return kernels.glu_ffn_forward(
+        x, host, SlotViews.of(slots), scale, activation_index(activation), save=False
+    )[0]
+
+
+_define(
+    f"glu_ffn_inference(Tensor x, {_HOST}, Tensor slots, float scale, str activation, {_BIASES}) -> Tensor",
+    _glu_ffn_inference,
+    lambda x, *_, **__: x.new_empty(x.shape),
+)
+
+
+def _glu_ffn_backward(
+    dy, x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots, scale, activation, needs_dx
+):
+    index, views = activation_index(activation), SlotViews.of(slots)
+    dy = dy.contiguous()
+    d_gate_key, d_slots = kernels.sideway_backward(dy, x, memory_gate_key, views, scale, index, None)
+    if not needs_dx:
+        return x.new_empty(0), d_slots
+    dx = kernels.glu_ffn_backward(dy, gate_activation, up_activation, HostWeights(gate, up, down), index)
+    return dx.addmm_(d_gate_key, views.gate_key), d_slots
+
+
+_define(
+    "glu_ffn_backward(Tensor dy, Tensor x, Tensor gate_activation, Tensor up_activation, Tensor memory_gate_key,"
+    f" {_HOST}, Tensor slots, float scale, str activation, bool needs_dx) -> (Tensor, Tensor)",
+    _glu_ffn_backward,
+    lambda dy, x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots, scale, activation, needs_dx: (
+        x.new_empty(x.shape if needs_dx else 0), slots.new_empty(slots.shape)),
+)
+
+
+def _glu_ffn_setup(ctx, inputs, output):
+    x, gate, up, down, slots, ctx.scale, ctx.activation = inputs[:7]
+    _, gate_activation, up_activation, memory_gate_key = output
+    ctx.save_for_backward(x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots)
+
+
+def _glu_ffn_autograd(ctx, dy, *_):
+    needs_dx = ctx.needs_input_grad[0]
+    dx, d_slots = torch.ops.locas.glu_ffn_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, needs_dx)
+    return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 5)
+
+
+torch.library.register_autograd("locas::glu_ffn", _glu_ffn_autograd, setup_context=_glu_ffn_setup, lib=_library)
+
+
+# ---- sideway_glu --------------------------------------------------------------------------------------------
+def _sideway_glu(x, slots, scale, activation):
+    return kernels.sideway_forward(x, SlotViews.of(slots), scale, activation_index(activation))
+
+
+_define(
+    "sideway_glu(Tensor x, Tensor slots, float scale, str activation) -> (Tensor, Tensor)",
+    _sideway_glu,
+    lambda x, slots, scale, activation: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2 * slots.shape[1])),
+)
+
+
+def _sideway_glu_backward(dy, x, memory_gate_key, slots, scale, activation):
+    views = SlotViews.of(slots)
+    d_gate_key, d_slots = kernels.sideway_backward(
+        dy.contiguous(), x, memory_gate_key, views, scale, activation_index(activation), None
+    )
+    return d_gate_key @ views.gate_key, d_slots
+
+
+_define(
+    "sideway_glu_backward(Tensor dy, Tensor x, Tensor memory_gate_key, Tensor slots, float scale, str activation)"
+    " -> (Tensor, Tensor)",
+    _sideway_glu_backward,
+    lambda dy, x, memory_gate_key, slots, scale, activation: (
+        x.new_empty(x.shape), slots.new_empty(slots.shape)),
+)
+
+
+def _sideway_glu_setup(ctx, inputs, output):
+    x, slots, ctx.scale, ctx.activation = inputs
+    ctx.save_for_backward(x, output[1], slots)
+
+
+def _sideway_glu_autograd(ctx, dy, _):
+    dx, d_slots = torch.ops.locas.sideway_glu_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation)
+    return dx, d_slots, None, None
+
+
+torch.library.register_autograd(
+    "locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_glu_setup, lib=_library
+)
+
+
+# ---- neuron_importance and the updates ----------------------------------------------------------------------
+def _neuron_importance(x, gate_weight, up_weight, activation, gate_bias=None, up_bias=None):
+    host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
+    return kernels.neuron_importance(x, host, activation_index(activation))
+
+
+_define(
+    "neuron_importance(Tensor x, Tensor gate_weight, Tensor up_weight, str activation, Tensor? gate_bias=None,"
+    " Tensor? up_bias=None) -> Tensor",
+    _neuron_importance,
+    lambda x, gate_weight, *_, **__: x.new_empty(gate_weight.shape[0], dtype=torch.float32),
+)
+
+
+_define(
+    "update_slots_(Tensor(a!) slots, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
+    " Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool clip,"
+    " Tensor(d!)? compute=None) -> ()",
+    kernels.update_slots_,
+    lambda *_, **__: None,
+)
+_define(
+    "sgd_slots_(Tensor(a!) slots, Tensor grad, Tensor learning_rate, Tensor(b!)? momentum_buffer, float momentum,"
+    " float weight_decay, bool clip, Tensor(c!)? compute=None) -> ()",
+    kernels.sgd_slots_,
+    lambda *_, **__: None,
+)

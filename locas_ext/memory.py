@@ -1,0 +1,254 @@
+"""Memory: the public face. Each verb is a module of its own; this one only names them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import checkpoint, merge, online
+from .config import LocasConfig
+from .patch import Attachment
+from .slots import GATE, KEY, VALUE, SlotArena
+from .stream import Chunk, MemorizeReport
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One layer's memory: where it lies, how it is computed and why, how full it is, mean row norms."""
+
+    layer: int
+    device: str
+    dtype: str
+    backend: str
+    reason: str
+    slots_used: int
+    scale: float
+    gate_norm: float
+    key_norm: float
+    value_norm: float
+
+
+class Memory:
+    """A memory attached to a model; `locas.attach` makes one.
+
+    Everything here leaves the host's own weights alone, and a call that fails leaves the memory as it was.
+    """
+
+    def __init__(self, attachment: Attachment):
+        self._attachment = attachment
+
+    # ---- what it is ------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> LocasConfig:
+        return self._attachment.config
+
+    @property
+    def model(self) -> nn.Module:
+        """The host."""
+        return self._attachment.host.model
+
+    @property
+    def arena(self) -> SlotArena:
+        """All state: slots, gradient, optimizer states (locas_ext/slots.py)."""
+        return self._attachment.arena
+
+    @property
+    def slots(self) -> Tensor:
+        """[L, 3, r, d] float32: per layer gate, key and value rows."""
+        return self.arena.slots
+
+    @property
+    def scale(self) -> Tensor:
+        """[L] float32: tau of each layer."""
+        return self.arena.scale
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers that have a memory."""
+        return self.arena.layers
+
+    @property
+    def version(self) -> int:
+        """The number of updates so far: 0 after attach, initialize and reset."""
+        self.arena.sync()
+        return self.arena.version
+
+    def parameters(self) -> list[nn.Parameter]:
+        """L parameters [3, r, d], views of `slots`, for a training loop of one's own (see SlotAdamW)."""
+        return list(self.arena.parameters)
+
+    def status(self) -> list[LayerStatus]:
+        """One entry a layer with a memory."""
+        arena = self.arena
+        arena.sync()
+        norms = arena.slots.norm(dim=-1).mean(-1).tolist()  # [L, 3]
+        used = arena.rank if arena.initialized else 0
+        result = []
+        for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, arena.layers, arena.scales, norms):
+            path, reason = ffn.path()
+            backend = f"{ffn.backend}, {path}"
+            result.append(
+                LayerStatus(layer, str(arena.slots.device), str(arena.compute.dtype), backend, reason, used, scale,
+                            layer_norms[GATE], layer_norms[KEY], layer_norms[VALUE])
+            )
+        return result
+
+    def __repr__(self) -> str:
+        layers, _, rank, d = self.slots.shape
+        return (
+            f"Memory({self.config.variant}, {layers} layers x {rank} slots x {d}, version {self.version}, "
+            f"on {type(self.model).__name__})"
+        )
+
+    # ---- using it --------------------------------------------------------------------------------------------
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside this block the model is the host alone, bit for bit."""
+        self.arena.disabled += 1
+        try:
+            yield
+        finally:
+            self.arena.disabled -= 1
+
+    def initialize(self, input_ids) -> None:
+        """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
+
+        input_ids: [n] or [1, n] integers, no more than the host has positions. `memorize` does this with its first
+        chunk if it has not been done. What was learned before is lost: the version is 0 afterwards.
+        """
+        online.initialize(self._attachment, input_ids)
+
+    def memorize(
+        self,
+        input_ids,
+        window: int | None = None,
+        stride: int | None = None,
+        learning_rate: float = 4e-3,
+        epochs: int = 1,
+        optimizer: str = "adamw",
+        update: str = "backprop",
+        context_gradient: bool = False,
+        progress: bool = True,
+        callback: Callable[[Chunk], None] | None = None,
+        resume: str | Path | None = None,
+        bos: bool = False,
+    ) -> MemorizeReport:
+        """Streams a text through the model and learns it: each chunk is scored first and learned from after.
+
+        Args:
+            input_ids: [n] or [1, n] integers (tensor or list), at least 2
+            window: W, the most tokens the model sees at once, chunk included; None: min(2048, the host's positions)
+            stride: S, the tokens of a chunk, at most W; None: W // 4
+            learning_rate: >= 0
+            epochs: learning passes over each chunk, >= 1
+            optimizer: "adamw" or "sgd"; its states are kept over calls until reset()
+            update: "backprop"
+            context_gradient: whether the gradient also runs through the context before the chunk; slower
+            progress: whether a progress bar is shown
+            callback: called with each finished Chunk; what it raises ends the run with the memory of the last update
+            resume: a folder that save_pretrained(optimizer=True) wrote in a run over the same text with the same
+                settings: goes on behind the tokens already seen, bit for bit as if never interrupted
+            bos: whether the host's BOS token is put before every window
+
+        Returns a MemorizeReport. Raises ValueError, TypeError or LocasError for arguments that do not fit, and
+        LocasError at a loss or gradient that is not finite (the memory then is that of the last finished update).
+        Ctrl-C takes effect between chunks. The model's mode, its gradients' settings and its config are as before.
+        Source: docs/method.md, "The online protocol" (the paper's section on PG-19).
+        """
+        settings = online.Settings(
+            window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer,
+            update=update, context_gradient=context_gradient, bos=bos,
+        )
+        return online.memorize(self._attachment, input_ids, settings, progress, callback, resume)
+
+    def reset(self) -> None:
+        """Forgets everything: slots and optimizer states are zero, the version is 0."""
+        self.arena.reset()
+        self._attachment.stream = None
+
+    # ---- keeping it ------------------------------------------------------------------------------------------
+    def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
+        """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
+
+        optimizer: whether the optimizer's states and the place in the text go along, as `memorize(resume=...)` needs.
+        Raises OSError if the folder cannot be written or holds something else; what was there before survives.
+        """
+        checkpoint.save(self._attachment, path, optimizer)
+
+    def load(self, path: str | Path) -> None:
+        """Swaps in the memory saved in `path`; the model stays attached.
+
+        Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
+        these; the memory in use then stays.
+        """
+        checkpoint.load(self._attachment, path)
+
+    # ---- ending it -------------------------------------------------------------------------------------------
+    def detach(self) -> None:
+        """Gives the host back exactly as it was. The slots stay readable here. A second call does nothing."""
+        if getattr(self.model, "_locas_memory", None) is self:
+            self._attachment.detach()
+            del self.model._locas_memory
+
+    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> nn.Module:
+        """Makes the memory part of the host's own FFNs, which become wider, and detaches.
+
+        pad_to_multiple_of: the new width is rounded up to a multiple of this.
+
+        Returns the same model: a plain transformers model that save_pretrained writes and from_pretrained reads
+        without locas_ext. All or nothing; `locas.unmerge(model)` undoes it. Raises ValueError where the host's
+        projections cannot be widened, naming the layer.
+        """
+        self._require_attached("merge_and_unload")
+        model = merge.merge(self._attachment, pad_to_multiple_of)
+        self.detach()
+        return model
+
+    def _require_attached(self, verb: str) -> None:
+        if getattr(self.model, "_locas_memory", None) is not self:
+            raise ValueError(f"{verb}: this memory is no longer attached to its model")
+
+
+def attach(model: nn.Module, config: LocasConfig | None = None) -> Memory:
+    """Gives a Hugging Face causal language model a memory.
+
+    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
+
+    model: a transformers causal language model of a supported type
+    config: a LocasConfig; None: the defaults
+
+    Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
+    supported, or already has a memory, and IndexError for a layer it does not have; the model then is as it was.
+    """
+    if config is not None and not isinstance(config, LocasConfig):
+        raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
+    memory = Memory(Attachment(model, config or LocasConfig()))
+    model._locas_memory = memory
+    return memory
+
+
+def load(model: nn.Module, path: str | Path) -> Memory:
+    """Attaches the memory saved in the folder `path`.
+
+    Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
+    """
+    memory = attach(model, checkpoint.read_config(path))
+    try:
+        memory.load(path)
+    except BaseException:
+        memory.detach()
+        raise
+    return memory
+
+
+def memory_of(model: nn.Module) -> Memory:
+    """The memory attached to a model (of a deep copy of a model: its own). ValueError if there is none."""
+    memory = getattr(model, "_locas_memory", None)
+    if memory is None:
+        raise ValueError("model has no memory attached; locas.attach(model) gives it one")
+    return memory
+
+
+__all__ = ["Chunk", "LayerStatus", "MemorizeReport", "Memory", "attach", "load", "memory_of"]

@@ -1,0 +1,375 @@
+"""Online memorization: score a chunk, learn from it, go on (docs/method.md, "The online protocol").
+
+Chunk [s, e) of a text, in a window of at most W tokens:
+
+        b ........... s-1 | s-1 ......... e-2          inputs; b = max(0, e - W)
+        context, no_grad  | S positions, gradient
+        -> KV cache       | -> logits of tokens s .. e-1
+
+The S positions that predict the chunk's own tokens run with gradient on top of the context's cache, so the chunk's loss
+is computed once: it is reported, then learned from. The cache is dropped after the chunk.
+"""
+
+import hashlib
+import math
+import numbers
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from . import checkpoint
+from .errors import LocasError
+from .ops import neuron_importance
+from .optim import OPTIMIZERS
+from .patch import Attachment
+from .progress import StreamProgress
+from .slots import GATE, KEY, initial_rows
+from .stream import Chunk, MemorizeReport, Stream
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `Memory.memorize` that decide what is learned."""
+
+    window: int | None = None
+    stride: int | None = None
+    learning_rate: float = 4e-3
+    epochs: int = 1
+    optimizer: str = "adamw"
+    update: str = "backprop"
+    context_gradient: bool = False
+    bos: bool = False
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+def token_ids(input_ids, vocab_size: int, at_least: int) -> Tensor:
+    """[n] int64 on the CPU from a list or an integer tensor [n] or [1, n]; ValueError or TypeError names what is off."""
+    if not isinstance(input_ids, Tensor):
+        try:
+            input_ids = torch.tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"input_ids: expected a tensor or list of token ids ({error})") from None
+        if input_ids.numel() == 0:
+            input_ids = input_ids.long()
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids is {input_ids.dtype}; expected integers")
+    if input_ids.dim() == 2 and input_ids.shape[0] == 1:
+        input_ids = input_ids[0]
+    if input_ids.dim() != 1:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [n] or [1, n]")
+    if input_ids.numel() < at_least:
+        raise ValueError(f"input_ids holds {input_ids.numel()} tokens; expected at least {at_least}")
+    with torch.inference_mode(False):
+        ids = input_ids.detach().to("cpu", torch.int64, copy=True)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, "
+            "the host's vocabulary"
+        )
+    return ids
+
+
+def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if not low <= value <= high:
+        limit = f">= {low}" if high == math.inf else f"from {low} to {int(high)}"
+        raise ValueError(f"{name} is {value}; expected an integer {limit}{why}")
+    return int(value)
+
+
+def resolve_settings(settings: Settings, host) -> Settings:
+    """The settings with window and stride filled in; ValueError or TypeError for one out of range."""
+    positions = host.max_positions
+    window = min(2048, positions) if settings.window is None else settings.window
+    window = _integer("window", window, 2, positions, " (the host's positions)")
+    stride = max(1, window // 4) if settings.stride is None else settings.stride
+    stride = _integer("stride", stride, 1, window, " (the window)")
+    epochs = _integer("epochs", settings.epochs, 1, math.inf)
+    rate = settings.learning_rate
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        raise TypeError(f"learning_rate is {rate!r}; expected a number >= 0")
+    if not (0.0 <= rate < math.inf):
+        raise ValueError(f"learning_rate is {rate}; expected a finite number >= 0")
+    if settings.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {settings.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+    if settings.update != "backprop":
+        raise ValueError(f"update is {settings.update!r}; expected 'backprop'")
+    if settings.bos and bos_token(host) is None:
+        raise ValueError("bos is True, but the host's config has no bos_token_id")
+    return Settings(
+        window, stride, float(rate), epochs, settings.optimizer, settings.update,
+        bool(settings.context_gradient), bool(settings.bos),
+    )
+
+
+def bos_token(host) -> int | None:
+    return getattr(host.config, "bos_token_id", None)
+
+
+def text_digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
+# ---- one chunk ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Window:
+    """The tokens of one step: `context` may be empty, `inputs` predict `targets` one by one. All [n] on the CPU."""
+
+    context: Tensor
+    inputs: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, start: int, end: int, window: int, bos: int | None) -> "Window":
+        """The window of chunk [start, end); the first token of the text is never a target."""
+        room = window if bos is None else window - 1
+        begin = max(0, end - room)
+        first = max(start, 1)  # the first target
+        # With a stride as long as the window nothing stands before the chunk; its first token then needs one input.
+        begin = min(begin, first - 1)
+        context = ids[begin : first - 1]
+        inputs = ids[first - 1 : end - 1]
+        if bos is not None:
+            token = torch.tensor([bos])
+            context = torch.cat([token, context])
+        return cls(context, inputs, ids[first:end])
+
+
+def chunk_loss(model, window: Window, context_gradient: bool) -> Tensor:
+    """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph over its inputs."""
+    device = model.get_input_embeddings().weight.device
+    context, inputs, targets = (part.to(device)[None] for part in (window.context, window.inputs, window.targets))
+    if context.shape[1] == 0:
+        logits = model(input_ids=inputs, use_cache=False).logits
+    elif context_gradient:
+        everything = torch.cat([context, inputs], dim=1)
+        logits = model(input_ids=everything, use_cache=False, logits_to_keep=inputs.shape[1]).logits
+    else:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            # The base model, without its head: nobody reads the context's logits.
+            model.base_model(input_ids=context, past_key_values=cache, use_cache=True)
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+    return F.cross_entropy(logits[0].float(), targets[0].to(logits.device), reduction="sum")
+
+
+def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
+    """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
+    arena = attachment.arena
+    arena.zero_grad()
+    arena.accumulate = True
+    try:
+        (loss / tokens).backward()
+    finally:
+        arena.accumulate = False
+    if not math.isfinite(arena.grad.norm().item()):
+        arena.zero_grad()
+        raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {arena.version}")
+    OPTIMIZERS[settings.optimizer](arena, settings.learning_rate, clip=attachment.config.clip)
+    arena.zero_grad()
+
+
+# ---- initialization -------------------------------------------------------------------------------------------
+@contextmanager
+def _observe(attachment: Attachment, rows: list):
+    """Collects each layer's initial (gate, key) rows during one forward."""
+    generator = torch.Generator().manual_seed(attachment.config.seed)
+
+    def observer(ffn):
+        def observe(x: Tensor) -> None:
+            host = ffn.ffn.weights()
+            x = x.detach().reshape(-1, x.shape[-1])
+            importance = neuron_importance(
+                x, host.gate, host.up, ffn.activation, host.gate_bias, host.up_bias,
+                backend="reference" if ffn.backend == "reference" else "auto",
+            )
+            rows.append(initial_rows(attachment.config, importance, host.gate, host.up, x, generator))
+
+        return observe
+
+    try:
+        for ffn in attachment.ffns:
+            ffn.observer = observer(ffn)
+        yield
+    finally:
+        for ffn in attachment.ffns:
+            ffn.observer = None
+
+
+def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
+    arena, rows = attachment.arena, []
+    device = attachment.host.model.get_input_embeddings().weight.device
+    arena.disabled += 1
+    try:
+        with _observe(attachment, rows), torch.no_grad():
+            result = forward(ids.to(device)[None])
+    finally:
+        arena.disabled -= 1
+    slots = torch.zeros_like(arena.slots)
+    for index, (gate, key) in enumerate(rows):
+        slots[index, GATE], slots[index, KEY] = gate, key
+    if not torch.isfinite(slots).all():
+        raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
+    arena.set_slots(slots, version=0, initialized=True)
+    return result
+
+
+def initialize(attachment: Attachment, input_ids) -> None:
+    """See `Memory.initialize`."""
+    host = attachment.host
+    ids = token_ids(input_ids, host.vocab_size, at_least=1)
+    if len(ids) > host.max_positions:
+        raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
+    with _quiet_host(host.model), torch.inference_mode(False):
+        _initialize_from(attachment, ids, lambda x: host.model.base_model(input_ids=x, use_cache=False))
+    attachment.stream = None
+
+
+def _score_and_initialize(attachment: Attachment, ids: Tensor) -> Tensor:
+    """The first chunk [n]: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
+
+    def forward(x: Tensor) -> Tensor:
+        logits = attachment.host.model(input_ids=x, use_cache=False).logits
+        return F.cross_entropy(logits[0, :-1].float(), x[0, 1:].to(logits.device), reduction="sum")
+
+    return _initialize_from(attachment, ids, forward)
+
+
+# ---- the whole text -------------------------------------------------------------------------------------------
+@contextmanager
+def _quiet_host(model):
+    """Evaluation mode, dropout off; every module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _interrupt_between_chunks():
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since; a second Ctrl-C acts at once.
+
+    Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes.
+    """
+    mine = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    pressed = False
+
+    def handler(signum, frame):
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check():
+        if pressed:
+            raise KeyboardInterrupt
+
+    if mine:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield check
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _start(attachment: Attachment, ids: Tensor, settings: Settings, resume) -> Stream:
+    """A new stream, or the saved one of `resume` if it is of this text and these settings."""
+    if resume is None:
+        return Stream(asdict(settings), 0, text_digest(ids[:0]), [])
+    stream = checkpoint.read_stream(resume)
+    if stream is None:
+        raise LocasError(
+            f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
+            "after a memorize() call"
+        )
+    wanted = asdict(settings)
+    different = [name for name in wanted if stream.settings.get(name) != wanted[name]]
+    if different:
+        details = ", ".join(f"{name} was {stream.settings.get(name)!r}, is {wanted[name]!r}" for name in different)
+        raise ValueError(f"resume: {Path(resume)} was saved by a run with other settings: {details}")
+    if stream.position > len(ids) or text_digest(ids[: stream.position]) != stream.text_digest:
+        raise ValueError(f"resume: {Path(resume)} was saved by a run over another text")
+    checkpoint.load(attachment, resume)
+    return stream
+
+
+def memorize(
+    attachment: Attachment,
+    input_ids,
+    settings: Settings,
+    progress: bool = True,
+    callback: Callable[[Chunk], None] | None = None,
+    resume: str | Path | None = None,
+) -> MemorizeReport:
+    """See `Memory.memorize`."""
+    host, arena, config = attachment.host, attachment.arena, attachment.config
+    if getattr(host.model, "_locas_memory", None) is None:
+        raise ValueError("memorize: this memory is no longer attached to its model")
+    settings = resolve_settings(settings, host)
+    ids = token_ids(input_ids, host.vocab_size, at_least=2)
+    first_chunk = min(settings.stride, len(ids))
+    if config.init == "activation" and not arena.initialized and resume is None and config.rank > first_chunk:
+        raise ValueError(
+            f"init='activation' takes one token a slot: rank is {config.rank}, but the first chunk has "
+            f"{first_chunk} tokens; use a stride of at least the rank"
+        )
+    stream = _start(attachment, ids, settings, resume)
+    report = MemorizeReport(chunks=list(stream.chunks))
+    hasher = hashlib.sha256(ids[: stream.position].numpy().tobytes())
+    bos = bos_token(host) if settings.bos else None
+    started = time.perf_counter()
+
+    bar = StreamProgress(len(ids), stream.position, report) if progress else nullcontext()
+    with bar, _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), \
+            torch.inference_mode(False), torch.enable_grad():
+        for start in range(stream.position, len(ids), settings.stride):
+            end = min(start + settings.stride, len(ids))
+            place = f"chunk {len(report.chunks)} (tokens {start} to {end - 1})"
+            if end == 1:
+                break  # a text's first token alone: nothing to score
+            version = arena.version
+            window = Window.of(ids, start, end, settings.window, bos)
+            loss = None
+            if not arena.initialized:
+                nll = _score_and_initialize(attachment, ids[start:end])
+            else:
+                nll = loss = chunk_loss(host.model, window, settings.context_gradient)
+            chunk = Chunk(start, end, len(window.targets), nll.item(), version)
+            if not math.isfinite(chunk.nll):
+                raise LocasError(
+                    f"the loss is {chunk.nll} at {place}; the memory stays at version {arena.version}"
+                )
+            for epoch in range(settings.epochs):
+                if loss is None or epoch > 0:
+                    loss = chunk_loss(host.model, window, settings.context_gradient)
+                learn(attachment, loss, chunk.tokens, settings, place)
+            report.chunks.append(chunk)
+            hasher.update(ids[start:end].numpy().tobytes())
+            attachment.stream = Stream(asdict(settings), end, hasher.hexdigest(), list(report.chunks))
+            report.seconds = time.perf_counter() - started
+            if progress:
+                bar.advance(end)
+            if callback is not None:
+                callback(chunk)
+            check_interrupt()
+    report.seconds = time.perf_counter() - started
+    return report

@@ -1,0 +1,361 @@
+"""The operations of the memory on torch tensors, differentiable, each with a plain-torch twin in `reference.py`.
+
+x is [..., d]; slots are [3, r, d] = (gate G, key K, value V) in x's dtype or float32, and their gradient comes in
+their own dtype. The host's weights are frozen: they get no gradient, and asking for one is an error. dtypes: float32,
+bfloat16, float16 (backend "reference": float64 too). Backends: "matmul" is torch's GEMMs with native code between
+them; "reference" is plain torch; "auto" is "matmul".
+
+All raise ValueError for a shape, dtype, device or setting that does not fit, naming the tensor, and TypeError for an
+argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import kernels, library, reference  # noqa: F401  (library registers the operators)
+from .activations import activation_index
+from .kernels import HostWeights, SlotViews
+
+BACKENDS = ("auto", "matmul", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# ---- argument checks ----------------------------------------------------------------------------------------
+def _expect(op: str, name: str, tensor: Tensor, shape: tuple, like: Tensor, dtypes: tuple) -> None:
+    """`shape` may hold letters for sizes that are free."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape)
+    )
+    if not fits:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected [{expected}]")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; expected {' or '.join(str(d) for d in dtypes)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}; expected {like.device} as x")
+
+
+def _check_x(op: str, x: Tensor, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}; expected a torch.Tensor")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has no dimensions; expected [..., d]")
+    if backend == "reference":
+        if not x.is_floating_point():
+            raise ValueError(f"{op}: x is {x.dtype}; expected a float dtype")
+    elif x.dtype not in _KERNEL_DTYPES:
+        raise ValueError(
+            f"{op}: x is {x.dtype}; expected float32, bfloat16 or float16 (backend='reference' takes float64 too)"
+        )
+
+
+def _check_host(op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple) -> None:
+    d, same = x.shape[-1], (x.dtype,)
+    _expect(op, "gate_weight", gate_weight, ("m", d), x, same)
+    m = gate_weight.shape[0]
+    _expect(op, "up_weight", up_weight, (m, d), x, same)
+    named = [("gate_weight", gate_weight), ("up_weight", up_weight)]
+    if down_weight is not None:
+        _expect(op, "down_weight", down_weight, (d, m), x, same)
+        named.append(("down_weight", down_weight))
+    for name, bias, size in zip(("gate_bias", "up_bias", "down_bias"), biases, (m, m, d)):
+        if bias is not None:
+            _expect(op, name, bias, (size,), x, same)
+            named.append((name, bias))
+    if torch.is_grad_enabled():
+        for name, weight in named:
+            if weight.requires_grad:
+                raise ValueError(
+                    f"{op}: {name} requires a gradient; the host is frozen here: call {name}.requires_grad_(False)"
+                )
+
+
+def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
+    _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where x lives, or None."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------
+class GluFFNFunction(torch.autograd.Function):
+    """apply(x [T, d], slots, views, host, scale, activation index, slots_grad) -> y [T, d].
+
+    `views` are the slots in x's dtype. `slots_grad` is where the slots' gradient is added in place (an fp32 [3, r, d]
+    slice of the arena), or None: then autograd gets it. It is a plain ctx attribute because all slices of an arena
+    share one version counter, which save_for_backward would check.
+    """
+
+    @staticmethod
+    def forward(ctx, x, slots, views, host, scale, activation, slots_grad):
+        needs_dx = ctx.needs_input_grad[0]
+        y, gate, up, memory_gate_key = kernels.glu_ffn_forward(x, host, views, scale, activation, save=needs_dx)
+        ctx.save_for_backward(x, gate, up, memory_gate_key, *views)
+        ctx.host, ctx.scale, ctx.activation = host, scale, activation
+        ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate, up, memory_gate_key, *views = ctx.saved_tensors
+        views = SlotViews(*views)
+        needs_dx, needs_slots = ctx.needs_input_grad[:2]
+        d_gate_key, d_slots = kernels.sideway_backward(
+            dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad
+        )
+        dx = None
+        if needs_dx:
+            dx = kernels.glu_ffn_backward(dy, gate, up, ctx.host, ctx.activation)
+            dx.addmm_(d_gate_key, views.gate_key)
+        if d_slots is not None:
+            d_slots = d_slots.to(ctx.slots_dtype) if needs_slots else None
+        return dx, d_slots, None, None, None, None, None
+
+
+class SidewayGluFunction(torch.autograd.Function):
+    """apply(x [T, d], slots, views, scale, activation index, slots_grad) -> the memory's own output [T, d]."""
+
+    @staticmethod
+    def forward(ctx, x, slots, views, scale, activation, slots_grad):
+        y, memory_gate_key = kernels.sideway_forward(x, views, scale, activation)
+        ctx.save_for_backward(x, memory_gate_key, *views)
+        ctx.scale, ctx.activation = scale, activation
+        ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, memory_gate_key, *views = ctx.saved_tensors
+        views = SlotViews(*views)
+        needs_dx, needs_slots = ctx.needs_input_grad[:2]
+        d_gate_key, d_slots = kernels.sideway_backward(
+            dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad
+        )
+        dx = d_gate_key @ views.gate_key if needs_dx else None
+        if d_slots is not None:
+            d_slots = d_slots.to(ctx.slots_dtype) if needs_slots else None
+        return dx, d_slots, None, None, None, None
+
+
+# ---- public operations --------------------------------------------------------------------------------------
+def glu_ffn(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A GLU feed-forward block plus its memory.
+
+    y = [act(x W_gate^T + b_gate) * (x W_up^T + b_up)] W_down^T + b_down + scale * [act(x G^T) * (x K^T)] V
+
+    Args:
+        x: [..., d]
+        gate_weight, up_weight: [m, d], x's dtype
+        down_weight: [d, m]
+        slots: [3, r, d], x's dtype or float32
+        scale: tau, the memory's output scale
+        activation: silu, gelu_pytorch_tanh, gelu, gelu_new or relu
+        gate_bias, up_bias: [m] or None
+        down_bias: [d] or None
+        backend: auto, matmul or reference
+
+    Returns y: [..., d] in x's dtype. Gradients flow to x and slots. Saved for the backward: x and the
+    pre-activations x W^T. Under autocast the operands are first cast to the autocast dtype.
+    """
+    index, biases = activation_index(activation), (gate_bias, up_bias, down_bias)
+    if (dtype := _autocast_dtype(x)) is not None:
+        cast = [t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight, down_weight)]
+        biases = [t if t is None else t.to(dtype) for t in biases]
+        with torch.autocast(x.device.type, enabled=False):
+            return glu_ffn(*cast, slots, scale, activation, *biases, backend=backend)
+    _check_x("glu_ffn", x, backend)
+    _check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
+    _check_slots("glu_ffn", x, slots)
+    if backend == "reference":
+        return reference.glu_ffn(x, gate_weight, up_weight, down_weight, slots, scale, activation, *biases)
+    x2d = x.reshape(-1, x.shape[-1])
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or slots.requires_grad)
+    if torch.compiler.is_compiling():
+        arguments = (x2d, gate_weight, up_weight, down_weight, slots.to(x.dtype), scale, activation, *biases)
+        if wants_gradient:
+            y = torch.ops.locas.glu_ffn(*arguments)[0]
+        else:
+            y = torch.ops.locas.glu_ffn_inference(*arguments)
+        return y.view(x.shape)
+    host = HostWeights(gate_weight, up_weight, down_weight, *biases)
+    with torch.no_grad():
+        views = SlotViews.of(slots.to(x.dtype))
+    if wants_gradient:
+        y = GluFFNFunction.apply(x2d, slots, views, host, scale, index, None)
+    else:
+        y = kernels.glu_ffn_forward(x2d, host, views, scale, index, save=False)[0]
+    return y.view(x.shape)
+
+
+def sideway_glu(
+    x: Tensor, slots: Tensor, scale: float, activation: str = "silu", backend: str = "auto"
+) -> Tensor:
+    """The memory alone: scale * [act(x G^T) * (x K^T)] V.
+
+    For hosts whose own FFN cannot be fused (quantized, LoRA-wrapped, mixture of experts). Arguments as in `glu_ffn`.
+
+    Returns y: [..., d] in x's dtype. Gradients flow to x and slots.
+    """
+    index = activation_index(activation)
+    if (dtype := _autocast_dtype(x)) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return sideway_glu(x.to(dtype), slots, scale, activation, backend)
+    _check_x("sideway_glu", x, backend)
+    _check_slots("sideway_glu", x, slots)
+    if backend == "reference":
+        return reference.sideway_glu(x, slots, scale, activation)
+    x2d = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.ops.locas.sideway_glu(x2d, slots.to(x.dtype), scale, activation)[0].view(x.shape)
+    with torch.no_grad():
+        views = SlotViews.of(slots.to(x.dtype))
+    return SidewayGluFunction.apply(x2d, slots, views, scale, index, None).view(x.shape)
+
+
+@torch.no_grad()
+def neuron_importance(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How strongly each host neuron fires on x: the mean over all tokens of |act(x W_gate^T) * (x W_up^T)|.
+
+    The paper's criterion for which neurons a memory starts from (docs/method.md, "Initialization").
+
+    Args as in `glu_ffn`; x must hold at least one token. Returns [m] float32; no gradient.
+    """
+    index = activation_index(activation)
+    _check_x("neuron_importance", x, backend)
+    _check_host("neuron_importance", x, gate_weight, up_weight, None, (gate_bias, up_bias))
+    x2d = x.reshape(-1, x.shape[-1])
+    if x2d.shape[0] == 0:
+        raise ValueError("neuron_importance: x holds no tokens; the mean needs at least one")
+    if backend == "reference":
+        return reference.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
+    host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
+    return kernels.neuron_importance(x2d, host, index)
+
+
+def _scalar_tensor(op: str, name: str, value, like: Tensor) -> Tensor:
+    """A 0-d tensor on `like`'s device; plain numbers are taken too."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}; expected a 0-d tensor")
+    return value
+
+
+def _check_update(op: str, slots: Tensor, learning_rate: Tensor, named: dict[str, Tensor | None]) -> None:
+    if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() < 1:
+        raise ValueError(f"{op}: slots must be a float32 tensor [..., d]")
+    for name, tensor in {"slots": slots, **named}.items():
+        if tensor is None:
+            continue
+        _expect(op, name, tensor, tuple(slots.shape), slots, (torch.float32,))
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous")
+    if learning_rate.is_cpu and not (0.0 <= float(learning_rate) < float("inf")):
+        raise ValueError(f"{op}: learning_rate is {float(learning_rate)}; expected a finite number >= 0")
+
+
+@torch.no_grad()
+def update_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+    compute: Tensor | None = None,
+) -> None:
+    """One AdamW step over all slots, then every row longer than 1 is scaled back to length 1. In place.
+
+    Args:
+        slots, grad, exp_avg, exp_avg_sq: [..., d] float32, contiguous; a row is a vector of the last dimension
+        step: the number of this update counted from 1, 0-d (int64, float32 or float64) on the slots' device. It is
+            read, not advanced, so that one counter can serve several calls
+        learning_rate: 0-d (float32 or float64) on the slots' device; both are read on the device, so a captured CUDA
+            graph can be replayed with other values. Plain numbers are taken too
+        beta1, beta2, eps, weight_decay: AdamW's (decoupled weight decay, bias correction)
+        clip: whether rows are clipped
+        compute: [..., d] float32, bfloat16 or float16: receives the rounded copy of the new slots
+    """
+    op = "update_slots_"
+    if torch.compiler.is_compiling():
+        torch.ops.locas.update_slots_(
+            slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+        )
+        return
+    step = _scalar_tensor(op, "step", step, slots)
+    learning_rate = _scalar_tensor(op, "learning_rate", learning_rate, slots)
+    _check_update(op, slots, learning_rate, {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
+    if step.is_cpu and not float(step) >= 1:
+        raise ValueError(f"{op}: step is {float(step)}; expected the number of this update, counted from 1")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{op}: {name} is {beta}; expected a number in [0, 1)")
+    kernels.update_slots_(
+        slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+    )
+    torch.autograd.graph.increment_version([t for t in (slots, exp_avg, exp_avg_sq, compute) if t is not None])
+
+
+@torch.no_grad()
+def sgd_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    learning_rate: Tensor,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+    compute: Tensor | None = None,
+) -> None:
+    """One SGD step over all slots, then every row longer than 1 is scaled back to length 1. In place.
+
+    Args as in `update_slots_`. momentum_buffer: [..., d] float32, needed when momentum is not 0:
+    momentum_buffer = momentum * momentum_buffer + grad, and the slots move along it.
+    """
+    op = "sgd_slots_"
+    if torch.compiler.is_compiling():
+        torch.ops.locas.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+        return
+    learning_rate = _scalar_tensor(op, "learning_rate", learning_rate, slots)
+    _check_update(op, slots, learning_rate, {"grad": grad, "momentum_buffer": momentum_buffer})
+    if momentum != 0.0 and momentum_buffer is None:
+        raise ValueError(f"{op}: momentum is {momentum} but momentum_buffer is None; pass a float32 tensor of zeros")
+    kernels.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+    torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])

@@ -1,0 +1,148 @@
+"""The fused updates: one launch steps and clips the slots of all layers."""
+
+import math
+
+import torch
+
+from . import kernels
+from .slots import SlotArena
+
+
+def _learning_rate_tensor(learning_rate: float, arena: SlotArena) -> torch.Tensor:
+    # float64, as a Python float is: the kernels read it on the device
+    return torch.tensor(learning_rate, dtype=torch.float64, device=arena.slots.device)
+
+
+def _kernel_copy(arena: SlotArena) -> torch.Tensor | None:
+    """The compute copy if the kernels can write its dtype."""
+    copy = arena.rounded_copy()
+    return copy if copy is not None and copy.dtype != torch.float64 else None
+
+
+def _finish(arena: SlotArena) -> None:
+    if arena.compute.dtype == torch.float64:
+        arena.compute.copy_(arena.slots)
+    arena.finish_update()
+
+
+@torch.no_grad()
+def adamw_step(
+    arena: SlotArena,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+) -> None:
+    """AdamW with bias correction on arena.grad, then the row clip."""
+    arena.step += 1
+    kernels.update_slots_(
+        arena.slots, arena.grad, arena.state("exp_avg"), arena.state("exp_avg_sq"), arena.step,
+        _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena),
+    )
+    _finish(arena)
+
+
+@torch.no_grad()
+def sgd_step(
+    arena: SlotArena, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, clip: bool = True
+) -> None:
+    """SGD on arena.grad, then the row clip."""
+    buffer = arena.state("momentum_buffer") if momentum else None
+    kernels.sgd_slots_(
+        arena.slots, arena.grad, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
+        _kernel_copy(arena),
+    )
+    _finish(arena)
+
+
+OPTIMIZERS = {"adamw": adamw_step, "sgd": sgd_step}
+
+
+def _check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not (low <= value < high):
+        raise ValueError(f"{name} is {value}; expected a number in [{low}, {high})")
+
+
+class _SlotOptimizer(torch.optim.Optimizer):
+    def __init__(self, memory, defaults: dict):
+        for name in ("lr", "eps", "weight_decay"):
+            _check_range(name, defaults.get(name, 0.0), 0.0)
+        self.memory = memory
+        super().__init__(memory.parameters(), defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One fused update of all slots from the gradients of memory.parameters(). Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        arena = self.memory.arena
+        arena.sync()
+        arena.gather_grad()
+        self._update(arena, self.param_groups[0])
+        return loss
+
+    # The states live in the arena, where save_pretrained(optimizer=True) finds them.
+    def state_dict(self) -> dict:
+        arena = self.memory.arena
+        state = {name: getattr(arena, name) for name in self._states if getattr(arena, name) is not None}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        arena, state = self.memory.arena, state_dict["state"]
+        if unknown := set(state) - set(self._states):
+            raise ValueError(f"optimizer state holds {sorted(unknown)}; expected {list(self._states)}")
+        for name, value in state.items():
+            target = arena.step if name == "step" else arena.state(name)
+            if target.shape != value.shape:
+                raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(target.shape)}")
+        for name, value in state.items():
+            (arena.step if name == "step" else arena.state(name)).copy_(value)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            group.update(saved)
+
+
+class SlotAdamW(_SlotOptimizer):
+    """AdamW for a memory as a torch optimizer: the fused update with the norm clip (docs/method.md, "Learning").
+
+    Args:
+        memory: a Memory
+        lr: learning rate >= 0
+        betas, eps, weight_decay: as in torch.optim.AdamW; the defaults are the memory's own (no decay)
+
+    Whether rows are clipped is the memory's config. Raises ValueError for a value out of range.
+    """
+
+    _states = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, memory, lr: float = 4e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        for beta in betas:
+            _check_range("betas", beta, 0.0, 1.0)
+        super().__init__(memory, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, arena, group):
+        clip = self.memory.config.clip
+        adamw_step(arena, group["lr"], group["betas"], group["eps"], group["weight_decay"], clip)
+
+
+class SlotSGD(_SlotOptimizer):
+    """SGD for a memory as a torch optimizer: the fused update with the norm clip.
+
+    Args:
+        memory: a Memory
+        lr: learning rate >= 0
+        momentum: in [0, 1)
+        weight_decay: >= 0
+    """
+
+    _states = ("momentum_buffer",)
+
+    def __init__(self, memory, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        _check_range("momentum", momentum, 0.0, 1.0)
+        super().__init__(memory, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _update(self, arena, group):
+        sgd_step(arena, group["lr"], group["momentum"], group["weight_decay"], self.memory.config.clip)

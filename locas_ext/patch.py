@@ -1,0 +1,170 @@
+"""Binds the memory to a host: a new `forward` on each FFN instance, and back.
+
+Neither classes nor the module tree change, so the host keeps its state dict, its save_pretrained and its config.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .activations import activation_index
+from .config import LocasConfig
+from .hosts import HostFFN, inspect_host, value_norm_mean
+from .kernels import glu_ffn_forward, sideway_forward
+from .ops import GluFFNFunction, SidewayGluFunction
+from .slots import SlotArena, check_rank
+
+
+class PatchedFFN:
+    """One FFN with its memory; `forward` stands in for the module's own."""
+
+    def __init__(self, ffn: HostFFN, arena: SlotArena, index: int, backend: str):
+        self.ffn, self.arena, self.index, self.backend = ffn, arena, index, backend
+        self.activation = ffn.activation
+        self.activation_index = activation_index(ffn.activation)
+        self.observer = None  # called with the FFN input [..., d] during initialization
+        self.attached = False
+
+    # ---- binding ---------------------------------------------------------------------------------------------
+    def bind(self) -> None:
+        module = self.ffn.module
+        # accelerate keeps the real forward in _old_forward and calls it from its hook: bind beneath it.
+        self.name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        self.replaced = module.__dict__.get(self.name)
+        self.original = getattr(module, self.name)
+        self.bound = self.forward
+        setattr(module, self.name, self.bound)
+        self.attached = True
+
+    def unbind(self) -> None:
+        self.attached = False  # whoever wrapped our forward since and still holds it gets the original's result
+        attributes = self.ffn.module.__dict__
+        for name in ("forward", "_old_forward"):
+            if attributes.get(name) is not self.bound:
+                continue
+            if self.replaced is None:
+                del attributes[name]
+            else:
+                attributes[name] = self.replaced
+
+    # ---- the FFN ---------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Tensor:
+        arena = self.arena
+        if self.observer is not None:
+            self.observer(x)
+        if not self.attached or arena.disabled:
+            return self.original(x)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x)
+        if not arena.is_current(self.index):
+            arena.sync()
+        parameter = arena.parameters[self.index]
+        learns = torch.is_grad_enabled() and parameter.requires_grad and arena.initialized
+        # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
+        if arena.version == 0 and not learns:
+            return self.original(x)
+        alone = arena.version == 0 or self.path()[0] == "sideway"
+        if self.backend == "reference" or torch.is_autocast_enabled(x.device.type):
+            return self._forward_plain(x, parameter, alone)
+        views = arena.views[self.index]
+        if views.value.dtype != x.dtype or views.value.device != x.device:
+            arena.place(x.device, x.dtype)
+            views = arena.views[self.index]
+        scale = arena.scales[self.index]
+        grad = arena.grads[self.index] if arena.accumulate else None
+        x2d = x.reshape(-1, x.shape[-1])
+        needs_gradient = learns or (torch.is_grad_enabled() and x.requires_grad)
+        if alone:
+            if needs_gradient:
+                y = SidewayGluFunction.apply(x2d, parameter, views, scale, self.activation_index, grad)
+            else:
+                y = sideway_forward(x2d, views, scale, self.activation_index)[0]
+            return self.original(x) + y.view(x.shape)
+        host = self.ffn.weights()
+        if needs_gradient:
+            y = GluFFNFunction.apply(x2d, parameter, views, host, scale, self.activation_index, grad)
+        else:
+            y = glu_ffn_forward(x2d, host, views, scale, self.activation_index, save=False)[0]
+        return y.view(x.shape)
+
+    def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
+        """The reference backend, and any backend under autocast: public ops with all their checks."""
+        scale, backend = self.arena.scales[self.index], self.backend
+        if alone or torch.is_autocast_enabled(x.device.type):
+            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        gate, up, down, *biases = self.ffn.weights()
+        return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
+
+    def _forward_compiled(self, x: Tensor) -> Tensor:
+        arena = self.arena
+        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
+        learned = arena.version > 0
+        if not (learned or (torch.is_grad_enabled() and arena.initialized)):
+            return self.original(x)
+        if not learned or self.path()[0] == "sideway":
+            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.backend)
+        gate, up, down, *biases = self.ffn.weights()
+        return ops.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases, backend=self.backend)
+
+    def path(self) -> tuple[str, str]:
+        """("fused", why) where the whole FFN runs as one op, ("sideway", why) where the memory is added beside it."""
+        obstacle = self.ffn.obstacle()
+        if obstacle:
+            return "sideway", obstacle
+        return "fused", "plain projections"
+
+
+class Attachment:
+    """A host, its arena and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
+
+    def __init__(self, model, config: LocasConfig):
+        """Checks everything, then binds: a failure leaves the model as it was."""
+        host = inspect_host(model)
+        if getattr(model, "_locas_memory", None) is not None:
+            raise ValueError(
+                "model already has a memory attached: use the one that locas.memory_of(model) returns, "
+                "or call its detach() first"
+            )
+        layers = config.resolve_layers(len(host.ffns))
+        check_rank(config, host.intermediate_size)
+        self.host, self.config = host, config
+        ffns = [host.ffns[layer] for layer in layers]
+        device, dtype = self._placement(ffns)
+        backend = config.backend
+        if dtype == torch.float64:
+            if backend == "matmul":
+                raise ValueError("backend 'matmul' takes float32, bfloat16 and float16 hosts; this one is float64")
+            backend = "reference"
+        self.backend = "matmul" if backend == "auto" else backend
+        scales = [self._scale(ffn) for ffn in ffns]
+        self.arena = SlotArena(layers, config.rank, host.hidden_size, scales, device, dtype)
+        self.ffns = [PatchedFFN(ffn, self.arena, index, self.backend) for index, ffn in enumerate(ffns)]
+        self.stream = None  # online.Stream: where memorize() stands in its text
+
+        self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.requires_grad_(False)
+        for ffn in self.ffns:
+            ffn.bind()
+
+    @staticmethod
+    def _placement(ffns: list[HostFFN]) -> tuple[torch.device, torch.dtype]:
+        weights = [ffn.weights().gate for ffn in ffns]
+        devices = {weight.device for weight in weights}
+        if len(devices) > 1:
+            names = ", ".join(sorted(str(device) for device in devices))
+            raise ValueError(f"the host's layers lie on several devices ({names}); expected all on one")
+        if weights[0].is_meta:
+            raise ValueError("the host is on the meta device and has no weights yet; load them first")
+        return weights[0].device, weights[0].dtype
+
+    def _scale(self, ffn: HostFFN) -> float:
+        if not isinstance(self.config.scale, str):
+            return float(self.config.scale)
+        mean = value_norm_mean(ffn.weights().down)
+        return mean / self.config.rank if self.config.scale == "paper" else mean
+
+    def detach(self) -> None:
+        for ffn in self.ffns:
+            ffn.unbind()
+        for name, parameter in self.host.model.named_parameters():
+            parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))

@@ -1,0 +1,105 @@
+"""The operations of `locas_ext.ops` in plain torch: any device, any float dtype, gradients by autograd.
+
+This is the oracle the kernels are tested against and the `reference` backend. docs/method.md has the mathematics.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import activate
+
+
+def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu") -> Tensor:
+    """scale * [act(x G^T) * (x K^T)] V for x [..., d] and slots [3, r, d] = (G, K, V)."""
+    gate, key, value = slots.to(x.dtype)
+    return scale * (activate(x @ gate.T, activation) * (x @ key.T)) @ value
+
+
+def glu_ffn(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The host FFN plus its memory: see `locas_ext.ops.glu_ffn`."""
+    gate = F.linear(x, gate_weight, gate_bias)
+    up = F.linear(x, up_weight, up_bias)
+    host = F.linear(activate(gate, activation) * up, down_weight, down_bias)
+    return host + sideway_glu(x, slots, scale, activation)
+
+
+def neuron_importance(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """Mean over the tokens of |act(x W_gate^T) * (x W_up^T)|: [m], in float32 (float64 for float64 x)."""
+    x = x.reshape(-1, x.shape[-1])
+    hidden = activate(F.linear(x, gate_weight, gate_bias), activation) * F.linear(x, up_weight, up_bias)
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return hidden.abs().to(accumulate).mean(0)
+
+
+def _clip_rows_(slots: Tensor) -> None:
+    norm = slots.norm(dim=-1, keepdim=True)
+    slots.div_(norm.clamp_min(1.0))
+
+
+@torch.no_grad()
+def update_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+    compute: Tensor | None = None,
+) -> None:
+    """One AdamW step and the row clip, in place: see `locas_ext.ops.update_slots_`."""
+    t, lr = float(step), float(learning_rate)
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    direction = (exp_avg / (1 - beta1**t)) / ((exp_avg_sq / (1 - beta2**t)).sqrt() + eps)
+    slots.mul_(1 - lr * weight_decay).sub_(lr * direction)
+    if clip:
+        _clip_rows_(slots)
+    if compute is not None:
+        compute.copy_(slots)
+
+
+@torch.no_grad()
+def sgd_slots_(
+    slots: Tensor,
+    grad: Tensor,
+    learning_rate: Tensor,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+    compute: Tensor | None = None,
+) -> None:
+    """One SGD step and the row clip, in place: see `locas_ext.ops.sgd_slots_`."""
+    lr = float(learning_rate)
+    direction = grad
+    if momentum_buffer is not None:
+        direction = momentum_buffer.mul_(momentum).add_(grad)
+    slots.mul_(1 - lr * weight_decay).sub_(lr * direction)
+    if clip:
+        _clip_rows_(slots)
+    if compute is not None:
+        compute.copy_(slots)
