@@ -2,7 +2,7 @@
 
 from .config import LocasConfig
 from .errors import LocasError
-from .memory import Chunk, LayerStatus, MemorizeReport, Memory, attach, load, memory_of
+from .memory import Chunk, LayerStatus, MemorizeReport, Memory, Snapshot, attach, load, memory_of
 from .merge import unmerge
 from .optim import SlotAdamW, SlotSGD
 from .version import __version__
@@ -16,6 +16,7 @@ __all__ = [
     "Memory",
     "SlotAdamW",
     "SlotSGD",
+    "Snapshot",
     "__version__",
     "attach",
     "load",

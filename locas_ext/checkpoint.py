@@ -7,8 +7,9 @@ so that whatever moment a save is cut off at, the folder holds one complete memo
 
 import hashlib
 import json
-import math
 import os
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ CONFIG_NAME = "locas_config.json"
 MEMORY_NAME = "locas_memory.safetensors"
 PREVIOUS_NAME = MEMORY_NAME + ".previous"
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
+_RECORD = {
+    "format_version": int, "locas_ext_version": str, "config": dict, "layers": list, "host": dict,
+    "memory_version": int, "initialized": bool, "slots_used": int, "tokens_seen": int, "stream": dict | None,
+    "memory_sha256": str, "config_sha256": str,
+}
 
 
 # ---- which host ------------------------------------------------------------------------------------------------
@@ -37,9 +43,9 @@ def fingerprint(host: Host) -> dict:
     The samples are rounded to bfloat16 first, so one checkpoint has one fingerprint whether it is loaded in float32
     or bfloat16.
     """
-    digest = hashlib.sha256()
+    digest, like = hashlib.sha256(), host.hidden_state_like()
     for ffn in host.ffns:
-        weight = ffn.weights().gate.detach().reshape(-1)
+        weight = ffn.dense_gate_up(like)[0].detach().reshape(-1)
         samples = weight[:: max(1, weight.numel() // 64)].to("cpu", torch.bfloat16)
         digest.update(samples.view(torch.int16).numpy().tobytes())
     return {
@@ -88,13 +94,28 @@ def _prepare_folder(folder: Path) -> None:
         )
 
 
+def _keep_previous(folder: Path) -> None:
+    """Keeps the tensor file that the config in the folder describes, until a new config is in place."""
+    memory_file, previous = folder / MEMORY_NAME, folder / PREVIOUS_NAME
+    if previous.exists():  # an earlier save was cut off; what it kept may be the only whole memory
+        try:
+            if _digest(previous.read_bytes()) == _read_record(folder)["memory_sha256"]:
+                return
+        except (FileNotFoundError, LocasError):
+            pass
+        previous.unlink()
+    if memory_file.exists():
+        try:
+            os.link(memory_file, previous)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(memory_file, previous)
+
+
 def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`."""
     folder, arena = Path(path), attachment.arena
     arena.sync()
-    tensors = {"slots": arena.slots, "scale": arena.scale}
-    if optimizer:
-        tensors.update({name: getattr(arena, name) for name in _STATES if getattr(arena, name) is not None})
+    tensors = arena.state_tensors(optimizer)
     content = serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     stream = attachment.stream
     record = {
@@ -108,27 +129,28 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
         "slots_used": arena.rank if arena.initialized else 0,
         "tokens_seen": stream.position if stream else 0,
         "stream": stream.to_dict() if stream and optimizer else None,
-        "memory_sha256": hashlib.sha256(content).hexdigest(),
+        "memory_sha256": _digest(content),
     }
     record["config_sha256"] = _record_digest(record)
     try:
         _prepare_folder(folder)
-        memory_file, previous = folder / MEMORY_NAME, folder / PREVIOUS_NAME
-        if memory_file.exists():
-            previous.unlink(missing_ok=True)
-            os.link(memory_file, previous)
-        write_atomically(memory_file, content)
+        _keep_previous(folder)
+        write_atomically(folder / MEMORY_NAME, content)
         write_atomically(folder / CONFIG_NAME, json.dumps(record, indent=1).encode())
-        previous.unlink(missing_ok=True)
+        (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     except OSError as error:
         if error.filename is None or type(error) is FileExistsError:
             raise
         raise type(error)(error.errno, f"cannot save the memory: {error.strerror}", str(error.filename)) from error
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _record_digest(record: dict) -> str:
-    fields = {name: value for name, value in record.items() if name != "config_sha256"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    checked = {name: value for name, value in record.items() if name != "config_sha256"}
+    return _digest(json.dumps(checked, sort_keys=True).encode())
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -151,13 +173,40 @@ def _read_record(path: str | Path) -> dict:
         )
     if record.get("config_sha256") != _record_digest(record):
         raise LocasError(f"{file} is damaged: its checksum does not match its content")
+    if problem := _problem(record):
+        raise LocasError(f"{file} does not describe a memory: {problem}")
     return record
+
+
+def _problem(record: dict) -> str | None:
+    """What is wrong with a record whose checksum is right, or None."""
+    for name, kind in _RECORD.items():
+        if name not in record:
+            return f"{name} is missing"
+        # `kind` may be a union; a bool is no int here
+        if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
+            return f"{name} is {record[name]!r}"
+    if extra := record.keys() - _RECORD.keys():
+        return f"unknown keys {', '.join(sorted(extra))}"
+    if record["memory_version"] < 0:
+        return f"memory_version is {record['memory_version']}"
+    if missing := {field.name for field in fields(LocasConfig)} - record["config"].keys():
+        return f"config lacks {', '.join(sorted(missing))}"
+    try:
+        _config(record)
+        _stream(record)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _config(record: dict) -> LocasConfig:
+    return LocasConfig(**{**record["config"], "layers": record["layers"]})
 
 
 def read_config(path: str | Path) -> LocasConfig:
     """The LocasConfig of a saved memory, with its layers spelled out."""
-    record = _read_record(path)
-    return LocasConfig(**{**record["config"], "layers": record["layers"]})
+    return _config(_read_record(path))
 
 
 def read_stream(path: str | Path) -> Stream | None:
@@ -176,7 +225,7 @@ def _read_tensors(folder: Path, record: dict) -> dict[str, torch.Tensor]:
         if not file.exists():
             continue
         content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() == expected:
+        if _digest(content) == expected:
             try:
                 return parse_tensors(content)
             except SafetensorError as error:
@@ -219,12 +268,7 @@ def load(attachment: Attachment, path: str | Path) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")
-    if not math.isfinite(record["memory_version"]):
-        raise LocasError(f"{folder / CONFIG_NAME}: memory_version is {record['memory_version']}")
     stream = _stream(record)
 
-    arena.set_scale(tensors["scale"])
-    arena.set_slots(tensors["slots"], version=record["memory_version"], initialized=record["initialized"])
-    for name in set(tensors) - {"slots", "scale"}:
-        (arena.step if name == "step" else arena.state(name)).copy_(tensors[name])
+    arena.load_state(tensors, record["memory_version"], record["initialized"])
     attachment.stream = stream

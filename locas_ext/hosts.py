@@ -15,25 +15,34 @@ class HostFamily:
     """Names inside a decoder layer and its config; the defaults are Llama's, which most families follow."""
 
     ffn: str = "mlp"
-    gate_proj: str = "gate_proj"
-    up_proj: str = "up_proj"
-    down_proj: str = "down_proj"
+    fused: bool = False  # gate and up rows in one gate_up_proj, the gate rows first
     activation_key: str = "hidden_act"
-    width_key: str = "intermediate_size"
 
+
+_LLAMA = HostFamily()
+_GEMMA = HostFamily(activation_key="hidden_activation")
+_PHI3 = HostFamily(fused=True)
 
 HOSTS: dict[str, HostFamily] = {
-    "llama": HostFamily(),
-    "mistral": HostFamily(),
-    "qwen2": HostFamily(),
-    "qwen3": HostFamily(),
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "glm4": _PHI3,
+    "granite": _LLAMA,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": _PHI3,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
 }
 
 
 def linear_obstacle(linear: nn.Module) -> str | None:
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__name__}, not a plain Linear"
+        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain Linear"
     if "forward" in linear.__dict__:
         return "has a forward of its own (a hook of another library)"
     if (
@@ -55,21 +64,52 @@ def linear_obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+@torch.no_grad()
+def dense_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
+    """The weight [out, in] of any linear module, in `like`'s dtype where it has to be computed.
+
+    A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight.
+    """
+    weight = linear._parameters.get("weight")
+    if type(linear) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta:
+        return weight
+    if not hasattr(linear, "in_features"):
+        raise ValueError(f"{type(linear).__name__} has no in_features, so its weight cannot be read")
+    training = [module for module in linear.modules() if module.training]
+    linear.eval()  # LoRA's dropout off
+    try:
+        zero = linear(like.new_zeros(1, linear.in_features))
+        block = 1024
+        columns = [
+            linear(torch.eye(min(block, linear.in_features - start), linear.in_features,
+                             dtype=like.dtype, device=like.device).roll(start, dims=1)) - zero
+            for start in range(0, linear.in_features, block)
+        ]
+    finally:
+        for module in training:
+            module.training = True
+    return torch.cat(columns).T.contiguous()
+
+
+# A projection's new parameters: (the Linear, "weight" or "bias", the parameter).
+Packed = list[tuple[nn.Linear, str, nn.Parameter]]
+
+
 class HostFFN:
     """One layer's FFN with separate gate, up and down projections.
 
     Weights are looked up at every call: `.to()`, a loaded state dict or a swapped projection take effect at once.
     """
 
-    def __init__(self, module: nn.Module, family: HostFamily, activation: str):
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, module: nn.Module, activation: str):
         self.module = module
-        self.names = (family.gate_proj, family.up_proj, family.down_proj)
         self.activation = activation
 
-    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def projections(self) -> list[nn.Module]:
         modules = self.module._modules
-        gate, up, down = self.names
-        return modules[gate], modules[up], modules[down]
+        return [modules[name] for name in self.names]
 
     def obstacle(self) -> str | None:
         """Why the whole FFN cannot run as one op, or None."""
@@ -85,13 +125,65 @@ class HostFFN:
             gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
         )
 
+    def pre_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate and up [..., m] from the projections as they are, whatever they are."""
+        gate, up, _ = self.projections()
+        return gate(x), up(x)
+
+    def dense_gate_up(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_gate and W_up [m, d]; computed where the projections are not plain."""
+        gate, up, _ = self.projections()
+        return dense_weight(gate, like), dense_weight(up, like)
+
+    def dense_down(self, like: torch.Tensor) -> torch.Tensor:
+        """W_down [d, m]."""
+        return dense_weight(self.projections()[-1], like)
+
+    def pack(self, weights: HostWeights) -> Packed:
+        """Parameters for the projections that hold these weights, not yet put in."""
+        gate, up, down = self.projections()
+        named = [(gate, "weight", weights.gate), (up, "weight", weights.up), (down, "weight", weights.down),
+                 (gate, "bias", weights.gate_bias), (up, "bias", weights.up_bias), (down, "bias", weights.down_bias)]
+        return [(linear, name, _parameter(tensor, linear)) for linear, name, tensor in named if tensor is not None]
+
+
+class FusedFFN(HostFFN):
+    """One layer's FFN with gate and up rows in one projection, the gate rows first (Phi-3, GLM-4)."""
+
+    names = ("gate_up_proj", "down_proj")
+
+    def weights(self) -> HostWeights:
+        gate_up, down = (projection._parameters for projection in self.projections())
+        gate, up = gate_up["weight"].chunk(2)
+        gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
+        return HostWeights(gate, up, down["weight"], gate_bias, up_bias, down["bias"])
+
+    def pre_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.projections()[0](x).chunk(2, dim=-1)
+
+    def dense_gate_up(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return dense_weight(self.projections()[0], like).chunk(2)
+
+    def pack(self, weights: HostWeights) -> Packed:
+        gate_up, down = self.projections()
+        packed = [(gate_up, "weight", _parameter(torch.cat([weights.gate, weights.up]), gate_up)),
+                  (down, "weight", _parameter(weights.down, down))]
+        if weights.gate_bias is not None:
+            packed.append((gate_up, "bias", _parameter(torch.cat([weights.gate_bias, weights.up_bias]), gate_up)))
+        if weights.down_bias is not None:
+            packed.append((down, "bias", _parameter(weights.down_bias, down)))
+        return packed
+
+
+def _parameter(tensor: torch.Tensor, linear: nn.Linear) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=linear.weight.requires_grad)
+
 
 @dataclass(frozen=True)
 class Host:
     """A causal language model as the memory sees it."""
 
     model: PreTrainedModel
-    family: HostFamily
     ffns: tuple[HostFFN, ...]  # one a decoder layer
     hidden_size: int
     intermediate_size: int
@@ -102,6 +194,16 @@ class Host:
     def config(self):
         return self.model.config.get_text_config(decoder=True)
 
+    def input_device(self) -> torch.device:
+        """Where token ids go: the embedding's device, or the CPU where a hook brings its weight only when needed."""
+        weight = self.model.get_input_embeddings().weight
+        return torch.device("cpu") if weight.is_meta else weight.device
+
+    def hidden_state_like(self) -> torch.Tensor:
+        """An empty tensor with the dtype and device of the hidden states, as the embedding makes them."""
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return torch.empty(0, dtype=dtype, device=self.input_device())
+
 
 def inspect_host(model) -> Host:
     """Finds the FFNs of a model.
@@ -109,6 +211,8 @@ def inspect_host(model) -> Host:
     Raises TypeError if it is no transformers model, ValueError if it has no language-model head, is of a family that
     is not supported, or uses an activation without a kernel; the message says what would work.
     """
+    if hasattr(model, "get_base_model"):  # a PEFT wrapper
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is {type(model).__name__}; expected a transformers causal language model, "
@@ -126,13 +230,13 @@ def inspect_host(model) -> Host:
     activation = getattr(config, family.activation_key)
     if activation not in INDEX:
         raise ValueError(f"the host's activation {activation!r} has no kernel; supported: {', '.join(INDEX)}")
-    ffns = tuple(HostFFN(getattr(layer, family.ffn), family, activation) for layer in model.get_decoder().layers)
+    kind = FusedFFN if family.fused else HostFFN
+    ffns = tuple(kind(getattr(layer, family.ffn), activation) for layer in model.get_decoder().layers)
     return Host(
         model=model,
-        family=family,
         ffns=ffns,
         hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, family.width_key),
+        intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
     )
@@ -147,5 +251,6 @@ def _why_not(config) -> str:
 
 
 def value_norm_mean(down_weight: torch.Tensor) -> float:
-    """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32."""
-    return torch.linalg.vector_norm(down_weight, dim=0, dtype=torch.float32).mean().item()
+    """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
+    dtype = torch.promote_types(down_weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(down_weight, dim=0, dtype=dtype).mean().item()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import checkpoint, merge, online
+from . import checkpoint, merge, online, snapshot
 from .config import LocasConfig
 from .patch import Attachment
 from .slots import GATE, KEY, VALUE, SlotArena
+from .snapshot import Snapshot
 from .stream import Chunk, MemorizeReport
 
 
@@ -118,6 +119,7 @@ class Memory:
         input_ids: [n] or [1, n] integers, no more than the host has positions. `memorize` does this with its first
         chunk if it has not been done. What was learned before is lost: the version is 0 afterwards.
         """
+        self._require_attached("initialize")
         online.initialize(self._attachment, input_ids)
 
     def memorize(
@@ -157,6 +159,11 @@ class Memory:
         Ctrl-C takes effect between chunks. The model's mode, its gradients' settings and its config are as before.
         Source: docs/method.md, "The online protocol" (the paper's section on PG-19).
         """
+        self._require_attached("memorize")
+        if self.arena.disabled:
+            raise ValueError("memorize: the memory is disabled here, so nothing can be learned; leave the disabled() block")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
         settings = online.Settings(
             window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer,
             update=update, context_gradient=context_gradient, bos=bos,
@@ -184,6 +191,21 @@ class Memory:
         these; the memory in use then stays.
         """
         checkpoint.load(self._attachment, path)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
+        return snapshot.take(self._attachment)
+
+    def restore(self, snapshot_: Snapshot) -> None:
+        """Puts a snapshot back, bit for bit. ValueError if it is of another host or of other slots."""
+        snapshot.restore(self._attachment, snapshot_)
+
+    def fork(self) -> "Memory":
+        """A second, independent memory that starts as this one, on a model of its own (`.model`).
+
+        The two models share the host's weights, so a fork costs the memory's size only.
+        """
+        return memory_of(snapshot.fork_model(self._attachment))
 
     # ---- ending it -------------------------------------------------------------------------------------------
     def detach(self) -> None:
@@ -225,7 +247,7 @@ def attach(model: nn.Module, config: LocasConfig | None = None) -> Memory:
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
     memory = Memory(Attachment(model, config or LocasConfig()))
-    model._locas_memory = memory
+    memory.model._locas_memory = memory
     return memory
 
 
@@ -251,4 +273,4 @@ def memory_of(model: nn.Module) -> Memory:
     return memory
 
 
-__all__ = ["Chunk", "LayerStatus", "MemorizeReport", "Memory", "attach", "load", "memory_of"]
+__all__ = ["Chunk", "LayerStatus", "MemorizeReport", "Memory", "Snapshot", "attach", "load", "memory_of"]

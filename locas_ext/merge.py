@@ -4,40 +4,45 @@ import torch
 from torch import Tensor, nn
 
 from .hosts import Host, inspect_host
+from .kernels import HostWeights
 from .patch import Attachment
 from .slots import GATE, KEY, VALUE
 
 ORIGINAL_WIDTH_KEY = "locas_unmerged_intermediate_size"
 
 
-def _grown(weight: Tensor, rows: Tensor | None, width: int, dim: int) -> nn.Parameter:
+def _grown(weight: Tensor | None, rows: Tensor | None, width: int, dim: int) -> Tensor | None:
     """weight with zeros appended along `dim` up to `width`, the first of them taken by `rows`."""
+    if weight is None:
+        return None
     shape = list(weight.shape)
     old, shape[dim] = shape[dim], width
     grown = weight.new_zeros(shape)
     grown.narrow(dim, 0, old).copy_(weight)
     if rows is not None:
         grown.narrow(dim, old, rows.shape[dim]).copy_(rows)
-    return nn.Parameter(grown, requires_grad=weight.requires_grad)
+    return grown
 
 
-def _replace(host: Host, tensors: list[dict], width: int) -> None:
-    """Puts new parameters in and lets every attribute that states the width follow."""
-    for ffn, new in zip(host.ffns, tensors):
-        gate, up, down = ffn.projections()
-        for linear, prefix in ((gate, "gate"), (up, "up"), (down, "down")):
-            linear.weight = new[prefix]
-            if (bias := new.get(prefix + "_bias")) is not None:
-                linear.bias = bias
-        gate.out_features = up.out_features = down.in_features = width
-        if hasattr(ffn.module, host.family.width_key):
-            setattr(ffn.module, host.family.width_key, width)
-    setattr(host.config, host.family.width_key, width)
+def _resize(host: Host, weights: list[HostWeights], width: int) -> None:
+    """Puts new weights in and lets every attribute that states the width follow.
+
+    All parameters are made before the first is put in: what can fail, fails while the model is still whole.
+    """
+    packed = [ffn.pack(new) for ffn, new in zip(host.ffns, weights)]
+    for ffn, parameters in zip(host.ffns, packed):
+        for linear, name, parameter in parameters:
+            setattr(linear, name, parameter)
+        for linear in ffn.projections():
+            linear.out_features, linear.in_features = linear.weight.shape
+        if hasattr(ffn.module, "intermediate_size"):
+            ffn.module.intermediate_size = width
+    host.config.intermediate_size = width
 
 
 @torch.no_grad()
 def merge(attachment: Attachment, pad_to_multiple_of: int):
-    """See `Memory.merge_and_unload`. All new tensors are built before the first is put in."""
+    """See `Memory.merge_and_unload`."""
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
     host, arena = attachment.host, attachment.arena
@@ -45,32 +50,27 @@ def merge(attachment: Attachment, pad_to_multiple_of: int):
     for layer, ffn in enumerate(host.ffns):
         if (obstacle := ffn.obstacle()) is not None:
             raise ValueError(f"cannot merge: layer {layer}'s {obstacle}; use the memory attached instead")
-    m = host.intermediate_size
-    width = -(-(m + arena.rank) // pad_to_multiple_of) * pad_to_multiple_of
-    slots_of = dict(zip(arena.layers, arena.slots))
-    scale_of = dict(zip(arena.layers, arena.scales))
+    width = -(-(host.intermediate_size + arena.rank) // pad_to_multiple_of) * pad_to_multiple_of
+    memory_of = dict(zip(arena.layers, zip(arena.slots, arena.scales)))
 
+    widened = []
     with torch.inference_mode(False):
-        tensors = []
         for layer, ffn in enumerate(host.ffns):
-            weights, slots = ffn.weights(), slots_of.get(layer)
-            gate_rows = up_rows = down_columns = None
-            if slots is not None:
-                gate_rows, up_rows = slots[GATE], slots[KEY]
-                down_columns = scale_of[layer] * slots[VALUE].T
-            new = {
-                "gate": _grown(weights.gate, gate_rows, width, 0),
-                "up": _grown(weights.up, up_rows, width, 0),
-                "down": _grown(weights.down, down_columns, width, 1),
-            }
-            if weights.gate_bias is not None:
-                new["gate_bias"] = _grown(weights.gate_bias, None, width, 0)
-            if weights.up_bias is not None:
-                new["up_bias"] = _grown(weights.up_bias, None, width, 0)
-            tensors.append(new)
-    _replace(host, tensors, width)
+            old = ffn.weights()
+            slots, scale = memory_of.get(layer, ((None, None, None), 0.0))
+            columns = None if slots[VALUE] is None else scale * slots[VALUE].T
+            widened.append(HostWeights(
+                gate=_grown(old.gate, slots[GATE], width, 0),
+                up=_grown(old.up, slots[KEY], width, 0),
+                down=_grown(old.down, columns, width, 1),
+                gate_bias=_grown(old.gate_bias, None, width, 0),
+                up_bias=_grown(old.up_bias, None, width, 0),
+                down_bias=old.down_bias,
+            ))
+        old_width = host.intermediate_size
+        _resize(host, widened, width)
     if not hasattr(host.config, ORIGINAL_WIDTH_KEY):
-        setattr(host.config, ORIGINAL_WIDTH_KEY, m)
+        setattr(host.config, ORIGINAL_WIDTH_KEY, old_width)
     return host.model
 
 
@@ -83,25 +83,23 @@ def unmerge(model: nn.Module) -> nn.Module:
     """
     if (m := getattr(_text_config(model), ORIGINAL_WIDTH_KEY, None)) is None:
         raise ValueError("model is not a merged one: its config does not record the width before a merge")
+    if getattr(model, "_locas_memory", None) is not None:
+        raise ValueError("model has a memory attached, made for the merged width: detach() it before unmerge")
     host = inspect_host(model)
     with torch.inference_mode(False):
-        tensors = []
-        for ffn in host.ffns:
-            weights = ffn.weights()
-            sliced = {
-                "gate": weights.gate[:m],
-                "up": weights.up[:m],
-                "down": weights.down[:, :m],
-                "gate_bias": weights.gate_bias if weights.gate_bias is None else weights.gate_bias[:m],
-                "up_bias": weights.up_bias if weights.up_bias is None else weights.up_bias[:m],
-            }
-            tensors.append({
-                name: tensor if tensor is None else nn.Parameter(tensor.clone(), requires_grad=tensor.requires_grad)
-                for name, tensor in sliced.items()
-            })
-    _replace(host, tensors, m)
+        _resize(host, [_sliced(ffn.weights(), m) for ffn in host.ffns], m)
     delattr(host.config, ORIGINAL_WIDTH_KEY)
     return model
+
+
+def _sliced(old: HostWeights, m: int) -> HostWeights:
+    def rows(tensor):
+        return None if tensor is None else tensor[:m].clone()
+
+    return HostWeights(
+        rows(old.gate), rows(old.up), old.down[:, :m].clone(memory_format=torch.contiguous_format),
+        rows(old.gate_bias), rows(old.up_bias), old.down_bias,
+    )
 
 
 def _text_config(model):

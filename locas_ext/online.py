@@ -28,12 +28,16 @@ from transformers import DynamicCache
 
 from . import checkpoint
 from .errors import LocasError
-from .ops import neuron_importance
+from .hosts import Host
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
 from .slots import GATE, KEY, initial_rows
 from .stream import Chunk, MemorizeReport, Stream
+
+
+# Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
+FP16_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,17 @@ def resolve_settings(settings: Settings, host) -> Settings:
     window = min(2048, positions) if settings.window is None else settings.window
     window = _integer("window", window, 2, positions, " (the host's positions)")
     stride = max(1, window // 4) if settings.stride is None else settings.stride
-    stride = _integer("stride", stride, 1, window, " (the window)")
+    if settings.bos:
+        stride = _integer("stride", stride, 1, window - 1, " (the window without its BOS token)")
+    else:
+        stride = _integer("stride", stride, 1, window, " (the window)")
     epochs = _integer("epochs", settings.epochs, 1, math.inf)
     rate = settings.learning_rate
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"learning_rate is {rate!r}; expected a number >= 0")
     if not (0.0 <= rate < math.inf):
         raise ValueError(f"learning_rate is {rate}; expected a finite number >= 0")
-    if settings.optimizer not in OPTIMIZERS:
+    if settings.optimizer not in tuple(OPTIMIZERS):
         raise ValueError(f"optimizer is {settings.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
     if settings.update != "backprop":
         raise ValueError(f"update is {settings.update!r}; expected 'backprop'")
@@ -146,9 +153,49 @@ class Window:
         return cls(context, inputs, ids[first:end])
 
 
-def chunk_loss(model, window: Window, context_gradient: bool) -> Tensor:
+class _ContextReady(Exception):
+    """The last layer's keys and values of the context are in the cache."""
+
+
+class ContextCache(DynamicCache):
+    """A KV cache that ends the context's forward as soon as nothing more is needed of it.
+
+    Of the last layer only keys and values are read later, so its attention and FFN over the context are not computed.
+    """
+
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        self.last_layer = model.config.get_text_config(decoder=True).num_hidden_layers - 1
+        self.ends_forward = False
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.ends_forward and layer_idx == self.last_layer:
+            raise _ContextReady
+        return result
+
+    @torch.no_grad()
+    def fill(self, model, context: Tensor, may_end_early: bool) -> None:
+        """Runs the context [1, n] through the base model: nobody reads its logits."""
+        self.ends_forward = may_end_early
+        try:
+            model.base_model(input_ids=context, past_key_values=self, use_cache=True)
+        except _ContextReady:
+            return
+        finally:
+            self.ends_forward = False
+
+
+def may_end_early(model) -> bool:
+    """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
+    return not any(
+        hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
     """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph over its inputs."""
-    device = model.get_input_embeddings().weight.device
+    model, device = host.model, host.input_device()
     context, inputs, targets = (part.to(device)[None] for part in (window.context, window.inputs, window.targets))
     if context.shape[1] == 0:
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -156,10 +203,8 @@ def chunk_loss(model, window: Window, context_gradient: bool) -> Tensor:
         everything = torch.cat([context, inputs], dim=1)
         logits = model(input_ids=everything, use_cache=False, logits_to_keep=inputs.shape[1]).logits
     else:
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            # The base model, without its head: nobody reads the context's logits.
-            model.base_model(input_ids=context, past_key_values=cache, use_cache=True)
+        cache = ContextCache(model)
+        cache.fill(model, context, ends_early)
         logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
     return F.cross_entropy(logits[0].float(), targets[0].to(logits.device), reduction="sum")
 
@@ -167,12 +212,15 @@ def chunk_loss(model, window: Window, context_gradient: bool) -> Tensor:
 def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
     """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
     arena = attachment.arena
+    loss_scale = FP16_LOSS_SCALE if arena.compute.dtype == torch.float16 else 1.0
     arena.zero_grad()
     arena.accumulate = True
     try:
-        (loss / tokens).backward()
+        (loss * (loss_scale / tokens)).backward()
     finally:
         arena.accumulate = False
+    if loss_scale != 1.0:
+        arena.grad /= loss_scale
     if not math.isfinite(arena.grad.norm().item()):
         arena.zero_grad()
         raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {arena.version}")
@@ -188,13 +236,10 @@ def _observe(attachment: Attachment, rows: list):
 
     def observer(ffn):
         def observe(x: Tensor) -> None:
-            host = ffn.ffn.weights()
             x = x.detach().reshape(-1, x.shape[-1])
-            importance = neuron_importance(
-                x, host.gate, host.up, ffn.activation, host.gate_bias, host.up_bias,
-                backend="reference" if ffn.backend == "reference" else "auto",
-            )
-            rows.append(initial_rows(attachment.config, importance, host.gate, host.up, x, generator))
+            gate_weight, up_weight = ffn.ffn.dense_gate_up(x)
+            importance = ffn.importance(x)
+            rows.append(initial_rows(attachment.config, importance, gate_weight, up_weight, x, generator))
 
         return observe
 
@@ -210,7 +255,7 @@ def _observe(attachment: Attachment, rows: list):
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
     arena, rows = attachment.arena, []
-    device = attachment.host.model.get_input_embeddings().weight.device
+    device = attachment.host.input_device()
     arena.disabled += 1
     try:
         with _observe(attachment, rows), torch.no_grad():
@@ -237,14 +282,14 @@ def initialize(attachment: Attachment, input_ids) -> None:
     attachment.stream = None
 
 
-def _score_and_initialize(attachment: Attachment, ids: Tensor) -> Tensor:
-    """The first chunk [n]: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
+def _score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
+    """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
 
     def forward(x: Tensor) -> Tensor:
-        logits = attachment.host.model(input_ids=x, use_cache=False).logits
-        return F.cross_entropy(logits[0, :-1].float(), x[0, 1:].to(logits.device), reduction="sum")
+        logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
+        return F.cross_entropy(logits.float(), window.targets.to(logits.device), reduction="sum")
 
-    return _initialize_from(attachment, ids, forward)
+    return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward)
 
 
 # ---- the whole text -------------------------------------------------------------------------------------------
@@ -336,6 +381,7 @@ def memorize(
     report = MemorizeReport(chunks=list(stream.chunks))
     hasher = hashlib.sha256(ids[: stream.position].numpy().tobytes())
     bos = bos_token(host) if settings.bos else None
+    ends_early = may_end_early(host.model)
     started = time.perf_counter()
 
     bar = StreamProgress(len(ids), stream.position, report) if progress else nullcontext()
@@ -344,15 +390,16 @@ def memorize(
         for start in range(stream.position, len(ids), settings.stride):
             end = min(start + settings.stride, len(ids))
             place = f"chunk {len(report.chunks)} (tokens {start} to {end - 1})"
-            if end == 1:
-                break  # a text's first token alone: nothing to score
+            if end == 1:  # a text's first token alone: nothing to score
+                hasher.update(ids[:1].numpy().tobytes())
+                continue
             version = arena.version
             window = Window.of(ids, start, end, settings.window, bos)
             loss = None
             if not arena.initialized:
-                nll = _score_and_initialize(attachment, ids[start:end])
+                nll = _score_and_initialize(attachment, window)
             else:
-                nll = loss = chunk_loss(host.model, window, settings.context_gradient)
+                nll = loss = chunk_loss(host, window, settings.context_gradient, ends_early)
             chunk = Chunk(start, end, len(window.targets), nll.item(), version)
             if not math.isfinite(chunk.nll):
                 raise LocasError(
@@ -360,7 +407,7 @@ def memorize(
                 )
             for epoch in range(settings.epochs):
                 if loss is None or epoch > 0:
-                    loss = chunk_loss(host.model, window, settings.context_gradient)
+                    loss = chunk_loss(host, window, settings.context_gradient, ends_early)
                 learn(attachment, loss, chunk.tokens, settings, place)
             report.chunks.append(chunk)
             hasher.update(ids[start:end].numpy().tobytes())

@@ -54,13 +54,15 @@ def _check_x(op: str, x: Tensor, backend: str) -> None:
         )
 
 
-def _check_host(op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple) -> None:
+def _check_host(
+    op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple, has_down: bool = True
+) -> None:
     d, same = x.shape[-1], (x.dtype,)
     _expect(op, "gate_weight", gate_weight, ("m", d), x, same)
     m = gate_weight.shape[0]
     _expect(op, "up_weight", up_weight, (m, d), x, same)
     named = [("gate_weight", gate_weight), ("up_weight", up_weight)]
-    if down_weight is not None:
+    if has_down:
         _expect(op, "down_weight", down_weight, (d, m), x, same)
         named.append(("down_weight", down_weight))
     for name, bias, size in zip(("gate_bias", "up_bias", "down_bias"), biases, (m, m, d)):
@@ -81,6 +83,8 @@ def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where x lives, or None."""
+    if not isinstance(x, Tensor):
+        return None  # _check_x says so
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -252,7 +256,7 @@ def neuron_importance(
     """
     index = activation_index(activation)
     _check_x("neuron_importance", x, backend)
-    _check_host("neuron_importance", x, gate_weight, up_weight, None, (gate_bias, up_bias))
+    _check_host("neuron_importance", x, gate_weight, up_weight, None, (gate_bias, up_bias), has_down=False)
     x2d = x.reshape(-1, x.shape[-1])
     if x2d.shape[0] == 0:
         raise ValueError("neuron_importance: x holds no tokens; the mean needs at least one")

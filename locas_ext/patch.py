@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .activations import activation_index
+from .activations import activate, activation_index
 from .config import LocasConfig
 from .hosts import HostFFN, inspect_host, value_norm_mean
 from .kernels import glu_ffn_forward, sideway_forward
 from .ops import GluFFNFunction, SidewayGluFunction
 from .slots import SlotArena, check_rank
+from .stale_cache import StaleCacheGuard
 
 
 class PatchedFFN:
@@ -40,7 +41,7 @@ class PatchedFFN:
         self.attached = False  # whoever wrapped our forward since and still holds it gets the original's result
         attributes = self.ffn.module.__dict__
         for name in ("forward", "_old_forward"):
-            if attributes.get(name) is not self.bound:
+            if attributes.get(name) != self.bound:  # equal, not identical: deepcopy makes a second method object
                 continue
             if self.replaced is None:
                 del attributes[name]
@@ -61,10 +62,10 @@ class PatchedFFN:
         parameter = arena.parameters[self.index]
         learns = torch.is_grad_enabled() and parameter.requires_grad and arena.initialized
         # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
-        if arena.version == 0 and not learns:
+        if not arena.learned and not learns:
             return self.original(x)
-        alone = arena.version == 0 or self.path()[0] == "sideway"
-        if self.backend == "reference" or torch.is_autocast_enabled(x.device.type):
+        alone = not arena.learned or self.path()[0] == "sideway"
+        if self.backend == "reference" or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
             return self._forward_plain(x, parameter, alone)
         views = arena.views[self.index]
         if views.value.dtype != x.dtype or views.value.device != x.device:
@@ -89,7 +90,8 @@ class PatchedFFN:
 
     def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
         """The reference backend, and any backend under autocast: public ops with all their checks."""
-        scale, backend = self.arena.scales[self.index], self.backend
+        scale = self.arena.scales[self.index]
+        backend = "reference" if x.dtype == torch.float64 else self.backend  # a host moved to float64 after attach
         if alone or torch.is_autocast_enabled(x.device.type):
             return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, backend)
         gate, up, down, *biases = self.ffn.weights()
@@ -98,13 +100,21 @@ class PatchedFFN:
     def _forward_compiled(self, x: Tensor) -> Tensor:
         arena = self.arena
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
-        learned = arena.version > 0
-        if not (learned or (torch.is_grad_enabled() and arena.initialized)):
+        if not (arena.learned or (torch.is_grad_enabled() and arena.initialized)):
             return self.original(x)
-        if not learned or self.path()[0] == "sideway":
+        if not arena.learned or self.path()[0] == "sideway":
             return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.backend)
         gate, up, down, *biases = self.ffn.weights()
         return ops.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases, backend=self.backend)
+
+    @torch.no_grad()
+    def importance(self, x: Tensor) -> Tensor:
+        """How strongly each host neuron fires on x [T, d]: [m] float32 (`ops.neuron_importance`)."""
+        if self.ffn.obstacle() is not None:
+            gate, up = self.ffn.pre_activations(x)
+            return (activate(gate, self.activation) * up).abs().float().mean(0)
+        gate, up, _, gate_bias, up_bias, _ = self.ffn.weights()
+        return ops.neuron_importance(x, gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
 
     def path(self) -> tuple[str, str]:
         """("fused", why) where the whole FFN runs as one op, ("sideway", why) where the memory is added beside it."""
@@ -120,6 +130,7 @@ class Attachment:
     def __init__(self, model, config: LocasConfig):
         """Checks everything, then binds: a failure leaves the model as it was."""
         host = inspect_host(model)
+        model = host.model
         if getattr(model, "_locas_memory", None) is not None:
             raise ValueError(
                 "model already has a memory attached: use the one that locas.memory_of(model) returns, "
@@ -128,42 +139,51 @@ class Attachment:
         layers = config.resolve_layers(len(host.ffns))
         check_rank(config, host.intermediate_size)
         self.host, self.config = host, config
+        self._check_loaded(host)
         ffns = [host.ffns[layer] for layer in layers]
-        device, dtype = self._placement(ffns)
+        like = host.hidden_state_like()
+        device, dtype = like.device, like.dtype
         backend = config.backend
         if dtype == torch.float64:
             if backend == "matmul":
                 raise ValueError("backend 'matmul' takes float32, bfloat16 and float16 hosts; this one is float64")
             backend = "reference"
         self.backend = "matmul" if backend == "auto" else backend
-        scales = [self._scale(ffn) for ffn in ffns]
+        scales = [self._scale(ffn, like) for ffn in ffns]
         self.arena = SlotArena(layers, config.rank, host.hidden_size, scales, device, dtype)
         self.ffns = [PatchedFFN(ffn, self.arena, index, self.backend) for index, ffn in enumerate(ffns)]
         self.stream = None  # online.Stream: where memorize() stands in its text
 
+        self.cache_guard = StaleCacheGuard(model, self.arena)
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
         for ffn in self.ffns:
             ffn.bind()
+        self.cache_guard.bind()
 
     @staticmethod
-    def _placement(ffns: list[HostFFN]) -> tuple[torch.device, torch.dtype]:
-        weights = [ffn.weights().gate for ffn in ffns]
-        devices = {weight.device for weight in weights}
+    def _check_loaded(host) -> None:
+        """ValueError unless every FFN has weights, on one device (or offloaded by hooks that bring them)."""
+        devices = set()
+        for ffn in host.ffns:
+            for projection in ffn.projections():
+                for parameter in projection.parameters():
+                    if not parameter.is_meta:
+                        devices.add(parameter.device)
+                    elif not hasattr(projection, "_hf_hook"):
+                        raise ValueError("the host is on the meta device and has no weights yet; load them first")
         if len(devices) > 1:
             names = ", ".join(sorted(str(device) for device in devices))
             raise ValueError(f"the host's layers lie on several devices ({names}); expected all on one")
-        if weights[0].is_meta:
-            raise ValueError("the host is on the meta device and has no weights yet; load them first")
-        return weights[0].device, weights[0].dtype
 
-    def _scale(self, ffn: HostFFN) -> float:
+    def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
-        mean = value_norm_mean(ffn.weights().down)
+        mean = value_norm_mean(ffn.dense_down(like))
         return mean / self.config.rank if self.config.scale == "paper" else mean
 
     def detach(self) -> None:
+        self.cache_guard.unbind()
         for ffn in self.ffns:
             ffn.unbind()
         for name, parameter in self.host.model.named_parameters():

@@ -5,6 +5,8 @@ serves all layers, a file holds one tensor, and clipping is one rule: no row lon
 with is `compute`, the slots in the host's dtype (the same tensor for a float32 host).
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from .kernels import SlotViews
 
 GATE, KEY, VALUE = 0, 1, 2
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+_generations = itertools.count(1)  # one number for every state that any memory has been in
 
 
 class SlotArena:
@@ -47,6 +50,16 @@ class SlotArena:
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.parameters = [nn.Parameter(layer) for layer in self.slots]
             self._bind(dtype)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self._version = value
+        self.generation = next(_generations)
+        self.learned = value > 0  # what compiled graphs guard on: a counter would recompile them at every update
 
     @property
     def rank(self) -> int:
@@ -113,10 +126,6 @@ class SlotArena:
         self.forget_optimizer()
         self._record_versions()
 
-    def set_scale(self, scale: Tensor) -> None:
-        self.scale = scale.to(torch.float32)
-        self.scales = self.scale.tolist()
-
     def reset(self) -> None:
         self.set_slots(torch.zeros_like(self.slots), version=0, initialized=False)
 
@@ -138,6 +147,25 @@ class SlotArena:
                 elif parameter.grad is not grad:
                     grad.copy_(parameter.grad)
         self._bind_grads()
+
+    def output_state(self) -> int:
+        """A number that changes whenever the model's outputs may have: 0 while the host computes alone."""
+        self.sync()
+        return self.generation if self.learned and not self.disabled else 0
+
+    def state_tensors(self, optimizer: bool = True) -> dict[str, Tensor]:
+        """slots and scale, with `optimizer` also step and the states there are; the arena's own tensors."""
+        names = ("slots", "scale", "step", *_STATES) if optimizer else ("slots", "scale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], version: int, initialized: bool) -> None:
+        """Takes over what state_tensors() returned; an optimizer state that is missing starts anew."""
+        self.scale = tensors["scale"].to(self.scale)
+        self.scales = self.scale.tolist()
+        self.set_slots(tensors["slots"], version, initialized)
+        for name in set(tensors) - {"slots", "scale"}:
+            (self.step if name == "step" else self.state(name)).copy_(tensors[name])
 
     def state(self, name: str) -> Tensor:
         """An optimizer state, zero when first asked for."""

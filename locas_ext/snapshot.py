@@ -1,0 +1,61 @@
+"""A memory's whole state in memory: taken, put back, forked."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint import fingerprint
+from .patch import Attachment
+from .stream import Stream
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What `Memory.snapshot` returns: independent copies, to be given to `Memory.restore`."""
+
+    layers: tuple[int, ...]
+    host: dict
+    tensors: dict[str, Tensor]
+    memory_version: int
+    initialized: bool
+    stream: Stream | None
+
+
+def take(attachment: Attachment) -> Snapshot:
+    """See `Memory.snapshot`."""
+    arena = attachment.arena
+    arena.sync()
+    return Snapshot(
+        layers=arena.layers,
+        host=fingerprint(attachment.host),
+        tensors={name: tensor.clone() for name, tensor in arena.state_tensors().items()},
+        memory_version=arena.version,
+        initialized=arena.initialized,
+        stream=copy.deepcopy(attachment.stream),
+    )
+
+
+def restore(attachment: Attachment, snapshot: Snapshot) -> None:
+    """See `Memory.restore`."""
+    if not isinstance(snapshot, Snapshot):
+        raise TypeError(f"snapshot is {type(snapshot).__name__}; expected what Memory.snapshot() returned")
+    arena, host = attachment.arena, fingerprint(attachment.host)
+    if different := [name for name in host if snapshot.host.get(name) != host[name]]:
+        raise ValueError(f"the snapshot is of another host: {', '.join(different)} differ")
+    shape = snapshot.tensors["slots"].shape
+    if snapshot.layers != arena.layers or shape != arena.slots.shape:
+        raise ValueError(
+            f"the snapshot has slots {list(shape)} in layers {list(snapshot.layers)}; "
+            f"attached are {list(arena.slots.shape)} in layers {list(arena.layers)}"
+        )
+    arena.load_state(snapshot.tensors, snapshot.memory_version, snapshot.initialized)
+    attachment.stream = copy.deepcopy(snapshot.stream)
+
+
+def fork_model(attachment: Attachment) -> torch.nn.Module:
+    """A second model on the same weights (shared, not copied) with a memory of its own that starts as this one."""
+    model = attachment.host.model
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,193 @@
+"""Every supported host family through its real transformers class: the whole life of a memory."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import locas_ext as locas
+from helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
+from locas_ext.hosts import HOSTS
+
+# Settings beyond the common ones that a family needs, or that make it harder.
+SETTINGS = {
+    "gemma": {"hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"sliding_window": 16},
+    "gemma3_text": {"sliding_window": 16},
+    "glm4": {},
+    "granite": {"mlp_bias": True},
+    "llama": {"mlp_bias": True},
+    "mistral": {"sliding_window": 16},
+    "olmo2": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"mlp_bias": True},
+}
+LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
+
+
+def tiny(model_type, seed=0, **settings):
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **{**SETTINGS.get(model_type, {}), **settings},
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_every_family_of_the_table_is_tested():
+    assert set(SETTINGS) == set(HOSTS)
+
+
+@pytest.mark.parametrize("family", sorted(SETTINGS))
+def test_the_life_of_a_memory(family, tmp_path):
+    model = tiny(family)
+    before, ids = snapshot(model), TEXT
+    host = logits_of(model, ids)
+
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    assert torch.equal(logits_of(model, ids), host)
+    assert list(model.state_dict()) == list(before["state"])
+    memory.initialize(ids[:16])
+    assert torch.equal(logits_of(model, ids), host)
+
+    report = memory.memorize(ids.repeat(3), **LEARN)
+    first, last = report.chunks[0], report.chunks[-1]
+    assert last.nll / last.tokens < first.nll / first.tokens
+    assert all(entry.backend == "matmul, fused" for entry in memory.status())
+    learned = logits_of(model, ids)
+    assert not torch.allclose(learned, host)
+    with memory.disabled():
+        assert torch.equal(logits_of(model, ids), host)
+
+    memory.save_pretrained(tmp_path / "memory")
+    memory.detach()
+    assert torch.equal(logits_of(model, ids), host)
+    assert_same_host(model, before)
+
+    memory = locas.load(model, tmp_path / "memory")
+    assert torch.equal(logits_of(model, ids), learned)
+
+    merged = memory.merge_and_unload(pad_to_multiple_of=16)
+    assert merged is model and merged.config.intermediate_size == 64
+    torch.testing.assert_close(logits_of(merged, ids), learned, rtol=1e-5, atol=1e-5 * learned.abs().max().item())
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert locas.unmerge(reloaded) is reloaded
+    assert torch.equal(logits_of(reloaded, ids), host)
+    locas.unmerge(model)
+    assert_same_host(model, before, ("state", "requires_grad", "training", "attributes"))
+    assert model.config.intermediate_size == 48
+
+
+FRESH_PROCESS = """
+import sys, pathlib, torch, transformers
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids, expected = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max(), folder.name
+    print(folder.name)
+assert not any(name.startswith("locas") for name in sys.modules)
+"""
+
+
+def test_merged_checkpoints_of_all_families_need_no_locas_ext(tmp_path):
+    for family in SETTINGS:
+        model = tiny(family)
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+        memory.memorize(TEXT, **LEARN)
+        attached = logits_of(model, TEXT)
+        memory.merge_and_unload(pad_to_multiple_of=16).save_pretrained(tmp_path / family)
+        torch.save((TEXT, attached), tmp_path / family / "expected.pt")
+    run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == sorted(SETTINGS)
+
+
+@pytest.mark.parametrize("family", sorted(SETTINGS))
+def test_the_fused_ffn_is_the_host_plus_the_memory(family):
+    model = tiny(family)
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    memory.memorize(TEXT, **LEARN)
+    ffn = memory._attachment.ffns[0]
+    x = torch.randn(3, 5, 32)
+    with torch.no_grad():
+        from locas_ext import reference
+
+        expected = ffn.original(x) + reference.sideway_glu(
+            x, memory.slots[0], memory.scale[0].item(), ffn.activation
+        )
+        torch.testing.assert_close(ffn.ffn.module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+UNSUPPORTED = {
+    "mixtral": "mixture of experts",
+    "qwen3_moe": "mixture of experts",
+    "bloom": "supported model types are",
+    "gpt2": "supported model types are",
+    "opt": "supported model types are",
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(UNSUPPORTED))
+def test_other_families_are_refused_by_name(model_type):
+    small = dict(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    if model_type in ("mixtral", "qwen3_moe"):
+        small |= dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16)
+    if model_type == "opt":
+        small |= dict(ffn_dim=48, word_embed_proj_dim=32)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **small))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=UNSUPPORTED[model_type]) as error:
+        locas.attach(model)
+    assert model_type in str(error.value)
+    assert_same_host(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_a_deep_copy_learns_on_its_own(family):
+    model = tiny(family)
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    memory.memorize(TEXT, **LEARN)
+    twin = copy.deepcopy(model)
+    slots = memory.slots.clone()
+    locas.memory_of(twin).memorize(TEXT, **LEARN)
+    assert torch.equal(memory.slots, slots)
+    memory.memorize(TEXT, **LEARN)
+    assert torch.equal(memory.slots, locas.memory_of(twin).slots)
+
+
+def test_generate_with_beams_and_left_padding_sees_the_memory():
+    model = tiny("qwen3")
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    memory.memorize(TEXT.repeat(3), **LEARN)
+    prompt = random_ids(9)
+    padded = torch.cat([torch.zeros(4, dtype=torch.long), prompt])[None]
+    mask = (torch.arange(13) >= 4).long()[None]
+    alone = model.generate(prompt[None], max_new_tokens=6, do_sample=False, num_beams=2)[0, 9:]
+    beside = model.generate(
+        padded.repeat(2, 1), attention_mask=mask.repeat(2, 1), max_new_tokens=6, do_sample=False, num_beams=2
+    )[:, 13:]
+    assert torch.equal(beside[0], alone) and torch.equal(beside[1], alone)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "hybrid"])
+def test_generate_with_every_cache_class_gives_the_same_text(cache):
+    model = tiny("gemma2" if cache == "hybrid" else "llama")
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    memory.memorize(TEXT, **LEARN)
+    prompt = random_ids(9)[None]
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+    got = model.generate(prompt, max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    assert torch.equal(got, expected)

@@ -1,0 +1,128 @@
+"""Live memories: snapshots, forks, swaps, and KV caches that outlived the memory that filled them."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import locas_ext as locas
+from helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
+
+OTHER = random_ids(40, seed=7)
+
+
+def test_a_restored_snapshot_is_the_memory_of_then_and_learns_on_alike():
+    model, memory = learned()
+    kept, before = memory.snapshot(), logits_of(model, TEXT)
+    memory.memorize(OTHER, **SETTINGS)
+    once = memory.slots.clone()
+    memory.restore(kept)
+    assert torch.equal(logits_of(model, TEXT), before) and memory.version == kept.memory_version
+    memory.memorize(OTHER, **SETTINGS)
+    assert torch.equal(memory.slots, once)
+
+
+def test_a_snapshot_does_not_change_with_the_memory():
+    model, memory = learned()
+    kept = memory.snapshot()
+    slots = memory.slots.clone()
+    memory.memorize(OTHER, **SETTINGS)
+    assert torch.equal(kept.tensors["slots"], slots)
+
+
+def test_a_snapshot_of_another_host_or_shape_is_refused():
+    _, memory = learned()
+    slots = memory.slots.clone()
+    _, other_host = learned(seed=5)
+    with pytest.raises(ValueError, match="another host: weights_sha256"):
+        memory.restore(other_host.snapshot())
+    _, other_rank = learned(rank=5)
+    with pytest.raises(ValueError, match=r"slots \[2, 3, 5, 32\]"):
+        memory.restore(other_rank.snapshot())
+    with pytest.raises(TypeError, match="dict"):
+        memory.restore({})
+    assert torch.equal(memory.slots, slots)
+
+
+def test_a_fork_shares_the_hosts_weights_and_nothing_else():
+    model, memory = learned()
+    fork = memory.fork()
+    assert fork.model is not model
+    for mine, theirs in zip(model.parameters(), fork.model.parameters()):
+        assert mine is theirs
+    assert torch.equal(logits_of(fork.model, TEXT), logits_of(model, TEXT))
+    before = logits_of(model, TEXT)
+    fork.memorize(OTHER, **SETTINGS)
+    assert torch.equal(logits_of(model, TEXT), before)
+    memory.memorize(OTHER, **SETTINGS)
+    assert torch.equal(memory.slots, fork.slots)
+    fork.detach()
+    assert not torch.equal(logits_of(model, TEXT), logits_of(fork.model, TEXT))
+
+
+def test_merging_a_fork_leaves_the_first_model_alone():
+    model, memory = learned()
+    before = logits_of(model, TEXT)
+    merged = memory.fork().merge_and_unload(pad_to_multiple_of=8)
+    torch.testing.assert_close(logits_of(merged, TEXT), before, rtol=1e-5, atol=1e-5)
+    assert model.model.layers[0].mlp.up_proj.out_features == 40
+    assert torch.equal(logits_of(model, TEXT), before)
+
+
+def test_load_swaps_memories_in_one_attached_model(tmp_path):
+    model, memory = learned()
+    first = logits_of(model, TEXT)
+    memory.save_pretrained(tmp_path / "first")
+    memory.reset()
+    memory.memorize(OTHER, **SETTINGS)
+    second = logits_of(model, TEXT)
+    memory.save_pretrained(tmp_path / "second")
+    for name, expected in (("first", first), ("second", second), ("first", first)):
+        memory.load(tmp_path / name)
+        assert torch.equal(logits_of(model, TEXT), expected)
+
+
+def generated(model, ids, **settings):
+    return model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **settings)
+
+
+def test_a_cache_from_before_an_update_is_refused():
+    model, memory = attached()
+    out = generated(model, TEXT[None, :12])
+    generated(model, out.sequences, past_key_values=copy.deepcopy(out.past_key_values))  # nothing learned yet: fine
+    memory.memorize(OTHER, **SETTINGS)
+    with pytest.raises(ValueError, match="allow_stale_cache=True"):
+        generated(model, out.sequences, past_key_values=out.past_key_values)
+    generated(model, out.sequences, past_key_values=out.past_key_values, allow_stale_cache=True)
+
+
+def test_a_cache_of_the_present_memory_is_taken():
+    model, memory = learned()
+    out = generated(model, TEXT[None, :12])
+    whole = generated(model, out.sequences)
+    continued = generated(model, out.sequences, past_key_values=out.past_key_values)
+    assert torch.equal(whole.sequences, continued.sequences)
+
+
+def test_caches_filled_by_hand_or_by_the_host_alone_are_watched_too():
+    model, memory = learned()
+    by_hand, by_host = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=TEXT[None, :8], past_key_values=by_hand)
+        with memory.disabled():
+            model(input_ids=TEXT[None, :8], past_key_values=by_host)
+    with pytest.raises(ValueError, match="past_key_values"):
+        generated(model, TEXT[None, :10], past_key_values=by_host)
+    generated(model, TEXT[None, :10], past_key_values=copy.deepcopy(by_hand))
+    memory.reset()
+    with pytest.raises(ValueError, match="past_key_values"):
+        generated(model, TEXT[None, :10], past_key_values=by_hand)
+
+
+def test_detach_gives_generate_back():
+    model, memory = learned()
+    out = generated(model, TEXT[None, :12])
+    memory.detach()
+    assert "generate" not in model.__dict__ and not model._forward_hooks
+    generated(model, out.sequences, past_key_values=out.past_key_values)

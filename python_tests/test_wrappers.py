@@ -1,0 +1,186 @@
+"""Hosts inside other libraries' wrappers: the memory runs beside the host's own forward, and says so."""
+
+import pytest
+import torch
+
+import locas_ext as locas
+from helpers import TEXT, attached, learned, logits_of, tiny_model
+
+LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
+
+
+def logits(model, ids=TEXT):
+    with torch.no_grad():
+        return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def check_life(model, tmp_path, obstacle):
+    """No-op, learning, disabled, save and load, refused merge, detach."""
+    host = logits(model)
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+    assert torch.equal(logits(model), host)
+    report = memory.memorize(TEXT.repeat(3), **LEARN)
+    first, last = report.chunks[0], report.chunks[-1]
+    assert last.nll / last.tokens < first.nll / first.tokens
+    after = logits(model)
+    assert not torch.allclose(after, host)
+    assert any(obstacle in entry.reason and "sideway" in entry.backend for entry in memory.status())
+    with memory.disabled():
+        assert torch.equal(logits(model), host)
+    memory.save_pretrained(tmp_path / "memory")
+    memory.load(tmp_path / "memory")
+    assert torch.equal(logits(model), after)
+    with pytest.raises(ValueError, match="cannot merge: layer 0"):
+        memory.merge_and_unload()
+    assert torch.equal(logits(model), after)
+    memory.detach()
+    assert torch.equal(logits(model), host)
+    return memory
+
+
+def test_a_lora_wrapped_host(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "up_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False
+    )
+    model = peft.get_peft_model(tiny_model(), lora).eval()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    check_life(model, tmp_path, "up_proj is a peft")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+def test_a_lora_hosts_memory_starts_from_the_weights_it_really_has():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny_model(), lora).eval()
+    memory = locas.attach(wrapped, locas.LocasConfig(rank=4))
+    memory.initialize(TEXT)
+    slots, scale = memory.slots.clone(), memory.scale.clone()
+    memory.detach()
+    plain = locas.attach(wrapped.merge_and_unload(), locas.LocasConfig(rank=4))
+    plain.initialize(TEXT)
+    torch.testing.assert_close(slots, plain.slots, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scale, plain.scale, rtol=1e-4, atol=1e-6)
+
+
+def test_an_int8_host(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    check_life(model, tmp_path, "gate_proj holds a")
+
+
+def test_a_host_offloaded_to_disk(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    expected = logits(model)
+    accelerate.disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model), expected)
+    check_life(model, tmp_path, "has a forward of its own")
+    assert next(model.parameters()).is_meta
+
+
+def test_a_host_with_a_device_map(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload",
+                                      force_hooks=True)
+    check_life(model, tmp_path, "has a forward of its own")
+
+
+def test_hooks_on_a_projection_still_run():
+    model, memory = learned()
+    before, calls = logits_of(model, TEXT), []
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits_of(model, TEXT), before, rtol=1e-4, atol=1e-5)
+    assert calls and memory.status()[0].reason == "up_proj has hooks"
+    handle.remove()
+    assert memory.status()[0].backend == "matmul, fused"
+
+
+def test_a_host_that_is_trained_too_gets_its_gradient():
+    model, memory = learned()
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    model(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
+    assert weight.grad.abs().max() > 0 and memory.parameters()[0].grad.abs().max() > 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, memory = learned()
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        memory.arena.zero_grad()
+        model(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
+        gradients.append(memory.arena.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_host_learns_and_is_not_recompiled_by_updates(compiled_first):
+    torch._dynamo.reset()
+    model = tiny_model()
+    if compiled_first:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        host = logits(compiled)
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+    else:
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        host = logits(compiled)
+    torch.testing.assert_close(logits(compiled), host)
+    memory.memorize(TEXT, **LEARN)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(compiled), host)
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        memory.memorize(TEXT, **LEARN)
+        torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    with memory.disabled():
+        torch.testing.assert_close(logits(compiled), host)
+
+
+def test_gradients_of_a_compiled_host():
+    torch._dynamo.reset()
+    model, memory = learned()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (model, compiled):
+        memory.arena.zero_grad()
+        run(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
+        gradients.append(memory.arena.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_float16_hosts_small_gradients_are_not_lost():
+    """A loss so flat that its float16 gradients would be subnormal without the loss scale."""
+    text = TEXT.repeat(2)
+    settings = dict(LEARN, optimizer="sgd", learning_rate=1.0)
+    model16, half = attached(scale=1e-4, dtype=torch.float16)
+    half.memorize(text, **settings)
+    model32, full = attached(scale=1e-4)
+    full.memorize(text, **settings)
+    values16, values32 = half.slots[:, 2], full.slots[:, 2]
+    assert (values16 - values32).norm() < 0.05 * values32.norm()
+
+
+def test_moving_the_host_moves_the_memory():
+    model, memory = learned()
+    expected = logits_of(model, TEXT)
+    model.to(torch.bfloat16)
+    rough = logits_of(model, TEXT)
+    assert rough.dtype == torch.bfloat16 and memory.arena.compute.dtype == torch.bfloat16
+    assert memory.slots.dtype == torch.float32
+    assert (rough.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    memory.memorize(TEXT, **LEARN)
+    model.to(torch.float32)
+    logits_of(model, TEXT)
+    assert memory.arena.compute is memory.slots
