@@ -153,8 +153,29 @@ void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out
   LOCAS_DISPATCH(importance, p, gate.device, stream);
 }
 
+void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll,
+                   const std::optional<TensorRef>& d_logits, uintptr_t stream) {
+  constexpr const char* op = "cross_entropy";
+  CrossEntropyParams p;
+  p.logits = matrix(op, {"logits", logits}, logits);
+  p.d_logits = d_logits ? matrix(op, {"d_logits", *d_logits}, logits) : Rows{nullptr, 0};
+  p.rows = logits.shape[0];
+  p.cols = logits.shape[1];
+  const auto vector_of = [&](const Named& t, DType dtype) {
+    if (t.tensor.ndim != 1 || t.tensor.shape[0] != p.rows || t.tensor.dtype != dtype || !t.tensor.contiguous() ||
+        t.tensor.device != logits.device)
+      fail(op, t, std::string("must be a contiguous ") + (dtype == DType::i64 ? "int64" : "float32") +
+                      " vector of one element per row, on logits' device");
+    return t.tensor.data;
+  };
+  p.targets = static_cast<const int64_t*>(vector_of({"targets", targets}, DType::i64));
+  p.nll = static_cast<float*>(vector_of({"nll", nll}, DType::f32));
+  p.dtype = logits.dtype;
+  LOCAS_DISPATCH(cross_entropy, p, logits.device, stream);
+}
+
 void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
-           const TensorRef& step, const TensorRef& learning_rate, float beta1, float beta2, float eps,
+           const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
            float weight_decay, bool clip, const std::optional<TensorRef>& compute, uintptr_t stream) {
   constexpr const char* op = "update_slots_";
   AdamWParams p;
@@ -222,6 +243,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("glu_backward", &glu_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"), py::arg("d_gate"),
         py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"), py::arg("stream"));
   m.def("importance", &importance, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
+        py::arg("stream"));
+  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
         py::arg("stream"));
   m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),

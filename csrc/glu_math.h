@@ -86,17 +86,19 @@ auto with_activation(Activation activation, F&& f) {
 
 // What one AdamW step needs besides the element itself; computed once a launch.
 struct AdamWFactors {
-  float beta1, beta2, eps;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   float decay;        // 1 - learning_rate * weight_decay
   float step_size;    // learning_rate / (1 - beta1^t)
   float sqrt_correction;  // 1 / sqrt(1 - beta2^t)
 };
 
 LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, double learning_rate) {
-  const double correction1 = 1.0 - pow(static_cast<double>(p.beta1), step);
-  const double correction2 = 1.0 - pow(static_cast<double>(p.beta2), step);
-  return {p.beta1,
-          p.beta2,
+  const double correction1 = 1.0 - pow(p.beta1, step);
+  const double correction2 = 1.0 - pow(p.beta2, step);
+  return {static_cast<float>(p.beta1),
+          static_cast<float>(1.0 - p.beta1),
+          static_cast<float>(p.beta2),
+          static_cast<float>(1.0 - p.beta2),
           p.eps,
           static_cast<float>(1.0 - learning_rate * p.weight_decay),
           static_cast<float>(learning_rate / correction1),
@@ -105,8 +107,8 @@ LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, doubl
 
 // The new value of one slot element; its two states are updated in place.
 LOCAS_INLINE float adamw_element(const AdamWFactors& f, float w, float g, float& exp_avg, float& exp_avg_sq) {
-  exp_avg = f.beta1 * exp_avg + (1.0f - f.beta1) * g;
-  exp_avg_sq = f.beta2 * exp_avg_sq + (1.0f - f.beta2) * g * g;
+  exp_avg = f.beta1 * exp_avg + f.one_minus_beta1 * g;
+  exp_avg_sq = f.beta2 * exp_avg_sq + f.one_minus_beta2 * g * g;
   return w * f.decay - f.step_size * exp_avg / (sqrtf(exp_avg_sq) * f.sqrt_correction + f.eps);
 }
 

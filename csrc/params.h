@@ -51,6 +51,16 @@ struct ImportanceParams {
   DType dtype;
 };
 
+// nll[t] = log(sum_j exp(logits[t, j])) - logits[t, targets[t]], and its gradient softmax(logits[t]) - onehot.
+struct CrossEntropyParams {
+  Rows logits;             // [rows, cols]
+  Rows d_logits;           // [rows, cols] out; data may be null
+  const int64_t* targets;  // [rows], each in [0, cols)
+  float* nll;              // [rows] out
+  int64_t rows, cols;
+  DType dtype;
+};
+
 // The learning rate and the number of this update (counted from 1) lie on the slots' device, so that a captured
 // graph can be replayed with other values.
 struct DeviceScalar {
@@ -68,7 +78,8 @@ struct AdamWParams {
   int64_t rows, d;
   DType compute_dtype;
   DeviceScalar step, learning_rate;
-  float beta1, beta2, eps, weight_decay;
+  double beta1, beta2;  // double: 1 - beta2 loses half its digits in float
+  float eps, weight_decay;
   bool clip;
 };
 

@@ -123,6 +123,14 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
     return importance
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """-> the negative log-likelihood of each row [T] float32 and, if asked for, its gradient [T, V] in logits' dtype."""
+    nll = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    d_logits = torch.empty_like(logits) if gradient else None
+    _C.cross_entropy(logits, targets, nll, d_logits, stream_of(logits))
+    return nll, d_logits
+
+
 def update_slots_(
     slots: Tensor,
     grad: Tensor,

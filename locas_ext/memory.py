@@ -76,6 +76,11 @@ class Memory:
         self.arena.sync()
         return self.arena.version
 
+    @property
+    def tokens_seen(self) -> int:
+        """How far into its text the latest memorize() run has read."""
+        return self._attachment.stream.position if self._attachment.stream else 0
+
     def parameters(self) -> list[nn.Parameter]:
         """L parameters [3, r, d], views of `slots`, for a training loop of one's own (see SlotAdamW)."""
         return list(self.arena.parameters)

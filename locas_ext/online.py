@@ -13,6 +13,7 @@ is computed once: it is reported, then learned from. The cache is dropped after 
 import hashlib
 import math
 import numbers
+import os
 import signal
 import threading
 import time
@@ -22,13 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
 from . import checkpoint
 from .errors import LocasError
 from .hosts import Host
+from .ops import summed_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
@@ -206,7 +207,7 @@ def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: b
         cache = ContextCache(model)
         cache.fill(model, context, ends_early)
         logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-    return F.cross_entropy(logits[0].float(), targets[0].to(logits.device), reduction="sum")
+    return summed_nll(logits, targets.to(logits.device))
 
 
 def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
@@ -287,7 +288,7 @@ def _score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
 
     def forward(x: Tensor) -> Tensor:
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
-        return F.cross_entropy(logits.float(), window.targets.to(logits.device), reduction="sum")
+        return summed_nll(logits, window.targets.to(logits.device))
 
     return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward)
 
@@ -307,7 +308,9 @@ def _quiet_host(model):
 
 @contextmanager
 def _interrupt_between_chunks():
-    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since; a second Ctrl-C acts at once.
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since.
+
+    Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
     Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes.
     """
@@ -319,8 +322,8 @@ def _interrupt_between_chunks():
 
     def handler(signum, frame):
         nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
+        if not pressed:
+            os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
         pressed = True
 
     def check():

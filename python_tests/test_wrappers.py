@@ -63,7 +63,36 @@ def test_a_lora_hosts_memory_starts_from_the_weights_it_really_has():
     torch.testing.assert_close(scale, plain.scale, rtol=1e-4, atol=1e-6)
 
 
-def test_an_int8_host(tmp_path):
+class Int8Linear(torch.nn.Module):
+    """A projection as quantization libraries make them: integers and row scales, and no float weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("quantized", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("row_scale", scale)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.quantized * self.row_scale)
+
+
+def test_a_quantized_host(tmp_path):
+    model = tiny_model()
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Int8Linear(getattr(layer.mlp, name)))
+    memory = check_life(model, tmp_path, "gate_proj is a")
+    dequantized = torch.nn.functional.normalize(
+        model.model.layers[0].mlp.gate_proj.quantized * model.model.layers[0].mlp.gate_proj.row_scale
+    )
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    memory.initialize(TEXT)
+    nearest = (memory.slots[0, 0] @ dequantized.T).amax(1)
+    torch.testing.assert_close(nearest, torch.ones(4), rtol=1e-5, atol=1e-5)
+
+
+def test_an_int8_host_of_torchao(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     model = tiny_model(hidden_size=64, intermediate_size=96)
     torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())

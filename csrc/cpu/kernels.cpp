@@ -141,6 +141,52 @@ void importance(const ImportanceParams& p) {
   });
 }
 
+// A row belongs to one thread, which goes over it twice, three times with the gradient: maximum, sum, gradient.
+template <class T>
+void cross_entropy_typed(const CrossEntropyParams& p) {
+#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Block<T> block;
+    const auto for_each_block_of_row = [&](auto&& f) {
+      for (int64_t col = 0; col < p.cols; col += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
+        f(block.load(at<T>(p.logits, row, col), n), col, n);
+      }
+    };
+    float maximum = -INFINITY;
+    for_each_block_of_row([&](const float* x, int64_t, int n) {
+#pragma omp simd reduction(max : maximum)
+      for (int i = 0; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
+    });
+    double sum = 0.0;
+    for_each_block_of_row([&](const float* x, int64_t, int n) {
+      float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+      for (int i = 0; i < n; ++i) part += fast_exp(x[i] - maximum);
+      sum += part;
+    });
+    float target;
+    load_block(at<T>(p.logits, row, p.targets[row]), &target, 1);
+    p.nll[row] = static_cast<float>(std::log(sum) + maximum - target);
+    if (!p.d_logits.data) continue;
+    const float inverse = static_cast<float>(1.0 / sum);
+    for_each_block_of_row([&](const float* x, int64_t col, int n) {
+      Block<T> out_block;
+      T* to = at<T>(p.d_logits, row, col);
+      float* out = out_block.begin_store(to);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = fast_exp(x[i] - maximum) * inverse;
+      const int64_t hit = p.targets[row] - col;
+      if (hit >= 0 && hit < n) out[hit] -= 1.0f;
+      out_block.end_store(to, n);
+    });
+  }
+}
+
+void cross_entropy(const CrossEntropyParams& p) {
+  with_type(p.dtype, [&]<class T>() { cross_entropy_typed<T>(p); });
+}
+
 double read(const DeviceScalar& scalar) {
   switch (scalar.dtype) {
     case DType::i64: return static_cast<double>(*static_cast<const int64_t*>(scalar.data));
@@ -209,6 +255,6 @@ void sgd(const SgdParams& p) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {LOCAS_ISA_NAME, glu_forward, glu_backward, importance, adamw, sgd};
+const Kernels table = {LOCAS_ISA_NAME, glu_forward, glu_backward, importance, cross_entropy, adamw, sgd};
 
 }  // namespace locas::cpu::LOCAS_ISA

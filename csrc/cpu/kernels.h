@@ -11,6 +11,7 @@ struct Kernels {
   void (*glu_forward)(const GluForwardParams&);
   void (*glu_backward)(const GluBackwardParams&);
   void (*importance)(const ImportanceParams&);
+  void (*cross_entropy)(const CrossEntropyParams&);
   void (*adamw)(const AdamWParams&);
   void (*sgd)(const SgdParams&);
 };

@@ -17,6 +17,7 @@ struct Queue {
 void glu_forward(const GluForwardParams&, Queue);
 void glu_backward(const GluBackwardParams&, Queue);
 void importance(const ImportanceParams&, Queue);
+void cross_entropy(const CrossEntropyParams&, Queue);
 void adamw(const AdamWParams&, Queue);
 void sgd(const SgdParams&, Queue);
 

@@ -1,0 +1,41 @@
+# make demo    a small model memorizes a novel: a table, a plot and a memory folder
+# make test    all tests
+# make bench   how fast it is on this machine
+#
+# Each sets up what it needs in .venv first. Python edits take effect at once; C++ edits rebuild.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+# CPU_ONLY=1 takes torch from its CPU wheel index: a download some gigabytes smaller.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.built
+	$(BIN)/locas demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.built
+	$(BIN)/python -m bench.ffn
+	$(BIN)/python -m bench.stream
+
+$(VENV)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH) $(if $(CPU_ONLY),--index-url $(TORCH_INDEX))
+	$(INSTALL) $(TRANSFORMERS)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info locas_ext/*.so

@@ -1,0 +1,87 @@
+"""What all benchmarks share: interleaved timing, robust statistics, the machine, the table and the JSON file."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import locas_ext
+from locas_ext import _C
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "cpu": cpu,
+        "cpu_isa": _C.build_info()["cpu_isa"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "locas_ext": locas_ext.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each arm in each round; a round runs every arm once, A, B, C, so that noise hits all alike."""
+    for _ in range(warmup):
+        for run in arms.values():
+            run()
+    seconds = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
+
+
+def ratio(seconds: list[float], reference: list[float]) -> float:
+    """Median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(seconds, reference))
+
+
+def summary(seconds: list[float]) -> dict:
+    """Median, p10 and p90 in microseconds."""
+    return {
+        "median_us": 1e6 * statistics.median(seconds),
+        "p10_us": 1e6 * percentile(seconds, 10),
+        "p90_us": 1e6 * percentile(seconds, 90),
+    }
+
+
+def report(title: str, columns: list[str], rows: list[list], results: dict, out: Path | None) -> None:
+    """Prints the table and writes {"machine", **results} as JSON."""
+    console = Console(width=max(100, 14 * len(columns)))
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*[cell if isinstance(cell, str) else f"{cell:.3g}" if cell < 10 else f"{cell:,.0f}" for cell in row])
+    console.print(table)
+    about = machine()
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+    if out is not None:
+        out.write_text(json.dumps({"machine": about, **results}, indent=1))
+        console.print(f"written: {out}")

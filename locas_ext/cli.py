@@ -1,0 +1,170 @@
+"""The command line: arguments in, one line for what goes wrong. The work is in locas_ext/tasks.
+
+Exit status: 0 done, 1 failed, 2 bad arguments, 130 ended by Ctrl-C.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .config import LocasConfig
+from .errors import LocasError
+from .tasks import Interrupted
+
+UsageError = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Memories for Hugging Face language models that learn while they read.",
+)
+
+
+def _console() -> Console:
+    # Soft wrapping: piped into a file or pasted into a report, lines stay whole.
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _scale(text: str) -> str | float:
+    if text in ("paper", "host"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; expected paper, host or a number") from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the plot and the memory go.")] = Path("."),
+    max_tokens: Annotated[int, typer.Option(min=256, help="Read at most so many tokens of the book.")] = 50_000,
+    rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-3,
+    scale: Annotated[
+        str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
+    ] = "0.3",
+    epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
+) -> None:
+    """Let the shipped small model memorize the shipped novel; print a table, write a plot and the memory."""
+    from .tasks.demo import DemoSettings, run_demo
+
+    run_demo(DemoSettings(out, max_tokens, rank, learning_rate, scale, epochs), _console())
+
+
+Model = Annotated[str, typer.Option(help="The host: a folder or a hub name.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32 on CPU, the checkpoint's on CUDA]")
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. [default: CUDA where there is one]")]
+MemoryFolder = Annotated[Path, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote.")]
+
+
+@app.command()
+def memorize(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files, read one after another.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the memory goes: a new folder, or see --resume.")],
+    rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
+    scale: Annotated[
+        str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
+    ] = "paper",
+    init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once. [default: min(2048, the host's)]")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a chunk. [default: window / 4]")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 4e-3,
+    epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    seed: Annotated[int, typer.Option(help="Of the random inits.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
+    save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Stream texts through a model into a memory."""
+    from .tasks.memorize import MemorizeTask, run_memorize
+
+    config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
+    task = MemorizeTask(
+        texts, model, out, config, window, stride, learning_rate, epochs, optimizer, resume, save_every, dtype, device
+    )
+    run_memorize(task, _console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    model: Model,
+    memory: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote; without it: the host alone.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="How much to write.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt with a memory attached."""
+    from .tasks.generate import run_generate
+
+    run_generate(model, memory, prompt, max_new_tokens, temperature, seed, dtype, device)
+
+
+@app.command()
+def merge(
+    model: Model,
+    memory: MemoryFolder,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged checkpoint goes: a new folder.")],
+    pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
+) -> None:
+    """Make a memory a permanent part of its host: a plain, wider checkpoint."""
+    from .tasks.merge import run_merge
+
+    run_merge(model, memory, out, pad_to_multiple_of, dtype, _console())
+
+
+@app.command()
+def info() -> None:
+    """Versions, build, devices and a self-test of the kernels, to paste into a bug report."""
+    from .tasks.info import info as print_info
+
+    if not print_info(_console()):
+        raise LocasError("the self-test failed: the lines above say where")
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"locas: {' '.join(message.split())}"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line (None: that of this process) and returns the exit status."""
+    try:
+        status = app(arguments, prog_name="locas", standalone_mode=False) or 0
+    except Interrupted as interrupt:
+        _complain(f"interrupted: {interrupt}")
+        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except UsageError as error:
+        if message := error.format_message():  # empty where help was printed instead
+            _complain(message)
+        return 2
+    except (LocasError, OSError) as error:
+        _complain(str(error))
+        return 1
+    except ValueError as error:
+        _complain(str(error))
+        return 2
+    if status == 130:
+        _complain("interrupted: nothing was kept")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

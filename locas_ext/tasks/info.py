@@ -1,0 +1,77 @@
+"""`locas info`: what a bug report needs to say, as plain text."""
+
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+from .. import _C, __version__
+from ..hosts import HOSTS
+from .selftest import self_test
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical" if names else platform.machine()
+
+
+def _native(build: dict) -> str:
+    cuda = build["cuda_architectures"]
+    return (
+        f"{build['version']}, {build['compiler']}, CPU kernels for {build['cpu_isa']}, "
+        f"{build['openmp_threads']} threads, " + (f"CUDA kernels for {cuda}" if cuda else "no CUDA kernels")
+    )
+
+
+def _cuda_devices() -> list[str]:
+    result = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        result.append(
+            f"cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, "
+            f"{device.total_memory / 2**30:.0f} GiB"
+        )
+    return result
+
+
+def info(console: Console) -> bool:
+    """Prints versions, build, devices and the kernels' self-test; returns whether the self-test passed."""
+    build = _C.build_info()
+    lines = {
+        "locas_ext": __version__,
+        "native": _native(build),
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
+        "transformers": f"{transformers.__version__}, typer {typer.__version__}",
+        "hosts": ", ".join(HOSTS),
+        "cpu": _processor(),
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<13} {value}")
+    cuda = _cuda_devices()
+    for device in cuda:
+        console.print(f"{'device':<13} {device}")
+
+    devices = ["cpu"]
+    if build["cuda_architectures"]:
+        devices += [f"cuda:{index}" for index in range(len(cuda))]
+    elif cuda:
+        console.print("self-test     skipped on CUDA: this build has no CUDA kernels")
+    console.print("\nself-test against float64 (largest error; in brackets that of plain torch)")
+    passed = True
+    for device in devices:
+        for check in self_test(torch.device(device)):
+            verdict = "ok" if check.passed else f"FAILED, limit {check.limit:.1e}"
+            console.print(
+                f"  {check.device:<7} {check.dtype:<9} {check.op:<18} {check.error:.1e} "
+                f"({check.plain_torch_error:.1e})  {verdict}"
+            )
+            passed &= check.passed
+    return passed

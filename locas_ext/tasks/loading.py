@@ -1,0 +1,60 @@
+"""Models, tokenizers and texts by the names a command line gives them."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_host(model: str, dtype: str | None, device: str | None):
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    model: a folder or a hub name
+    dtype: float32, bfloat16 or float16; None: float32 on the CPU, the checkpoint's own on CUDA
+    device: such as "cpu" or "cuda:0"; None: CUDA where there is one
+
+    Raises ValueError for a dtype or device that is not there, OSError if the model cannot be read.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not Path(model).is_dir() and (Path(model).is_absolute() or model.count("/") > 1 or model.startswith(".")):
+        raise FileNotFoundError(f"--model: {model} is not a folder")  # nor a hub name, which has at most one slash
+    place = _device(device)
+    chosen = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else "auto"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    host = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
+    return host.to(place).eval(), tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; expected such as cpu, cuda or cuda:0") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices here")
+    return place
+
+
+def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
+    """The token ids [n] of text files one after another, with the end-of-text token between two.
+
+    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or is empty.
+    """
+    ids = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise ValueError(f"{path} holds no text")
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        ids.extend(tokens)
+    return torch.tensor(ids)

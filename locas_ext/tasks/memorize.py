@@ -1,0 +1,80 @@
+"""`locas memorize`: streams texts through a model into a memory folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import memory as locas
+from ..checkpoint import CONFIG_NAME
+from ..config import LocasConfig
+from ..memory import Chunk, MemorizeReport
+from . import Interrupted
+from .loading import load_host, read_texts
+
+
+@dataclass(frozen=True)
+class MemorizeTask:
+    """The arguments of the command; those that are not here are in LocasConfig and Memory.memorize."""
+
+    texts: list[Path]
+    model: str
+    out: Path
+    config: LocasConfig
+    window: int | None
+    stride: int | None
+    learning_rate: float
+    epochs: int
+    optimizer: str
+    resume: bool
+    save_every: int
+    dtype: str | None
+    device: str | None
+
+
+def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
+    """Memorizes, saving the memory every `save_every` chunks, at Ctrl-C and at the end, ready to be resumed.
+
+    Raises ValueError or OSError for arguments that do not fit, Interrupted at Ctrl-C.
+    """
+    saved = (task.out / CONFIG_NAME).exists()
+    if saved and not task.resume:
+        raise ValueError(f"{task.out} already holds a memory; --resume goes on with it, or choose another --out")
+    if task.resume and not saved:
+        raise ValueError(f"--resume: {task.out} holds no memory to go on with")
+    if task.save_every < 1:
+        raise ValueError(f"--save-every is {task.save_every}; expected a number of chunks >= 1")
+    if not saved and task.out.exists() and (not task.out.is_dir() or any(task.out.iterdir())):
+        raise FileExistsError(f"{task.out} holds something else; expected a new or empty folder")
+    host, tokenizer = load_host(task.model, task.dtype, task.device)
+    ids = read_texts(task.texts, tokenizer)
+    memory = locas.load(host, task.out) if task.resume else locas.attach(host, task.config)
+    unsaved = 0
+
+    def save(chunk: Chunk) -> None:
+        nonlocal unsaved
+        unsaved += 1
+        if unsaved >= task.save_every:
+            memory.save_pretrained(task.out, optimizer=True)
+            unsaved = 0
+
+    try:
+        report = memory.memorize(
+            ids, window=task.window, stride=task.stride, learning_rate=task.learning_rate, epochs=task.epochs,
+            optimizer=task.optimizer, callback=save, resume=task.out if task.resume else None,
+        )
+    except KeyboardInterrupt:
+        if unsaved:
+            memory.save_pretrained(task.out, optimizer=True)
+        if not (task.out / CONFIG_NAME).exists():
+            raise Interrupted("nothing had been learned yet, nothing was kept") from None
+        raise Interrupted(
+            f"what was learned from {memory.tokens_seen:,} of {len(ids):,} tokens is kept in {task.out}; "
+            "the same command with --resume goes on"
+        ) from None
+    memory.save_pretrained(task.out, optimizer=True)
+    console.print(
+        f"{report.tokens:,} tokens scored, perplexity {report.perplexity:.2f} while reading, {report.seconds:.1f} s\n"
+        f"memory: {task.out} ({memory.slots.numel():,} parameters, {memory.version:,} updates)"
+    )
+    return report

@@ -1,0 +1,220 @@
+"""Bad input: a clear error that names what was wrong, and nothing changed."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
+
+import locas_ext as locas
+
+IDS = random_ids(12)
+SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+# ---- hosts ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("thing", [
+    None, "a/checkpoint", 3, torch.nn.Linear(4, 4), torch.nn.Sequential(), locas.LocasConfig(), {},
+], ids=lambda thing: type(thing).__name__)
+def test_not_a_language_model(thing):
+    with pytest.raises(TypeError, match=f"model is {type(thing).__name__}; expected a transformers causal language"):
+        locas.attach(thing)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: transformers.LlamaModel(tiny_model().config),
+    lambda: transformers.LlamaForSequenceClassification(tiny_model().config),
+], ids=["base model", "classifier"])
+def test_a_model_without_a_language_model_head(make):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="has no language-model head.*AutoModelForCausalLM"):
+        locas.attach(model)
+    assert_same_host(model, before)
+
+
+@pytest.mark.parametrize("name, make, hint", [
+    ("bert", lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=40)), "llama"),
+    ("bloom", lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)), "llama"),
+    ("mixtral", lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SMALL, intermediate_size=40, num_key_value_heads=2, num_local_experts=2)),
+        "mixture of experts"),
+])
+def test_an_unknown_host_is_refused_by_name_with_what_would_work(name, make, hint):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"model type '{name}' is not supported.*{hint}.*") as error:
+        locas.attach(model)
+    assert "qwen3" in str(error.value)
+    assert_same_host(model, before)
+
+
+def test_an_activation_without_a_kernel():
+    model = tiny_model(hidden_act="mish")
+    with pytest.raises(ValueError, match="activation 'mish' has no kernel; supported: silu"):
+        locas.attach(model)
+
+
+def test_a_host_on_the_meta_device():
+    with torch.device("meta"):
+        model = tiny_model()
+    with pytest.raises(ValueError, match="meta device"):
+        locas.attach(model, locas.LocasConfig(rank=4))
+    assert "forward" not in model.model.layers[0].mlp.__dict__
+
+
+# ---- configs --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("setting, error", [
+    (dict(rank=0), ValueError), (dict(rank=-3), ValueError), (dict(rank=1.5), TypeError), (dict(rank="64"), TypeError),
+    (dict(rank=None), TypeError), (dict(rank=True), TypeError), (dict(variant="lora"), ValueError),
+    (dict(init="best"), ValueError), (dict(init=None), ValueError), (dict(scale="big"), ValueError),
+    (dict(scale=math.nan), ValueError), (dict(scale=math.inf), ValueError), (dict(scale=None), TypeError),
+    (dict(scale=True), TypeError), (dict(clip="yes"), TypeError), (dict(clip=None), TypeError),
+    (dict(backend="cuda"), ValueError), (dict(seed="1"), TypeError), (dict(seed=0.5), TypeError),
+    (dict(layers=3), TypeError), (dict(layers="all"), TypeError), (dict(layers=[0.5]), TypeError),
+    (dict(layers=[True]), TypeError), (dict(layers=[]), ValueError), (dict(layers=[None]), TypeError),
+], ids=str)
+def test_bad_settings(setting, error):
+    (name,) = setting
+    with pytest.raises(error, match=name):
+        locas.LocasConfig(**setting)
+
+
+@pytest.mark.parametrize("config", [3, "topk", {"rank": 4}])
+def test_a_config_that_is_none(config):
+    model = tiny_model()
+    with pytest.raises(TypeError, match="expected a LocasConfig or None"):
+        locas.attach(model, config)
+
+
+@pytest.mark.parametrize("config, error, message", [
+    (dict(layers=[2]), IndexError, "layers holds 2, but the host has 2 layers"),
+    (dict(layers=[0, -3]), IndexError, "layers holds -3"),
+    (dict(layers=[0, 0]), ValueError, "layer 0 twice"),
+    (dict(layers=[1, -1]), ValueError, "layer 1 twice"),
+    (dict(rank=41), ValueError, "rank is 41, but the host's FFN has only 40 neurons"),
+    (dict(rank=41, init="bottomk"), ValueError, "rank is 41"),
+    (dict(rank=41, init="random"), ValueError, "rank is 41"),
+], ids=str)
+def test_a_config_that_does_not_fit_the_host_changes_nothing(config, error, message):
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        locas.attach(model, locas.LocasConfig(**config))
+    assert_same_host(model, before)
+    locas.attach(model, locas.LocasConfig(rank=4))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "activation"])
+def test_a_rank_beyond_the_host_is_fine_where_nothing_is_cloned(init):
+    memory = locas.attach(tiny_model(), locas.LocasConfig(rank=50, init=init))
+    memory.initialize(random_ids(60))
+    assert memory.slots.shape[2] == 50
+
+
+def test_attaching_twice():
+    model, memory = attached()
+    memory.memorize(TEXT, window=24, stride=8, progress=False)
+    logits, before = logits_of(model, IDS), snapshot(model)
+    with pytest.raises(ValueError, match=r"already has a memory attached.*detach\(\)"):
+        locas.attach(model)
+    assert_same_host(model, before)
+    assert torch.equal(logits_of(model, IDS), logits) and locas.memory_of(model) is memory
+
+
+def test_no_memory_attached():
+    for thing in (tiny_model(), None, 3):
+        with pytest.raises(ValueError, match="no memory attached"):
+            locas.memory_of(thing)
+
+
+# ---- memorize and initialize ----------------------------------------------------------------------------------
+BAD_IDS = {
+    "empty list": ([], ValueError, "holds 0 tokens; expected at least"),
+    "empty tensor": (torch.zeros(0, dtype=torch.long), ValueError, "holds 0 tokens"),
+    "two texts": (torch.zeros(2, 8, dtype=torch.long), ValueError, r"shape \[2, 8\]; expected \[n\] or \[1, n\]"),
+    "0-d": (torch.tensor(3), ValueError, r"shape \[\]"),
+    "floats": (torch.ones(8), TypeError, "input_ids is torch.float32; expected integers"),
+    "list of floats": ([1.5, 2.0], TypeError, "input_ids is torch.float32"),
+    "booleans": (torch.ones(8, dtype=torch.bool), TypeError, "torch.bool"),
+    "text": ("It was the best of times", TypeError, "input_ids: expected a tensor or list of token ids"),
+    "None": (None, TypeError, "input_ids"),
+    "ragged": ([[1, 2], [3]], TypeError, "input_ids"),
+    "negative": ([3, -1, 5], ValueError, "holds token -1; expected ids from 0 to 60"),
+    "beyond the vocabulary": ([3, 61, 5], ValueError, "holds token 61; expected ids from 0 to 60"),
+    "strings": (["a", "b"], TypeError, "input_ids"),
+    "dict": ({"input_ids": [1, 2]}, TypeError, "input_ids"),
+}
+
+
+@pytest.mark.parametrize("ids, error, message", BAD_IDS.values(), ids=BAD_IDS)
+@pytest.mark.parametrize("verb", ["memorize", "initialize"])
+def test_bad_texts(verb, ids, error, message):
+    model, memory = attached()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        memory.memorize(ids, progress=False) if verb == "memorize" else memory.initialize(ids)
+    assert_same_host(model, before)
+    assert memory.version == 0 and not memory.slots.any() and not memory.arena.initialized
+
+
+def test_one_token_is_too_few_to_learn_from():
+    _, memory = attached()
+    with pytest.raises(ValueError, match="holds 1 tokens; expected at least 2"):
+        memory.memorize([5], progress=False)
+    memory.initialize([5])  # but enough to see which neurons fire
+
+
+@pytest.mark.parametrize("setting, error, message", [
+    (dict(window=24, stride=25), ValueError, "stride is 25; expected an integer from 1 to 24"),
+    (dict(window=65), ValueError, "window is 65; expected an integer from 2 to 64.*positions"),
+    (dict(window=1), ValueError, "window is 1"), (dict(window=0), ValueError, "window is 0"),
+    (dict(window=-5), ValueError, "window is -5"), (dict(window=24.0), TypeError, "window is 24.0"),
+    (dict(window="24"), TypeError, "window"), (dict(window=True), TypeError, "window"),
+    (dict(stride=0), ValueError, "stride is 0"), (dict(stride=-1), ValueError, "stride is -1"),
+    (dict(stride=2.5), TypeError, "stride is 2.5"),
+    (dict(learning_rate=-1e-3), ValueError, "learning_rate is -0.001; expected a finite number >= 0"),
+    (dict(learning_rate=math.nan), ValueError, "learning_rate is nan"),
+    (dict(learning_rate=math.inf), ValueError, "learning_rate is inf"),
+    (dict(learning_rate="fast"), TypeError, "learning_rate is 'fast'"), (dict(learning_rate=None), TypeError, "learning_rate"),
+    (dict(epochs=0), ValueError, "epochs is 0"), (dict(epochs=-1), ValueError, "epochs is -1"),
+    (dict(epochs=1.5), TypeError, "epochs is 1.5"),
+    (dict(optimizer="adam"), ValueError, "optimizer is 'adam'; expected one of adamw, sgd"),
+    (dict(optimizer=None), ValueError, "optimizer is None"), (dict(optimizer=["adamw"]), (ValueError, TypeError), "optimizer"),
+    (dict(update="prayer"), ValueError, "update is 'prayer'"),
+    (dict(callback=3), TypeError, "callback"),
+], ids=str)
+def test_bad_arguments_of_memorize(setting, error, message):
+    model, memory = attached()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        memory.memorize(TEXT, progress=False, **setting)
+    assert_same_host(model, before)
+    assert memory.version == 0 and not memory.arena.initialized
+
+
+def test_the_largest_window_is_the_hosts_positions():
+    _, memory = attached()
+    assert memory.memorize(random_ids(130), window=64, stride=64, progress=False).tokens == 129
+
+
+def test_initialize_with_more_than_the_hosts_positions():
+    _, memory = attached()
+    with pytest.raises(ValueError, match="holds 65 tokens; expected at most 64"):
+        memory.initialize(random_ids(65))
+    memory.initialize(random_ids(64))
+
+
+def test_activation_init_needs_a_token_for_every_slot():
+    _, memory = attached(rank=9, init="activation")
+    for run in (
+        lambda: memory.memorize(TEXT, window=24, stride=8, progress=False),
+        lambda: memory.memorize(TEXT[:6], progress=False),
+        lambda: memory.initialize(TEXT[:8]),
+    ):
+        with pytest.raises(ValueError, match="rank is 9, but the (first )?chunk has . tokens"):
+            run()
+        assert memory.version == 0 and not memory.slots.any()
+    memory.memorize(TEXT, window=24, stride=9, progress=False)

@@ -1,0 +1,381 @@
+"""Online memorization: what is scored, with which memory, and what is learned from it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import (
+    FAMILIES, SETTINGS, TEXT, PlainMemory, assert_same_host, attached, chunk_bounds, double_host, learned, logits_of,
+    plain_memorize, random_ids, relative_distance, snapshot, tiny_model, truncated_nll,
+)
+
+import locas_ext as locas
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+# length, window, stride
+WINDOWS = {
+    "usual": (61, 24, 8),
+    "stride is the window": (50, 12, 12),
+    "one chunk": (7, 24, 8),
+    "n = stride": (8, 24, 8),
+    "n = stride + 1": (9, 24, 8),
+    "one over a chunk boundary": (49, 16, 8),
+    "shortest text": (2, 24, 8),
+    "shortest window": (9, 2, 2),
+    "stride 1": (9, 6, 1),
+    "window 2, stride 1": (7, 2, 1),
+    "odd": (47, 17, 5),
+    "window beyond the text": (40, 64, 16),
+}
+
+
+def memorize(memory, ids, **changes):
+    return memory.memorize(ids, **{**SETTINGS, **changes})
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("context_gradient", [False, True])
+@pytest.mark.parametrize("initialized", [False, True], ids=["fresh", "initialized"])
+@pytest.mark.parametrize("length, window, stride", WINDOWS.values(), ids=WINDOWS)
+def test_without_learning_every_chunk_has_the_loss_of_the_truncated_host(
+    length, window, stride, initialized, context_gradient
+):
+    model, memory = attached()
+    plain, ids = double_host(tiny_model()), random_ids(length)
+    if initialized:
+        memory.initialize(ids)
+    report = memorize(
+        memory, ids, window=window, stride=stride, learning_rate=0.0, context_gradient=context_gradient
+    )
+    scored = [bounds for bounds in chunk_bounds(length, stride) if bounds != (0, 1)]
+    assert [(c.start, c.end) for c in report.chunks] == scored
+    for chunk in report.chunks:
+        assert chunk.tokens == chunk.end - max(chunk.start, 1)
+        expected = truncated_nll(plain, ids, chunk.start, chunk.end, window)
+        assert chunk.nll == pytest.approx(expected.item(), rel=1e-5)
+    assert report.tokens == length - 1
+    assert report.nll == pytest.approx(sum(c.nll for c in report.chunks))
+    assert report.perplexity == pytest.approx(math.exp(report.nll / (length - 1)))
+    assert report.seconds > 0
+
+
+@families
+def test_every_family_is_scored_as_its_plain_self(family):
+    _, memory = attached(family)
+    plain, ids = double_host(tiny_model(family)), random_ids(60)
+    for chunk in memorize(memory, ids, learning_rate=0.0).chunks:
+        assert chunk.nll == pytest.approx(truncated_nll(plain, ids, chunk.start, chunk.end, 24).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family, settings", [
+    ("mistral", dict(sliding_window=6)),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+])
+def test_hosts_with_sliding_attention(family, settings):
+    model, memory = attached(family, model_settings=settings)
+    plain, ids = double_host(tiny_model(family, **settings)), random_ids(60)
+    for chunk in memorize(memory, ids, learning_rate=0.0).chunks:
+        assert chunk.nll == pytest.approx(truncated_nll(plain, ids, chunk.start, chunk.end, 24).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations(attention):
+    _, memory = attached(model_settings=dict(attn_implementation=attention))
+    plain, ids = double_host(tiny_model()), random_ids(60)
+    for chunk in memorize(memory, ids, learning_rate=0.0).chunks:
+        assert chunk.nll == pytest.approx(truncated_nll(plain, ids, chunk.start, chunk.end, 24).item(), rel=1e-5)
+
+
+def test_memory_version_is_that_which_scored():
+    _, memory = attached()
+    report = memorize(memory, TEXT, epochs=2)
+    assert [c.memory_version for c in report.chunks] == [2 * i for i in range(8)] and memory.version == 16
+    again = memorize(memory, TEXT)
+    assert again.chunks[0].memory_version == 16
+
+
+# ---- bos ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("initialized", [False, True], ids=["fresh", "initialized"])
+def test_bos_stands_before_every_window_and_is_never_scored(initialized):
+    _, memory = attached()
+    plain, ids = double_host(tiny_model()), random_ids(60)
+    if initialized:
+        memory.initialize(ids[:8])
+    report = memorize(memory, ids, learning_rate=0.0, bos=True)
+    assert report.tokens == 59
+    for chunk in report.chunks:
+        begin, first = max(0, chunk.end - 23), max(chunk.start, 1)
+        window = torch.cat([torch.tensor([1]), ids[begin : chunk.end]])
+        log_p = logits_of(plain, window[:-1]).log_softmax(-1)[-(chunk.end - first) :]
+        expected = -log_p.gather(1, ids[first : chunk.end, None]).sum().item()
+        assert chunk.nll == pytest.approx(expected, rel=1e-5), chunk
+
+
+@pytest.mark.parametrize("window, stride", [(24, 8), (12, 12), (64, 64), (64, 63), (3, 1)])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("initialized", [False, True], ids=["fresh", "initialized"])
+def test_the_host_never_sees_more_than_a_window(window, stride, bos, initialized):
+    model, memory = attached()
+    if initialized:
+        memory.initialize(random_ids(8))
+    seen = []
+
+    def watch(module, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        seen.append(kwargs["input_ids"].shape[1] + (cache.get_seq_length() if cache is not None else 0))
+
+    model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        memorize(memory, random_ids(130), window=window, stride=stride, bos=bos)
+    except ValueError as error:
+        assert bos and stride == window and "stride" in str(error)  # no room is left for the BOS token
+        return
+    assert seen and max(seen) <= window
+
+
+def test_bos_needs_a_host_that_has_one():
+    _, memory = attached(model_settings=dict(bos_token_id=None))
+    with pytest.raises(ValueError, match="bos_token_id"):
+        memorize(memory, TEXT, bos=True)
+
+
+# ---- causality ------------------------------------------------------------------------------------------------
+@families
+@pytest.mark.parametrize("t", [1, 7, 8, 9, 20, 39, 40, 41, 63])
+def test_tokens_from_t_on_change_no_score_that_ends_before(family, t):
+    def run(ids):
+        _, memory = attached(family)
+        slots = []
+        report = memorize(memory, ids, callback=lambda chunk: slots.append(memory.slots.clone()))
+        return report.chunks, slots
+
+    ids = random_ids(64)
+    other = ids.clone()
+    other[t:] = (ids[t:] - 3 + random_ids(64 - t, seed=1)) % 58 + 3
+    assert (other[t:] != ids[t:]).any()
+    (chunks, slots), (other_chunks, other_slots) = run(ids), run(other)
+    for chunk, other_chunk, after, other_after in zip(chunks, other_chunks, slots, other_slots):
+        if chunk.end <= t:
+            assert chunk == other_chunk and torch.equal(after, other_after)
+    assert chunks[-1] != other_chunks[-1]
+
+
+def test_a_chunk_is_scored_before_it_is_learned():
+    """The first chunks' scores do not depend on the learning rate; later ones do."""
+    still, moving = (memorize(attached()[1], TEXT, learning_rate=rate).chunks for rate in (0.0, 0.5))
+    assert still[0].nll == moving[0].nll and still[1].nll != moving[1].nll
+
+
+def test_a_longer_text_begins_like_its_beginning():
+    whole = memorize(attached()[1], TEXT).chunks
+    assert memorize(attached()[1], TEXT[:24]).chunks == whole[:3]
+
+
+# ---- learning -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arguments", [
+    dict(optimizer="sgd", learning_rate=0.5),
+    dict(optimizer="sgd", learning_rate=0.5, context_gradient=True),
+    dict(optimizer="sgd", learning_rate=0.5, epochs=3),
+    dict(optimizer="adamw", learning_rate=1e-2),
+    dict(optimizer="adamw", learning_rate=1e-2, epochs=2, context_gradient=True),
+    dict(optimizer="sgd", learning_rate=0.5, bos=True),
+], ids=lambda arguments: " ".join(f"{k}={v}" for k, v in arguments.items()))
+def test_memorizing_is_the_protocol_written_down_in_plain_torch(family, arguments):
+    """Scores and slots of a whole run against float64, torch.autograd and torch.optim."""
+    model, memory = attached(family)
+    ids = TEXT[:50]
+    memory.initialize(ids[:8])
+    names = {"optimizer", "learning_rate"}
+    plain = PlainMemory(
+        tiny_model(family), memory.slots, memory.scale, **{k: v for k, v in arguments.items() if k in names}
+    )
+    rest = {k: v for k, v in arguments.items() if k not in names}
+    start = memory.slots.clone()
+    report = memorize(memory, ids, **arguments)
+    nlls = plain_memorize(plain, ids, 24, 8, **{**rest, "bos": 1 if rest.get("bos") else None})
+    # AdamW divides a gradient by its own size: where that is rounding noise, so is the direction
+    tight = arguments["optimizer"] == "sgd"
+    assert [c.nll for c in report.chunks] == pytest.approx(nlls, rel=1e-5 if tight else 1e-3)
+    moved, expected = memory.slots - start, plain.stacked() - start.double()
+    assert expected.norm() > 0.05
+    assert relative_distance(moved, expected) < (1e-4 if tight else 2e-2)
+
+
+def test_a_fresh_run_is_one_over_a_memory_initialized_from_its_first_chunk():
+    _, fresh = attached()
+    _, ready = attached()
+    ready.initialize(TEXT[:8])
+    first, second = memorize(fresh, TEXT), memorize(ready, TEXT)
+    assert first.chunks[0].nll == pytest.approx(second.chunks[0].nll, rel=1e-6)
+    torch.testing.assert_close(fresh.slots, ready.slots, rtol=1e-3, atol=1e-4)
+
+
+def test_context_gradient_is_the_gradient_through_the_whole_window():
+    """One SGD step without the clip moves the slots by -lr times the autograd gradient of the window's mean loss."""
+    for context_gradient in (True, False):
+        _, memory = attached(clip=False)
+        memory.initialize(TEXT[:24])
+        with torch.no_grad():
+            memory.slots[:, 2] = torch.randn_like(memory.slots[:, 2]) / 8
+        ids, start, end = TEXT[:24], 16, 24
+        plain = PlainMemory(tiny_model(), memory.slots, memory.scale)
+        logits = plain.model(input_ids=ids[None, :-1]).logits[0, start - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits, ids[start:end])
+        gradient = torch.stack(torch.autograd.grad(loss, plain.slots))
+
+        steps = []
+
+        def after_chunk(chunk):
+            steps.append(memory.slots.clone())
+            if chunk.end == start:
+                with torch.no_grad():
+                    memory.slots.copy_(before)
+
+        before = memory.slots.clone()
+        memorize(
+            memory, ids, window=24, stride=8, optimizer="sgd", learning_rate=0.5, context_gradient=context_gradient,
+            callback=after_chunk,
+        )
+        distance = relative_distance((before - memory.slots) / 0.5, gradient)
+        assert distance < 1e-4 if context_gradient else distance > 1e-2
+
+
+def test_epochs_are_further_steps_on_the_same_chunk():
+    once, thrice = (memorize(attached()[1], TEXT, epochs=epochs).chunks for epochs in (1, 3))
+    assert once[0].nll == thrice[0].nll
+    assert sum(c.nll for c in thrice) < sum(c.nll for c in once)
+
+
+def test_a_learning_rate_of_zero_learns_nothing_but_counts():
+    model, memory = attached()
+    host = logits_of(model, random_ids(20))
+    memorize(memory, TEXT, learning_rate=0)
+    assert memory.version == 8 and not memory.slots[:, 2].any()
+    torch.testing.assert_close(logits_of(model, random_ids(20)), host)
+
+
+def test_runs_repeat_bit_for_bit():
+    first, second = (learned()[1] for _ in range(2))
+    assert torch.equal(first.slots, second.slots)
+
+
+# ---- forms of the input ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", [
+    lambda ids: ids.tolist(), lambda ids: tuple(ids.tolist()), lambda ids: ids[None], lambda ids: ids.to(torch.int32),
+    lambda ids: ids.to(torch.uint8), lambda ids: ids.numpy(), lambda ids: [ids.tolist()],
+    lambda ids: ids.repeat_interleave(2)[::2],
+], ids=["list", "tuple", "[1, n]", "int32", "uint8", "numpy", "list of list", "strided"])
+def test_every_form_of_input_ids_means_the_same(form):
+    _, memory = attached()
+    memorize(memory, form(TEXT))
+    assert torch.equal(memory.slots, learned()[1].slots)
+
+
+def test_the_text_is_left_alone():
+    ids = TEXT.clone()
+    memorize(attached()[1], ids)
+    assert torch.equal(ids, TEXT)
+
+
+def test_default_window_and_stride():
+    _, memory = attached()
+    report = memory.memorize(random_ids(100), progress=False)
+    assert [(c.start, c.end) for c in report.chunks][:2] == [(0, 16), (16, 32)]  # a quarter of the 64 positions
+
+
+# ---- surroundings ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("surrounding", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_memorize_works_in_any_grad_mode_and_leaves_it(surrounding):
+    with surrounding():
+        model, memory = attached()
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if not mode[1]:
+            memorize(memory, TEXT)
+            assert mode == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            assert torch.equal(memory.slots, learned()[1].slots)
+    if mode[1]:  # the model's weights were made outside, as usual
+        model, memory = attached()
+        with torch.inference_mode():
+            memorize(memory, TEXT)
+            assert torch.is_inference_mode_enabled()
+        assert torch.equal(memory.slots, learned()[1].slots)
+
+
+def test_training_mode_dropout_and_use_cache_are_off_inside_and_back_outside():
+    model, memory = attached(model_settings=dict(attention_dropout=0.5))
+    model.config.use_cache = False
+    model.train()
+    model.model.layers[0].eval()
+    before = snapshot(model)
+    modes = []
+    memorize(memory, TEXT, callback=lambda chunk: modes.append(any(m.training for m in model.modules())))
+    assert_same_host(model, before)
+    assert modes == [False] * 8 and torch.equal(memory.slots, learned()[1].slots)
+
+
+def test_a_host_that_reports_hidden_states_and_attentions_is_left_whole():
+    """Leaving a forward midway must not leave another library's bookkeeping behind."""
+    model, memory = attached(model_settings=dict(attn_implementation="eager"))
+    model.config.output_hidden_states = model.config.output_attentions = True
+    logits_of(model, TEXT[:10])  # transformers installs its hooks at the first such forward, for good
+    before = snapshot(model)
+    memorize(memory, TEXT)
+    assert_same_host(model, before)
+    with torch.no_grad():
+        out = model(input_ids=TEXT[None, :10])
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    torch.testing.assert_close(memory.slots, learned()[1].slots, rtol=1e-3, atol=1e-4)
+
+
+def test_other_peoples_hooks_are_called_and_kept():
+    model, memory = attached()
+    calls = []
+    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    memorize(memory, TEXT)
+    assert len(calls) >= 8 and torch.equal(memory.slots, learned()[1].slots)
+
+
+def test_memorizing_inside_disabled_is_refused():
+    _, memory = attached()
+    memory.initialize(TEXT[:8])
+    with memory.disabled(), pytest.raises(ValueError, match="disabled"):
+        memorize(memory, TEXT)
+    assert memory.version == 0
+
+
+def test_a_reset_from_the_callback_starts_anew_at_the_next_chunk():
+    _, memory = attached()
+    report = memorize(memory, TEXT, callback=lambda chunk: memory.reset() if chunk.end == 32 else None)
+    plain = double_host(tiny_model())
+    assert [c.memory_version for c in report.chunks] == [0, 1, 2, 3, 0, 1, 2, 3] and report.tokens == 63
+    assert report.chunks[4].nll == pytest.approx(truncated_nll(plain, TEXT, 32, 40, 24).item(), rel=1e-5)
+
+
+def test_progress_is_shown_on_standard_error_only(capsys):
+    memorize(attached()[1], TEXT, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "perplexity" in err and "tokens/s" in err
+    memorize(attached()[1], TEXT)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_frozen_copy_of_the_report_survives_a_deep_copy():
+    report = memorize(attached()[1], TEXT)
+    assert copy.deepcopy(report).chunks == report.chunks
+    with pytest.raises(AttributeError):
+        report.chunks[0].nll = 0.0
+
+
+def test_memorize_on_a_subset_of_layers_learns_only_there():
+    model = tiny_model(num_hidden_layers=3)
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host", layers=[1]))
+    memory.initialize(TEXT[:8])
+    plain = PlainMemory(
+        tiny_model(num_hidden_layers=3), memory.slots, memory.scale, layers=[1], optimizer="sgd", learning_rate=0.5
+    )
+    report = memorize(memory, TEXT, optimizer="sgd", learning_rate=0.5)
+    assert [c.nll for c in report.chunks] == pytest.approx(plain_memorize(plain, TEXT, 24, 8), rel=1e-5)
+    assert relative_distance(memory.slots, plain.stacked()) < 1e-5
