@@ -115,7 +115,9 @@ def overhead(rounds: int) -> dict:
 
         return run
 
+    empty = torch.nn.Identity()
     arms = {
+        "module call": repeat(lambda: empty(x)),
         "patched": repeat(lambda: mlp(x)),
         "bare": repeat(lambda: glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
         "op": repeat(lambda: ops.glu_ffn(x, *host[:3], memory.slots[0], SCALE)),
@@ -123,7 +125,8 @@ def overhead(rounds: int) -> dict:
     }
     seconds = interleaved(arms, rounds)
     each = {name: summary(values)["median_us"] / 50 for name, values in seconds.items()}
-    return {**each, "patched_overhead": each["patched"] - each["bare"], "op_overhead": each["op"] - each["bare"]}
+    around = each["bare"] + each["module call"]
+    return {**each, "overhead of a patched FFN": each["patched"] - around, "overhead of the op": each["op"] - around}
 
 
 def main() -> None:
@@ -147,18 +150,28 @@ def main() -> None:
         for d in arguments.d:
             for tokens in arguments.tokens:
                 case = Case(d, tokens, arguments.rank, getattr(torch, dtype), "cpu")
-                for record in run_case(case, arguments.rounds, arguments.compile):
-                    records.append({"dtype": dtype, "d": d, "tokens": tokens, "rank": arguments.rank, **record})
-                    rows.append([
-                        f"{dtype} d={d} T={tokens} {record['mode']}", record["arm"], record["median_us"],
-                        record["p10_us"], record["p90_us"], record["gflops"], record["ratio_eager"],
-                        record["ratio_eager_sideway"],
-                    ])
+                measured = run_case(case, arguments.rounds, arguments.compile)
+                records += [{"dtype": dtype, "d": d, "tokens": tokens, "rank": arguments.rank, **r} for r in measured]
+                for mode in ("forward", "forward + backward"):
+                    arms = {r["arm"]: r for r in measured if r["mode"] == mode}
+                    rows.append(_row(f"{dtype} {d} {tokens}", mode, arms))
     calls = overhead(max(50, arguments.rounds))
-    for name, value in calls.items():
-        rows.append([f"a call at T=1, d=16: {name}", "", value, "", "", "", "", ""])
-    columns = ["", "arm", "us", "p10", "p90", "GFLOP/s", "/ eager", "/ eager + sideway"]
+    columns = ["dtype d T", "", "eager us", "ours us", "p10", "p90", "GFLOP/s", "ours / eager",
+               "ours / eager + sideway", "noise"]
+    if arguments.compile:
+        columns += ["ours / compiled", "ours / compiled + sideway"]
     report("FFN with memory, forward and backward", columns, rows, {"records": records, "call_us": calls}, arguments.out)
+    print("a call at T = 1, d = 16, in us:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()))
+
+
+def _row(shape: str, mode: str, arms: dict[str, dict]) -> list:
+    ours, eager = arms["ours"], arms["eager"]
+    row = [shape, mode, eager["median_us"], ours["median_us"], ours["p10_us"], ours["p90_us"], ours["gflops"],
+           ours["ratio_eager"], ours["ratio_eager_sideway"], arms["eager again"]["ratio_eager"]]
+    for name in ("compiled", "compiled + sideway"):
+        if name in arms:
+            row.append(ours["median_us"] / arms[name]["median_us"])
+    return row
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def summary(seconds: list[float]) -> dict:
 
 def report(title: str, columns: list[str], rows: list[list], results: dict, out: Path | None) -> None:
     """Prints the table and writes {"machine", **results} as JSON."""
-    console = Console(width=max(100, 14 * len(columns)))
+    console = Console(width=max(100, 16 * len(columns)))
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")

@@ -174,6 +174,47 @@ void cross_entropy(const TensorRef& logits, const TensorRef& targets, const Tens
   LOCAS_DISPATCH(cross_entropy, p, logits.device, stream);
 }
 
+// A contiguous vector of `size` elements on the CPU.
+void* cpu_vector(const char* op, const Named& t, int64_t size, DType dtype) {
+  if (t.tensor.ndim != 1 || t.tensor.shape[0] != size || t.tensor.dtype != dtype || !t.tensor.contiguous() ||
+      t.tensor.device >= 0)
+    fail(op, t, "must be a contiguous vector of " + std::to_string(size) + " elements on the CPU, of the right dtype");
+  return t.tensor.data;
+}
+
+void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out,
+              const std::optional<TensorRef>& inverse_rms, float eps) {
+  constexpr const char* op = "rms_norm";
+  RmsNormParams p;
+  p.x = matrix(op, {"x", x}, x);
+  p.out = matrix(op, {"out", out}, x);
+  p.rows = x.shape[0];
+  p.cols = x.shape[1];
+  p.weight = cpu_vector(op, {"weight", weight}, p.cols, x.dtype);
+  p.inverse_rms = inverse_rms ? static_cast<float*>(cpu_vector(op, {"inverse_rms", *inverse_rms}, p.rows, DType::f32))
+                              : nullptr;
+  p.eps = eps;
+  p.dtype = x.dtype;
+  const py::gil_scoped_release released;
+  cpu::kernels().rms_norm(p);
+}
+
+void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorRef& weight,
+                       const TensorRef& inverse_rms, const TensorRef& dx) {
+  constexpr const char* op = "rms_norm_backward";
+  RmsNormBackwardParams p;
+  p.x = matrix(op, {"x", x}, x);
+  p.d_out = matrix(op, {"d_out", d_out}, x);
+  p.dx = matrix(op, {"dx", dx}, x);
+  p.rows = x.shape[0];
+  p.cols = x.shape[1];
+  p.weight = cpu_vector(op, {"weight", weight}, p.cols, x.dtype);
+  p.inverse_rms = static_cast<const float*>(cpu_vector(op, {"inverse_rms", inverse_rms}, p.rows, DType::f32));
+  p.dtype = x.dtype;
+  const py::gil_scoped_release released;
+  cpu::kernels().rms_norm_backward(p);
+}
+
 void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
            const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
            float weight_decay, bool clip, const std::optional<TensorRef>& compute, uintptr_t stream) {
@@ -246,6 +287,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"));
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
         py::arg("stream"));
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"),
+        py::arg("eps"));
+  m.def("rms_norm_backward", &rms_norm_backward, py::arg("d_out"), py::arg("x"), py::arg("weight"),
+        py::arg("inverse_rms"), py::arg("dx"));
   m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));

@@ -61,6 +61,29 @@ struct CrossEntropyParams {
   DType dtype;
 };
 
+// out = weight * round(x / rms), rms = sqrt(mean(x^2) + eps) per row, rounded to the storage type in between as
+// transformers' RMS norms do.
+struct RmsNormParams {
+  Rows x;              // [rows, cols]
+  const void* weight;  // [cols]
+  Rows out;            // [rows, cols]
+  float* inverse_rms;  // [rows] out; may be null
+  int64_t rows, cols;
+  float eps;
+  DType dtype;
+};
+
+// dx from d_out; the weight is frozen.
+struct RmsNormBackwardParams {
+  Rows d_out;                // [rows, cols]
+  Rows x;                    // [rows, cols]
+  const void* weight;        // [cols]
+  const float* inverse_rms;  // [rows]
+  Rows dx;                   // [rows, cols] out
+  int64_t rows, cols;
+  DType dtype;
+};
+
 // The learning rate and the number of this update (counted from 1) lie on the slots' device, so that a captured
 // graph can be replayed with other values.
 struct DeviceScalar {

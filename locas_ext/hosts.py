@@ -52,15 +52,13 @@ def linear_obstacle(linear: nn.Module) -> str | None:
         or linear._backward_pre_hooks
     ):
         return "has hooks"
-    for parameter in linear._parameters.values():
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter:
-            return f"holds a {type(parameter).__name__}, not a plain Parameter"
-        if parameter.requires_grad:
-            return "requires a gradient"
-        if parameter.is_meta:
-            return "is on the meta device"
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if type(weight) is not nn.Parameter:
+        return f"holds a {type(weight).__name__}, not a plain Parameter"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "requires a gradient"
+    if weight.is_meta:
+        return "is on the meta device"
     return None
 
 

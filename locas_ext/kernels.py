@@ -131,6 +131,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
     return nll, d_logits
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
+    """-> weight * x / rms(x) over the rows of x [n, d], and with `save` 1 / rms [n]. CPU."""
+    out = torch.empty_like(x)
+    inverse_rms = torch.empty(x.shape[0], dtype=torch.float32) if save else None
+    _C.rms_norm(x, weight, out, inverse_rms, eps)
+    return out, inverse_rms
+
+
+def rms_norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """-> dx [n, d]; the weight is frozen. CPU."""
+    dx = torch.empty_like(x)
+    _C.rms_norm_backward(d_out, x, weight, inverse_rms, dx)
+    return dx
+
+
 def update_slots_(
     slots: Tensor,
     grad: Tensor,

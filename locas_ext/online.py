@@ -27,7 +27,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from . import checkpoint
+from .chunk_attention import chunk_attention
 from .errors import LocasError
+from .fast_norms import fast_norms
 from .hosts import Host
 from .ops import summed_nll
 from .optim import OPTIMIZERS
@@ -206,7 +208,8 @@ def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: b
     else:
         cache = ContextCache(model)
         cache.fill(model, context, ends_early)
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+        with chunk_attention(host):
+            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
     return summed_nll(logits, targets.to(logits.device))
 
 
@@ -214,7 +217,6 @@ def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings,
     """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
     arena = attachment.arena
     loss_scale = FP16_LOSS_SCALE if arena.compute.dtype == torch.float16 else 1.0
-    arena.zero_grad()
     arena.accumulate = True
     try:
         (loss * (loss_scale / tokens)).backward()
@@ -387,9 +389,10 @@ def memorize(
     ends_early = may_end_early(host.model)
     started = time.perf_counter()
 
+    arena.zero_grad()
     bar = StreamProgress(len(ids), stream.position, report) if progress else nullcontext()
     with bar, _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), \
-            torch.inference_mode(False), torch.enable_grad():
+            fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
         for start in range(stream.position, len(ids), settings.stride):
             end = min(start + settings.stride, len(ids))
             place = f"chunk {len(report.chunks)} (tokens {start} to {end - 1})"

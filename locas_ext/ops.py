@@ -222,7 +222,7 @@ def glu_ffn(
             y = torch.ops.locas.glu_ffn(*arguments)[0]
         else:
             y = torch.ops.locas.glu_ffn_inference(*arguments)
-        return y.view(x.shape)
+        return y.view_as(x)
     host = HostWeights(gate_weight, up_weight, down_weight, *biases)
     with torch.no_grad():
         views = SlotViews.of(slots.to(x.dtype))
@@ -230,7 +230,7 @@ def glu_ffn(
         y = GluFFNFunction.apply(x2d, slots, views, host, scale, index, None)
     else:
         y = kernels.glu_ffn_forward(x2d, host, views, scale, index, save=False)[0]
-    return y.view(x.shape)
+    return y.view_as(x)
 
 
 def sideway_glu(
@@ -252,10 +252,10 @@ def sideway_glu(
         return reference.sideway_glu(x, slots, scale, activation)
     x2d = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
-        return torch.ops.locas.sideway_glu(x2d, slots.to(x.dtype), scale, activation)[0].view(x.shape)
+        return torch.ops.locas.sideway_glu(x2d, slots.to(x.dtype), scale, activation)[0].view_as(x)
     with torch.no_grad():
         views = SlotViews.of(slots.to(x.dtype))
-    return SidewayGluFunction.apply(x2d, slots, views, scale, index, None).view(x.shape)
+    return SidewayGluFunction.apply(x2d, slots, views, scale, index, None).view_as(x)
 
 
 @torch.no_grad()

@@ -57,36 +57,37 @@ class PatchedFFN:
             return self.original(x)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        if not arena.is_current(self.index):
+        index = self.index
+        if not arena.is_current(index):
             arena.sync()
-        parameter = arena.parameters[self.index]
-        learns = torch.is_grad_enabled() and parameter.requires_grad and arena.initialized
+        parameter = arena.parameters[index]
+        gradients = torch.is_grad_enabled()
+        learns = gradients and arena.initialized and parameter.requires_grad
         # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
         if not arena.learned and not learns:
             return self.original(x)
-        alone = not arena.learned or self.path()[0] == "sideway"
-        if self.backend == "reference" or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+        alone = not arena.learned or self.ffn.obstacle() is not None
+        device, dtype = x.device, x.dtype
+        if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(device.type):
             return self._forward_plain(x, parameter, alone)
-        views = arena.views[self.index]
-        if views.value.dtype != x.dtype or views.value.device != x.device:
-            arena.place(x.device, x.dtype)
-            views = arena.views[self.index]
-        scale = arena.scales[self.index]
-        grad = arena.grads[self.index] if arena.accumulate else None
+        views = arena.views[index]
+        if views.value.dtype != dtype or views.value.device != device:
+            arena.place(device, dtype)
+            views = arena.views[index]
+        scale, activation = arena.scales[index], self.activation_index
         x2d = x.reshape(-1, x.shape[-1])
-        needs_gradient = learns or (torch.is_grad_enabled() and x.requires_grad)
-        if alone:
-            if needs_gradient:
-                y = SidewayGluFunction.apply(x2d, parameter, views, scale, self.activation_index, grad)
+        if gradients and (learns or x.requires_grad):
+            grad = arena.grads[index] if arena.accumulate else None
+            if alone:
+                y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
             else:
-                y = sideway_forward(x2d, views, scale, self.activation_index)[0]
-            return self.original(x) + y.view(x.shape)
-        host = self.ffn.weights()
-        if needs_gradient:
-            y = GluFFNFunction.apply(x2d, parameter, views, host, scale, self.activation_index, grad)
+                y = GluFFNFunction.apply(x2d, parameter, views, self.ffn.weights(), scale, activation, grad)
+        elif alone:
+            y = sideway_forward(x2d, views, scale, activation)[0]
         else:
-            y = glu_ffn_forward(x2d, host, views, scale, self.activation_index, save=False)[0]
-        return y.view(x.shape)
+            y = glu_ffn_forward(x2d, self.ffn.weights(), views, scale, activation, save=False)[0]
+        y = y.view_as(x)
+        return self.original(x) + y if alone else y
 
     def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
         """The reference backend, and any backend under autocast: public ops with all their checks."""

@@ -69,8 +69,9 @@ class Int8Linear(torch.nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        self.register_buffer("quantized", (linear.weight / scale).round().to(torch.int8))
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("quantized", (weight / scale).round().to(torch.int8))
         self.register_buffer("row_scale", scale)
 
     def forward(self, x):
@@ -82,7 +83,7 @@ def test_a_quantized_host(tmp_path):
     for layer in model.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer.mlp, name, Int8Linear(getattr(layer.mlp, name)))
-    memory = check_life(model, tmp_path, "gate_proj is a")
+    check_life(model, tmp_path, "gate_proj is a")
     dequantized = torch.nn.functional.normalize(
         model.model.layers[0].mlp.gate_proj.quantized * model.model.layers[0].mlp.gate_proj.row_scale
     )

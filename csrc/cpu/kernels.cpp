@@ -187,6 +187,83 @@ void cross_entropy(const CrossEntropyParams& p) {
   with_type(p.dtype, [&]<class T>() { cross_entropy_typed<T>(p); });
 }
 
+template <class T>
+float rounded(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    T narrow;
+    store_block(&x, &narrow, 1);
+    load_block(&narrow, &x, 1);
+    return x;
+  }
+}
+
+template <class T>
+void rms_norm_typed(const RmsNormParams& p) {
+#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Block<T> x_block, weight_block, out_block;
+    float sum = 0.0f;
+    for (int64_t col = 0; col < p.cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
+      const float* x = x_block.load(at<T>(p.x, row, col), n);
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+    }
+    const float inverse = 1.0f / std::sqrt(sum / p.cols + p.eps);
+    if (p.inverse_rms) p.inverse_rms[row] = inverse;
+    for (int64_t col = 0; col < p.cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
+      const float* x = x_block.load(at<T>(p.x, row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+      T* to = at<T>(p.out, row, col);
+      float* out = out_block.begin_store(to);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = weight[i] * rounded<T>(x[i] * inverse);
+      out_block.end_store(to, n);
+    }
+  }
+}
+
+template <class T>
+void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
+#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Block<T> d_out_block, x_block, weight_block, dx_block;
+    const float inverse = p.inverse_rms[row];
+    float dot = 0.0f;
+    for (int64_t col = 0; col < p.cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
+      const float* d_out = d_out_block.load(at<T>(p.d_out, row, col), n);
+      const float* x = x_block.load(at<T>(p.x, row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+#pragma omp simd reduction(+ : dot)
+      for (int i = 0; i < n; ++i) dot += d_out[i] * weight[i] * x[i];
+    }
+    const float shift = dot * inverse * inverse / p.cols;
+    for (int64_t col = 0; col < p.cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
+      const float* d_out = d_out_block.load(at<T>(p.d_out, row, col), n);
+      const float* x = x_block.load(at<T>(p.x, row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+      T* to = at<T>(p.dx, row, col);
+      float* dx = dx_block.begin_store(to);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * weight[i] - x[i] * shift);
+      dx_block.end_store(to, n);
+    }
+  }
+}
+
+void rms_norm(const RmsNormParams& p) {
+  with_type(p.dtype, [&]<class T>() { rms_norm_typed<T>(p); });
+}
+
+void rms_norm_backward(const RmsNormBackwardParams& p) {
+  with_type(p.dtype, [&]<class T>() { rms_norm_backward_typed<T>(p); });
+}
+
 double read(const DeviceScalar& scalar) {
   switch (scalar.dtype) {
     case DType::i64: return static_cast<double>(*static_cast<const int64_t*>(scalar.data));
@@ -255,6 +332,7 @@ void sgd(const SgdParams& p) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {LOCAS_ISA_NAME, glu_forward, glu_backward, importance, cross_entropy, adamw, sgd};
+const Kernels table = {LOCAS_ISA_NAME, glu_forward, glu_backward, importance, cross_entropy,
+                       rms_norm, rms_norm_backward, adamw, sgd};
 
 }  // namespace locas::cpu::LOCAS_ISA

@@ -12,6 +12,8 @@ struct Kernels {
   void (*glu_backward)(const GluBackwardParams&);
   void (*importance)(const ImportanceParams&);
   void (*cross_entropy)(const CrossEntropyParams&);
+  void (*rms_norm)(const RmsNormParams&);
+  void (*rms_norm_backward)(const RmsNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*sgd)(const SgdParams&);
 };

@@ -1,0 +1,111 @@
+"""The attention of a chunk over its cached context, with a backward that stops at the cache.
+
+The context's keys and values need no gradient, but PyTorch's attention computes it for all of them. Here the backward
+goes through the chunk's own keys and values only, and grouped heads are not repeated. CPU; entered through transformers'
+attention interface while a chunk with context runs forward, and only for hosts that use "sdpa".
+
+        keys ->   context k .......... | chunk n          P = softmax(Q K^T * scaling + mask), recomputed
+        queries n [        P           |   P    ]         dQ from all of P; dK, dV from the right part only
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .hosts import Host
+
+NAME = "locas_chunk"
+# The backward holds this many elements of P at once, at least one group of heads.
+_PIECE = 1 << 22
+
+
+class ChunkAttentionFunction(torch.autograd.Function):
+    """apply(query [1, H, n, D], key, value [1, G, k, D], mask [1, 1, n, k] additive, scaling) -> [1, H, n, D].
+
+    The last n of the k keys are the queries' own; H is a multiple of G. The gradient of the first k - n keys and values
+    is left 0.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scaling):
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        ctx.save_for_backward(query, key, value, mask, out)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        query, key, value, mask, out = ctx.saved_tensors
+        (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
+        rows = heads // groups * n  # the queries that share a key head, as one matrix
+        query = query.reshape(groups, rows, size) * ctx.scaling
+        d_out, out = d_out.reshape(groups, rows, size), out.reshape(groups, rows, size)
+        mask = mask[0, 0].repeat(heads // groups, 1)
+        d_query = torch.empty_like(query)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        step = max(1, _PIECE // (rows * k))
+        for first in range(0, groups, step):
+            part = slice(first, first + step)
+            keys, values, queries, d_outs = key[0, part], value[0, part], query[part], d_out[part]
+            p = torch.baddbmm(mask, queries, keys.mT).softmax(-1)
+            d_value[0, part, k - n :] = p[:, :, k - n :].mT @ d_outs
+            dot = (d_outs * out[part]).sum(-1, keepdim=True)
+            d_scores = (d_outs @ values.mT).sub_(dot).mul_(p)
+            d_query[part] = d_scores @ keys
+            d_key[0, part, k - n :] = d_scores[:, :, k - n :].mT @ queries
+        return d_query.mul_(ctx.scaling).view(1, heads, n, size), d_key, d_value, None, None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as 0 and -inf, made once for all layers that share it."""
+    if mask.dtype != torch.bool:
+        return mask
+    additive = getattr(mask, "_locas_additive", None)
+    if additive is None:
+        additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        mask._locas_additive = additive
+    return additive
+
+
+def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **others):
+    """transformers' attention interface: anything but the plain case goes to its own "sdpa"."""
+    plain = (
+        torch.is_grad_enabled()
+        and attention_mask is not None
+        and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
+        and dropout == 0.0
+        and others.get("position_bias") is None
+    )
+    if not plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = ChunkAttentionFunction.apply(query, key, value, _additive(attention_mask, query.dtype), scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _chunk_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def chunk_attention(host: Host) -> Iterator[None]:
+    """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are."""
+    config = host.model.config
+    if config._attn_implementation != "sdpa" or host.input_device().type != "cpu":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

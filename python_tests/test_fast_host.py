@@ -1,0 +1,96 @@
+"""The parts of a host that run faster while memorizing on the CPU: norms and the attention over a cached context."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TEXT, assert_as_exact_as_torch, attached, tiny_model
+from transformers import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from locas_ext.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
+from locas_ext.fast_norms import RMSNormFunction, fast_norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 4, 33), (1, 3, 257), (70, 640)])
+def test_rms_norm_against_float64(shape, dtype):
+    x, d_out = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    norm = Qwen3RMSNorm(shape[-1], eps=1e-5).to(dtype).requires_grad_(False)
+    norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+
+    def run(function, cast):
+        x_ = cast(x).detach().requires_grad_()
+        y = function(x_)
+        return y.detach(), torch.autograd.grad(y, x_, cast(d_out))[0]
+
+    def exact(x_):
+        return norm.weight.double() * x_ / (x_.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    ours = run(lambda x_: RMSNormFunction.apply(x_, norm.weight, 1e-5), lambda t: t)
+    peer = run(norm, lambda t: t)
+    truth = run(exact, lambda t: t.double())
+    for name, a, b, c in zip(("y", "dx"), ours, peer, truth):
+        assert_as_exact_as_torch(name, a, b, c)
+
+
+def test_only_plain_norms_of_this_formula_are_replaced_and_given_back():
+    model = tiny_model("qwen3").requires_grad_(False)
+    hooked = model.model.layers[0].input_layernorm
+    gemma = Gemma2RMSNorm(Gemma2Config().hidden_size)
+    torch.nn.init.normal_(gemma.weight)
+    model.gemma = gemma.requires_grad_(False)
+    with fast_norms(model):
+        assert "forward" in model.model.norm.__dict__ and "forward" in hooked.__dict__
+        assert "forward" not in gemma.__dict__, "Gemma's weight counts from 1: another formula"
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    model.requires_grad_(True)
+    with fast_norms(model):
+        assert "forward" not in model.model.norm.__dict__, "a weight that learns keeps its own forward"
+
+
+@pytest.mark.parametrize("heads, groups, n, k, size", [(1, 1, 1, 2, 4), (4, 2, 5, 19, 8), (6, 3, 16, 16, 5), (8, 1, 9, 40, 16)])
+def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, monkeypatch):
+    monkeypatch.setattr("locas_ext.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
+    query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, size)
+    key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, size)
+    mask = torch.zeros(n, k).masked_fill(torch.ones(n, k).tril(k - n) == 0, -torch.inf)[None, None]
+
+    def run(function, cast):
+        inputs = [cast(t).detach().requires_grad_() for t in (query, key, value)]
+        out = function(*inputs, cast(mask), 0.3)
+        return out.detach(), *torch.autograd.grad(out, inputs, cast(d_out))
+
+    def plain(q, k_, v, m, scaling):
+        k_, v = (t.repeat_interleave(heads // groups, 1) for t in (k_, v))
+        return F.scaled_dot_product_attention(q, k_, v, attn_mask=m, scale=scaling)
+
+    ours = run(ChunkAttentionFunction.apply, lambda t: t)
+    peer, exact = run(plain, lambda t: t), run(plain, lambda t: t.double())
+    own = slice(k - n, None)
+    assert_as_exact_as_torch("out", ours[0], peer[0], exact[0])
+    assert_as_exact_as_torch("d_query", ours[1], peer[1], exact[1])
+    for name, i in (("d_key", 2), ("d_value", 3)):
+        assert_as_exact_as_torch(name, ours[i][:, :, own], peer[i][:, :, own], exact[i][:, :, own])
+        assert not ours[i][:, :, : k - n].any()
+
+
+def test_the_hosts_attention_setting_is_given_back():
+    _, memory = attached()
+    host = memory._attachment.host
+    with pytest.raises(RuntimeError):
+        with chunk_attention(host):
+            assert host.model.config._attn_implementation == NAME
+            raise RuntimeError
+    assert host.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_memorizing_agrees_with_the_hosts_own_attention_and_norms(family):
+    """The same run with an eager-attention host, which takes neither shortcut of the attention."""
+    settings = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
+    _, fast = attached(family)
+    _, slow = attached(family, model_settings={"attn_implementation": "eager"})
+    a, b = fast.memorize(TEXT, **settings), slow.memorize(TEXT, **settings)
+    torch.testing.assert_close(fast.slots, slow.slots, rtol=1e-3, atol=1e-5)
+    assert [c.nll for c in a.chunks] == pytest.approx([c.nll for c in b.chunks], rel=1e-5)
