@@ -1,0 +1,141 @@
+"""`locas memorize`, `generate` and `merge` on the shipped model and a page of the shipped novel."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import locas_ext as locas
+from locas_ext.cli import main
+from locas_ext.tasks.assets import ASSETS, MODEL
+
+WINDOW = ["--window", "64", "--stride", "32", "--rank", "4"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "page.txt"
+    file.write_text((ASSETS / "nostromo.txt").read_text()[:3000])
+    return file
+
+
+@pytest.fixture(scope="module")
+def memory_folder(page, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "memory"
+    assert main(["memorize", str(page), "--model", str(MODEL), "--out", str(out), *WINDOW]) == 0
+    return out
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_memorize_equals_the_python_call(page, memory_folder):
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(MODEL)(page.read_text())["input_ids"]
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    memory.memorize(ids, window=64, stride=32, progress=False)
+    assert torch.equal(load_file(memory_folder / "locas_memory.safetensors")["slots"], memory.slots)
+
+
+def test_an_existing_memory_is_not_overwritten(page, memory_folder, capsys):
+    before = (memory_folder / "locas_memory.safetensors").read_bytes()
+    status, _, err = run(capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, *WINDOW)
+    assert status == 2 and "--resume" in err
+    assert (memory_folder / "locas_memory.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsys):
+    status, _, err = run(
+        capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--window", 64, "--stride", 16
+    )
+    assert status == 2 and "stride was 32, is 16" in err
+
+
+def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
+    out = tmp_path / "memory"
+    command = ["memorize", str(page), "--model", str(MODEL), "--out", str(out), *WINDOW, "--save-every", "1"]
+    for kill in (True, True, False):
+        resume = ["--resume"] if (out / "locas_config.json").exists() else []
+        process = subprocess.Popen(
+            [sys.executable, "-m", "locas_ext", *command, *resume],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        if kill:
+            first = (out / "locas_config.json").stat().st_mtime_ns if resume else 0
+            deadline = time.monotonic() + 120
+            # Let it learn a chunk or more, then pull the plug at whatever moment this is.
+            while process.poll() is None and time.monotonic() < deadline:
+                file = out / "locas_config.json"
+                if file.exists() and file.stat().st_mtime_ns != first:
+                    break
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        else:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+    for name, expected in load_file(memory_folder / "locas_memory.safetensors").items():
+        assert torch.equal(load_file(out / "locas_memory.safetensors")[name], expected), name
+
+
+def test_generate_continues_the_prompt_with_and_without_memory(memory_folder, capsys):
+    arguments = ["--model", MODEL, "--prompt", "In the time of Spanish rule", "--max-new-tokens", 8]
+    status, alone, _ = run(capsys, "generate", *arguments)
+    assert status == 0 and alone.startswith("In the time of Spanish rule")
+    status, remembered, _ = run(capsys, "generate", *arguments, "--memory", memory_folder)
+    assert status == 0 and remembered.startswith("In the time of Spanish rule")
+
+
+def test_merge_writes_a_plain_checkpoint(page, memory_folder, tmp_path, capsys):
+    status, out, _ = run(capsys, "merge", "--model", MODEL, "--memory", memory_folder, "--out", tmp_path / "merged")
+    assert status == 0 and "768 -> 896" in out
+    assert not (tmp_path / "merged.unfinished").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    locas.load(model, memory_folder)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "merged")(page.read_text())["input_ids"][:40])[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    status, _, err = run(capsys, "merge", "--model", MODEL, "--memory", memory_folder, "--out", tmp_path / "merged")
+    assert status == 1 and "holds something already" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["memorize", "{missing}.txt", "--model", "{model}", "--out", "{new}"], "No such file"),
+        (["memorize", "{empty}", "--model", "{model}", "--out", "{new}"], "holds no text"),
+        (["memorize", "{binary}", "--model", "{model}", "--out", "{new}"], "not UTF-8"),
+        (["memorize", "{page}", "--model", "{missing}", "--out", "{new}"], "is not a folder"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{foreign}"], "holds something else"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--resume"], "no memory to go on with"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--rank", "0"], "rank is 0"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--save-every", "0"], "--save-every is 0"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--dtype", "int3"], "dtype is 'int3'"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--device", "cuda:99"], "device is 'cuda:99'"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--window", "9999"], "window is 9999"),
+        (["generate", "--model", "{model}", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--model", "{model}", "--prompt", "x", "--memory", "{missing}"], "is not a folder"),
+        (["merge", "--model", "{model}", "--memory", "{foreign}", "--out", "{new}"], "holds no memory"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(arguments, complaint, page, tmp_path, capsys):
+    places = {name: tmp_path / name for name in ("missing", "empty", "binary", "foreign", "new")}
+    places["empty"].write_text("")
+    places["binary"].write_bytes(b"\xff\xfe\x00")
+    places["foreign"].mkdir()
+    (places["foreign"] / "thesis.tex").write_text("years of work")
+    status, _, err = run(capsys, *[a.format(model=MODEL, page=page, **places) for a in arguments])
+    line = [text for text in err.splitlines() if text.startswith("locas: ")]
+    assert status in (1, 2) and len(line) == 1 and complaint in line[0]
+    assert not places["new"].exists()
+    assert [file.name for file in places["foreign"].iterdir()] == ["thesis.tex"]
