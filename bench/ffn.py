@@ -93,8 +93,9 @@ def run_case(case: Case, rounds: int, compiled: bool) -> list[dict]:
 
 def overhead(rounds: int) -> dict:
     """Microseconds of Python around the torch and native calls of a patched FFN, at a shape too small to compute."""
-    import locas_ext as locas
     from transformers import Qwen3ForCausalLM
+
+    import locas_ext as locas
 
     config = Qwen3Config(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

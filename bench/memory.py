@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
-from locas_ext.online import ContextCache, Settings, Window, chunk_loss, learn, resolve_settings
+from locas_ext.chunk import ContextCache, Window, chunk_loss
+from locas_ext.online import Settings, learn, resolve_settings
 from locas_ext.tasks.assets import ASSETS, MODEL
 
 from .harness import report

@@ -5,7 +5,6 @@ kernels and autograd formulas stand together for each operator.
 """
 
 import torch
-from torch import Tensor
 
 from . import kernels
 from .activations import activation_index

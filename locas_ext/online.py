@@ -1,13 +1,6 @@
 """Online memorization: score a chunk, learn from it, go on (docs/method.md, "The online protocol").
 
-Chunk [s, e) of a text, in a window of at most W tokens:
-
-        b ........... s-1 | s-1 ......... e-2          inputs; b = max(0, e - W)
-        context, no_grad  | S positions, gradient
-        -> KV cache       | -> logits of tokens s .. e-1
-
-The S positions that predict the chunk's own tokens run with gradient on top of the context's cache, so the chunk's loss
-is computed once: it is reported, then learned from. The cache is dropped after the chunk.
+A chunk's loss (chunk.py) is computed once: it is reported, then learned from.
 """
 
 import hashlib
@@ -24,20 +17,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from . import checkpoint
-from .chunk_attention import chunk_attention
+from .chunk import Window, chunk_loss, may_end_early
 from .errors import LocasError
 from .fast_norms import fast_norms
-from .hosts import Host
 from .ops import summed_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
 from .slots import GATE, KEY, initial_rows
 from .stream import Chunk, MemorizeReport, Stream
-
 
 # Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
 FP16_LOSS_SCALE = 1024.0
@@ -131,88 +121,7 @@ def text_digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
-# ---- one chunk ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Window:
-    """The tokens of one step: `context` may be empty, `inputs` predict `targets` one by one. All [n] on the CPU."""
-
-    context: Tensor
-    inputs: Tensor
-    targets: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, start: int, end: int, window: int, bos: int | None) -> "Window":
-        """The window of chunk [start, end); the first token of the text is never a target."""
-        room = window if bos is None else window - 1
-        begin = max(0, end - room)
-        first = max(start, 1)  # the first target
-        # With a stride as long as the window nothing stands before the chunk; its first token then needs one input.
-        begin = min(begin, first - 1)
-        context = ids[begin : first - 1]
-        inputs = ids[first - 1 : end - 1]
-        if bos is not None:
-            token = torch.tensor([bos])
-            context = torch.cat([token, context])
-        return cls(context, inputs, ids[first:end])
-
-
-class _ContextReady(Exception):
-    """The last layer's keys and values of the context are in the cache."""
-
-
-class ContextCache(DynamicCache):
-    """A KV cache that ends the context's forward as soon as nothing more is needed of it.
-
-    Of the last layer only keys and values are read later, so its attention and FFN over the context are not computed.
-    """
-
-    def __init__(self, model):
-        super().__init__(config=model.config)
-        self.last_layer = model.config.get_text_config(decoder=True).num_hidden_layers - 1
-        self.ends_forward = False
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.ends_forward and layer_idx == self.last_layer:
-            raise _ContextReady
-        return result
-
-    @torch.no_grad()
-    def fill(self, model, context: Tensor, may_end_early: bool) -> None:
-        """Runs the context [1, n] through the base model: nobody reads its logits."""
-        self.ends_forward = may_end_early
-        try:
-            model.base_model(input_ids=context, past_key_values=self, use_cache=True)
-        except _ContextReady:
-            return
-        finally:
-            self.ends_forward = False
-
-
-def may_end_early(model) -> bool:
-    """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
-    return not any(
-        hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules()
-    )
-
-
-def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
-    """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph over its inputs."""
-    model, device = host.model, host.input_device()
-    context, inputs, targets = (part.to(device)[None] for part in (window.context, window.inputs, window.targets))
-    if context.shape[1] == 0:
-        logits = model(input_ids=inputs, use_cache=False).logits
-    elif context_gradient:
-        everything = torch.cat([context, inputs], dim=1)
-        logits = model(input_ids=everything, use_cache=False, logits_to_keep=inputs.shape[1]).logits
-    else:
-        cache = ContextCache(model)
-        cache.fill(model, context, ends_early)
-        with chunk_attention(host):
-            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-    return summed_nll(logits, targets.to(logits.device))
-
-
+# ---- learning ------------------------------------------------------------------------------------------------
 def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
     """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
     arena = attachment.arena
@@ -372,7 +281,7 @@ def memorize(
 ) -> MemorizeReport:
     """See `Memory.memorize`."""
     host, arena, config = attachment.host, attachment.arena, attachment.config
-    if getattr(host.model, "_locas_memory", None) is None:
+    if not attachment.attached:
         raise ValueError("memorize: this memory is no longer attached to its model")
     settings = resolve_settings(settings, host)
     ids = token_ids(input_ids, host.vocab_size, at_least=2)

@@ -183,6 +183,10 @@ class Attachment:
         mean = value_norm_mean(ffn.dense_down(like))
         return mean / self.config.rank if self.config.scale == "paper" else mean
 
+    @property
+    def attached(self) -> bool:
+        return self.ffns[0].attached
+
     def detach(self) -> None:
         self.cache_guard.unbind()
         for ffn in self.ffns:

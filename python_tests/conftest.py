@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-
 # One thread: the tensors here are tiny, and waiting for a second thread on a busy machine costs more than all the rest.
 torch.set_num_threads(1)
 

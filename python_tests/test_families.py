@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import transformers
+from helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
 
 import locas_ext as locas
-from helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
 from locas_ext.hosts import HOSTS
 
 # Settings beyond the common ones that a family needs, or that make it harder.

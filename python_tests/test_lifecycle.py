@@ -3,7 +3,16 @@
 import pytest
 import torch
 from helpers import (
-    FAMILIES, SETTINGS, TEXT, assert_same_host, attached, learned, logits_of, random_ids, snapshot, tiny_model,
+    FAMILIES,
+    SETTINGS,
+    TEXT,
+    assert_same_host,
+    attached,
+    learned,
+    logits_of,
+    random_ids,
+    snapshot,
+    tiny_model,
 )
 
 import locas_ext as locas

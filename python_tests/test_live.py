@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
-
-import locas_ext as locas
 from helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
+from transformers import DynamicCache
 
 OTHER = random_ids(40, seed=7)
 

@@ -7,7 +7,16 @@ import textwrap
 import pytest
 import torch
 from helpers import (
-    FAMILIES, SETTINGS, TEXT, assert_same_host, attached, learned, logits_of, random_ids, relative_distance, snapshot,
+    FAMILIES,
+    SETTINGS,
+    TEXT,
+    assert_same_host,
+    attached,
+    learned,
+    logits_of,
+    random_ids,
+    relative_distance,
+    snapshot,
     tiny_model,
 )
 

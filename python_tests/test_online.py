@@ -6,8 +6,22 @@ import math
 import pytest
 import torch
 from helpers import (
-    FAMILIES, SETTINGS, TEXT, PlainMemory, assert_same_host, attached, chunk_bounds, double_host, learned, logits_of,
-    plain_memorize, random_ids, relative_distance, snapshot, tiny_model, truncated_nll,
+    FAMILIES,
+    SETTINGS,
+    TEXT,
+    PlainMemory,
+    assert_same_host,
+    attached,
+    chunk_bounds,
+    double_host,
+    learned,
+    logits_of,
+    plain_memorize,
+    random_ids,
+    relative_distance,
+    snapshot,
+    tiny_model,
+    truncated_nll,
 )
 
 import locas_ext as locas

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import TEXT, attached, learned, logits_of, tiny_model
 
 import locas_ext as locas
-from helpers import TEXT, attached, learned, logits_of, tiny_model
 
 LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
 
