@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <initializer_list>
+#include <cmath>
 #include <optional>
 
 #include "cpu/kernels.h"
@@ -231,6 +231,8 @@ void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_a
   p.learning_rate = scalar(op, {"learning_rate", learning_rate}, slots);
   p.beta1 = beta1;
   p.beta2 = beta2;
+  p.log_beta1 = static_cast<float>(std::log(beta1));
+  p.log_beta2 = static_cast<float>(std::log(beta2));
   p.eps = eps;
   p.weight_decay = weight_decay;
   p.clip = clip;

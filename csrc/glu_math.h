@@ -93,8 +93,9 @@ struct AdamWFactors {
 };
 
 LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, double learning_rate) {
-  const double correction1 = 1.0 - pow(p.beta1, step);
-  const double correction2 = 1.0 - pow(p.beta2, step);
+  // 1 - beta^t without the cancellation, so that float is enough: a double pow would hold up every CTA.
+  const float correction1 = -expm1f(static_cast<float>(step) * p.log_beta1);
+  const float correction2 = -expm1f(static_cast<float>(step) * p.log_beta2);
   return {static_cast<float>(p.beta1),
           static_cast<float>(1.0 - p.beta1),
           static_cast<float>(p.beta2),
@@ -102,7 +103,7 @@ LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, doubl
           p.eps,
           static_cast<float>(1.0 - learning_rate * p.weight_decay),
           static_cast<float>(learning_rate / correction1),
-          static_cast<float>(1.0 / sqrt(correction2))};
+          1.0f / sqrtf(correction2)};
 }
 
 // The new value of one slot element; its two states are updated in place.

@@ -101,7 +101,8 @@ struct AdamWParams {
   int64_t rows, d;
   DType compute_dtype;
   DeviceScalar step, learning_rate;
-  double beta1, beta2;  // double: 1 - beta2 loses half its digits in float
+  double beta1, beta2;          // double: 1 - beta2 loses half its digits in float
+  float log_beta1, log_beta2;  // their natural logarithms
   float eps, weight_decay;
   bool clip;
 };

@@ -15,7 +15,7 @@ import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.tasks.assets import ASSETS, MODEL
 
-WINDOW = ["--window", "64", "--stride", "32", "--rank", "4"]
+WINDOW = ["--window", "64", "--stride", "32", "--rank", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
