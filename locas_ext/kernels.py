@@ -32,7 +32,8 @@ class SlotViews(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor) -> "SlotViews":
-        return cls(slots[:2].flatten(0, 1), slots[2])
+        _, rank, d = slots.shape
+        return cls(*slots.reshape(3 * rank, d).split((2 * rank, rank)))
 
 
 def stream_of(tensor: Tensor) -> int:

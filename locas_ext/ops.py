@@ -77,6 +77,32 @@ def _check_host(
                 )
 
 
+def _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases) -> bool:
+    """Whether all is as it should be in the common case, in a few microseconds; if not, the checks above say why."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or biases != (None, None, None):
+        return False
+    dtype, device, d = x.dtype, x.device, x.shape[-1]
+    for weight in (gate_weight, up_weight, down_weight):
+        if not isinstance(weight, Tensor) or weight.dtype is not dtype or weight.device != device:
+            return False
+        if weight.requires_grad and torch.is_grad_enabled():
+            return False
+    shape = gate_weight.shape
+    return (
+        len(shape) == 2
+        and shape[1] == d
+        and up_weight.shape == shape
+        and down_weight.shape == (d, shape[0])
+        and isinstance(slots, Tensor)
+        and (slots.dtype is dtype or slots.dtype is torch.float32)
+        and slots.device == device
+        and slots.dim() == 3
+        and slots.shape[0] == 3
+        and slots.shape[2] == d
+        and dtype in _KERNEL_DTYPES
+    )
+
+
 def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
     _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
@@ -209,9 +235,10 @@ def glu_ffn(
         biases = [t if t is None else t.to(dtype) for t in biases]
         with torch.autocast(x.device.type, enabled=False):
             return glu_ffn(*cast, slots, scale, activation, *biases, backend=backend)
-    _check_x("glu_ffn", x, backend)
-    _check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
-    _check_slots("glu_ffn", x, slots)
+    if backend not in ("auto", "matmul") or not _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases):
+        _check_x("glu_ffn", x, backend)
+        _check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
+        _check_slots("glu_ffn", x, slots)
     if backend == "reference":
         return reference.glu_ffn(x, gate_weight, up_weight, down_weight, slots, scale, activation, *biases)
     x2d = x.reshape(-1, x.shape[-1])
