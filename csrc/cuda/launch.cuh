@@ -1,0 +1,96 @@
+// How a kernel is queued. A kernel is a struct:
+//
+//      struct Kernel {
+//        using Params = ...;                                     // plain data, passed by value
+//        static constexpr const char* name = "U update_slots";   // in error messages and test output
+//        static constexpr int threads = 128, min_blocks = 1;     // a block, and blocks a multiprocessor at least
+//        static LOCAS_DEVICE void run(const Params& p, unsigned char* shared);
+//      };
+//
+// launch<Kernel>(blocks, shared_bytes, queue, params) queues it on a GPU, or, compiled without nvcc, runs it on the SIMT
+// runner. `shared` has shared_bytes bytes, aligned to 1024.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+#include "ptx.cuh"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace locas::cuda {
+
+#ifdef __CUDACC__
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current and the previous one again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != previous_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::threads, Kernel::min_blocks)
+    kernel(const __grid_constant__ typename Kernel::Params params) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Kernel::run(params, shared);
+}
+
+template <class Kernel>
+void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params) {
+  if (blocks == 0) return;
+  if (blocks < 0 || blocks > INT32_MAX)
+    throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) + " blocks; at most 2^31 - 1");
+  const DeviceGuard guard(queue.device);
+  // Up to 48 KB need no permission.
+  if (shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          Kernel::name);
+  kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
+      params);
+  check(cudaGetLastError(), Kernel::name);
+}
+
+inline int multiprocessor_count(Queue queue) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+#else
+
+template <class Kernel>
+void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::Params& params) {
+  static_assert(std::is_trivially_copyable_v<typename Kernel::Params>);
+  if (blocks == 0) return;
+  simt::run_grid(Kernel::name, blocks, Kernel::threads, shared_bytes,
+                 [&params](unsigned char* shared) { Kernel::run(params, shared); });
+}
+
+// Few, so that small tests see a block take several tiles.
+inline int multiprocessor_count(Queue) { return 3; }
+
+#endif
+
+}  // namespace locas::cuda

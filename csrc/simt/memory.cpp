@@ -1,0 +1,176 @@
+#include "memory.h"
+
+#include <algorithm>
+
+#include "runner.h"
+
+namespace locas::simt {
+namespace {
+
+struct Global {
+  size_t bytes;
+  std::string name;
+};
+
+std::map<const unsigned char*, Global>& globals() {
+  static std::map<const unsigned char*, Global> buffers;
+  return buffers;
+}
+
+const char* verb(Access access) { return access == Access::read ? "reads" : "writes"; }
+
+}  // namespace
+
+void register_global(const void* data, size_t bytes, std::string name) {
+  globals()[static_cast<const unsigned char*>(data)] = {bytes, std::move(name)};
+}
+
+void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
+
+void check_global(const void* address, size_t bytes, Access access) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  // The first buffer that begins behind the address; the one before it is the only one that can hold it.
+  auto buffer = globals().upper_bound(at);
+  if (buffer == globals().begin())
+    fail("%s %zu bytes at %p, which is in no buffer", verb(access), bytes, address);
+  --buffer;
+  const auto& [begin, global] = *buffer;
+  if (static_cast<size_t>(at - begin) + bytes > global.bytes)
+    fail("%s %zu bytes at byte %td of the nearest buffer, '%s', which has %zu bytes", verb(access), bytes, at - begin,
+         global.name.c_str(), global.bytes);
+}
+
+void join(Clock& into, const Clock& other) {
+  for (int warp = 0; warp < kMaxWarps; ++warp) into[warp] = std::max(into[warp], other[warp]);
+}
+
+void SharedMemory::begin_launch(size_t bytes, int threads) {
+  bytes_ = bytes;
+  warps_ = threads / 32;
+  if (bytes > 0) {
+    void* allocation;
+    if (posix_memalign(&allocation, 1024, bytes) != 0) throw std::bad_alloc();
+    data_ = static_cast<unsigned char*>(allocation);
+  }
+  cells_.assign((bytes + 1) / 2, Cell());
+  readers_.assign(cells_.size() * warps_, Readers());
+  clocks_.assign(warps_, Clock{});
+  epochs_.assign(warps_, 1);
+  waits_.clear();
+}
+
+void SharedMemory::begin_block() {
+  if (bytes_ > 0) std::memset(data_, 0xff, bytes_);
+  // All warps begin later than anything that the block before did, and know nothing of each other.
+  uint32_t latest = 0;
+  for (int warp = 0; warp < warps_; ++warp) latest = std::max(latest, time(warp));
+  for (int warp = 0; warp < warps_; ++warp) {
+    clocks_[warp].fill(latest);
+    tick(warp);
+    sync_lanes(warp);
+  }
+  for (Cell& cell : cells_) cell.state = State::plain;
+}
+
+void SharedMemory::end_launch() {
+  std::free(data_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+bool SharedMemory::contains(const void* address) const {
+  const auto* at = static_cast<const unsigned char*>(address);
+  return data_ && at >= data_ && at < data_ + bytes_;
+}
+
+void SharedMemory::check_range(const void* address, size_t bytes, Access access) const {
+  const size_t offset = static_cast<const unsigned char*>(address) - data_;
+  if (!contains(address) || offset + bytes > bytes_)
+    fail("%s %zu bytes at byte %zd of shared memory, which has %zu bytes", verb(access), bytes,
+         static_cast<ptrdiff_t>(offset), bytes_);
+}
+
+void SharedMemory::check_state(const Cell& cell, size_t index, Access access) const {
+  if (cell.state == State::copying)
+    fail("%s byte %zu of shared memory while an asynchronous copy into it is under way (no %s yet)", verb(access),
+         index * 2, waits_[cell.wait]);
+  if (cell.state == State::barrier) fail("%s byte %zu of shared memory, which is in an mbarrier", verb(access), index * 2);
+}
+
+void SharedMemory::check_last_write(int thread, const Cell& cell, size_t index, Access access) const {
+  if (cell.writer < 0 || cell.writer == thread) return;
+  const int warp = thread / 32, writer = cell.writer / 32;
+  const bool ordered = writer == warp ? cell.write_epoch < epochs_[warp] : cell.write_time <= clocks_[warp][writer];
+  if (!ordered)
+    fail("race: %s byte %zu of shared memory, which thread %d wrote; nothing synchronises the two", verb(access),
+         index * 2, cell.writer);
+}
+
+void SharedMemory::check_readers(int thread, size_t index) const {
+  const int warp = thread / 32;
+  for (int reader = 0; reader < warps_; ++reader) {
+    const Readers& last = readers_[index * warps_ + reader];
+    if (last.thread == -1 || last.thread == thread) continue;
+    const bool ordered = reader == warp ? last.epoch < epochs_[warp] : last.time <= clocks_[warp][reader];
+    if (!ordered)
+      fail("race: writes byte %zu of shared memory, which warp %d read; nothing synchronises the two", index * 2,
+           reader);
+  }
+}
+
+void SharedMemory::read(int thread, const void* address, size_t bytes) {
+  check_range(address, bytes, Access::read);
+  const int warp = thread / 32;
+  for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
+    check_state(cells_[i], i, Access::read);
+    check_last_write(thread, cells_[i], i, Access::read);
+    Readers& last = readers_[i * warps_ + warp];
+    const bool another = last.epoch == epochs_[warp] && last.thread != -1 && last.thread != thread;
+    last = {time(warp), epochs_[warp], another ? kSeveral : static_cast<int16_t>(thread)};
+  }
+}
+
+void SharedMemory::write(int thread, const void* address, size_t bytes) {
+  check_range(address, bytes, Access::write);
+  const int warp = thread / 32;
+  for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
+    check_state(cells_[i], i, Access::write);
+    check_last_write(thread, cells_[i], i, Access::write);
+    check_readers(thread, i);
+    cells_[i].writer = static_cast<int16_t>(thread);
+    cells_[i].write_time = time(warp);
+    cells_[i].write_epoch = epochs_[warp];
+  }
+}
+
+void SharedMemory::begin_copy(int thread, const void* address, size_t bytes, const char* wait) {
+  write(thread, address, bytes);
+  size_t name = 0;
+  while (name < waits_.size() && waits_[name] != wait) ++name;
+  if (name == waits_.size()) waits_.push_back(wait);
+  for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
+    cells_[i].state = State::copying;
+    cells_[i].wait = static_cast<uint8_t>(name);
+  }
+}
+
+void SharedMemory::end_copy(int thread, const void* address, size_t bytes, uint32_t time) {
+  for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
+    cells_[i].state = State::plain;
+    cells_[i].writer = static_cast<int16_t>(thread);
+    cells_[i].write_time = time;
+    cells_[i].write_epoch = epochs_[thread / 32];
+  }
+}
+
+void SharedMemory::claim_barrier(int thread, const void* address) {
+  write(thread, address, 8);
+  for (size_t i = first_cell(address); i < end_cell(address, 8); ++i) cells_[i].state = State::barrier;
+}
+
+void SharedMemory::check_barrier(int thread, const void* address) {
+  const size_t i = first_cell(address);
+  check_last_write(thread, cells_[i], i, Access::read);
+}
+
+}  // namespace locas::simt

@@ -1,0 +1,54 @@
+// Runs a CUDA kernel on the CPU: one fiber a thread, one block after the other, in an order drawn from a seed, and aborts
+// with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is the tour.
+//
+// Only csrc/cuda/ptx.cuh and launch.cuh call this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "memory.h"
+
+namespace locas::simt {
+
+// The seed draws the order of threads and blocks and when asynchronous copies land. Seed 0: threads in order, copies at
+// once. Seed 1: threads backwards, copies as late as the waits allow. Others: at random.
+void set_seed(uint64_t seed);
+
+void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
+              const std::function<void(unsigned char* shared)>& body);
+
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* reason, ...);
+
+// ---- Called from inside a kernel ----------------------------------------------------------------------------
+int thread_index();
+int block_index();
+int block_count();
+
+// Checks alignment, bounds and, in shared memory, races.
+enum class Space { any, global, shared };
+void touch(const void* address, size_t bytes, Access access, Space space = Space::any);
+
+// All 32 lanes of the warp meet; the last to arrive runs the operation on their arguments, by lane. Lanes that meet with
+// different operations abort.
+using WarpOperation = void (*)(void* const* arguments);
+void warp_collective(const char* name, void* argument, WarpOperation operation);
+void sync_warp();
+
+// bar.sync: returns whether the predicate held in any of the threads that met.
+bool barrier(const char* name, int id, int threads, bool predicate = false);
+bool sync_threads(bool predicate = false);
+
+// cp.async: into shared memory, 16 bytes; zeros where not valid.
+void copy_async(void* shared, const void* global, bool valid);
+void commit_copies();
+void wait_for_copies(size_t pending_groups);
+
+// mbarrier and cp.async.bulk
+void mbarrier_init(uint64_t* barrier, int count);
+void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
+void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+
+}  // namespace locas::simt
