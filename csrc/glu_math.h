@@ -74,8 +74,11 @@ LOCAS_INLINE ValueAndSlope activate(float x) {
 }
 
 // Calls f with the activation as a compile-time constant.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f is for the host or for the device, as its caller is
+#endif
 template <class F>
-auto with_activation(Activation activation, F&& f) {
+LOCAS_INLINE auto with_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::silu: return f.template operator()<Activation::silu>();
     case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();

@@ -56,18 +56,22 @@ def sideway_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) 
 
 
 def glu_ffn_forward(
-    x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """-> y [T, d], the host's pre-activations gate and up [T, m] (None unless `save`) and the memory's [T, 2r]."""
+    x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
+) -> tuple[Tensor, tuple | None]:
+    """-> y [T, d] and, with `save`, what the backward needs: the host's pre-activations gate and up [T, m] (None unless
+    `needs_dx`) and the memory's [T, 2r]."""
     gate = F.linear(x, host.gate, host.gate_bias)
     up = F.linear(x, host.up, host.up_bias)
-    hidden = torch.empty_like(gate) if save else gate
+    keep = save and needs_dx
+    hidden = torch.empty_like(gate) if keep else gate
     _C.glu_forward(gate, up, hidden, activation, 1.0, stream_of(gate))
     y = F.linear(hidden, host.down, host.down_bias)
     del hidden
     memory_gate_key = F.linear(x, slots.gate_key)
     y.addmm_(memory_hidden(memory_gate_key, scale, activation), slots.value)
-    return (y, gate, up, memory_gate_key) if save else (y, None, None, memory_gate_key)
+    if not save:
+        return y, None
+    return y, (gate, up, memory_gate_key) if keep else (None, None, memory_gate_key)
 
 
 def sideway_backward(
@@ -105,14 +109,31 @@ def sideway_backward(
     return d_gate_key, None
 
 
-def glu_ffn_backward(dy: Tensor, gate: Tensor, up: Tensor, host: HostWeights, activation: int) -> Tensor:
-    """The host's share of dx [T, d]; its weights are frozen and get no gradient."""
+def glu_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: tuple,
+    host: HostWeights,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    needs_dx: bool,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d]; the host's weights are frozen.
+
+    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
+    """
+    gate, up, memory_gate_key = saved
+    d_gate_key, d_slots = sideway_backward(dy, x, memory_gate_key, slots, scale, activation, slots_grad)
+    if not needs_dx:
+        return None, d_slots
     d_gate = dy @ host.down
     d_up = torch.empty_like(d_gate)
     _C.glu_backward(d_gate, gate, up, d_gate, d_up, None, activation, 1.0, stream_of(dy))
     dx = d_gate @ host.gate
     del d_gate
-    return dx.addmm_(d_up, host.up)
+    return dx.addmm_(d_up, host.up).addmm_(d_gate_key, slots.gate_key), d_slots
 
 
 def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:

@@ -6,7 +6,7 @@ kernels and autograd formulas stand together for each operator.
 
 import torch
 
-from . import kernels
+from . import fused, kernels
 from .activations import activation_index
 from .kernels import HostWeights, SlotViews
 
@@ -25,72 +25,84 @@ _BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
 
 
 # ---- glu_ffn: y, and what the backward needs ----------------------------------------------------------------
-def _glu_ffn(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
+_BACKENDS = {"matmul": kernels, "fused": fused}
+
+
+def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[int, int]]:
+    """Shapes of the three tensors between forward and backward; the fused backend has two."""
+    if backend == "fused":
+        width = m + -(-rank // 8) * 8
+        return [(tokens, width), (tokens, width), (0, 0)]
+    return [(tokens, m), (tokens, m), (tokens, 2 * rank)]
+
+
+def _glu_ffn(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
-    return kernels.glu_ffn_forward(
+    y, saved = _BACKENDS[backend].glu_ffn_forward(
         x, host, SlotViews.of(slots), scale, activation_index(activation), save=True
     )
+    return (y, *[x.new_empty(0, 0) if tensor is None else tensor for tensor in saved])
 
 
-def _glu_ffn_fake(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
-    tokens, m = x.shape[0], gate.shape[0]
-    return (x.new_empty(x.shape), x.new_empty(tokens, m), x.new_empty(tokens, m),
-            x.new_empty(tokens, 2 * slots.shape[1]))
+def _glu_ffn_fake(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
+    shapes = _saved_shapes(x.shape[0], gate.shape[0], slots.shape[1], backend)
+    return (x.new_empty(x.shape), *[x.new_empty(shape) for shape in shapes])
 
 
 _define(
-    f"glu_ffn(Tensor x, {_HOST}, Tensor slots, float scale, str activation, {_BIASES})"
+    f"glu_ffn(Tensor x, {_HOST}, Tensor slots, float scale, str activation, str backend, {_BIASES})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _glu_ffn,
     _glu_ffn_fake,
 )
 
 
-def _glu_ffn_inference(x, gate, up, down, slots, scale, activation, gate_bias=None, up_bias=None, down_bias=None):
+def _glu_ffn_inference(
+    x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None
+):
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
-    return kernels.glu_ffn_forward(
+    return _BACKENDS[backend].glu_ffn_forward(
         x, host, SlotViews.of(slots), scale, activation_index(activation), save=False
     )[0]
 
 
 _define(
-    f"glu_ffn_inference(Tensor x, {_HOST}, Tensor slots, float scale, str activation, {_BIASES}) -> Tensor",
+    f"glu_ffn_inference(Tensor x, {_HOST}, Tensor slots, float scale, str activation, str backend, {_BIASES}) -> Tensor",
     _glu_ffn_inference,
     lambda x, *_, **__: x.new_empty(x.shape),
 )
 
 
 def _glu_ffn_backward(
-    dy, x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots, scale, activation, needs_dx
+    dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx
 ):
-    index, views = activation_index(activation), SlotViews.of(slots)
-    dy = dy.contiguous()
-    d_gate_key, d_slots = kernels.sideway_backward(dy, x, memory_gate_key, views, scale, index, None)
-    if not needs_dx:
-        return x.new_empty(0), d_slots
-    dx = kernels.glu_ffn_backward(dy, gate_activation, up_activation, HostWeights(gate, up, down), index)
-    return dx.addmm_(d_gate_key, views.gate_key), d_slots
+    dx, d_slots = _BACKENDS[backend].glu_ffn_backward(
+        dy.contiguous(), x, (saved_gate, saved_up, saved_memory), HostWeights(gate, up, down), SlotViews.of(slots), scale,
+        activation_index(activation), needs_dx, None,
+    )
+    return x.new_empty(0) if dx is None else dx, d_slots.to(slots.dtype)
 
 
 _define(
-    "glu_ffn_backward(Tensor dy, Tensor x, Tensor gate_activation, Tensor up_activation, Tensor memory_gate_key,"
-    f" {_HOST}, Tensor slots, float scale, str activation, bool needs_dx) -> (Tensor, Tensor)",
+    "glu_ffn_backward(Tensor dy, Tensor x, Tensor saved_gate, Tensor saved_up, Tensor saved_memory,"
+    f" {_HOST}, Tensor slots, float scale, str activation, str backend, bool needs_dx) -> (Tensor, Tensor)",
     _glu_ffn_backward,
-    lambda dy, x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots, scale, activation, needs_dx: (
+    lambda dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx: (
         x.new_empty(x.shape if needs_dx else 0), slots.new_empty(slots.shape)),
 )
 
 
 def _glu_ffn_setup(ctx, inputs, output):
-    x, gate, up, down, slots, ctx.scale, ctx.activation = inputs[:7]
-    _, gate_activation, up_activation, memory_gate_key = output
-    ctx.save_for_backward(x, gate_activation, up_activation, memory_gate_key, gate, up, down, slots)
+    x, gate, up, down, slots, ctx.scale, ctx.activation, ctx.backend = inputs[:8]
+    ctx.save_for_backward(x, *output[1:], gate, up, down, slots)
 
 
 def _glu_ffn_autograd(ctx, dy, *_):
     needs_dx = ctx.needs_input_grad[0]
-    dx, d_slots = torch.ops.locas.glu_ffn_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, needs_dx)
-    return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 5)
+    dx, d_slots = torch.ops.locas.glu_ffn_backward(
+        dy, *ctx.saved_tensors, ctx.scale, ctx.activation, ctx.backend, needs_dx
+    )
+    return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 6)
 
 
 torch.library.register_autograd("locas::glu_ffn", _glu_ffn_autograd, setup_context=_glu_ffn_setup, lib=_library)

@@ -2,8 +2,9 @@
 
 x is [..., d]; slots are [3, r, d] = (gate G, key K, value V) in x's dtype or float32, and their gradient comes in
 their own dtype. The host's weights are frozen: they get no gradient, and asking for one is an error. dtypes: float32,
-bfloat16, float16 (backend "reference": float64 too). Backends: "matmul" is torch's GEMMs with native code between
-them; "reference" is plain torch; "auto" is "matmul".
+bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is our own CUDA kernels for bfloat16 and float16;
+"matmul" is torch's GEMMs with native code between them; "reference" is plain torch; "auto" is "fused" where that was
+measured to be faster (fused.py), else "matmul".
 
 All raise ValueError for a shape, dtype, device or setting that does not fit, naming the tensor, and TypeError for an
 argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import kernels, library, reference  # noqa: F401  (library registers the operators)
+from . import fused, kernels, library, reference  # noqa: F401  (library registers the operators)
 from .activations import activation_index
 from .kernels import HostWeights, SlotViews
 
-BACKENDS = ("auto", "matmul", "reference")
+BACKENDS = ("auto", "fused", "matmul", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,6 +108,18 @@ def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
     _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
 
+def _native(op: str, x: Tensor, gate_weight: Tensor, backend: str):
+    """The module that computes for a backend other than "reference": `kernels` or `fused`; ValueError says why not."""
+    if backend == "matmul":
+        return kernels
+    m, d = gate_weight.shape
+    if backend == "auto":
+        return fused if fused.is_faster(x, d, m) else kernels
+    if problem := fused.obstacle(x, d, m):
+        raise ValueError(f"{op}: backend is 'fused', but {problem}")
+    return fused
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where x lives, or None."""
     if not isinstance(x, Tensor):
@@ -117,38 +130,33 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 # ---- autograd -----------------------------------------------------------------------------------------------
 class GluFFNFunction(torch.autograd.Function):
-    """apply(x [T, d], slots, views, host, scale, activation index, slots_grad) -> y [T, d].
+    """apply(x [T, d], slots, views, host, scale, activation index, slots_grad, backend) -> y [T, d].
 
-    `views` are the slots in x's dtype. `slots_grad` is where the slots' gradient is added in place (an fp32 [3, r, d]
-    slice of the arena), or None: then autograd gets it. It is a plain ctx attribute because all slices of an arena
-    share one version counter, which save_for_backward would check.
+    `views` are the slots in x's dtype, `backend` is the module that computes: `kernels` or `fused`. `slots_grad` is where
+    the slots' gradient is added in place (an fp32 [3, r, d] slice of the arena), or None: then autograd gets it. It is a
+    plain ctx attribute because all slices of an arena share one version counter, which save_for_backward would check.
     """
 
     @staticmethod
-    def forward(ctx, x, slots, views, host, scale, activation, slots_grad):
+    def forward(ctx, x, slots, views, host, scale, activation, slots_grad, backend):
         needs_dx = ctx.needs_input_grad[0]
-        y, gate, up, memory_gate_key = kernels.glu_ffn_forward(x, host, views, scale, activation, save=needs_dx)
-        ctx.save_for_backward(x, gate, up, memory_gate_key, *views)
+        y, saved = backend.glu_ffn_forward(x, host, views, scale, activation, save=True, needs_dx=needs_dx)
+        ctx.save_for_backward(x, *saved, *views)
         ctx.host, ctx.scale, ctx.activation = host, scale, activation
-        ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
+        ctx.slots_grad, ctx.slots_dtype, ctx.backend = slots_grad, slots.dtype, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gate, up, memory_gate_key, *views = ctx.saved_tensors
-        views = SlotViews(*views)
+        x, *saved, gate_key, value = ctx.saved_tensors
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
-        d_gate_key, d_slots = kernels.sideway_backward(
-            dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad
+        dx, d_slots = ctx.backend.glu_ffn_backward(
+            dy, x, saved, ctx.host, SlotViews(gate_key, value), ctx.scale, ctx.activation, needs_dx, ctx.slots_grad
         )
-        dx = None
-        if needs_dx:
-            dx = kernels.glu_ffn_backward(dy, gate, up, ctx.host, ctx.activation)
-            dx.addmm_(d_gate_key, views.gate_key)
         if d_slots is not None:
             d_slots = d_slots.to(ctx.slots_dtype) if needs_slots else None
-        return dx, d_slots, None, None, None, None, None
+        return dx, d_slots, None, None, None, None, None, None
 
 
 class SidewayGluFunction(torch.autograd.Function):
@@ -224,7 +232,7 @@ def glu_ffn(
         activation: silu, gelu_pytorch_tanh, gelu, gelu_new or relu
         gate_bias, up_bias: [m] or None
         down_bias: [d] or None
-        backend: auto, matmul or reference
+        backend: auto, fused, matmul or reference
 
     Returns y: [..., d] in x's dtype. Gradients flow to x and slots. Saved for the backward: x and the
     pre-activations x W^T. Under autocast the operands are first cast to the autocast dtype.
@@ -235,7 +243,7 @@ def glu_ffn(
         biases = [t if t is None else t.to(dtype) for t in biases]
         with torch.autocast(x.device.type, enabled=False):
             return glu_ffn(*cast, slots, scale, activation, *biases, backend=backend)
-    if backend not in ("auto", "matmul") or not _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases):
+    if backend not in ("auto", "fused", "matmul") or not _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases):
         _check_x("glu_ffn", x, backend)
         _check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
         _check_slots("glu_ffn", x, slots)
@@ -243,8 +251,10 @@ def glu_ffn(
         return reference.glu_ffn(x, gate_weight, up_weight, down_weight, slots, scale, activation, *biases)
     x2d = x.reshape(-1, x.shape[-1])
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or slots.requires_grad)
+    module = _native("glu_ffn", x, gate_weight, backend)
     if torch.compiler.is_compiling():
-        arguments = (x2d, gate_weight, up_weight, down_weight, slots.to(x.dtype), scale, activation, *biases)
+        name = "fused" if module is fused else "matmul"
+        arguments = (x2d, gate_weight, up_weight, down_weight, slots.to(x.dtype), scale, activation, name, *biases)
         if wants_gradient:
             y = torch.ops.locas.glu_ffn(*arguments)[0]
         else:
@@ -254,9 +264,9 @@ def glu_ffn(
     with torch.no_grad():
         views = SlotViews.of(slots.to(x.dtype))
     if wants_gradient:
-        y = GluFFNFunction.apply(x2d, slots, views, host, scale, index, None)
+        y = GluFFNFunction.apply(x2d, slots, views, host, scale, index, None, module)
     else:
-        y = kernels.glu_ffn_forward(x2d, host, views, scale, index, save=False)[0]
+        y = module.glu_ffn_forward(x2d, host, views, scale, index, save=False)[0]
     return y.view_as(x)
 
 
@@ -275,6 +285,8 @@ def sideway_glu(
             return sideway_glu(x.to(dtype), slots, scale, activation, backend)
     _check_x("sideway_glu", x, backend)
     _check_slots("sideway_glu", x, slots)
+    if backend == "fused":
+        raise ValueError("sideway_glu: backend is 'fused', which computes host and memory in one; expected auto, matmul or reference")
     if backend == "reference":
         return reference.sideway_glu(x, slots, scale, activation)
     x2d = x.reshape(-1, x.shape[-1])
@@ -309,10 +321,11 @@ def neuron_importance(
         raise ValueError("neuron_importance: x holds no tokens; the mean needs at least one")
     if backend == "reference":
         return reference.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
+    module = _native("neuron_importance", x, gate_weight, backend)
     if torch.compiler.is_compiling():
         return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
     host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
-    return kernels.neuron_importance(x2d, host, index)
+    return module.neuron_importance(x2d, host, index)
 
 
 def summed_nll(logits: Tensor, targets: Tensor) -> Tensor:

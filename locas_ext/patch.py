@@ -10,7 +10,7 @@ from . import ops, reference
 from .activations import activate, activation_index
 from .config import LocasConfig
 from .hosts import HostFFN, inspect_host, value_norm_mean
-from .kernels import glu_ffn_forward, sideway_forward
+from .kernels import sideway_forward
 from .ops import GluFFNFunction, SidewayGluFunction
 from .slots import SlotArena, check_rank
 from .stale_cache import StaleCacheGuard

@@ -12,12 +12,15 @@
 #include <cuda_fp16.h>
 #define LOCAS_DEVICE __device__ __forceinline__
 #define LOCAS_UNROLL _Pragma("unroll")
+#define LOCAS_PRAGMA(text) _Pragma(#text)
+#define LOCAS_UNROLL_BY(n) LOCAS_PRAGMA(unroll n)
 #else
 #include "../simt/numbers.h"
 #include "../simt/runner.h"
 #include "../simt/warp.h"
 #define LOCAS_DEVICE inline
 #define LOCAS_UNROLL
+#define LOCAS_UNROLL_BY(n)
 #endif
 
 namespace locas {
@@ -74,13 +77,13 @@ template <class T>
 LOCAS_DEVICE T load_once(const T* from) {
   typename Word<sizeof(T)>::type word;
   if constexpr (sizeof(T) == 16)
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(__cvta_generic_to_global(from)));
   else if constexpr (sizeof(T) == 8)
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
                  : "=r"(word.x), "=r"(word.y) : "l"(__cvta_generic_to_global(from)));
   else if constexpr (sizeof(T) == 4)
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
   else
     return load(from);
   return __builtin_bit_cast(T, word);

@@ -1,0 +1,357 @@
+// K1-K4, D1 and D2: the fused FFN with memory against float64, over shapes that fit no tile.
+//
+// Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then test the
+// rounding. All outputs start as NaN, and all inputs end where their last element ends.
+#include <algorithm>
+
+#include "harness.h"
+
+namespace locas::test {
+namespace {
+
+struct Shape {
+  int64_t tokens, d, m, r;
+  Activation activation;
+  bool biases;
+};
+
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::silu: return x / (1.0 + std::exp(-x));
+    case Activation::gelu_tanh: return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::gelu: return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
+    default: return x > 0.0 ? x : 0.0;
+  }
+}
+
+double slope(Activation activation, double x) {
+  if (activation == Activation::relu) return x > 0.0 ? 1.0 : 0.0;
+  const double h = 1e-5;
+  return (activated(activation, x + h) - activated(activation, x - h)) / (2 * h);
+}
+
+// [rows, cols] in doubles.
+struct Matrix {
+  int64_t rows, cols;
+  std::vector<double> values;
+  Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), values(rows * cols) {}
+  double& at(int64_t row, int64_t col) { return values[row * cols + col]; }
+  double at(int64_t row, int64_t col) const { return values[row * cols + col]; }
+};
+
+template <class T>
+Matrix matrix(const simt::Buffer<T>& buffer, int64_t rows, int64_t cols, int64_t stride = 0, int64_t first = 0) {
+  Matrix result(rows, cols);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < cols; ++col)
+      result.at(row, col) = exact(buffer[row * (stride ? stride : cols) + first + col]);
+  return result;
+}
+
+// a b^T, or a b with `plain`, or a^T b with `left`.
+enum class Order { transposed, plain, left };
+Matrix product(const Matrix& a, const Matrix& b, Order order) {
+  const int64_t rows = order == Order::left ? a.cols : a.rows, cols = order == Order::transposed ? b.rows : b.cols;
+  const int64_t inner = order == Order::left ? a.rows : a.cols;
+  Matrix result(rows, cols);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < inner; ++k)
+        sum += (order == Order::left ? a.at(k, i) : a.at(i, k)) * (order == Order::transposed ? b.at(j, k) : b.at(k, j));
+      result.at(i, j) = sum;
+    }
+  return result;
+}
+
+template <class F>
+Matrix mapped(const Matrix& a, const Matrix& b, F&& f) {
+  Matrix result(a.rows, a.cols);
+  for (size_t i = 0; i < result.values.size(); ++i) result.values[i] = f(a.values[i], b.values[i]);
+  return result;
+}
+
+template <class T>
+Matrix rounded(const Matrix& a) {
+  return mapped(a, a, [](double x, double) { return round_to<T>(x); });
+}
+
+// One FFN with its memory: inputs, outputs and the launch parameters over them.
+template <class T>
+struct Ffn {
+  Shape s;
+  int64_t width;  // m + r, r rounded up to 8
+  double scale;
+  simt::Buffer<T> x, dy, gate_weight, up_weight, down_weight, slots, gate_bias, up_bias, down_bias;
+  simt::Buffer<T> hidden, gate, up, y, d_gate, d_up, memory_hidden, dx;
+  simt::Buffer<float> slots_grad;
+
+  Ffn(const Shape& s, double scale, const std::function<std::vector<T>(int64_t, int64_t)>& draw)
+      : s(s), width(s.m + (s.r + 7) / 8 * 8), scale(scale),
+        x("x", draw(s.tokens * s.d, 1)), dy("dy", draw(s.tokens * s.d, 1)),
+        gate_weight("gate_weight", draw(s.m * s.d, s.d)), up_weight("up_weight", draw(s.m * s.d, s.d)),
+        down_weight("down_weight", draw(s.d * s.m, s.m)), slots("slots", draw(3 * s.r * s.d, s.d)),
+        gate_bias("gate_bias", draw(s.m, 1)), up_bias("up_bias", draw(s.m, 1)), down_bias("down_bias", draw(s.d, 1)),
+        hidden("hidden", s.tokens * width), gate("gate", s.tokens * width), up("up", s.tokens * width),
+        y("y", s.tokens * s.d), d_gate("d_gate", s.tokens * width), d_up("d_up", s.tokens * width),
+        memory_hidden("memory_hidden", s.tokens * (width - s.m)), dx("dx", s.tokens * s.d),
+        slots_grad("slots_grad", 3 * s.r * s.d) {
+    std::fill(slots_grad.data(), slots_grad.data() + slots_grad.size(), 1.0f);  // is added to
+  }
+
+  FfnWeights weights() {
+    const auto rows = [](T* data, int64_t stride) { return Rows{data, stride}; };
+    const auto bias = [&](simt::Buffer<T>& buffer) { return s.biases ? buffer.data() : nullptr; };
+    return {rows(gate_weight.data(), s.d), rows(up_weight.data(), s.d), rows(down_weight.data(), s.m),
+            bias(gate_bias), bias(up_bias), bias(down_bias),
+            rows(slots.data(), s.d), rows(slots.data() + s.r * s.d, s.d), rows(slots.data() + 2 * s.r * s.d, s.d),
+            s.d, s.m, s.r};
+  }
+
+  void forward(void (*launch)(const FfnForwardParams&, cuda::Queue), bool save) {
+    const FfnWeights w = weights();
+    simt::Buffer<float> workspace("workspace", cuda::ffn_forward_workspace(s.tokens, w));
+    const auto saved = [&](simt::Buffer<T>& buffer) { return Rows{save ? buffer.data() : nullptr, width}; };
+    launch({w, {x.data(), s.d}, {hidden.data(), width}, saved(gate), saved(up), {y.data(), s.d}, workspace.data(), s.tokens,
+            static_cast<float>(scale), s.activation, kDType<T>}, kQueue);
+  }
+
+  void backward(bool needs_dx) {
+    const FfnWeights w = weights();
+    simt::Buffer<float> workspace("workspace", needs_dx ? cuda::ffn_backward_workspace(s.tokens, w) : 0);
+    cuda::ffn_backward({w, {dy.data(), s.d}, {x.data(), s.d}, {gate.data(), width}, {up.data(), width}, {d_gate.data(), width},
+                        {d_up.data(), width}, {memory_hidden.data(), width - s.m}, {needs_dx ? dx.data() : nullptr, s.d},
+                        slots_grad.data(), workspace.data(), s.tokens, static_cast<float>(scale), s.activation, kDType<T>},
+                       kQueue);
+  }
+
+  Matrix slot_rows(int kind) const {
+    Matrix result(s.r, s.d);
+    for (int64_t i = 0; i < s.r * s.d; ++i) result.values[i] = exact(slots[kind * s.r * s.d + i]);
+    return result;
+  }
+};
+
+void add_bias(Matrix& a, const std::vector<double>& bias) {
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t col = 0; col < a.cols; ++col) a.at(row, col) += bias[col];
+}
+
+// What the forward and backward give, exactly (rounds = false) or rounded to T wherever torch would write a tensor.
+template <class T>
+struct Expected {
+  Matrix gate, up, memory_gate, memory_up, hidden, memory_hidden, y;
+  Matrix dx, d_gate_rows, d_key_rows, d_value_rows;
+};
+
+template <class T>
+Expected<T> expected(const Ffn<T>& f, bool rounds) {
+  const Shape& s = f.s;
+  const auto keep = [&](Matrix a) { return rounds ? rounded<T>(a) : a; };
+  const auto bias = [&](const simt::Buffer<T>& buffer) {
+    std::vector<double> values;
+    for (size_t i = 0; i < buffer.size(); ++i) values.push_back(s.biases ? exact(buffer[i]) : 0.0);
+    return values;
+  };
+  const auto x = matrix(f.x, s.tokens, s.d), dy = matrix(f.dy, s.tokens, s.d);
+  const auto w_gate = matrix(f.gate_weight, s.m, s.d), w_up = matrix(f.up_weight, s.m, s.d);
+  const auto w_down = matrix(f.down_weight, s.d, s.m);
+  const Matrix g = f.slot_rows(0), k = f.slot_rows(1), v = f.slot_rows(2);
+  const auto glu = [&](double scale) {
+    return [=, &s](double gate, double up) { return scale * activated(s.activation, gate) * up; };
+  };
+  Matrix gate = product(x, w_gate, Order::transposed), up = product(x, w_up, Order::transposed);
+  add_bias(gate, bias(f.gate_bias));
+  add_bias(up, bias(f.up_bias));
+  gate = keep(gate), up = keep(up);
+  const Matrix memory_gate = keep(product(x, g, Order::transposed)), memory_up = keep(product(x, k, Order::transposed));
+  const Matrix hidden = keep(mapped(gate, up, glu(1.0))), memory_hidden = keep(mapped(memory_gate, memory_up, glu(f.scale)));
+  const auto plus = [](double a, double b) { return a + b; };
+  Matrix host_y = product(hidden, w_down, Order::transposed);
+  add_bias(host_y, bias(f.down_bias));
+  const Matrix y = keep(mapped(keep(host_y), product(memory_hidden, v, Order::plain), plus));
+
+  const auto d_up_of = [&](double scale, const Matrix& d_hidden, const Matrix& gate) {
+    return keep(mapped(d_hidden, gate, [&](double d, double g) { return scale * d * activated(s.activation, g); }));
+  };
+  const auto d_gate_of = [&](double scale, const Matrix& d_hidden, const Matrix& gate, const Matrix& up) {
+    const Matrix slopes = mapped(gate, up, [&](double g, double u) { return slope(s.activation, g) * u; });
+    return keep(mapped(d_hidden, slopes, [&](double d, double a) { return scale * d * a; }));
+  };
+  const Matrix d_hidden = keep(product(dy, w_down, Order::plain)), d_memory = keep(product(dy, v, Order::transposed));
+  const Matrix d_gate = d_gate_of(1.0, d_hidden, gate, up), d_up = d_up_of(1.0, d_hidden, gate);
+  const Matrix d_memory_gate = d_gate_of(f.scale, d_memory, memory_gate, memory_up);
+  const Matrix d_memory_up = d_up_of(f.scale, d_memory, memory_gate);
+  Matrix dx = keep(product(d_gate, w_gate, Order::plain));
+  dx = keep(mapped(dx, product(d_up, w_up, Order::plain), plus));
+  dx = keep(mapped(dx, product(d_memory_gate, g, Order::plain), plus));
+  dx = keep(mapped(dx, product(d_memory_up, k, Order::plain), plus));
+  return {gate, up, memory_gate, memory_up, hidden, memory_hidden, y, dx,
+          keep(product(d_memory_gate, x, Order::left)), keep(product(d_memory_up, x, Order::left)),
+          keep(product(memory_hidden, dy, Order::left))};
+}
+
+template <class T>
+std::vector<T> typed(const Matrix& a) {
+  std::vector<T> values;
+  for (double value : a.values) values.push_back(ptx::from_float<T>(static_cast<float>(value)));
+  return values;
+}
+
+template <class T>
+std::vector<T> columns(const simt::Buffer<T>& buffer, int64_t rows, int64_t stride, int64_t first, int64_t count) {
+  std::vector<T> values;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < count; ++col) values.push_back(buffer[row * stride + first + col]);
+  return values;
+}
+
+// check(what, ours, name of the member of Expected) for every output.
+template <class T, class Check>
+void check_forward(const Ffn<T>& f, bool save, Check&& check) {
+  const Shape& s = f.s;
+  const auto part = [&](const simt::Buffer<T>& buffer, int64_t first, int64_t count) {
+    return columns(buffer, s.tokens, f.width, first, count);
+  };
+  if (save) {
+    check("gate", part(f.gate, 0, s.m), &Expected<T>::gate);
+    check("up", part(f.up, 0, s.m), &Expected<T>::up);
+    check("memory gate", part(f.gate, s.m, s.r), &Expected<T>::memory_gate);
+    check("memory key", part(f.up, s.m, s.r), &Expected<T>::memory_up);
+  }
+  check("hidden", part(f.hidden, 0, s.m), &Expected<T>::hidden);
+  check("memory hidden", part(f.hidden, s.m, s.r), &Expected<T>::memory_hidden);
+  check("y", f.y.values(), &Expected<T>::y);
+  const int64_t padding = f.width - s.m - s.r;
+  expect_equal("padding", part(f.hidden, s.m + s.r, padding), std::vector<T>(s.tokens * padding, ptx::from_float<T>(0.0f)));
+}
+
+template <class T>
+std::vector<float> without_start(const Ffn<T>& f, int kind) {
+  std::vector<float> values;
+  for (int64_t i = 0; i < f.s.r * f.s.d; ++i) values.push_back(f.slots_grad[kind * f.s.r * f.s.d + i] - 1.0f);
+  return values;
+}
+
+template <class T, class Check, class CheckFloat>
+void check_backward(const Ffn<T>& f, bool needs_dx, Check&& check, CheckFloat&& check_float) {
+  if (needs_dx) check("dx", f.dx.values(), &Expected<T>::dx);
+  check_float("d_gate rows", without_start(f, 0), &Expected<T>::d_gate_rows);
+  check_float("d_key rows", without_start(f, 1), &Expected<T>::d_key_rows);
+  check_float("d_value rows", without_start(f, 2), &Expected<T>::d_value_rows);
+}
+
+using Forward = void (*)(const FfnForwardParams&, cuda::Queue);
+
+// -1, 0 or 1, mostly 0: with ReLU, every result is an integer that float holds exactly.
+template <class T>
+void exact_case(const Shape& s, Forward forward, Random& random) {
+  Ffn<T> f(s, 2.0, [&](int64_t count, int64_t) {
+    std::vector<T> values(count);
+    for (T& value : values) {
+      const int64_t drawn = random.integer(-3, 3);
+      value = ptx::from_float<T>(drawn == 3 ? 1.0f : drawn == -3 ? -1.0f : 0.0f);
+    }
+    return values;
+  });
+  const Expected<T> exact = expected(f, false);
+  const auto check = [&](const char* what, const std::vector<T>& ours, Matrix Expected<T>::*member) {
+    expect_equal(what, ours, typed<T>(exact.*member));
+  };
+  const auto check_float = [&](const char* what, const std::vector<float>& ours, Matrix Expected<T>::*member) {
+    expect_equal(what, ours, typed<float>(exact.*member));
+  };
+  const bool save = random.integer(0, 3) > 0;
+  f.forward(forward, save);
+  check_forward(f, save, check);
+  if (!save) return;
+  const bool needs_dx = random.integer(0, 3) > 0;
+  f.backward(needs_dx);
+  check_backward(f, needs_dx, check, check_float);
+}
+
+template <class T>
+void rounded_case(const Shape& s, Forward forward, Random& random) {
+  Ffn<T> f(s, 0.7, [&](int64_t count, int64_t fan_in) {
+    return random.normals<T>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
+  });
+  const Expected<T> exact = expected(f, false), peer = expected(f, true);
+  const auto check = [&](const char* what, const auto& ours, Matrix Expected<T>::*member) {
+    expect_as_good_as(what, ours, (exact.*member).values, (peer.*member).values);
+  };
+  f.forward(forward, true);
+  check_forward(f, true, check);
+  f.backward(true);
+  check_backward(f, true, check, check);
+}
+
+// Fresh sizes for every seed: d and m are multiples of 8, r and the tokens are not.
+Shape draw_shape(Random& random, int64_t least_tokens, int64_t most_tokens, Activation activation) {
+  return {random.integer(least_tokens, most_tokens), 8 * random.integer(1, 20), 8 * random.integer(1, 24),
+          random.integer(1, 40), activation, random.integer(0, 1) == 1};
+}
+
+template <class T>
+int run_cases(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+  Random random(start + (std::is_same_v<T, bf16> ? 0 : 1000));
+  int cases = 0;
+  for_each_seed([&] {
+    exact_case<T>(draw_shape(random, least_tokens, most_tokens, Activation::relu), forward, random);
+    const auto activation = static_cast<Activation>(cases / 2 % 4);
+    rounded_case<T>(draw_shape(random, least_tokens, most_tokens, activation), forward, random);
+    cases += 2;
+  });
+  return cases;
+}
+
+std::string run_both(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+  const int cases = run_cases<bf16>(forward, least_tokens, most_tokens, start) +
+                    run_cases<f16>(forward, least_tokens, most_tokens, start);
+  return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
+}
+
+LOCAS_TEST(narrow_tiles, "K1 K2 K3 K4 with narrow tiles") { return run_both(cuda::ffn_forward_tiles, 1, 16, 1); }
+LOCAS_TEST(small_tiles, "K1 K2 K3 K4 with small tiles") { return run_both(cuda::ffn_forward_tiles, 17, 100, 2); }
+LOCAS_TEST(large_tiles, "K1 K2 K3 K4 with large tiles") { return run_both(cuda::ffn_forward_tiles, 260, 300, 3); }
+LOCAS_TEST(decode, "D1 D2") { return run_both(cuda::ffn_forward_decode, 1, 64, 4); }
+
+// A memory larger than a tile, and a depth that is cut into slices.
+LOCAS_TEST(sizes, "K1 K2 K3 K4 with long sums") {
+  Random random(5);
+  for_each_seed([&] {
+    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::ffn_forward_tiles, random);
+    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::ffn_forward_tiles, random);
+  });
+  return "2 shapes, 10 seeds";
+}
+
+LOCAS_TEST(importance, "K1 importance") {
+  Random random(6);
+  for_each_seed([&] {
+    const Shape s{random.integer(1, 200), 8 * random.integer(1, 16), 8 * random.integer(1, 24), 0, Activation::silu, true};
+    Ffn<bf16> f(s, 1.0, [&](int64_t count, int64_t fan_in) {
+      return random.normals<bf16>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
+    });
+    simt::Buffer<float> mean("importance", s.m), workspace("workspace", cuda::neuron_importance_workspace(s.tokens, s.m));
+    NeuronImportanceParams p{};
+    p.weights = f.weights();
+    p.x = {f.x.data(), s.d};
+    p.importance = mean.data();
+    p.workspace = workspace.data();
+    p.tokens = s.tokens;
+    p.activation = s.activation;
+    p.dtype = DType::bf16;
+    cuda::neuron_importance(p, kQueue);
+    const auto means = [&](const Matrix& hidden) {
+      std::vector<double> result(s.m, 0.0);
+      for (int64_t row = 0; row < s.tokens; ++row)
+        for (int64_t col = 0; col < s.m; ++col) result[col] += std::abs(hidden.at(row, col)) / s.tokens;
+      return result;
+    };
+    expect_as_good_as("importance", mean.values(), means(expected(f, false).hidden), means(expected(f, true).hidden));
+  });
+  return "10 shapes, 10 seeds";
+}
+
+}  // namespace
+}  // namespace locas::test

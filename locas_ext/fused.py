@@ -1,0 +1,97 @@
+"""The FFN with memory as hand-written CUDA kernels: the `fused` backend, for bfloat16 and float16.
+
+Host and memory go through the same kernels as two sources of one product, so nothing of [T, m] but what the backward
+needs is written to memory, and the memory costs no launch of its own (docs/kernels.md). Functions and arguments are those
+of the `matmul` backend (kernels.py).
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .kernels import HostWeights, SlotViews, stream_of
+
+DTYPES = (torch.bfloat16, torch.float16)
+BUILT = _C.build_info()["cuda_architectures"] is not None
+
+
+def obstacle(x: Tensor, d: int, m: int) -> str | None:
+    """Why the kernels cannot take an FFN of these sizes on tensors like x, or None."""
+    if not x.is_cuda:
+        return f"the fused kernels need a CUDA device; this is {x.device.type}"
+    if not BUILT:
+        return "this build has no CUDA kernels"
+    if x.dtype not in DTYPES:
+        return f"the fused kernels take bfloat16 and float16; this is {x.dtype}"
+    if d % 8 or m % 8:
+        return f"the fused kernels need sizes that are multiples of 8; here hidden_size is {d} and intermediate_size {m}"
+    return None
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows can be read in 16-byte pieces, else a copy that can."""
+    if matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _workspace(x: Tensor, floats: int) -> Tensor | None:
+    return torch.empty(floats, dtype=torch.float32, device=x.device) if floats else None
+
+
+def glu_ffn_forward(
+    x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
+) -> tuple[Tensor, tuple | None]:
+    """-> y [T, d] and, with `save`, the pre-activations gate and up [T, m + r'], host then memory; r' is r rounded up to 8."""
+    x = _rows(x)
+    tokens, d = x.shape
+    m, rank = host.gate.shape[0], slots.value.shape[0]
+    hidden = x.new_empty(tokens, m + -(-rank // 8) * 8)
+    gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
+    y = x.new_empty(tokens, d)
+    if tokens:
+        workspace = _workspace(x, _C.ffn_forward_workspace(tokens, d, m, rank))
+        _C.ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
+    return y, (gate, up, None) if save else None
+
+
+def glu_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: tuple,
+    host: HostWeights,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    needs_dx: bool,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d] float32.
+
+    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
+    """
+    x, dy = _rows(x), _rows(dy)
+    gate, up, _ = saved
+    tokens, d = x.shape
+    m, rank = host.gate.shape[0], slots.value.shape[0]
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    memory_hidden = x.new_empty(tokens, gate.shape[1] - m)
+    dx = x.new_empty(tokens, d) if needs_dx else None
+    d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device) if slots_grad is None else slots_grad
+    if tokens:
+        workspace = _workspace(x, _C.ffn_backward_workspace(tokens, d, m, rank))
+        _C.ffn_backward(
+            dy, x, *host, *slots, gate, up, d_gate, d_up, memory_hidden, dx, d_slots, workspace, activation, scale,
+            stream_of(x),
+        )
+    return dx, d_slots if slots_grad is None else None
+
+
+def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
+    """Mean over the tokens of |act(gate) * up|: [m] float32."""
+    x = _rows(x)
+    m = host.gate.shape[0]
+    importance = torch.empty(m, dtype=torch.float32, device=x.device)
+    workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
+    _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
+    return importance
