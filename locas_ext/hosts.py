@@ -62,6 +62,22 @@ def linear_obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+def projection_device(projection: nn.Module) -> torch.device | None:
+    """Where a projection is computed: where its weights lie, or where accelerate's hook brings them.
+
+    None if it has no tensors, or if its hook is not one that says. ValueError for weights that are not loaded.
+    """
+    for module in projection.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                return tensor.device
+            if not hasattr(module, "_hf_hook"):
+                raise ValueError("the host is on the meta device and has no weights yet; load them first")
+            device = getattr(module._hf_hook, "execution_device", None)
+            return None if device is None else torch.device(device)
+    return None
+
+
 @torch.no_grad()
 def dense_weight(linear: nn.Module, like: torch.Tensor) -> torch.Tensor:
     """The weight [out, in] of any linear module, in `like`'s dtype where it has to be computed.

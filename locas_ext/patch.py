@@ -8,19 +8,23 @@ from torch import Tensor
 
 from . import ops, reference
 from .activations import activate, activation_index
+from .arena import SlotArena
 from .config import LocasConfig
-from .hosts import HostFFN, inspect_host, value_norm_mean
+from .hosts import Host, HostFFN, inspect_host, projection_device, value_norm_mean
+from .initialization import check_rank
 from .kernels import glu_ffn_forward, sideway_forward
 from .ops import GluFFNFunction, SidewayGluFunction
-from .slots import SlotArena, check_rank
+from .slots import MemoryState
 from .stale_cache import StaleCacheGuard
 
 
 class PatchedFFN:
     """One FFN with its memory; `forward` stands in for the module's own."""
 
-    def __init__(self, ffn: HostFFN, arena: SlotArena, index: int, backend: str):
-        self.ffn, self.arena, self.index, self.backend = ffn, arena, index, backend
+    def __init__(self, attachment: "Attachment", ffn: HostFFN, arena: SlotArena, index: int):
+        """index: the layer's place in its arena."""
+        self.attachment, self.ffn, self.arena, self.index = attachment, ffn, arena, index
+        self.state, self.backend = attachment.state, attachment.backend
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
         self.observer = None  # called with the FFN input [..., d] during initialization
@@ -50,34 +54,34 @@ class PatchedFFN:
 
     # ---- the FFN ---------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Tensor:
-        arena = self.arena
+        state, arena = self.state, self.arena
         if self.observer is not None:
             self.observer(x)
-        if not self.attached or arena.disabled:
+        if not self.attached or state.disabled:
             return self.original(x)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
         index = self.index
         if not arena.is_current(index):
-            arena.sync()
+            state.sync()
         parameter = arena.parameters[index]
         gradients = torch.is_grad_enabled()
-        learns = gradients and arena.initialized and parameter.requires_grad
+        learns = gradients and state.initialized and parameter.requires_grad
         # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
-        if not arena.learned and not learns:
+        if not state.learned and not learns:
             return self.original(x)
-        alone = not arena.learned or self.ffn.obstacle() is not None
+        alone = not state.learned or self.ffn.obstacle() is not None
         device, dtype = x.device, x.dtype
         if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(device.type):
             return self._forward_plain(x, parameter, alone)
         views = arena.views[index]
         if views.value.dtype != dtype or views.value.device != device:
-            arena.place(device, dtype)
+            self.attachment.follow(arena, device, dtype)
             views = arena.views[index]
         scale, activation = arena.scales[index], self.activation_index
         x2d = x.reshape(-1, x.shape[-1])
         if gradients and (learns or x.requires_grad):
-            grad = arena.grads[index] if arena.accumulate else None
+            grad = arena.grads[index] if state.accumulate else None
             if alone:
                 y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
             else:
@@ -99,11 +103,11 @@ class PatchedFFN:
         return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        arena = self.arena
+        state, arena = self.state, self.arena
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
-        if not (arena.learned or (torch.is_grad_enabled() and arena.initialized)):
+        if not (state.learned or (torch.is_grad_enabled() and state.initialized)):
             return self.original(x)
-        if not arena.learned or self.path()[0] == "sideway":
+        if not state.learned or self.path()[0] == "sideway":
             return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.backend)
         gate, up, down, *biases = self.ffn.weights()
         return ops.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases, backend=self.backend)
@@ -125,8 +129,20 @@ class PatchedFFN:
         return "fused", "plain projections"
 
 
+def _devices(host: Host) -> list[torch.device]:
+    """Where each layer's FFN is computed. ValueError where weights are missing or one FFN's lie on several devices."""
+    result = []
+    for layer, ffn in enumerate(host.ffns):
+        devices = {device for projection in ffn.projections() if (device := projection_device(projection))}
+        if len(devices) > 1:
+            names = " and ".join(sorted(str(device) for device in devices))
+            raise ValueError(f"the FFN of layer {layer} lies on {names}; expected a whole layer on one device")
+        result.append(devices.pop() if devices else host.input_device())
+    return result
+
+
 class Attachment:
-    """A host, its arena and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
+    """A host, its memory's state and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
 
     def __init__(self, model, config: LocasConfig):
         """Checks everything, then binds: a failure leaves the model as it was."""
@@ -140,10 +156,10 @@ class Attachment:
         layers = config.resolve_layers(len(host.ffns))
         check_rank(config, host.intermediate_size)
         self.host, self.config = host, config
-        self._check_loaded(host)
+        devices = _devices(host)
         ffns = [host.ffns[layer] for layer in layers]
         like = host.hidden_state_like()
-        device, dtype = like.device, like.dtype
+        dtype = like.dtype
         backend = config.backend
         if dtype == torch.float64:
             if backend == "matmul":
@@ -151,37 +167,37 @@ class Attachment:
             backend = "reference"
         self.backend = "matmul" if backend == "auto" else backend
         scales = [self._scale(ffn, like) for ffn in ffns]
-        self.arena = SlotArena(layers, config.rank, host.hidden_size, scales, device, dtype)
-        self.ffns = [PatchedFFN(ffn, self.arena, index, self.backend) for index, ffn in enumerate(ffns)]
+        self.state = MemoryState(
+            layers, config.rank, host.hidden_size, scales, [devices[layer] for layer in layers], dtype
+        )
+        places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
+        self.ffns = [PatchedFFN(self, ffn, *place) for ffn, place in zip(ffns, places)]
         self.stream = None  # online.Stream: where memorize() stands in its text
 
-        self.cache_guard = StaleCacheGuard(model, self.arena)
+        self.cache_guard = StaleCacheGuard(model, self.state)
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
         for ffn in self.ffns:
             ffn.bind()
         self.cache_guard.bind()
 
-    @staticmethod
-    def _check_loaded(host) -> None:
-        """ValueError unless every FFN has weights, on one device (or offloaded by hooks that bring them)."""
-        devices = set()
-        for ffn in host.ffns:
-            for projection in ffn.projections():
-                for parameter in projection.parameters():
-                    if not parameter.is_meta:
-                        devices.add(parameter.device)
-                    elif not hasattr(projection, "_hf_hook"):
-                        raise ValueError("the host is on the meta device and has no weights yet; load them first")
-        if len(devices) > 1:
-            names = ", ".join(sorted(str(device) for device in devices))
-            raise ValueError(f"the host's layers lie on several devices ({names}); expected all on one")
-
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
         mean = value_norm_mean(ffn.dense_down(like))
         return mean / self.config.rank if self.config.scale == "paper" else mean
+
+    def follow(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
+        """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
+        devices = {projection_device(projection) for ffn in self.ffns if ffn.arena is arena
+                   for projection in ffn.ffn.projections()}
+        if len(devices) > 1:
+            names = " and ".join(sorted(str(device) for device in devices))
+            raise ValueError(
+                f"the host was spread over {names} after the memory was attached; "
+                "save the memory, detach it, and load it into the spread host"
+            )
+        arena.place(device, dtype)
 
     @property
     def attached(self) -> bool:

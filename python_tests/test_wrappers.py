@@ -144,9 +144,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        memory.arena.zero_grad()
+        memory.state.zero_grad()
         model(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
-        gradients.append(memory.arena.grad.clone())
+        gradients.append(memory.state.whole("grad").clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
 
@@ -183,9 +183,9 @@ def test_gradients_of_a_compiled_host():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     gradients = []
     for run in (model, compiled):
-        memory.arena.zero_grad()
+        memory.state.zero_grad()
         run(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
-        gradients.append(memory.arena.grad.clone())
+        gradients.append(memory.state.whole("grad").clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
 
@@ -207,10 +207,10 @@ def test_moving_the_host_moves_the_memory():
     expected = logits_of(model, TEXT)
     model.to(torch.bfloat16)
     rough = logits_of(model, TEXT)
-    assert rough.dtype == torch.bfloat16 and memory.arena.compute.dtype == torch.bfloat16
+    assert rough.dtype == torch.bfloat16 and memory.state.arenas[0].compute.dtype == torch.bfloat16
     assert memory.slots.dtype == torch.float32
     assert (rough.float() - expected).abs().max() < 0.1 * expected.abs().max()
     memory.memorize(TEXT, **LEARN)
     model.to(torch.float32)
     logits_of(model, TEXT)
-    assert memory.arena.compute is memory.slots
+    assert memory.state.arenas[0].compute is memory.slots
