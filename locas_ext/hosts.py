@@ -1,6 +1,7 @@
 """Where the FFNs of each supported model family live. A new family is a new row of HOSTS."""
 
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -39,11 +40,25 @@ HOSTS: dict[str, HostFamily] = {
 }
 
 
+def _only_aligns_devices(linear: nn.Linear) -> bool:
+    """Whether its forward is its own behind accelerate's hook of a device_map, which brings the input to the weight.
+
+    The FFN's own hook has then brought the input already, so the weight may be used directly.
+    """
+    forward, hook = linear.__dict__["forward"], linear.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not (hook.offload or hook.io_same_device)
+        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and linear._old_forward == MethodType(nn.Linear.forward, linear)
+    )
+
+
 def linear_obstacle(linear: nn.Module) -> str | None:
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not nn.Linear:
         return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain Linear"
-    if "forward" in linear.__dict__:
+    if "forward" in linear.__dict__ and not _only_aligns_devices(linear):
         return "has a forward of its own (a hook of another library)"
     if (
         linear._forward_hooks

@@ -214,6 +214,7 @@ def test_a_host_on_two_gpus(dtype, tmp_path):
     memory = locas.attach(spread, locas.LocasConfig(rank=16, scale=0.5))
     assert torch.equal(logits(spread), alone)
     assert [entry.device for entry in memory.status()] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert {entry.backend for entry in memory.status()} == {"matmul, fused"}
     assert [parameter.device.index for parameter in memory.parameters()] == [0, 0, 1, 1]
     report = memory.memorize(ids[:320], **settings)
     first, last = report.chunks[0], report.chunks[-1]
@@ -255,3 +256,11 @@ def test_a_host_on_two_gpus(dtype, tmp_path):
         spread.generate(input_ids=generated.sequences, past_key_values=generated.past_key_values, max_new_tokens=1)
     memory.detach()
     assert torch.equal(logits(spread), alone)
+
+    # device_map's hooks only move inputs, so the projections are widened where they lie
+    memory = locas.load(spread, tmp_path / "spread")
+    locas.unmerge(memory.merge_and_unload())
+    assert torch.equal(logits(spread), alone)
+    merged = locas.load(spread, tmp_path / "spread").merge_and_unload()
+    torch.testing.assert_close(logits(merged), learned, **tolerance)
+    assert {layer.mlp.down_proj.weight.device.index for layer in merged.model.layers} == {0, 1}
