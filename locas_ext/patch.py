@@ -14,6 +14,7 @@ from .hosts import Host, HostFFN, inspect_host, projection_device, value_norm_me
 from .initialization import check_rank
 from .kernels import glu_ffn_forward, sideway_forward
 from .ops import GluFFNFunction, SidewayGluFunction
+from .rehome import RehomedFFN, RehomedFunction, obstacle, rehomed_forward, storage_users
 from .slots import MemoryState
 from .stale_cache import StaleCacheGuard
 
@@ -27,6 +28,7 @@ class PatchedFFN:
         self.state, self.backend = attachment.state, attachment.backend
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
+        self.home: RehomedFFN | None = None  # with attach(rehome=True)
         self.observer = None  # called with the FFN input [..., d] during initialization
         self.attached = False
 
@@ -80,12 +82,17 @@ class PatchedFFN:
             views = arena.views[index]
         scale, activation = arena.scales[index], self.activation_index
         x2d = x.reshape(-1, x.shape[-1])
+        rehomed = not alone and self.home is not None and self.home.ready()
         if gradients and (learns or x.requires_grad):
             grad = arena.grads[index] if state.accumulate else None
-            if alone:
+            if rehomed:
+                y = RehomedFunction.apply(x2d, parameter, self.home, self.ffn.weights().down_bias, activation, grad)
+            elif alone:
                 y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
             else:
                 y = GluFFNFunction.apply(x2d, parameter, views, self.ffn.weights(), scale, activation, grad)
+        elif rehomed:
+            y = rehomed_forward(x2d, self.home, self.ffn.weights().down_bias, activation, save=False)[0]
         elif alone:
             y = sideway_forward(x2d, views, scale, activation)[0]
         else:
@@ -126,6 +133,8 @@ class PatchedFFN:
         obstacle = self.ffn.obstacle()
         if obstacle:
             return "sideway", obstacle
+        if self.home is not None:
+            return "fused", self.home.status()
         return "fused", "plain projections"
 
 
@@ -144,7 +153,7 @@ def _devices(host: Host) -> list[torch.device]:
 class Attachment:
     """A host, its memory's state and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
 
-    def __init__(self, model, config: LocasConfig):
+    def __init__(self, model, config: LocasConfig, rehome: bool = False):
         """Checks everything, then binds: a failure leaves the model as it was."""
         host = inspect_host(model)
         model = host.model
@@ -166,6 +175,11 @@ class Attachment:
                 raise ValueError("backend 'matmul' takes float32, bfloat16 and float16 hosts; this one is float64")
             backend = "reference"
         self.backend = "matmul" if backend == "auto" else backend
+        if rehome and self.backend != "matmul":
+            raise ValueError(
+                f"rehome is True, but the backend is {self.backend!r} ({dtype} host); expected backend 'matmul' or "
+                "'auto' and a float32, bfloat16 or float16 host"
+            )
         scales = [self._scale(ffn, like) for ffn in ffns]
         self.state = MemoryState(
             layers, config.rank, host.hidden_size, scales, [devices[layer] for layer in layers], dtype
@@ -180,6 +194,23 @@ class Attachment:
         for ffn in self.ffns:
             ffn.bind()
         self.cache_guard.bind()
+        if rehome:
+            try:
+                self._rehome()
+            except BaseException:
+                self.detach()
+                raise
+
+    def _rehome(self) -> None:
+        """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
+        users = storage_users(self.host.model)
+        homes = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in self.ffns]
+        for home, layer in zip(homes, self.state.layers):
+            if (problem := obstacle(home.ffn, users)) is not None:
+                raise ValueError(f"rehome: layer {layer}: {problem}")
+        for ffn, home in zip(self.ffns, homes):
+            ffn.home = home  # before it moves in, so that detach() finds it
+            home.move_in(users)
 
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
@@ -207,5 +238,7 @@ class Attachment:
         self.cache_guard.unbind()
         for ffn in self.ffns:
             ffn.unbind()
+            if ffn.home is not None:
+                ffn.home.move_out()
         for name, parameter in self.host.model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
