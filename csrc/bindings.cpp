@@ -217,7 +217,8 @@ void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorR
 
 void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
            const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-           float weight_decay, bool clip, const std::optional<TensorRef>& compute, uintptr_t stream) {
+           float weight_decay, bool clip, const std::optional<TensorRef>& compute,
+           const std::optional<TensorRef>& finite, uintptr_t stream) {
   constexpr const char* op = "update_slots_";
   AdamWParams p;
   p.slots = slot_state(op, {"slots", slots}, slots);
@@ -236,12 +237,13 @@ void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_a
   p.eps = eps;
   p.weight_decay = weight_decay;
   p.clip = clip;
+  if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
   LOCAS_DISPATCH(adamw, p, slots.device, stream);
 }
 
 void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<TensorRef>& momentum_buffer,
          const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
-         const std::optional<TensorRef>& compute, uintptr_t stream) {
+         const std::optional<TensorRef>& compute, const std::optional<TensorRef>& finite, uintptr_t stream) {
   constexpr const char* op = "sgd_slots_";
   SgdParams p;
   p.slots = slot_state(op, {"slots", slots}, slots);
@@ -254,6 +256,7 @@ void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<Tens
   p.momentum = momentum;
   p.weight_decay = weight_decay;
   p.clip = clip;
+  if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
   LOCAS_DISPATCH(sgd, p, slots.device, stream);
 }
 
@@ -295,9 +298,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("inverse_rms"), py::arg("dx"));
   m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
   m.def("sgd", &sgd, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("learning_rate"),
-        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
+        py::arg("stream"));
   m.def("build_info", &build_info);
 }
 

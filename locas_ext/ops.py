@@ -369,6 +369,7 @@ def update_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One AdamW step over all slots, then every row longer than 1 is scaled back to length 1. In place.
 
@@ -381,11 +382,13 @@ def update_slots_(
         beta1, beta2, eps, weight_decay: AdamW's (decoupled weight decay, bias correction)
         clip: whether rows are clipped
         compute: [..., d] float32, bfloat16 or float16: receives the rounded copy of the new slots
+        finite: 0-d (float32, float64 or int64) on the slots' device: where it is 0 nothing is written, which lets a
+            captured CUDA graph refuse a gradient that is not finite
     """
     op = "update_slots_"
     if torch.compiler.is_compiling():
         torch.ops.locas.update_slots_(
-            slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+            slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite
         )
         return
     step = _scalar_tensor(op, "step", step, slots)
@@ -397,7 +400,7 @@ def update_slots_(
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{op}: {name} is {beta}; expected a number in [0, 1)")
     kernels.update_slots_(
-        slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+        slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite
     )
     torch.autograd.graph.increment_version([t for t in (slots, exp_avg, exp_avg_sq, compute) if t is not None])
 
@@ -412,6 +415,7 @@ def sgd_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One SGD step over all slots, then every row longer than 1 is scaled back to length 1. In place.
 
@@ -420,11 +424,15 @@ def sgd_slots_(
     """
     op = "sgd_slots_"
     if torch.compiler.is_compiling():
-        torch.ops.locas.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+        torch.ops.locas.sgd_slots_(
+            slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
+        )
         return
     learning_rate = _scalar_tensor(op, "learning_rate", learning_rate, slots)
     _check_update(op, slots, learning_rate, {"grad": grad, "momentum_buffer": momentum_buffer})
     if momentum != 0.0 and momentum_buffer is None:
         raise ValueError(f"{op}: momentum is {momentum} but momentum_buffer is None; pass a float32 tensor of zeros")
-    kernels.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+    kernels.sgd_slots_(
+        slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
+    )
     torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])
