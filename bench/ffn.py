@@ -106,7 +106,7 @@ def overhead(rounds: int) -> dict:
     memory.memorize(torch.arange(32), window=16, stride=8, progress=False)
     patched, mlp = memory._attachment.ffns[0], model.model.layers[0].mlp
     x = torch.randn(1, 1, 16)
-    x2d, host, views = x[0], patched.ffn.weights(), memory.arena.views[0]
+    x2d, host, views = x[0], patched.ffn.weights(), memory.state.arenas[0].views[0]
 
     def repeat(call, times=50):
         def run():

@@ -413,7 +413,8 @@ void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRe
 
 void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
            const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-           float weight_decay, bool clip, const std::optional<TensorRef>& compute, uintptr_t stream) {
+           float weight_decay, bool clip, const std::optional<TensorRef>& compute,
+           const std::optional<TensorRef>& finite, uintptr_t stream) {
   constexpr const char* op = "update_slots_";
   AdamWParams p;
   p.slots = slot_state(op, {"slots", slots}, slots);
@@ -432,12 +433,13 @@ void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_a
   p.eps = eps;
   p.weight_decay = weight_decay;
   p.clip = clip;
+  if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
   LOCAS_DISPATCH(adamw, p, slots.device, stream);
 }
 
 void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<TensorRef>& momentum_buffer,
          const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
-         const std::optional<TensorRef>& compute, uintptr_t stream) {
+         const std::optional<TensorRef>& compute, const std::optional<TensorRef>& finite, uintptr_t stream) {
   constexpr const char* op = "sgd_slots_";
   SgdParams p;
   p.slots = slot_state(op, {"slots", slots}, slots);
@@ -450,6 +452,7 @@ void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<Tens
   p.momentum = momentum;
   p.weight_decay = weight_decay;
   p.clip = clip;
+  if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
   LOCAS_DISPATCH(sgd, p, slots.device, stream);
 }
 
@@ -491,9 +494,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("inverse_rms"), py::arg("dx"));
   m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
   m.def("sgd", &sgd, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("learning_rate"),
-        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("stream"));
+        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
+        py::arg("stream"));
   m.def("ffn_forward", &ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("gate_bias"),
         py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"), py::arg("hidden"),
         py::arg("gate_out"), py::arg("up_out"), py::arg("y"), py::arg("workspace"), py::arg("activation"),

@@ -137,8 +137,9 @@ struct RmsNormBackwardParams {
   DType dtype;
 };
 
-// The learning rate and the number of this update (counted from 1) lie on the slots' device, so that a captured
-// graph can be replayed with other values.
+// What changes from update to update lies on the slots' device, so that a captured graph can be replayed: the learning
+// rate, the number of this update (counted from 1), and whether the gradient is finite. Where `finite` is given and 0, the
+// update writes nothing.
 struct DeviceScalar {
   const void* data;  // one element
   DType dtype;       // f32, f64 or i64
@@ -158,6 +159,7 @@ struct AdamWParams {
   float log_beta1, log_beta2;  // their natural logarithms
   float eps, weight_decay;
   bool clip;
+  DeviceScalar finite = {nullptr, DType::f32};  // data may be null
 };
 
 // One SGD step (momentum_buffer = momentum * momentum_buffer + grad), then the same clip.
@@ -171,6 +173,7 @@ struct SgdParams {
   DeviceScalar learning_rate;
   float momentum, weight_decay;
   bool clip;
+  DeviceScalar finite = {nullptr, DType::f32};  // data may be null
 };
 
 }  // namespace locas

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
+from .arena import OPTIMIZER_STATES
 from .config import LocasConfig
 from .errors import LocasError
 from .hosts import Host
@@ -28,7 +29,6 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "locas_config.json"
 MEMORY_NAME = "locas_memory.safetensors"
 PREVIOUS_NAME = MEMORY_NAME + ".previous"
-_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 _RECORD = {
     "format_version": int, "locas_ext_version": str, "config": dict, "layers": list, "host": dict,
     "memory_version": int, "initialized": bool, "slots_used": int, "tokens_seen": int, "stream": dict | None,
@@ -113,20 +113,20 @@ def _keep_previous(folder: Path) -> None:
 
 def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`."""
-    folder, arena = Path(path), attachment.arena
-    arena.sync()
-    tensors = arena.state_tensors(optimizer)
+    folder, state = Path(path), attachment.state
+    state.sync()
+    tensors = state.tensors(optimizer)
     content = serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     stream = attachment.stream
     record = {
         "format_version": FORMAT_VERSION,
         "locas_ext_version": __version__,
         "config": attachment.config.to_dict(),
-        "layers": list(arena.layers),
+        "layers": list(state.layers),
         "host": fingerprint(attachment.host),
-        "memory_version": arena.version,
-        "initialized": arena.initialized,
-        "slots_used": arena.rank if arena.initialized else 0,
+        "memory_version": state.version,
+        "initialized": state.initialized,
+        "slots_used": state.rank if state.initialized else 0,
         "tokens_seen": stream.position if stream else 0,
         "stream": stream.to_dict() if stream and optimizer else None,
         "memory_sha256": _digest(content),
@@ -239,7 +239,7 @@ def _read_tensors(folder: Path, record: dict) -> dict[str, torch.Tensor]:
 
 def load(attachment: Attachment, path: str | Path) -> None:
     """See `Memory.load`. Everything is checked before the first change."""
-    folder, arena = Path(path), attachment.arena
+    folder, state = Path(path), attachment.state
     record = _read_record(folder)
     tensors = _read_tensors(folder, record)
     saved_host, host = record["host"], fingerprint(attachment.host)
@@ -247,19 +247,19 @@ def load(attachment: Attachment, path: str | Path) -> None:
     if different:
         details = ", ".join(f"{name} {saved_host.get(name)!r} there, {host[name]!r} here" for name in different)
         raise LocasError(f"{folder} is a memory of another host: {details}")
-    if record["layers"] != list(arena.layers):
-        raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(arena.layers)}")
+    if record["layers"] != list(state.layers):
+        raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(state.layers)}")
     for name in ("variant", "rank"):
         mine = getattr(attachment.config, name)
         if record["config"][name] != mine:
             raise LocasError(f"{folder} has {name} {record['config'][name]!r}; attached is {mine!r}")
-    allowed = {"slots", "scale", *_STATES}
+    allowed = {"slots", "scale", "step", *OPTIMIZER_STATES}
     if missing := {"slots", "scale"} - set(tensors):
         raise LocasError(f"{folder / MEMORY_NAME} lacks {', '.join(sorted(missing))}")
     if extra := set(tensors) - allowed:
         raise LocasError(f"{folder / MEMORY_NAME} holds unknown tensors: {', '.join(sorted(extra))}")
     for name, tensor in tensors.items():
-        shape = {"scale": arena.scale.shape, "step": arena.step.shape}.get(name, arena.slots.shape)
+        shape = {"scale": state.shape[:1], "step": torch.Size()}.get(name, state.shape)
         dtype = torch.int64 if name == "step" else torch.float32
         if tensor.shape != shape or tensor.dtype != dtype:
             raise LocasError(
@@ -270,5 +270,5 @@ def load(attachment: Attachment, path: str | Path) -> None:
             raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")
     stream = _stream(record)
 
-    arena.load_state(tensors, record["memory_version"], record["initialized"])
+    state.load(tensors, record["memory_version"], record["initialized"])
     attachment.stream = stream

@@ -79,6 +79,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """transformers' attention interface: anything but the plain case goes to its own "sdpa"."""
     plain = (
         torch.is_grad_enabled()
+        and query.is_cpu
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
         and dropout == 0.0

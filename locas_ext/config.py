@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 VARIANTS = ("glu",)
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
-BACKENDS = ("auto", "matmul", "reference")
+BACKENDS = ("auto", "fused", "matmul", "reference")
 
 
 def _choice(name: str, value, choices: tuple) -> None:
@@ -30,7 +30,8 @@ class LocasConfig:
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), "host" (the same
             without 1/r) or a number
         clip: whether each slot row is kept at length 1 or less after every update
-        backend: "auto", "matmul" or "reference" (plain torch)
+        backend: "fused" (our CUDA kernels, bfloat16 and float16), "matmul" (torch's products between native kernels),
+            "reference" (plain torch), or "auto": whichever of the first two was measured to be faster
         seed: of the random inits
 
     Raises ValueError or TypeError for a setting outside these.

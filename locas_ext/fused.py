@@ -28,6 +28,20 @@ def obstacle(x: Tensor, d: int, m: int) -> str | None:
     return None
 
 
+# Up to how many tokens our kernels beat cuBLAS with native epilogues; see bench/RESULTS.md.
+MOST_TOKENS = 64
+
+
+def is_faster(x: Tensor, d: int, m: int) -> bool:
+    """What backend "auto" goes by for x [..., d]: whether these kernels can take the FFN and were measured to be faster."""
+    return x.is_cuda and x.numel() <= MOST_TOKENS * d and obstacle(x, d, m) is None
+
+
+def choice(x: Tensor, d: int, m: int) -> str:
+    """What backend "auto" comes to for tensors like x, in words."""
+    return f"fused up to {MOST_TOKENS} tokens, else matmul" if obstacle(x, d, m) is None else "matmul"
+
+
 def _rows(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows can be read in 16-byte pieces, else a copy that can."""
     if matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0:

@@ -1,6 +1,7 @@
 """Where the FFNs of each supported model family live. A new family is a new row of HOSTS."""
 
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -39,11 +40,25 @@ HOSTS: dict[str, HostFamily] = {
 }
 
 
+def _only_aligns_devices(linear: nn.Linear) -> bool:
+    """Whether its forward is its own behind accelerate's hook of a device_map, which brings the input to the weight.
+
+    The FFN's own hook has then brought the input already, so the weight may be used directly.
+    """
+    forward, hook = linear.__dict__["forward"], linear.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not (hook.offload or hook.io_same_device)
+        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and linear._old_forward == MethodType(nn.Linear.forward, linear)
+    )
+
+
 def linear_obstacle(linear: nn.Module) -> str | None:
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not nn.Linear:
         return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain Linear"
-    if "forward" in linear.__dict__:
+    if "forward" in linear.__dict__ and not _only_aligns_devices(linear):
         return "has a forward of its own (a hook of another library)"
     if (
         linear._forward_hooks
@@ -59,6 +74,22 @@ def linear_obstacle(linear: nn.Module) -> str | None:
         return "requires a gradient"
     if weight.is_meta:
         return "is on the meta device"
+    return None
+
+
+def projection_device(projection: nn.Module) -> torch.device | None:
+    """Where a projection is computed: where its weights lie, or where accelerate's hook brings them.
+
+    None if it has no tensors, or if its hook is not one that says. ValueError for weights that are not loaded.
+    """
+    for module in projection.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                return tensor.device
+            if not hasattr(module, "_hf_hook"):
+                raise ValueError("the host is on the meta device and has no weights yet; load them first")
+            device = getattr(module._hf_hook, "execution_device", None)
+            return None if device is None else torch.device(device)
     return None
 
 

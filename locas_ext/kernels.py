@@ -181,11 +181,12 @@ def update_slots_(
     weight_decay: float,
     clip: bool,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One AdamW step over rows of the last dimension, then the row clip; in place."""
     _C.adamw(
         slots, grad, exp_avg, exp_avg_sq, step, learning_rate,
-        beta1, beta2, eps, weight_decay, clip, compute, stream_of(slots),
+        beta1, beta2, eps, weight_decay, clip, compute, finite, stream_of(slots),
     )
 
 
@@ -198,6 +199,9 @@ def sgd_slots_(
     weight_decay: float,
     clip: bool,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One SGD step over rows of the last dimension, then the row clip; in place."""
-    _C.sgd(slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, stream_of(slots))
+    _C.sgd(
+        slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots)
+    )

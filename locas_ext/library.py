@@ -169,13 +169,13 @@ _define(
 _define(
     "update_slots_(Tensor(a!) slots, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
     " Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool clip,"
-    " Tensor(d!)? compute=None) -> ()",
+    " Tensor(d!)? compute=None, Tensor? finite=None) -> ()",
     kernels.update_slots_,
     lambda *_, **__: None,
 )
 _define(
     "sgd_slots_(Tensor(a!) slots, Tensor grad, Tensor learning_rate, Tensor(b!)? momentum_buffer, float momentum,"
-    " float weight_decay, bool clip, Tensor(c!)? compute=None) -> ()",
+    " float weight_decay, bool clip, Tensor(c!)? compute=None, Tensor? finite=None) -> ()",
     kernels.sgd_slots_,
     lambda *_, **__: None,
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import checkpoint, merge, online, snapshot
 from .config import LocasConfig
 from .patch import Attachment
-from .slots import GATE, KEY, VALUE, SlotArena
+from .slots import GATE, KEY, VALUE, MemoryState
 from .snapshot import Snapshot
 from .stream import Chunk, MemorizeReport
 
@@ -51,30 +51,33 @@ class Memory:
         return self._attachment.host.model
 
     @property
-    def arena(self) -> SlotArena:
+    def state(self) -> MemoryState:
         """All state: slots, gradient, optimizer states (locas_ext/slots.py)."""
-        return self._attachment.arena
+        return self._attachment.state
 
     @property
     def slots(self) -> Tensor:
-        """[L, 3, r, d] float32: per layer gate, key and value rows."""
-        return self.arena.slots
+        """[L, 3, r, d] float32: per layer gate, key and value rows.
+
+        The memory itself, to be read or written, where the host lies on one device; on several, a copy to be read.
+        """
+        return self.state.whole("slots")
 
     @property
     def scale(self) -> Tensor:
         """[L] float32: tau of each layer."""
-        return self.arena.scale
+        return self.state.whole("scale")
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The decoder layers that have a memory."""
-        return self.arena.layers
+        return self.state.layers
 
     @property
     def version(self) -> int:
         """The number of updates so far: 0 after attach, initialize and reset."""
-        self.arena.sync()
-        return self.arena.version
+        self.state.sync()
+        return self.state.version
 
     @property
     def tokens_seen(self) -> int:
@@ -82,21 +85,21 @@ class Memory:
         return self._attachment.stream.position if self._attachment.stream else 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters [3, r, d], views of `slots`, for a training loop of one's own (see SlotAdamW)."""
-        return list(self.arena.parameters)
+        """L parameters [3, r, d], views of the slots, for a training loop of one's own (see SlotAdamW)."""
+        return self.state.parameters
 
     def status(self) -> list[LayerStatus]:
         """One entry a layer with a memory."""
-        arena = self.arena
-        arena.sync()
-        norms = arena.slots.norm(dim=-1).mean(-1).tolist()  # [L, 3]
-        used = arena.rank if arena.initialized else 0
+        state = self.state
+        state.sync()
+        used = state.rank if state.initialized else 0
+        norms = self.slots.norm(dim=-1).mean(-1).tolist()  # [L, 3]
         result = []
-        for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, arena.layers, arena.scales, norms):
+        for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, state.layers, state.scales, norms):
             path, reason = ffn.path()
-            backend = f"{ffn.backend}, {path}"
+            place = ffn.arena.compute
             result.append(
-                LayerStatus(layer, str(arena.slots.device), str(arena.compute.dtype), backend, reason, used, scale,
+                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, used, scale,
                             layer_norms[GATE], layer_norms[KEY], layer_norms[VALUE])
             )
         return result
@@ -112,11 +115,11 @@ class Memory:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside this block the model is the host alone, bit for bit."""
-        self.arena.disabled += 1
+        self.state.disabled += 1
         try:
             yield
         finally:
-            self.arena.disabled -= 1
+            self.state.disabled -= 1
 
     def initialize(self, input_ids) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
@@ -165,7 +168,7 @@ class Memory:
         Source: docs/method.md, "The online protocol" (the paper's section on PG-19).
         """
         self._require_attached("memorize")
-        if self.arena.disabled:
+        if self.state.disabled:
             raise ValueError("memorize: the memory is disabled here, so nothing can be learned; leave the disabled() block")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
@@ -177,7 +180,7 @@ class Memory:
 
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0."""
-        self.arena.reset()
+        self.state.reset()
         self._attachment.stream = None
 
     # ---- keeping it ------------------------------------------------------------------------------------------
@@ -238,30 +241,32 @@ class Memory:
             raise ValueError(f"{verb}: this memory is no longer attached to its model")
 
 
-def attach(model: nn.Module, config: LocasConfig | None = None) -> Memory:
+def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
     """Gives a Hugging Face causal language model a memory.
 
     The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
 
     model: a transformers causal language model of a supported type
     config: a LocasConfig; None: the defaults
+    rehome: whether the host's FFN weights move into buffers with room for the memory, so that one product computes both
+        (docs/architecture.md, "Re-homing"); detach() moves them out again
 
     Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
-    supported, or already has a memory, and IndexError for a layer it does not have; the model then is as it was.
+    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have; the model then is as it was.
     """
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
-    memory = Memory(Attachment(model, config or LocasConfig()))
+    memory = Memory(Attachment(model, config or LocasConfig(), rehome))
     memory.model._locas_memory = memory
     return memory
 
 
-def load(model: nn.Module, path: str | Path) -> Memory:
-    """Attaches the memory saved in the folder `path`.
+def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
+    """Attaches the memory saved in the folder `path`; rehome as in `attach`.
 
     Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
     """
-    memory = attach(model, checkpoint.read_config(path))
+    memory = attach(model, checkpoint.read_config(path), rehome)
     try:
         memory.load(path)
     except BaseException:

@@ -45,13 +45,14 @@ def merge(attachment: Attachment, pad_to_multiple_of: int):
     """See `Memory.merge_and_unload`."""
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
-    host, arena = attachment.host, attachment.arena
-    arena.sync()
+    host, state = attachment.host, attachment.state
+    state.sync()
     for layer, ffn in enumerate(host.ffns):
         if (obstacle := ffn.obstacle()) is not None:
             raise ValueError(f"cannot merge: layer {layer}'s {obstacle}; use the memory attached instead")
-    width = -(-(host.intermediate_size + arena.rank) // pad_to_multiple_of) * pad_to_multiple_of
-    memory_of = dict(zip(arena.layers, zip(arena.slots, arena.scales)))
+    width = -(-(host.intermediate_size + state.rank) // pad_to_multiple_of) * pad_to_multiple_of
+    layer_slots = state.in_layer_order(lambda arena: arena.slots)
+    memory_of = dict(zip(state.layers, zip(layer_slots, state.scales)))
 
     widened = []
     with torch.inference_mode(False):

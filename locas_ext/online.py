@@ -22,11 +22,12 @@ from . import checkpoint
 from .chunk import Window, chunk_loss, may_end_early
 from .errors import LocasError
 from .fast_norms import fast_norms
+from .initialization import initial_rows
 from .ops import summed_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
-from .slots import GATE, KEY, initial_rows
+from .slots import GATE, KEY
 from .stream import Chunk, MemorizeReport, Stream
 
 # Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
@@ -124,20 +125,21 @@ def text_digest(ids: Tensor) -> str:
 # ---- learning ------------------------------------------------------------------------------------------------
 def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
     """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
-    arena = attachment.arena
-    loss_scale = FP16_LOSS_SCALE if arena.compute.dtype == torch.float16 else 1.0
-    arena.accumulate = True
+    state = attachment.state
+    loss_scale = FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
+    state.accumulate = True
     try:
         (loss * (loss_scale / tokens)).backward()
     finally:
-        arena.accumulate = False
+        state.accumulate = False
     if loss_scale != 1.0:
-        arena.grad /= loss_scale
-    if not math.isfinite(arena.grad.norm().item()):
-        arena.zero_grad()
-        raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {arena.version}")
-    OPTIMIZERS[settings.optimizer](arena, settings.learning_rate, clip=attachment.config.clip)
-    arena.zero_grad()
+        for arena in state.arenas:
+            arena.grad /= loss_scale
+    if not all([math.isfinite(arena.grad.norm().item()) for arena in state.arenas]):
+        state.zero_grad()
+        raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {state.version}")
+    OPTIMIZERS[settings.optimizer](state, settings.learning_rate, clip=attachment.config.clip)
+    state.zero_grad()
 
 
 # ---- initialization -------------------------------------------------------------------------------------------
@@ -166,20 +168,20 @@ def _observe(attachment: Attachment, rows: list):
 
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
-    arena, rows = attachment.arena, []
+    state, rows = attachment.state, []
     device = attachment.host.input_device()
-    arena.disabled += 1
+    state.disabled += 1
     try:
         with _observe(attachment, rows), torch.no_grad():
             result = forward(ids.to(device)[None])
     finally:
-        arena.disabled -= 1
-    slots = torch.zeros_like(arena.slots)
+        state.disabled -= 1
+    slots = torch.zeros_like(state.whole("slots"))
     for index, (gate, key) in enumerate(rows):
         slots[index, GATE], slots[index, KEY] = gate, key
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
-    arena.set_slots(slots, version=0, initialized=True)
+    state.set_slots(slots, version=0, initialized=True)
     return result
 
 
@@ -280,13 +282,13 @@ def memorize(
     resume: str | Path | None = None,
 ) -> MemorizeReport:
     """See `Memory.memorize`."""
-    host, arena, config = attachment.host, attachment.arena, attachment.config
+    host, state, config = attachment.host, attachment.state, attachment.config
     if not attachment.attached:
         raise ValueError("memorize: this memory is no longer attached to its model")
     settings = resolve_settings(settings, host)
     ids = token_ids(input_ids, host.vocab_size, at_least=2)
     first_chunk = min(settings.stride, len(ids))
-    if config.init == "activation" and not arena.initialized and resume is None and config.rank > first_chunk:
+    if config.init == "activation" and not state.initialized and resume is None and config.rank > first_chunk:
         raise ValueError(
             f"init='activation' takes one token a slot: rank is {config.rank}, but the first chunk has "
             f"{first_chunk} tokens; use a stride of at least the rank"
@@ -298,7 +300,7 @@ def memorize(
     ends_early = may_end_early(host.model)
     started = time.perf_counter()
 
-    arena.zero_grad()
+    state.zero_grad()
     bar = StreamProgress(len(ids), stream.position, report) if progress else nullcontext()
     with bar, _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), \
             fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
@@ -308,17 +310,17 @@ def memorize(
             if end == 1:  # a text's first token alone: nothing to score
                 hasher.update(ids[:1].numpy().tobytes())
                 continue
-            version = arena.version
+            version = state.version
             window = Window.of(ids, start, end, settings.window, bos)
             loss = None
-            if not arena.initialized:
+            if not state.initialized:
                 nll = _score_and_initialize(attachment, window)
             else:
                 nll = loss = chunk_loss(host, window, settings.context_gradient, ends_early)
             chunk = Chunk(start, end, len(window.targets), nll.item(), version)
             if not math.isfinite(chunk.nll):
                 raise LocasError(
-                    f"the loss is {chunk.nll} at {place}; the memory stays at version {arena.version}"
+                    f"the loss is {chunk.nll} at {place}; the memory stays at version {state.version}"
                 )
             for epoch in range(settings.epochs):
                 if loss is None or epoch > 0:

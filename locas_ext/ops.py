@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from . import fused, kernels, library, reference  # noqa: F401  (library registers the operators)
 from .activations import activation_index
+from .config import BACKENDS
 from .kernels import HostWeights, SlotViews
 
-BACKENDS = ("auto", "fused", "matmul", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,7 +108,7 @@ def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
     _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
 
-def _native(op: str, x: Tensor, gate_weight: Tensor, backend: str):
+def native_backend(op: str, x: Tensor, gate_weight: Tensor, backend: str):
     """The module that computes for a backend other than "reference": `kernels` or `fused`; ValueError says why not."""
     if backend == "matmul":
         return kernels
@@ -251,7 +251,7 @@ def glu_ffn(
         return reference.glu_ffn(x, gate_weight, up_weight, down_weight, slots, scale, activation, *biases)
     x2d = x.reshape(-1, x.shape[-1])
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or slots.requires_grad)
-    module = _native("glu_ffn", x, gate_weight, backend)
+    module = native_backend("glu_ffn", x, gate_weight, backend)
     if torch.compiler.is_compiling():
         name = "fused" if module is fused else "matmul"
         arguments = (x2d, gate_weight, up_weight, down_weight, slots.to(x.dtype), scale, activation, name, *biases)
@@ -321,7 +321,7 @@ def neuron_importance(
         raise ValueError("neuron_importance: x holds no tokens; the mean needs at least one")
     if backend == "reference":
         return reference.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
-    module = _native("neuron_importance", x, gate_weight, backend)
+    module = native_backend("neuron_importance", x, gate_weight, backend)
     if torch.compiler.is_compiling():
         return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
     host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
@@ -382,6 +382,7 @@ def update_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One AdamW step over all slots, then every row longer than 1 is scaled back to length 1. In place.
 
@@ -394,11 +395,13 @@ def update_slots_(
         beta1, beta2, eps, weight_decay: AdamW's (decoupled weight decay, bias correction)
         clip: whether rows are clipped
         compute: [..., d] float32, bfloat16 or float16: receives the rounded copy of the new slots
+        finite: 0-d (float32, float64 or int64) on the slots' device: where it is 0 nothing is written, which lets a
+            captured CUDA graph refuse a gradient that is not finite
     """
     op = "update_slots_"
     if torch.compiler.is_compiling():
         torch.ops.locas.update_slots_(
-            slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+            slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite
         )
         return
     step = _scalar_tensor(op, "step", step, slots)
@@ -410,7 +413,7 @@ def update_slots_(
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{op}: {name} is {beta}; expected a number in [0, 1)")
     kernels.update_slots_(
-        slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute
+        slots, grad, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite
     )
     torch.autograd.graph.increment_version([t for t in (slots, exp_avg, exp_avg_sq, compute) if t is not None])
 
@@ -425,6 +428,7 @@ def sgd_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One SGD step over all slots, then every row longer than 1 is scaled back to length 1. In place.
 
@@ -433,11 +437,15 @@ def sgd_slots_(
     """
     op = "sgd_slots_"
     if torch.compiler.is_compiling():
-        torch.ops.locas.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+        torch.ops.locas.sgd_slots_(
+            slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
+        )
         return
     learning_rate = _scalar_tensor(op, "learning_rate", learning_rate, slots)
     _check_update(op, slots, learning_rate, {"grad": grad, "momentum_buffer": momentum_buffer})
     if momentum != 0.0 and momentum_buffer is None:
         raise ValueError(f"{op}: momentum is {momentum} but momentum_buffer is None; pass a float32 tensor of zeros")
-    kernels.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute)
+    kernels.sgd_slots_(
+        slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
+    )
     torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])

@@ -1,11 +1,12 @@
-"""The fused updates: one launch steps and clips the slots of all layers."""
+"""The fused updates: one launch steps and clips the slots of all layers on a device."""
 
 import math
 
 import torch
 
 from . import kernels
-from .slots import SlotArena
+from .arena import SlotArena
+from .slots import MemoryState
 
 
 def _learning_rate_tensor(learning_rate: float, arena: SlotArena) -> torch.Tensor:
@@ -19,41 +20,54 @@ def _kernel_copy(arena: SlotArena) -> torch.Tensor | None:
     return copy if copy is not None and copy.dtype != torch.float64 else None
 
 
-def _finish(arena: SlotArena) -> None:
-    if arena.compute.dtype == torch.float64:
-        arena.compute.copy_(arena.slots)
-    arena.finish_update()
+def _finish(state: MemoryState) -> None:
+    for arena in state.arenas:
+        if arena.compute.dtype == torch.float64:
+            arena.compute.copy_(arena.slots)
+    state.finish_update()
+
+
+def _allocate(state: MemoryState, *names: str) -> None:
+    """Makes the optimizer states of every arena, so that no arena is updated if another's find no room."""
+    for arena in state.arenas:
+        for name in names:
+            arena.state(name)
 
 
 @torch.no_grad()
 def adamw_step(
-    arena: SlotArena,
+    state: MemoryState,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: bool = True,
 ) -> None:
-    """AdamW with bias correction on arena.grad, then the row clip."""
-    arena.step += 1
-    kernels.update_slots_(
-        arena.slots, arena.grad, arena.state("exp_avg"), arena.state("exp_avg_sq"), arena.step,
-        _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena),
-    )
-    _finish(arena)
+    """AdamW with bias correction on the arenas' grad, then the row clip."""
+    _allocate(state, "exp_avg", "exp_avg_sq")
+    for arena in state.arenas:
+        arena.step += 1
+        kernels.update_slots_(
+            arena.slots, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.step,
+            _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena),
+        )
+    _finish(state)
 
 
 @torch.no_grad()
 def sgd_step(
-    arena: SlotArena, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, clip: bool = True
+    state: MemoryState, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, clip: bool = True
 ) -> None:
-    """SGD on arena.grad, then the row clip."""
-    buffer = arena.state("momentum_buffer") if momentum else None
-    kernels.sgd_slots_(
-        arena.slots, arena.grad, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
-        _kernel_copy(arena),
-    )
-    _finish(arena)
+    """SGD on the arenas' grad, then the row clip."""
+    if momentum:
+        _allocate(state, "momentum_buffer")
+    for arena in state.arenas:
+        buffer = arena.momentum_buffer if momentum else None
+        kernels.sgd_slots_(
+            arena.slots, arena.grad, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
+            _kernel_copy(arena),
+        )
+    _finish(state)
 
 
 OPTIMIZERS = {"adamw": adamw_step, "sgd": sgd_step}
@@ -78,29 +92,28 @@ class _SlotOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        arena = self.memory.arena
-        arena.sync()
-        arena.gather_grad()
-        self._update(arena, self.param_groups[0])
+        state = self.memory.state
+        state.sync()
+        for arena in state.arenas:
+            arena.gather_grad()
+        self._update(state, self.param_groups[0])
         return loss
 
-    # The states live in the arena, where save_pretrained(optimizer=True) finds them.
+    # The states live in the arenas, where save_pretrained(optimizer=True) finds them.
     def state_dict(self) -> dict:
-        arena = self.memory.arena
-        state = {name: getattr(arena, name) for name in self._states if getattr(arena, name) is not None}
+        tensors = self.memory.state.tensors()
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"state": state, "param_groups": groups}
+        return {"state": {name: tensors[name] for name in self._states if name in tensors}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        arena, state = self.memory.arena, state_dict["state"]
-        if unknown := set(state) - set(self._states):
+        state, tensors = self.memory.state, state_dict["state"]
+        if unknown := set(tensors) - set(self._states):
             raise ValueError(f"optimizer state holds {sorted(unknown)}; expected {list(self._states)}")
-        for name, value in state.items():
-            target = arena.step if name == "step" else arena.state(name)
-            if target.shape != value.shape:
-                raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(target.shape)}")
-        for name, value in state.items():
-            (arena.step if name == "step" else arena.state(name)).copy_(value)
+        for name, tensor in tensors.items():
+            shape = torch.Size() if name == "step" else state.shape
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
+        state.load_optimizer(tensors)
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             group.update(saved)
 
@@ -123,9 +136,9 @@ class SlotAdamW(_SlotOptimizer):
             _check_range("betas", beta, 0.0, 1.0)
         super().__init__(memory, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, arena, group):
+    def _update(self, state, group):
         clip = self.memory.config.clip
-        adamw_step(arena, group["lr"], group["betas"], group["eps"], group["weight_decay"], clip)
+        adamw_step(state, group["lr"], group["betas"], group["eps"], group["weight_decay"], clip)
 
 
 class SlotSGD(_SlotOptimizer):
@@ -144,5 +157,5 @@ class SlotSGD(_SlotOptimizer):
         _check_range("momentum", momentum, 0.0, 1.0)
         super().__init__(memory, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _update(self, arena, group):
-        sgd_step(arena, group["lr"], group["momentum"], group["weight_decay"], self.memory.config.clip)
+    def _update(self, state, group):
+        sgd_step(state, group["lr"], group["momentum"], group["weight_decay"], self.memory.config.clip)

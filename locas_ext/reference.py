@@ -69,8 +69,11 @@ def update_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One AdamW step and the row clip, in place: see `locas_ext.ops.update_slots_`."""
+    if finite is not None and not finite:
+        return
     t, lr = float(step), float(learning_rate)
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -92,8 +95,11 @@ def sgd_slots_(
     weight_decay: float = 0.0,
     clip: bool = True,
     compute: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """One SGD step and the row clip, in place: see `locas_ext.ops.sgd_slots_`."""
+    if finite is not None and not finite:
+        return
     lr = float(learning_rate)
     direction = grad
     if momentum_buffer is not None:

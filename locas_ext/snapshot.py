@@ -25,14 +25,14 @@ class Snapshot:
 
 def take(attachment: Attachment) -> Snapshot:
     """See `Memory.snapshot`."""
-    arena = attachment.arena
-    arena.sync()
+    state = attachment.state
+    state.sync()
     return Snapshot(
-        layers=arena.layers,
+        layers=state.layers,
         host=fingerprint(attachment.host),
-        tensors={name: tensor.clone() for name, tensor in arena.state_tensors().items()},
-        memory_version=arena.version,
-        initialized=arena.initialized,
+        tensors={name: tensor.clone() for name, tensor in state.tensors().items()},
+        memory_version=state.version,
+        initialized=state.initialized,
         stream=copy.deepcopy(attachment.stream),
     )
 
@@ -41,16 +41,16 @@ def restore(attachment: Attachment, snapshot: Snapshot) -> None:
     """See `Memory.restore`."""
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"snapshot is {type(snapshot).__name__}; expected what Memory.snapshot() returned")
-    arena, host = attachment.arena, fingerprint(attachment.host)
+    state, host = attachment.state, fingerprint(attachment.host)
     if different := [name for name in host if snapshot.host.get(name) != host[name]]:
         raise ValueError(f"the snapshot is of another host: {', '.join(different)} differ")
     shape = snapshot.tensors["slots"].shape
-    if snapshot.layers != arena.layers or shape != arena.slots.shape:
+    if snapshot.layers != state.layers or shape != state.shape:
         raise ValueError(
             f"the snapshot has slots {list(shape)} in layers {list(snapshot.layers)}; "
-            f"attached are {list(arena.slots.shape)} in layers {list(arena.layers)}"
+            f"attached are {list(state.shape)} in layers {list(state.layers)}"
         )
-    arena.load_state(snapshot.tensors, snapshot.memory_version, snapshot.initialized)
+    state.load(snapshot.tensors, snapshot.memory_version, snapshot.initialized)
     attachment.stream = copy.deepcopy(snapshot.stream)
 
 

@@ -6,7 +6,7 @@ Every forward stamps its cache with the state of the memory that filled it; `gen
 import torch
 from torch import nn
 
-from .slots import SlotArena
+from .slots import MemoryState
 
 _STAMP = "_locas_memory_state"
 
@@ -14,8 +14,8 @@ _STAMP = "_locas_memory_state"
 class StaleCacheGuard:
     """Binds a forward hook and a `generate` to a model; unbind() takes both away."""
 
-    def __init__(self, model: nn.Module, arena: SlotArena):
-        self.model, self.arena = model, arena
+    def __init__(self, model: nn.Module, state: MemoryState):
+        self.model, self.state = model, state
 
     def bind(self) -> None:
         self.handle = self.model.register_forward_hook(self._stamp)
@@ -38,7 +38,7 @@ class StaleCacheGuard:
             return
         cache = getattr(output, "past_key_values", None)
         if cache is not None and not hasattr(cache, _STAMP):
-            setattr(cache, _STAMP, self.arena.output_state())
+            setattr(cache, _STAMP, self.state.output_state())
 
     def _generate(self, *args, allow_stale_cache: bool = False, **kwargs):
         """The model's own generate.
@@ -49,7 +49,7 @@ class StaleCacheGuard:
         cache = kwargs.get("past_key_values")
         if cache is not None and not allow_stale_cache and cache.get_seq_length() > 0:
             # A cache without a stamp comes from before attach: the host alone filled it.
-            if getattr(cache, _STAMP, 0) != self.arena.output_state():
+            if getattr(cache, _STAMP, 0) != self.state.output_state():
                 raise ValueError(
                     "past_key_values was filled before the memory changed, so the text in it was read with another "
                     "memory; start from a fresh cache, or pass allow_stale_cache=True to go on with it"

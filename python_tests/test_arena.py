@@ -43,18 +43,18 @@ def test_parameters_are_views_of_the_arena():
 def test_layers_sharing_one_version_counter_do_not_disturb_each_others_backward(accumulate):
     """With the gradient added in place into the arena, a second layer's saved tensors must stay valid."""
     model, memory = learned(model_settings=dict(num_hidden_layers=3))
-    arena = memory.arena
-    arena.zero_grad()
-    arena.accumulate = accumulate
+    state = memory.state
+    state.zero_grad()
+    state.accumulate = accumulate
     loss_of(model).backward()
-    arena.accumulate = False
+    state.accumulate = False
     got = torch.stack([p.grad for p in memory.parameters()])
     slots = [layer.detach().double().clone().requires_grad_() for layer in memory.slots]
     plain = PlainMemory(model_without(memory), slots, memory.scale)
     torch.nn.functional.cross_entropy(plain.model(input_ids=TEXT[None, :32]).logits[0, :-1], TEXT[1:32]).backward()
     expected = torch.stack([layer.grad for layer in plain.slots])
     assert relative_distance(got, expected) < 1e-5
-    assert torch.equal(arena.grad, got)
+    assert torch.equal(state.whole("grad"), got)
 
 
 def model_without(memory):
@@ -148,8 +148,8 @@ def test_a_stock_optimizers_step_is_seen_and_counts_as_an_update(dtype, foreach)
     losses = train(model, optimizer, 4)
     assert losses[-1] < losses[0] and not torch.equal(logits_of(model, TEXT[:20]), host)
     assert memory.version == 4
-    assert torch.equal(memory.arena.compute, memory.slots.to(dtype))
-    for view, layer in zip(memory.arena.views, memory.slots.to(dtype)):
+    assert torch.equal(memory.state.arenas[0].compute, memory.slots.to(dtype))
+    for view, layer in zip(memory.state.arenas[0].views, memory.slots.to(dtype)):
         assert torch.equal(view.gate_key, layer[:2].flatten(0, 1)) and torch.equal(view.value, layer[2])
 
 
@@ -159,7 +159,7 @@ def test_writing_into_the_slots_by_hand_counts_as_an_update():
     with torch.no_grad():
         memory.slots[:, 2] = 0.5
     assert memory.version == 1
-    assert torch.equal(memory.arena.compute, memory.slots.bfloat16())
+    assert torch.equal(memory.state.arenas[0].compute, memory.slots.bfloat16())
     assert not torch.equal(logits_of(model, TEXT[:20]), host)
 
 
@@ -217,7 +217,7 @@ def test_the_memory_follows_the_hosts_dtype(dtype):
 
     if dtype != torch.float64:
         memory.memorize(TEXT, **SETTINGS)
-        assert not torch.equal(memory.slots, slots) and torch.equal(memory.arena.compute, memory.slots.to(dtype))
+        assert not torch.equal(memory.slots, slots) and torch.equal(memory.state.arenas[0].compute, memory.slots.to(dtype))
     model.to(torch.float32)
     if dtype == torch.float64:
         torch.testing.assert_close(logits_of(model, TEXT[:20]), before)

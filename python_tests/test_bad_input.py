@@ -157,7 +157,7 @@ def test_bad_texts(verb, ids, error, message):
     with pytest.raises(error, match=message):
         memory.memorize(ids, progress=False) if verb == "memorize" else memory.initialize(ids)
     assert_same_host(model, before)
-    assert memory.version == 0 and not memory.slots.any() and not memory.arena.initialized
+    assert memory.version == 0 and not memory.slots.any() and not memory.state.initialized
 
 
 def test_one_token_is_too_few_to_learn_from():
@@ -192,7 +192,7 @@ def test_bad_arguments_of_memorize(setting, error, message):
     with pytest.raises(error, match=message):
         memory.memorize(TEXT, progress=False, **setting)
     assert_same_host(model, before)
-    assert memory.version == 0 and not memory.arena.initialized
+    assert memory.version == 0 and not memory.state.initialized
 
 
 def test_the_largest_window_is_the_hosts_positions():

@@ -127,7 +127,7 @@ def test_swapping_memories_in_an_attached_model(tmp_path):
     for name in ("a", "b", "a"):
         memory.load(tmp_path / name)
         assert torch.equal(memory.slots, slots[name]) and torch.equal(logits_of(model, IDS), outputs[name])
-        assert memory.arena.exp_avg is None  # saved without
+        assert memory.state.whole("exp_avg") is None  # saved without
 
 
 def test_saving_over_an_older_memory_replaces_it(tmp_path):
@@ -150,7 +150,7 @@ def test_the_saved_files_do_not_depend_on_what_happens_later(tmp_path, saved):
 def test_one_file_fits_a_host_in_another_dtype(saved):
     loaded = locas.load(tiny_model(dtype=torch.bfloat16), saved[0])
     assert torch.equal(loaded.slots, saved[1])
-    assert torch.equal(loaded.arena.compute, saved[1].bfloat16())
+    assert torch.equal(loaded.state.arenas[0].compute, saved[1].bfloat16())
 
 
 def test_a_changed_slot_by_hand_is_what_is_saved(tmp_path):

@@ -114,7 +114,7 @@ def test_initialize_again_forgets_what_was_learned():
     memory.initialize(CHUNK)
     fresh = attached(rank=6)[1]
     fresh.initialize(CHUNK)
-    assert torch.equal(memory.slots, fresh.slots) and memory.version == 0 and memory.arena.exp_avg is None
+    assert torch.equal(memory.slots, fresh.slots) and memory.version == 0 and memory.state.whole("exp_avg") is None
 
 
 def test_initialization_does_not_depend_on_the_training_mode():

@@ -58,8 +58,8 @@ def test_what_a_callback_raises_ends_the_run_after_the_last_update(error):
     assert memory.version == 3 and torch.equal(memory.slots, slots_after(3))
     assert_same_host(model, before)
     assert signal.getsignal(signal.SIGINT) is handler and torch.is_grad_enabled()
-    assert not memory.arena.grad.any() and not memory.arena.accumulate and memory.arena.disabled == 0
-    assert all(a.grad is b for a, b in zip(memory.parameters(), memory.arena.grads))
+    assert not memory.state.whole("grad").any() and not memory.state.accumulate and memory.state.disabled == 0
+    assert all(a.grad is b for a, b in zip(memory.parameters(), memory.state.arenas[0].grads))
     # and it works on as if the rest of the text were new
     report = memory.memorize(TEXT[24:], **SETTINGS)
     assert report.chunks[0].memory_version == 3
@@ -101,7 +101,7 @@ def test_an_exception_while_initializing_leaves_an_uninitialized_memory():
     for run in (lambda: memory.memorize(TEXT, **SETTINGS), lambda: memory.initialize(TEXT[:8])):
         with pytest.raises(Stop):
             run()
-        assert not memory.slots.any() and not memory.arena.initialized and memory.arena.disabled == 0
+        assert not memory.slots.any() and not memory.state.initialized and memory.state.disabled == 0
     hook.remove()
     memory.memorize(TEXT, **SETTINGS)
     assert torch.equal(memory.slots, slots_after(8))
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_chunk_with_the_last_good_memory(
     with pytest.raises(locas.LocasError, match=r"loss is nan at chunk 3 \(tokens 24 to 31\).*version 3"):
         memory.memorize(text, **SETTINGS, context_gradient=context_gradient)
     assert memory.version == 3 and memory.slots.isfinite().all()
-    assert all(state.isfinite().all() for state in (memory.arena.exp_avg, memory.arena.exp_avg_sq, memory.arena.grad))
+    assert all(state.isfinite().all() for state in (memory.state.whole("exp_avg"), memory.state.whole("exp_avg_sq"), memory.state.whole("grad")))
     good = attached()[1]
     good.memorize(clean[:24], **SETTINGS, context_gradient=context_gradient)
     assert torch.equal(memory.slots, good.slots)
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_is_not_learned():
     with pytest.raises(locas.LocasError, match="gradient is not finite at chunk 0.*version 3"):
         memory.memorize(TEXT[24:], **SETTINGS)
     hook.remove()
-    assert memory.version == 3 and torch.equal(memory.slots, slots) and not memory.arena.grad.any()
+    assert memory.version == 3 and torch.equal(memory.slots, slots) and not memory.state.whole("grad").any()
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, cha
     assert report.chunks == full.chunks and (report.nll, report.tokens) == (full.nll, full.tokens)
     assert torch.equal(later.slots, whole.slots) and later.version == whole.version
     for name in ("exp_avg", "exp_avg_sq", "step"):
-        a, b = getattr(later.arena, name), getattr(whole.arena, name)
+        a, b = later.state.whole(name), whole.state.whole(name)
         assert (a is None and b is None) or torch.equal(a, b)
 
 

@@ -200,7 +200,7 @@ def test_status():
         assert (status.device, status.dtype, status.slots_used, status.scale) == ("cpu", "torch.float32", 5, 0.25)
         norms = slots.norm(dim=-1).mean(-1).tolist()
         assert [status.gate_norm, status.key_norm, status.value_norm] == pytest.approx(norms)
-        assert "fused" in status.backend and status.reason
+        assert "whole" in status.backend and status.reason
     model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: None)
     assert "sideway" in memory.status()[1].backend and "gate_proj has hooks" in memory.status()[1].reason
     assert "version 8" in repr(memory)
@@ -209,8 +209,8 @@ def test_status():
 def test_reset_forgets_everything():
     _, memory = learned()
     memory.reset()
-    assert memory.version == 0 and not memory.slots.any() and not memory.arena.initialized
-    assert memory.arena.exp_avg is None and memory.arena.step.item() == 0
+    assert memory.version == 0 and not memory.slots.any() and not memory.state.initialized
+    assert memory.state.whole("exp_avg") is None and memory.state.whole("step").item() == 0
     memory.memorize(TEXT, **SETTINGS)
     assert torch.equal(memory.slots, learned()[1].slots)
 
@@ -218,9 +218,9 @@ def test_reset_forgets_everything():
 def test_optimizer_states_are_kept_over_calls():
     """AdamW's step count, and with it the bias correction, goes on."""
     _, memory = learned()
-    assert memory.arena.step.item() == 8
+    assert memory.state.whole("step").item() == 8
     memory.memorize(TEXT, **SETTINGS)
-    assert memory.arena.step.item() == 16 and memory.version == 16
+    assert memory.state.whole("step").item() == 16 and memory.version == 16
 
 
 # ---- hosts that somebody else has touched ---------------------------------------------------------------------

@@ -28,17 +28,17 @@ def samples():
     for t in (x, slots):
         t.requires_grad_()
     plain_x, plain_slots = x.detach(), slots.detach()
-    glu = (x, *host[:3], slots, 0.5, "silu", *host[3:])
-    inference = (plain_x, *host[:3], plain_slots, 0.5, "silu", *host[3:])
+    glu = (x, *host[:3], slots, 0.5, "silu", "matmul", *host[3:])
+    inference = (plain_x, *host[:3], plain_slots, 0.5, "silu", "matmul", *host[3:])
     y, gate, up, memory = torch.ops.locas.glu_ffn(*glu)
     dy, saved = torch.randn_like(y), (plain_x, gate.detach(), up.detach(), memory.detach())
     states = [torch.randn(2, 3, R, D) for _ in range(2)] + [torch.rand(2, 3, R, D) for _ in range(2)]
     copy, step, rate = torch.zeros(2, 3, R, D, dtype=torch.bfloat16), torch.tensor(3), torch.tensor(0.01)
     return {
-        "glu_ffn": [glu, (x, *host[:3], slots, 0.5, "gelu", None, None, None)],
+        "glu_ffn": [glu, (x, *host[:3], slots, 0.5, "gelu", "matmul", None, None, None)],
         "glu_ffn_inference": [inference],
         "glu_ffn_backward": [
-            (dy, *saved, *host[:3], plain_slots, 0.5, "silu", needs_dx) for needs_dx in (True, False)
+            (dy, *saved, *host[:3], plain_slots, 0.5, "silu", "matmul", needs_dx) for needs_dx in (True, False)
         ],
         "sideway_glu": [(x, slots, 0.5, "relu")],
         "sideway_glu_backward": [(dy, plain_x, saved[3], plain_slots, 0.5, "silu")],

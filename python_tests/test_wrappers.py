@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TEXT, attached, learned, logits_of, tiny_model
+from helpers import SETTINGS, TEXT, attached, learned, logits_of, relative_distance, tiny_model
 
 import locas_ext as locas
 
@@ -14,8 +14,8 @@ def logits(model, ids=TEXT):
         return model(input_ids=ids[None], use_cache=False).logits[0]
 
 
-def check_life(model, tmp_path, obstacle):
-    """No-op, learning, disabled, save and load, refused merge, detach."""
+def check_life(model, tmp_path, obstacle, layer=0):
+    """No-op, learning, disabled, save and load, merge refused because of `obstacle` in `layer`, the first, detach."""
     host = logits(model)
     memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
     assert torch.equal(logits(model), host)
@@ -24,13 +24,14 @@ def check_life(model, tmp_path, obstacle):
     assert last.nll / last.tokens < first.nll / first.tokens
     after = logits(model)
     assert not torch.allclose(after, host)
-    assert any(obstacle in entry.reason and "sideway" in entry.backend for entry in memory.status())
+    status = memory.status()
+    assert ["sideway" in entry.backend for entry in status].index(True) == layer and obstacle in status[layer].reason
     with memory.disabled():
         assert torch.equal(logits(model), host)
     memory.save_pretrained(tmp_path / "memory")
     memory.load(tmp_path / "memory")
     assert torch.equal(logits(model), after)
-    with pytest.raises(ValueError, match="cannot merge: layer 0"):
+    with pytest.raises(ValueError, match=f"cannot merge: layer {layer}'s .*{obstacle}"):
         memory.merge_and_unload()
     assert torch.equal(logits(model), after)
     memory.detach()
@@ -117,7 +118,39 @@ def test_a_host_with_a_device_map(tmp_path):
               "model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload",
                                       force_hooks=True)
-    check_life(model, tmp_path, "has a forward of its own")
+    check_life(model, tmp_path, "has a forward of its own", layer=1)
+
+
+def test_a_device_maps_hooks_are_no_obstacle_where_they_only_move_the_input(tmp_path):
+    """What device_map="auto" leaves on every module of a host on several devices, here all of it on the CPU."""
+    accelerate = pytest.importorskip("accelerate")
+    _, memory = learned()
+    model = tiny_model()
+    places = {"lm_head": "cpu", **{f"model.{name}": "cpu" for name, _ in model.model.named_children()}}
+    spread = accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    hooked = locas.attach(spread, locas.LocasConfig(rank=4, scale="host"))
+    hooked.memorize(TEXT, **SETTINGS)
+    assert relative_distance(hooked.slots, memory.slots) < 1e-5  # the host's norms run as they are behind hooks
+    memory.restore(hooked.snapshot())
+    assert {entry.backend for entry in hooked.status()} == {"matmul, whole"}
+    before = logits(spread)
+    merged, expected = hooked.merge_and_unload(), memory.merge_and_unload()
+    assert merged.model.layers[0].mlp.up_proj._hf_hook is not None
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_of_accelerates_that_does_more_is_an_obstacle():
+    accelerate = pytest.importorskip("accelerate")
+    model, memory = learned()
+    projection = model.model.layers[0].mlp.up_proj
+    accelerate.hooks.add_hook_to_module(projection, accelerate.hooks.ModelHook())
+    assert memory.status()[0].backend == "matmul, sideway"
+    accelerate.hooks.add_hook_to_module(projection, accelerate.hooks.AlignDevicesHook("cpu"))
+    assert memory.status()[0].backend == "matmul, whole"
+    projection._old_forward = lambda x: 2 * torch.nn.Linear.forward(projection, x)
+    assert memory.status()[0].backend == "matmul, sideway"
 
 
 def test_hooks_on_a_projection_still_run():
@@ -127,7 +160,7 @@ def test_hooks_on_a_projection_still_run():
     torch.testing.assert_close(logits_of(model, TEXT), before, rtol=1e-4, atol=1e-5)
     assert calls and memory.status()[0].reason == "up_proj has hooks"
     handle.remove()
-    assert memory.status()[0].backend == "matmul, fused"
+    assert memory.status()[0].backend == "matmul, whole"
 
 
 def test_a_host_that_is_trained_too_gets_its_gradient():
@@ -144,9 +177,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        memory.arena.zero_grad()
+        memory.state.zero_grad()
         model(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
-        gradients.append(memory.arena.grad.clone())
+        gradients.append(memory.state.whole("grad").clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
 
@@ -183,9 +216,9 @@ def test_gradients_of_a_compiled_host():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     gradients = []
     for run in (model, compiled):
-        memory.arena.zero_grad()
+        memory.state.zero_grad()
         run(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
-        gradients.append(memory.arena.grad.clone())
+        gradients.append(memory.state.whole("grad").clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
 
@@ -207,10 +240,10 @@ def test_moving_the_host_moves_the_memory():
     expected = logits_of(model, TEXT)
     model.to(torch.bfloat16)
     rough = logits_of(model, TEXT)
-    assert rough.dtype == torch.bfloat16 and memory.arena.compute.dtype == torch.bfloat16
+    assert rough.dtype == torch.bfloat16 and memory.state.arenas[0].compute.dtype == torch.bfloat16
     assert memory.slots.dtype == torch.float32
     assert (rough.float() - expected).abs().max() < 0.1 * expected.abs().max()
     memory.memorize(TEXT, **LEARN)
     model.to(torch.float32)
     logits_of(model, TEXT)
-    assert memory.arena.compute is memory.slots
+    assert memory.state.arenas[0].compute is memory.slots

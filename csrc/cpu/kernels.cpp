@@ -294,6 +294,7 @@ void finish_row(float* w, int64_t d, bool clip, void* compute, DType compute_dty
 }
 
 void adamw(const AdamWParams& p) {
+  if (p.finite.data && read(p.finite) == 0.0) return;
   const AdamWFactors factors = adamw_factors(p, read(p.step), read(p.learning_rate));
 #pragma omp parallel for schedule(static) if (p.rows * p.d >= kParallelElements)
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -308,6 +309,7 @@ void adamw(const AdamWParams& p) {
 }
 
 void sgd(const SgdParams& p) {
+  if (p.finite.data && read(p.finite) == 0.0) return;
   const float learning_rate = static_cast<float>(read(p.learning_rate));
   const float decay = 1.0f - learning_rate * p.weight_decay;
 #pragma omp parallel for schedule(static) if (p.rows * p.d >= kParallelElements)

@@ -129,6 +129,7 @@ __device__ __forceinline__ void store_copy(float4 w, T* to) {
 
 template <class T, class Rule, int kVectors>
 __global__ void __launch_bounds__(kThreads) update_in_registers(typename Rule::Params p) {
+  if (p.finite.data && read(p.finite) == 0.0) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.d;
   const Rule rule(p, first);
   float* slots = p.slots + first;
@@ -166,6 +167,7 @@ __global__ void __launch_bounds__(kThreads) update_in_registers(typename Rule::P
 
 template <class T, class Rule>
 __global__ void __launch_bounds__(kThreads) update_any_width(typename Rule::Params p) {
+  if (p.finite.data && read(p.finite) == 0.0) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.d;
   const Rule rule(p, first);
   T* copy = p.compute ? static_cast<T*>(p.compute) + first : nullptr;

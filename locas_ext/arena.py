@@ -1,0 +1,147 @@
+"""An arena: the slots of all layers on one device, in one tensor, with optimizer states, gradient and compute copy.
+
+slots is float32 [l, 3, r, d]: for each layer the gate rows G, the key rows K and the value rows V. One update launch
+serves all layers of a device, and clipping is one rule: no row longer than 1. What the layers compute with is `compute`,
+the slots in the host's dtype (the same tensor for a float32 host).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import SlotViews
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class SlotArena:
+    """The slots of the layers that lie on one device.
+
+    Attributes:
+        positions: which of the memory's L layers these l are, ascending
+        slots: [l, 3, r, d] float32, the master
+        grad: [l, 3, r, d] float32
+        parameters: l nn.Parameters [3, r, d], views of slots; their .grad are views of grad
+        compute, views: the slots in the host's dtype, and per layer (gate and key rows, value rows)
+        scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
+        step: [] int64, the number of AdamW updates so far
+        exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
+    """
+
+    def __init__(self, positions: list[int], rank: int, hidden_size: int, scale: list[float], device, dtype):
+        self.positions = positions
+        self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
+        with torch.inference_mode(False), torch.no_grad():
+            self.slots = torch.zeros(len(positions), 3, rank, hidden_size, device=device)
+            self.grad = torch.zeros_like(self.slots)
+            self.scale = torch.tensor(scale, dtype=torch.float32)
+            self.step = torch.zeros((), dtype=torch.int64, device=device)
+            self.parameters = [nn.Parameter(layer) for layer in self.slots]
+            self._bind(dtype)
+
+    # ---- what points into slots and grad --------------------------------------------------------------------
+    def _bind(self, dtype: torch.dtype) -> None:
+        self.scales = self.scale.tolist()
+        self.compute = self.slots if dtype == torch.float32 else self.slots.to(dtype)
+        self.views = [SlotViews.of(layer) for layer in self.compute]
+        self.grads = list(self.grad)
+        self._bind_grads()
+        self.record_versions()
+
+    def _bind_grads(self) -> None:
+        for parameter, grad in zip(self.parameters, self.grads):
+            parameter.grad = grad
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves everything to a device and compute dtype; the parameters stay the same objects."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name in ("slots", "grad", "step", *OPTIMIZER_STATES):
+                if (tensor := getattr(self, name)) is not None:
+                    setattr(self, name, tensor.to(device))
+            for parameter, layer in zip(self.parameters, self.slots):
+                parameter.grad = None
+                parameter.data = layer
+            self._bind(dtype)
+
+    # ---- changes by others, such as a stock torch optimizer --------------------------------------------------
+    def record_versions(self) -> None:
+        self._seen = self.slots._version
+        self._seen_parameters = [parameter._version for parameter in self.parameters]
+
+    def is_current(self, index: int) -> bool:
+        """Whether the compute copy of a layer still is what its slots say."""
+        return (
+            self.slots._version == self._seen
+            and self.parameters[index]._version == self._seen_parameters[index]
+        )
+
+    def refresh(self) -> bool:
+        """Takes over a change of the slots made from outside. Returns whether there was one."""
+        if all(self.is_current(index) for index in range(len(self.positions))):
+            return False
+        self.round_slots()
+        return True
+
+    @torch.no_grad()
+    def round_slots(self) -> None:
+        """Brings the compute copy up to the slots."""
+        if self.compute is not self.slots:
+            self.compute.copy_(self.slots)
+        self.record_versions()
+
+    # ---- gradient and optimizer states -----------------------------------------------------------------------
+    def zero_grad(self) -> None:
+        self.grad.zero_()
+        self._bind_grads()
+
+    def gather_grad(self) -> None:
+        """Brings back gradients that a `zero_grad(set_to_none=True)` moved out of the arena."""
+        with torch.no_grad():
+            for parameter, grad in zip(self.parameters, self.grads):
+                if parameter.grad is None:
+                    grad.zero_()
+                elif parameter.grad is not grad:
+                    grad.copy_(parameter.grad)
+        self._bind_grads()
+
+    def state(self, name: str) -> Tensor:
+        """An optimizer state, zero when first asked for."""
+        if getattr(self, name) is None:
+            with torch.inference_mode(False):
+                setattr(self, name, torch.zeros_like(self.slots))
+        return getattr(self, name)
+
+    def forget_optimizer(self) -> None:
+        self.zero_grad()
+        self.step.zero_()
+        self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
+
+    # ---- for the update kernels ------------------------------------------------------------------------------
+    def rounded_copy(self) -> Tensor | None:
+        """Where an update kernel should write the rounded slots, or None for a float32 host."""
+        return None if self.compute is self.slots else self.compute
+
+    def finish_update(self) -> None:
+        """Called when an update kernel has written slots (and compute)."""
+        torch.autograd.graph.increment_version([self.slots, *self.parameters])
+        self.record_versions()
+
+    # ---- copies ----------------------------------------------------------------------------------------------
+    def __deepcopy__(self, memo):
+        copy = object.__new__(SlotArena)
+        memo[id(self)] = copy
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in self.__dict__.items():
+                if isinstance(value, Tensor):
+                    setattr(copy, name, value.detach().clone())
+                elif name not in ("parameters", "views", "grads"):
+                    setattr(copy, name, value)
+            copy.parameters = [nn.Parameter(layer) for layer in copy.slots]
+            memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters)})
+            copy._bind(self.compute.dtype)
+        return copy
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a model with a memory attached cannot be pickled: use memory.save_pretrained(path) for the memory and "
+            "model.save_pretrained(path) for the host, or memory.merge_and_unload() first"
+        )

@@ -1,0 +1,220 @@
+"""Re-homing: a host FFN's weights move into buffers with spare rows for the memory, so that one product sees both.
+
+      gate_up [2, n, d]    host gate  m rows | G        r rows | 0        n = m + r, rounded up to a multiple of 8
+                           host up    m rows | tau * K  r rows | 0
+      down    [d, n]       host down  m columns | V^T  r columns | 0
+
+The host's parameters become views of the buffers and stay the same objects, so the host computes, saves and loads as
+before. An FFN with memory then is two products and one elementwise kernel, its backward three products and the memory's
+own gradient. The memory's rows are written again whenever the slots have changed. Whatever takes the parameters out of
+the buffers (`.to()` another dtype or device, a swapped projection) is noticed at the next forward, which moves them in
+again, or runs without the buffers where it cannot. `Attachment.detach` moves them out.
+"""
+
+import copy
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import _C
+from .arena import SlotArena
+from .hosts import FusedFFN, HostFFN
+from .kernels import stream_of
+from .slots import VALUE, MemoryState
+
+_ALIGNMENT = 8  # elements: rows of 16 bytes in half precision, which cuBLAS's fastest kernels ask for
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def storage_users(model: nn.Module) -> Counter:
+    """How many of the model's parameter names each storage serves."""
+    return Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False) if not p.is_meta)
+
+
+def obstacle(ffn: HostFFN, users: Counter) -> str | None:
+    """Why this FFN's weights cannot move into buffers, or None. users: what storage_users(model) returned."""
+    if isinstance(ffn, FusedFFN):
+        return "its gate and up rows are one parameter (gate_up_proj), which cannot be a view of two buffers"
+    if (problem := ffn.obstacle()) is not None:
+        return problem
+    weights = ffn.weights()
+    for name, weight in zip(weights._fields, weights):
+        if weight is None:
+            continue
+        if users[_storage(weight)] > 1 or weight.untyped_storage().nbytes() != weight.numel() * weight.itemsize:
+            return f"{name} is tied to another parameter or shares its storage"
+        if weight.dtype not in _DTYPES or weight.dtype != weights.gate.dtype or weight.device != weights.gate.device:
+            return f"{name} is {weight.dtype} on {weight.device}; gate is {weights.gate.dtype} on {weights.gate.device}"
+    return None
+
+
+class RehomedFFN:
+    """One host FFN's weights in buffers of their own.
+
+    Attributes: gate_up [2, n, d], down [d, n], bias [2, n] or None, all in the host's dtype; memory, the slice of the n
+    that is the memory's; None of them while the weights are not at home.
+    """
+
+    def __init__(self, ffn: HostFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
+        """index: the layer's place in its arena."""
+        self.ffn, self.state, self.arena, self.index, self.model = ffn, state, arena, index, model
+        self.away: str | None = "not moved in yet"  # why the buffers are not used
+        self.shared = False  # whether the weights are at home in another memory's buffers
+        self.parameters: tuple[nn.Parameter | None, ...] = ()
+        self._addresses: tuple[int, ...] = ()
+        self._refused: tuple[int, ...] | None = None  # where the weights lay when they could not move in
+        self.scale = self.factors = None  # tau; 1 for the gate rows and tau for the key rows, [2, 1, 1] float32
+        self.generation = 0  # of the slots that the memory's rows were written from
+
+    # ---- moving ----------------------------------------------------------------------------------------------
+    def move_in(self, users: Counter) -> None:
+        """Moves the weights into new buffers; where that cannot be, `away` says why and nothing has changed."""
+        self.away = obstacle(self.ffn, users)
+        if self.away is not None:
+            return
+        host = self.ffn.weights()
+        m, d = host.gate.shape
+        rank = self.state.rank
+        n = -(-(m + rank) // _ALIGNMENT) * _ALIGNMENT
+        with torch.inference_mode(False), torch.no_grad():
+            gate_up, down = host.gate.new_zeros(2, n, d), host.gate.new_zeros(d, n)
+            bias = None if host.gate_bias is None and host.up_bias is None else host.gate.new_zeros(2, n)
+            homes = [gate_up[0, :m], gate_up[1, :m], down[:, :m],
+                     None if host.gate_bias is None else bias[0, :m], None if host.up_bias is None else bias[1, :m]]
+            for parameter, home in zip(host, homes):
+                if home is not None:
+                    home.copy_(parameter)
+                    parameter.data = home
+        self.gate_up, self.down, self.bias, self.memory = gate_up, down, bias, slice(m, m + rank)
+        self.parameters = tuple(host[: len(homes)])
+        self._addresses = self._where(self.parameters)
+        self.generation = 0
+
+    def move_out(self) -> None:
+        """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
+        for parameter, address in zip(self.parameters, self._addresses):
+            if parameter is not None and parameter.data_ptr() == address:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        self.away, self.parameters, self._addresses = "detached", (), ()
+        self.gate_up = self.down = self.bias = self.scale = self.factors = None
+
+    @staticmethod
+    def _where(parameters) -> tuple[int, ...]:
+        return tuple(0 if parameter is None else parameter.data_ptr() for parameter in parameters)
+
+    def _at_home(self) -> bool:
+        return bool(self._addresses) and self._where(self.ffn.weights()[: len(self._addresses)]) == self._addresses
+
+    # ---- using it --------------------------------------------------------------------------------------------
+    def ready(self) -> bool:
+        """Whether the buffers hold host and memory as they are now; moves in and refreshes as needed."""
+        if self.shared or not (self._at_home() or self._return_home()):
+            return False
+        if self.generation != self.state.generation:
+            self.refresh()
+        return True
+
+    def _return_home(self) -> bool:
+        refused = self._where(self.ffn.weights())
+        if refused == self._refused:
+            return False
+        self.move_out()
+        self.move_in(storage_users(self.model))
+        self._refused = None if self.away is None else refused
+        return self.away is None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes the memory's rows from the slots."""
+        slots, scale = self.arena.slots[self.index].detach(), self.arena.scales[self.index]
+        if scale != self.scale:
+            self.factors, self.scale = slots.new_tensor([1.0, scale]).view(2, 1, 1), scale
+        torch.mul(slots[:VALUE], self.factors, out=self.gate_up[:, self.memory])
+        self.down[:, self.memory].copy_(slots[VALUE].T)
+        self.generation = self.state.generation
+
+    def status(self) -> str:
+        """Where the weights are, in words for Memory.status()."""
+        if self.shared:
+            return "not rehomed: the weights are shared with the memory this one was forked from"
+        if self.away is None and not self._at_home():
+            return "rehomed; the weights have been moved since and move back in at the next forward"
+        return "rehomed: host and memory in one matrix" if self.away is None else f"not rehomed: {self.away}"
+
+    def __deepcopy__(self, memo):
+        """Of a copied model: the copied weights move in at the next forward. Of a fork: they stay where they are."""
+        new = memo[id(self)] = object.__new__(RehomedFFN)
+        ffn, state, arena, model = (copy.deepcopy(p, memo) for p in (self.ffn, self.state, self.arena, self.model))
+        new.__init__(ffn, state, arena, self.index, model)
+        gate = self.ffn.weights().gate
+        new.shared = memo.get(id(gate)) is gate
+        return new
+
+
+# ---- the mathematics -----------------------------------------------------------------------------------------
+def rehomed_forward(x: Tensor, home: RehomedFFN, down_bias: Tensor | None, activation: int, save: bool):
+    """-> y [T, d] and the pre-activations [T, 2, n] of host and memory, None unless `save`."""
+    n, d = home.gate_up.shape[1:]
+    gate_up = F.linear(x, home.gate_up.view(2 * n, d), None if home.bias is None else home.bias.view(2 * n))
+    gate, up = gate_up.tensor_split(2, dim=1)
+    hidden = gate.new_empty(gate.shape)
+    _C.glu_forward(gate, up, hidden, activation, 1.0, stream_of(x))
+    return F.linear(hidden, home.down, down_bias), gate_up.view(-1, 2, n) if save else None
+
+
+def rehomed_backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, gate_up_weight: Tensor, down: Tensor, memory: slice, factors: Tensor,
+    activation: int, needs_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """-> dx [T, d] or None, the products [2, r, d] that times `factors` are the gradient of G and K, and that of V [r, d].
+
+    gate_up: the saved pre-activations [T, 2, n]; only the memory's, [T, 2, r], where dx is not needed.
+    """
+    if not needs_dx:
+        down, memory = down[:, memory], slice(0, memory.stop - memory.start)
+    gate, up = gate_up.unbind(1)
+    d_gate_up = torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.unbind(1)
+    stream = stream_of(x)
+    _C.glu_backward(dy @ down, gate, up, d_gate, d_up, None, activation, 1.0, stream)
+    hidden = gate.new_empty(len(x), memory.stop - memory.start)
+    _C.glu_forward(gate[:, memory], up[:, memory], hidden, activation, 1.0, stream)
+    d_gate_key = torch.bmm(d_gate_up[:, :, memory].permute(1, 2, 0), x.expand(2, *x.shape))
+    dx = d_gate_up.flatten(1) @ gate_up_weight.flatten(0, 1) if needs_dx else None
+    return dx, d_gate_key, hidden.T @ dy
+
+
+class RehomedFunction(torch.autograd.Function):
+    """apply(x [T, d], slots, home, down_bias, activation index, slots_grad) -> y [T, d]; as ops.GluFFNFunction."""
+
+    @staticmethod
+    def forward(ctx, x, slots, home, down_bias, activation, slots_grad):
+        y, gate_up = rehomed_forward(x, home, down_bias, activation, save=True)
+        if not ctx.needs_input_grad[0]:
+            gate_up = gate_up[:, :, home.memory].contiguous()
+        ctx.save_for_backward(x, gate_up, home.gate_up, home.down, home.factors)
+        ctx.memory, ctx.activation = home.memory, activation
+        ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate_up, gate_up_weight, down, factors = ctx.saved_tensors
+        needs_dx, needs_slots = ctx.needs_input_grad[:2]
+        dx, d_gate_key, d_value = rehomed_backward(
+            dy, x, gate_up, gate_up_weight, down, ctx.memory, factors, ctx.activation, needs_dx
+        )
+        if ctx.slots_grad is not None:
+            ctx.slots_grad[:VALUE].addcmul_(d_gate_key, factors)
+            ctx.slots_grad[VALUE].add_(d_value)
+            return dx, None, None, None, None, None
+        d_slots = torch.cat([d_gate_key * factors, d_value[None]]).to(ctx.slots_dtype) if needs_slots else None
+        return dx, d_slots, None, None, None, None

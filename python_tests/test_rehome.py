@@ -1,0 +1,293 @@
+"""Re-homed weights: the same results and the same host, wherever its parameters are taken."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from helpers import (
+    SETTINGS,
+    TEXT,
+    act_formula,
+    act_torch,
+    assert_as_exact_as_torch,
+    assert_same_host,
+    attached,
+    logits_of,
+    plain_ffn,
+    random_ids,
+    snapshot,
+    tiny_model,
+)
+
+import locas_ext as locas
+
+IDS = random_ids(20, seed=5)
+HOME = "rehomed: host and memory in one matrix"
+
+
+def reasons(memory):
+    return {status.reason for status in memory.status()}
+
+
+def rehomed(family="llama", rank=5, dtype=torch.float32, model_settings=None):
+    model = tiny_model(family, dtype=dtype, **(model_settings or {}))
+    return model, locas.attach(model, locas.LocasConfig(rank=rank, scale="host"), rehome=True)
+
+
+def learned(**arguments):
+    model, memory = rehomed(**arguments)
+    memory.memorize(TEXT, **SETTINGS)
+    return model, memory
+
+
+# ---- the numbers ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_ffn_and_its_gradients_are_as_exact_as_torch(dtype, biases, needs_dx):
+    rank, m, d = 3, 37, 32
+    model, memory = rehomed(rank=rank, dtype=dtype, model_settings={"intermediate_size": m, "mlp_bias": biases})
+    ffn, state = memory._attachment.ffns[0], memory.state
+    arena = ffn.arena
+    for parameter in ffn.ffn.module.parameters():  # biases start at 0
+        parameter.data.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    state.set_slots(torch.randn(state.shape) * d**-0.5, version=1, initialized=True)
+    slots = arena.compute[0]
+    x, dy = torch.randn(11, d).to(dtype), torch.randn(11, d).to(dtype)
+
+    def run(function, cast, parameter):
+        xs = cast(x).clone().requires_grad_(needs_dx)
+        y = function(xs)
+        inputs = (xs, parameter) if needs_dx else (parameter,)
+        return [y.detach(), *torch.autograd.grad(y, inputs, cast(dy))]
+
+    def peer(cast, act):
+        host = [None if w is None else cast(w.detach()) for w in ffn.ffn.weights()]
+        parameter = cast(slots).clone().requires_grad_()
+        return run(lambda xs: plain_ffn(xs, host, parameter, arena.scales[0], "silu", act), cast, parameter)
+
+    ours = run(ffn.forward, lambda t: t, arena.parameters[0])
+    assert ffn.home.away is None
+    for name, a, b, c in zip(["y", "dx", "d_slots"] if needs_dx else ["y", "d_slots"], ours,
+                             peer(lambda t: t, act_torch), peer(torch.Tensor.double, act_formula)):
+        assert_as_exact_as_torch(name, a.to(dtype), b, c)
+    with torch.no_grad():
+        assert torch.equal(ffn.forward(x), ours[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_memorizing_learns_what_the_plain_path_learns(family):
+    model, memory = learned(family=family)
+    plain_model, plain = attached(family, rank=5)
+    plain.memorize(TEXT, **SETTINGS)
+    torch.testing.assert_close(memory.slots, plain.slots, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(logits_of(model, IDS), logits_of(plain_model, IDS), rtol=1e-3, atol=1e-4)
+    assert reasons(memory) == {HOME} and {s.backend for s in memory.status()} == {"matmul, whole"}
+
+
+def test_every_change_of_the_slots_reaches_the_buffers(tmp_path):
+    model, memory = learned()
+    taught = logits_of(model, IDS)
+    first = memory.snapshot()
+    memory.save_pretrained(tmp_path)
+    with torch.no_grad():
+        memory.slots.mul_(0.5)  # from outside
+    halved = logits_of(model, IDS)
+    assert not torch.equal(halved, taught)
+    plain_model, plain = attached(rank=5)
+    plain.restore(memory.snapshot())
+    torch.testing.assert_close(halved, logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
+    memory.restore(first)
+    assert torch.equal(logits_of(model, IDS), taught)
+    memory.reset()
+    memory.load(tmp_path)
+    assert torch.equal(logits_of(model, IDS), taught)
+    other = tiny_model()
+    assert reasons(locas.load(other, tmp_path, rehome=True)) == {HOME}
+    assert torch.equal(logits_of(other, IDS), taught)
+    torch.optim.SGD(memory.parameters(), lr=0.1).step()  # gradients are 0: the same slots, another version
+    assert torch.equal(logits_of(model, IDS), taught)
+
+
+def test_a_loaded_scale_reaches_the_buffers():
+    model, memory = learned()
+    plain_model, plain = attached(rank=5)
+    with torch.no_grad():
+        state = memory.snapshot()
+        state.tensors["scale"].mul_(-2.0)
+    memory.restore(state)
+    plain.restore(state)
+    torch.testing.assert_close(logits_of(model, IDS), logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
+
+
+# ---- the host -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"mlp_bias": True}])
+def test_the_host_stays_what_it_was(settings, dtype, tmp_path):
+    model = tiny_model(dtype=dtype, **settings)
+    before, host = snapshot(model), logits_of(model, IDS)
+    parameters = dict(model.named_parameters())
+    memory = locas.attach(model, locas.LocasConfig(rank=5, scale="host"), rehome=True)
+    assert torch.equal(logits_of(model, IDS), host)
+    memory.memorize(TEXT, **SETTINGS)
+    assert not torch.equal(logits_of(model, IDS), host)
+    with memory.disabled():
+        assert torch.equal(logits_of(model, IDS), host)
+    assert_same_host(model, before, what=("state", "training", "config"))
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=dtype)
+    assert_same_host(again, before, what=("state",))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before["state"].items())
+    memory.detach()  # save_pretrained itself adds to the config
+    assert_same_host(model, before, what=("state", "requires_grad", "training", "attributes"))
+    assert torch.equal(logits_of(model, IDS), host)
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous() and parameter is parameters[name]
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_dict_takes_effect(assign):
+    model, memory = learned()
+    plain_model, plain = attached(rank=5)
+    other = tiny_model(seed=1).requires_grad_(False).state_dict()
+    for each in (model, plain_model):
+        each.load_state_dict(copy.deepcopy(other), assign=assign)
+        each.requires_grad_(False)
+    plain.state.set_slots(memory.slots, version=1, initialized=True)
+    torch.testing.assert_close(logits_of(model, IDS), logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
+    assert reasons(memory) == {HOME}
+    memory.detach()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.items())
+
+
+def test_to_another_dtype_moves_out_and_in_again():
+    model, memory = learned()
+    model.to(torch.bfloat16)
+    assert reasons(memory) == {"rehomed; the weights have been moved since and move back in at the next forward"}
+    half = logits_of(model, IDS)
+    assert half.dtype == torch.bfloat16 and reasons(memory) == {HOME}
+    plain_model, plain = attached(rank=5, dtype=torch.bfloat16)
+    plain.restore(memory.snapshot())
+    torch.testing.assert_close(half, logits_of(plain_model, IDS), rtol=0.05, atol=0.1)
+    model.to(torch.float64)  # no kernels: plain torch, and nothing moves
+    logits_of(model, IDS)
+    memory.detach()
+    assert all(p.dtype == torch.float64 and p.is_contiguous() for p in model.parameters())
+
+
+def test_weights_that_cannot_move_back_run_without_the_buffers():
+    model, memory = learned()
+    first, second = (layer.mlp for layer in model.model.layers)
+    with torch.no_grad():
+        second.up_proj.weight = first.up_proj.weight  # tied behind our back
+    tied = logits_of(model, IDS)
+    assert reasons(memory) == {HOME, "not rehomed: up is tied to another parameter or shares its storage"}
+    plain_model, plain = attached(rank=5)
+    plain_model.load_state_dict(model.state_dict())
+    plain.state.set_slots(memory.slots, version=1, initialized=True)
+    torch.testing.assert_close(tied, logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
+    memory.detach()
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_a_deep_copy_is_independent_and_a_fork_leaves_the_weights_where_they_are():
+    model, memory = learned()
+    taught = logits_of(model, IDS)
+    twin = copy.deepcopy(model)
+    twin_memory = locas.memory_of(twin)
+    assert torch.equal(logits_of(twin, IDS), taught) and reasons(twin_memory) == {HOME}
+    with torch.no_grad():
+        twin.model.layers[0].mlp.gate_proj.weight.zero_()
+    assert torch.equal(logits_of(model, IDS), taught)
+    fork = memory.fork()
+    torch.testing.assert_close(logits_of(fork.model, IDS), taught, rtol=1e-4, atol=1e-5)
+    assert reasons(fork) == {"not rehomed: the weights are shared with the memory this one was forked from"}
+    fork.memorize(random_ids(64, seed=9), **SETTINGS)
+    assert torch.equal(logits_of(model, IDS), taught) and reasons(memory) == {HOME}
+    assert reasons(locas.memory_of(copy.deepcopy(fork.model))) == {"not rehomed: not moved in yet"}
+    forked = logits_of(fork.model, IDS)
+    memory.detach()
+    torch.testing.assert_close(logits_of(fork.model, IDS), forked, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_a_rehomed_memory():
+    model, memory = learned()
+    taught = logits_of(model, IDS)
+    merged = memory.merge_and_unload(pad_to_multiple_of=8)
+    torch.testing.assert_close(logits_of(merged, IDS), taught, rtol=1e-4, atol=1e-5)
+    before = tiny_model().state_dict()
+    assert all(torch.equal(locas.unmerge(merged).state_dict()[name], before[name]) for name in ["lm_head.weight"])
+    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+def phi3():
+    config = transformers.Phi3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None,
+    )
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+def tied():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def hooked():
+    model = tiny_model()
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, backend, message",
+    [
+        (phi3, "auto", "layer 0: its gate and up rows are one parameter"),
+        (tied, "auto", "layer 0: up is tied to another parameter"),
+        (hooked, "auto", "layer 0: gate_proj has hooks"),
+        (tiny_model, "reference", "backend is 'reference'"),
+        (lambda: tiny_model(dtype=torch.float64), "auto", "float64"),
+    ],
+    ids=["fused projections", "tied", "hooks", "reference", "float64"],
+)
+def test_hosts_that_cannot_be_rehomed_are_refused_and_left_alone(make, backend, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        locas.attach(model, locas.LocasConfig(rank=4, backend=backend), rehome=True)
+    assert_same_host(model, before)
+    locas.attach(model, locas.LocasConfig(rank=4, backend=backend)).detach()
+
+
+def test_weights_in_another_memorys_buffers_are_refused():
+    _, memory = rehomed()
+    fork = memory.fork()
+    fork.detach()
+    with pytest.raises(ValueError, match="shares its storage"):
+        locas.attach(fork.model, locas.LocasConfig(rank=4), rehome=True)
+
+
+def test_a_failure_while_moving_leaves_the_model_as_it_was(monkeypatch):
+    from locas_ext import rehome
+
+    model = tiny_model()
+    before, moved, move_in = snapshot(model), [], rehome.RehomedFFN.move_in
+
+    def fails_at_the_second(self, users):
+        if moved:
+            raise torch.OutOfMemoryError("out of memory")
+        moved.append(self)
+        move_in(self, users)
+
+    monkeypatch.setattr(rehome.RehomedFFN, "move_in", fails_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        locas.attach(model, locas.LocasConfig(rank=4), rehome=True)
+    assert_same_host(model, before)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
