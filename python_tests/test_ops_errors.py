@@ -74,7 +74,7 @@ def test_x_is_checked(op):
         call(torch.randn(T, D, dtype=torch.float64))
     with pytest.raises(ValueError, match=f"{op}: x is torch.int64"):
         call(torch.ones(T, D, dtype=torch.int64), backend="reference")
-    with pytest.raises(ValueError, match=f"{op}: backend is 'cuda'; expected one of auto, matmul, reference"):
+    with pytest.raises(ValueError, match=f"{op}: backend is 'cuda'; expected one of auto, fused, matmul, reference"):
         call(torch.randn(T, D), backend="cuda")
     for activation in ("mish", None, 3):
         with pytest.raises(ValueError, match="activation is .*; expected one of silu"):
