@@ -11,13 +11,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define LOCAS_DEVICE __device__ __forceinline__
-#define LOCAS_UNROLL _Pragma("unroll")
 #else
 #include "../simt/numbers.h"
 #include "../simt/runner.h"
 #include "../simt/warp.h"
 #define LOCAS_DEVICE inline
-#define LOCAS_UNROLL
 #endif
 
 namespace locas {
