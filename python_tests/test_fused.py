@@ -219,7 +219,7 @@ def test_a_host_on_the_cpu_is_refused_at_attach():
     with pytest.raises(ValueError, match="backend is 'fused', but the fused kernels need a CUDA device"):
         locas.attach(model, locas.LocasConfig(rank=4, backend="fused"))
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    locas.attach(model).detach()
+    locas.attach(model, locas.LocasConfig(rank=4)).detach()
 
 
 def test_auto_on_the_cpu_is_matmul():

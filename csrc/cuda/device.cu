@@ -1,5 +1,5 @@
 // What `locas info` says about the CUDA side.
-#include "common.cuh"
+#include "launch.cuh"
 
 #ifndef LOCAS_CUDA_ARCH_LIST
 #error "CMakeLists.txt defines LOCAS_CUDA_ARCH_LIST"

@@ -68,7 +68,7 @@ struct GluBackward {
         load_piece(&shared.sums[row][col], d_hidden);
         load_piece(at(ffn.gate), gate);
         load_piece(at(ffn.up), up);
-LOCAS_UNROLL
+#pragma unroll
         for (int i = 0; i < kPiece; ++i) {
           const ValueAndSlope a = activate<act>(gate[i]);
           const float d = scale * d_hidden[i];
@@ -178,7 +178,7 @@ struct DxWeightGrad {
       float sum[kPiece], before[kPiece];
       load_piece(&shared.sums[row][col], sum);
       load_piece(gradient, before);
-LOCAS_UNROLL
+#pragma unroll
       for (int i = 0; i < kPiece; ++i) sum[i] += before[i];
       store_piece(sum, gradient);
     });

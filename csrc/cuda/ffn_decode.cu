@@ -60,7 +60,7 @@ struct DecodeGlu {
     const int warp = ptx::warp_index(), lane = ptx::lane_index();
     const int64_t first = static_cast<int64_t>(ptx::block_index()) * kGroups * 8;
     const T *gate[kGroups], *up[kGroups];
-LOCAS_UNROLL
+#pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const int64_t neuron = first + group * 8 + lane / 4;
       const bool memory = neuron >= w.m;
@@ -74,31 +74,31 @@ LOCAS_UNROLL
     }
 
     float sums[kTokenBlocks][kGroups][4] = {};
-LOCAS_UNROLL_BY((kTokenBlocks > 2 ? 1 : 4 / kGroups))  // loads in flight, as registers allow
+#pragma unroll (kTokenBlocks > 2 ? 1 : 4 / kGroups)  // loads in flight, as registers allow
     for (int64_t k0 = warp * kStep; k0 < w.d; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       Vec16 gates[kGroups], ups[kGroups];
-LOCAS_UNROLL
+#pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         gates[group] = load_weight(gate[group], k, w.d);
         ups[group] = load_weight(up[group], k, w.d);
       }
-LOCAS_UNROLL
+#pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         const Vec16 tokens = load_token<T>(p.x, p.tokens, block * 8 + lane / 4, k, w.d);
-LOCAS_UNROLL
+#pragma unroll
         for (int group = 0; group < kGroups; ++group)
           multiply_step<T>(sums[block][group], gates[group], ups[group], tokens);
       }
     }
 
     with_activation(p.activation, [&]<Activation act>() {
-LOCAS_UNROLL
+#pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         ptx::sync_threads();
-LOCAS_UNROLL
+#pragma unroll
         for (int group = 0; group < kGroups; ++group)
-LOCAS_UNROLL
+#pragma unroll
           for (int i = 0; i < 4; ++i) ptx::store(&shared.sums[warp][group][i][lane], sums[block][group][i]);
         ptx::sync_threads();
         for (int i = ptx::thread_index(); i < kGroups * 64; i += threads)
@@ -153,10 +153,10 @@ struct DecodeDown {
     add_host(p, sums, first, warp, lane);
     add_memory(p, sums, first, warp, lane);
 
-LOCAS_UNROLL
+#pragma unroll
     for (int block = 0; block < kTokenBlocks; ++block) {
       ptx::sync_threads();
-LOCAS_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) ptx::store(&shared.sums[warp][i][lane], sums[block][i]);
       ptx::sync_threads();
       const int thread = ptx::thread_index();
@@ -178,11 +178,11 @@ LOCAS_UNROLL
       return row < w.d ? static_cast<const T*>(w.down.data) + row * w.down.stride : nullptr;
     };
     const T *low = row_of(channel), *high = row_of(channel + 8);
-LOCAS_UNROLL_BY((kTokenBlocks > 2 ? 1 : 4))
+#pragma unroll (kTokenBlocks > 2 ? 1 : 4)
     for (int64_t k0 = warp * kStep; k0 < w.m; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       const Vec16 lows = load_weight(low, k, w.m), highs = load_weight(high, k, w.m);
-LOCAS_UNROLL
+#pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block)
         multiply_step<T>(sums[block], lows, highs, load_token<T>(p.hidden, p.tokens, block * 8 + lane / 4, k, w.m));
     }
@@ -202,7 +202,7 @@ LOCAS_UNROLL
     for (int64_t k0 = warp * 16; k0 < w.padded_r(); k0 += kWarps * 16) {
       const int64_t k = k0 + lane % 4 * 2;
       const uint32_t values[4] = {pair(k, channel), pair(k, channel + 8), pair(k + 8, channel), pair(k + 8, channel + 8)};
-LOCAS_UNROLL
+#pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         const int64_t token = block * 8 + lane / 4;
         const auto hidden = [&](int64_t slot) -> uint32_t {

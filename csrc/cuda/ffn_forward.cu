@@ -74,7 +74,7 @@ struct GluForward {
         load_piece(&shared.tile.sums[row][kNeurons + col], u);
         if (!memory && w.gate_bias) add_piece(g, static_cast<const T*>(w.gate_bias) + neuron);
         if (!memory && w.up_bias) add_piece(u, static_cast<const T*>(w.up_bias) + neuron);
-LOCAS_UNROLL
+#pragma unroll
         for (int i = 0; i < kPiece; ++i) {
           // Rounded first, as they are saved: forward and backward see the same pre-activations.
           g[i] = ptx::to_float(ptx::from_float<T>(g[i]));
@@ -97,7 +97,7 @@ LOCAS_UNROLL
   static LOCAS_DEVICE void add_piece(float (&piece)[kPiece], const T* bias) {
     float addend[kPiece];
     load_piece(bias, addend);
-LOCAS_UNROLL
+#pragma unroll
     for (int i = 0; i < kPiece; ++i) piece[i] += addend[i];
   }
 
@@ -174,7 +174,7 @@ struct DownForward {
       if (w.down_bias) {
         float bias[kPiece];
         load_piece(static_cast<const T*>(w.down_bias) + channel, bias);
-LOCAS_UNROLL
+#pragma unroll
         for (int i = 0; i < kPiece; ++i) sum[i] += bias[i];
       }
       store_piece(sum, static_cast<T*>(ffn.y.data) + token * ffn.y.stride + channel);

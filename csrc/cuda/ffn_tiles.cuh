@@ -75,7 +75,7 @@ struct AddSlices {
     for (int split = 0; split < p.splits; ++split) {
       float slice[kPiece];
       load_piece(p.slices + (split * p.rows + row) * p.cols + col, slice);
-LOCAS_UNROLL
+#pragma unroll
       for (int i = 0; i < kPiece; ++i) sum[i] += slice[i];
     }
     store_piece(sum, static_cast<T*>(p.out.data) + row * p.out.stride + col);

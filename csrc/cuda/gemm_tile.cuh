@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../glu_math.h"
+#include "elements.cuh"
 #include "ptx.cuh"
 
 namespace locas::cuda {
@@ -21,7 +22,7 @@ namespace locas::cuda {
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int kBlockK = 32;
-constexpr int kPiece = 8;  // elements in 16 bytes
+constexpr int kPiece = kVector;  // 16 bytes of a half type
 
 enum class Major { k, mn };
 
@@ -52,7 +53,7 @@ LOCAS_DEVICE void load_tile(T* tile, const Operand<T>& from, int mn, int k) {
   constexpr int kRows = major == Major::k ? kMn : kBlockK;
   constexpr int kPieces = (major == Major::k ? kBlockK : kMn) / kPiece;
   const int first_row = major == Major::k ? mn : k, first_col = major == Major::k ? k : mn;
-LOCAS_UNROLL
+#pragma unroll
   for (int i = ptx::thread_index(); i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, piece = i % kPieces;
     const int from_row = first_row + row, from_col = first_col + piece * kPiece;
@@ -82,41 +83,14 @@ LOCAS_DEVICE void load_b(uint32_t (&b)[4], const T* tile, int n, int k) {
     ptx::ldmatrix_x4_trans(b, tile + swizzled<kN / kPiece>(k + lane % 16, n / kPiece + lane / 16));
 }
 
-struct alignas(8) FloatPair {
-  float first, second;
-};
-struct alignas(16) FloatQuad {
-  float value[4];
-};
-
-// Eight neighbouring elements in global memory, 16-byte aligned.
+// Eight neighbouring elements, 16-byte aligned, of global or shared memory.
 template <class T>
 LOCAS_DEVICE void load_piece(const T* from, float (&to)[kPiece]) {
-  const Vec16 piece = ptx::load(reinterpret_cast<const Vec16*>(from));
-LOCAS_UNROLL
-  for (int i = 0; i < 4; ++i) ptx::unpack<T>(piece.word[i], to[2 * i], to[2 * i + 1]);
+  load_vector(from, to, kPiece, true);
 }
 template <class T>
 LOCAS_DEVICE void store_piece(const float (&from)[kPiece], T* to) {
-  Vec16 piece;
-LOCAS_UNROLL
-  for (int i = 0; i < 4; ++i) piece.word[i] = ptx::pack<T>(from[2 * i], from[2 * i + 1]);
-  ptx::store(reinterpret_cast<Vec16*>(to), piece);
-}
-// Eight floats in shared or global memory.
-LOCAS_DEVICE void load_piece(const float* from, float (&to)[kPiece]) {
-LOCAS_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const FloatQuad quad = ptx::load(reinterpret_cast<const FloatQuad*>(from) + half);
-LOCAS_UNROLL
-    for (int i = 0; i < 4; ++i) to[4 * half + i] = quad.value[i];
-  }
-}
-LOCAS_DEVICE void store_piece(const float (&from)[kPiece], float* to) {
-LOCAS_UNROLL
-  for (int half = 0; half < 2; ++half)
-    ptx::store(reinterpret_cast<FloatQuad*>(to) + half,
-               FloatQuad{{from[4 * half], from[4 * half + 1], from[4 * half + 2], from[4 * half + 3]}});
+  store_vector(from, to, kPiece, true);
 }
 
 template <class T_, int M, int N, int WarpsM, int WarpsN, int Stages>
@@ -142,16 +116,16 @@ struct Tile {
   template <Major a_major, Major b_major>
   static LOCAS_DEVICE void multiply(Sums& sums, const Stage& stage) {
     const int warp = ptx::warp_index(), first_m = warp / kWarpsN * kWarpM, first_n = warp % kWarpsN * kWarpN;
-LOCAS_UNROLL
+#pragma unroll
     for (int k = 0; k < kBlockK; k += 16) {
       uint32_t a[kWarpM / 16][4];
-LOCAS_UNROLL
+#pragma unroll
       for (int i = 0; i < kWarpM / 16; ++i) load_a<T, a_major, kM>(a[i], stage.a, first_m + 16 * i, k);
-LOCAS_UNROLL
+#pragma unroll
       for (int j = 0; j < kWarpN / 16; ++j) {
         uint32_t b[4];
         load_b<T, b_major, kN>(b, stage.b, first_n + 16 * j, k);
-LOCAS_UNROLL
+#pragma unroll
         for (int i = 0; i < kWarpM / 16; ++i) {
           ptx::mma_m16n8k16<T>(sums[i][2 * j], a[i], b[0], b[1]);
           ptx::mma_m16n8k16<T>(sums[i][2 * j + 1], a[i], b[2], b[3]);
@@ -165,7 +139,7 @@ LOCAS_UNROLL
   template <class Load, class Multiply>
   static LOCAS_DEVICE void product(Shared& shared, int first, int last, Load&& load, Multiply&& multiply) {
     Sums sums = {};
-LOCAS_UNROLL
+#pragma unroll
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
       if (first + ahead < last) load(first + ahead, shared.stages[ahead]);
       ptx::cp_async_commit();
@@ -185,14 +159,14 @@ LOCAS_UNROLL
 
     const int warp = ptx::warp_index(), lane = ptx::lane_index();
     const int row = warp / kWarpsN * kWarpM + lane / 4, col = warp % kWarpsN * kWarpN + lane % 4 * 2;
-LOCAS_UNROLL
+#pragma unroll
     for (int i = 0; i < kWarpM / 16; ++i)
-LOCAS_UNROLL
+#pragma unroll
       for (int j = 0; j < kWarpN / 8; ++j)
-LOCAS_UNROLL
+#pragma unroll
         for (int half = 0; half < 2; ++half)
-          ptx::store(reinterpret_cast<FloatPair*>(&shared.sums[row + 16 * i + 8 * half][col + 8 * j]),
-                     FloatPair{sums[i][j][2 * half], sums[i][j][2 * half + 1]});
+          ptx::store(reinterpret_cast<Elements<float, 2>*>(&shared.sums[row + 16 * i + 8 * half][col + 8 * j]),
+                     Elements<float, 2>{sums[i][j][2 * half], sums[i][j][2 * half + 1]});
     ptx::sync_threads();
   }
 
@@ -200,7 +174,7 @@ LOCAS_UNROLL
   template <int kColumns, class F>
   static LOCAS_DEVICE void for_each_piece(F&& f) {
     constexpr int kPieces = kColumns / kPiece;
-LOCAS_UNROLL_BY(1)
+#pragma unroll 1
     for (int i = ptx::thread_index(); i < kM * kPieces; i += kThreads) f(i / kPieces, i % kPieces * kPiece);
   }
 };

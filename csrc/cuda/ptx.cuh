@@ -11,16 +11,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define LOCAS_DEVICE __device__ __forceinline__
-#define LOCAS_UNROLL _Pragma("unroll")
-#define LOCAS_PRAGMA(text) _Pragma(#text)
-#define LOCAS_UNROLL_BY(n) LOCAS_PRAGMA(unroll n)
 #else
 #include "../simt/numbers.h"
 #include "../simt/runner.h"
 #include "../simt/warp.h"
 #define LOCAS_DEVICE inline
-#define LOCAS_UNROLL
-#define LOCAS_UNROLL_BY(n)
 #endif
 
 namespace locas {

@@ -27,17 +27,28 @@ void register_global(const void* data, size_t bytes, std::string name) {
 
 void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
 
+namespace {
+
+// The last buffer that begins at or before the address: the only one that can hold it.
+const std::pair<const unsigned char* const, Global>* buffer_before(const void* address) {
+  const auto behind = globals().upper_bound(static_cast<const unsigned char*>(address));
+  return behind == globals().begin() ? nullptr : &*std::prev(behind);
+}
+
+}  // namespace
+
+bool in_global(const void* address, size_t bytes) {
+  const auto* buffer = buffer_before(address);
+  return buffer && static_cast<const unsigned char*>(address) + bytes <= buffer->first + buffer->second.bytes;
+}
+
 void check_global(const void* address, size_t bytes, Access access) {
-  const auto* at = static_cast<const unsigned char*>(address);
-  // The first buffer that begins behind the address; the one before it is the only one that can hold it.
-  auto buffer = globals().upper_bound(at);
-  if (buffer == globals().begin())
-    fail("%s %zu bytes at %p, which is in no buffer", verb(access), bytes, address);
-  --buffer;
-  const auto& [begin, global] = *buffer;
-  if (static_cast<size_t>(at - begin) + bytes > global.bytes)
-    fail("%s %zu bytes at byte %td of the nearest buffer, '%s', which has %zu bytes", verb(access), bytes, at - begin,
-         global.name.c_str(), global.bytes);
+  if (in_global(address, bytes)) return;
+  const auto* buffer = buffer_before(address);
+  if (!buffer) fail("%s %zu bytes at %p, outside every buffer", verb(access), bytes, address);
+  fail("%s %zu bytes at %p, outside every buffer: the last one before it is '%s', %zu bytes, and this is byte %td of it",
+       verb(access), bytes, address, buffer->second.name.c_str(), buffer->second.bytes,
+       static_cast<const unsigned char*>(address) - buffer->first);
 }
 
 void join(Clock& into, const Clock& other) {
@@ -78,16 +89,10 @@ void SharedMemory::end_launch() {
   bytes_ = 0;
 }
 
-bool SharedMemory::contains(const void* address) const {
-  const auto* at = static_cast<const unsigned char*>(address);
-  return data_ && at >= data_ && at < data_ + bytes_;
-}
-
 void SharedMemory::check_range(const void* address, size_t bytes, Access access) const {
-  const size_t offset = static_cast<const unsigned char*>(address) - data_;
-  if (!contains(address) || offset + bytes > bytes_)
-    fail("%s %zu bytes at byte %zd of shared memory, which has %zu bytes", verb(access), bytes,
-         static_cast<ptrdiff_t>(offset), bytes_);
+  if (!contains(address) || offset(address) + bytes > bytes_)
+    fail("%s %zu bytes at byte %td of shared memory, which has %zu bytes", verb(access), bytes,
+         static_cast<ptrdiff_t>(offset(address)), bytes_);
 }
 
 void SharedMemory::check_state(const Cell& cell, size_t index, Access access) const {

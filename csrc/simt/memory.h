@@ -18,7 +18,9 @@ enum class Access { read, write };
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);
-// Aborts unless one registered buffer holds all of [address, address + bytes).
+// Whether one registered buffer holds all of [address, address + bytes).
+bool in_global(const void* address, size_t bytes);
+// Aborts unless that is so.
 void check_global(const void* address, size_t bytes, Access access);
 
 // A global buffer of a test: poisoned with NaN, its exact bounds known to the runner (and to AddressSanitizer).
@@ -70,7 +72,9 @@ class SharedMemory {
   void end_launch();
 
   unsigned char* data() const { return data_; }
-  bool contains(const void* address) const;
+  bool contains(const void* address) const { return data_ && offset(address) < bytes_; }
+  // Contained or so shortly behind the end that an index went too far.
+  bool is_near(const void* address) const { return data_ && offset(address) < bytes_ + (16 << 10); }
 
   void read(int thread, const void* address, size_t bytes);
   void write(int thread, const void* address, size_t bytes);
@@ -104,7 +108,8 @@ class SharedMemory {
     int16_t thread = -1;
   };
 
-  size_t first_cell(const void* address) const { return (static_cast<const unsigned char*>(address) - data_) / 2; }
+  size_t offset(const void* address) const { return static_cast<const unsigned char*>(address) - data_; }
+  size_t first_cell(const void* address) const { return offset(address) / 2; }
   size_t end_cell(const void* address, size_t bytes) const { return first_cell(address) + (bytes + 1) / 2; }
   void check_range(const void* address, size_t bytes, Access access) const;
   void check_state(const Cell& cell, size_t index, Access access) const;

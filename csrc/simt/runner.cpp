@@ -264,7 +264,9 @@ int block_count() { return static_cast<int>(machine.blocks); }
 void touch(const void* address, size_t bytes, Access access, Space space) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
     fail("%s %zu bytes at %p, which is not aligned to them", access == Access::read ? "reads" : "writes", bytes, address);
-  const bool shared = space == Space::shared || (space == Space::any && machine.shared.contains(address));
+  bool shared = space == Space::shared || (space == Space::any && machine.shared.contains(address));
+  // An access to neither is reported as what it probably was.
+  if (space == Space::any && !shared && !in_global(address, bytes)) shared = machine.shared.is_near(address);
   if (!shared) check_global(address, bytes, access);
   else if (access == Access::read) machine.shared.read(thread_index(), address, bytes);
   else machine.shared.write(thread_index(), address, bytes);

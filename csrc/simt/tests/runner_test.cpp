@@ -1,5 +1,5 @@
-// The runner itself: small kernels in every primitive of ptx.cuh against plain loops, and the same kernels with one line
-// left out, which the runner must notice.
+// The runner itself: two pipelines, which must give the right sums in every seed, and the same with one line left out, which
+// the runner must notice; then one kernel for every rule that it enforces, broken.
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,10 +9,52 @@
 namespace locas::test {
 namespace {
 
-enum class Bug { none, no_sync_threads, no_copy_wait, no_mbarrier_wait, no_bound };
+// ---- Kernels that abort, each in a process of its own ------------------------------------------------------------
+// What the runner or fail() said before the process ended; empty if it ended well.
+std::string last_words(const std::function<void()>& body) {
+  int ends[2];
+  if (pipe(ends) != 0) fail("pipe");
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child < 0) fail("fork");
+  if (child == 0) {
+    const rlimit no_core{0, 0};
+    setrlimit(RLIMIT_CORE, &no_core);
+    dup2(ends[1], STDERR_FILENO);
+    body();
+    _exit(0);
+  }
+  close(ends[1]);
+  std::string words;
+  char part[512];
+  for (ssize_t count; (count = read(ends[0], part, sizeof part)) > 0;) words.append(part, count);
+  close(ends[0]);
+  int status;
+  waitpid(child, &status, 0);
+  const bool well = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+  if (!well && words.empty()) fail("a process ended with status %d and without a word", status);
+  return well ? "" : words;
+}
 
-// ---- out [rows] = row sums of x [rows, cols]: a two-stage cp.async pipeline --------------------------------------
-// CTA b owns row b. A stage holds 16 bytes a thread; what does not fill a stage arrives as zeros.
+// Aborts unless at least one of the seeds finds the bug, saying `reason`; returns how many did.
+int seeds_that_find(const char* bug, const char* reason, const std::function<void()>& body) {
+  int found = 0;
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    const std::string words = last_words([&] {
+      simt::set_seed(seed);
+      body();
+    });
+    if (words.find(reason) != std::string::npos) ++found;
+    else if (!words.empty()) fail("%s, seed %d: expected '%s' but got: %s", bug, seed, reason, words.c_str());
+  }
+  if (found == 0) fail("%s: no seed of %d found it", bug, kSeeds);
+  return found;
+}
+
+enum class Bug { none, no_sync_threads, no_copy_wait, no_bound, no_full_wait, no_empty_wait };
+
+// ---- out [rows] = row sums of x [rows, cols] in a cp.async pipeline of two stages ----------------------------------
+// CTA b owns row b. A stage holds 16 bytes a thread; zeros come where the row has ended.
 struct RowSumParams {
   const float* x;
   float* out;
@@ -43,11 +85,11 @@ struct RowSum {
     float sum = 0.0f;
     load_stage(p, shared, 0);
     for (int stage = 0; stage < stages; ++stage) {
-      load_stage(p, shared, stage + 1);  // zeros past the end
+      load_stage(p, shared, stage + 1);
       if (bug != Bug::no_copy_wait) ptx::cp_async_wait<1>();
       if (bug != Bug::no_sync_threads) ptx::sync_threads();
-      // Another thread's elements, so that the barriers matter.
-      for (int i = 0; i < 4; ++i) sum += ptx::load(&shared.stage[stage % 2][i * threads + (thread + 1) % threads]);
+      // Elements that other threads copied.
+      for (int i = 0; i < 4; ++i) sum += ptx::load(&shared.stage[stage % 2][i * threads + thread]);
       ptx::sync_threads();
     }
     for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
@@ -58,13 +100,71 @@ struct RowSum {
   }
 };
 
+// ---- The same sums by a producer warp that issues bulk copies and two consumer warps ---------------------------------
 template <Bug bug>
-void row_sum() {
+struct BulkRowSum {
+  using Params = RowSumParams;
+  static constexpr const char* name = "BulkRowSum";
+  static constexpr int threads = 96, min_blocks = 1, kStages = 2, kStage = 128, kConsumers = 64;
+  struct Shared {
+    alignas(128) float stage[kStages][kStage];
+    float warp_sums[2];
+    alignas(8) uint64_t full[kStages], empty[kStages];
+  };
+
+  static LOCAS_DEVICE void produce(const Params& p, Shared& shared, int steps) {
+    const float* row = p.x + static_cast<int64_t>(ptx::block_index()) * p.cols;
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, first = step * kStage;
+      const uint32_t bytes = sizeof(float) * (p.cols - first < kStage ? p.cols - first : kStage);
+      if (bug != Bug::no_empty_wait) ptx::mbarrier_wait(&shared.empty[stage], (step / kStages & 1) ^ 1);
+      ptx::mbarrier_arrive_expect(&shared.full[stage], bytes);
+      ptx::bulk_copy_to_shared(shared.stage[stage], row + first, bytes, &shared.full[stage]);
+    }
+  }
+
+  static LOCAS_DEVICE float consume(const Params& p, Shared& shared, int steps) {
+    float sum = 0.0f;
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, left = p.cols - step * kStage;
+      if (bug != Bug::no_full_wait) ptx::mbarrier_wait(&shared.full[stage], step / kStages & 1);
+      for (int i = ptx::thread_index(); i < kStage && i < left; i += kConsumers) sum += ptx::load(&shared.stage[stage][i]);
+      ptx::mbarrier_arrive(&shared.empty[stage]);
+    }
+    return sum;
+  }
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* memory) {
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int steps = (p.cols + kStage - 1) / kStage, thread = ptx::thread_index();
+    if (thread == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        ptx::mbarrier_init(&shared.full[stage], 1);
+        ptx::mbarrier_init(&shared.empty[stage], kConsumers);
+      }
+      ptx::fence_mbarrier_init();
+    }
+    ptx::sync_threads();
+    if (thread >= kConsumers) {
+      if (thread == kConsumers) produce(p, shared, steps);
+      return;
+    }
+    float sum = consume(p, shared, steps);
+    for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+    if (ptx::lane_index() == 0) ptx::store(&shared.warp_sums[ptx::warp_index()], sum);
+    ptx::named_barrier(1, kConsumers);
+    if (thread == 0)
+      ptx::store(p.out + ptx::block_index(), ptx::load(&shared.warp_sums[0]) + ptx::load(&shared.warp_sums[1]));
+  }
+};
+
+template <class Kernel>
+void row_sums() {
   Random random(7);
   for (const int cols : {4, 252, 256, 1028}) {
     const int rows = 3;
     simt::Buffer<float> x("x", random.normals<float>(rows * cols)), out("out", rows);
-    cuda::launch<RowSum<bug>>(rows, sizeof(typename RowSum<bug>::Shared), kQueue, {x.data(), out.data(), cols});
+    cuda::launch<Kernel>(rows, sizeof(typename Kernel::Shared), kQueue, {x.data(), out.data(), cols});
     for (int row = 0; row < rows; ++row) {
       double sum = 0.0;
       for (int col = 0; col < cols; ++col) sum += x[row * cols + col];
@@ -73,9 +173,127 @@ void row_sum() {
   }
 }
 
-LOCAS_TEST(row_sums, "runner: cp.async pipeline") {
-  for_each_seed(row_sum<Bug::none>);
-  return "4 shapes, 10 seeds";
+LOCAS_TEST(pipelines, "runner: cp.async and mbarrier pipelines") {
+  for_each_seed(row_sums<RowSum<Bug::none>>);
+  for_each_seed(row_sums<BulkRowSum<Bug::none>>);
+  return "8 cases, 10 seeds";
+}
+
+LOCAS_TEST(planted_bugs, "runner: planted bugs") {
+  std::string counts;
+  const auto plant = [&](const char* bug, const char* reason, const std::function<void()>& body) {
+    counts += std::string(counts.empty() ? "" : ", ") + bug + " found by " + std::to_string(seeds_that_find(bug, reason, body));
+  };
+  plant("no sync_threads", "race", row_sums<RowSum<Bug::no_sync_threads>>);
+  plant("no cp.async wait", "under way (no cp_async_wait yet)", row_sums<RowSum<Bug::no_copy_wait>>);
+  plant("no mbarrier wait", "", row_sums<BulkRowSum<Bug::no_full_wait>>);
+  plant("no wait for an empty stage", "", row_sums<BulkRowSum<Bug::no_empty_wait>>);
+  plant("no bound", "outside every buffer", row_sums<RowSum<Bug::no_bound>>);
+  return counts + " of 10 seeds";
+}
+
+// ---- One broken kernel a rule ----------------------------------------------------------------------------------------
+using Body = void (*)(float* data, float* shared);  // 64 floats each, of ones and of poison
+struct MisuseParams {
+  float* data;
+  Body body;
+};
+
+struct Misuse {
+  using Params = MisuseParams;
+  static constexpr const char* name = "Misuse";
+  static constexpr int threads = 64, min_blocks = 1;
+  static void run(const Params& p, unsigned char* shared) { p.body(p.data, reinterpret_cast<float*>(shared)); }
+};
+
+LOCAS_TEST(misuse, "runner: rules") {
+  using ptx::thread_index, ptx::warp_index, ptx::lane_index;
+  int rules = 0;
+  // Every seed must abort with this reason.
+  const auto expect_abort = [&](const char* rule, const char* reason, Body body) {
+    const int found = seeds_that_find(rule, reason, [body] {
+      simt::Buffer<float> data("data", std::vector<float>(64, 1.0f));
+      cuda::launch<Misuse>(1, 256, kQueue, {data.data(), body});
+    });
+    if (found != kSeeds) fail("%s: found by %d of %d seeds", rule, found, kSeeds);
+    ++rules;
+  };
+
+  // Memory
+  expect_abort("misaligned", "which is not aligned", [](float* data, float*) { ptx::load(reinterpret_cast<Vec16*>(data + 1)); });
+  expect_abort("past a buffer", "'data', 256 bytes, and this is byte 256", [](float* data, float*) { ptx::load(data + 64); });
+  expect_abort("before a buffer", "outside every buffer", [](float* data, float*) { ptx::store(data - 1, 0.0f); });
+  expect_abort("past shared memory", "shared memory, which has 256 bytes", [](float*, float* shared) { ptx::load(shared + 64); });
+  expect_abort("ldmatrix from global memory", "of shared memory", [](float* data, float*) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, data);
+  });
+  expect_abort("misaligned ldmatrix", "which is not aligned", [](float*, float* shared) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, shared + 1);
+  });
+  expect_abort("misaligned cp.async", "must be aligned to 16", [](float* data, float* shared) {
+    ptx::cp_async_16(shared + 1, data, true);
+  });
+
+  // Warps and barriers
+  expect_abort("divergent collective", "divergent collective", [](float*, float*) {
+    if (lane_index() == 3) ptx::sync_warp();
+    else ptx::shuffle_xor(1.0f, 1);
+  });
+  expect_abort("a lane has exited", "exit", [](float*, float*) {
+    if (thread_index() != 3) ptx::sync_warp();
+  });
+  expect_abort("a warp skips a barrier", "deadlock: 32 threads have exited, 32 threads wait in sync_threads", [](float*, float*) {
+    if (warp_index() == 0) ptx::sync_threads();
+  });
+  expect_abort("two counts at a barrier", "where others wait for", [](float*, float*) {
+    ptx::named_barrier(1, lane_index() % 2 == 0 ? 32 : 64);
+  });
+  expect_abort("half a warp", "expected whole warps", [](float*, float*) { ptx::named_barrier(1, 48); });
+  expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { ptx::named_barrier(16, 64); });
+
+  // mbarriers
+  expect_abort("no init", "nobody initialised", [](float*, float* shared) { ptx::mbarrier_arrive(reinterpret_cast<uint64_t*>(shared)); });
+  expect_abort("over-arrival", "over-arrival", [](float*, float* shared) {
+    auto* barrier = reinterpret_cast<uint64_t*>(shared);
+    if (thread_index() == 0) {
+      ptx::mbarrier_init(barrier, 2);
+      ptx::mbarrier_arrive_expect(barrier, 16);
+      ptx::mbarrier_arrive(barrier);  // the phase now lacks 16 bytes, but no arrival
+      ptx::mbarrier_arrive(barrier);
+    }
+  });
+  expect_abort("bytes that never come", "deadlock: 63 threads have exited, 1 threads wait in mbarrier_wait", [](float* data, float* shared) {
+    auto* barrier = reinterpret_cast<uint64_t*>(shared);
+    if (thread_index() == 0) {
+      ptx::mbarrier_init(barrier, 1);
+      ptx::mbarrier_arrive_expect(barrier, 32);
+      ptx::bulk_copy_to_shared(shared + 16, data, 16, barrier);
+      ptx::mbarrier_wait(barrier, 0);
+    }
+  });
+  expect_abort("an mbarrier read as data", "which is in an mbarrier", [](float*, float* shared) {
+    if (thread_index() == 0) {
+      ptx::mbarrier_init(reinterpret_cast<uint64_t*>(shared), 1);
+      ptx::load(shared);
+    }
+  });
+
+  // Races
+  expect_abort("two writers in a warp", "race", [](float*, float* shared) { ptx::store(shared + thread_index() / 2, 1.0f); });
+  expect_abort("sync_warp between warps", "race", [](float*, float* shared) {
+    ptx::store(shared + thread_index(), 1.0f);
+    ptx::sync_warp();
+    ptx::load(shared + (thread_index() + 32) % 64);
+  });
+  expect_abort("a write over what others read", "race", [](float*, float* shared) {
+    ptx::store(shared + thread_index(), 1.0f);
+    ptx::sync_threads();
+    ptx::load(shared + (thread_index() + 1) % 64);
+    ptx::store(shared + thread_index(), 2.0f);
+  });
+  return std::to_string(rules) + " rules, 10 seeds";
 }
 
 }  // namespace

@@ -1,0 +1,191 @@
+// U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's test:
+// a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that draws its
+// data, launches through cuda/launch.h in every seed and compares, and LOCAS_TEST functions that list cases.
+#include "harness.h"
+
+namespace locas::test {
+namespace {
+
+// One row of slots after a step, scaled back to length 1 if it is longer.
+template <class Real>
+void clip_rows(std::vector<Real>& slots, int64_t d) {
+  for (size_t first = 0; first < slots.size(); first += d) {
+    Real sum = 0;
+    for (int64_t i = 0; i < d; ++i) sum += slots[first + i] * slots[first + i];
+    if (sum > 1)
+      for (int64_t i = 0; i < d; ++i) slots[first + i] /= std::sqrt(sum);
+  }
+}
+
+struct AdamW {
+  double learning_rate, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
+  int64_t step;
+};
+
+// [rows, d] each, in place
+template <class Real>
+struct AdamWState {
+  std::vector<Real> slots, grad, exp_avg, exp_avg_sq;
+
+  void step(const AdamW& o) {
+    const Real correction1 = 1.0 - std::pow(o.beta1, o.step), correction2 = 1.0 - std::pow(o.beta2, o.step);
+    for (size_t i = 0; i < slots.size(); ++i) {
+      exp_avg[i] = Real(o.beta1) * exp_avg[i] + Real(1 - o.beta1) * grad[i];
+      exp_avg_sq[i] = Real(o.beta2) * exp_avg_sq[i] + Real(1 - o.beta2) * grad[i] * grad[i];
+      slots[i] -= Real(o.learning_rate * o.weight_decay) * slots[i];
+      slots[i] -= Real(o.learning_rate) * (exp_avg[i] / correction1) / (std::sqrt(exp_avg_sq[i] / correction2) + Real(o.eps));
+    }
+  }
+};
+
+std::vector<double> widened(const std::vector<float>& values) { return {values.begin(), values.end()}; }
+template <class T>
+std::vector<double> rounded(const std::vector<float>& values) {
+  std::vector<double> result;
+  for (const float value : values) result.push_back(round_to<T>(value));
+  return result;
+}
+
+struct Shape {
+  int64_t rows, d;
+  size_t offset = 0;  // elements before each buffer: 1 makes every row misaligned
+};
+
+// Rows of lengths around 1, so that the clip takes some of them.
+std::vector<float> draw_slots(Random& random, const Shape& shape) {
+  return random.normals<float>(shape.rows * shape.d, 1.0 / std::sqrt(static_cast<double>(shape.d)));
+}
+
+template <class Copy>
+void check_adamw(const Shape& shape, bool clip, bool with_copy) {
+  Random random(shape.d * 1000 + shape.rows);
+  const size_t count = shape.rows * shape.d;
+  const AdamW options{.learning_rate = 0.03, .step = random.integer(1, 2000)};
+  AdamWState<float> before{draw_slots(random, shape), random.normals<float>(count), random.normals<float>(count, 0.1),
+                           random.normals<float>(count, 0.1)};
+  for (float& value : before.exp_avg_sq) value = value * value;
+
+  AdamWState<float> peer = before;
+  AdamWState<double> truth{widened(before.slots), widened(before.grad), widened(before.exp_avg), widened(before.exp_avg_sq)};
+  peer.step(options);
+  truth.step(options);
+  if (clip) clip_rows(peer.slots, shape.d), clip_rows(truth.slots, shape.d);
+
+  std::vector<float> first_run;
+  for_each_seed([&] {
+    simt::Buffer<float> slots("slots", before.slots, shape.offset), grad("grad", before.grad, shape.offset);
+    simt::Buffer<float> exp_avg("exp_avg", before.exp_avg, shape.offset);
+    simt::Buffer<float> exp_avg_sq("exp_avg_sq", before.exp_avg_sq, shape.offset);
+    simt::Buffer<Copy> compute("compute", with_copy ? count : 0, shape.offset);
+    simt::Buffer<int64_t> step("step", std::vector{options.step});
+    simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
+    AdamWParams p{};
+    p.slots = slots.data();
+    p.grad = grad.data();
+    p.exp_avg = exp_avg.data();
+    p.exp_avg_sq = exp_avg_sq.data();
+    p.compute = with_copy ? compute.data() : nullptr;
+    p.compute_dtype = kDType<Copy>;
+    p.rows = shape.rows;
+    p.d = shape.d;
+    p.step = {step.data(), DType::i64};
+    p.learning_rate = {learning_rate.data(), DType::f64};
+    p.beta1 = options.beta1;
+    p.beta2 = options.beta2;
+    p.log_beta1 = static_cast<float>(std::log(options.beta1));
+    p.log_beta2 = static_cast<float>(std::log(options.beta2));
+    p.eps = static_cast<float>(options.eps);
+    p.weight_decay = static_cast<float>(options.weight_decay);
+    p.clip = clip;
+    cuda::adamw(p, kQueue);
+
+    expect_as_good_as("slots", slots.values(), truth.slots, widened(peer.slots));
+    expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, widened(peer.exp_avg));
+    expect_as_good_as("exp_avg_sq", exp_avg_sq.values(), truth.exp_avg_sq, widened(peer.exp_avg_sq));
+    if (with_copy) expect_as_good_as("compute", compute.values(), truth.slots, rounded<Copy>(peer.slots));
+    // Bit for bit the same in every order of threads.
+    if (first_run.empty()) first_run = slots.values();
+    expect_equal("slots, repeated", slots.values(), first_run);
+  });
+}
+
+LOCAS_TEST(adamw, "U update_slots_ (AdamW)") {
+  const std::vector<Shape> shapes = {{3, 1}, {2, 131}, {3, 36}, {2, 512}, {1, 1000}, {2, 2048}, {1, 4096}, {1, 4100}, {2, 260, 1}};
+  for (const Shape& shape : shapes) check_adamw<bf16>(shape, true, true);
+  check_adamw<f16>({3, 516}, true, true);
+  check_adamw<float>({2, 97}, false, true);
+  check_adamw<float>({2, 640}, true, false);
+  return std::to_string(shapes.size() + 3) + " cases, 10 seeds";
+}
+
+struct Sgd {
+  double learning_rate, momentum, weight_decay;
+};
+
+template <class Real>
+struct SgdState {
+  std::vector<Real> slots, grad, buffer;
+
+  void step(const Sgd& o) {
+    for (size_t i = 0; i < slots.size(); ++i) {
+      buffer[i] = Real(o.momentum) * buffer[i] + grad[i];
+      slots[i] -= Real(o.learning_rate * o.weight_decay) * slots[i];
+      slots[i] -= Real(o.learning_rate) * buffer[i];
+    }
+  }
+};
+
+template <class Copy>
+void check_sgd(const Shape& shape, double momentum) {
+  Random random(shape.d * 1000 + shape.rows);
+  const size_t count = shape.rows * shape.d;
+  const Sgd options{.learning_rate = 0.05, .momentum = momentum, .weight_decay = 0.02};
+  const SgdState<float> before{draw_slots(random, shape), random.normals<float>(count, 0.3), random.normals<float>(count, 0.3)};
+  SgdState<float> peer = before;
+  SgdState<double> truth{widened(before.slots), widened(before.grad), widened(before.buffer)};
+  peer.step(options);
+  truth.step(options);
+  clip_rows(peer.slots, shape.d);
+  clip_rows(truth.slots, shape.d);
+
+  std::vector<float> first_run;
+  for_each_seed([&] {
+    simt::Buffer<float> slots("slots", before.slots, shape.offset), grad("grad", before.grad, shape.offset);
+    simt::Buffer<float> buffer("momentum_buffer", before.buffer, shape.offset);
+    simt::Buffer<Copy> compute("compute", count, shape.offset);
+    simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
+    SgdParams p{};
+    p.slots = slots.data();
+    p.grad = grad.data();
+    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
+    p.compute = compute.data();
+    p.rows = shape.rows;
+    p.d = shape.d;
+    p.compute_dtype = kDType<Copy>;
+    p.learning_rate = {learning_rate.data(), DType::f32};
+    p.momentum = static_cast<float>(momentum);
+    p.weight_decay = static_cast<float>(options.weight_decay);
+    p.clip = true;
+    cuda::sgd(p, kQueue);
+
+    expect_as_good_as("slots", slots.values(), truth.slots, widened(peer.slots));
+    expect_as_good_as("compute", compute.values(), truth.slots, rounded<Copy>(peer.slots));
+    if (momentum != 0.0) expect_as_good_as("momentum_buffer", buffer.values(), truth.buffer, widened(peer.buffer));
+    else expect_equal("momentum_buffer without momentum", buffer.values(), before.buffer);
+    if (first_run.empty()) first_run = slots.values();
+    expect_equal("slots, repeated", slots.values(), first_run);
+  });
+}
+
+LOCAS_TEST(sgd, "U update_slots_ (SGD)") {
+  for (const double momentum : {0.0, 0.9}) {
+    check_sgd<bf16>({3, 64}, momentum);
+    check_sgd<f16>({2, 1028}, momentum);
+    check_sgd<bf16>({3, 77}, momentum);
+    check_sgd<f16>({2, 128, 1}, momentum);
+  }
+  return "8 cases, 10 seeds";
+}
+
+}  // namespace
+}  // namespace locas::test
