@@ -85,10 +85,6 @@ struct GluBackward {
   }
 };
 
-// The tile of the slots' gradient that goes with a tile of dx: as many threads, M over slots.
-template <class DxTile>
-using SlotTile = Tile<typename DxTile::T, 64, DxTile::kThreads / 2, 2, DxTile::kThreads / 64, 4>;
-
 template <class Tile>
 struct DxWeightGrad {
   struct Params {
@@ -99,9 +95,11 @@ struct DxWeightGrad {
   static constexpr const char* name = "K4 dx_weight_grad";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
+  using Slots = SmallTile<T>;  // M over slots
+  static_assert(threads == Slots::kThreads, "both kinds of CTA are of one grid");
   union Shared {
     typename Tile::Shared dx;
-    typename SlotTile<Tile>::Shared slots;
+    typename Slots::Shared slots;
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
@@ -151,8 +149,7 @@ struct DxWeightGrad {
     });
   }
 
-  static LOCAS_DEVICE void slot_tile(const Params& p, typename SlotTile<Tile>::Shared& shared, int index) {
-    using Slots = SlotTile<Tile>;
+  static LOCAS_DEVICE void slot_tile(const Params& p, typename Slots::Shared& shared, int index) {
     const FfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int tiles = p.slot_tiles_m * p.slot_tiles_n, kind = index / tiles;  // 0 gate, 1 key, 2 value
@@ -192,7 +189,7 @@ int dx_splits(TileKind kind, int64_t tokens, const FfnWeights& w) {
 }  // namespace
 
 int64_t ffn_backward_workspace(int64_t tokens, const FfnWeights& w) {
-  const int splits = dx_splits(tile_kind(tokens, w.d), tokens, w);
+  const int splits = dx_splits(tile_kind(tokens, w.d, kMostSplits), tokens, w);
   return splits > 1 ? splits * tokens * w.d : 0;
 }
 
@@ -207,14 +204,14 @@ void ffn_backward(const FfnBackwardParams& p, Queue queue) {
                                            host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
       launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue, params);
     });
-    const TileKind kind = tile_kind(p.tokens, w.d);
+    const TileKind kind = tile_kind(p.tokens, w.d, kMostSplits);
     const int splits = dx_splits(kind, p.tokens, w);
     with_tile<T>(kind, [&]<class Tile>() {
       using Kernel = DxWeightGrad<Tile>;
       const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens, Tile::kM)) : 0;
       const typename Kernel::Params params{p, tiles_m, static_cast<int>(divide_up(w.d, Tile::kN)), splits,
-                                           static_cast<int>(divide_up(w.r, SlotTile<Tile>::kM)),
-                                           static_cast<int>(divide_up(w.d, SlotTile<Tile>::kN))};
+                                           static_cast<int>(divide_up(w.r, Kernel::Slots::kM)),
+                                           static_cast<int>(divide_up(w.d, Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * splits + slot_tiles;
       if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params);

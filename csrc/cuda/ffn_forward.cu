@@ -28,7 +28,7 @@ struct GluForward {
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   static constexpr int kNeurons = Tile::kN / 2;
-  struct Shared {
+  union Shared {
     typename Tile::Shared tile;
     float column_sums[threads / (kNeurons / kPiece)][kNeurons];
   };
@@ -107,6 +107,7 @@ struct GluForward {
     constexpr int kPieces = kNeurons / kPiece, kLanes = threads / kPieces;
     static_assert(threads % kPieces == 0);
     const int thread = ptx::thread_index();
+    ptx::sync_threads();  // all are done with the tile's sums
     store_piece(magnitudes, &shared.column_sums[thread / kPieces][thread % kPieces * kPiece]);
     ptx::sync_threads();
     if (thread >= kNeurons || first + thread >= columns) return;
@@ -204,8 +205,8 @@ struct ImportanceMean {
 };
 
 // K1 has no narrow tile: its neurons come in pairs of halves, and few tokens go to D1.
-TileKind forward_kind(int64_t tokens, int64_t columns) {
-  const TileKind kind = tile_kind(tokens, columns);
+TileKind forward_kind(int64_t tokens, int64_t columns, int most_splits = 1) {
+  const TileKind kind = tile_kind(tokens, columns, most_splits);
   return kind == TileKind::narrow ? TileKind::small : kind;
 }
 
@@ -233,7 +234,7 @@ constexpr int kImportanceRows = 64;  // the small tile's: importance is asked fo
 }  // namespace
 
 int64_t ffn_forward_workspace(int64_t tokens, const FfnWeights& w) {
-  const int splits = down_splits(forward_kind(tokens, w.d), tokens, w);
+  const int splits = down_splits(forward_kind(tokens, w.d, kMostSplits), tokens, w);
   return splits > 1 ? splits * tokens * w.d : 0;
 }
 
@@ -243,7 +244,7 @@ void ffn_forward_tiles(const FfnForwardParams& p, Queue queue) {
     with_tile<T>(forward_kind(p.tokens, 2 * (w.m + w.padded_r())), [&]<class Tile>() {
       if constexpr (Tile::kM > 16) glu_forward_tiles<Tile>(p, nullptr, queue);
     });
-    const TileKind kind = forward_kind(p.tokens, w.d);
+    const TileKind kind = forward_kind(p.tokens, w.d, kMostSplits);
     const int splits = down_splits(kind, p.tokens, w);
     with_tile<T>(kind, [&]<class Tile>() {
       if constexpr (Tile::kM > 16) down_forward_tiles<Tile>(p, splits, queue);

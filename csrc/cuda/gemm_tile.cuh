@@ -1,10 +1,10 @@
 // The tile product that K1-K4 share: sums[kM, kN] = A B, with mma.sync on operands that cp.async brings to shared memory.
 //
-//      shared memory: kStages stages, each with the A and the B tile of one K-block of 32
+//      shared memory: kStages stages, each with the A and the B tile of one K-block of 64
 //
 //        Major::k, as x or W_gate          Major::mn, as W_down read along its columns
-//        mn [ 32 k, 64 bytes ]             k [ kM or kN elements ]
-//           [       ...      ]               [        ...        ]
+//        mn [ 64 k, 128 bytes ]            k [ kM or kN elements ]
+//           [        ...      ]              [        ...        ]
 //
 //      sums: warps form a kWarpsM x kWarpsN grid; each owns kWarpM x kWarpN of the tile in m16n8 fragments
 //
@@ -21,7 +21,7 @@ namespace locas::cuda {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kBlockK = 32;
+constexpr int kBlockK = 64;
 constexpr int kPiece = kVector;  // 16 bytes of a half type
 
 enum class Major { k, mn };
@@ -42,9 +42,8 @@ LOCAS_DEVICE Operand<T> operand(const Rows& matrix, int64_t rows, int64_t cols, 
 // Where 16-byte piece `piece` of row `row` lies in a tile of rows of kPieces pieces, in elements.
 template <int kPieces>
 LOCAS_DEVICE int swizzled(int row, int piece) {
-  static_assert(kPieces == 4 || kPieces % 8 == 0, "8 rows must spread over 8 groups of banks");
-  const int turn = kPieces == 4 ? (row / 2) % 4 : row % 8;
-  return (row * kPieces + (piece ^ turn)) * kPiece;
+  static_assert(kPieces % 8 == 0, "8 rows must spread over 8 groups of banks");
+  return (row * kPieces + (piece ^ (row % 8))) * kPiece;
 }
 
 // Starts the copy of a tile: kMn x kBlockK of `from`, beginning at (mn, k).
@@ -180,12 +179,14 @@ struct Tile {
 };
 
 template <class T>
-using LargeTile = Tile<T, 128, 128, 2, 4, 4>;
+using LargeTile = Tile<T, 128, 128, 2, 2, 3>;
+template <class T>
+using MediumTile = Tile<T, 64, 128, 2, 2, 3>;
 template <class T>
 using SmallTile = Tile<T, 64, 64, 2, 2, 4>;
 // For a handful of tokens: many CTAs that each stream their share of the weights.
 template <class T>
-using NarrowTile = Tile<T, 16, 64, 1, 4, 8>;
+using NarrowTile = Tile<T, 16, 64, 1, 4, 6>;
 
 // The tile of a grid that CTA `index` owns. Neighbouring CTAs go down kGroup tiles of the tokens before they go on along
 // the weights, so that what runs at one time shares operands in the L2 cache.
