@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
-from locas_ext.chunk import ContextCache, Window, chunk_loss
-from locas_ext.online import Settings, learn, resolve_settings
+from locas_ext.chunk import ContextCache, Window
+from locas_ext.online import Settings, resolve_settings
+from locas_ext.step import eager_step
 from locas_ext.tasks.assets import ASSETS, MODEL
 
 from .harness import report
@@ -51,15 +52,14 @@ def main() -> None:
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():
-        cache = ContextCache(plain)
+        cache = ContextCache(plain, torch.device("cpu"))
         cache.fill(plain, window.context[None], False)
         embedded = plain.get_input_embeddings()(window.inputs[None]).requires_grad_()
         logits = plain(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
         F.cross_entropy(logits[0].float(), window.targets).backward()
 
     def of_memory():
-        loss = chunk_loss(attachment.host, window, False, True)
-        learn(attachment, loss, len(window.targets), settings, "here")
+        eager_step(attachment, window, settings, True, "here")
 
     alone, learning = peak_bytes(of_host), peak_bytes(of_memory)
     arena = 4 * memory.slots.numel()

@@ -10,7 +10,7 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from .hosts import Host
 from .ops import summed_nll
 
 
-@dataclass(frozen=True)
-class Window:
-    """The tokens of one step: `context` may be empty, `inputs` predict `targets` one by one. All [n] on the CPU."""
+class Window(NamedTuple):
+    """The tokens of one step: `context` may be empty, `inputs` predict `targets` one by one. All [n]."""
 
     context: Tensor
     inputs: Tensor
@@ -55,8 +54,11 @@ class ContextCache(DynamicCache):
     Of the last layer only keys and values are read later, so its attention and FFN over the context are not computed.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, device: torch.device):
         super().__init__(config=model.config)
+        for layer in self.layers:  # transformers copies this number to the device, which a CUDA graph cannot
+            if hasattr(layer, "_sliding_window_tensor"):
+                layer._sliding_window_tensor = torch.full((), layer.sliding_window, device=device)
         self.last_layer = model.config.get_text_config(decoder=True).num_hidden_layers - 1
         self.ends_forward = False
 
@@ -89,13 +91,15 @@ def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: b
     """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph over its inputs."""
     model, device = host.model, host.input_device()
     context, inputs, targets = (part.to(device)[None] for part in (window.context, window.inputs, window.targets))
-    if context.shape[1] == 0:
-        logits = model(input_ids=inputs, use_cache=False).logits
-    elif context_gradient:
+    if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
-        logits = model(input_ids=everything, use_cache=False, logits_to_keep=inputs.shape[1]).logits
+        # Given a cache, transformers does not read the position ids back from the device.
+        cache = ContextCache(model, device) if device.type == "cuda" else None
+        logits = model(
+            input_ids=everything, past_key_values=cache, use_cache=cache is not None, logits_to_keep=inputs.shape[1]
+        ).logits
     else:
-        cache = ContextCache(model)
+        cache = ContextCache(model, device)
         cache.fill(model, context, ends_early)
         with chunk_attention(host):
             logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits

@@ -1,6 +1,6 @@
 """Online memorization: score a chunk, learn from it, go on (docs/method.md, "The online protocol").
 
-A chunk's loss (chunk.py) is computed once: it is reported, then learned from.
+A chunk's loss (chunk.py) is computed once: it is reported, then learned from (step.py; graph_step.py on CUDA).
 """
 
 import hashlib
@@ -19,19 +19,18 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .chunk import Window, chunk_loss, may_end_early
+from .chunk import Window, may_end_early
 from .errors import LocasError
 from .fast_norms import fast_norms
+from .graph_step import MemorizeStep
 from .initialization import initial_rows
 from .ops import summed_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
 from .slots import GATE, KEY
+from .step import check_loss
 from .stream import Chunk, MemorizeReport, Stream
-
-# Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
-FP16_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -120,26 +119,6 @@ def bos_token(host) -> int | None:
 
 def text_digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-
-
-# ---- learning ------------------------------------------------------------------------------------------------
-def learn(attachment: Attachment, loss: Tensor, tokens: int, settings: Settings, place: str) -> None:
-    """One update from a summed loss; LocasError, with nothing changed, if loss or gradient is not finite."""
-    state = attachment.state
-    loss_scale = FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
-    state.accumulate = True
-    try:
-        (loss * (loss_scale / tokens)).backward()
-    finally:
-        state.accumulate = False
-    if loss_scale != 1.0:
-        for arena in state.arenas:
-            arena.grad /= loss_scale
-    if not all([math.isfinite(arena.grad.norm().item()) for arena in state.arenas]):
-        state.zero_grad()
-        raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {state.version}")
-    OPTIMIZERS[settings.optimizer](state, settings.learning_rate, clip=attachment.config.clip)
-    state.zero_grad()
 
 
 # ---- initialization -------------------------------------------------------------------------------------------
@@ -297,7 +276,7 @@ def memorize(
     report = MemorizeReport(chunks=list(stream.chunks))
     hasher = hashlib.sha256(ids[: stream.position].numpy().tobytes())
     bos = bos_token(host) if settings.bos else None
-    ends_early = may_end_early(host.model)
+    step = MemorizeStep(attachment, settings, may_end_early(host.model))
     started = time.perf_counter()
 
     state.zero_grad()
@@ -312,24 +291,18 @@ def memorize(
                 continue
             version = state.version
             window = Window.of(ids, start, end, settings.window, bos)
-            loss = None
+            nll = None
             if not state.initialized:
-                nll = _score_and_initialize(attachment, window)
-            else:
-                nll = loss = chunk_loss(host, window, settings.context_gradient, ends_early)
-            chunk = Chunk(start, end, len(window.targets), nll.item(), version)
-            if not math.isfinite(chunk.nll):
-                raise LocasError(
-                    f"the loss is {chunk.nll} at {place}; the memory stays at version {state.version}"
-                )
-            for epoch in range(settings.epochs):
-                if loss is None or epoch > 0:
-                    loss = chunk_loss(host, window, settings.context_gradient, ends_early)
-                learn(attachment, loss, chunk.tokens, settings, place)
+                nll = _score_and_initialize(attachment, window).item()
+                check_loss(nll, state, place)
+            for _ in range(settings.epochs):
+                loss = step(window, place)
+                nll = loss if nll is None else nll
+            chunk = Chunk(start, end, len(window.targets), nll, version)
             report.chunks.append(chunk)
             hasher.update(ids[start:end].numpy().tobytes())
             attachment.stream = Stream(asdict(settings), end, hasher.hexdigest(), list(report.chunks))
-            report.seconds = time.perf_counter() - started
+            report.seconds, report.cuda_graph = time.perf_counter() - started, step.report()
             if progress:
                 bar.advance(end)
             if callback is not None:

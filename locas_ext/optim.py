@@ -9,7 +9,9 @@ from .arena import SlotArena
 from .slots import MemoryState
 
 
-def _learning_rate_tensor(learning_rate: float, arena: SlotArena) -> torch.Tensor:
+def _learning_rate_tensor(learning_rate: float | torch.Tensor, arena: SlotArena) -> torch.Tensor:
+    if isinstance(learning_rate, torch.Tensor):
+        return learning_rate
     # float64, as a Python float is: the kernels read it on the device
     return torch.tensor(learning_rate, dtype=torch.float64, device=arena.slots.device)
 
@@ -37,37 +39,49 @@ def _allocate(state: MemoryState, *names: str) -> None:
 @torch.no_grad()
 def adamw_step(
     state: MemoryState,
-    learning_rate: float,
+    learning_rate: float | torch.Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: bool = True,
+    finite: torch.Tensor | None = None,
 ) -> None:
-    """AdamW with bias correction on the arenas' grad, then the row clip."""
+    """AdamW with bias correction on the arenas' grad, then the row clip.
+
+    finite: [] int64, 1 or 0, on the arena's device; at 0 nothing happens. Whoever passes it calls state.finish_update()
+    when the host knows that it was 1. A captured graph passes it, and the learning rate as a tensor.
+    """
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
-        arena.step += 1
+        arena.step += 1 if finite is None else finite
         kernels.update_slots_(
             arena.slots, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.step,
-            _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena),
+            _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena), finite,
         )
-    _finish(state)
+    if finite is None:
+        _finish(state)
 
 
 @torch.no_grad()
 def sgd_step(
-    state: MemoryState, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0, clip: bool = True
+    state: MemoryState,
+    learning_rate: float | torch.Tensor,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: bool = True,
+    finite: torch.Tensor | None = None,
 ) -> None:
-    """SGD on the arenas' grad, then the row clip."""
+    """SGD on the arenas' grad, then the row clip; finite as in `adamw_step`."""
     if momentum:
         _allocate(state, "momentum_buffer")
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
         kernels.sgd_slots_(
             arena.slots, arena.grad, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
-            _kernel_copy(arena),
+            _kernel_copy(arena), finite,
         )
-    _finish(state)
+    if finite is None:
+        _finish(state)
 
 
 OPTIMIZERS = {"adamw": adamw_step, "sgd": sgd_step}

@@ -23,10 +23,14 @@ class Chunk:
 
 @dataclass
 class MemorizeReport:
-    """What a run over a text measured. `seconds` counts this call; a resumed run's `chunks` are all of the text's."""
+    """What a run over a text measured. `seconds` counts this call; a resumed run's `chunks` are all of the text's.
+
+    cuda_graph: how many updates of this call ran as a CUDA graph, or why none did
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     seconds: float = 0.0
+    cuda_graph: str = ""
 
     @property
     def tokens(self) -> int:

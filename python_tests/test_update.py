@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import relative_distance
 
-from locas_ext import ops
+from locas_ext import _C, ops
 
 SHAPES = [(2, 3, 5, 33), (1, 3, 1, 1), (3, 7), (5,), (2, 3, 4, 300)]
 EPS = torch.finfo(torch.float32).eps
@@ -185,3 +185,38 @@ def test_threads_change_nothing(two_threads):
         ops.update_slots_(slots, grad, torch.zeros(400, 300), torch.zeros(400, 300), 1, 0.1, compute=copy)
         results.append((slots, copy))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# ---- the flag that refuses a gradient ----------------------------------------------------------------------------
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
+    not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU")])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 36), (2, 3, 5, 33), (1, 3, 2, 5000)], ids=str)
+def test_where_finite_is_0_nothing_is_written(shape, dtype, device):
+    def updates(finite):
+        torch.manual_seed(0)
+        slots, grad, first, second, buffer = torch.randn(5, *shape, device=device)
+        compute = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        tensors = (slots, first, second.square_(), buffer, compute)
+        before = [tensor.clone() for tensor in tensors]
+        one = torch.ones((), device=device)
+        ops.update_slots_(slots, grad, first, second, one, 0.1 * one, compute=compute, finite=finite)
+        ops.sgd_slots_(slots, grad, 0.1 * one, buffer, 0.9, compute=compute, finite=finite)
+        return before, tensors
+
+    before, after = updates(torch.zeros((), dtype=dtype, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    _, after = updates(torch.ones((), dtype=dtype, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(updates(None)[1], after))
+
+
+@pytest.mark.parametrize("finite, message", [
+    (torch.ones(2), r"finite has shape \[2\]"), (torch.ones((), dtype=torch.float16), "finite must be float32"),
+])
+def test_a_flag_that_does_not_fit_is_an_error(finite, message):
+    slots = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=message):
+        ops.sgd_slots_(slots, slots.clone(), torch.tensor(0.1), finite=finite)

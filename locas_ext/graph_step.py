@@ -1,0 +1,201 @@
+"""The memorizing step as a CUDA graph: all full windows of a run have one shape, so their step is captured once and replayed.
+
+      ids [W]  --+--> context forward -> KV cache --+
+                 +--> chunk forward ----------------+--> loss -> backward -> finite? -> update unless not -> outcome [2]
+
+Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Whether loss and
+gradient are finite is decided on the device, where the flag turns the update into a no-op; the host reads it afterwards and
+raises. All that a replay touches lies at fixed addresses (the arena, the host's weights); when one of them has moved, the
+step is captured anew. Windows that are not full run eagerly, as do hosts that cannot be captured: MemorizeReport.cuda_graph
+says so.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .chunk import Window, chunk_loss
+from .optim import OPTIMIZERS
+from .patch import Attachment
+from .step import backward, check_gradient, check_loss, eager_step
+
+if TYPE_CHECKING:
+    from .online import Settings
+
+
+def obstacle(attachment: Attachment) -> str | None:
+    """Why this memory's step cannot be captured, or None."""
+    state, model = attachment.state, attachment.host.model
+    if os.environ.get("LOCAS_CUDA_GRAPH", "1") == "0":
+        return "LOCAS_CUDA_GRAPH is 0"
+    devices = {parameter.device for parameter in model.parameters()}  # slots follow their layers at the next forward
+    if len(devices) > 1 or len(state.arenas) > 1:
+        return f"the host lies on several devices ({', '.join(sorted(map(str, devices)))})"
+    if not _is_capturable(device := devices.pop()):
+        return f"the host is on {device}"
+    if attachment.backend == "reference" or model.dtype == torch.float64:
+        return "the reference backend waits for the device"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} has hooks of accelerate or is compiled"
+        hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
+        if set(hooks) - {attachment.cache_guard.handle.id}:
+            return f"{name or 'the model'} has hooks"
+    return None
+
+
+def _is_capturable(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+# ---- what CUDA does -------------------------------------------------------------------------------------------
+@contextmanager
+def _error_at_synchronization():
+    """Inside, torch raises where it would wait for the device, which a captured stream may not."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def rehearse(work: Callable[[], None]) -> None:
+    """Runs the work once on a side stream: libraries set themselves up, and what cannot be captured is an error here.
+
+    A failed capture would leave torch's random generator unusable; a failed rehearsal leaves nothing.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side), _error_at_synchronization():
+            work()
+    finally:
+        current.wait_stream(side)
+
+
+def capture(work: Callable[[], None]) -> Callable[[], None]:
+    """-> a function that does the work again, on the same tensors."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the device
+        work()
+    return graph.replay
+
+
+# ---- the step -------------------------------------------------------------------------------------------------
+class MemorizeStep:
+    """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
+
+    def __init__(self, attachment: Attachment, settings: "Settings", ends_early: bool):
+        self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
+        self.why_not = obstacle(attachment)
+        self.updates = self.replayed = 0
+        self.replay: Callable[[], None] | None = None
+        self.captured_at: tuple = ()
+
+    def __call__(self, window: Window, place: str) -> float:
+        self.updates += 1
+        if not (self._takes(window) and self._captured(window)):
+            return eager_step(self.attachment, window, self.settings, self.ends_early, place)
+        state = self.attachment.state
+        self.ids.copy_(torch.cat(window))
+        self.replay()
+        loss, finite = self.outcome.tolist()
+        check_loss(loss, state, place)
+        check_gradient(bool(finite), state, place)
+        state.finish_update()
+        self.replayed += 1
+        return loss
+
+    def report(self) -> str:
+        """For MemorizeReport.cuda_graph."""
+        if self.why_not is not None and not self.replayed:
+            return f"not used: {self.why_not}"
+        return f"{self.replayed} of {self.updates} updates" + (f", then not: {self.why_not}" if self.why_not else "")
+
+    def _takes(self, window: Window) -> bool:
+        """Full windows of a memory that has learned something: before that the FFNs take another path."""
+        full = len(window.inputs) == self.settings.stride
+        full = full and len(window.context) + len(window.inputs) >= self.settings.window - 1
+        return self.why_not is None and full and self.attachment.state.learned
+
+    def _addresses(self) -> tuple:
+        """Where everything lies that a replay reads or writes."""
+        model, (arena,) = self.attachment.host.model, self.attachment.state.arenas
+        homes = [home.down for home in self._homes()]
+        states = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
+        tensors = [t for t in states if t is not None] + homes + [*model.parameters(), *model.buffers()]
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def _homes(self) -> list:
+        return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]
+
+    # ---- capturing -------------------------------------------------------------------------------------------
+    def _captured(self, window: Window) -> bool:
+        if self.replay is not None and self._addresses() == self.captured_at:
+            return True
+        self.replay = None  # its memory is free for the new one
+        try:
+            self._prepare(window)
+            rehearse(self._rehearsal)
+            self.captured_at = self._addresses()  # the rehearsal may have moved a host's weights back into their buffers
+            self.replay = capture(self._work)
+        except Exception as error:
+            self.why_not = f"the step cannot be captured: {error}"
+            warnings.warn(
+                f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=5
+            )
+        finally:
+            self._undo_python(captured=self.replay is not None)
+        return self.replay is not None
+
+    def _prepare(self, window: Window) -> None:
+        (arena,) = self.attachment.state.arenas
+        device = arena.slots.device
+        self.ids = torch.cat(window).to(device)
+        self.window = Window(*self.ids.split([len(part) for part in window]))
+        self.learning_rate = torch.tensor(self.settings.learning_rate, dtype=torch.float64, device=device)
+        self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
+        if self.settings.optimizer == "adamw":
+            arena.state("exp_avg"), arena.state("exp_avg_sq")
+        for home in self._homes():
+            home.ready()
+
+    def _gradient(self) -> Tensor:
+        """Loss and gradient of the window in `ids`; returns the loss."""
+        attachment, settings = self.attachment, self.settings
+        loss = chunk_loss(attachment.host, self.window, settings.context_gradient, self.ends_early)
+        backward(attachment.state, loss, len(self.window.targets))
+        return loss.detach()
+
+    def _rehearsal(self) -> None:
+        self._gradient()
+        self.attachment.state.zero_grad()
+
+    def _work(self) -> None:
+        (arena,) = self.attachment.state.arenas
+        for home in self._homes():
+            home.refresh()  # always: whether a replay needs it is not known here
+        loss = self._gradient()
+        finite = (loss.isfinite() & arena.grad.norm().isfinite()).long()
+        OPTIMIZERS[self.settings.optimizer](
+            self.attachment.state, self.learning_rate, clip=self.attachment.config.clip, finite=finite
+        )
+        arena.grad.zero_()
+        self.outcome.copy_(torch.stack([loss.double(), finite.double()]))
+
+    def _undo_python(self, captured: bool) -> None:
+        """A capture runs the Python and not the kernels: what only Python noted down is not so."""
+        for home in self._homes():
+            home.generation = 0
+        if not captured:
+            self.attachment.state.zero_grad()
