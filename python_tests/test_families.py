@@ -195,12 +195,25 @@ def test_generate_with_beams_and_left_padding_sees_the_memory():
     assert torch.equal(beside[0], alone) and torch.equal(beside[1], alone)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "hybrid"])
-def test_generate_with_every_cache_class_gives_the_same_text(cache):
-    model = tiny("gemma2" if cache == "hybrid" else "llama")
+QUANTO = dict(backend="quanto", nbits=4, q_group_size=16, residual_length=64, axis_key=0, axis_value=0)
+
+
+@pytest.mark.parametrize("family, cache, settings", [
+    ("llama", "dynamic", None), ("llama", "static", None), ("llama", "quantized", QUANTO),
+    ("gemma2", "dynamic", None), ("gemma2", "static", None),  # these have sliding layers
+], ids=lambda value: None if isinstance(value, dict) else value)
+def test_generate_with_every_cache_class_gives_the_same_text(family, cache, settings):
+    """The offloaded ones need a GPU and are in test_cuda.py."""
+    if cache == "quantized":
+        pytest.importorskip("optimum.quanto")
+    model = tiny(family)
     memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
     memory.memorize(TEXT, **LEARN)
-    prompt = random_ids(9)[None]
-    expected = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
-    got = model.generate(prompt, max_new_tokens=6, do_sample=False, cache_implementation=cache)
-    assert torch.equal(got, expected)
+    prompt = random_ids(20)[None]
+    arguments = dict(max_new_tokens=6, do_sample=False)
+    expected = model.generate(prompt, use_cache=False, **arguments)
+    got = model.generate(prompt, cache_implementation=cache, cache_config=settings, return_dict_in_generate=True, **arguments)
+    assert torch.equal(got.sequences, expected)
+    memory.memorize(TEXT, **LEARN)
+    with pytest.raises(ValueError, match="allow_stale_cache"):
+        model.generate(got.sequences, past_key_values=got.past_key_values, **arguments)
