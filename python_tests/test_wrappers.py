@@ -203,7 +203,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
-def test_a_compiled_host_learns_and_is_not_recompiled_by_updates(compiled_first):
+def test_a_compiled_host_learns_and_is_not_recompiled_by_updates_and_swaps(compiled_first, tmp_path):
     torch._dynamo.reset()
     model = tiny_model()
     if compiled_first:
@@ -218,10 +218,15 @@ def test_a_compiled_host_learns_and_is_not_recompiled_by_updates(compiled_first)
     memory.memorize(TEXT, **LEARN)
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(compiled), host)
+    first = logits(compiled)
+    memory.save_pretrained(tmp_path / "first")
     torch._dynamo.config.error_on_recompile = True
     try:
         memory.memorize(TEXT, **LEARN)
         torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+        assert not torch.equal(logits(compiled), first)
+        memory.load(tmp_path / "first")
+        assert torch.equal(logits(compiled), first)
     finally:
         torch._dynamo.config.error_on_recompile = False
     with memory.disabled():
