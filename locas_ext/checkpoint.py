@@ -237,6 +237,11 @@ def _read_tensors(folder: Path, record: dict) -> dict[str, torch.Tensor]:
     )
 
 
+def _short(value) -> str:
+    """For a message: a hash needs no more than its beginning."""
+    return repr(value[:12] + "..." if isinstance(value, str) and len(value) > 40 else value)
+
+
 def load(attachment: Attachment, path: str | Path) -> None:
     """See `Memory.load`. Everything is checked before the first change."""
     folder, state = Path(path), attachment.state
@@ -245,7 +250,7 @@ def load(attachment: Attachment, path: str | Path) -> None:
     saved_host, host = record["host"], fingerprint(attachment.host)
     different = [name for name in host if saved_host.get(name) != host[name]]
     if different:
-        details = ", ".join(f"{name} {saved_host.get(name)!r} there, {host[name]!r} here" for name in different)
+        details = ", ".join(f"{name} {_short(saved_host.get(name))} there, {_short(host[name])} here" for name in different)
         raise LocasError(f"{folder} is a memory of another host: {details}")
     if record["layers"] != list(state.layers):
         raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(state.layers)}")

@@ -1,6 +1,6 @@
 """The command line: arguments in, one line for what goes wrong. The work is in locas_ext/tasks.
 
-Exit status: 0 done, 1 failed, 2 bad arguments, 130 ended by Ctrl-C.
+Exit status: 0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 ended by Ctrl-C.
 """
 
 import sys
@@ -15,6 +15,7 @@ from .config import LocasConfig
 from .errors import LocasError
 from .tasks import Interrupted
 
+_WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 UsageError = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
 
 app = typer.Typer(
@@ -59,9 +60,9 @@ def demo(
 
 Model = Annotated[str, typer.Option(help="The host: a folder or a hub name.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32 on CPU, the checkpoint's on CUDA]")
+    str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, the checkpoint's on CUDA.")
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0. [default: CUDA where there is one]")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; left out: CUDA where there is one.")]
 MemoryFolder = Annotated[Path, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote.")]
 
 
@@ -75,8 +76,8 @@ def memorize(
         str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
     ] = "paper",
     init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once. [default: min(2048, the host's)]")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a chunk. [default: window / 4]")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 4e-3,
     epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
@@ -121,7 +122,7 @@ def merge(
     memory: MemoryFolder,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged checkpoint goes: a new folder.")],
     pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 128,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32.")] = None,
 ) -> None:
     """Make a memory a permanent part of its host: a plain, wider checkpoint."""
     from .tasks.merge import run_merge
@@ -155,7 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
         if message := error.format_message():  # empty where help was printed instead
             _complain(message)
         return 2
-    except (LocasError, OSError) as error:
+    except OSError as error:
+        # What the system says comes without the file's name, what transformers says as a whole sentence.
+        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 2 if isinstance(error, _WRONG_PATH) else 1
+    except LocasError as error:
         _complain(str(error))
         return 1
     except ValueError as error:

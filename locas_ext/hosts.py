@@ -271,11 +271,21 @@ def inspect_host(model) -> Host:
     )
 
 
+_SPARSE = "its FFN silences all but the strongest neurons of a token, so more neurons would change the host's own"
+_NO_GATE = "its FFN has no gate projection for a gated memory to stand beside"
+_REFUSED = {
+    "gemma3n_text": _SPARSE,
+    **dict.fromkeys(("bloom", "falcon", "gpt2", "gpt_neox", "mpt", "opt", "phi"), _NO_GATE),
+}
+
+
 def _why_not(config) -> str:
     supported = f"supported model types are {', '.join(HOSTS)}"
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(config, name, None) for name in experts):
         return f"a mixture of experts has an FFN per expert and no single one to widen; {supported}"
+    if config.model_type in _REFUSED:
+        return f"{_REFUSED[config.model_type]}; {supported}"
     return f"where its FFN lives is not known here; {supported}"
 
 

@@ -193,7 +193,7 @@ class Memory:
         checkpoint.save(self._attachment, path, optimizer)
 
     def load(self, path: str | Path) -> None:
-        """Swaps in the memory saved in `path`; the model stays attached.
+        """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
 
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.

@@ -3,7 +3,7 @@
 import math
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class StreamProgress:
@@ -13,16 +13,16 @@ class StreamProgress:
         self.report = report
         self._seen, self._nll, self._tokens = len(report.chunks), report.nll, report.tokens
         self.start = position
+        console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=max(4, min(40, console.width - 76))),  # the numbers fit into 80 columns
             TextColumn("{task.completed:,}/{task.total:,} tokens"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[rate]:,.0f}/s"),
             TextColumn("perplexity {task.fields[perplexity]:.2f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            TextColumn("left"),
+            console=console,
         )
         self.task = self.progress.add_task(
             title, total=total, completed=position, rate=0.0, perplexity=self._perplexity()

@@ -132,7 +132,7 @@ def test_bad_arguments(arguments, words, tmp_path, monkeypatch, capsys):
 
 def test_an_output_folder_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert_one_line(capsys.readouterr().err, str(tmp_path / "file"))
 
 
@@ -140,7 +140,7 @@ def test_a_memory_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys)
     letter = tmp_path / "locas-demo-memory" / "letter"
     letter.parent.mkdir()
     letter.write_text("dear reader")
-    assert main(["demo", "--max-tokens", "256", "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--max-tokens", "256", "--out", str(tmp_path)]) == 2
     assert_one_line(capsys.readouterr().err, "locas-demo-memory", "letter")
     assert letter.read_text() == "dear reader"
 
@@ -162,16 +162,21 @@ def test_help_names_the_commands(capsys):
 def test_info():
     result = subprocess.run([sys.executable, "-m", "locas_ext", "info"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    for words in (locas_ext.__version__, torch.__version__, "self-test", "glu_ffn", "update_slots_", "qwen3"):
+    for words in (locas_ext.__version__, torch.__version__, "safetensors", "glu_ffn", "update_slots_", "qwen3"):
         assert words in result.stdout
+    assert re.search(r"^self-test: all \d+ checks passed$", result.stdout, re.M)
     assert "FAILED" not in result.stdout and "\x1b" not in result.stdout
 
 
-def test_self_test_sees_a_wrong_kernel(monkeypatch):
+def test_self_test_sees_a_wrong_kernel(monkeypatch, capsys):
     good = locas_ext.ops.sideway_glu
     monkeypatch.setattr(locas_ext.ops, "sideway_glu", lambda x, slots, scale: good(x, slots, scale) * 1.001)
     failed = {(check.op, check.dtype) for check in self_test(torch.device("cpu")) if not check.passed}
     assert failed == {("sideway_glu", "float32")}
+    assert main(["info"]) == 1
+    captured = capsys.readouterr()
+    assert "FAILED" in captured.out and re.search(r"self-test: \d+ of \d+ checks failed", captured.out)
+    assert_one_line(captured.err, "self-test failed")
 
 
 # ---- the baseline ----------------------------------------------------------------------------------------------

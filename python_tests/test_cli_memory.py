@@ -1,6 +1,7 @@
 """`locas memorize`, `generate` and `merge` on the shipped model and a page of the shipped novel."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -57,12 +58,18 @@ def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsy
     status, _, err = run(
         capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--window", 64, "--stride", 16
     )
+    assert status == 2 and "rank was 4, is 64" in err
+    status, _, err = run(
+        capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--window", 64, "--stride", 16,
+        "--rank", 4,
+    )
     assert status == 2 and "stride was 32, is 16" in err
 
 
 def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
     out = tmp_path / "memory"
     command = ["memorize", str(page), "--model", str(MODEL), "--out", str(out), *WINDOW, "--save-every", "1"]
+    draw = random.Random(0)
     for kill in (True, True, False):
         resume = ["--resume"] if (out / "locas_config.json").exists() else []
         process = subprocess.Popen(
@@ -78,6 +85,7 @@ def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
                 if file.exists() and file.stat().st_mtime_ns != first:
                     break
                 time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.2))
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         else:
@@ -106,7 +114,7 @@ def test_merge_writes_a_plain_checkpoint(page, memory_folder, tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     status, _, err = run(capsys, "merge", "--model", MODEL, "--memory", memory_folder, "--out", tmp_path / "merged")
-    assert status == 1 and "holds something already" in err
+    assert status == 2 and "holds something already" in err
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,15 @@ def test_merge_writes_a_plain_checkpoint(page, memory_folder, tmp_path, capsys):
         (["memorize", "{missing}.txt", "--model", "{model}", "--out", "{new}"], "No such file"),
         (["memorize", "{empty}", "--model", "{model}", "--out", "{new}"], "holds no text"),
         (["memorize", "{binary}", "--model", "{model}", "--out", "{new}"], "not UTF-8"),
+        (["memorize", "{letter}", "--model", "{model}", "--out", "{new}"], "{letter} holds 1 token; expected at least 2"),
+        (["memorize", "{foreign}", "--model", "{model}", "--out", "{new}"], "{foreign}: Is a directory"),
         (["memorize", "{page}", "--model", "{missing}", "--out", "{new}"], "is not a folder"),
+        (["memorize", "{page}", "--model", "{page}", "--out", "{new}"], "is a file; expected a folder or a hub name"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{page}"], "holds something else"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{page}/m"], "Not a directory"),
+        (["memorize", "{page}", "--model", "{model}"], "Missing option '--out'"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--optimizer", "lion"], "optimizer is 'lion'"),
+        (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--init", "best"], "init is 'best'"),
         (["memorize", "{page}", "--model", "{model}", "--out", "{foreign}"], "holds something else"),
         (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--resume"], "no memory to go on with"),
         (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--rank", "0"], "rank is 0"),
@@ -125,17 +141,22 @@ def test_merge_writes_a_plain_checkpoint(page, memory_folder, tmp_path, capsys):
         (["memorize", "{page}", "--model", "{model}", "--out", "{new}", "--window", "9999"], "window is 9999"),
         (["generate", "--model", "{model}", "--prompt", ""], "--prompt is empty"),
         (["generate", "--model", "{model}", "--prompt", "x", "--memory", "{missing}"], "is not a folder"),
+        (["generate", "--model", "{model}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["generate", "--model", "{model}", "--prompt", "x", "--max-new-tokens", "9999"], "positions"),
+        (["generate", "--model", "{model}", "--prompt", "x", "--temperature", "-1"], "--temperature is -1"),
+        (["merge", "--model", "{model}", "--memory", "{foreign}", "--out", "{page}"], "holds something already"),
         (["merge", "--model", "{model}", "--memory", "{foreign}", "--out", "{new}"], "holds no memory"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(arguments, complaint, page, tmp_path, capsys):
-    places = {name: tmp_path / name for name in ("missing", "empty", "binary", "foreign", "new")}
+    places = {name: tmp_path / name for name in ("missing", "empty", "letter", "binary", "foreign", "new")}
     places["empty"].write_text("")
+    places["letter"].write_text("a")
     places["binary"].write_bytes(b"\xff\xfe\x00")
     places["foreign"].mkdir()
     (places["foreign"] / "thesis.tex").write_text("years of work")
     status, _, err = run(capsys, *[a.format(model=MODEL, page=page, **places) for a in arguments])
     line = [text for text in err.splitlines() if text.startswith("locas: ")]
-    assert status in (1, 2) and len(line) == 1 and complaint in line[0]
+    assert status == 2 and len(line) == 1 and complaint.format(**places) in line[0]
     assert not places["new"].exists()
     assert [file.name for file in places["foreign"].iterdir()] == ["thesis.tex"]

@@ -186,6 +186,21 @@ def test_summed_nll(tokens, vocab, dtype):
     assert ops.summed_nll(logits, targets).isnan()
 
 
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_generate_with_a_cache_that_is_kept_on_the_cpu(cache):
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=None, pad_token_id=0,
+    )).cuda().eval()
+    memory = locas.attach(model, locas.LocasConfig(rank=16, scale=0.5))
+    ids = torch.randint(0, 128, (40,)).repeat(5)
+    memory.memorize(ids, window=64, stride=32, learning_rate=2e-2, progress=False)
+    arguments = dict(input_ids=ids[None, :32].cuda(), max_new_tokens=8, do_sample=False)
+    expected = model.generate(**arguments, use_cache=False)
+    assert torch.equal(model.generate(**arguments, cache_implementation=cache), expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_host_on_two_gpus(dtype, tmp_path):

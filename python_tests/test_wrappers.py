@@ -101,6 +101,24 @@ def test_an_int8_host_of_torchao(tmp_path):
     check_life(model, tmp_path, "gate_proj holds a")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_host_quantized_by_bitsandbytes(bits, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes.nn")
+    model = tiny_model(hidden_size=64, intermediate_size=128)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = getattr(layer.mlp, name).weight.data
+            if bits == 8:
+                linear = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False)
+                linear.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            else:
+                linear = bnb.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32)
+                linear.weight = bnb.Params4bit(weight, requires_grad=False)
+            setattr(layer.mlp, name, linear.to("cpu"))
+    check_life(model.eval(), tmp_path, "gate_proj is a bitsandbytes")
+
+
 def test_a_host_offloaded_to_disk(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
@@ -185,7 +203,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
-def test_a_compiled_host_learns_and_is_not_recompiled_by_updates(compiled_first):
+def test_a_compiled_host_learns_and_is_not_recompiled_by_updates_and_swaps(compiled_first, tmp_path):
     torch._dynamo.reset()
     model = tiny_model()
     if compiled_first:
@@ -200,10 +218,15 @@ def test_a_compiled_host_learns_and_is_not_recompiled_by_updates(compiled_first)
     memory.memorize(TEXT, **LEARN)
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(compiled), host)
+    first = logits(compiled)
+    memory.save_pretrained(tmp_path / "first")
     torch._dynamo.config.error_on_recompile = True
     try:
         memory.memorize(TEXT, **LEARN)
         torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+        assert not torch.equal(logits(compiled), first)
+        memory.load(tmp_path / "first")
+        assert torch.equal(logits(compiled), first)
     finally:
         torch._dynamo.config.error_on_recompile = False
     with memory.disabled():

@@ -32,6 +32,11 @@ def run_generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(host.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("--prompt is empty; expected some text to go on from")
+    length, positions = inputs["input_ids"].shape[1], host.config.get_text_config(decoder=True).max_position_embeddings
+    if length + max_new_tokens > positions:
+        raise ValueError(
+            f"--prompt is {length} tokens and --max-new-tokens {max_new_tokens}, but the model has only {positions} positions"
+        )
     if memory is not None:
         locas.load(host, memory)
     set_seed(seed)

@@ -1,16 +1,27 @@
 """`locas info`: what a bug report needs to say, as plain text."""
 
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 
 from .. import _C, __version__
 from ..hosts import HOSTS
 from .selftest import self_test
+
+
+def _installed() -> list[str]:
+    """Versions of the libraries whose models and wrappers a memory meets, as far as they are installed."""
+    versions = []
+    for name in ("accelerate", "peft", "bitsandbytes", "torchao", "safetensors", "tokenizers", "typer"):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            pass
+    return versions
 
 
 def _processor() -> str:
@@ -49,7 +60,8 @@ def info(console: Console) -> bool:
         "native": _native(build),
         "python": f"{platform.python_version()}, {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
-        "transformers": f"{transformers.__version__}, typer {typer.__version__}",
+        "transformers": transformers.__version__,
+        "beside it": ", ".join(_installed()),
         "hosts": ", ".join(HOSTS),
         "cpu": _processor(),
     }
@@ -65,7 +77,7 @@ def info(console: Console) -> bool:
     elif cuda:
         console.print("self-test     skipped on CUDA: this build has no CUDA kernels")
     console.print("\nself-test against float64 (largest error; in brackets that of plain torch)")
-    passed = True
+    failures = count = 0
     for device in devices:
         for check in self_test(torch.device(device)):
             verdict = "ok" if check.passed else f"FAILED, limit {check.limit:.1e}"
@@ -73,5 +85,7 @@ def info(console: Console) -> bool:
                 f"  {check.device:<7} {check.dtype:<9} {check.op:<18} {check.error:.1e} "
                 f"({check.plain_torch_error:.1e})  {verdict}"
             )
-            passed &= check.passed
-    return passed
+            count += 1
+            failures += not check.passed
+    console.print(f"self-test: {failures} of {count} checks failed" if failures else f"self-test: all {count} checks passed")
+    return not failures

@@ -19,6 +19,8 @@ def load_host(model: str, dtype: str | None, device: str | None):
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if Path(model).is_file():
+        raise NotADirectoryError(f"--model: {model} is a file; expected a folder or a hub name")
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.count("/") > 1 or model.startswith(".")):
         raise FileNotFoundError(f"--model: {model} is not a folder")  # nor a hub name, which has at most one slash
     place = _device(device)
@@ -43,7 +45,8 @@ def _device(name: str | None) -> torch.device:
 def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
     """The token ids [n] of text files one after another, with the end-of-text token between two.
 
-    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or is empty.
+    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or is empty, and for a
+    single token in all.
     """
     ids = []
     for path in paths:
@@ -57,4 +60,6 @@ def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         ids.extend(tokens)
+    if len(ids) < 2:
+        raise ValueError(f"{paths[0]} holds 1 token; expected at least 2, one to predict the other from")
     return torch.tensor(ids)

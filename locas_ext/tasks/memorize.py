@@ -1,12 +1,15 @@
 """`locas memorize`: streams texts through a model into a memory folder."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from .. import memory as locas
-from ..checkpoint import CONFIG_NAME
+from ..checkpoint import CONFIG_NAME, read_config
 from ..config import LocasConfig
 from ..memory import Chunk, MemorizeReport
 from . import Interrupted
@@ -32,6 +35,29 @@ class MemorizeTask:
     device: str | None
 
 
+def _check_settings(task: MemorizeTask) -> None:
+    """ValueError if the run that --out holds has another memory than the command line asks for."""
+    before, wanted = read_config(task.out), task.config
+    different = [name for name in ("rank", "scale", "init", "seed") if getattr(before, name) != getattr(wanted, name)]
+    if different:
+        details = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(wanted, name)!r}" for name in different)
+        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {details}")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder exists and can be written, which is better noticed now than after the work; an empty one goes again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        yield
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
     """Memorizes, saving the memory every `save_every` chunks, at Ctrl-C and at the end, ready to be resumed.
 
@@ -46,6 +72,8 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
         raise ValueError(f"--save-every is {task.save_every}; expected a number of chunks >= 1")
     if not saved and task.out.exists() and (not task.out.is_dir() or any(task.out.iterdir())):
         raise FileExistsError(f"{task.out} holds something else; expected a new or empty folder")
+    if saved:
+        _check_settings(task)
     host, tokenizer = load_host(task.model, task.dtype, task.device)
     ids = read_texts(task.texts, tokenizer)
     memory = locas.load(host, task.out) if task.resume else locas.attach(host, task.config)
@@ -59,10 +87,11 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
             unsaved = 0
 
     try:
-        report = memory.memorize(
-            ids, window=task.window, stride=task.stride, learning_rate=task.learning_rate, epochs=task.epochs,
-            optimizer=task.optimizer, callback=save, resume=task.out if task.resume else None,
-        )
+        with _made(task.out):
+            report = memory.memorize(
+                ids, window=task.window, stride=task.stride, learning_rate=task.learning_rate, epochs=task.epochs,
+                optimizer=task.optimizer, callback=save, resume=task.out if task.resume else None,
+            )
     except KeyboardInterrupt:
         if unsaved:
             memory.save_pretrained(task.out, optimizer=True)
