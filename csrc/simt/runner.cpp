@@ -2,6 +2,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <deque>
 #include <memory>
 
 #include "fiber.h"
@@ -72,7 +73,7 @@ struct Machine {
 
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> pool;
-  std::vector<Thread*> ready;
+  std::deque<Thread*> ready;
   Thread* current = nullptr;
   int alive = 0;
   Fiber launcher;
@@ -122,17 +123,16 @@ void land_bulk_copy(size_t index) {
 }
 
 Thread* next_ready() {
-  auto& ready = machine.ready;
+  std::deque<Thread*>& ready = machine.ready;
   if (!machine.bulk_copies.empty() && chance()) land_bulk_copy(random_below(machine.bulk_copies.size()));
   while (ready.empty()) {
     if (machine.bulk_copies.empty()) report_deadlock();
     land_bulk_copy(0);  // as late as possible: nothing else can go on
   }
-  const size_t index = machine.order == Order::in_turn     ? 0
-                       : machine.order == Order::backwards ? ready.size() - 1
-                                                           : random_below(ready.size());
-  Thread* thread = ready[index];
-  ready.erase(ready.begin() + index);
+  if (machine.order == Order::random) std::swap(ready[random_below(ready.size())], ready.back());
+  Thread* thread = machine.order == Order::in_turn ? ready.front() : ready.back();
+  if (machine.order == Order::in_turn) ready.pop_front();
+  else ready.pop_back();
   return thread;
 }
 
