@@ -98,7 +98,7 @@ void store(T* to, T value) {
 }
 template <class T>
 T load_once(const T* from) {
-  simt::touch(from, sizeof(T), simt::Access::read, simt::Space::global);
+  simt::touch(from, sizeof(T), simt::Access::read_once, simt::Space::global);
   return *from;
 }
 #endif
