@@ -98,7 +98,7 @@ void store(T* to, T value) {
 }
 template <class T>
 T load_once(const T* from) {
-  simt::touch(from, sizeof(T), simt::Access::read, simt::Space::global);
+  simt::touch(from, sizeof(T), simt::Access::read_once, simt::Space::global);
   return *from;
 }
 #endif
@@ -192,13 +192,13 @@ LOCAS_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #else
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::ldmatrix<4, false>("ldmatrix_x4", r, row); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::ldmatrix<4, true>("ldmatrix_x4_trans", r, row); }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { simt::ldmatrix<2, false>("ldmatrix_x2", r, row); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { simt::ldmatrix<2, true>("ldmatrix_x2_trans", r, row); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, false); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, true); }
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { simt::ldmatrix(r, row, false); }
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { simt::ldmatrix(r, row, true); }
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  simt::mma_m16n8k16<std::is_same_v<T, bf16> ? simt::bf16_to_float : simt::f16_to_float>(c, a, b0, b1);
+  simt::mma_m16n8k16(std::is_same_v<T, bf16> ? simt::Half::bf16 : simt::Half::f16, c, a, b0, b1);
 }
 #endif
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef LOCAS_SIMT_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -75,7 +75,7 @@ Fiber::~Fiber() {
 }
 
 void Fiber::entry() {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef LOCAS_SIMT_ASAN
   // The first fiber is entered from the thread's own stack, whose bounds only the sanitizer knows.
   const void* bottom;
   size_t bytes;
@@ -92,7 +92,7 @@ void Fiber::entry() {
 void Fiber::switch_to(Fiber& from, Fiber& to) {
   previous = &from;
   running = &to;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef LOCAS_SIMT_ASAN
   __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_, to.stack_bytes_);
 #endif
 #ifdef LOCAS_FIBER_UCONTEXT
@@ -100,7 +100,7 @@ void Fiber::switch_to(Fiber& from, Fiber& to) {
 #else
   locas_simt_switch(&from.stack_pointer_, to.stack_pointer_);
 #endif
-#ifdef __SANITIZE_ADDRESS__
+#ifdef LOCAS_SIMT_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack_, nullptr, nullptr);
 #endif
 }

@@ -7,9 +7,17 @@
 namespace locas::simt {
 namespace {
 
+constexpr int kNobody = -1, kSeveral = -2;
+
+struct GlobalCell {  // two bytes; blocks of `launch` that touched them
+  uint32_t launch = 0;
+  int writer = kNobody, reader = kNobody;
+};
+
 struct Global {
   size_t bytes;
   std::string name;
+  std::vector<GlobalCell> cells;
 };
 
 std::map<const unsigned char*, Global>& globals() {
@@ -17,38 +25,52 @@ std::map<const unsigned char*, Global>& globals() {
   return buffers;
 }
 
-const char* verb(Access access) { return access == Access::read ? "reads" : "writes"; }
+uint32_t launch = 0;
 
-}  // namespace
-
-void register_global(const void* data, size_t bytes, std::string name) {
-  globals()[static_cast<const unsigned char*>(data)] = {bytes, std::move(name)};
-}
-
-void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
-
-namespace {
+const char* verb(Access access) { return access == Access::write ? "writes" : "reads"; }
 
 // The last buffer that begins at or before the address: the only one that can hold it.
-const std::pair<const unsigned char* const, Global>* buffer_before(const void* address) {
+std::pair<const unsigned char* const, Global>* buffer_before(const void* address) {
   const auto behind = globals().upper_bound(static_cast<const unsigned char*>(address));
   return behind == globals().begin() ? nullptr : &*std::prev(behind);
 }
 
 }  // namespace
 
+void register_global(const void* data, size_t bytes, std::string name) {
+  globals()[static_cast<const unsigned char*>(data)] = {bytes, std::move(name), std::vector<GlobalCell>((bytes + 1) / 2)};
+}
+
+void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
+
+void begin_launch_on_globals() { ++launch; }
+
 bool in_global(const void* address, size_t bytes) {
   const auto* buffer = buffer_before(address);
   return buffer && static_cast<const unsigned char*>(address) + bytes <= buffer->first + buffer->second.bytes;
 }
 
-void check_global(const void* address, size_t bytes, Access access) {
-  if (in_global(address, bytes)) return;
-  const auto* buffer = buffer_before(address);
+void touch_global(int block, const void* address, size_t bytes, Access access) {
+  auto* buffer = buffer_before(address);
   if (!buffer) fail("%s %zu bytes at %p, outside every buffer", verb(access), bytes, address);
-  fail("%s %zu bytes at %p, outside every buffer: the last one before it is '%s', %zu bytes, and this is byte %td of it",
-       verb(access), bytes, address, buffer->second.name.c_str(), buffer->second.bytes,
-       static_cast<const unsigned char*>(address) - buffer->first);
+  auto& [begin, global] = *buffer;
+  const size_t offset = static_cast<const unsigned char*>(address) - begin;
+  const char* name = global.name.c_str();
+  if (offset + bytes > global.bytes)
+    fail("%s %zu bytes at %p, outside every buffer: the last one before it is '%s', %zu bytes, and this is byte %zu of it",
+         verb(access), bytes, address, name, global.bytes, offset);
+  for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+    GlobalCell& cell = global.cells[i];
+    if (cell.launch != launch) cell = {launch, kNobody, kNobody};
+    if (cell.writer != kNobody && cell.writer != block)
+      fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name, cell.writer);
+    if (access == Access::read_once && cell.writer != kNobody)
+      fail("reads byte %zu of '%s' by the read-only path, but this launch wrote it", 2 * i, name);
+    if (access == Access::write && cell.reader != kNobody && cell.reader != block)
+      fail("race: writes byte %zu of '%s', which another block of the same launch read", 2 * i, name);
+    if (access == Access::write) cell.writer = block;
+    else cell.reader = cell.reader == kNobody || cell.reader == block ? block : kSeveral;
+  }
 }
 
 void join(Clock& into, const Clock& other) {

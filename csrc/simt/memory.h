@@ -14,14 +14,17 @@
 namespace locas::simt {
 
 // ---- Global memory -------------------------------------------------------------------------------------------
-enum class Access { read, write };
+// Blocks of one launch cannot wait for each other: none may read or write what another one writes. Bytes are watched in
+// pairs.
+enum class Access { read, read_once, write };  // read_once: by the read-only path, so nobody may write it in this launch
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);
+void begin_launch_on_globals();
 // Whether one registered buffer holds all of [address, address + bytes).
 bool in_global(const void* address, size_t bytes);
-// Aborts unless that is so.
-void check_global(const void* address, size_t bytes, Access access);
+// Aborts unless that is so and the access does not race with another block's.
+void touch_global(int block, const void* address, size_t bytes, Access access);
 
 // A global buffer of a test: poisoned with NaN, its exact bounds known to the runner (and to AddressSanitizer).
 // `offset` elements lie unused before it, to test pointers that are not 16-byte aligned.

@@ -2,6 +2,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <deque>
 #include <memory>
 
 #include "fiber.h"
@@ -72,7 +73,7 @@ struct Machine {
 
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> pool;
-  std::vector<Thread*> ready;
+  std::deque<Thread*> ready;
   Thread* current = nullptr;
   int alive = 0;
   Fiber launcher;
@@ -122,17 +123,16 @@ void land_bulk_copy(size_t index) {
 }
 
 Thread* next_ready() {
-  auto& ready = machine.ready;
+  std::deque<Thread*>& ready = machine.ready;
   if (!machine.bulk_copies.empty() && chance()) land_bulk_copy(random_below(machine.bulk_copies.size()));
   while (ready.empty()) {
     if (machine.bulk_copies.empty()) report_deadlock();
     land_bulk_copy(0);  // as late as possible: nothing else can go on
   }
-  const size_t index = machine.order == Order::in_turn     ? 0
-                       : machine.order == Order::backwards ? ready.size() - 1
-                                                           : random_below(ready.size());
-  Thread* thread = ready[index];
-  ready.erase(ready.begin() + index);
+  if (machine.order == Order::random) std::swap(ready[random_below(ready.size())], ready.back());
+  Thread* thread = machine.order == Order::in_turn ? ready.front() : ready.back();
+  if (machine.order == Order::in_turn) ready.pop_front();
+  else ready.pop_back();
   return thread;
 }
 
@@ -231,6 +231,7 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
   if (machine.order == Order::random)
     for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
   machine.shared.begin_launch(shared_bytes, threads);
+  begin_launch_on_globals();
   for (const int64_t block : order) {
     machine.block = block;
     run_block();
@@ -263,13 +264,13 @@ int block_count() { return static_cast<int>(machine.blocks); }
 
 void touch(const void* address, size_t bytes, Access access, Space space) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
-    fail("%s %zu bytes at %p, which is not aligned to them", access == Access::read ? "reads" : "writes", bytes, address);
+    fail("%s %zu bytes at %p, which is not aligned to them", access == Access::write ? "writes" : "reads", bytes, address);
   bool shared = space == Space::shared || (space == Space::any && machine.shared.contains(address));
   // An access to neither is reported as what it probably was.
   if (space == Space::any && !shared && !in_global(address, bytes)) shared = machine.shared.is_near(address);
-  if (!shared) check_global(address, bytes, access);
-  else if (access == Access::read) machine.shared.read(thread_index(), address, bytes);
-  else machine.shared.write(thread_index(), address, bytes);
+  if (!shared) touch_global(block_index(), address, bytes, access);
+  else if (access == Access::write) machine.shared.write(thread_index(), address, bytes);
+  else machine.shared.read(thread_index(), address, bytes);
 }
 
 void warp_collective(const char* name, void* argument, WarpOperation operation) {
@@ -345,7 +346,7 @@ void land(AsyncCopy& copy) {
 void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
     fail("cp_async_16 from %p to %p: both must be aligned to 16 bytes", global, shared);
-  if (valid) check_global(global, 16, Access::read);
+  if (valid) touch_global(block_index(), global, 16, Access::read);
   machine.shared.begin_copy(thread_index(), shared, 16, "cp_async_wait");
   AsyncCopy copy{shared, valid ? global : nullptr, false};
   if (machine.order == Order::in_turn || chance()) land(copy);
@@ -418,7 +419,7 @@ void mbarrier_wait(uint64_t* address, uint32_t parity) {
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("bulk_copy_to_shared of %u bytes from %p to %p: size and addresses must be multiples of 16", bytes, global, shared);
-  check_global(global, bytes, Access::read);
+  touch_global(block_index(), global, bytes, Access::read);
   MBarrier& barrier = find_mbarrier(address);
   machine.shared.begin_copy(thread_index(), shared, bytes, "mbarrier_wait");
   join(barrier.gathered, machine.shared.clock(current_warp()));

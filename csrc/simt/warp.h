@@ -1,95 +1,16 @@
-// What the lanes of a warp do together: shuffles, ldmatrix, mma.sync.
+// What the lanes of a warp do together. ptx.cuh says what each returns.
 #pragma once
 
 #include <cstdint>
 
-#include "runner.h"
-
 namespace locas::simt {
 
-struct ShuffleLane {
-  float value, result;
-  int source;  // lane
-};
+float shuffle(const char* name, float value, int source_lane);
 
-inline float shuffle(const char* name, float value, int source) {
-  if (source < 0 || source >= 32) fail("%s from lane %d", name, source);
-  ShuffleLane lane{value, 0.0f, source};
-  warp_collective(name, &lane, [](void* const* lanes) {
-    for (int i = 0; i < 32; ++i) {
-      auto& to = *static_cast<ShuffleLane*>(lanes[i]);
-      to.result = static_cast<ShuffleLane*>(lanes[to.source])->value;
-    }
-  });
-  return lane.result;
-}
+template <int matrices>  // 2 or 4
+void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed);
 
-struct LdmatrixLane {
-  uint32_t* registers;  // [matrices]
-  const void* row;      // lane 8 i + j names row j of matrix i
-};
-
-// 8 x 8 matrices of 16-bit elements: lane l receives elements (l / 4, 2 (l % 4)) and the next one, or with transposed the
-// pair (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
-template <int matrices, bool transposed>
-void ldmatrix_lanes(void* const* lanes) {
-  for (int matrix = 0; matrix < matrices; ++matrix)
-    for (int lane = 0; lane < 32; ++lane) {
-      const auto element = [&](int row, int col) -> uint32_t {
-        return static_cast<const uint16_t*>(static_cast<LdmatrixLane*>(lanes[matrix * 8 + row])->row)[col];
-      };
-      const int major = lane / 4, minor = lane % 4 * 2;
-      static_cast<LdmatrixLane*>(lanes[lane])->registers[matrix] =
-          transposed ? element(minor, major) | element(minor + 1, major) << 16
-                     : element(major, minor) | element(major, minor + 1) << 16;
-    }
-}
-
-template <int matrices, bool transposed>
-void ldmatrix(const char* name, uint32_t (&registers)[matrices], const void* row) {
-  // Rows of lanes past the last matrix are not used.
-  if (thread_index() % 32 < 8 * matrices) touch(row, 16, Access::read, Space::shared);
-  LdmatrixLane lane{registers, row};
-  warp_collective(name, &lane, &ldmatrix_lanes<matrices, transposed>);
-}
-
-struct MmaLane {
-  float* c;           // [4]
-  const uint32_t* a;  // [4]
-  uint32_t b[2];
-};
-
-// c [16, 8] += a [16, 16] b [16, 8] with fp32 sums. Lane l has, with row = l / 4 and col = 2 (l % 4), two neighbouring
-// elements a register: a (row, col), (row + 8, col), (row, col + 8), (row + 8, col + 8); b (col, row), (col + 8, row),
-// neighbours along k; c[0..1] (row, col), c[2..3] (row + 8, col).
-template <float (*to_float)(uint16_t)>
-void mma_lanes(void* const* lanes) {
-  float a[16][16], b[8][16];
-  for (int lane = 0; lane < 32; ++lane) {
-    const MmaLane& from = *static_cast<MmaLane*>(lanes[lane]);
-    const int row = lane / 4, col = lane % 4 * 2;
-    for (int i = 0; i < 2; ++i) {
-      for (int part = 0; part < 4; ++part)
-        a[row + part % 2 * 8][col + part / 2 * 8 + i] = to_float(static_cast<uint16_t>(from.a[part] >> 16 * i));
-      for (int part = 0; part < 2; ++part)
-        b[row][col + part * 8 + i] = to_float(static_cast<uint16_t>(from.b[part] >> 16 * i));
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    float* c = static_cast<MmaLane*>(lanes[lane])->c;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-      float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[col][k];
-      c[i] += sum;
-    }
-  }
-}
-
-template <float (*to_float)(uint16_t)>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MmaLane lane{c, a, {b0, b1}};
-  warp_collective("mma_m16n8k16", &lane, &mma_lanes<to_float>);
-}
+enum class Half { bf16, f16 };
+void mma_m16n8k16(Half type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 }  // namespace locas::simt

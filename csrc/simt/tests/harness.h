@@ -60,6 +60,34 @@ class Random {
   std::normal_distribution<double> normal_;
 };
 
+// A matrix in global memory whose rows lie `stride` elements apart. What lies between them must stay as it was.
+template <class T>
+class Matrix {
+ public:
+  Matrix(std::string name, int64_t rows, int64_t cols, int64_t stride, size_t offset = 0)
+      : buffer_(std::move(name), rows * stride, offset), rows_(rows), cols_(cols), stride_(stride) {}
+  Matrix(std::string name, const std::vector<T>& values, int64_t rows, int64_t cols, int64_t stride, size_t offset = 0)
+      : Matrix(std::move(name), rows, cols, stride, offset) {
+    for (int64_t i = 0; i < rows * cols; ++i) buffer_[i / cols * stride + i % cols] = values[i];
+  }
+  Rows view() { return {buffer_.data(), stride_}; }
+  // [rows * cols]; aborts if a kernel wrote between the rows.
+  std::vector<T> values() const {
+    std::vector<T> result;
+    T poison;
+    std::memset(&poison, 0xff, sizeof poison);
+    for (int64_t i = 0; i < rows_ * stride_; ++i) {
+      if (i % stride_ < cols_) result.push_back(buffer_[i]);
+      else if (std::memcmp(&buffer_[i], &poison, sizeof poison) != 0) fail("row %td is overrun", i / stride_);
+    }
+    return result;
+  }
+
+ private:
+  simt::Buffer<T> buffer_;
+  int64_t rows_, cols_, stride_;
+};
+
 template <class T>
 double exact(T value) {
   return static_cast<double>(ptx::to_float(value));
@@ -68,6 +96,18 @@ inline double exact(double value) { return value; }
 template <class T>
 double round_to(double value) {
   return exact(ptx::from_float<T>(static_cast<float>(value)));
+}
+template <class T>
+std::vector<double> exact(const std::vector<T>& values) {
+  std::vector<double> result;
+  for (const T& value : values) result.push_back(exact(value));
+  return result;
+}
+template <class T>
+std::vector<double> round_to(const std::vector<double>& values) {
+  std::vector<double> result;
+  for (const double value : values) result.push_back(round_to<T>(value));
+  return result;
 }
 
 // ---- Comparison ------------------------------------------------------------------------------------------------

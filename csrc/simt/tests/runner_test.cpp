@@ -210,10 +210,10 @@ LOCAS_TEST(misuse, "runner: rules") {
   using ptx::thread_index, ptx::warp_index, ptx::lane_index;
   int rules = 0;
   // Every seed must abort with this reason.
-  const auto expect_abort = [&](const char* rule, const char* reason, Body body) {
-    const int found = seeds_that_find(rule, reason, [body] {
+  const auto expect_abort = [&](const char* rule, const char* reason, Body body, int blocks = 1) {
+    const int found = seeds_that_find(rule, reason, [body, blocks] {
       simt::Buffer<float> data("data", std::vector<float>(64, 1.0f));
-      cuda::launch<Misuse>(1, 256, kQueue, {data.data(), body});
+      cuda::launch<Misuse>(blocks, 256, kQueue, {data.data(), body});
     });
     if (found != kSeeds) fail("%s: found by %d of %d seeds", rule, found, kSeeds);
     ++rules;
@@ -292,6 +292,17 @@ LOCAS_TEST(misuse, "runner: rules") {
     ptx::sync_threads();
     ptx::load(shared + (thread_index() + 1) % 64);
     ptx::store(shared + thread_index(), 2.0f);
+  });
+  expect_abort("two blocks write one element", "of the same launch wrote", [](float* data, float*) {
+    ptx::store(data + thread_index(), 2.0f);
+  }, 2);
+  expect_abort("a block writes what another reads", "of the same launch", [](float* data, float*) {
+    if (ptx::block_index() == 0) ptx::load(data + thread_index());
+    else ptx::store(data + thread_index(), 2.0f);
+  }, 2);
+  expect_abort("load_once of what the launch wrote", "by the read-only path", [](float* data, float*) {
+    ptx::store(data + thread_index(), 2.0f);
+    ptx::load_once(data + thread_index());
   });
   return std::to_string(rules) + " rules, 10 seeds";
 }

@@ -38,14 +38,6 @@ struct AdamWState {
   }
 };
 
-std::vector<double> widened(const std::vector<float>& values) { return {values.begin(), values.end()}; }
-template <class T>
-std::vector<double> rounded(const std::vector<float>& values) {
-  std::vector<double> result;
-  for (const float value : values) result.push_back(round_to<T>(value));
-  return result;
-}
-
 struct Shape {
   int64_t rows, d;
   size_t offset = 0;  // elements before each buffer: 1 makes every row misaligned
@@ -66,7 +58,7 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
   for (float& value : before.exp_avg_sq) value = value * value;
 
   AdamWState<float> peer = before;
-  AdamWState<double> truth{widened(before.slots), widened(before.grad), widened(before.exp_avg), widened(before.exp_avg_sq)};
+  AdamWState<double> truth{exact(before.slots), exact(before.grad), exact(before.exp_avg), exact(before.exp_avg_sq)};
   peer.step(options);
   truth.step(options);
   if (clip) clip_rows(peer.slots, shape.d), clip_rows(truth.slots, shape.d);
@@ -99,10 +91,10 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
     p.clip = clip;
     cuda::adamw(p, kQueue);
 
-    expect_as_good_as("slots", slots.values(), truth.slots, widened(peer.slots));
-    expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, widened(peer.exp_avg));
-    expect_as_good_as("exp_avg_sq", exp_avg_sq.values(), truth.exp_avg_sq, widened(peer.exp_avg_sq));
-    if (with_copy) expect_as_good_as("compute", compute.values(), truth.slots, rounded<Copy>(peer.slots));
+    expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
+    expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, exact(peer.exp_avg));
+    expect_as_good_as("exp_avg_sq", exp_avg_sq.values(), truth.exp_avg_sq, exact(peer.exp_avg_sq));
+    if (with_copy) expect_as_good_as("compute", compute.values(), truth.slots, round_to<Copy>(exact(peer.slots)));
     // Bit for bit the same in every order of threads.
     if (first_run.empty()) first_run = slots.values();
     expect_equal("slots, repeated", slots.values(), first_run);
@@ -142,7 +134,7 @@ void check_sgd(const Shape& shape, double momentum) {
   const Sgd options{.learning_rate = 0.05, .momentum = momentum, .weight_decay = 0.02};
   const SgdState<float> before{draw_slots(random, shape), random.normals<float>(count, 0.3), random.normals<float>(count, 0.3)};
   SgdState<float> peer = before;
-  SgdState<double> truth{widened(before.slots), widened(before.grad), widened(before.buffer)};
+  SgdState<double> truth{exact(before.slots), exact(before.grad), exact(before.buffer)};
   peer.step(options);
   truth.step(options);
   clip_rows(peer.slots, shape.d);
@@ -168,9 +160,9 @@ void check_sgd(const Shape& shape, double momentum) {
     p.clip = true;
     cuda::sgd(p, kQueue);
 
-    expect_as_good_as("slots", slots.values(), truth.slots, widened(peer.slots));
-    expect_as_good_as("compute", compute.values(), truth.slots, rounded<Copy>(peer.slots));
-    if (momentum != 0.0) expect_as_good_as("momentum_buffer", buffer.values(), truth.buffer, widened(peer.buffer));
+    expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
+    expect_as_good_as("compute", compute.values(), truth.slots, round_to<Copy>(exact(peer.slots)));
+    if (momentum != 0.0) expect_as_good_as("momentum_buffer", buffer.values(), truth.buffer, exact(peer.buffer));
     else expect_equal("momentum_buffer without momentum", buffer.values(), before.buffer);
     if (first_run.empty()) first_run = slots.values();
     expect_equal("slots, repeated", slots.values(), first_run);

@@ -1,0 +1,129 @@
+// glu_forward, glu_backward and importance against the activations' textbook formulas in float64. The peer is
+// what torch computes: each operation in float, its result rounded to the storage type.
+#include "harness.h"
+
+namespace locas::test {
+namespace {
+
+template <class Real>
+struct ValueAndSlope {
+  Real value, slope;
+};
+
+template <class Real>
+ValueAndSlope<Real> activation(Activation activation, Real x) {
+  switch (activation) {
+    case Activation::silu: {
+      const Real s = 1 / (1 + std::exp(-x));
+      return {x * s, s * (1 + x * (1 - s))};
+    }
+    case Activation::gelu_tanh: {
+      const Real c = std::sqrt(2.0 / M_PI), cubic = 0.044715, half = 0.5;
+      const Real t = std::tanh(c * (x + cubic * x * x * x));
+      return {half * x * (1 + t), half * (1 + t) + half * x * (1 - t * t) * c * (1 + 3 * cubic * x * x)};
+    }
+    case Activation::gelu: {
+      const Real half = 0.5, cdf = half * (1 + std::erf(x * Real(M_SQRT1_2)));
+      return {x * cdf, cdf + x * std::exp(-half * x * x) * Real(0.5 * M_2_SQRTPI * M_SQRT1_2)};
+    }
+    default: return {std::max<Real>(x, 0), Real(x > 0)};
+  }
+}
+
+struct Case {
+  Activation activation;
+  int64_t rows, cols, stride;
+  size_t offset = 0;     // elements before each matrix
+  bool in_place = false;  // d_hidden is d_gate
+};
+
+const std::vector<Case> kCases = {
+    {Activation::silu, 5, 40, 40},        {Activation::silu, 300, 8, 8},          {Activation::silu, 3, 13, 16},
+    {Activation::gelu_tanh, 7, 72, 80},   {Activation::gelu_tanh, 2, 64, 64, 1},  {Activation::gelu, 9, 33, 33},
+    {Activation::relu, 4, 16, 24, 0, true}, {Activation::silu, 1, 1, 1, 0, true}, {Activation::silu, 6, 50, 53, 0, true},
+};
+
+template <class T>
+void check_glu(const Case& c) {
+  Random random(c.rows * 1000 + c.cols);
+  const int64_t count = c.rows * c.cols;
+  const auto gate = random.normals<T>(count, 2.0), up = random.normals<T>(count), d_hidden = random.normals<T>(count);
+  const float scale = 0.3f;
+
+  struct Results {
+    std::vector<double> hidden, d_gate, d_up;
+  } truth, peer;
+  const auto r = [](double value) { return round_to<T>(value); };
+  for (int64_t i = 0; i < count; ++i) {
+    const double g = exact(gate[i]), u = exact(up[i]), d = exact(d_hidden[i]);
+    const auto [value, slope] = activation<double>(c.activation, g);
+    const auto [peer_value, peer_slope] = activation<float>(c.activation, g);
+    truth.hidden.push_back(scale * value * u);
+    truth.d_gate.push_back(scale * d * u * slope);
+    truth.d_up.push_back(scale * d * value);
+    peer.hidden.push_back(r(scale * r(r(peer_value) * u)));
+    peer.d_gate.push_back(r(r(r(scale * d) * u) * r(peer_slope)));
+    peer.d_up.push_back(r(r(scale * d) * r(peer_value)));
+  }
+
+  for_each_seed([&] {
+    const auto input = [&](const char* name, const std::vector<T>& values) {
+      return Matrix<T>(name, values, c.rows, c.cols, c.stride, c.offset);
+    };
+    const auto output = [&](const char* name) { return Matrix<T>(name, c.rows, c.cols, c.stride, c.offset); };
+    auto gates = input("gate", gate), ups = input("up", up), out = output("out");
+    cuda::glu_forward({gates.view(), ups.view(), out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
+    expect_as_good_as("out", out.values(), truth.hidden, peer.hidden);
+
+    auto d_hiddens = input("d_hidden", d_hidden), d_gate = output("d_gate"), d_up = output("d_up"), hidden = output("hidden");
+    auto& d_gates = c.in_place ? d_hiddens : d_gate;
+    const Rows hidden_rows = c.in_place ? Rows{nullptr, 0} : hidden.view();
+    cuda::glu_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows, c.rows, c.cols,
+                        scale, c.activation, kDType<T>}, kQueue);
+    expect_as_good_as("d_gate", d_gates.values(), truth.d_gate, peer.d_gate);
+    expect_as_good_as("d_up", d_up.values(), truth.d_up, peer.d_up);
+    if (hidden_rows.data) expect_equal("hidden", hidden.values(), out.values());
+  });
+}
+
+LOCAS_TEST(glu, "glu_forward, glu_backward") {
+  for (const Case& c : kCases) {
+    check_glu<bf16>(c);
+    check_glu<f16>(c);
+    check_glu<float>(c);
+  }
+  return std::to_string(3 * kCases.size()) + " cases, 10 seeds";
+}
+
+template <class T>
+void check_importance(Activation act, int64_t rows, int64_t cols, int64_t stride) {
+  Random random(rows * 1000 + cols);
+  const auto gate = random.normals<T>(rows * cols, 2.0), up = random.normals<T>(rows * cols);
+  std::vector<double> truth(cols, 0.0);
+  std::vector<float> sums(cols, 0.0f);
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    const double term = std::abs(activation<double>(act, exact(gate[i])).value * exact(up[i]));
+    truth[i % cols] += term / rows;
+    sums[i % cols] += static_cast<float>(term);
+  }
+  for (float& sum : sums) sum /= rows;
+  std::vector<float> first_run;
+  for_each_seed([&] {
+    Matrix<T> gates("gate", gate, rows, cols, stride), ups("up", up, rows, cols, stride);
+    simt::Buffer<float> importance("importance", cols);
+    cuda::importance({gates.view(), ups.view(), importance.data(), rows, cols, act, kDType<T>}, kQueue);
+    expect_as_good_as("importance", importance.values(), truth, exact(sums));
+    if (first_run.empty()) first_run = importance.values();
+    expect_equal("importance, repeated", importance.values(), first_run);
+  });
+}
+
+LOCAS_TEST(importances, "importance") {
+  check_importance<bf16>(Activation::silu, 37, 70, 72);
+  check_importance<f16>(Activation::gelu_tanh, 8, 32, 32);
+  check_importance<float>(Activation::relu, 3, 5, 5);
+  return "3 cases, 10 seeds";
+}
+
+}  // namespace
+}  // namespace locas::test
