@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 
@@ -280,16 +281,16 @@ FfnWeights weights_of(const char* op, const FfnTensors& t, const TensorRef& x) {
 
 // The fused kernels are CUDA only.
 #ifdef LOCAS_WITH_CUDA
-#define LOCAS_LAUNCH_CUDA(kernel, params, x, stream)                                                     \
-  do {                                                                                                   \
-    if ((x).device < 0) throw py::value_error(#kernel ": x is on the CPU; the fused kernels need CUDA"); \
-    const py::gil_scoped_release released;                                                               \
-    cuda::kernel(params, {(x).device, reinterpret_cast<void*>(stream)});                                 \
+#define LOCAS_LAUNCH_CUDA(kernel, like, stream, ...)                                                              \
+  do {                                                                                                            \
+    if ((like).device < 0) throw py::value_error(#kernel ": the tensors are on the CPU; this kernel needs CUDA"); \
+    const py::gil_scoped_release released;                                                                        \
+    cuda::kernel(__VA_ARGS__, {(like).device, reinterpret_cast<void*>(stream)});                                  \
   } while (0)
 #else
-#define LOCAS_LAUNCH_CUDA(kernel, params, x, stream)                                                    \
+#define LOCAS_LAUNCH_CUDA(kernel, like, stream, ...)                                                    \
   do {                                                                                                  \
-    (void)(params), (void)(stream);                                                                     \
+    (void)(stream), (void)sizeof(__VA_ARGS__);                                                          \
     throw std::runtime_error(#kernel ": this build has no CUDA kernels; rebuild with LOCAS_CUDA=1 "     \
                              "where nvcc is found");                                                    \
   } while (0)
@@ -346,7 +347,7 @@ void ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up,
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   if (p.tokens == 0) return;
-  LOCAS_LAUNCH_CUDA(ffn_forward, p, x, stream);
+  LOCAS_LAUNCH_CUDA(ffn_forward, x, stream, p);
 }
 
 void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
@@ -382,7 +383,7 @@ void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   if (p.tokens == 0) return;
-  LOCAS_LAUNCH_CUDA(ffn_backward, p, x, stream);
+  LOCAS_LAUNCH_CUDA(ffn_backward, x, stream, p);
 }
 
 void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const MaybeTensor& gate_bias,
@@ -408,17 +409,15 @@ void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRe
   p.workspace = workspace_of(op, workspace, neuron_importance_workspace(p.tokens, w.m), x);
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
-  LOCAS_LAUNCH_CUDA(neuron_importance, p, x, stream);
+  LOCAS_LAUNCH_CUDA(neuron_importance, x, stream, p);
 }
 
-void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
-           const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-           float weight_decay, bool clip, const std::optional<TensorRef>& compute,
-           const std::optional<TensorRef>& finite, uintptr_t stream) {
-  constexpr const char* op = "update_slots_";
-  AdamWParams p;
+// Everything of an AdamW step but the gradient.
+AdamWParams adamw_params(const char* op, const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+                         const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
+                         float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite) {
+  AdamWParams p{};
   p.slots = slot_state(op, {"slots", slots}, slots);
-  p.grad = slot_state(op, {"grad", grad}, slots);
   p.exp_avg = slot_state(op, {"exp_avg", exp_avg}, slots);
   p.exp_avg_sq = slot_state(op, {"exp_avg_sq", exp_avg_sq}, slots);
   p.compute = compute_copy(op, compute, slots);
@@ -434,16 +433,14 @@ void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_a
   p.weight_decay = weight_decay;
   p.clip = clip;
   if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
-  LOCAS_DISPATCH(adamw, p, slots.device, stream);
+  return p;
 }
 
-void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<TensorRef>& momentum_buffer,
-         const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
-         const std::optional<TensorRef>& compute, const std::optional<TensorRef>& finite, uintptr_t stream) {
-  constexpr const char* op = "sgd_slots_";
-  SgdParams p;
+SgdParams sgd_params(const char* op, const TensorRef& slots, const MaybeTensor& momentum_buffer,
+                     const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
+                     const MaybeTensor& compute, const MaybeTensor& finite) {
+  SgdParams p{};
   p.slots = slot_state(op, {"slots", slots}, slots);
-  p.grad = slot_state(op, {"grad", grad}, slots);
   p.momentum_buffer = momentum_buffer ? slot_state(op, {"momentum_buffer", *momentum_buffer}, slots) : nullptr;
   p.compute = compute_copy(op, compute, slots);
   p.compute_dtype = compute ? compute->dtype : DType::f32;
@@ -453,7 +450,86 @@ void sgd(const TensorRef& slots, const TensorRef& grad, const std::optional<Tens
   p.weight_decay = weight_decay;
   p.clip = clip;
   if (finite) p.finite = scalar(op, {"finite", *finite}, slots);
+  return p;
+}
+
+void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+           const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
+           float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite, uintptr_t stream) {
+  constexpr const char* op = "update_slots_";
+  AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip,
+                               compute, finite);
+  p.grad = slot_state(op, {"grad", grad}, slots);
+  LOCAS_DISPATCH(adamw, p, slots.device, stream);
+}
+
+void sgd(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
+         float momentum, float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite,
+         uintptr_t stream) {
+  constexpr const char* op = "sgd_slots_";
+  SgdParams p = sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
+  p.grad = slot_state(op, {"grad", grad}, slots);
   LOCAS_DISPATCH(sgd, p, slots.device, stream);
+}
+
+// The 5 tensors of each layer's SlotFactors: d_gate, d_key, hidden [tokens, r], x, dy [tokens, d].
+LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRef, 5>>& layers, float scale,
+                           const TensorRef& compute, const TensorRef& slots) {
+  LayerFactors p{};
+  if (slots.ndim != 4 || slots.shape[1] != 3 || layers.size() != static_cast<size_t>(slots.shape[0]))
+    fail(op, {"slots", slots}, "has shape " + slots.shape_text() + "; expected [" + std::to_string(layers.size()) + ", 3, r, d]");
+  if (layers.size() > LayerFactors::kMostLayers)
+    throw py::value_error(std::string(op) + ": factors of " + std::to_string(layers.size()) + " layers; at most " +
+                          std::to_string(LayerFactors::kMostLayers));
+  const TensorRef& x = layers.at(0)[3];
+  const int64_t d = slots.shape[3];
+  p.count = static_cast<int>(layers.size());
+  p.r = slots.shape[2];
+  p.tokens = x.ndim == 2 ? x.shape[0] : 0;
+  p.scale = scale;
+  p.dtype = x.dtype;
+  if (x.dtype != DType::bf16 && x.dtype != DType::f16) fail(op, {"x", x}, "must be bfloat16 or float16");
+  if (compute.dtype != x.dtype) fail(op, {"compute", compute}, "has another dtype than x");
+  if (x.device != slots.device) fail(op, {"x", x}, "lies on another device than slots");
+  if (p.tokens < 1 || p.tokens > LayerFactors::kMostTokens)
+    fail(op, {"x", x}, "has shape " + x.shape_text() + "; expected 1 to " + std::to_string(LayerFactors::kMostTokens) + " tokens");
+  if (d % 8 != 0 || d > LayerFactors::kMostWidth)
+    fail(op, {"slots", slots}, "has rows of " + std::to_string(d) + "; expected a multiple of 8, at most " +
+                                   std::to_string(LayerFactors::kMostWidth));
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    const auto& [d_gate, d_key, hidden, layer_x, dy] = layers[layer];
+    const auto coefficients = [&](const char* name, const TensorRef& t) {
+      if (t.ndim != 2 || t.shape[0] != p.tokens || t.shape[1] != p.r || t.dtype != x.dtype || t.device != x.device ||
+          (p.r > 1 && t.stride[1] != 1))
+        fail(op, {name, t}, "must be [tokens, r], contiguous in its last dimension, of x's dtype and device");
+      return Rows{t.data, t.stride[0]};
+    };
+    p.layers[layer] = {coefficients("d_gate", d_gate), coefficients("d_key", d_key), coefficients("hidden", hidden),
+                       pieces(op, {"x", layer_x}, p.tokens, d, x), pieces(op, {"dy", dy}, p.tokens, d, x)};
+  }
+  return p;
+}
+
+using FactorTensors = std::vector<std::array<TensorRef, 5>>;
+
+void adamw_from_factors(const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq, const TensorRef& step,
+                        const TensorRef& learning_rate, double beta1, double beta2, float eps, float weight_decay,
+                        bool clip, const TensorRef& compute, const MaybeTensor& finite, const FactorTensors& factors,
+                        float factor_scale, uintptr_t stream) {
+  constexpr const char* op = "update_slots_";
+  const AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay,
+                                     clip, compute, finite);
+  const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
+  LOCAS_LAUNCH_CUDA(adamw_from_factors, slots, stream, p, layers);
+}
+
+void sgd_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
+                      float momentum, float weight_decay, bool clip, const TensorRef& compute, const MaybeTensor& finite,
+                      const FactorTensors& factors, float factor_scale, uintptr_t stream) {
+  constexpr const char* op = "sgd_slots_";
+  const SgdParams p = sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
+  const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
+  LOCAS_LAUNCH_CUDA(sgd_from_factors, slots, stream, p, layers);
 }
 
 py::dict build_info() {
@@ -512,6 +588,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("ffn_forward_workspace", &ffn_forward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"), py::arg("r"));
   m.def("ffn_backward_workspace", &ffn_backward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"), py::arg("r"));
   m.def("neuron_importance_workspace", &neuron_importance_workspace, py::arg("tokens"), py::arg("m"));
+  m.def("adamw_from_factors", &adamw_from_factors, py::arg("slots"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+        py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("factors"),
+        py::arg("factor_scale"), py::arg("stream"));
+  m.def("sgd_from_factors", &sgd_from_factors, py::arg("slots"), py::arg("momentum_buffer"), py::arg("learning_rate"),
+        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
+        py::arg("factors"), py::arg("factor_scale"), py::arg("stream"));
   m.def("build_info", &build_info);
 }
 

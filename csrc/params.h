@@ -176,4 +176,20 @@ struct SgdParams {
   DeviceScalar finite = {nullptr, DType::f32};  // data may be null
 };
 
+// One layer's slots' gradient that nobody has formed yet: dG = d_gate^T x, dK = d_key^T x, dV = hidden^T dy.
+struct GradientFactors {
+  Rows d_gate, d_key, hidden;  // [tokens, r]
+  Rows x, dy;                  // [tokens, d]
+};
+
+// The gradient of all layers' slots as factors, for the update that forms each row in registers; bf16 or f16.
+struct LayerFactors {
+  static constexpr int kMostLayers = 32, kMostTokens = 64, kMostWidth = 8192;
+  GradientFactors layers[kMostLayers];
+  int count;
+  int64_t tokens, r;
+  float scale;  // multiplies the gradient
+  DType dtype;
+};
+
 }  // namespace locas

@@ -21,6 +21,8 @@ class SlotArena:
         slots: [l, 3, r, d] float32, the master
         grad: [l, 3, r, d] float32
         parameters: l nn.Parameters [3, r, d], views of slots; their .grad are views of grad
+        sinks: while memorizing, what the backward adds each layer's gradient into (a slice of grad, or factors); else None
+        factors: l SlotFactors where the gradient is kept unformed for the update (fused.py), else None
         compute, views: the slots in the host's dtype, and per layer (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
         step: [] int64, the number of AdamW updates so far
@@ -30,6 +32,7 @@ class SlotArena:
     def __init__(self, positions: list[int], rank: int, hidden_size: int, scale: list[float], device, dtype):
         self.positions = positions
         self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
+        self.sinks = self.factors = None
         with torch.inference_mode(False), torch.no_grad():
             self.slots = torch.zeros(len(positions), 3, rank, hidden_size, device=device)
             self.grad = torch.zeros_like(self.slots)
@@ -90,8 +93,16 @@ class SlotArena:
 
     # ---- gradient and optimizer states -----------------------------------------------------------------------
     def zero_grad(self) -> None:
-        self.grad.zero_()
+        if self.factors is None:
+            self.grad.zero_()
+        self.factors = None
         self._bind_grads()
+
+    def gradient_norm(self) -> Tensor:
+        """[] float32, not finite if the gradient is not; of factors an upper bound."""
+        if self.factors is None:
+            return self.grad.norm()
+        return torch.stack([factors.norm_bound() for factors in self.factors]).sum()
 
     def gather_grad(self) -> None:
         """Brings back gradients that a `zero_grad(set_to_none=True)` moved out of the arena."""

@@ -28,18 +28,47 @@ def obstacle(x: Tensor, d: int, m: int) -> str | None:
     return None
 
 
-# Up to how many tokens our kernels beat cuBLAS with native epilogues; see bench/RESULTS.md.
-MOST_TOKENS = 64
+# Up to how many tokens our kernels beat cuBLAS with native epilogues, forward and backward, by hidden size: measured on an
+# H100 (bench/RESULTS.md).
+_MOST_TOKENS = ((1024, 128), (float("inf"), 64))
+
+# What the update can form the slots' gradient from.
+MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = 64, 32, 8192
 
 
-def is_faster(x: Tensor, d: int, m: int) -> bool:
-    """What backend "auto" goes by for x [..., d]: whether these kernels can take the FFN and were measured to be faster."""
-    return x.is_cuda and x.numel() <= MOST_TOKENS * d and obstacle(x, d, m) is None
+def most_tokens(d: int) -> int:
+    """Up to how many tokens backend "auto" takes these kernels."""
+    return next(tokens for width, tokens in _MOST_TOKENS if d <= width)
 
 
-def choice(x: Tensor, d: int, m: int) -> str:
-    """What backend "auto" comes to for tensors like x, in words."""
-    return f"fused up to {MOST_TOKENS} tokens, else matmul" if obstacle(x, d, m) is None else "matmul"
+def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
+    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were measured to be faster."""
+    return like.is_cuda and tokens <= most_tokens(d) and obstacle(like, d, m) is None
+
+
+def choice(like: Tensor, d: int, m: int) -> str:
+    """What backend "auto" comes to for tensors like this one, in words."""
+    return f"fused up to {most_tokens(d)} tokens, else matmul" if obstacle(like, d, m) is None else "matmul"
+
+
+class SlotFactors:
+    """One layer's slots' gradient as factors: dG = d_gate^T x, dK = d_key^T x, dV = hidden^T dy.
+
+    d_gate, d_key, hidden: [T, r] in the compute dtype (of their rows r' >= r columns may exist); x, dy: [T, d].
+    """
+
+    def __init__(self):
+        self.tensors: tuple[Tensor, ...] | None = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        if self.tensors is not None:
+            raise RuntimeError("a layer ran twice in one step; its slots' gradient cannot be kept as factors")
+        self.tensors = tensors
+
+    def norm_bound(self) -> Tensor:
+        """[] float32, at least the gradient's norm; not finite if a factor is not, or if their product may not be."""
+        d_gate, d_key, hidden, x, dy = torch._foreach_norm(self.tensors, dtype=torch.float32)
+        return (d_gate + d_key) * x + hidden * dy
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -78,11 +107,11 @@ def glu_ffn_backward(
     scale: float,
     activation: int,
     needs_dx: bool,
-    slots_grad: Tensor | None,
+    slots_grad: Tensor | SlotFactors | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d] float32.
 
-    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
+    With `slots_grad` the latter is added there (float32, [3, r, d]) or kept there (SlotFactors), and None comes back.
     """
     x, dy = _rows(x), _rows(dy)
     gate, up, _ = saved
@@ -91,13 +120,18 @@ def glu_ffn_backward(
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     memory_hidden = x.new_empty(tokens, gate.shape[1] - m)
     dx = x.new_empty(tokens, d) if needs_dx else None
-    d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device) if slots_grad is None else slots_grad
+    if slots_grad is None:
+        d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device)
+    else:
+        d_slots = None if isinstance(slots_grad, SlotFactors) else slots_grad
     if tokens:
         workspace = _workspace(x, _C.ffn_backward_workspace(tokens, d, m, rank))
         _C.ffn_backward(
             dy, x, *host, *slots, gate, up, d_gate, d_up, memory_hidden, dx, d_slots, workspace, activation, scale,
             stream_of(x),
         )
+    if isinstance(slots_grad, SlotFactors):
+        slots_grad.keep(d_gate[:, m : m + rank], d_up[:, m : m + rank], memory_hidden[:, :rank], x, dy)
     return dx, d_slots if slots_grad is None else None
 
 
@@ -109,3 +143,48 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
     workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
     _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
     return importance
+
+
+def update_slots_(
+    slots: Tensor,
+    factors: list[SlotFactors],
+    factor_scale: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: bool,
+    compute: Tensor,
+    finite: Tensor | None = None,
+) -> None:
+    """One AdamW step of slots [l, 3, r, d] on the gradient that the l factors make, times factor_scale; then the row clip.
+
+    At most MOST_FACTOR_TOKENS tokens and MOST_FACTOR_LAYERS layers, d at most MOST_FACTOR_WIDTH; else as kernels.update_slots_.
+    """
+    _C.adamw_from_factors(
+        slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite,
+        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
+    )
+
+
+def sgd_slots_(
+    slots: Tensor,
+    factors: list[SlotFactors],
+    factor_scale: float,
+    learning_rate: Tensor,
+    momentum_buffer: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    clip: bool,
+    compute: Tensor,
+    finite: Tensor | None = None,
+) -> None:
+    """One SGD step as `update_slots_`."""
+    _C.sgd_from_factors(
+        slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite,
+        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
+    )

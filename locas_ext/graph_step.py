@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .chunk import Window, chunk_loss
+from .chunk import Window
 from .optim import OPTIMIZERS
 from .patch import Attachment
-from .step import backward, check_gradient, check_loss, eager_step
+from .step import check_gradient, check_loss, eager_step, gradient, loss_scale
 
 if TYPE_CHECKING:
     from .online import Settings
@@ -171,11 +171,7 @@ class MemorizeStep:
             home.ready()
 
     def _gradient(self) -> Tensor:
-        """Loss and gradient of the window in `ids`; returns the loss."""
-        attachment, settings = self.attachment, self.settings
-        loss = chunk_loss(attachment.host, self.window, settings.context_gradient, self.ends_early)
-        backward(attachment.state, loss, len(self.window.targets))
-        return loss.detach()
+        return gradient(self.attachment, self.window, self.settings, self.ends_early)
 
     def _rehearsal(self) -> None:
         self._gradient()
@@ -186,11 +182,12 @@ class MemorizeStep:
         for home in self._homes():
             home.refresh()  # always: whether a replay needs it is not known here
         loss = self._gradient()
-        finite = (loss.isfinite() & arena.grad.norm().isfinite()).long()
+        finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
+        state = self.attachment.state
         OPTIMIZERS[self.settings.optimizer](
-            self.attachment.state, self.learning_rate, clip=self.attachment.config.clip, finite=finite
+            state, self.learning_rate, clip=self.attachment.config.clip, gradient_scale=1.0 / loss_scale(state), finite=finite
         )
-        arena.grad.zero_()
+        arena.zero_grad()
         self.outcome.copy_(torch.stack([loss.double(), finite.double()]))
 
     def _undo_python(self, captured: bool) -> None:

@@ -114,7 +114,7 @@ def native_backend(op: str, x: Tensor, gate_weight: Tensor, backend: str):
         return kernels
     m, d = gate_weight.shape
     if backend == "auto":
-        return fused if fused.is_faster(x, d, m) else kernels
+        return fused if fused.is_faster(x, x.numel() // d, d, m) else kernels
     if problem := fused.obstacle(x, d, m):
         raise ValueError(f"{op}: backend is 'fused', but {problem}")
     return fused

@@ -1,10 +1,11 @@
 """The fused updates: one launch steps and clips the slots of all layers on a device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from . import kernels
+from . import fused, kernels
 from .arena import SlotArena
 from .slots import MemoryState
 
@@ -36,6 +37,15 @@ def _allocate(state: MemoryState, *names: str) -> None:
             arena.state(name)
 
 
+def _gradient(arena: SlotArena, scale: float, from_grad: Callable, from_factors: Callable) -> tuple:
+    """-> the update function for what the backward left, and its arguments for the gradient."""
+    if arena.factors is not None:
+        return from_factors, arena.factors, scale
+    if scale != 1.0:
+        arena.grad *= scale
+    return from_grad, arena.grad
+
+
 @torch.no_grad()
 def adamw_step(
     state: MemoryState,
@@ -44,9 +54,10 @@ def adamw_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: bool = True,
+    gradient_scale: float = 1.0,
     finite: torch.Tensor | None = None,
 ) -> None:
-    """AdamW with bias correction on the arenas' grad, then the row clip.
+    """AdamW with bias correction on the arenas' gradient times gradient_scale, then the row clip.
 
     finite: [] int64, 1 or 0, on the arena's device; at 0 nothing happens. Whoever passes it calls state.finish_update()
     when the host knows that it was 1. A captured graph passes it, and the learning rate as a tensor.
@@ -54,8 +65,9 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-        kernels.update_slots_(
-            arena.slots, arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.step,
+        update, *gradient = _gradient(arena, gradient_scale, kernels.update_slots_, fused.update_slots_)
+        update(
+            arena.slots, *gradient, arena.exp_avg, arena.exp_avg_sq, arena.step,
             _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena), finite,
         )
     if finite is None:
@@ -69,15 +81,17 @@ def sgd_step(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     clip: bool = True,
+    gradient_scale: float = 1.0,
     finite: torch.Tensor | None = None,
 ) -> None:
-    """SGD on the arenas' grad, then the row clip; finite as in `adamw_step`."""
+    """SGD on the arenas' gradient times gradient_scale, then the row clip; finite as in `adamw_step`."""
     if momentum:
         _allocate(state, "momentum_buffer")
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
-        kernels.sgd_slots_(
-            arena.slots, arena.grad, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
+        update, *gradient = _gradient(arena, gradient_scale, kernels.sgd_slots_, fused.sgd_slots_)
+        update(
+            arena.slots, *gradient, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
             _kernel_copy(arena), finite,
         )
     if finite is None:

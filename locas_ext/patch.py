@@ -85,7 +85,7 @@ class PatchedFFN:
         x2d = x.reshape(-1, x.shape[-1])
         rehomed = not alone and self.home is not None and self.home.ready()
         if gradients and (learns or x.requires_grad):
-            grad = arena.grads[index] if state.accumulate else None
+            grad = None if arena.sinks is None else arena.sinks[index]
             if rehomed:
                 y = RehomedFunction.apply(x2d, parameter, self.home, self.ffn.weights().down_bias, activation, grad)
             elif alone:
@@ -138,6 +138,16 @@ class PatchedFFN:
         if self.backend != "auto":
             return self.backend
         return fused.choice(self.arena.compute, self.attachment.host.hidden_size, self.attachment.host.intermediate_size)
+
+    def runs_fused(self, tokens: int) -> bool:
+        """Whether so many tokens go through the fused kernels."""
+        if self.home is not None or self.ffn.obstacle() is not None:
+            return False
+        host = self.attachment.host
+        return self.backend == "fused" or (
+            self.backend == "auto"
+            and fused.is_faster(self.arena.compute, tokens, host.hidden_size, host.intermediate_size)
+        )
 
     def path(self) -> tuple[str, str]:
         """("whole", why) where host and memory run as one op, ("sideway", why) where the memory is added beside the host."""
@@ -244,6 +254,18 @@ class Attachment:
                 "save the memory, detach it, and load it into the spread host"
             )
         arena.place(device, dtype)
+
+    def keeps_factors(self, tokens: int) -> bool:
+        """Whether the backward over so many tokens can leave the slots' gradient to the update (fused.SlotFactors)."""
+        state = self.state
+        return (
+            state.learned
+            and tokens <= fused.MOST_FACTOR_TOKENS
+            and state.hidden_size <= fused.MOST_FACTOR_WIDTH
+            and all(len(arena.positions) <= fused.MOST_FACTOR_LAYERS for arena in state.arenas)
+            and not torch.is_autocast_enabled("cuda")
+            and all(ffn.runs_fused(tokens) for ffn in self.ffns)
+        )
 
     @property
     def attached(self) -> bool:

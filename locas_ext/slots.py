@@ -5,12 +5,14 @@ layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots`
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .arena import OPTIMIZER_STATES, SlotArena
+from .fused import SlotFactors
 
 GATE, KEY, VALUE = 0, 1, 2
 _generations = itertools.count(1)  # one number for every state that any memory has been in
@@ -33,7 +35,6 @@ class MemoryState:
         version: the number of updates so far; at 0 the memory is a no-op
         initialized: whether gate and key rows have been set
         disabled: how many `disabled()` blocks are open
-        accumulate: whether the backward adds into the arenas' grad in place instead of handing the gradient to autograd
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class MemoryState:
         self.version = 0
         self.initialized = False
         self.disabled = 0
-        self.accumulate = False
 
     @property
     def version(self) -> int:
@@ -148,6 +148,22 @@ class MemoryState:
     def zero_grad(self) -> None:
         for arena in self.arenas:
             arena.zero_grad()
+
+    @contextmanager
+    def accumulating(self, as_factors: bool = False) -> Iterator[None]:
+        """Inside, forwards make backwards that add the slots' gradient into the arenas instead of handing it to autograd.
+
+        as_factors: whether they keep it as factors, which the update forms the gradient from.
+        """
+        for arena in self.arenas:
+            if as_factors:
+                arena.factors = [SlotFactors() for _ in arena.positions]
+            arena.sinks = arena.factors if as_factors else arena.grads
+        try:
+            yield
+        finally:
+            for arena in self.arenas:
+                arena.sinks = None
 
     def finish_update(self) -> None:
         """Called when the update kernels have written every arena."""

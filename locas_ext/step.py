@@ -1,6 +1,7 @@
 """One memorizing step: a chunk's loss, its gradient in the arenas, and the update. graph_step.py captures the same parts."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,17 +20,27 @@ if TYPE_CHECKING:
 FP16_LOSS_SCALE = 1024.0
 
 
-def backward(state: MemoryState, loss: Tensor, tokens: int) -> None:
-    """Adds the gradient of a summed loss, divided by `tokens`, into the arenas; nothing waits for the device."""
-    loss_scale = FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
-    state.accumulate = True
-    try:
-        (loss * (loss_scale / tokens)).backward()
-    finally:
-        state.accumulate = False
-    if loss_scale != 1.0:
-        for arena in state.arenas:
-            arena.grad /= loss_scale
+def loss_scale(state: MemoryState) -> float:
+    """What the loss is multiplied by, and the gradient divided by before the update."""
+    return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
+
+
+def gradient(
+    attachment: Attachment, window: Window, settings: "Settings", ends_early: bool, check: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
+
+    check sees the loss before the backward. Nothing here waits for the device.
+    """
+    state, tokens = attachment.state, len(window.inputs)
+    if settings.context_gradient:
+        tokens += len(window.context)
+    with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
+        loss = chunk_loss(attachment.host, window, settings.context_gradient, ends_early)
+        if check is not None:
+            check(loss)
+        (loss * (loss_scale(state) / len(window.targets))).backward()
+    return loss.detach()
 
 
 def check_loss(loss: float, state: MemoryState, place: str) -> None:
@@ -50,13 +61,11 @@ def eager_step(attachment: Attachment, window: Window, settings: "Settings", end
     LocasError, with the memory unchanged, if loss or gradient is not finite.
     """
     state = attachment.state
-    loss = chunk_loss(attachment.host, window, settings.context_gradient, ends_early)
-    value = loss.item()
-    check_loss(value, state, place)
     try:
-        backward(state, loss, len(window.targets))
-        check_gradient(all([math.isfinite(arena.grad.norm().item()) for arena in state.arenas]), state, place)
-        OPTIMIZERS[settings.optimizer](state, settings.learning_rate, clip=attachment.config.clip)
+        loss = gradient(attachment, window, settings, ends_early, lambda loss: check_loss(loss.item(), state, place))
+        check_gradient(all([math.isfinite(arena.gradient_norm().item()) for arena in state.arenas]), state, place)
+        update = OPTIMIZERS[settings.optimizer]
+        update(state, settings.learning_rate, clip=attachment.config.clip, gradient_scale=1.0 / loss_scale(state))
     finally:
         state.zero_grad()
-    return value
+    return loss.item()

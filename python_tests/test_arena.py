@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -45,9 +46,8 @@ def test_layers_sharing_one_version_counter_do_not_disturb_each_others_backward(
     model, memory = learned(model_settings=dict(num_hidden_layers=3))
     state = memory.state
     state.zero_grad()
-    state.accumulate = accumulate
-    loss_of(model).backward()
-    state.accumulate = False
+    with state.accumulating() if accumulate else nullcontext():
+        loss_of(model).backward()
     got = torch.stack([p.grad for p in memory.parameters()])
     slots = [layer.detach().double().clone().requires_grad_() for layer in memory.slots]
     plain = PlainMemory(model_without(memory), slots, memory.scale)

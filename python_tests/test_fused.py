@@ -201,6 +201,81 @@ class TestPlumbing:
         assert results["fused"] == pytest.approx(results["matmul"], rel=0.02)
 
 
+# ---- the per-token update: the gradient stays in factors until the update forms it ----------------------------------
+def a_learning_memory(backend, dtype=torch.bfloat16, layers=None):
+    from helpers import attached  # the small hosts of the other tests
+
+    model, memory = attached("llama")
+    memory.detach()
+    model = model.to("cuda", dtype)
+    return model, locas.attach(model, locas.LocasConfig(rank=6, layers=layers, backend=backend))
+
+
+class TestFactors:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    def test_memorizing_learns_as_with_a_gradient_buffer(self, optimizer, dtype, monkeypatch):
+        from helpers import TEXT
+
+        used, results = [], {}
+        for name in ("update_slots_", "sgd_slots_"):
+            original = getattr(fused, name)
+            monkeypatch.setattr(fused, name, lambda *a, original=original, **k: (used.append(1), original(*a, **k)))
+        for factors in (True, False):
+            monkeypatch.setattr(fused, "MOST_FACTOR_TOKENS", 64 if factors else 0)
+            used.clear()
+            _, memory = a_learning_memory("fused", dtype)
+            rate = 0.02 if optimizer == "adamw" else 0.5
+            report = memory.memorize(
+                TEXT, window=24, stride=7, learning_rate=rate, optimizer=optimizer, progress=False
+            )
+            assert bool(used) == factors and memory.slots.norm(dim=-1).max() <= 1 + 1e-5
+            results[factors] = report.perplexity, memory.slots.clone()
+        assert results[True][0] == pytest.approx(results[False][0], rel=2e-2)
+        moved = (results[True][1] - results[False][1]).norm() / results[False][1].norm()
+        assert moved < 0.05
+
+    def test_one_update_is_that_of_the_formed_gradient(self):
+        torch.manual_seed(3)
+        layers, tokens, d, rank = 3, 37, 264, 10
+        make = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()
+        factors = []
+        gradient = torch.empty(layers, 3, rank, d, device="cuda", dtype=torch.float64)
+        for layer in range(layers):
+            parts = make(tokens, 16)[:, :rank], make(tokens, 16)[:, 2 : 2 + rank], make(tokens, rank), make(tokens, d), make(tokens, d)
+            factors.append(fused.SlotFactors())
+            factors[-1].keep(*parts)
+            d_gate, d_key, hidden, x, dy = (t.double() for t in parts)
+            gradient[layer] = torch.stack([d_gate.T @ x, d_key.T @ x, hidden.T @ dy])
+        slots = torch.randn(layers, 3, rank, d, device="cuda") / d**0.5
+        exact = [slots.double(), torch.zeros_like(gradient), torch.zeros_like(gradient)]
+        reference.update_slots_(exact[0], gradient * 0.25, exact[1], exact[2], torch.tensor(1), torch.tensor(0.01))
+        copy, states = torch.empty_like(slots, dtype=torch.bfloat16), [torch.zeros_like(slots) for _ in range(2)]
+        step, rate = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
+        fused.update_slots_(slots, factors, 0.25, *states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, copy)
+        for ours, truth in zip((slots, *states), exact):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-6)
+        assert torch.equal(copy, slots.bfloat16())
+        bound = sum(layer.norm_bound() for layer in factors)
+        assert bound >= gradient.norm()
+
+    def test_a_gradient_that_is_not_finite_changes_nothing(self):
+        from helpers import TEXT
+
+        model, memory = a_learning_memory("fused")
+        memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
+        before, version = memory.slots.clone(), memory.version
+        hook = model.model.layers[0].register_full_backward_hook(lambda m, gi, go: (gi[0] * float("nan"),) + gi[1:])
+        model.model.layers[1].mlp.register_full_backward_pre_hook(lambda m, go: (go[0] * float("inf"),))
+        with pytest.raises(locas.LocasError, match="the gradient is not finite"):
+            memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
+        hook.remove()
+        assert torch.equal(memory.slots, before) and memory.version == version
+        assert all(arena.factors is None and arena.sinks is None for arena in memory.state.arenas)
+
+
 # ---- refusals, on any machine --------------------------------------------------------------------------------
 def test_the_cpu_is_refused():
     x, weight, down, slots = torch.zeros(2, 8), torch.zeros(16, 8), torch.zeros(8, 16), torch.zeros(3, 4, 8)

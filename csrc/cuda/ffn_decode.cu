@@ -1,4 +1,4 @@
-// D1 and D2: the forward of an FFN with memory for at most 64 tokens, where streaming the weights is all that costs.
+// D1 and D2: the forward of an FFN with memory for at most 32 tokens, where streaming the weights is all that costs.
 //
 //      The weights are the A operand of mma.sync, tokens its 8 columns, and weights go from global memory straight into
 //      registers: within 32 of k, lane l reads 16 bytes at k = 8 (l % 4), and both operands use k in that order.
@@ -49,7 +49,7 @@ struct DecodeGlu {
   static constexpr const char* name = "D1 decode_glu_forward";
   static constexpr int threads = 256, min_blocks = 1;
   static constexpr int kWarps = threads / 32;
-  static constexpr int kGroups = kTokenBlocks >= 4 ? 4 : kTokenBlocks;  // many tokens: more use of each of their loads
+  static constexpr int kGroups = kTokenBlocks >= 2 ? 2 : 1;  // many tokens: more use of each of their loads
   struct Shared {
     float sums[kWarps][kGroups][4][32];
   };
@@ -74,7 +74,7 @@ struct DecodeGlu {
     }
 
     float sums[kTokenBlocks][kGroups][4] = {};
-#pragma unroll (kGroups > 2 ? 1 : 4 / kGroups)  // loads in flight, as registers allow
+#pragma unroll (kTokenBlocks > 2 ? 1 : 4 / kGroups)  // loads in flight, as registers allow
     for (int64_t k0 = warp * kStep; k0 < w.d; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       Vec16 gates[kGroups], ups[kGroups];
@@ -178,7 +178,7 @@ struct DecodeDown {
       return row < w.d ? static_cast<const T*>(w.down.data) + row * w.down.stride : nullptr;
     };
     const T *low = row_of(channel), *high = row_of(channel + 8);
-#pragma unroll (kTokenBlocks > 4 ? 1 : kTokenBlocks > 2 ? 2 : 4)
+#pragma unroll (kTokenBlocks > 2 ? 2 : 4)
     for (int64_t k0 = warp * kStep; k0 < w.m; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       const Vec16 lows = load_weight(low, k, w.m), highs = load_weight(high, k, w.m);
@@ -221,8 +221,7 @@ template <class F>
 void with_token_blocks(int64_t tokens, F&& f) {
   if (tokens <= 8) return f.template operator()<1>();
   if (tokens <= 16) return f.template operator()<2>();
-  if (tokens <= 32) return f.template operator()<4>();
-  return f.template operator()<8>();
+  return f.template operator()<4>();
 }
 
 }  // namespace

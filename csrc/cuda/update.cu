@@ -8,9 +8,9 @@
 // The norm is added up in a fixed order: the result repeats bit for bit.
 #include <initializer_list>
 
-#include "../glu_math.h"
 #include "elements.cuh"
 #include "launch.cuh"
+#include "update_rules.cuh"
 
 namespace locas::cuda {
 namespace {
@@ -20,14 +20,6 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 struct Shared {
   float warp_sums[kWarps];
 };
-
-LOCAS_DEVICE double read(const DeviceScalar& scalar) {
-  switch (scalar.dtype) {
-    case DType::i64: return static_cast<double>(ptx::load(static_cast<const int64_t*>(scalar.data)));
-    case DType::f64: return ptx::load(static_cast<const double*>(scalar.data));
-    default: return ptx::load(static_cast<const float*>(scalar.data));
-  }
-}
 
 // The sum over the CTA, the same value in every thread.
 LOCAS_DEVICE float block_sum(float value, Shared& shared) {
@@ -41,78 +33,6 @@ LOCAS_DEVICE float block_sum(float value, Shared& shared) {
   return total;
 }
 
-using Float4 = Elements<float, 4>;
-LOCAS_DEVICE Float4 load4(const float* from) { return ptx::load(reinterpret_cast<const Float4*>(from)); }
-LOCAS_DEVICE void store4(float* to, Float4 value) { ptx::store(reinterpret_cast<Float4*>(to), value); }
-
-// The two rules: what a row needs besides the slots, and the new value of one element or of four.
-struct AdamWRule {
-  using Params = AdamWParams;
-  static constexpr const char* name = "U update_slots_ (AdamW)";
-  AdamWFactors factors;
-  const float* __restrict__ grad;
-  float* __restrict__ exp_avg;
-  float* __restrict__ exp_avg_sq;
-
-  LOCAS_DEVICE AdamWRule(const AdamWParams& p, int64_t first)
-      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))),
-        grad(p.grad + first), exp_avg(p.exp_avg + first), exp_avg_sq(p.exp_avg_sq + first) {}
-
-  struct Operands {
-    Float4 grad, exp_avg, exp_avg_sq;
-  };
-  LOCAS_DEVICE Operands load(int64_t i) const { return {load4(grad + i), load4(exp_avg + i), load4(exp_avg_sq + i)}; }
-  LOCAS_DEVICE Float4 step(int64_t i, Float4 w, Operands o) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      w.at[j] = adamw_element(factors, w.at[j], o.grad.at[j], o.exp_avg.at[j], o.exp_avg_sq.at[j]);
-    store4(exp_avg + i, o.exp_avg);
-    store4(exp_avg_sq + i, o.exp_avg_sq);
-    return w;
-  }
-  LOCAS_DEVICE float step(int64_t i, float w) const {
-    float first = ptx::load(exp_avg + i), second = ptx::load(exp_avg_sq + i);
-    w = adamw_element(factors, w, ptx::load(grad + i), first, second);
-    ptx::store(exp_avg + i, first);
-    ptx::store(exp_avg_sq + i, second);
-    return w;
-  }
-};
-
-struct SgdRule {
-  using Params = SgdParams;
-  static constexpr const char* name = "U update_slots_ (SGD)";
-  float learning_rate, decay, momentum;
-  const float* __restrict__ grad;
-  float* __restrict__ buffer;  // null without momentum
-
-  LOCAS_DEVICE SgdRule(const SgdParams& p, int64_t first)
-      : learning_rate(static_cast<float>(read(p.learning_rate))), decay(1.0f - learning_rate * p.weight_decay),
-        momentum(p.momentum), grad(p.grad + first), buffer(p.momentum_buffer ? p.momentum_buffer + first : nullptr) {}
-
-  struct Operands {
-    Float4 grad, buffer;
-  };
-  LOCAS_DEVICE Operands load(int64_t i) const { return {load4(grad + i), buffer ? load4(buffer + i) : Float4{}}; }
-  LOCAS_DEVICE Float4 step(int64_t i, Float4 w, Operands o) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      o.buffer.at[j] = momentum * o.buffer.at[j] + o.grad.at[j];
-      w.at[j] = w.at[j] * decay - learning_rate * o.buffer.at[j];
-    }
-    if (buffer) store4(buffer + i, o.buffer);
-    return w;
-  }
-  LOCAS_DEVICE float step(int64_t i, float w) const {
-    float direction = ptx::load(grad + i);
-    if (buffer) {
-      direction = momentum * ptx::load(buffer + i) + direction;
-      ptx::store(buffer + i, direction);
-    }
-    return w * decay - learning_rate * direction;
-  }
-};
-
 template <class T, class Rule, int kVectors>
 struct UpdateInRegisters {
   using Params = typename Rule::Params;
@@ -125,13 +45,15 @@ struct UpdateInRegisters {
     const Rule rule(p, first);
     float* slots = p.slots + first;
     Float4 w[kVectors];
-    typename Rule::Operands operands[kVectors];
+    Float4 grad[kVectors];
+    typename Rule::States states[kVectors];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int64_t i = 4 * (ptx::thread_index() + static_cast<int64_t>(k) * kThreads);
       if (i < p.d) {
         w[k] = load4(slots + i);
-        operands[k] = rule.load(i);
+        grad[k] = load4(p.grad + first + i);
+        states[k] = rule.load(i);
       }
     }
     float sum_of_squares = 0.0f;
@@ -139,7 +61,7 @@ struct UpdateInRegisters {
     for (int k = 0; k < kVectors; ++k) {
       const int64_t i = 4 * (ptx::thread_index() + static_cast<int64_t>(k) * kThreads);
       if (i < p.d) {
-        w[k] = rule.step(i, w[k], operands[k]);
+        w[k] = rule.step(i, w[k], grad[k], states[k]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum_of_squares += w[k].at[j] * w[k].at[j];
       }
@@ -177,7 +99,7 @@ struct UpdateAnyWidth {
     T* copy = p.compute ? static_cast<T*>(p.compute) + first : nullptr;
     float sum_of_squares = 0.0f;
     for (int64_t i = ptx::thread_index(); i < p.d; i += kThreads) {
-      const float value = rule.step(i, ptx::load(slots + i));
+      const float value = rule.step(i, ptx::load(slots + i), ptx::load(p.grad + first + i));
       ptx::store(slots + i, value);
       sum_of_squares += value * value;
     }

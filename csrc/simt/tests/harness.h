@@ -112,10 +112,11 @@ std::vector<double> round_to(const std::vector<double>& values) {
 
 // ---- Comparison ------------------------------------------------------------------------------------------------
 // Aborts unless our largest error against float64 is at most twice that of `peer`, the same computation rounded where torch
-// rounds, plus one rounding of the largest value. Prints the worst position.
+// rounds, plus one rounding of the largest value: of T, or of the type that the factors of a float sum have. Prints the worst
+// position.
 template <class T>
 void expect_as_good_as(const std::string& what, const std::vector<T>& ours, const std::vector<double>& reference,
-                       const std::vector<double>& peer) {
+                       const std::vector<double>& peer, double rounding = kRounding<T>) {
   double peer_error = 0.0, largest = 0.0, worst = -1.0;
   size_t at = 0;
   if (ours.size() != reference.size() || peer.size() != reference.size())
@@ -130,7 +131,7 @@ void expect_as_good_as(const std::string& what, const std::vector<T>& ours, cons
       if (std::isnan(error)) break;
     }
   }
-  const double allowed = 2.0 * peer_error + kRounding<T> * largest;
+  const double allowed = 2.0 * peer_error + rounding * largest;
   if (!(worst <= allowed))
     fail("%s: element %zu is %.9g instead of %.9g; allowed error %.3g", what.c_str(), at, exact(ours[at]), reference[at],
          allowed);

@@ -179,5 +179,156 @@ LOCAS_TEST(sgd, "U update_slots_ (SGD)") {
   return "8 cases, 10 seeds";
 }
 
+// ---- the same updates with the gradient formed from its factors ----------------------------------------------------
+struct FactorShape {
+  int64_t layers, r, d, tokens;
+};
+
+template <class T>
+struct Factors {
+  FactorShape s;
+  int64_t stride;  // of the coefficients: r and some columns that belong to others
+  simt::Buffer<T> d_gate, d_key, hidden, x, dy;  // all layers, one behind the other
+
+  Factors(const FactorShape& s, Random& random)
+      : s(s), stride(s.r + 3), d_gate("d_gate", draw(random, stride)), d_key("d_key", draw(random, stride)),
+        hidden("hidden", draw(random, stride)), x("x", draw(random, s.d)), dy("dy", draw(random, s.d)) {}
+
+  std::vector<T> draw(Random& random, int64_t width) { return random.normals<T>(s.layers * s.tokens * width, 0.5); }
+
+  LayerFactors params(float scale) {
+    LayerFactors p{};
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+      const auto rows = [&](simt::Buffer<T>& buffer, int64_t width) {
+        return Rows{buffer.data() + layer * s.tokens * width, width};
+      };
+      p.layers[layer] = {rows(d_gate, stride), rows(d_key, stride), rows(hidden, stride), rows(x, s.d), rows(dy, s.d)};
+    }
+    p.count = static_cast<int>(s.layers);
+    p.tokens = s.tokens;
+    p.r = s.r;
+    p.scale = scale;
+    p.dtype = kDType<T>;
+    return p;
+  }
+
+  // [layers, 3, r, d]
+  template <class Real>
+  std::vector<Real> gradient(double scale) const {
+    std::vector<Real> result;
+    const simt::Buffer<T>* coefficients[] = {&d_gate, &d_key, &hidden};
+    for (int64_t layer = 0; layer < s.layers; ++layer)
+      for (int kind = 0; kind < 3; ++kind)
+        for (int64_t slot = 0; slot < s.r; ++slot)
+          for (int64_t i = 0; i < s.d; ++i) {
+            Real sum = 0;
+            for (int64_t token = 0; token < s.tokens; ++token) {
+              const int64_t row = layer * s.tokens + token;
+              sum += Real(exact((*coefficients[kind])[row * stride + slot])) * Real(exact((kind == 2 ? dy : x)[row * s.d + i]));
+            }
+            result.push_back(sum * Real(scale));
+          }
+    return result;
+  }
+};
+
+constexpr float kGradientScale = 0.25f;
+
+template <class T>
+void check_adamw_from_factors(const FactorShape& s, bool clip) {
+  Random random(s.d * 100 + s.tokens);
+  Factors<T> factors(s, random);
+  const Shape shape{s.layers * 3 * s.r, s.d};
+  const size_t count = shape.rows * shape.d;
+  const AdamW options{.learning_rate = 0.03, .step = random.integer(1, 2000)};
+  const auto slots_before = draw_slots(random, shape), exp_avg_before = random.normals<float>(count, 0.1);
+  std::vector<float> exp_avg_sq_before = random.normals<float>(count, 0.1);
+  for (float& value : exp_avg_sq_before) value = value * value;
+  AdamWState<float> peer{slots_before, factors.template gradient<float>(kGradientScale), exp_avg_before, exp_avg_sq_before};
+  AdamWState<double> truth{exact(slots_before), factors.template gradient<double>(kGradientScale), exact(exp_avg_before),
+                           exact(exp_avg_sq_before)};
+  peer.step(options);
+  truth.step(options);
+  if (clip) clip_rows(peer.slots, s.d), clip_rows(truth.slots, s.d);
+  for_each_seed([&] {
+    simt::Buffer<float> slots("slots", slots_before), exp_avg("exp_avg", exp_avg_before);
+    simt::Buffer<float> exp_avg_sq("exp_avg_sq", exp_avg_sq_before);
+    simt::Buffer<T> compute("compute", count);
+    simt::Buffer<int64_t> step("step", std::vector{options.step}), finite("finite", std::vector<int64_t>{0});
+    simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
+    AdamWParams p{};
+    p.slots = slots.data();
+    p.exp_avg = exp_avg.data();
+    p.exp_avg_sq = exp_avg_sq.data();
+    p.compute = compute.data();
+    p.compute_dtype = kDType<T>;
+    p.rows = shape.rows;
+    p.d = s.d;
+    p.step = {step.data(), DType::i64};
+    p.learning_rate = {learning_rate.data(), DType::f64};
+    p.beta1 = options.beta1;
+    p.beta2 = options.beta2;
+    p.log_beta1 = static_cast<float>(std::log(options.beta1));
+    p.log_beta2 = static_cast<float>(std::log(options.beta2));
+    p.eps = static_cast<float>(options.eps);
+    p.weight_decay = static_cast<float>(options.weight_decay);
+    p.clip = clip;
+    p.finite = {finite.data(), DType::i64};
+    cuda::adamw_from_factors(p, factors.params(kGradientScale), kQueue);
+    expect_equal("slots where the gradient is not finite", slots.values(), slots_before);
+    finite[0] = 1;
+    cuda::adamw_from_factors(p, factors.params(kGradientScale), kQueue);
+    expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
+    expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, exact(peer.exp_avg));
+    expect_as_good_as("exp_avg_sq", exp_avg_sq.values(), truth.exp_avg_sq, exact(peer.exp_avg_sq));
+    expect_as_good_as("compute", compute.values(), truth.slots, round_to<T>(exact(peer.slots)));
+  });
+}
+
+template <class T>
+void check_sgd_from_factors(const FactorShape& s, double momentum) {
+  Random random(s.d * 100 + s.tokens);
+  Factors<T> factors(s, random);
+  const Shape shape{s.layers * 3 * s.r, s.d};
+  const size_t count = shape.rows * shape.d;
+  const Sgd options{.learning_rate = 0.05, .momentum = momentum, .weight_decay = 0.02};
+  const auto slots_before = draw_slots(random, shape), buffer_before = random.normals<float>(count, 0.3);
+  SgdState<float> peer{slots_before, factors.template gradient<float>(kGradientScale), buffer_before};
+  SgdState<double> truth{exact(slots_before), factors.template gradient<double>(kGradientScale), exact(buffer_before)};
+  peer.step(options);
+  truth.step(options);
+  clip_rows(peer.slots, s.d);
+  clip_rows(truth.slots, s.d);
+  for_each_seed([&] {
+    simt::Buffer<float> slots("slots", slots_before), buffer("momentum_buffer", buffer_before);
+    simt::Buffer<T> compute("compute", count);
+    simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
+    SgdParams p{};
+    p.slots = slots.data();
+    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
+    p.compute = compute.data();
+    p.rows = shape.rows;
+    p.d = s.d;
+    p.compute_dtype = kDType<T>;
+    p.learning_rate = {learning_rate.data(), DType::f32};
+    p.momentum = static_cast<float>(momentum);
+    p.weight_decay = static_cast<float>(options.weight_decay);
+    p.clip = true;
+    cuda::sgd_from_factors(p, factors.params(kGradientScale), kQueue);
+    expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
+    if (momentum != 0.0) expect_as_good_as("momentum_buffer", buffer.values(), truth.buffer, exact(peer.buffer));
+  });
+}
+
+LOCAS_TEST(from_factors, "U update_slots_ from factors") {
+  check_adamw_from_factors<bf16>({2, 5, 72, 7}, true);
+  check_adamw_from_factors<f16>({1, 4, 1032, 64}, true);
+  check_adamw_from_factors<bf16>({1, 1, 2056, 1}, false);
+  check_adamw_from_factors<bf16>({1, 3, 4104, 3}, true);
+  check_sgd_from_factors<bf16>({3, 6, 136, 33}, 0.0);
+  check_sgd_from_factors<f16>({1, 9, 264, 16}, 0.9);
+  return "6 cases, 10 seeds";
+}
+
 }  // namespace
 }  // namespace locas::test
