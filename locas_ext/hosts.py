@@ -240,6 +240,7 @@ def inspect_host(model) -> Host:
     Raises TypeError if it is no transformers model, ValueError if it has no language-model head, is of a family that
     is not supported, or uses an activation without a kernel; the message says what would work.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile() returned
     if hasattr(model, "get_base_model"):  # a PEFT wrapper
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
