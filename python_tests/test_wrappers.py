@@ -119,11 +119,15 @@ def test_a_host_quantized_by_bitsandbytes(bits, tmp_path):
     check_life(model.eval(), tmp_path, "gate_proj is a bitsandbytes")
 
 
-def test_a_host_offloaded_to_disk(tmp_path):
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_an_offloaded_host(where, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
     expected = logits(model)
-    accelerate.disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
+    if where == "disk":
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model), expected)
     check_life(model, tmp_path, "has a forward of its own")
     assert next(model.parameters()).is_meta
