@@ -21,7 +21,7 @@ demo: $(VENV)/.built
 	$(BIN)/locas demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench.ffn

@@ -139,9 +139,10 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
         write_atomically(folder / CONFIG_NAME, json.dumps(record, indent=1).encode())
         (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     except OSError as error:
-        if error.filename is None or type(error) is FileExistsError:
+        if error.errno is None:  # ours, and says it all
             raise
-        raise type(error)(error.errno, f"cannot save the memory: {error.strerror}", str(error.filename)) from error
+        place = str(error.filename or folder)  # a write to a full disk names no file
+        raise type(error)(error.errno, f"cannot save the memory: {error.strerror}", place) from error
 
 
 def _digest(content: bytes) -> str:

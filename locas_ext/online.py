@@ -241,10 +241,13 @@ def _start(attachment: Attachment, ids: Tensor, settings: Settings, resume) -> S
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
-    wanted = asdict(settings)
-    different = [name for name in wanted if stream.settings.get(name) != wanted[name]]
+    # layers are checked by load(); the backend may be another one, as on another machine
+    configs = [config.to_dict() for config in (checkpoint.read_config(resume), attachment.config)]
+    before, wanted = ({**config, "layers": None, "backend": None, **run}
+                      for config, run in zip(configs, (stream.settings, asdict(settings))))
+    different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
-        details = ", ".join(f"{name} was {stream.settings.get(name)!r}, is {wanted[name]!r}" for name in different)
+        details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)
         raise ValueError(f"resume: {Path(resume)} was saved by a run with other settings: {details}")
     if stream.position > len(ids) or text_digest(ids[: stream.position]) != stream.text_digest:
         raise ValueError(f"resume: {Path(resume)} was saved by a run over another text")

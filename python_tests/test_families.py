@@ -90,7 +90,9 @@ def test_the_life_of_a_memory(family, tmp_path):
 
 
 FRESH_PROCESS = """
-import sys, pathlib, torch, transformers
+import sys
+sys.modules["locas_ext"] = None  # cannot be imported
+import pathlib, torch, transformers
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids, expected = torch.load(folder / "expected.pt")
@@ -98,7 +100,6 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max(), folder.name
     print(folder.name)
-assert not any(name.startswith("locas") for name in sys.modules)
 """
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, assert_same_host, attached, logits_of, random_ids, snapshot
+from helpers import SETTINGS, TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
 
 import locas_ext as locas
 
@@ -337,6 +337,17 @@ def test_resume_with_another_setting_names_it_and_changes_nothing(tmp_path, name
     with pytest.raises(ValueError, match=f"{name} was .*, is {value!r}"):
         later.memorize(TEXT, **{**SETTINGS, name: value}, resume=tmp_path / "m")
     assert torch.equal(later.slots, slots) and later.version == 1
+
+
+@pytest.mark.parametrize("name, value", [("rank", 5), ("scale", 0.5), ("init", "random"), ("clip", False), ("seed", 1)])
+def test_resume_into_a_memory_of_another_config_names_it_and_changes_nothing(tmp_path, name, value):
+    _, memory = interrupted(3)
+    memory.save_pretrained(tmp_path / "m", optimizer=True)
+    later = locas.attach(tiny_model(), locas.LocasConfig(**{"rank": 4, "scale": "host", name: value}))
+    with pytest.raises(ValueError, match=f"other settings: {name} was .*, is {value!r}$"):
+        later.memorize(TEXT, **SETTINGS, resume=tmp_path / "m")
+    assert not later.slots.any() and later.version == 0
+    assert attached(backend="matmul")[1].memorize(TEXT, **SETTINGS, resume=tmp_path / "m").tokens == 63
 
 
 def test_resume_over_another_text_is_refused(tmp_path):

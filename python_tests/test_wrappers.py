@@ -119,11 +119,15 @@ def test_a_host_quantized_by_bitsandbytes(bits, tmp_path):
     check_life(model.eval(), tmp_path, "gate_proj is a bitsandbytes")
 
 
-def test_a_host_offloaded_to_disk(tmp_path):
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_an_offloaded_host(where, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
     expected = logits(model)
-    accelerate.disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
+    if where == "disk":
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model), expected)
     check_life(model, tmp_path, "has a forward of its own")
     assert next(model.parameters()).is_meta
@@ -188,18 +192,24 @@ def test_a_host_that_is_trained_too_gets_its_gradient():
     assert weight.grad.abs().max() > 0 and memory.parameters()[0].grad.abs().max() > 0
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     model, memory = learned()
     gradients = []
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()  # a reentrant checkpoint runs backward only if its input does
         memory.state.zero_grad()
         model(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
         gradients.append(memory.state.whole("grad").clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+    twin = learned()[1]
+    for run in (memory, twin):
+        run.memorize(TEXT, **LEARN)
+    assert torch.equal(memory.slots, twin.slots)
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
@@ -209,7 +219,8 @@ def test_a_compiled_host_learns_and_is_not_recompiled_by_updates_and_swaps(compi
     if compiled_first:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         host = logits(compiled)
-        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+        memory = locas.attach(compiled, locas.LocasConfig(rank=4, scale="host"))
+        assert memory.model is model and locas.memory_of(compiled) is memory
     else:
         memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
