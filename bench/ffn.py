@@ -1,92 +1,141 @@
-"""The FFN with memory against the FFN without: forward, and forward + backward.
+"""The FFN with memory against the FFN without: forward, forward that saves for a backward, forward + backward.
 
-Every peer's weights are frozen and x requires a gradient, as while memorizing; the sideway branch's slots learn in both
-arms that have one. `python -m bench.ffn --help` lists the settings.
+On the CPU every arm is called once a round. On CUDA every arm is a graph of calls that rotate through enough weights and
+activations to leave the L2 cache cold, replayed once a round. The arms are in bench/arms.py.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from locas_ext import ops, reference
-from locas_ext.kernels import HostWeights, SlotViews, glu_ffn_forward
-from locas_ext.ops import GluFFNFunction
+from locas_ext import kernels, ops
 
-from .harness import interleaved, ratio, report, summary
+from .arms import MODES, SCALE, Arm, Operands, arms
+from .graphs import Graph, sets_for
+from .harness import interleaved, print_table, ratio, report, summary
 
-SCALE = 0.1
-
-
-class Case:
-    """One shape: a host FFN and a memory on it, with fresh random activations every round."""
-
-    def __init__(self, d: int, tokens: int, rank: int, dtype: torch.dtype, device: str):
-        config = Qwen3Config(hidden_size=d, intermediate_size=3 * d)
-        self.mlp = Qwen3MLP(config).to(device, dtype).requires_grad_(False)
-        for linear in (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj):
-            torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        slots = F.normalize(torch.randn(3, rank, d, device=device), dim=-1)
-        self.slots = torch.nn.Parameter(slots)
-        self.compute = slots.to(dtype)
-        self.views = SlotViews.of(self.compute)
-        self.grad = torch.zeros_like(slots)
-        self.host = HostWeights(self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
-        self.x = torch.randn(tokens, d, device=device).to(dtype).requires_grad_()
-        self.dy = torch.randn(tokens, d, device=device).to(dtype)
-        self.sideway = torch.nn.Parameter(self.compute.clone())
-        self.flop = 6 * tokens * d * 3 * d
-
-    def eager(self):
-        return self.mlp(self.x)
-
-    def eager_sideway(self):
-        return self.mlp(self.x) + reference.sideway_glu(self.x, self.sideway, SCALE)
-
-    def ours(self):
-        if torch.is_grad_enabled():
-            return GluFFNFunction.apply(self.x, self.slots, self.views, self.host, SCALE, 0, self.grad)
-        return glu_ffn_forward(self.x, self.host, self.views, SCALE, 0, save=False)[0]
-
-    def forward(self, ffn):
-        with torch.no_grad():
-            return ffn()
-
-    def forward_backward(self, ffn):
-        self.x.grad = None
-        ffn().backward(self.dy)
-
-    def check(self) -> None:
-        """The timed outputs against float64, by the error of the eager arm: raises if ours is worse than twice that."""
-        exact = reference.glu_ffn(
-            self.x.double(), *(w.double() for w in self.host[:3]), self.compute.double(), SCALE
-        ).detach()
-        errors = [(self.forward(f).double() - exact).norm() / exact.norm() for f in (self.ours, self.eager_sideway)]
-        if not errors[0] <= 2 * errors[1] + 1e-7:
-            raise SystemExit(f"wrong result: relative error {errors[0]:.2e}, eager has {errors[1]:.2e}")
+PEERS = ("eager", "eager + sideway", "compiled", "compiled + sideway", "Liger", "LoRA", "bare products")
 
 
-def run_case(case: Case, rounds: int, compiled: bool) -> list[dict]:
-    case.check()
-    ffns = {"eager": case.eager, "eager + sideway": case.eager_sideway, "ours": case.ours}
-    if compiled:
-        ffns["compiled"] = torch.compile(case.eager)
-        ffns["compiled + sideway"] = torch.compile(case.eager_sideway)
-    ffns["eager again"] = case.eager
+# ---- floors -----------------------------------------------------------------------------------------------------
+def floors(tokens: int, d: int, m: int, rank: int, mode: str) -> list[tuple[float, float]]:
+    """(FLOP, bytes) of each of the two or four kernels that a half-precision FFN needs at least; rank 0: no memory.
+
+    gate and up -> hidden; hidden -> y; dy -> hidden gradients; hidden gradients -> dx and the slots' gradient (float32).
+    """
+    n = m + rank
+    kernels_ = [
+        (4 * tokens * d * n, 2 * (tokens * d + 2 * n * d + tokens * n)),
+        (2 * tokens * d * n, 2 * (tokens * n + n * d + tokens * d)),
+    ]
+    if mode != "forward":
+        kernels_[0] = (kernels_[0][0], kernels_[0][1] + 4 * tokens * n)  # the pre-activations are saved
+    if mode == "forward + backward":
+        kernels_ += [
+            (2 * tokens * d * n, 2 * (tokens * d + n * d + 4 * tokens * n)),
+            (4 * tokens * d * n + 6 * tokens * d * rank, 2 * (2 * tokens * n + 2 * n * d + 2 * tokens * d) + 12 * rank * d),
+        ]
+    return kernels_
+
+
+# ---- one shape --------------------------------------------------------------------------------------------------
+def relative_error(tensor: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((tensor.double() - exact).norm() / exact.norm()).item()
+
+
+def check(name: str, arm: Arm, outputs: list, operands: Operands, slots_grad: torch.Tensor | None) -> None:
+    """The timed outputs against float64: SystemExit if the error is over twice that of the eager arm at this dtype."""
+    gradient = len(outputs) > 1
+    exact = operands.exact(arm.memory, gradient)
+    peer = arms(operands, False)["eager + sideway" if arm.memory else "eager"]
+    mode = "forward + backward" if gradient else "forward"
+    theirs, ours = peer.make(operands, mode)(), list(outputs)
+    if slots_grad is not None and gradient:
+        ours.append(slots_grad)
+        ffn, trained = peer.build(operands)
+        theirs.append(torch.autograd.grad(ffn(operands.x), trained, operands.dy)[0])
+    for what, mine, other, truth in zip(("y", "dx", "the slots' gradient"), ours, theirs, exact):
+        error, allowed = relative_error(mine, truth), 2 * relative_error(other, truth) + 1e-6
+        if not error <= allowed:
+            raise SystemExit(f"{name}, {mode}: {what} is wrong: relative error {error:.2e}, allowed {allowed:.2e}")
+
+
+def checked_outputs(arm, run, operands: Operands, calls: int) -> tuple[list, torch.Tensor | None]:
+    """Runs once more and -> its outputs and what it added to the arena's gradient, per call."""
+    grad = operands.arena.grads[0]
+    grad.zero_()
+    outputs = run()
+    return outputs, grad / calls if arm.in_place else None
+
+
+def time_on_cpu(operands: Operands, chosen: dict, mode: str, rounds: int) -> dict[str, list[float]]:
+    runs = {name: arm.make(operands, mode) for name, arm in chosen.items()}
+    seconds = interleaved(runs, rounds)
+    for name, arm in chosen.items():
+        outputs, slots_grad = checked_outputs(arm, runs[name], operands, 1)
+        check(name, arm, outputs, operands, slots_grad)
+    return seconds
+
+
+def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, calls: int) -> dict[str, list[float]]:
+    repeats = -(-calls // len(sets))
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {
+        name: Graph([arm.make(operands, mode) for operands in sets] * repeats, pool) for name, arm in chosen.items()
+    }
+    seconds = {name: [] for name in graphs}
+    for warmup in (True, True, *[False] * rounds):
+        for operands in sets:
+            operands.renew()
+        for name, graph in graphs.items():
+            taken = graph.seconds()
+            if not warmup:
+                seconds[name].append(taken)
+    for name, graph in graphs.items():
+        if name not in ("eager again", "bare products", "LoRA"):
+
+            def run(graph=graph):
+                graph.seconds()
+                return graph.first
+
+            outputs, slots_grad = checked_outputs(chosen[name], run, sets[0], repeats)
+            check(name, chosen[name], outputs, sets[0], slots_grad)
+    return seconds
+
+
+def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> list[dict]:
+    """One record an arm and mode."""
+    device = torch.device(arguments.device)
+
+    def fresh():
+        return Operands(d, m, tokens, arguments.rank, dtype, device)
+
+    sets = [fresh()]
+    if device.type == "cuda":
+        sets += [fresh() for _ in range(sets_for(sets[0].bytes()) - 1)]
+    torch._dynamo.reset()  # otherwise the compiled arms stop compiling at the ninth shape
+    chosen = arms(sets[0], arguments.compile)
+    if arguments.arms:
+        chosen = {name: arm for name, arm in chosen.items() if name in arguments.arms or name.startswith("eager")}
     records = []
-    for mode, run in (("forward", case.forward), ("forward + backward", case.forward_backward)):
-        arms = {name: (lambda ffn=ffn: run(ffn)) for name, ffn in ffns.items()}
-        seconds = interleaved(arms, rounds)
-        flop = case.flop * (1 if mode == "forward" else 2)
+    for mode in arguments.modes:
+        if device.type == "cuda":
+            seconds = time_on_cuda(sets, chosen, mode, arguments.rounds, arguments.calls)
+        else:
+            seconds = time_on_cpu(sets[0], chosen, mode, arguments.rounds)
         for name, values in seconds.items():
-            times = summary(values)
+            parts = floors(tokens, d, m, arguments.rank if chosen[name].memory else 0, mode)
+            flop, size = (sum(part) for part in zip(*parts))
+            floor = sum(max(f / arguments.tflops / 1e12, b / arguments.terabytes / 1e12) for f, b in parts)
+            median = statistics.median(values)
             records.append({
-                "mode": mode, "arm": name, **times, "gflops": flop / times["median_us"] / 1e3,
-                "ratio_eager": ratio(values, seconds["eager"]),
-                "ratio_eager_sideway": ratio(values, seconds["eager + sideway"]),
+                "dtype": str(dtype).removeprefix("torch."), "d": d, "m": m, "tokens": tokens, "rank": arguments.rank,
+                "mode": mode, "arm": name, **summary(values), "tflops": flop / median / 1e12,
+                "gigabytes_per_second": size / median / 1e9, "percent_of_floor": 100 * floor / median,
+                **{f"ratio to {peer}": ratio(values, seconds[peer]) for peer in PEERS if peer in seconds},
             })
     return records
 
@@ -120,7 +169,7 @@ def overhead(rounds: int) -> dict:
     arms = {
         "module call": repeat(lambda: empty(x)),
         "patched": repeat(lambda: mlp(x)),
-        "bare": repeat(lambda: glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
+        "bare": repeat(lambda: kernels.glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
         "op": repeat(lambda: ops.glu_ffn(x, *host[:3], memory.slots[0], SCALE)),
         "eager": repeat(lambda: patched.original(x)),
     }
@@ -132,47 +181,75 @@ def overhead(rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ffn", description=__doc__)
-    parser.add_argument("--d", type=int, nargs="+", default=[256, 1024, 2048], help="hidden sizes; m = 3 d")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--d", type=int, nargs="+", help="hidden sizes (CPU: 256 1024 2048; CUDA: 1024 2048 4096)")
+    parser.add_argument("--m", type=int, help="intermediate size; default 3 d")
+    parser.add_argument("--tokens", type=int, nargs="+", help="(CPU: 128 512 2048; CUDA: 1 64 512 2048)")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
+                        help="(CPU: float32 bfloat16; CUDA: bfloat16)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="(CPU: without the training forward; CUDA: all)")
+    parser.add_argument("--arms", nargs="+", help="only these besides the eager ones, by name; default: all")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, help="(CPU: 15; CUDA: 50 replays)")
+    parser.add_argument("--calls", type=int, default=20, help="calls in a CUDA graph, at least")
+    parser.add_argument("--tflops", type=float, default=790.0, help="half-precision peak of the floor, CUDA")
+    parser.add_argument("--terabytes", type=float, default=4.3, help="TB/s of the floor; 3.0 for an H100")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of both peers (minutes)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch sees no CUDA device")
+    arguments.d = arguments.d or ([1024, 2048, 4096] if cuda else [256, 1024, 2048])
+    arguments.tokens = arguments.tokens or ([1, 64, 512, 2048] if cuda else [128, 512, 2048])
+    arguments.dtype = arguments.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
+    arguments.modes = arguments.modes or [mode for mode in MODES if cuda or mode != "training forward"]
+    arguments.rounds = arguments.rounds or (50 if cuda else 15)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
-    records, rows = [], []
+    records = []
     for dtype in arguments.dtype:
         for d in arguments.d:
             for tokens in arguments.tokens:
-                case = Case(d, tokens, arguments.rank, getattr(torch, dtype), "cpu")
-                measured = run_case(case, arguments.rounds, arguments.compile)
-                records += [{"dtype": dtype, "d": d, "tokens": tokens, "rank": arguments.rank, **r} for r in measured]
-                for mode in ("forward", "forward + backward"):
-                    arms = {r["arm"]: r for r in measured if r["mode"] == mode}
-                    rows.append(_row(f"{dtype} {d} {tokens}", mode, arms))
-    calls = overhead(max(50, arguments.rounds))
-    columns = ["dtype d T", "", "eager us", "ours us", "p10", "p90", "GFLOP/s", "ours / eager",
-               "ours / eager + sideway", "noise"]
-    if arguments.compile:
-        columns += ["ours / compiled", "ours / compiled + sideway"]
-    report("FFN with memory, forward and backward", columns, rows, {"records": records, "call_us": calls}, arguments.out)
-    print("a call at T = 1, d = 16, in us:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()))
+                measured = run_shape(d, arguments.m or 3 * d, tokens, getattr(torch, dtype), arguments)
+                records += measured
+                for record in measured:
+                    print(_line(record), flush=True)
+    calls = {} if cuda else overhead(max(50, arguments.rounds))
+    report("FFN, every arm", _COLUMNS, [_row(record, cuda) for record in records], {"records": records, "call_us": calls},
+           arguments.out)
+    peers = [name for name in PEERS if any(record["arm"] == name for record in records)]
+    ours = [record for record in records if record["arm"].startswith("ours")]
+    print_table("FFN with memory: time over each peer's", [*_COLUMNS[:3], "us", "% floor", *peers, "noise"],
+                [_compact_row(record, records, peers, cuda) for record in ours])
+    if calls:
+        print("a call at T = 1, d = 16, in us:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()))
 
 
-def _row(shape: str, mode: str, arms: dict[str, dict]) -> list:
-    ours, eager = arms["ours"], arms["eager"]
-    row = [shape, mode, eager["median_us"], ours["median_us"], ours["p10_us"], ours["p90_us"], ours["gflops"],
-           ours["ratio_eager"], ours["ratio_eager_sideway"], arms["eager again"]["ratio_eager"]]
-    for name in ("compiled", "compiled + sideway"):
-        if name in arms:
-            row.append(ours["median_us"] / arms[name]["median_us"])
-    return row
+_COLUMNS = ["dtype d T", "", "arm", "us", "p10", "p90", "TFLOP/s", "GB/s", "% floor", "/ eager", "/ eager + sideway"]
+
+
+def _line(record: dict) -> str:
+    """For the log of a run that may be cut short."""
+    return (f"{record['dtype']} {record['d']} {record['tokens']} {record['mode']}, {record['arm']}: "
+            f"{record['median_us']:.1f} us, {record['ratio to eager']:.3f} of eager")
+
+
+def _row(record: dict, cuda: bool) -> list:
+    return [f"{record['dtype']} {record['d']} {record['tokens']}", record["mode"], record["arm"], record["median_us"],
+            record["p10_us"], record["p90_us"], record["tflops"], record["gigabytes_per_second"],
+            record["percent_of_floor"] if cuda else "", record["ratio to eager"], record["ratio to eager + sideway"]]
+
+
+def _compact_row(record: dict, records: list[dict], peers: list[str], cuda: bool) -> list:
+    same = {r["arm"]: r for r in records if all(r[key] == record[key] for key in ("dtype", "d", "tokens", "mode"))}
+    return [f"{record['dtype']} {record['d']} {record['tokens']}", record["mode"], record["arm"], record["median_us"],
+            record["percent_of_floor"] if cuda else "", *[record.get(f"ratio to {peer}", "") for peer in peers],
+            same["eager again"]["ratio to eager"]]
 
 
 if __name__ == "__main__":

@@ -6,35 +6,14 @@ The floor is the larger of arithmetic at --tflops and bytes at --terabytes a sec
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import torch
 
+from .graphs import graph_seconds, sets_for
 from .harness import report
 
 SHAPES = {1024: 3072, 2048: 6144, 2560: 9728, 4096: 12288}
-COLD_BYTES = 180 * 2**20  # three times an H200's L2
-
-
-def graph_seconds(calls: list, replays: int) -> float:
-    """Median seconds of one call; `calls` run one after another in a graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def products(tokens: int, d: int, m: int) -> dict[str, tuple[int, int, bool]]:
@@ -52,7 +31,7 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=50)
     parser.add_argument("--tflops", type=float, default=790.0)
     parser.add_argument("--terabytes", type=float, default=4.3)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -64,7 +43,7 @@ def main() -> None:
             record = {"d": d, "m": m, "tokens": tokens, "gpu": torch.cuda.get_device_name()}
             for name, (width_in, width_out, transposed) in products(tokens, d, m).items():
                 size = 2 * (tokens * (width_in + width_out) + width_in * width_out)
-                sets = max(2, -(-COLD_BYTES // size))
+                sets = sets_for(size)
                 shape = (width_out, width_in) if transposed else (width_in, width_out)
                 weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * width_in**-0.5 for _ in range(sets)]
                 inputs = [torch.randn(tokens, width_in, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]

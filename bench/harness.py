@@ -1,7 +1,9 @@
 """What all benchmarks share: interleaved timing, robust statistics, the machine, the table and the JSON file."""
 
+import csv
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -27,7 +29,11 @@ def machine() -> dict:
     commit = subprocess.run(
         ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
     )
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "cpu": cpu,
         "cpu_isa": _C.build_info()["cpu_isa"],
         "threads": torch.get_num_threads(),
@@ -36,6 +42,14 @@ def machine() -> dict:
         "locas_ext": locas_ext.__version__,
         "commit": commit.stdout.strip() or None,
     }
+
+
+def _driver() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return lines[0] if lines else None
 
 
 def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
@@ -72,7 +86,21 @@ def summary(seconds: list[float]) -> dict:
 
 
 def report(title: str, columns: list[str], rows: list[list], results: dict, out: Path | None) -> None:
-    """Prints the table and writes {"machine", **results} as JSON."""
+    """Prints the table; writes {"machine", **results} as JSON and results["records"] with the machine as CSV beside it."""
+    print_table(title, columns, rows)
+    about = machine()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    if out is not None:
+        out.write_text(json.dumps({"machine": about, **results}, indent=1))
+        records = [{**record, **about} for record in results["records"]]
+        with open(out.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+            writer.writeheader()
+            writer.writerows(records)
+        print(f"written: {out}, {out.with_suffix('.csv')}")
+
+
+def print_table(title: str, columns: list[str], rows: list[list]) -> None:
     console = Console(width=max(100, 16 * len(columns)))
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
@@ -80,8 +108,3 @@ def report(title: str, columns: list[str], rows: list[list], results: dict, out:
     for row in rows:
         table.add_row(*[cell if isinstance(cell, str) else f"{cell:.3g}" if cell < 10 else f"{cell:,.0f}" for cell in row])
     console.print(table)
-    about = machine()
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
-    if out is not None:
-        out.write_text(json.dumps({"machine": about, **results}, indent=1))
-        console.print(f"written: {out}")

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
     plain, host = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval() for _ in range(2))
     plain.requires_grad_(False)

@@ -2,17 +2,19 @@
 
 After each chunk that the memory has learned, the truncation baseline scores the same chunk with a second, unpatched
 copy of the host: the same window, dtype and attention, torch.inference_mode, logits for the scored tokens only. So
-whatever disturbs the machine disturbs both.
+whatever disturbs the machine disturbs both. On CUDA the text is memorized twice, with the step as a CUDA graph and
+without.
 """
 
 import argparse
 import math
+import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import locas_ext as locas
 from locas_ext.tasks.assets import ASSETS, MODEL
@@ -20,31 +22,27 @@ from locas_ext.tasks.assets import ASSETS, MODEL
 from .harness import percentile, ratio, report
 
 
-def load(path: Path, dtype: torch.dtype):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
-    parser.add_argument("--tokens", type=int, default=8000, help="how much of the text is read")
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--stride", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-
+def load(arguments):
+    """A new copy of the host."""
     dtype = getattr(torch, arguments.dtype)
-    plain, host = load(arguments.model, dtype), load(arguments.model, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-    ids = torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens])
-    memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank))
+    if arguments.random is None:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, local_files_only=True)
+        return model.to(arguments.device).eval()
+    d, layers = arguments.random
+    config = Qwen3Config(
+        vocab_size=32768, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=layers, num_attention_heads=d // 128,
+        num_key_value_heads=max(1, d // 256), head_dim=128, max_position_embeddings=32768,
+    )
+    torch.manual_seed(0)
+    with torch.device(arguments.device):
+        return Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
+    """Memorizes the text once. -> one record an arm, and what the report says of the CUDA graph."""
     window, stride = arguments.window, arguments.stride
+    plain, host = load(arguments), load(arguments)
+    memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     seconds = {"truncation": [], "memorizing": [], "truncation again": []}
     nll = {"truncation": 0.0, "memorizing": 0.0}
     scored = 0
@@ -58,7 +56,7 @@ def main() -> None:
         times = []
         for _ in range(2):
             start = time.perf_counter()
-            one = _score_last(plain, ids[begin : chunk.end], chunk, window)
+            one = _score_last(plain, ids[begin : chunk.end].to(arguments.device), chunk)
             times.append(time.perf_counter() - start)
         nll["truncation"] += one
         nll["memorizing"] += chunk.nll
@@ -69,10 +67,8 @@ def main() -> None:
             seconds["truncation again"].append(times[1])
         resumed = time.perf_counter()
 
-    memory.memorize(ids, window=window, stride=stride, progress=False, callback=read_with_truncation)
-    if not seconds["truncation"]:
-        raise SystemExit(f"--tokens is {len(ids)}; expected more than --window {window} for a full window")
-    rows, records = [], []
+    report_ = memory.memorize(ids, window=window, stride=stride, progress=False, callback=read_with_truncation)
+    records = []
     for name, values in seconds.items():
         record = {
             "arm": name,
@@ -82,21 +78,64 @@ def main() -> None:
             "tokens_per_second": stride / statistics.median(values),
             "ratio_truncation": ratio(values, seconds["truncation"]),
         }
-        if name in nll:
+        if name in nll and arguments.random is None:
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
-        rows.append([name, record["median_ms"], record["p10_ms"], record["p90_ms"], record["tokens_per_second"],
-                     record["ratio_truncation"], f"{record['perplexity']:.2f}" if name in nll else ""])
+    return records, report_.cuda_graph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--random", type=int, nargs=2, metavar=("D", "LAYERS"),
+                        help="a random Qwen3 host of this size and random tokens instead of --model and --text")
+    parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
+    parser.add_argument("--tokens", type=int, default=8000, help="how much of the text is read")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--stride", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch sees no CUDA device")
+    if arguments.tokens < arguments.window + arguments.stride:
+        parser.error(f"--tokens is {arguments.tokens}; expected at least --window + --stride, for a full window")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    if arguments.random is None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+        ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
+        ids = torch.tensor(ids)
+    else:
+        ids = torch.randint(0, 32768, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    runs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", no graph": "0"}
+    rows, records = [], []
+    for suffix, graph in runs.items():
+        os.environ["LOCAS_CUDA_GRAPH"] = graph
+        measured, said = run(arguments, ids)
+        for record in measured:
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": said}
+            records.append(record)
+            rows.append([record["arm"], record["median_ms"], record["p10_ms"], record["p90_ms"],
+                         record["tokens_per_second"], record["ratio_truncation"],
+                         f"{record['perplexity']:.2f}" if "perplexity" in record else ""])
+        if arguments.device == "cuda":
+            print(f"CUDA graph: {said}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
-        f"{len(ids):,} tokens, W = {window}, S = {stride}, rank {arguments.rank}: one chunk in a full window",
+        f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk in a full window",
         ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"], rows,
         {"settings": settings, "records": records}, arguments.out,
     )
 
 
 @torch.inference_mode()
-def _score_last(model, ids: torch.Tensor, chunk, window: int) -> float:
+def _score_last(model, ids: torch.Tensor, chunk) -> float:
     """Summed NLL of the last chunk.tokens tokens of ids [n], in one forward of the whole window."""
     inputs, targets = ids[None, :-1], ids[len(ids) - chunk.tokens :]
     logits = model(input_ids=inputs, use_cache=False, logits_to_keep=chunk.tokens).logits[0]

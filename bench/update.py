@@ -14,7 +14,7 @@ import torch
 
 from locas_ext import kernels
 
-from .gemms import COLD_BYTES, graph_seconds
+from .graphs import graph_seconds, sets_for
 from .harness import report
 
 
@@ -33,12 +33,12 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=[28, 64, 2048], metavar=("L", "R", "D"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
     layers, rank, d = arguments.shape
     shape, device = (layers, 3, rank, d), torch.device(arguments.device)
     parameters = layers * 3 * rank * d
-    sets = max(1, -(-COLD_BYTES // (30 * parameters)))
+    sets = sets_for(30 * parameters)
     seconds = graph_seconds if device.type == "cuda" else cpu_seconds
     step = torch.ones((), dtype=torch.int64, device=device)
     rate = torch.tensor(4e-3, device=device)
@@ -60,7 +60,7 @@ def main() -> None:
     rows, records = [], []
     for name, (bytes_each, calls) in arms.items():
         taken = seconds(calls * (-(-20 // sets) if device.type == "cuda" else 1), arguments.rounds)
-        records.append({"arm": name, "us": 1e6 * taken, "gigabytes_per_second": bytes_each * parameters / taken / 1e9})
+        records.append({"layers": layers, "rank": rank, "d": d, "arm": name, "us": 1e6 * taken, "gigabytes_per_second": bytes_each * parameters / taken / 1e9})
     copy = records[-1]["gigabytes_per_second"]
     for record in records:
         record["share_of_copy"] = record["gigabytes_per_second"] / copy

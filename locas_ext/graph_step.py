@@ -10,6 +10,7 @@ step is captured anew. Windows that are not full run eagerly, as do hosts that c
 says so.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -56,25 +57,34 @@ def _is_capturable(device: torch.device) -> bool:
 
 
 # ---- what CUDA does -------------------------------------------------------------------------------------------
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Rehearsal and capture share a stream, so that cuBLAS's workspace for it is not part of any graph's memory."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _error_at_synchronization():
-    """Inside, torch raises where it would wait for the device, which a captured stream may not."""
+    """RuntimeError at the end if torch waited for the device inside, which a captured stream may not."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # "error" would also hit other threads
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA" in str(warning.message):
+            raise RuntimeError(f"{warning.filename}:{warning.lineno} waits for the device")
 
 
-def rehearse(work: Callable[[], None]) -> None:
+def rehearse(work: Callable[[], None], device: torch.device) -> None:
     """Runs the work once on a side stream: libraries set themselves up, and what cannot be captured is an error here.
 
     A failed capture would leave torch's random generator unusable; a failed rehearsal leaves nothing.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side), _error_at_synchronization():
@@ -83,10 +93,11 @@ def rehearse(work: Callable[[], None]) -> None:
         current.wait_stream(side)
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
+def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """-> a function that does the work again, on the same tensors."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the device
+    # thread_local: other threads may go on using the device
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
         work()
     return graph.replay
 
@@ -107,6 +118,7 @@ class MemorizeStep:
         if not (self._takes(window) and self._captured(window)):
             return eager_step(self.attachment, window, self.settings, self.ends_early, place)
         state = self.attachment.state
+        state.sync()  # changes from outside, which a forward would have noticed
         self.ids.copy_(torch.cat(window))
         self.replay()
         loss, finite = self.outcome.tolist()
@@ -128,27 +140,28 @@ class MemorizeStep:
         full = full and len(window.context) + len(window.inputs) >= self.settings.window - 1
         return self.why_not is None and full and self.attachment.state.learned
 
-    def _addresses(self) -> tuple:
-        """Where everything lies that a replay reads or writes."""
-        model, (arena,) = self.attachment.host.model, self.attachment.state.arenas
-        homes = [home.down for home in self._homes()]
-        states = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
-        tensors = [t for t in states if t is not None] + homes + [*model.parameters(), *model.buffers()]
-        return tuple(tensor.data_ptr() for tensor in tensors)
+    def _signature(self) -> tuple:
+        """What a replay takes for granted: where everything lies that it reads or writes, and what is no tensor."""
+        attachment, (arena,) = self.attachment, self.attachment.state.arenas
+        model, state = attachment.host.model, attachment.state
+        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
+        tensors += [*(home.down for home in self._homes()), *model.parameters(), *model.buffers()]
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return attachment.attached, state.disabled, *arena.scales, *addresses
 
     def _homes(self) -> list:
         return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]
 
     # ---- capturing -------------------------------------------------------------------------------------------
     def _captured(self, window: Window) -> bool:
-        if self.replay is not None and self._addresses() == self.captured_at:
+        if self.replay is not None and self._signature() == self.captured_at:
             return True
         self.replay = None  # its memory is free for the new one
         try:
             self._prepare(window)
-            rehearse(self._rehearsal)
-            self.captured_at = self._addresses()  # the rehearsal may have moved a host's weights back into their buffers
-            self.replay = capture(self._work)
+            rehearse(self._rehearsal, self.ids.device)
+            self.captured_at = self._signature()
+            self.replay = capture(self._work, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
             warnings.warn(
@@ -167,8 +180,9 @@ class MemorizeStep:
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
         if self.settings.optimizer == "adamw":
             arena.state("exp_avg"), arena.state("exp_avg_sq")
-        for home in self._homes():
-            home.ready()
+        for ffn in self.attachment.ffns:
+            if ffn.home is not None:
+                ffn.home.ready()
 
     def _gradient(self) -> Tensor:
         return gradient(self.attachment, self.window, self.settings, self.ends_early)

@@ -25,8 +25,8 @@ def device(request, monkeypatch):
     monkeypatch.delenv("LOCAS_CUDA_GRAPH", raising=False)
     if request.param == "cpu":
         monkeypatch.setattr(graph_step, "_is_capturable", lambda device: True)
-        monkeypatch.setattr(graph_step, "rehearse", lambda work: work())
-        monkeypatch.setattr(graph_step, "capture", lambda work: work)
+        monkeypatch.setattr(graph_step, "rehearse", lambda work, device: work())
+        monkeypatch.setattr(graph_step, "capture", lambda work, device: work)
     return request.param
 
 
@@ -108,7 +108,14 @@ def test_a_callback_that_looks_and_changes(device, monkeypatch):
                 callback.taken = memory.snapshot()
             if chunk.end == 56:
                 memory.restore(callback.taken)
+            if chunk.end == 63:
+                with torch.no_grad():
+                    memory.slots.mul_(0.5)
             if chunk.end == 70:
+                other_scale = memory.snapshot()
+                other_scale.tensors["scale"].mul_(-0.5)
+                memory.restore(other_scale)
+            if chunk.end == 77:
                 model.model.layers[0].mlp.up_proj.weight.data = model.model.layers[0].mlp.up_proj.weight * 0.5
             if chunk.end == 84:
                 memory.reset()
@@ -197,8 +204,8 @@ def test_a_capture_that_fails_warns_once_and_loses_nothing(device, part, rehome,
     memory, plain = attached(device, rehome=rehome)[1], attached(device, rehome=rehome)[1]
     real = getattr(graph_step, part)
 
-    def fails(work):
-        real(work)
+    def fails(work, device):
+        real(work, device)
         raise RuntimeError("no graphs today")
 
     monkeypatch.setattr(graph_step, part, fails)
@@ -221,7 +228,7 @@ def test_a_host_that_waits_for_the_device_runs_eagerly():
         return forward(hidden_states, *args, **kwargs)
 
     attention.forward = waits
-    with pytest.warns(UserWarning, match="without a CUDA graph"):
+    with pytest.warns(UserWarning, match="without a CUDA graph.*test_cuda_graph.py:.* waits for the device"):
         report = memory.memorize(TEXT, **SETTINGS)
     assert report.cuda_graph.startswith("not used: the step cannot be captured")
     assert torch.randn(3, device="cuda").isfinite().all()  # the generator still works

@@ -21,9 +21,12 @@ from helpers import (
 )
 
 import locas_ext as locas
+from locas_ext import _C
 
 IDS = random_ids(20, seed=5)
 HOME = "rehomed: host and memory in one matrix"
+no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
+gpu = [pytest.mark.cuda, pytest.mark.skipif(no_gpu, reason="no GPU")]
 
 
 def reasons(memory):
@@ -45,16 +48,19 @@ def learned(**arguments):
 @pytest.mark.parametrize("needs_dx", [True, False])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_one_ffn_and_its_gradients_are_as_exact_as_torch(dtype, biases, needs_dx):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_one_ffn_and_its_gradients_are_as_exact_as_torch(device, dtype, biases, needs_dx):
     rank, m, d = 3, 37, 32
     model, memory = rehomed(rank=rank, dtype=dtype, model_settings={"intermediate_size": m, "mlp_bias": biases})
+    model.to(device)
     ffn, state = memory._attachment.ffns[0], memory.state
     arena = ffn.arena
     for parameter in ffn.ffn.module.parameters():  # biases start at 0
         parameter.data.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
     state.set_slots(torch.randn(state.shape) * d**-0.5, version=1, initialized=True)
+    x, dy = torch.randn(11, d).to(device, dtype), torch.randn(11, d).to(device, dtype)
+    ffn.forward(x)  # takes memory and buffers to the device
     slots = arena.compute[0]
-    x, dy = torch.randn(11, d).to(dtype), torch.randn(11, d).to(dtype)
 
     def run(function, cast, parameter):
         xs = cast(x).clone().requires_grad_(needs_dx)
@@ -178,6 +184,21 @@ def test_to_another_dtype_moves_out_and_in_again():
     logits_of(model, IDS)
     memory.detach()
     assert all(p.dtype == torch.float64 and p.is_contiguous() for p in model.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(no_gpu, reason="no GPU")
+def test_to_another_device_and_back():
+    model, memory = rehomed()
+    before = snapshot(model)
+    model.to("cuda")
+    memory.memorize(TEXT, **SETTINGS)
+    assert reasons(memory) == {HOME} and memory._attachment.ffns[0].home.down.is_cuda
+    on_gpu = logits_of(model, IDS.cuda()).cpu()
+    model.to("cpu")
+    torch.testing.assert_close(logits_of(model, IDS), on_gpu, rtol=1e-3, atol=1e-3)
+    assert reasons(memory) == {HOME}
+    assert_same_host(model, before, what=("state",))
 
 
 def test_weights_that_cannot_move_back_run_without_the_buffers():

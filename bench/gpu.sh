@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything a short lease of a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
+#
+#      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms decode train long stream memcheck racecheck; default all
+#
+# Each step has its own time limit and log; one that fails or runs out of time does not stop the next, except the build.
+# OUT gets NAME.log, NAME.json, NAME.csv and summary.txt, which is printed last. SCALE=0.5 halves every limit.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: bench/gpu.sh OUT [STEP...]}
+shift
+steps=${*:-build test update gemms decode train long stream memcheck racecheck}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+: >"$out/summary.txt"
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} LOCAS_CUDA=1
+# Without its caching allocator torch does not hide an access that is out of bounds.
+sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all"
+command -v compute-sanitizer >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+small="python_tests/test_update.py python_tests/test_cuda.py python_tests/test_fused.py -q -m cuda"
+some="where_finite or updates_match or summed_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
+
+step() { # NAME SECONDS COMMAND...
+  local name=$1 limit started=$SECONDS status
+  limit=$("$python" -c "print(max(1, int($2 * ${SCALE:-1})))")
+  shift 2
+  case " $steps " in *" $name "*) ;; *) return 0 ;; esac
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  local said=ok
+  [ $status -eq 124 ] && said="out of time ($limit s)"
+  [ $status -ne 0 ] && [ $status -ne 124 ] && said="FAILED ($status)"
+  printf '%-10s %-20s %4d s   %s\n' "$name" "$said" $((SECONDS - started)) "$(tail -n 1 "$out/$name.log" | cut -c1-120)" |
+    tee -a "$out/summary.txt"
+  return $status
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/summary.txt"
+step build 400 "$python" setup.py build_ext --inplace || { tail -n 20 "$out/build.log"; exit 1; }
+step test 240 "$python" -m pytest python_tests -q -m cuda
+step update 40 "$python" -m bench.update --device cuda --out "$out/update.json"
+step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"
+step decode 150 "$python" -m bench.ffn --device cuda --tokens 1 8 64 --out "$out/decode.json"
+step train 200 "$python" -m bench.ffn --device cuda --tokens 512 2048 --calls 10 --out "$out/train.json"
+step long 120 "$python" -m bench.ffn --device cuda --tokens 8192 --calls 4 --rounds 15 --out "$out/long.json"
+step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --random 1024 28 --tokens 24000 --window 2048 \
+  --stride 512 --out "$out/stream.json"
+step memcheck 240 $sanitizer --tool memcheck "$python" -m pytest $small -k "$some"
+step racecheck 240 $sanitizer --tool racecheck "$python" -m pytest $small -k "$some"
+
+echo
+for name in update decode train long stream; do # the last table of each log is its compact one
+  [ -f "$out/$name.log" ] &&
+    awk '/┏/ {table = title; inside = 1} inside {table = table "\n" $0} /└/ {inside = 0} {title = $0} END {if (table) print table}' \
+      "$out/$name.log"
+done
+cat "$out/summary.txt"

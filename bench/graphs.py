@@ -1,0 +1,49 @@
+"""Timing on CUDA: calls that rotate through enough operands to leave the L2 cache cold, captured in a graph and replayed."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+COLD_BYTES = 180 * 2**20  # three times an H200's L2
+
+
+def sets_for(bytes_each: int) -> int:
+    """How many sets of operands of this size to rotate through."""
+    return max(2, -(-COLD_BYTES // bytes_each))
+
+
+class Graph:
+    """Several calls, one after another, in a CUDA graph. `first`: what the first returned, new after each replay.
+
+    Graphs that are never replayed at the same time may share a memory pool.
+    """
+
+    def __init__(self, calls: list[Callable[[], object]], pool=None):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:2]:  # libraries set themselves up, compilers compile
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph, self.calls = torch.cuda.CUDAGraph(), len(calls)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.first = calls[0]()
+            for call in calls[1:]:
+                call()
+
+    def seconds(self) -> float:
+        """Of one call, in one replay."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.calls
+
+
+def graph_seconds(calls: list, replays: int) -> float:
+    """Median seconds of one call; `calls` run one after another in a graph."""
+    graph = Graph(calls)
+    return statistics.median(graph.seconds() for _ in range(replays))
