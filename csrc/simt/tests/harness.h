@@ -88,6 +88,9 @@ class Matrix {
   int64_t rows_, cols_, stride_;
 };
 
+// Draws shapes, new ones in every run; fail() prints the seed, and locas_simt_tests takes it to repeat a run.
+Random& fresh();
+
 template <class T>
 double exact(T value) {
   return static_cast<double>(ptx::to_float(value));
