@@ -30,7 +30,8 @@ def test_kernels_on_the_simt_runner(capsys):
     with capsys.disabled():
         print(f"\n{report}", end="")
 
-    lines = report.splitlines()
+    shapes, *lines = report.splitlines()
+    assert shapes.startswith("shape seed")
     assert all(": ok (" in line for line in lines)
     for kernel in ["U update_slots_ (AdamW)", "U update_slots_ (SGD)", "glu_forward", "importance", "cross_entropy"]:
         assert any(line.startswith(kernel) for line in lines), f"{kernel} did not run"

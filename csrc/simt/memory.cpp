@@ -85,24 +85,24 @@ void SharedMemory::begin_launch(size_t bytes, int threads) {
     if (posix_memalign(&allocation, 1024, bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<unsigned char*>(allocation);
   }
-  cells_.assign((bytes + 1) / 2, Cell());
-  readers_.assign(cells_.size() * warps_, Readers());
-  clocks_.assign(warps_, Clock{});
-  epochs_.assign(warps_, 1);
-  waits_.clear();
+  const size_t cells = (bytes + 1) / 2;
+  if (cells_.size() < cells) cells_.resize(cells);
+  if (readers_.size() < cells * warps_) readers_.resize(cells * warps_);
 }
 
 void SharedMemory::begin_block() {
   if (bytes_ > 0) std::memset(data_, 0xff, bytes_);
-  // All warps begin later than anything that the block before did, and know nothing of each other.
-  uint32_t latest = 0;
-  for (int warp = 0; warp < warps_; ++warp) latest = std::max(latest, time(warp));
-  for (int warp = 0; warp < warps_; ++warp) {
+  // All warps begin later than anything that was before, and know nothing of each other.
+  uint32_t latest = 0, epoch = 0;
+  for (int warp = 0; warp < kMaxWarps; ++warp) {
+    latest = std::max(latest, time(warp));
+    epoch = std::max(epoch, epochs_[warp]);
+  }
+  for (int warp = 0; warp < kMaxWarps; ++warp) {
     clocks_[warp].fill(latest);
     tick(warp);
-    sync_lanes(warp);
   }
-  for (Cell& cell : cells_) cell.state = State::plain;
+  epochs_.fill(epoch + 1);
 }
 
 void SharedMemory::end_launch() {
@@ -193,6 +193,10 @@ void SharedMemory::end_copy(int thread, const void* address, size_t bytes, uint3
 void SharedMemory::claim_barrier(int thread, const void* address) {
   write(thread, address, 8);
   for (size_t i = first_cell(address); i < end_cell(address, 8); ++i) cells_[i].state = State::barrier;
+}
+
+void SharedMemory::release_barrier(const void* address) {
+  for (size_t i = first_cell(address); i < end_cell(address, 8); ++i) cells_[i].state = State::plain;
 }
 
 void SharedMemory::check_barrier(int thread, const void* address) {

@@ -71,7 +71,7 @@ void join(Clock& into, const Clock& other);  // the later of both, warp by warp
 class SharedMemory {
  public:
   void begin_launch(size_t bytes, int threads);
-  void begin_block();  // poisons with NaN and forgets all accesses
+  void begin_block();  // poisons with NaN; all that was before is long ago
   void end_launch();
 
   unsigned char* data() const { return data_; }
@@ -88,6 +88,7 @@ class SharedMemory {
   // The eight bytes of an mbarrier: only mbarrier operations may touch them, ordered after its initialisation.
   void claim_barrier(int thread, const void* address);
   void check_barrier(int thread, const void* address);
+  void release_barrier(const void* address);  // at the end of the block
 
   // What a warp knows, and its own time. tick() begins a new time: what it does next is not covered by what it
   // released before.
@@ -122,10 +123,11 @@ class SharedMemory {
   unsigned char* data_ = nullptr;
   size_t bytes_ = 0;
   int warps_ = 0;
+  // Kept from launch to launch: time never goes back, so what is old needs no clearing.
   std::vector<Cell> cells_;
   std::vector<Readers> readers_;  // [cells][warps]
-  std::vector<Clock> clocks_;
-  std::vector<uint32_t> epochs_;  // counts what orders the lanes of a warp
+  std::array<Clock, kMaxWarps> clocks_{};
+  std::array<uint32_t, kMaxWarps> epochs_{};  // counts what orders the lanes of a warp
   std::vector<const char*> waits_;
 };
 

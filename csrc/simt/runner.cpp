@@ -161,15 +161,17 @@ void maybe_run_another() {
   run_another();
 }
 
+void finish_copies(std::vector<AsyncCopy>& group);
+
 void exit_thread() {
   Thread& self = *machine.current;
   Warp& warp = machine.warps[current_warp()];
   if (warp.arrived > 0) fail("exits while %d lanes of its warp wait in %s", warp.arrived, warp.name);
   ++warp.exited;
   self.exited = true;
-  // Copies that nobody waited for land without anyone to see them.
-  self.open_copies.clear();
-  self.committed_copies.clear();
+  // Copies that nobody waited for.
+  wait_for_copies(0);
+  finish_copies(self.open_copies);
   if (--machine.alive > 0) {
     machine.current = next_ready();
     Fiber::switch_to(self.fiber, machine.current->fiber);
@@ -191,7 +193,6 @@ void run_block() {
   while (static_cast<int>(machine.pool.size()) < machine.threads)
     machine.pool.push_back(std::make_unique<Thread>(static_cast<int>(machine.pool.size())));
   machine.shared.begin_block();
-  machine.mbarriers.clear();
   machine.warps.assign(machine.threads / 32, Warp());
   for (Barrier& barrier : machine.barriers) barrier = Barrier();
   machine.ready.clear();
@@ -203,6 +204,8 @@ void run_block() {
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
   if (!machine.bulk_copies.empty()) fail("the block ends with a bulk copy under way");
+  for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
+  machine.mbarriers.clear();
 }
 
 }  // namespace
@@ -341,6 +344,14 @@ void land(AsyncCopy& copy) {
   copy.landed = true;
 }
 
+void finish_copies(std::vector<AsyncCopy>& group) {
+  for (AsyncCopy& copy : group) {
+    land(copy);
+    machine.shared.end_copy(thread_index(), copy.shared, 16, machine.shared.time(current_warp()));
+  }
+  group.clear();
+}
+
 }  // namespace
 
 void copy_async(void* shared, const void* global, bool valid) {
@@ -362,10 +373,7 @@ void commit_copies() {
 void wait_for_copies(size_t pending_groups) {
   auto& groups = machine.current->committed_copies;
   while (groups.size() > pending_groups) {
-    for (AsyncCopy& copy : groups.front()) {
-      land(copy);
-      machine.shared.end_copy(thread_index(), copy.shared, 16, machine.shared.time(current_warp()));
-    }
+    finish_copies(groups.front());
     groups.erase(groups.begin());
   }
 }

@@ -1,4 +1,5 @@
-// locas_simt_tests [word]: runs the tests whose name contains the word, all without one; a line for each.
+// locas_simt_tests [word [seed]]: runs the tests whose name contains the word ("" for all), a line for each. The seed draws the
+// shapes; without it they are new in every run.
 #include <chrono>
 #include <cstdarg>
 #include <cstdlib>
@@ -13,8 +14,17 @@ std::vector<Test>& tests() {
   return list;
 }
 
+namespace {
+uint64_t shape_seed = 0;
+}
+Random& fresh() {
+  static Random random(shape_seed);
+  return random;
+}
+
 void fail(const char* format, ...) {
   std::fflush(stdout);
+  std::fprintf(stderr, "shape seed %llu: ", static_cast<unsigned long long>(shape_seed));
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);
@@ -34,6 +44,8 @@ void for_each_seed(const std::function<void()>& body) {
 
 int main(int count, char** arguments) {
   using namespace locas::test;
+  shape_seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
+  std::printf("shape seed %llu\n", static_cast<unsigned long long>(shape_seed));
   int ran = 0;
   for (const Test& test : tests()) {
     if (count > 1 && !std::strstr(test.name, arguments[1])) continue;

@@ -50,7 +50,7 @@ std::vector<float> draw_slots(Random& random, const Shape& shape) {
 
 template <class Copy>
 void check_adamw(const Shape& shape, bool clip, bool with_copy) {
-  Random random(shape.d * 1000 + shape.rows);
+  Random random(shape.d);
   const size_t count = shape.rows * shape.d;
   const AdamW options{.learning_rate = 0.03, .step = random.integer(1, 2000)};
   AdamWState<float> before{draw_slots(random, shape), random.normals<float>(count), random.normals<float>(count, 0.1),
@@ -102,7 +102,10 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
 }
 
 LOCAS_TEST(adamw, "U update_slots_ (AdamW)") {
-  const std::vector<Shape> shapes = {{3, 1}, {2, 131}, {3, 36}, {2, 512}, {1, 1000}, {2, 2048}, {1, 4096}, {1, 4100}, {2, 260, 1}};
+  // Each of the kernels' widths, its bounds, and fresh ones.
+  const std::vector<Shape> shapes = {{3, 1},    {3, 36},    {2, 512},   {1, 1000}, {2, 2048},
+                                     {1, 4096}, {1, 4100}, {2, 260, 1}, {2, fresh().integer(2, 4096)},
+                                     {2, 4 * fresh().integer(2, 1024)}};
   for (const Shape& shape : shapes) check_adamw<bf16>(shape, true, true);
   check_adamw<f16>({3, 516}, true, true);
   check_adamw<float>({2, 97}, false, true);
@@ -129,7 +132,7 @@ struct SgdState {
 
 template <class Copy>
 void check_sgd(const Shape& shape, double momentum) {
-  Random random(shape.d * 1000 + shape.rows);
+  Random random(shape.d);
   const size_t count = shape.rows * shape.d;
   const Sgd options{.learning_rate = 0.05, .momentum = momentum, .weight_decay = 0.02};
   const SgdState<float> before{draw_slots(random, shape), random.normals<float>(count, 0.3), random.normals<float>(count, 0.3)};
@@ -175,8 +178,10 @@ LOCAS_TEST(sgd, "U update_slots_ (SGD)") {
     check_sgd<f16>({2, 1028}, momentum);
     check_sgd<bf16>({3, 77}, momentum);
     check_sgd<f16>({2, 128, 1}, momentum);
+    check_sgd<bf16>({2, fresh().integer(2, 4096)}, momentum);
+    check_sgd<bf16>({2, 4 * fresh().integer(2, 1024)}, momentum);
   }
-  return "8 cases, 10 seeds";
+  return "12 cases, 10 seeds";
 }
 
 // ---- the same updates with the gradient formed from its factors ----------------------------------------------------
