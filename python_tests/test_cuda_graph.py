@@ -157,13 +157,15 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeypatch):
     model, memory = attached(device)
-    factor, backward = torch.ones((), device=device), graph_step.backward
+    factor, gradient = torch.ones((), device=device), graph_step.gradient
 
-    def overflowing(state, *arguments):
-        backward(state, *arguments)
-        state.arenas[0].grad.mul_(factor)
+    def overflowing(attachment, *arguments):
+        loss, arena = gradient(attachment, *arguments), attachment.state.arenas[0]
+        for tensor in [arena.grad] if arena.factors is None else [factors.tensors[0] for factors in arena.factors]:
+            tensor.mul_(factor)
+        return loss
 
-    monkeypatch.setattr(graph_step, "backward", overflowing)
+    monkeypatch.setattr(graph_step, "gradient", overflowing)
     kept = []
 
     def callback(chunk):
