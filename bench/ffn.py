@@ -13,8 +13,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from locas_ext import ops, reference
-from locas_ext.kernels import HostWeights, SlotViews, glu_ffn_forward
-from locas_ext.ops import GluFFNFunction
+from locas_ext.kernels import HostWeights, SlotViews
+from locas_ext.ops import GluFFNFunction, native_backend
 
 from .harness import interleaved, ratio, report, summary
 
@@ -38,6 +38,7 @@ class Case:
         self.x = torch.randn(tokens, d, device=device).to(dtype).requires_grad_()
         self.dy = torch.randn(tokens, d, device=device).to(dtype)
         self.sideway = torch.nn.Parameter(self.compute.clone())
+        self.backend = native_backend("bench.ffn", self.x, self.host.gate, "auto")
         self.flop = 6 * tokens * d * 3 * d
 
     def eager(self):
@@ -48,8 +49,8 @@ class Case:
 
     def ours(self):
         if torch.is_grad_enabled():
-            return GluFFNFunction.apply(self.x, self.slots, self.views, self.host, SCALE, 0, self.grad)
-        return glu_ffn_forward(self.x, self.host, self.views, SCALE, 0, save=False)[0]
+            return GluFFNFunction.apply(self.x, self.slots, self.views, self.host, SCALE, 0, self.grad, self.backend)
+        return self.backend.glu_ffn_forward(self.x, self.host, self.views, SCALE, 0, save=False)[0]
 
     def forward(self, ffn):
         with torch.no_grad():
@@ -107,6 +108,7 @@ def overhead(rounds: int) -> dict:
     patched, mlp = memory._attachment.ffns[0], model.model.layers[0].mlp
     x = torch.randn(1, 1, 16)
     x2d, host, views = x[0], patched.ffn.weights(), memory.state.arenas[0].views[0]
+    backend = native_backend("bench.ffn", x, host.gate, "auto")
 
     def repeat(call, times=50):
         def run():
@@ -120,7 +122,7 @@ def overhead(rounds: int) -> dict:
     arms = {
         "module call": repeat(lambda: empty(x)),
         "patched": repeat(lambda: mlp(x)),
-        "bare": repeat(lambda: glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
+        "bare": repeat(lambda: backend.glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
         "op": repeat(lambda: ops.glu_ffn(x, *host[:3], memory.slots[0], SCALE)),
         "eager": repeat(lambda: patched.original(x)),
     }
