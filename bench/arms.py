@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from locas_ext import fused, kernels, reference
+from locas_ext import kernels, reference
 from locas_ext.hosts import HostFFN
-from locas_ext.ops import GluFFNFunction
+from locas_ext.ops import GluFFNFunction, fused_backend
 from locas_ext.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
 from locas_ext.slots import MemoryState
 
@@ -229,6 +229,7 @@ def arms(operands: Operands, with_compiled: bool) -> dict[str, Arm | BareGemms]:
         result["bare products"] = BareGemms()
     result["ours, matmul"] = Arm(_ours(kernels), in_place=True)
     result["ours, rehomed"] = Arm(rehomed, in_place=True)
+    fused = fused_backend(operands.x)
     if fused.obstacle(operands.x, d, m) is None:
         result["ours, fused"] = Arm(_ours(fused), in_place=True)
     result["eager again"] = Arm(eager, memory=False)

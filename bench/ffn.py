@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config
 
-from locas_ext import kernels, ops
+from locas_ext import ops
 
 from .arms import MODES, SCALE, Arm, Operands, arms
 from .graphs import Graph, sets_for
@@ -156,6 +156,7 @@ def overhead(rounds: int) -> dict:
     patched, mlp = memory._attachment.ffns[0], model.model.layers[0].mlp
     x = torch.randn(1, 1, 16)
     x2d, host, views = x[0], patched.ffn.weights(), memory.state.arenas[0].views[0]
+    backend = ops.native_backend("bench.ffn", x, host.gate, "auto")
 
     def repeat(call, times=50):
         def run():
@@ -169,7 +170,7 @@ def overhead(rounds: int) -> dict:
     arms = {
         "module call": repeat(lambda: empty(x)),
         "patched": repeat(lambda: mlp(x)),
-        "bare": repeat(lambda: kernels.glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
+        "bare": repeat(lambda: backend.glu_ffn_forward(x2d, host, views, SCALE, 0, save=False)),
         "op": repeat(lambda: ops.glu_ffn(x, *host[:3], memory.slots[0], SCALE)),
         "eager": repeat(lambda: patched.original(x)),
     }

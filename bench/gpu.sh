@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a short lease of a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
+# Everything half an hour on a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
 #
 #      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms decode train long stream memcheck racecheck; default all
 #

@@ -93,6 +93,31 @@ struct FfnBackwardParams {
   DType dtype;
 };
 
+// The same FFN on the CPU (csrc/cpu/ffn.cpp), f32 and bf16. `saved` is for the backward: [2][tokens rounded up to 16]
+// [saved_m + r] pre-activations, in an order of its own; saved_m is m, or 0 where no dx will be asked for.
+struct CpuFfnForwardParams {
+  FfnWeights weights;  // bf16: d and m are even
+  Rows x;              // [tokens, d]
+  Rows y;              // [tokens, d] out
+  void* saved;         // out; may be null
+  int64_t tokens, saved_m;
+  float scale;
+  Activation activation;
+  DType dtype;
+};
+
+struct CpuFfnBackwardParams {
+  FfnWeights weights;
+  Rows dy, x;         // [tokens, d]
+  const void* saved;
+  Rows dx;            // [tokens, d] out; data may be null
+  float* slots_grad;  // [3, r, d] is added to
+  int64_t tokens, saved_m;
+  float scale;
+  Activation activation;
+  DType dtype;
+};
+
 // importance[j] = mean over the tokens of |act(x W_gate^T) * (x W_up^T)|[:, j] without writing the [tokens, m] between.
 struct NeuronImportanceParams {
   FfnWeights weights;  // gate, up and their biases; r = 0

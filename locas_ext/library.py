@@ -6,7 +6,7 @@ kernels and autograd formulas stand together for each operator.
 
 import torch
 
-from . import fused, kernels
+from . import fused, fused_cpu, kernels
 from .activations import activation_index
 from .kernels import HostWeights, SlotViews
 
@@ -25,11 +25,18 @@ _BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
 
 
 # ---- glu_ffn: y, and what the backward needs ----------------------------------------------------------------
-_BACKENDS = {"matmul": kernels, "fused": fused}
+_BACKENDS = {"matmul": kernels, "fused": fused, "fused_cpu": fused_cpu}
 
 
-def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[int, int]]:
-    """Shapes of the three tensors between forward and backward; the fused backend has two."""
+def name_of(backend) -> str:
+    """What the operators call the module that computes."""
+    return next(name for name, module in _BACKENDS.items() if module is backend)
+
+
+def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[int, ...]]:
+    """Shapes of the three tensors between forward and backward; the fused backends have two and one."""
+    if backend == "fused_cpu":
+        return [fused_cpu.saved_shape(tokens, m, rank), (0, 0), (0, 0)]
     if backend == "fused":
         width = m + -(-rank // 8) * 8
         return [(tokens, width), (tokens, width), (0, 0)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import fused, kernels, library, reference  # noqa: F401  (library registers the operators)
+from . import fused, fused_cpu, kernels, library, reference  # noqa: F401  (library registers the operators)
 from .activations import activation_index
 from .config import BACKENDS
 from .kernels import HostWeights, SlotViews
@@ -108,16 +108,22 @@ def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
     _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
 
+def fused_backend(x: Tensor):
+    """The module of the fused backend where x lies."""
+    return fused_cpu if x.is_cpu else fused
+
+
 def native_backend(op: str, x: Tensor, gate_weight: Tensor, backend: str):
-    """The module that computes for a backend other than "reference": `kernels` or `fused`; ValueError says why not."""
+    """The module that computes for a backend other than "reference": `kernels` or a fused one; ValueError says why not."""
     if backend == "matmul":
         return kernels
     m, d = gate_weight.shape
+    module = fused_backend(x)
     if backend == "auto":
-        return fused if fused.is_faster(x, x.numel() // d, d, m) else kernels
-    if problem := fused.obstacle(x, d, m):
+        return module if module.is_faster(x, x.numel() // d, d, m) else kernels
+    if problem := module.obstacle(x, d, m):
         raise ValueError(f"{op}: backend is 'fused', but {problem}")
-    return fused
+    return module
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -132,7 +138,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 class GluFFNFunction(torch.autograd.Function):
     """apply(x [T, d], slots, views, host, scale, activation index, slots_grad, backend) -> y [T, d].
 
-    `views` are the slots in x's dtype, `backend` is the module that computes: `kernels` or `fused`. `slots_grad` is where
+    `views` are the slots in x's dtype, `backend` is the module that computes (`native_backend`). `slots_grad` is where
     the slots' gradient is added in place (an fp32 [3, r, d] slice of the arena), or None: then autograd gets it. It is a
     plain ctx attribute because all slices of an arena share one version counter, which save_for_backward would check.
     """
@@ -253,7 +259,7 @@ def glu_ffn(
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or slots.requires_grad)
     module = native_backend("glu_ffn", x, gate_weight, backend)
     if torch.compiler.is_compiling():
-        name = "fused" if module is fused else "matmul"
+        name = library.name_of(module)
         arguments = (x2d, gate_weight, up_weight, down_weight, slots.to(x.dtype), scale, activation, name, *biases)
         if wants_gradient:
             y = torch.ops.locas.glu_ffn(*arguments)[0]

@@ -6,7 +6,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 import torch
 from torch import Tensor
 
-from . import fused, ops, reference
+from . import ops, reference
 from .activations import activate, activation_index
 from .arena import SlotArena
 from .config import LocasConfig
@@ -137,7 +137,11 @@ class PatchedFFN:
         """The backend, "auto" resolved for where the memory lies."""
         if self.backend != "auto":
             return self.backend
-        return fused.choice(self.arena.compute, self.attachment.host.hidden_size, self.attachment.host.intermediate_size)
+        if self.path()[0] == "sideway":
+            return "matmul"
+        compute = self.arena.compute
+        host = self.attachment.host
+        return ops.fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
 
     def runs_fused(self, tokens: int) -> bool:
         """Whether so many tokens go through the fused kernels."""
@@ -196,7 +200,8 @@ class Attachment:
                 raise ValueError("backend 'matmul' takes float32, bfloat16 and float16 hosts; this one is float64")
             backend = "reference"
         if backend == "fused":
-            problem = fused.obstacle(like.to(devices[layers[0]]), host.hidden_size, host.intermediate_size)
+            like_ffn = like.to(devices[layers[0]])
+            problem = ops.fused_backend(like_ffn).obstacle(like_ffn, host.hidden_size, host.intermediate_size)
             if problem is not None:
                 raise ValueError(f"backend is 'fused', but {problem}")
         self.backend = "matmul" if rehome and backend == "auto" else backend

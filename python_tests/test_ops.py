@@ -74,12 +74,13 @@ def alone_formula(scale, activation):
     return lambda x, host, slots, act: plain_sideway(x, slots, scale, activation, act)
 
 
+@pytest.mark.parametrize("backend", ["auto", "matmul"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_glu_ffn_forward_and_backward(shape, dtype, activation):
+def test_glu_ffn_forward_and_backward(shape, dtype, activation, backend):
     case = Case(shape, dtype, seed=sum(shape))
-    case.compare(fused(case.scale, activation), fused_formula(case.scale, activation))
+    case.compare(fused(case.scale, activation, backend=backend), fused_formula(case.scale, activation))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -103,14 +104,17 @@ def test_fresh_random_shapes(seed):
     shape = (draw(70), draw(90), draw(600), draw(80))
     dtype, activation = DTYPES[draw(4) - 1], ACTIVATIONS[draw(6) - 1]
     print(f"shape {shape} {dtype} {activation}")
-    case = Case(shape, dtype, seed, biases=draw(3) == 1)
-    case.compare(fused(case.scale, activation), fused_formula(case.scale, activation))
+    biases = draw(3) == 1
+    for backend in ("auto", "matmul"):
+        case = Case(shape, dtype, seed, biases)
+        case.compare(fused(case.scale, activation, backend=backend), fused_formula(case.scale, activation))
 
 
+@pytest.mark.parametrize("backend", ["auto", "matmul"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_biases(dtype):
-    case = Case((9, 20, 31, 5), dtype, seed=3, biases=True)
-    case.compare(fused(-1.5, "silu"), fused_formula(-1.5, "silu"))
+def test_biases(dtype, backend):
+    case = Case((9, 20, 30, 5), dtype, seed=3, biases=True)
+    case.compare(fused(-1.5, "silu", backend=backend), fused_formula(-1.5, "silu"))
 
 
 @pytest.mark.parametrize("bias", range(3))

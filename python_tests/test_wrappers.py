@@ -154,7 +154,7 @@ def test_a_device_maps_hooks_are_no_obstacle_where_they_only_move_the_input(tmp_
     hooked.memorize(TEXT, **SETTINGS)
     assert relative_distance(hooked.slots, memory.slots) < 1e-5  # the host's norms run as they are behind hooks
     memory.restore(hooked.snapshot())
-    assert {entry.backend for entry in hooked.status()} == {"matmul, whole"}
+    assert all(entry.backend.endswith(", whole") for entry in hooked.status())
     before = logits(spread)
     merged, expected = hooked.merge_and_unload(), memory.merge_and_unload()
     assert merged.model.layers[0].mlp.up_proj._hf_hook is not None
@@ -170,7 +170,7 @@ def test_a_hook_of_accelerates_that_does_more_is_an_obstacle():
     accelerate.hooks.add_hook_to_module(projection, accelerate.hooks.ModelHook())
     assert memory.status()[0].backend == "matmul, sideway"
     accelerate.hooks.add_hook_to_module(projection, accelerate.hooks.AlignDevicesHook("cpu"))
-    assert memory.status()[0].backend == "matmul, whole"
+    assert memory.status()[0].backend.endswith(", whole")
     projection._old_forward = lambda x: 2 * torch.nn.Linear.forward(projection, x)
     assert memory.status()[0].backend == "matmul, sideway"
 
@@ -182,7 +182,7 @@ def test_hooks_on_a_projection_still_run():
     torch.testing.assert_close(logits_of(model, TEXT), before, rtol=1e-4, atol=1e-5)
     assert calls and memory.status()[0].reason == "up_proj has hooks"
     handle.remove()
-    assert memory.status()[0].backend == "matmul, whole"
+    assert memory.status()[0].backend.endswith(", whole")
 
 
 def test_a_host_that_is_trained_too_gets_its_gradient():

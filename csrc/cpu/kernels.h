@@ -20,4 +20,14 @@ struct Kernels {
 
 const Kernels& kernels();
 
+// The whole FFN with its own matrix products (ffn.cpp).
+struct FfnKernels {
+  bool bf16;  // whether it takes bfloat16 besides float32
+  void (*forward)(const CpuFfnForwardParams&);
+  void (*backward)(const CpuFfnBackwardParams&);
+};
+
+// Null on a processor without AVX-512.
+const FfnKernels* ffn_kernels();
+
 }  // namespace locas::cpu

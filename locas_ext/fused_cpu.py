@@ -1,0 +1,90 @@
+"""The FFN with memory on the CPU with its own matrix products: the `fused` backend where there is no GPU.
+
+One native call each for forward and backward (csrc/cpu/ffn.cpp): the memory is r more neurons behind the host's m, and
+what lies between two products stays in the layout in which the next one reads it. Functions and arguments are those of the
+`matmul` backend (kernels.py). Takes float32 with AVX-512, bfloat16 with AVX-512 BF16.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _C, kernels
+from .kernels import HostWeights, SlotViews
+
+DTYPES = tuple(getattr(torch, name) for name in _C.build_info()["cpu_ffn"])
+# From how many tokens it beats torch's products: on an EPYC 9004 it takes 0.3 to 1.0 of their time from 2 to 2048 tokens
+# for d of 256 to 2048 in both dtypes, and 0.5 to 1.5 for a single one, which fills one lane of 16 (bench/RESULTS.md).
+LEAST_TOKENS = 2
+
+
+def obstacle(x: Tensor, d: int, m: int) -> str | None:
+    """Why the kernels cannot take an FFN of these sizes on tensors like x, or None."""
+    if not x.is_cpu:
+        return f"these kernels are for the CPU; this is {x.device.type}"
+    if not DTYPES:
+        return "on the CPU the fused kernels need a processor with AVX-512"
+    if x.dtype not in DTYPES:
+        names = " and ".join(str(dtype) for dtype in DTYPES)
+        return f"on this processor the fused kernels take {names}; this is {x.dtype}"
+    if x.dtype == torch.bfloat16 and (d % 2 or m % 2):
+        return f"the fused kernels need even sizes in bfloat16; here hidden_size is {d} and intermediate_size {m}"
+    return None
+
+
+def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
+    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were measured to be faster."""
+    return tokens >= LEAST_TOKENS and obstacle(like, d, m) is None
+
+
+def choice(like: Tensor, d: int, m: int) -> str:
+    """What backend "auto" comes to for tensors like this one, in words."""
+    return f"fused from {LEAST_TOKENS} tokens, else matmul" if obstacle(like, d, m) is None else "matmul"
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def saved_shape(tokens: int, m: int, rank: int) -> tuple[int, int, int]:
+    """Of what the backward needs: gate and up, tokens in whole vectors of 16, neurons of host and memory."""
+    return 2, -(-tokens // 16) * 16, m + rank
+
+
+def glu_ffn_forward(
+    x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
+) -> tuple[Tensor, tuple | None]:
+    """-> y [T, d] and, with `save`, the pre-activations that the backward needs, in an order of the kernels' own."""
+    tokens, d = x.shape
+    y = x.new_empty(tokens, d)
+    saved = x.new_empty(saved_shape(tokens, len(host.gate) if needs_dx else 0, len(slots.value))) if save else None
+    gate, up, down, *biases = host
+    _C.cpu_ffn_forward(_rows(x), _rows(gate), _rows(up), _rows(down), *biases, *slots, y, saved, activation, scale)
+    return y, (saved, None, None) if save else None
+
+
+def glu_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: tuple,
+    host: HostWeights,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    needs_dx: bool,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d] float32.
+
+    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
+    """
+    dx = x.new_empty(x.shape) if needs_dx else None
+    rank, d = slots.value.shape
+    d_slots = torch.zeros(3, rank, d, dtype=torch.float32) if slots_grad is None else slots_grad
+    _C.cpu_ffn_backward(
+        _rows(dy), _rows(x), saved[0], _rows(host.gate), _rows(host.up), _rows(host.down), *slots, dx, d_slots,
+        activation, scale,
+    )
+    return dx, d_slots if slots_grad is None else None
+
+
+neuron_importance = kernels.neuron_importance
