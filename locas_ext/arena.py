@@ -8,6 +8,7 @@ the slots in the host's dtype (the same tensor for a float32 host).
 import torch
 from torch import Tensor, nn
 
+from .fused import SlotFactors
 from .kernels import SlotViews
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -21,7 +22,7 @@ class SlotArena:
         slots: [l, 3, r, d] float32, the master
         grad: [l, 3, r, d] float32
         parameters: l nn.Parameters [3, r, d], views of slots; their .grad are views of grad
-        sinks: while memorizing, what the backward adds each layer's gradient into (a slice of grad, or factors); else None
+        accumulates: whether backwards add the gradient here, as while memorizing, instead of handing it to autograd
         factors: l SlotFactors where the gradient is kept unformed for the update (fused.py), else None
         compute, views: the slots in the host's dtype, and per layer (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
@@ -32,7 +33,7 @@ class SlotArena:
     def __init__(self, positions: list[int], rank: int, hidden_size: int, scale: list[float], device, dtype):
         self.positions = positions
         self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
-        self.sinks = self.factors = None
+        self.accumulates, self.factors = False, None
         with torch.inference_mode(False), torch.no_grad():
             self.slots = torch.zeros(len(positions), 3, rank, hidden_size, device=device)
             self.grad = torch.zeros_like(self.slots)
@@ -97,6 +98,12 @@ class SlotArena:
             self.grad.zero_()
         self.factors = None
         self._bind_grads()
+
+    def sink(self, index: int) -> Tensor | SlotFactors | None:
+        """What the backward adds a layer's gradient into: its slice of grad, or its factors; None: autograd gets it."""
+        if not self.accumulates:
+            return None
+        return self.grads[index] if self.factors is None else self.factors[index]
 
     def gradient_norm(self) -> Tensor:
         """[] float32, not finite if the gradient is not; of factors an upper bound."""

@@ -6,7 +6,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import fused, ops, reference
 from .activations import activate, activation_index
 from .arena import SlotArena
 from .config import LocasConfig
@@ -85,7 +85,7 @@ class PatchedFFN:
         x2d = x.reshape(-1, x.shape[-1])
         rehomed = not alone and self.home is not None and self.home.ready()
         if gradients and (learns or x.requires_grad):
-            grad = None if arena.sinks is None else arena.sinks[index]
+            grad = arena.sink(index)
             if rehomed:
                 y = RehomedFunction.apply(x2d, parameter, self.home, self.ffn.weights().down_bias, activation, grad)
             elif alone:
@@ -143,14 +143,13 @@ class PatchedFFN:
         host = self.attachment.host
         return ops.fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
 
-    def runs_fused(self, tokens: int) -> bool:
-        """Whether so many tokens go through the fused kernels."""
-        if self.home is not None or self.ffn.obstacle() is not None:
+    def runs_on_cuda_kernels(self, tokens: int) -> bool:
+        """Whether so many tokens go through the fused CUDA kernels (fused.py)."""
+        compute, host = self.arena.compute, self.attachment.host
+        if not compute.is_cuda or self.home is not None or self.ffn.obstacle() is not None:
             return False
-        host = self.attachment.host
         return self.backend == "fused" or (
-            self.backend == "auto"
-            and fused.is_faster(self.arena.compute, tokens, host.hidden_size, host.intermediate_size)
+            self.backend == "auto" and fused.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
         )
 
     def path(self) -> tuple[str, str]:
@@ -269,7 +268,7 @@ class Attachment:
             and state.hidden_size <= fused.MOST_FACTOR_WIDTH
             and all(len(arena.positions) <= fused.MOST_FACTOR_LAYERS for arena in state.arenas)
             and not torch.is_autocast_enabled("cuda")
-            and all(ffn.runs_fused(tokens) for ffn in self.ffns)
+            and all(ffn.runs_on_cuda_kernels(tokens) for ffn in self.ffns)
         )
 
     @property

@@ -158,12 +158,12 @@ class MemoryState:
         for arena in self.arenas:
             if as_factors:
                 arena.factors = [SlotFactors() for _ in arena.positions]
-            arena.sinks = arena.factors if as_factors else arena.grads
+            arena.accumulates = True
         try:
             yield
         finally:
             for arena in self.arenas:
-                arena.sinks = None
+                arena.accumulates = False
 
     def finish_update(self) -> None:
         """Called when the update kernels have written every arena."""

@@ -273,7 +273,7 @@ class TestFactors:
             memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
         hook.remove()
         assert torch.equal(memory.slots, before) and memory.version == version
-        assert all(arena.factors is None and arena.sinks is None for arena in memory.state.arenas)
+        assert all(arena.factors is None and not arena.accumulates for arena in memory.state.arenas)
 
 
 # ---- refusals, on any machine --------------------------------------------------------------------------------
