@@ -6,7 +6,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import fused, ops, reference
 from .activations import activate, activation_index
 from .arena import SlotArena
 from .config import LocasConfig
