@@ -76,8 +76,8 @@ class RehomedFFN:
     # ---- moving ----------------------------------------------------------------------------------------------
     def move_in(self, users: Counter) -> None:
         """Moves the weights into new buffers; where that cannot be, `away` says why and nothing has changed."""
-        self.away = obstacle(self.ffn, users)
-        if self.away is not None:
+        if (problem := obstacle(self.ffn, users)) is not None:
+            self.away = problem
             return
         host = self.ffn.weights()
         m, d = host.gate.shape
@@ -95,7 +95,7 @@ class RehomedFFN:
         self.gate_up, self.down, self.bias, self.memory = gate_up, down, bias, slice(m, m + rank)
         self.parameters = tuple(host[: len(homes)])
         self._addresses = self._where(self.parameters)
-        self.generation = 0
+        self.away, self.generation = None, 0
 
     def move_out(self) -> None:
         """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
