@@ -82,10 +82,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prepare_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+def check_folder(folder: Path) -> None:
+    """FileExistsError if `folder` holds something else than a memory; it need not exist."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; expected a folder to save the memory in")
-    folder.mkdir(parents=True, exist_ok=True)
     ours = (folder / CONFIG_NAME).exists() or (folder / MEMORY_NAME).exists()
     foreign = next((entry.name for entry in folder.iterdir()), None)
     if foreign and not ours:
@@ -133,7 +135,8 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
     }
     record["config_sha256"] = _record_digest(record)
     try:
-        _prepare_folder(folder)
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         _keep_previous(folder)
         write_atomically(folder / MEMORY_NAME, content)
         write_atomically(folder / CONFIG_NAME, json.dumps(record, indent=1).encode())

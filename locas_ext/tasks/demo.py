@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import memory as locas
+from ..checkpoint import check_folder
 from ..config import LocasConfig
 from ..memory import MemorizeReport, Memory
 from . import Interrupted
@@ -169,6 +170,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
     settings.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=settings.out):
         pass  # an unwritable folder shows now, not after the work
+    check_folder(settings.memory_folder)
     model = load_model()
     book = read_book("Nostromo", "nostromo.txt", settings.max_tokens)
     other = read_book("Tono-Bungay", "tono-bungay.txt", UNRELATED)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import memory as locas
-from ..checkpoint import CONFIG_NAME, read_config
+from ..checkpoint import CONFIG_NAME, check_folder, read_config
 from ..config import LocasConfig
 from ..memory import Chunk, MemorizeReport
 from . import Interrupted
@@ -70,8 +70,7 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
         raise ValueError(f"--resume: {task.out} holds no memory to go on with")
     if task.save_every < 1:
         raise ValueError(f"--save-every is {task.save_every}; expected a number of chunks >= 1")
-    if not saved and task.out.exists() and (not task.out.is_dir() or any(task.out.iterdir())):
-        raise FileExistsError(f"{task.out} holds something else; expected a new or empty folder")
+    check_folder(task.out)
     if saved:
         _check_settings(task)
     host, tokenizer = load_host(task.model, task.dtype, task.device)
