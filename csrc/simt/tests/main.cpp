@@ -50,9 +50,13 @@ int main(int count, char** arguments) {
   for (const Test& test : tests()) {
     if (count > 1 && !std::strstr(test.name, arguments[1])) continue;
     const auto start = std::chrono::steady_clock::now();
+    const uint64_t conflicts_before = locas::simt::ldmatrix_conflicts();
     const std::string what = test.run();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    std::printf("%s: %s: ok (%.2f s)\n", test.name, what.c_str(), seconds.count());
+    const uint64_t conflicts = locas::simt::ldmatrix_conflicts() - conflicts_before;
+    std::printf("%s: %s: ok (%.2f s)", test.name, what.c_str(), seconds.count());
+    if (conflicts > 0) std::printf(", %llu bank conflicts of ldmatrix", static_cast<unsigned long long>(conflicts));
+    std::printf("\n");
     std::fflush(stdout);
     ++ran;
   }
