@@ -282,7 +282,7 @@ void warp_collective(const char* name, void* argument, WarpOperation operation) 
   if (warp.arrived == 0) {
     warp.name = name;
     warp.operation = operation;
-  } else if (warp.operation != operation || std::strcmp(warp.name, name) != 0) {
+  } else if (warp.operation != operation || (warp.name != name && std::strcmp(warp.name, name) != 0)) {
     fail("divergent collective: %s, while other lanes of the warp are in %s", name, warp.name);
   }
   warp.arguments[thread_index() % 32] = argument;

@@ -1,5 +1,7 @@
 #include "warp.h"
 
+#include <algorithm>
+
 #include "numbers.h"
 #include "runner.h"
 
@@ -39,8 +41,23 @@ struct LdmatrixLane {
 
 // 8 x 8 matrices of 16-bit elements: lane l receives elements (l / 4, 2 (l % 4)) and the next one, or with transposed the
 // pair (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+uint64_t conflicts = 0;
+
+// The eight rows of a matrix are read at once where they lie in different eighths of 128 bytes.
+void count_conflicts(void* const* lanes, int matrices) {
+  for (int matrix = 0; matrix < matrices; ++matrix) {
+    int rows[8] = {}, most = 0;
+    for (int row = 0; row < 8; ++row) {
+      const void* address = static_cast<LdmatrixLane*>(lanes[matrix * 8 + row])->row;
+      most = std::max(most, ++rows[reinterpret_cast<uintptr_t>(address) / 16 % 8]);
+    }
+    conflicts += most - 1;
+  }
+}
+
 template <int matrices, bool transposed>
 void ldmatrix_lanes(void* const* lanes) {
+  count_conflicts(lanes, matrices);
   for (int matrix = 0; matrix < matrices; ++matrix)
     for (int lane = 0; lane < 32; ++lane) {
       const auto element = [&](int row, int col) -> uint32_t {
@@ -65,6 +82,8 @@ void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed)
 }
 template void ldmatrix(uint32_t (&)[2], const void*, bool);
 template void ldmatrix(uint32_t (&)[4], const void*, bool);
+
+uint64_t ldmatrix_conflicts() { return conflicts; }
 
 // ---- mma.sync ------------------------------------------------------------------------------------------------
 namespace {

@@ -10,6 +10,9 @@ float shuffle(const char* name, float value, int source_lane);
 template <int matrices>  // 2 or 4
 void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed);
 
+// How many times more than once shared memory had to be read for a matrix, of all ldmatrix so far: bank conflicts.
+uint64_t ldmatrix_conflicts();
+
 enum class Half { bf16, f16 };
 void mma_m16n8k16(Half type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 

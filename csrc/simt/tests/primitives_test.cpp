@@ -114,10 +114,14 @@ void check_mma() {
   for_each_seed([&] {
     simt::Buffer<T> a_buffer("a", a), b_buffer("b", b);
     simt::Buffer<float> out("out", 128), sums("sums", 32);
+    const uint64_t conflicts = simt::ldmatrix_conflicts();
     cuda::launch<OneMma<T, transposed>>(1, sizeof(typename OneMma<T, transposed>::Shared), kQueue,
                                         {a_buffer.data(), b_buffer.data(), out.data(), sums.data()});
     expect_equal("a b", out.values(), expected);
     expect_equal("its sum", sums.values(), std::vector<float>(32, total));
+    // Rows of 32 bytes: row i and row i + 4 of a matrix share their banks. So in the 4 of a, and the 2 of b if stored [n, k].
+    const uint64_t expected_conflicts = transposed ? 4 : 6;
+    if (simt::ldmatrix_conflicts() - conflicts != expected_conflicts) fail("bank conflicts are miscounted");
   });
 }
 
