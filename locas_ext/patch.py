@@ -6,7 +6,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import fused, ops, reference
 from .activations import activate, activation_index
 from .arena import SlotArena
 from .config import LocasConfig
@@ -144,7 +144,9 @@ class PatchedFFN:
         return ops.fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
 
     def runs_fused(self, tokens: int) -> bool:
-        """Whether so many tokens go through the fused kernels."""
+        """Whether so many tokens go through the fused CUDA kernels."""
+        if not self.arena.compute.is_cuda:
+            return False
         if self.home is not None or self.ffn.obstacle() is not None:
             return False
         host = self.attachment.host
