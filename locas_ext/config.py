@@ -30,8 +30,9 @@ class LocasConfig:
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), "host" (the same
             without 1/r) or a number
         clip: whether each slot row is kept at length 1 or less after every update
-        backend: "fused" (our CUDA kernels, bfloat16 and float16), "matmul" (torch's products between native kernels),
-            "reference" (plain torch), or "auto": whichever of the first two was measured to be faster
+        backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
+            "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
+            first two was measured to be faster
         seed: of the random inits
 
     Raises ValueError or TypeError for a setting outside these.

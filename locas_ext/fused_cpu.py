@@ -12,8 +12,8 @@ from . import _C, kernels
 from .kernels import HostWeights, SlotViews
 
 DTYPES = tuple(getattr(torch, name) for name in _C.build_info()["cpu_ffn"])
-# From how many tokens it beats torch's products: on an EPYC 9004 it takes 0.3 to 1.0 of their time from 2 to 2048 tokens
-# for d of 256 to 2048 in both dtypes, and 0.5 to 1.5 for a single one, which fills one lane of 16 (bench/RESULTS.md).
+# From how many tokens it beats torch's products. On 2 cores of an EPYC 9004 the forward takes 0.3 to 1.02 of their time for 2
+# to 64 tokens (d 256 to 2048, both dtypes); a single one, which fills a lane of 16, takes 0.5 to 1.5. More tokens: bench/RESULTS.md.
 LEAST_TOKENS = 2
 
 

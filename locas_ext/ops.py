@@ -2,9 +2,10 @@
 
 x is [..., d]; slots are [3, r, d] = (gate G, key K, value V) in x's dtype or float32, and their gradient comes in
 their own dtype. The host's weights are frozen: they get no gradient, and asking for one is an error. dtypes: float32,
-bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is our own CUDA kernels for bfloat16 and float16;
-"matmul" is torch's GEMMs with native code between them; "reference" is plain torch; "auto" is "fused" where that was
-measured to be faster (fused.py), else "matmul".
+bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is our own products, on CUDA for bfloat16 and
+float16, on the CPU for float32 with AVX-512 and bfloat16 with AVX-512 BF16; "matmul" is torch's GEMMs with native code
+between them; "reference" is plain torch; "auto" is "fused" where that was measured to be faster (fused.py,
+fused_cpu.py), else "matmul".
 
 All raise ValueError for a shape, dtype, device or setting that does not fit, naming the tensor, and TypeError for an
 argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
