@@ -18,3 +18,12 @@ def _seeded():
     torch.manual_seed(0)
     yield
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "a test left the grad mode changed"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The kernels that test_simt.py ran, also when it ran in another process."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "kernels":
+                terminalreporter.section("CUDA kernels on the SIMT runner")
+                terminalreporter.write(text)
