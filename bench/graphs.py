@@ -27,7 +27,8 @@ class Graph:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self.graph, self.calls = torch.cuda.CUDAGraph(), len(calls)
+        # The calls are kept: a replay reads and writes what they hold.
+        self.graph, self.calls = torch.cuda.CUDAGraph(), calls
         with torch.cuda.graph(self.graph, pool=pool):
             self.first = calls[0]()
             for call in calls[1:]:
@@ -40,7 +41,7 @@ class Graph:
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self.calls
+        return start.elapsed_time(end) / 1e3 / len(self.calls)
 
 
 def graph_seconds(calls: list, replays: int) -> float:

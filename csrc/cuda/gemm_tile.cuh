@@ -153,7 +153,6 @@ struct Tile {
       multiply(block, sums, shared.stages[stage]);
       stage = (stage + 1) % kStages;
     }
-    ptx::cp_async_wait<0>();
     ptx::sync_threads();  // the stages give way to the sums
 
     const int warp = ptx::warp_index(), lane = ptx::lane_index();
