@@ -228,7 +228,7 @@ def test_a_host_on_two_gpus(dtype, tmp_path):
     memory = locas.attach(spread, locas.LocasConfig(rank=16, scale=0.5))
     assert torch.equal(logits(spread), alone)
     assert [entry.device for entry in memory.status()] == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
-    assert {entry.backend for entry in memory.status()} == {"matmul, whole"}
+    assert all(entry.backend.endswith(", whole") for entry in memory.status())
     assert [parameter.device.index for parameter in memory.parameters()] == [0, 0, 1, 1]
     report = memory.memorize(ids[:320], **settings)
     first, last = report.chunks[0], report.chunks[-1]
