@@ -220,8 +220,9 @@ void forward_typed(const CpuFfnForwardParams& p) {
 #pragma omp for schedule(dynamic)
       for (int64_t block = 0; block < s.blocks_of(s.d); ++block) {
         const int64_t row = block * kBlock, rows = std::min<int64_t>(kBlock, s.d - row);
-        const Term terms[] = {{p.weights.down.data, p.weights.down.stride, false, s.m, hidden, 0},
-                              {p.weights.memory_value.data, p.weights.memory_value.stride, true, s.r, hidden, words_of<T>(s.m)}};
+        const Rows down = p.weights.down, value = p.weights.memory_value;
+        const Term terms[] = {{down.data, down.stride, false, s.m, hidden, 0},
+                              {value.data, value.stride, true, s.r, hidden, words_of<T>(s.m)}};
         multiply_block<T>(terms, 2, row, rows, tokens, gates);
         store_tokens<T>(gates, row, rows, p.weights.down_bias, p.y, begin, tokens);
       }
