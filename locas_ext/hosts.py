@@ -294,7 +294,8 @@ def value_norm_mean(down_weight: torch.Tensor) -> float:
     """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
     dtype = torch.promote_types(down_weight.dtype, torch.float32)
     squares = down_weight.new_zeros(down_weight.shape[1], dtype=dtype)
-    # Rows in blocks that stay in the cache: 0.9 ms for [1024, 3072] on one EPYC core, vector_norm(dim=0) 12 ms.
-    for rows in down_weight.detach().split(128):
-        squares += rows.to(dtype).square().sum(0)
+    # Blocks of rows in one small buffer, which stay in the cache; vector_norm(dim=0) takes ten times as long.
+    buffer = down_weight.new_empty(min(128, len(down_weight)), down_weight.shape[1], dtype=dtype)
+    for rows in down_weight.detach().split(len(buffer)):
+        squares += buffer[: len(rows)].copy_(rows).square_().sum(0)
     return squares.sqrt().mean().item()
