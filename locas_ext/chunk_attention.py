@@ -4,7 +4,7 @@ The context's keys and values need no gradient, but PyTorch's attention computes
 goes through the chunk's own keys and values only, and grouped heads are not repeated. CPU; entered through transformers'
 attention interface while a chunk with context runs forward, and only for hosts that use "sdpa".
 
-        keys ->   context k .......... | chunk n          P = softmax(Q K^T * scaling + mask), recomputed
+        keys ->   context k .......... | chunk n          P = softmax(Q K^T * scaling + mask), kept if small
         queries n [        P           |   P    ]         dQ from all of P; dK, dV from the right part only
 """
 
@@ -22,8 +22,18 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .hosts import Host
 
 NAME = "locas_chunk"
-# The backward holds this many elements of P at once, at least one group of heads.
-_PIECE = 1 << 22
+# Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.
+_KEPT, _PIECE = 1 << 19, 1 << 22
+
+
+def _repeated(mask: Tensor, heads: int) -> Tensor:
+    """mask [1, 1, n, k] for the queries of several heads, one below the other: [heads n, k]."""
+    return mask[0, 0].repeat(heads, 1)
+
+
+def _probabilities(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """softmax(Q K^T + mask): mask [rows, k], queries [g, rows, D] (scaled), keys [g, k, D] -> [g, rows, k]."""
+    return torch.baddbmm(mask, queries, keys.mT).softmax(-1)
 
 
 class ChunkAttentionFunction(torch.autograd.Function):
@@ -35,31 +45,37 @@ class ChunkAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-        ctx.save_for_backward(query, key, value, mask, out)
+        (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
+        p = None
+        if heads * n * k <= _KEPT:
+            queries = query.reshape(groups, heads // groups * n, size) * scaling
+            p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
+            out = (p @ value[0]).view(query.shape)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        ctx.save_for_backward(query, key, value, mask, out, p)
         ctx.scaling = scaling
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        query, key, value, mask, out = ctx.saved_tensors
+        query, key, value, mask, out, kept = ctx.saved_tensors
         (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
         rows = heads // groups * n  # the queries that share a key head, as one matrix
         query = query.reshape(groups, rows, size) * ctx.scaling
         d_out, out = d_out.reshape(groups, rows, size), out.reshape(groups, rows, size)
-        mask = mask[0, 0].repeat(heads // groups, 1)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        step = max(1, _PIECE // (rows * k))
+        step = groups if kept is not None else max(1, _PIECE // (rows * k))
         for first in range(0, groups, step):
             part = slice(first, first + step)
             keys, values, queries, d_outs = key[0, part], value[0, part], query[part], d_out[part]
-            p = torch.baddbmm(mask, queries, keys.mT).softmax(-1)
+            p = _probabilities(_repeated(mask, heads // groups), queries, keys) if kept is None else kept
             d_value[0, part, k - n :] = p[:, :, k - n :].mT @ d_outs
             dot = (d_outs * out[part]).sum(-1, keepdim=True)
             d_scores = (d_outs @ values.mT).sub_(dot).mul_(p)
-            d_query[part] = d_scores @ keys
+            torch.bmm(d_scores, keys, out=d_query[part])
             d_key[0, part, k - n :] = d_scores[:, :, k - n :].mT @ queries
         return d_query.mul_(ctx.scaling).view(1, heads, n, size), d_key, d_value, None, None
 

@@ -50,7 +50,10 @@ def test_only_plain_norms_of_this_formula_are_replaced_and_given_back():
 
 
 @pytest.mark.parametrize("heads, groups, n, k, size", [(1, 1, 1, 2, 4), (4, 2, 5, 19, 8), (6, 3, 16, 16, 5), (8, 1, 9, 40, 16)])
-def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False])
+def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr("locas_ext.chunk_attention._KEPT", 0)
     monkeypatch.setattr("locas_ext.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
     query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, size)
     key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, size)
