@@ -60,7 +60,10 @@ def main() -> None:
     rows, records = [], []
     for name, (bytes_each, calls) in arms.items():
         taken = seconds(calls * (-(-20 // sets) if device.type == "cuda" else 1), arguments.rounds)
-        records.append({"layers": layers, "rank": rank, "d": d, "arm": name, "us": 1e6 * taken, "gigabytes_per_second": bytes_each * parameters / taken / 1e9})
+        speed = bytes_each * parameters / taken / 1e9
+        records.append(
+            {"layers": layers, "rank": rank, "d": d, "arm": name, "us": 1e6 * taken, "gigabytes_per_second": speed}
+        )
     copy = records[-1]["gigabytes_per_second"]
     for record in records:
         record["share_of_copy"] = record["gigabytes_per_second"] / copy

@@ -163,8 +163,8 @@ struct RmsNormBackwardParams {
 };
 
 // What changes from update to update lies on the slots' device, so that a captured graph can be replayed: the learning
-// rate, the number of this update (counted from 1), and whether the gradient is finite. Where `finite` is given and 0, the
-// update writes nothing.
+// rate, the number of this update (counted from 1), and whether the gradient is finite. Where `finite` is given and 0,
+// the update writes nothing.
 struct DeviceScalar {
   const void* data;  // one element
   DType dtype;       // f32, f64 or i64

@@ -42,7 +42,7 @@ def most_tokens(d: int) -> int:
 
 
 def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
-    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were measured to be faster."""
+    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were faster."""
     return like.is_cuda and tokens <= most_tokens(d) and obstacle(like, d, m) is None
 
 
@@ -85,7 +85,10 @@ def _workspace(x: Tensor, floats: int) -> Tensor | None:
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
 ) -> tuple[Tensor, tuple | None]:
-    """-> y [T, d] and, with `save`, the pre-activations gate and up [T, m + r'], host then memory; r' is r rounded up to 8."""
+    """-> y [T, d] and, with `save`, the pre-activations gate and up [T, m + r'], host then memory.
+
+    r' is r rounded up to 8.
+    """
     x = _rows(x)
     tokens, d = x.shape
     m, rank = host.gate.shape[0], slots.value.shape[0]
@@ -141,7 +144,9 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
     m = host.gate.shape[0]
     importance = torch.empty(m, dtype=torch.float32, device=x.device)
     workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
-    _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
+    _C.neuron_importance(
+        x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x)
+    )
     return importance
 
 
@@ -161,9 +166,10 @@ def update_slots_(
     compute: Tensor,
     finite: Tensor | None = None,
 ) -> None:
-    """One AdamW step of slots [l, 3, r, d] on the gradient that the l factors make, times factor_scale; then the row clip.
+    """One AdamW step of slots [l, 3, r, d] on the gradient that the l factors make, times factor_scale; then the clip.
 
-    At most MOST_FACTOR_TOKENS tokens and MOST_FACTOR_LAYERS layers, d at most MOST_FACTOR_WIDTH; else as kernels.update_slots_.
+    At most MOST_FACTOR_TOKENS tokens and MOST_FACTOR_LAYERS layers, d at most MOST_FACTOR_WIDTH; else as
+    kernels.update_slots_.
     """
     _C.adamw_from_factors(
         slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite,

@@ -32,7 +32,7 @@ def obstacle(x: Tensor, d: int, m: int) -> str | None:
 
 
 def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
-    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were measured to be faster."""
+    """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were faster."""
     return tokens >= LEAST_TOKENS and obstacle(like, d, m) is None
 
 

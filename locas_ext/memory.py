@@ -252,7 +252,8 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
         (docs/architecture.md, "Re-homing"); detach() moves them out again
 
     Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
-    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have; the model then is as it was.
+    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
+    the model then is as it was.
     """
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")

@@ -293,7 +293,9 @@ def sideway_glu(
     _check_x("sideway_glu", x, backend)
     _check_slots("sideway_glu", x, slots)
     if backend == "fused":
-        raise ValueError("sideway_glu: backend is 'fused', which computes host and memory in one; expected auto, matmul or reference")
+        raise ValueError(
+            "sideway_glu: backend is 'fused', which computes host and memory in one; expected auto, matmul or reference"
+        )
     if backend == "reference":
         return reference.sideway_glu(x, slots, scale, activation)
     x2d = x.reshape(-1, x.shape[-1])

@@ -26,7 +26,11 @@ def loss_scale(state: MemoryState) -> float:
 
 
 def gradient(
-    attachment: Attachment, window: Window, settings: "Settings", ends_early: bool, check: Callable[[Tensor], None] | None = None
+    attachment: Attachment,
+    window: Window,
+    settings: "Settings",
+    ends_early: bool,
+    check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 

@@ -86,7 +86,10 @@ def test_neuron_importance(dtype):
 
 
 @pytest.mark.parametrize("copy_dtype", [None, *DTYPES])
-@pytest.mark.parametrize("shape", [(4, 3, 5, 72), (1, 3, 1, 33), (28, 3, 16, 2048), (2, 3, 4, 1000), (2, 3, 4, 640), (1, 3, 2, 4096), (1, 3, 2, 5124)])
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 3, 5, 72), (1, 3, 1, 33), (28, 3, 16, 2048), (2, 3, 4, 1000), (2, 3, 4, 640), (1, 3, 2, 4096), (1, 3, 2, 5124)],
+)
 def test_updates_match_the_reference(shape, copy_dtype):
     torch.manual_seed(sum(shape))
     slots = torch.randn(shape) * torch.rand(shape[:-1])[..., None] / shape[-1] ** 0.5

@@ -52,7 +52,9 @@ inline Activation activation_of(const char* op, int index) {
 // A [rows, cols] half-precision matrix that the fused kernels can read in 16-byte pieces, of x's dtype and device.
 inline Rows pieces(const char* op, const Named& t, int64_t rows, int64_t cols, const TensorRef& x) {
   if (t.tensor.ndim != 2 || t.tensor.shape[0] != rows || t.tensor.shape[1] != cols)
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");
+    fail(op, t,
+         "has shape " + t.tensor.shape_text() + "; expected [" + std::to_string(rows) + ", " + std::to_string(cols) +
+             "]");
   if (t.tensor.dtype != x.dtype) fail(op, t, "has another dtype than x");
   if (t.tensor.device != x.device) fail(op, t, "lies on another device than x");
   const int64_t stride = rows > 1 ? t.tensor.stride[0] : cols;
@@ -61,7 +63,8 @@ inline Rows pieces(const char* op, const Named& t, int64_t rows, int64_t cols, c
   return {t.tensor.data, stride};
 }
 
-inline Rows pieces_or_null(const char* op, const char* name, const MaybeTensor& t, int64_t rows, int64_t cols, const TensorRef& x) {
+inline Rows pieces_or_null(const char* op, const char* name, const MaybeTensor& t, int64_t rows, int64_t cols,
+                           const TensorRef& x) {
   return t ? pieces(op, {name, *t}, rows, cols, x) : Rows{nullptr, 0};
 }
 

@@ -8,14 +8,16 @@ const void* bias_of(const char* op, const char* name, const MaybeTensor& t, int6
   if (!t) return nullptr;
   if (t->ndim != 1 || t->shape[0] != size || t->dtype != x.dtype || t->device != x.device || !t->contiguous() ||
       reinterpret_cast<uintptr_t>(t->data) % 16 != 0)
-    fail(op, {name, *t}, "must be a contiguous vector of " + std::to_string(size) + " elements, of x's dtype and device");
+    fail(op, {name, *t},
+         "must be a contiguous vector of " + std::to_string(size) + " elements, of x's dtype and device");
   return t->data;
 }
 
 float* workspace_of(const char* op, const MaybeTensor& t, int64_t floats, const TensorRef& x) {
   if (floats == 0) return nullptr;
   if (!t || t->dtype != DType::f32 || t->device != x.device || !t->contiguous() || t->numel() < floats)
-    throw py::value_error(std::string(op) + ": workspace must hold " + std::to_string(floats) + " float32 on x's device");
+    throw py::value_error(std::string(op) + ": workspace must hold " + std::to_string(floats) +
+                          " float32 on x's device");
   return static_cast<float*>(t->data);
 }
 
@@ -70,9 +72,9 @@ int64_t neuron_importance_workspace(int64_t, int64_t) { return 0; }
 
 void ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
                  const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
-                 const TensorRef& gate_key, const TensorRef& value, const TensorRef& hidden, const MaybeTensor& gate_out,
-                 const MaybeTensor& up_out, const TensorRef& y, const MaybeTensor& workspace, int activation, float scale,
-                 uintptr_t stream) {
+                 const TensorRef& gate_key, const TensorRef& value, const TensorRef& hidden,
+                 const MaybeTensor& gate_out, const MaybeTensor& up_out, const TensorRef& y,
+                 const MaybeTensor& workspace, int activation, float scale, uintptr_t stream) {
   constexpr const char* op = "ffn_forward";
   FfnForwardParams p;
   p.weights = weights_of(op, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
@@ -91,10 +93,11 @@ void ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up,
   LOCAS_LAUNCH_CUDA(ffn_forward, x, stream, p);
 }
 
-void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
-                  const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
-                  const TensorRef& gate_key, const TensorRef& value, const TensorRef& gate_saved, const TensorRef& up_saved,
-                  const TensorRef& d_gate, const TensorRef& d_up, const TensorRef& memory_hidden, const MaybeTensor& dx,
+void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate, const TensorRef& up,
+                  const TensorRef& down, const MaybeTensor& gate_bias, const MaybeTensor& up_bias,
+                  const MaybeTensor& down_bias, const TensorRef& gate_key, const TensorRef& value,
+                  const TensorRef& gate_saved, const TensorRef& up_saved, const TensorRef& d_gate,
+                  const TensorRef& d_up, const TensorRef& memory_hidden, const MaybeTensor& dx,
                   const MaybeTensor& slots_grad, const MaybeTensor& workspace, int activation, float scale,
                   uintptr_t stream) {
   constexpr const char* op = "ffn_backward";
@@ -113,9 +116,9 @@ void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate
   p.dx = pieces_or_null(op, "dx", dx, p.tokens, w.d, x);
   p.slots_grad = nullptr;
   if (slots_grad) {
-    if (slots_grad->ndim != 3 || slots_grad->shape[0] != 3 || slots_grad->shape[1] != w.r || slots_grad->shape[2] != w.d ||
-        slots_grad->dtype != DType::f32 || slots_grad->device != x.device || !slots_grad->contiguous() ||
-        reinterpret_cast<uintptr_t>(slots_grad->data) % 16 != 0)
+    if (slots_grad->ndim != 3 || slots_grad->shape[0] != 3 || slots_grad->shape[1] != w.r ||
+        slots_grad->shape[2] != w.d || slots_grad->dtype != DType::f32 || slots_grad->device != x.device ||
+        !slots_grad->contiguous() || reinterpret_cast<uintptr_t>(slots_grad->data) % 16 != 0)
       fail(op, {"slots_grad", *slots_grad}, "must be contiguous float32 [3, r, d] on x's device");
     p.slots_grad = static_cast<float*>(slots_grad->data);
   }
@@ -156,7 +159,9 @@ void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRe
 // ---- the FFN on the CPU --------------------------------------------------------------------------------------
 Rows cpu_matrix(const char* op, const Named& t, int64_t rows, int64_t cols, const TensorRef& x) {
   if (t.tensor.ndim != 2 || t.tensor.shape[0] != rows || t.tensor.shape[1] != cols)
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");
+    fail(op, t,
+         "has shape " + t.tensor.shape_text() + "; expected [" + std::to_string(rows) + ", " + std::to_string(cols) +
+             "]");
   if (t.tensor.dtype != x.dtype) fail(op, t, "has another dtype than x");
   if (t.tensor.device >= 0) fail(op, t, "must lie on the CPU");
   if (cols > 1 && t.tensor.stride[1] != 1) fail(op, t, "must be contiguous in its last dimension");
@@ -167,7 +172,8 @@ FfnWeights cpu_weights_of(const char* op, const FfnTensors& t, const TensorRef& 
   const cpu::FfnKernels* kernels = cpu::ffn_kernels();
   if (!kernels) throw std::runtime_error(std::string(op) + ": needs a processor with AVX-512");
   if (x.dtype != DType::f32 && !(x.dtype == DType::bf16 && kernels->bf16))
-    fail(op, {"x", x}, "has a dtype that this processor has no products for; expected float32, or bfloat16 with AVX-512 BF16");
+    fail(op, {"x", x},
+         "has a dtype that this processor has no products for; expected float32, or bfloat16 with AVX-512 BF16");
   if (x.ndim != 2) fail(op, {"x", x}, "has shape " + x.shape_text() + "; expected [tokens, d]");
   FfnWeights w;
   w.d = x.shape[1];
@@ -191,14 +197,16 @@ FfnWeights cpu_weights_of(const char* op, const FfnTensors& t, const TensorRef& 
   return w;
 }
 
-// saved [2, tokens rounded up to 16, m + r] or, without the host's part, [.., .., r]; returns how many host neurons it holds.
+// saved [2, tokens rounded up to 16, m + r] or, without the host's part, [.., .., r]; returns how many host neurons it
+// holds.
 int64_t saved_neurons(const char* op, const TensorRef& saved, const FfnWeights& w, const TensorRef& x) {
   const int64_t rows = (x.shape[0] + 15) / 16 * 16;
   if (saved.ndim != 3 || saved.shape[0] != 2 || saved.shape[1] != rows ||
       (saved.shape[2] != w.m + w.r && saved.shape[2] != w.r) || saved.dtype != x.dtype || !saved.contiguous() ||
       saved.device >= 0)
-    fail(op, {"saved", saved}, "has shape " + saved.shape_text() + "; expected contiguous [2, " + std::to_string(rows) + ", " +
-                                   std::to_string(w.m + w.r) + " or " + std::to_string(w.r) + "] of x's dtype on the CPU");
+    fail(op, {"saved", saved},
+         "has shape " + saved.shape_text() + "; expected contiguous [2, " + std::to_string(rows) + ", " +
+             std::to_string(w.m + w.r) + " or " + std::to_string(w.r) + "] of x's dtype on the CPU");
   return saved.shape[2] - w.r;
 }
 
@@ -250,10 +258,10 @@ void cpu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& 
 }  // namespace
 
 void bind_ffn(py::module_& m) {
-  m.def("ffn_forward", &ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("gate_bias"),
-        py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"), py::arg("hidden"),
-        py::arg("gate_out"), py::arg("up_out"), py::arg("y"), py::arg("workspace"), py::arg("activation"),
-        py::arg("scale"), py::arg("stream"));
+  m.def("ffn_forward", &ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
+        py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
+        py::arg("hidden"), py::arg("gate_out"), py::arg("up_out"), py::arg("y"), py::arg("workspace"),
+        py::arg("activation"), py::arg("scale"), py::arg("stream"));
   m.def("ffn_backward", &ffn_backward, py::arg("dy"), py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
         py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
         py::arg("gate_saved"), py::arg("up_saved"), py::arg("d_gate"), py::arg("d_up"), py::arg("memory_hidden"),
@@ -265,8 +273,8 @@ void bind_ffn(py::module_& m) {
   m.def("ffn_backward_workspace", &ffn_backward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"), py::arg("r"));
   m.def("neuron_importance_workspace", &neuron_importance_workspace, py::arg("tokens"), py::arg("m"));
   m.def("cpu_ffn_forward", &cpu_ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
-        py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"), py::arg("y"),
-        py::arg("saved"), py::arg("activation"), py::arg("scale"));
+        py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
+        py::arg("y"), py::arg("saved"), py::arg("activation"), py::arg("scale"));
   m.def("cpu_ffn_backward", &cpu_ffn_backward, py::arg("dy"), py::arg("x"), py::arg("saved"), py::arg("gate"),
         py::arg("up"), py::arg("down"), py::arg("gate_key"), py::arg("value"), py::arg("dx"), py::arg("slots_grad"),
         py::arg("activation"), py::arg("scale"));

@@ -10,7 +10,8 @@ namespace {
 
 // An fp32 contiguous tensor of the slots' shape on the slots' device.
 float* slot_state(const char* op, const Named& t, const TensorRef& slots) {
-  if (!t.tensor.same_shape(slots)) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + slots.shape_text());
+  if (!t.tensor.same_shape(slots))
+    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + slots.shape_text());
   if (t.tensor.dtype != DType::f32) fail(op, t, "must be float32");
   if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
   if (!t.tensor.contiguous()) fail(op, t, "must be contiguous");
@@ -87,15 +88,15 @@ void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_a
            const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
            float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite, uintptr_t stream) {
   constexpr const char* op = "update_slots_";
-  AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip,
-                               compute, finite);
+  AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay,
+                               clip, compute, finite);
   p.grad = slot_state(op, {"grad", grad}, slots);
   LOCAS_DISPATCH(adamw, p, slots.device, stream);
 }
 
-void sgd(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
-         float momentum, float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite,
-         uintptr_t stream) {
+void sgd(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer,
+         const TensorRef& learning_rate, float momentum, float weight_decay, bool clip, const MaybeTensor& compute,
+         const MaybeTensor& finite, uintptr_t stream) {
   constexpr const char* op = "sgd_slots_";
   SgdParams p = sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   p.grad = slot_state(op, {"grad", grad}, slots);
@@ -107,7 +108,8 @@ LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRe
                            const TensorRef& compute, const TensorRef& slots) {
   LayerFactors p{};
   if (slots.ndim != 4 || slots.shape[1] != 3 || layers.size() != static_cast<size_t>(slots.shape[0]))
-    fail(op, {"slots", slots}, "has shape " + slots.shape_text() + "; expected [" + std::to_string(layers.size()) + ", 3, r, d]");
+    fail(op, {"slots", slots},
+         "has shape " + slots.shape_text() + "; expected [" + std::to_string(layers.size()) + ", 3, r, d]");
   if (layers.size() > LayerFactors::kMostLayers)
     throw py::value_error(std::string(op) + ": factors of " + std::to_string(layers.size()) + " layers; at most " +
                           std::to_string(LayerFactors::kMostLayers));
@@ -122,7 +124,8 @@ LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRe
   if (compute.dtype != x.dtype) fail(op, {"compute", compute}, "has another dtype than x");
   if (x.device != slots.device) fail(op, {"x", x}, "lies on another device than slots");
   if (p.tokens < 1 || p.tokens > LayerFactors::kMostTokens)
-    fail(op, {"x", x}, "has shape " + x.shape_text() + "; expected 1 to " + std::to_string(LayerFactors::kMostTokens) + " tokens");
+    fail(op, {"x", x},
+         "has shape " + x.shape_text() + "; expected 1 to " + std::to_string(LayerFactors::kMostTokens) + " tokens");
   if (d % 8 != 0 || d > LayerFactors::kMostWidth)
     fail(op, {"slots", slots}, "has rows of " + std::to_string(d) + "; expected a multiple of 8, at most " +
                                    std::to_string(LayerFactors::kMostWidth));
@@ -142,22 +145,23 @@ LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRe
 
 using FactorTensors = std::vector<std::array<TensorRef, 5>>;
 
-void adamw_from_factors(const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq, const TensorRef& step,
-                        const TensorRef& learning_rate, double beta1, double beta2, float eps, float weight_decay,
-                        bool clip, const TensorRef& compute, const MaybeTensor& finite, const FactorTensors& factors,
-                        float factor_scale, uintptr_t stream) {
+void adamw_from_factors(const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+                        const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
+                        float weight_decay, bool clip, const TensorRef& compute, const MaybeTensor& finite,
+                        const FactorTensors& factors, float factor_scale, uintptr_t stream) {
   constexpr const char* op = "update_slots_";
-  const AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay,
-                                     clip, compute, finite);
+  const AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
+                                     weight_decay, clip, compute, finite);
   const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
   LOCAS_LAUNCH_CUDA(adamw_from_factors, slots, stream, p, layers);
 }
 
 void sgd_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
-                      float momentum, float weight_decay, bool clip, const TensorRef& compute, const MaybeTensor& finite,
-                      const FactorTensors& factors, float factor_scale, uintptr_t stream) {
+                      float momentum, float weight_decay, bool clip, const TensorRef& compute,
+                      const MaybeTensor& finite, const FactorTensors& factors, float factor_scale, uintptr_t stream) {
   constexpr const char* op = "sgd_slots_";
-  const SgdParams p = sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
+  const SgdParams p =
+      sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
   LOCAS_LAUNCH_CUDA(sgd_from_factors, slots, stream, p, layers);
 }

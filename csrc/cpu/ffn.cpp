@@ -10,8 +10,8 @@
 //              [W_gate^T | G^T] dA + [W_up^T | K^T] dU   -> dx             d             gate, up of host and memory
 //              [dA; dU; H of the memory] [x; dy]         -> dG, dK, dV     3r            added to, float32
 //
-// Tokens go through in chunks, so that the panels between two products stay in the cache; within a chunk every product is
-// cut into blocks of rows, which the threads take from a queue. No sum depends on who computes it.
+// Tokens go through in chunks, so that the panels between two products stay in the cache; within a chunk every product
+// is cut into blocks of rows, which the threads take from a queue. No sum depends on who computes it.
 //
 // `saved` holds the pre-activations, gate then up, each [panel][saved_m + r][width] elements.
 #include <cstdlib>
@@ -147,7 +147,8 @@ void store_tokens(const Scratch& scratch, int64_t row, int64_t rows, const void*
                        _mm512_add_ps(_mm512_loadu_ps(next + t), next_bias));
     }
     T* out = static_cast<T*>(to.data) + (begin + panel * kPanel) * to.stride + row;
-    unpack_panel<T>(words, width, words_of<T>(rows), out, to.stride, std::min<int64_t>(kPanel, tokens - panel * kPanel));
+    unpack_panel<T>(words, width, words_of<T>(rows), out, to.stride,
+                    std::min<int64_t>(kPanel, tokens - panel * kPanel));
   }
 }
 

@@ -34,11 +34,12 @@ constexpr int kBlock = 64;   // rows of C that one task makes, for all panels of
 // Words of k between two visits to the sums. Of 128 to 4096, within 3% of each other on an EPYC 9004 (Zen 4), the best:
 // 220 of 230 GFLOP/s in float32 and 445 of 460 in bfloat16, where MKL and oneDNN reach 100 to 170 and 320 to 390.
 constexpr int kDepth = 512;
-// Words of k summed up in registers. In one run over k = 3072 the float32 error is 2.9 times torch's; in runs of 128, 0.85.
+// Words of k summed up in registers. In one run over k = 3072 the float32 error is 2.9 times torch's; in runs of 128,
+// 0.85.
 constexpr int kRun = 128;
 
-// Words of k that packing prefetches ahead, into the second-level cache: 366 GFLOP/s in the case of packed_stride; into the
-// first-level one 341, and 32 or 64 words were no better.
+// Words of k that packing prefetches ahead, into the second-level cache: 366 GFLOP/s in the case of packed_stride; into
+// the first-level one 341, and 32 or 64 words were no better.
 constexpr int kAhead = 16;
 
 template <class T>
@@ -218,8 +219,9 @@ void multiply_block(const Term* terms, int count, int64_t row, int64_t rows, int
     for (int64_t k = 0; k < all; k += kDepth, accumulate = true) {
       const int64_t words = std::min<int64_t>(kDepth, all - k), element = k * kPerWord<T>;
       if (term->transposed)
-        pack_columns<T>(a + element * term->stride + row, term->stride, std::min(term->k - element, words * kPerWord<T>),
-                        rows, kTile, packed_stride(words), scratch.packed);
+        pack_columns<T>(a + element * term->stride + row, term->stride,
+                        std::min(term->k - element, words * kPerWord<T>), rows, kTile, packed_stride(words),
+                        scratch.packed);
       for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
         const int width = panel_width(tokens, panel);
         const uint32_t* p = term->p.at(panel, width, term->first + k);
@@ -256,8 +258,10 @@ inline void transpose(__m512i (&r)[kVector]) {
   }
   // Row 4 a + b of 128-bit lanes now holds columns 4 lane + b of rows 4 a .. 4 a + 3: transpose the 4 x 4 lanes.
   for (int b = 0; b < 4; ++b) {
-    const __m512i low02 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88), high02 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0x88);
-    const __m512i low13 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xdd), high13 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0xdd);
+    const __m512i low02 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88),
+                  high02 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0x88);
+    const __m512i low13 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xdd),
+                  high13 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0xdd);
     t[b] = _mm512_shuffle_i32x4(low02, high02, 0x88);
     t[4 + b] = _mm512_shuffle_i32x4(low13, high13, 0x88);
     t[8 + b] = _mm512_shuffle_i32x4(low02, high02, 0xdd);

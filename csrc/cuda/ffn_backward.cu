@@ -7,7 +7,8 @@
 //
 //      K4 dx_weight_grad       one grid, two kinds of CTA
 //
-//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four K ranges;
+//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four K
+//           ranges;
 //                               where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots' gradient     [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32
 //
@@ -202,7 +203,8 @@ void ffn_backward(const FfnBackwardParams& p, Queue queue) {
       const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m, Tile::kN)) : 0;
       const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens, Tile::kM)), host_tiles,
                                            host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
-      launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue, params);
+      launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
+                     params);
     });
     const TileKind kind = tile_kind(p.tokens, w.d, kMostSplits);
     const int splits = dx_splits(kind, p.tokens, w);

@@ -109,7 +109,8 @@ struct DecodeGlu {
 
  private:
   template <Activation act>
-  static LOCAS_DEVICE void finish(const Params& p, const Shared& shared, int64_t token, int slot, int group, int64_t first) {
+  static LOCAS_DEVICE void finish(const Params& p, const Shared& shared, int64_t token, int slot, int group,
+                                  int64_t first) {
     const FfnWeights& w = p.weights;
     const int64_t neuron = first + group * 8 + slot;
     if (token >= p.tokens || neuron >= w.m + w.padded_r()) return;
@@ -123,7 +124,8 @@ struct DecodeGlu {
     if (!memory && w.gate_bias) gate += ptx::to_float(ptx::load(static_cast<const T*>(w.gate_bias) + neuron));
     if (!memory && w.up_bias) up += ptx::to_float(ptx::load(static_cast<const T*>(w.up_bias) + neuron));
     const T rounded_gate = ptx::from_float<T>(gate), rounded_up = ptx::from_float<T>(up);
-    const float hidden = (memory ? p.scale : 1.0f) * activate<act>(ptx::to_float(rounded_gate)).value * ptx::to_float(rounded_up);
+    const float hidden =
+        (memory ? p.scale : 1.0f) * activate<act>(ptx::to_float(rounded_gate)).value * ptx::to_float(rounded_up);
     const auto store = [&](const Rows& to, T value) {
       if (to.data) ptx::store(static_cast<T*>(to.data) + token * to.stride + neuron, value);
     };
@@ -171,7 +173,8 @@ struct DecodeDown {
   }
 
  private:
-  static LOCAS_DEVICE void add_host(const Params& p, float (&sums)[kTokenBlocks][4], int64_t first, int warp, int lane) {
+  static LOCAS_DEVICE void add_host(const Params& p, float (&sums)[kTokenBlocks][4], int64_t first, int warp,
+                                    int lane) {
     const FfnWeights& w = p.weights;
     const int64_t channel = first + lane / 4;
     const auto row_of = [&](int64_t row) {
@@ -189,7 +192,8 @@ struct DecodeDown {
   }
 
   // V lies the other way round, [r, d]: a lane picks single elements of it. There are few.
-  static LOCAS_DEVICE void add_memory(const Params& p, float (&sums)[kTokenBlocks][4], int64_t first, int warp, int lane) {
+  static LOCAS_DEVICE void add_memory(const Params& p, float (&sums)[kTokenBlocks][4], int64_t first, int warp,
+                                      int lane) {
     const FfnWeights& w = p.weights;
     const int64_t channel = first + lane / 4;
     const auto pair = [&](int64_t slot, int64_t col) {
@@ -201,7 +205,8 @@ struct DecodeDown {
     };
     for (int64_t k0 = warp * 16; k0 < w.padded_r(); k0 += kWarps * 16) {
       const int64_t k = k0 + lane % 4 * 2;
-      const uint32_t values[4] = {pair(k, channel), pair(k, channel + 8), pair(k + 8, channel), pair(k + 8, channel + 8)};
+      const uint32_t values[4] = {pair(k, channel), pair(k, channel + 8), pair(k + 8, channel),
+                                  pair(k + 8, channel + 8)};
 #pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         const int64_t token = block * 8 + lane / 4;

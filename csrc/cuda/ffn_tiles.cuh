@@ -1,5 +1,5 @@
-// Which tile and how many slices of K a product gets. Decided from the shape alone, so that results repeat bit for bit on
-// every device; the numbers are for the 132 multiprocessors of an H100.
+// Which tile and how many slices of K a product gets. Decided from the shape alone, so that results repeat bit for bit
+// on every device; the numbers are for the 132 multiprocessors of an H100.
 #pragma once
 
 #include "gemm_tile.cuh"
@@ -30,9 +30,11 @@ inline TileKind tile_kind(int64_t tokens, int64_t columns, int most_splits = 1) 
 // Slices of K for a product whose tiles alone would leave multiprocessors idle.
 inline int split_count(TileKind kind, int64_t tokens, int64_t columns, int64_t depth) {
   if (kind == TileKind::large) return 1;
-  const int64_t tiles = divide_up(tokens, kind == TileKind::narrow ? 16 : 64) * divide_up(columns, kind == TileKind::medium ? 128 : 64);
+  const int64_t tiles =
+      divide_up(tokens, kind == TileKind::narrow ? 16 : 64) * divide_up(columns, kind == TileKind::medium ? 128 : 64);
   int splits = 1;
-  while (splits < kMostSplits && tiles * splits < 3 * kMultiprocessors / 2 && depth / (2 * splits) >= kLeastDepth) splits *= 2;
+  while (splits < kMostSplits && tiles * splits < 3 * kMultiprocessors / 2 && depth / (2 * splits) >= kLeastDepth)
+    splits *= 2;
   return splits;
 }
 

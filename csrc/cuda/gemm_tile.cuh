@@ -1,4 +1,5 @@
-// The tile product that K1-K4 share: sums[kM, kN] = A B, with mma.sync on operands that cp.async brings to shared memory.
+// The tile product that K1-K4 share: sums[kM, kN] = A B, with mma.sync on operands that cp.async brings to shared
+// memory.
 //
 //      shared memory: kStages stages, each with the A and the B tile of one K-block of 64
 //
@@ -8,9 +9,9 @@
 //
 //      sums: warps form a kWarpsM x kWarpsN grid; each owns kWarpM x kWarpN of the tile in m16n8 fragments
 //
-// The 16-byte pieces of a row are permuted (`swizzled`), so that the 8 rows that one ldmatrix reads lie in 8 different groups
-// of banks. Whatever lies outside a matrix reads as 0, so no size has to be a multiple of a tile's. After the product the
-// sums go through shared memory: an epilogue thread then owns 8 neighbouring columns and 16-byte accesses.
+// The 16-byte pieces of a row are permuted (`swizzled`), so that the 8 rows that one ldmatrix reads lie in 8 different
+// groups of banks. Whatever lies outside a matrix reads as 0, so no size has to be a multiple of a tile's. After the
+// product the sums go through shared memory: an epilogue thread then owns 8 neighbouring columns and 16-byte accesses.
 #pragma once
 
 #include "../glu_math.h"
@@ -36,7 +37,8 @@ struct Operand {
 
 template <class T>
 LOCAS_DEVICE Operand<T> operand(const Rows& matrix, int64_t rows, int64_t cols, int64_t first_col = 0) {
-  return {static_cast<const T*>(matrix.data) + first_col, matrix.stride, static_cast<int>(rows), static_cast<int>(cols)};
+  return {static_cast<const T*>(matrix.data) + first_col, matrix.stride, static_cast<int>(rows),
+          static_cast<int>(cols)};
 }
 
 // Where 16-byte piece `piece` of row `row` lies in a tile of rows of kPieces pieces, in elements.
@@ -187,8 +189,8 @@ using SmallTile = Tile<T, 64, 64, 2, 2, 4>;
 template <class T>
 using NarrowTile = Tile<T, 16, 64, 1, 4, 6>;
 
-// The tile of a grid that CTA `index` owns. Neighbouring CTAs go down kGroup tiles of the tokens before they go on along
-// the weights, so that what runs at one time shares operands in the L2 cache.
+// The tile of a grid that CTA `index` owns. Neighbouring CTAs go down kGroup tiles of the tokens before they go on
+// along the weights, so that what runs at one time shares operands in the L2 cache.
 struct TileIndex {
   int m, n;
 };

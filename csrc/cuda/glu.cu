@@ -6,8 +6,8 @@
 //      cols ->  [t0 | t1 | ... ]      one thread: 8 columns, 16-byte loads where pointers and strides allow
 //      rows     [ .    .   ... ]
 //
-// importance: a CTA owns 32 columns; its 8 warps walk down the rows, 8 at a time, and the 8 partial sums of a column are
-// added in a fixed order, so the result repeats bit for bit.
+// importance: a CTA owns 32 columns; its 8 warps walk down the rows, 8 at a time, and the 8 partial sums of a column
+// are added in a fixed order, so the result repeats bit for bit.
 #include <algorithm>
 #include <cmath>
 

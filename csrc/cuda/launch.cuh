@@ -7,8 +7,8 @@
 //        static LOCAS_DEVICE void run(const Params& p, unsigned char* shared);
 //      };
 //
-// launch<Kernel>(blocks, shared_bytes, queue, params) queues it on a GPU, or, compiled without nvcc, runs it on the SIMT
-// runner. `shared` has shared_bytes bytes, aligned to 1024.
+// launch<Kernel>(blocks, shared_bytes, queue, params) queues it on a GPU, or, compiled without nvcc, runs it on the
+// SIMT runner. `shared` has shared_bytes bytes, aligned to 1024.
 #pragma once
 
 #include <cstdint>
@@ -61,14 +61,17 @@ template <class Kernel>
 void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > INT32_MAX)
-    throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) + " blocks; at most 2^31 - 1");
+    throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) +
+                             " blocks; at most 2^31 - 1");
   const DeviceGuard guard(queue.device);
   // Up to 48 KB need no permission.
   if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
           Kernel::name);
-  kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
-      params);
+  kernel<Kernel>
+      <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
+          params);
   check(cudaGetLastError(), Kernel::name);
 }
 

@@ -20,7 +20,8 @@ void importance(const ImportanceParams&, Queue);
 void cross_entropy(const CrossEntropyParams&, Queue);
 void adamw(const AdamWParams&, Queue);
 void sgd(const SgdParams&, Queue);
-// The same updates with the gradient formed on the way: slots [count, 3, r, d] of the layers in LayerFactors, `grad` unused.
+// The same updates with the gradient formed on the way: slots [count, 3, r, d] of the layers in LayerFactors, `grad`
+// unused.
 void adamw_from_factors(const AdamWParams&, const LayerFactors&, Queue);
 void sgd_from_factors(const SgdParams&, const LayerFactors&, Queue);
 

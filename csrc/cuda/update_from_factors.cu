@@ -4,7 +4,8 @@
 //      row (layer, kind, slot)      gradient = sum over tokens of coefficient[token] * source[token, :]
 //                                   gate, key: d_gate, d_key with x;   value: hidden with dy
 //
-//      a CTA owns kSlots neighbouring slots of one kind, whole rows, so that one load of a source row serves all of them:
+//      a CTA owns kSlots neighbouring slots of one kind, whole rows, so that one load of a source row serves all of
+//      them:
 //
 //           source [tokens, d]    thread t reads columns 4 (t + 256 k), k < kVectors, token after token
 //           rows   [kSlots][d]    gradient, then the new row: 4 kVectors floats a thread and slot, in registers
@@ -113,7 +114,8 @@ struct UpdateFromFactors {
     }
   }
 
-  static LOCAS_DEVICE void clip(Shared& shared, const float (&sums_of_squares)[kSlots], Float4 (&rows)[kSlots][kVectors]) {
+  static LOCAS_DEVICE void clip(Shared& shared, const float (&sums_of_squares)[kSlots],
+                                Float4 (&rows)[kSlots][kVectors]) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       float sum = sums_of_squares[slot];

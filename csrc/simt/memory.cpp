@@ -38,7 +38,8 @@ std::pair<const unsigned char* const, Global>* buffer_before(const void* address
 }  // namespace
 
 void register_global(const void* data, size_t bytes, std::string name) {
-  globals()[static_cast<const unsigned char*>(data)] = {bytes, std::move(name), std::vector<GlobalCell>((bytes + 1) / 2)};
+  globals()[static_cast<const unsigned char*>(data)] = {bytes, std::move(name),
+                                                        std::vector<GlobalCell>((bytes + 1) / 2)};
 }
 
 void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
@@ -57,13 +58,16 @@ void touch_global(int block, const void* address, size_t bytes, Access access) {
   const size_t offset = static_cast<const unsigned char*>(address) - begin;
   const char* name = global.name.c_str();
   if (offset + bytes > global.bytes)
-    fail("%s %zu bytes at %p, outside every buffer: the last one before it is '%s', %zu bytes, and this is byte %zu of it",
-         verb(access), bytes, address, name, global.bytes, offset);
+    fail(
+        "%s %zu bytes at %p, outside every buffer: the last one before it is '%s', %zu bytes, and this is byte %zu of "
+        "it",
+        verb(access), bytes, address, name, global.bytes, offset);
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     GlobalCell& cell = global.cells[i];
     if (cell.launch != launch) cell = {launch, kNobody, kNobody};
     if (cell.writer != kNobody && cell.writer != block)
-      fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name, cell.writer);
+      fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name,
+           cell.writer);
     if (access == Access::read_once && cell.writer != kNobody)
       fail("reads byte %zu of '%s' by the read-only path, but this launch wrote it", 2 * i, name);
     if (access == Access::write && cell.reader != kNobody && cell.reader != block)
@@ -121,7 +125,8 @@ void SharedMemory::check_state(const Cell& cell, size_t index, Access access) co
   if (cell.state == State::copying)
     fail("%s byte %zu of shared memory while an asynchronous copy into it is under way (no %s yet)", verb(access),
          index * 2, waits_[cell.wait]);
-  if (cell.state == State::barrier) fail("%s byte %zu of shared memory, which is in an mbarrier", verb(access), index * 2);
+  if (cell.state == State::barrier)
+    fail("%s byte %zu of shared memory, which is in an mbarrier", verb(access), index * 2);
 }
 
 void SharedMemory::check_last_write(int thread, const Cell& cell, size_t index, Access access) const {

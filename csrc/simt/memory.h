@@ -1,4 +1,5 @@
-// What the runner knows of memory: the exact bounds of every global buffer, and for shared memory who touched what when.
+// What the runner knows of memory: the exact bounds of every global buffer, and for shared memory who touched what
+// when.
 #pragma once
 
 #include <array>
@@ -16,7 +17,11 @@ namespace locas::simt {
 // ---- Global memory -------------------------------------------------------------------------------------------
 // Blocks of one launch cannot wait for each other: none may read or write what another one writes. Bytes are watched in
 // pairs.
-enum class Access { read, read_once, write };  // read_once: by the read-only path, so nobody may write it in this launch
+enum class Access {
+  read,
+  read_once,
+  write
+};  // read_once: by the read-only path, so nobody may write it in this launch
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);

@@ -19,7 +19,8 @@ inline float f16_to_float(uint16_t bits) {
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fffu) << 13;
   const bool special = (bits & 0x7c00u) == 0x7c00u;  // infinity or NaN
   // Moving the exponent's bias by a multiplication is exact and covers subnormals.
-  const uint32_t value = special ? 0x7f800000u | magnitude : std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t value =
+      special ? 0x7f800000u | magnitude : std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
   return std::bit_cast<float>(value | sign);
 }
 

@@ -118,7 +118,8 @@ void land_bulk_copy(size_t index) {
     ++where[thread.exited ? "have exited" : std::string("wait in ") + thread.waits_in];
   }
   std::string text;
-  for (const auto& [place, count] : where) text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + place;
+  for (const auto& [place, count] : where)
+    text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + place;
   fail("deadlock: %s", text.c_str());
 }
 
@@ -225,7 +226,8 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
   machine.blocks = blocks;
   machine.threads = threads;
   machine.random_state = 0x9e3779b97f4a7c15u * (machine.seed + 1);
-  if (threads <= 0 || threads > 1024 || threads % 32 != 0) fail("a block of %d threads; expected whole warps, up to 1024", threads);
+  if (threads <= 0 || threads > 1024 || threads % 32 != 0)
+    fail("a block of %d threads; expected whole warps, up to 1024", threads);
   if (blocks > INT32_MAX) fail("a grid of %lld blocks", static_cast<long long>(blocks));
   if (shared_bytes > 227 << 10) fail("%zu bytes of shared memory; sm_90 has 227 KB a block", shared_bytes);
 
@@ -267,7 +269,8 @@ int block_count() { return static_cast<int>(machine.blocks); }
 
 void touch(const void* address, size_t bytes, Access access, Space space) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
-    fail("%s %zu bytes at %p, which is not aligned to them", access == Access::write ? "writes" : "reads", bytes, address);
+    fail("%s %zu bytes at %p, which is not aligned to them", access == Access::write ? "writes" : "reads", bytes,
+         address);
   bool shared = space == Space::shared || (space == Space::any && machine.shared.contains(address));
   // An access to neither is reported as what it probably was.
   if (space == Space::any && !shared && !in_global(address, bytes)) shared = machine.shared.is_near(address);
@@ -399,7 +402,8 @@ void complete_phase(MBarrier& barrier) {
 }  // namespace
 
 void mbarrier_init(uint64_t* address, int count) {
-  if (reinterpret_cast<uintptr_t>(address) % 8 != 0) fail("an mbarrier at %p, which is not aligned to 8 bytes", static_cast<void*>(address));
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0)
+    fail("an mbarrier at %p, which is not aligned to 8 bytes", static_cast<void*>(address));
   if (count <= 0) fail("mbarrier_init with a count of %d", count);
   machine.shared.claim_barrier(thread_index(), address);
   MBarrier barrier;
@@ -426,7 +430,8 @@ void mbarrier_wait(uint64_t* address, uint32_t parity) {
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
-    fail("bulk_copy_to_shared of %u bytes from %p to %p: size and addresses must be multiples of 16", bytes, global, shared);
+    fail("bulk_copy_to_shared of %u bytes from %p to %p: size and addresses must be multiples of 16", bytes, global,
+         shared);
   touch_global(block_index(), global, bytes, Access::read);
   MBarrier& barrier = find_mbarrier(address);
   machine.shared.begin_copy(thread_index(), shared, bytes, "mbarrier_wait");

@@ -1,5 +1,6 @@
-// Runs a CUDA kernel on the CPU: one fiber a thread, one block after the other, in an order drawn from a seed, and aborts
-// with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is the tour.
+// Runs a CUDA kernel on the CPU: one fiber a thread, one block after the other, in an order drawn from a seed, and
+// aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
+// the tour.
 //
 // Only csrc/cuda/ptx.cuh and launch.cuh call this.
 #pragma once
@@ -30,8 +31,8 @@ int block_count();
 enum class Space { any, global, shared };
 void touch(const void* address, size_t bytes, Access access, Space space = Space::any);
 
-// All 32 lanes of the warp meet; the last to arrive runs the operation on their arguments, by lane. Lanes that meet with
-// different operations abort.
+// All 32 lanes of the warp meet; the last to arrive runs the operation on their arguments, by lane. Lanes that meet
+// with different operations abort.
 using WarpOperation = void (*)(void* const* arguments);
 void warp_collective(const char* name, void* argument, WarpOperation operation);
 void sync_warp();

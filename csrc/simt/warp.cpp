@@ -39,8 +39,8 @@ struct LdmatrixLane {
   const void* row;      // lane 8 i + j names row j of matrix i
 };
 
-// 8 x 8 matrices of 16-bit elements: lane l receives elements (l / 4, 2 (l % 4)) and the next one, or with transposed the
-// pair (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+// 8 x 8 matrices of 16-bit elements: lane l receives elements (l / 4, 2 (l % 4)) and the next one, or with transposed
+// the pair (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
 uint64_t conflicts = 0;
 
 // The eight rows of a matrix are read at once where they lie in different eighths of 128 bytes.

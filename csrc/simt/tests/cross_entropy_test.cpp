@@ -18,7 +18,8 @@ struct Losses {
       for (int64_t i = 0; i < cols; ++i) sum += std::exp(static_cast<Real>(exact(x[i])) - maximum);
       nll.push_back(std::log(sum) + maximum - static_cast<Real>(exact(x[targets[row]])));
       for (int64_t i = 0; i < cols; ++i)
-        d_logits[row * cols + i] = std::exp(static_cast<Real>(exact(x[i])) - maximum) / sum - (i == targets[row] ? 1 : 0);
+        d_logits[row * cols + i] =
+            std::exp(static_cast<Real>(exact(x[i])) - maximum) / sum - (i == targets[row] ? 1 : 0);
     }
   }
 };

@@ -1,7 +1,7 @@
 // K1-K4, D1 and D2: the fused FFN with memory against float64, over shapes that fit no tile.
 //
-// Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then test the
-// rounding. All outputs start as NaN, and all inputs end where their last element ends.
+// Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
+// test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
 
 #include "harness.h"
@@ -58,7 +58,8 @@ Matrix product(const Matrix& a, const Matrix& b, Order order) {
     for (int64_t j = 0; j < cols; ++j) {
       double sum = 0.0;
       for (int64_t k = 0; k < inner; ++k)
-        sum += (order == Order::left ? a.at(k, i) : a.at(i, k)) * (order == Order::transposed ? b.at(j, k) : b.at(k, j));
+        sum +=
+            (order == Order::left ? a.at(k, i) : a.at(i, k)) * (order == Order::transposed ? b.at(j, k) : b.at(k, j));
       result.at(i, j) = sum;
     }
   return result;
@@ -112,16 +113,38 @@ struct Ffn {
     const FfnWeights w = weights();
     simt::Buffer<float> workspace("workspace", cuda::ffn_forward_workspace(s.tokens, w));
     const auto saved = [&](simt::Buffer<T>& buffer) { return Rows{save ? buffer.data() : nullptr, width}; };
-    launch({w, {x.data(), s.d}, {hidden.data(), width}, saved(gate), saved(up), {y.data(), s.d}, workspace.data(), s.tokens,
-            static_cast<float>(scale), s.activation, kDType<T>}, kQueue);
+    launch({w,
+            {x.data(), s.d},
+            {hidden.data(), width},
+            saved(gate),
+            saved(up),
+            {y.data(), s.d},
+            workspace.data(),
+            s.tokens,
+            static_cast<float>(scale),
+            s.activation,
+            kDType<T>},
+           kQueue);
   }
 
   void backward(bool needs_dx) {
     const FfnWeights w = weights();
     simt::Buffer<float> workspace("workspace", needs_dx ? cuda::ffn_backward_workspace(s.tokens, w) : 0);
-    cuda::ffn_backward({w, {dy.data(), s.d}, {x.data(), s.d}, {gate.data(), width}, {up.data(), width}, {d_gate.data(), width},
-                        {d_up.data(), width}, {memory_hidden.data(), width - s.m}, {needs_dx ? dx.data() : nullptr, s.d},
-                        slots_grad.data(), workspace.data(), s.tokens, static_cast<float>(scale), s.activation, kDType<T>},
+    cuda::ffn_backward({w,
+                        {dy.data(), s.d},
+                        {x.data(), s.d},
+                        {gate.data(), width},
+                        {up.data(), width},
+                        {d_gate.data(), width},
+                        {d_up.data(), width},
+                        {memory_hidden.data(), width - s.m},
+                        {needs_dx ? dx.data() : nullptr, s.d},
+                        slots_grad.data(),
+                        workspace.data(),
+                        s.tokens,
+                        static_cast<float>(scale),
+                        s.activation,
+                        kDType<T>},
                        kQueue);
   }
 
@@ -165,7 +188,8 @@ Expected<T> expected(const Ffn<T>& f, bool rounds) {
   add_bias(up, bias(f.up_bias));
   gate = keep(gate), up = keep(up);
   const Matrix memory_gate = keep(product(x, g, Order::transposed)), memory_up = keep(product(x, k, Order::transposed));
-  const Matrix hidden = keep(mapped(gate, up, glu(1.0))), memory_hidden = keep(mapped(memory_gate, memory_up, glu(f.scale)));
+  const Matrix hidden = keep(mapped(gate, up, glu(1.0))),
+               memory_hidden = keep(mapped(memory_gate, memory_up, glu(f.scale)));
   const auto plus = [](double a, double b) { return a + b; };
   Matrix host_y = product(hidden, w_down, Order::transposed);
   add_bias(host_y, bias(f.down_bias));
@@ -223,7 +247,8 @@ void check_forward(const Ffn<T>& f, bool save, Check&& check) {
   check("memory hidden", part(f.hidden, s.m, s.r), &Expected<T>::memory_hidden);
   check("y", f.y.values(), &Expected<T>::y);
   const int64_t padding = f.width - s.m - s.r;
-  expect_equal("padding", part(f.hidden, s.m + s.r, padding), std::vector<T>(s.tokens * padding, ptx::from_float<T>(0.0f)));
+  expect_equal("padding", part(f.hidden, s.m + s.r, padding),
+               std::vector<T>(s.tokens * padding, ptx::from_float<T>(0.0f)));
 }
 
 template <class T>
@@ -328,11 +353,13 @@ LOCAS_TEST(sizes, "K1 K2 K3 K4 with long sums") {
 LOCAS_TEST(importance, "K1 importance") {
   Random random(6);
   for_each_seed([&] {
-    const Shape s{random.integer(1, 200), 8 * random.integer(1, 16), 8 * random.integer(1, 24), 0, Activation::silu, true};
+    const Shape s{
+        random.integer(1, 200), 8 * random.integer(1, 16), 8 * random.integer(1, 24), 0, Activation::silu, true};
     Ffn<bf16> f(s, 1.0, [&](int64_t count, int64_t fan_in) {
       return random.normals<bf16>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
     });
-    simt::Buffer<float> mean("importance", s.m), workspace("workspace", cuda::neuron_importance_workspace(s.tokens, s.m));
+    simt::Buffer<float> mean("importance", s.m),
+        workspace("workspace", cuda::neuron_importance_workspace(s.tokens, s.m));
     NeuronImportanceParams p{};
     p.weights = f.weights();
     p.x = {f.x.data(), s.d};

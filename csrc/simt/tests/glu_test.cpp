@@ -38,9 +38,11 @@ struct Case {
 };
 
 const std::vector<Case> kCases = {
-    {Activation::silu, 5, 40, 40},        {Activation::silu, 300, 8, 8},          {Activation::silu, 3, 13, 16},
-    {Activation::gelu_tanh, 7, 72, 80},   {Activation::gelu_tanh, 2, 64, 64, 1},  {Activation::gelu, 9, 33, 33},
-    {Activation::relu, 4, 16, 24, 0, true}, {Activation::silu, 1, 1, 1, 0, true}, {Activation::silu, 6, 50, 53, 0, true},
+    {Activation::silu, 5, 40, 40},          {Activation::silu, 300, 8, 8},
+    {Activation::silu, 3, 13, 16},          {Activation::gelu_tanh, 7, 72, 80},
+    {Activation::gelu_tanh, 2, 64, 64, 1},  {Activation::gelu, 9, 33, 33},
+    {Activation::relu, 4, 16, 24, 0, true}, {Activation::silu, 1, 1, 1, 0, true},
+    {Activation::silu, 6, 50, 53, 0, true},
 };
 
 template <class T>
@@ -75,11 +77,13 @@ void check_glu(const Case& c) {
     cuda::glu_forward({gates.view(), ups.view(), out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
     expect_as_good_as("out", out.values(), truth.hidden, peer.hidden);
 
-    auto d_hiddens = input("d_hidden", d_hidden), d_gate = output("d_gate"), d_up = output("d_up"), hidden = output("hidden");
+    auto d_hiddens = input("d_hidden", d_hidden), d_gate = output("d_gate"), d_up = output("d_up"),
+         hidden = output("hidden");
     auto& d_gates = c.in_place ? d_hiddens : d_gate;
     const Rows hidden_rows = c.in_place ? Rows{nullptr, 0} : hidden.view();
-    cuda::glu_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows, c.rows, c.cols,
-                        scale, c.activation, kDType<T>}, kQueue);
+    cuda::glu_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows, c.rows,
+                        c.cols, scale, c.activation, kDType<T>},
+                       kQueue);
     expect_as_good_as("d_gate", d_gates.values(), truth.d_gate, peer.d_gate);
     expect_as_good_as("d_up", d_up.values(), truth.d_up, peer.d_up);
     if (hidden_rows.data) expect_equal("hidden", hidden.values(), out.values());

@@ -115,16 +115,17 @@ std::vector<double> round_to(const std::vector<double>& values) {
 }
 
 // ---- Comparison ------------------------------------------------------------------------------------------------
-// Aborts unless our largest error against float64 is at most twice that of `peer`, the same computation rounded where torch
-// rounds, plus one rounding of the largest value: of T, or of the type that the factors of a float sum have. Prints the worst
-// position.
+// Aborts unless our largest error against float64 is at most twice that of `peer`, the same computation rounded where
+// torch rounds, plus one rounding of the largest value: of T, or of the type that the factors of a float sum have.
+// Prints the worst position.
 template <class T>
 void expect_as_good_as(const std::string& what, const std::vector<T>& ours, const std::vector<double>& reference,
                        const std::vector<double>& peer, double rounding = kRounding<T>) {
   double peer_error = 0.0, largest = 0.0, worst = -1.0;
   size_t at = 0;
   if (ours.size() != reference.size() || peer.size() != reference.size())
-    fail("%s: %zu elements, the reference has %zu, the peer %zu", what.c_str(), ours.size(), reference.size(), peer.size());
+    fail("%s: %zu elements, the reference has %zu, the peer %zu", what.c_str(), ours.size(), reference.size(),
+         peer.size());
   for (size_t i = 0; i < ours.size(); ++i) {
     peer_error = std::max(peer_error, std::abs(peer[i] - reference[i]));
     largest = std::max(largest, std::abs(reference[i]));
@@ -137,13 +138,14 @@ void expect_as_good_as(const std::string& what, const std::vector<T>& ours, cons
   }
   const double allowed = 2.0 * peer_error + rounding * largest;
   if (!(worst <= allowed))
-    fail("%s: element %zu is %.9g instead of %.9g; allowed error %.3g", what.c_str(), at, exact(ours[at]), reference[at],
-         allowed);
+    fail("%s: element %zu is %.9g instead of %.9g; allowed error %.3g", what.c_str(), at, exact(ours[at]),
+         reference[at], allowed);
 }
 
 template <class T>
 void expect_equal(const std::string& what, const std::vector<T>& ours, const std::vector<T>& expected) {
-  if (ours.size() != expected.size()) fail("%s: %zu elements instead of %zu", what.c_str(), ours.size(), expected.size());
+  if (ours.size() != expected.size())
+    fail("%s: %zu elements instead of %zu", what.c_str(), ours.size(), expected.size());
   for (size_t i = 0; i < ours.size(); ++i)
     if (std::memcmp(&ours[i], &expected[i], sizeof(T)) != 0)
       fail("%s: element %zu is %.9g instead of exactly %.9g", what.c_str(), i, exact(ours[i]), exact(expected[i]));

@@ -1,5 +1,5 @@
-// locas_simt_tests [word [seed]]: runs the tests whose name contains the word ("" for all), a line for each. The seed draws the
-// shapes; without it they are new in every run.
+// locas_simt_tests [word [seed]]: runs the tests whose name contains the word ("" for all), a line for each. The seed
+// draws the shapes; without it they are new in every run.
 #include <algorithm>
 #include <chrono>
 #include <cstdarg>
@@ -48,7 +48,8 @@ int main(int count, char** arguments) {
   shape_seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
   std::printf("shape seed %llu\n", static_cast<unsigned long long>(shape_seed));
   // The runner's own tests fork, which is quick while the process is small.
-  std::stable_partition(tests().begin(), tests().end(), [](const Test& test) { return std::strncmp(test.name, "runner", 6) == 0; });
+  std::stable_partition(tests().begin(), tests().end(),
+                        [](const Test& test) { return std::strncmp(test.name, "runner", 6) == 0; });
   int ran = 0;
   for (const Test& test : tests()) {
     if (count > 1 && !std::strstr(test.name, arguments[1])) continue;

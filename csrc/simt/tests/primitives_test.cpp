@@ -119,7 +119,8 @@ void check_mma() {
                                         {a_buffer.data(), b_buffer.data(), out.data(), sums.data()});
     expect_equal("a b", out.values(), expected);
     expect_equal("its sum", sums.values(), std::vector<float>(32, total));
-    // Rows of 32 bytes: row i and row i + 4 of a matrix share their banks. So in the 4 of a, and the 2 of b if stored [n, k].
+    // Rows of 32 bytes: row i and row i + 4 of a matrix share their banks. So in the 4 of a, and the 2 of b if stored
+    // [n, k].
     const uint64_t expected_conflicts = transposed ? 4 : 6;
     if (simt::ldmatrix_conflicts() - conflicts != expected_conflicts) fail("bank conflicts are miscounted");
   });

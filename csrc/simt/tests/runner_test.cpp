@@ -1,5 +1,5 @@
-// The runner itself: two pipelines, which must give the right sums in every seed, and the same with one line left out, which
-// the runner must notice; then one kernel for every rule that it enforces, broken.
+// The runner itself: two pipelines, which must give the right sums in every seed, and the same with one line left out,
+// which the runner must notice; then one kernel for every rule that it enforces, broken.
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -100,7 +100,8 @@ struct RowSum {
   }
 };
 
-// ---- The same sums by a producer warp that issues bulk copies and two consumer warps ---------------------------------
+// ---- The same sums by a producer warp that issues bulk copies and two consumer warps
+// ---------------------------------
 template <Bug bug>
 struct BulkRowSum {
   using Params = RowSumParams;
@@ -128,7 +129,8 @@ struct BulkRowSum {
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, left = p.cols - step * kStage;
       if (bug != Bug::no_full_wait) ptx::mbarrier_wait(&shared.full[stage], step / kStages & 1);
-      for (int i = ptx::thread_index(); i < kStage && i < left; i += kConsumers) sum += ptx::load(&shared.stage[stage][i]);
+      for (int i = ptx::thread_index(); i < kStage && i < left; i += kConsumers)
+        sum += ptx::load(&shared.stage[stage][i]);
       ptx::mbarrier_arrive(&shared.empty[stage]);
     }
     return sum;
@@ -182,7 +184,8 @@ LOCAS_TEST(pipelines, "runner: cp.async and mbarrier pipelines") {
 LOCAS_TEST(planted_bugs, "runner: planted bugs") {
   std::string counts;
   const auto plant = [&](const char* bug, const char* reason, const std::function<void()>& body) {
-    counts += std::string(counts.empty() ? "" : ", ") + bug + " found by " + std::to_string(seeds_that_find(bug, reason, body));
+    counts += std::string(counts.empty() ? "" : ", ") + bug + " found by " +
+              std::to_string(seeds_that_find(bug, reason, body));
   };
   plant("no sync_threads", "race", row_sums<RowSum<Bug::no_sync_threads>>);
   plant("no cp.async wait", "under way (no cp_async_wait yet)", row_sums<RowSum<Bug::no_copy_wait>>);
@@ -192,7 +195,8 @@ LOCAS_TEST(planted_bugs, "runner: planted bugs") {
   return counts + " of 10 seeds";
 }
 
-// ---- One broken kernel a rule ----------------------------------------------------------------------------------------
+// ---- One broken kernel a rule
+// ----------------------------------------------------------------------------------------
 using Body = void (*)(float* data, float* shared);  // 64 floats each, of ones and of poison
 struct MisuseParams {
   float* data;
@@ -220,10 +224,13 @@ LOCAS_TEST(misuse, "runner: rules") {
   };
 
   // Memory
-  expect_abort("misaligned", "which is not aligned", [](float* data, float*) { ptx::load(reinterpret_cast<Vec16*>(data + 1)); });
-  expect_abort("past a buffer", "'data', 256 bytes, and this is byte 256", [](float* data, float*) { ptx::load(data + 64); });
+  expect_abort("misaligned", "which is not aligned",
+               [](float* data, float*) { ptx::load(reinterpret_cast<Vec16*>(data + 1)); });
+  expect_abort("past a buffer", "'data', 256 bytes, and this is byte 256",
+               [](float* data, float*) { ptx::load(data + 64); });
   expect_abort("before a buffer", "outside every buffer", [](float* data, float*) { ptx::store(data - 1, 0.0f); });
-  expect_abort("past shared memory", "shared memory, which has 256 bytes", [](float*, float* shared) { ptx::load(shared + 64); });
+  expect_abort("past shared memory", "shared memory, which has 256 bytes",
+               [](float*, float* shared) { ptx::load(shared + 64); });
   expect_abort("ldmatrix from global memory", "of shared memory", [](float* data, float*) {
     uint32_t r[4];
     ptx::ldmatrix_x4(r, data);
@@ -244,9 +251,10 @@ LOCAS_TEST(misuse, "runner: rules") {
   expect_abort("a lane has exited", "exit", [](float*, float*) {
     if (thread_index() != 3) ptx::sync_warp();
   });
-  expect_abort("a warp skips a barrier", "deadlock: 32 threads have exited, 32 threads wait in sync_threads", [](float*, float*) {
-    if (warp_index() == 0) ptx::sync_threads();
-  });
+  expect_abort("a warp skips a barrier", "deadlock: 32 threads have exited, 32 threads wait in sync_threads",
+               [](float*, float*) {
+                 if (warp_index() == 0) ptx::sync_threads();
+               });
   expect_abort("two counts at a barrier", "where others wait for", [](float*, float*) {
     ptx::named_barrier(1, lane_index() % 2 == 0 ? 32 : 64);
   });
@@ -254,7 +262,8 @@ LOCAS_TEST(misuse, "runner: rules") {
   expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { ptx::named_barrier(16, 64); });
 
   // mbarriers
-  expect_abort("no init", "nobody initialised", [](float*, float* shared) { ptx::mbarrier_arrive(reinterpret_cast<uint64_t*>(shared)); });
+  expect_abort("no init", "nobody initialised",
+               [](float*, float* shared) { ptx::mbarrier_arrive(reinterpret_cast<uint64_t*>(shared)); });
   expect_abort("over-arrival", "over-arrival", [](float*, float* shared) {
     auto* barrier = reinterpret_cast<uint64_t*>(shared);
     if (thread_index() == 0) {
@@ -264,15 +273,16 @@ LOCAS_TEST(misuse, "runner: rules") {
       ptx::mbarrier_arrive(barrier);
     }
   });
-  expect_abort("bytes that never come", "deadlock: 63 threads have exited, 1 threads wait in mbarrier_wait", [](float* data, float* shared) {
-    auto* barrier = reinterpret_cast<uint64_t*>(shared);
-    if (thread_index() == 0) {
-      ptx::mbarrier_init(barrier, 1);
-      ptx::mbarrier_arrive_expect(barrier, 32);
-      ptx::bulk_copy_to_shared(shared + 16, data, 16, barrier);
-      ptx::mbarrier_wait(barrier, 0);
-    }
-  });
+  expect_abort("bytes that never come", "deadlock: 63 threads have exited, 1 threads wait in mbarrier_wait",
+               [](float* data, float* shared) {
+                 auto* barrier = reinterpret_cast<uint64_t*>(shared);
+                 if (thread_index() == 0) {
+                   ptx::mbarrier_init(barrier, 1);
+                   ptx::mbarrier_arrive_expect(barrier, 32);
+                   ptx::bulk_copy_to_shared(shared + 16, data, 16, barrier);
+                   ptx::mbarrier_wait(barrier, 0);
+                 }
+               });
   expect_abort("an mbarrier read as data", "which is in an mbarrier", [](float*, float* shared) {
     if (thread_index() == 0) {
       ptx::mbarrier_init(reinterpret_cast<uint64_t*>(shared), 1);
@@ -281,7 +291,8 @@ LOCAS_TEST(misuse, "runner: rules") {
   });
 
   // Races
-  expect_abort("two writers in a warp", "race", [](float*, float* shared) { ptx::store(shared + thread_index() / 2, 1.0f); });
+  expect_abort("two writers in a warp", "race",
+               [](float*, float* shared) { ptx::store(shared + thread_index() / 2, 1.0f); });
   expect_abort("sync_warp between warps", "race", [](float*, float* shared) {
     ptx::store(shared + thread_index(), 1.0f);
     ptx::sync_warp();

@@ -1,6 +1,6 @@
-// U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's test:
-// a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that draws its
-// data, launches through cuda/launch.h in every seed and compares, and LOCAS_TEST functions that list cases.
+// U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's
+// test: a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that
+// draws its data, launches through cuda/launch.h in every seed and compares, and LOCAS_TEST functions that list cases.
 #include "harness.h"
 
 namespace locas::test {
@@ -33,7 +33,8 @@ struct AdamWState {
       exp_avg[i] = Real(o.beta1) * exp_avg[i] + Real(1 - o.beta1) * grad[i];
       exp_avg_sq[i] = Real(o.beta2) * exp_avg_sq[i] + Real(1 - o.beta2) * grad[i] * grad[i];
       slots[i] -= Real(o.learning_rate * o.weight_decay) * slots[i];
-      slots[i] -= Real(o.learning_rate) * (exp_avg[i] / correction1) / (std::sqrt(exp_avg_sq[i] / correction2) + Real(o.eps));
+      slots[i] -=
+          Real(o.learning_rate) * (exp_avg[i] / correction1) / (std::sqrt(exp_avg_sq[i] / correction2) + Real(o.eps));
     }
   }
 };
@@ -135,7 +136,8 @@ void check_sgd(const Shape& shape, double momentum) {
   Random random(shape.d);
   const size_t count = shape.rows * shape.d;
   const Sgd options{.learning_rate = 0.05, .momentum = momentum, .weight_decay = 0.02};
-  const SgdState<float> before{draw_slots(random, shape), random.normals<float>(count, 0.3), random.normals<float>(count, 0.3)};
+  const SgdState<float> before{draw_slots(random, shape), random.normals<float>(count, 0.3),
+                               random.normals<float>(count, 0.3)};
   SgdState<float> peer = before;
   SgdState<double> truth{exact(before.slots), exact(before.grad), exact(before.buffer)};
   peer.step(options);
@@ -229,7 +231,8 @@ struct Factors {
             Real sum = 0;
             for (int64_t token = 0; token < s.tokens; ++token) {
               const int64_t row = layer * s.tokens + token;
-              sum += Real(exact((*coefficients[kind])[row * stride + slot])) * Real(exact((kind == 2 ? dy : x)[row * s.d + i]));
+              sum += Real(exact((*coefficients[kind])[row * stride + slot])) *
+                     Real(exact((kind == 2 ? dy : x)[row * s.d + i]));
             }
             result.push_back(sum * Real(scale));
           }
@@ -249,9 +252,10 @@ void check_adamw_from_factors(const FactorShape& s, bool clip) {
   const auto slots_before = draw_slots(random, shape), exp_avg_before = random.normals<float>(count, 0.1);
   std::vector<float> exp_avg_sq_before = random.normals<float>(count, 0.1);
   for (float& value : exp_avg_sq_before) value = value * value;
-  AdamWState<float> peer{slots_before, factors.template gradient<float>(kGradientScale), exp_avg_before, exp_avg_sq_before};
-  AdamWState<double> truth{exact(slots_before), factors.template gradient<double>(kGradientScale), exact(exp_avg_before),
-                           exact(exp_avg_sq_before)};
+  AdamWState<float> peer{slots_before, factors.template gradient<float>(kGradientScale), exp_avg_before,
+                         exp_avg_sq_before};
+  AdamWState<double> truth{exact(slots_before), factors.template gradient<double>(kGradientScale),
+                           exact(exp_avg_before), exact(exp_avg_sq_before)};
   peer.step(options);
   truth.step(options);
   if (clip) clip_rows(peer.slots, s.d), clip_rows(truth.slots, s.d);
