@@ -47,7 +47,7 @@ class ChunkAttentionFunction(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scaling):
         (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
         p = None
-        if heads * n * k <= _KEPT:
+        if heads * n * k <= _KEPT and not torch.is_autocast_enabled("cpu"):  # which would make P of another dtype
             queries = query.reshape(groups, heads // groups * n, size) * scaling
             p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
             out = (p @ value[0]).view(query.shape)
