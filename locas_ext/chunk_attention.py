@@ -75,7 +75,7 @@ class ChunkAttentionFunction(torch.autograd.Function):
             d_value[0, part, k - n :] = p[:, :, k - n :].mT @ d_outs
             dot = (d_outs * out[part]).sum(-1, keepdim=True)
             d_scores = (d_outs @ values.mT).sub_(dot).mul_(p)
-            torch.bmm(d_scores, keys, out=d_query[part])
+            d_query[part] = d_scores @ keys
             d_key[0, part, k - n :] = d_scores[:, :, k - n :].mT @ queries
         return d_query.mul_(ctx.scaling).view(1, heads, n, size), d_key, d_value, None, None
 
