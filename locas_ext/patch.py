@@ -84,6 +84,9 @@ class PatchedFFN:
         scale, activation = arena.scales[index], self.activation_index
         x2d = x.reshape(-1, x.shape[-1])
         rehomed = not alone and self.home is not None and self.home.ready()
+        if not alone and not rehomed:
+            host = self.ffn.weights()
+            backend = ops.native_backend("patched FFN", x2d, host.gate, self.backend)
         if gradients and (learns or x.requires_grad):
             grad = arena.sink(index)
             if rehomed:
@@ -91,16 +94,12 @@ class PatchedFFN:
             elif alone:
                 y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
             else:
-                host = self.ffn.weights()
-                backend = ops.native_backend("patched FFN", x2d, host.gate, self.backend)
                 y = GluFFNFunction.apply(x2d, parameter, views, host, scale, activation, grad, backend)
         elif rehomed:
             y = rehomed_forward(x2d, self.home, self.ffn.weights().down_bias, activation, save=False)[0]
         elif alone:
             y = sideway_forward(x2d, views, scale, activation)[0]
         else:
-            host = self.ffn.weights()
-            backend = ops.native_backend("patched FFN", x2d, host.gate, self.backend)
             y = backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0]
         y = y.view_as(x)
         return self.original(x) + y if alone else y

@@ -49,6 +49,22 @@ std::vector<float> draw_slots(Random& random, const Shape& shape) {
   return random.normals<float>(shape.rows * shape.d, 1.0 / std::sqrt(static_cast<double>(shape.d)));
 }
 
+// What the update needs besides the rows.
+AdamWParams adamw_params(const AdamW& o, bool clip, const simt::Buffer<int64_t>& step,
+                         const simt::Buffer<double>& learning_rate) {
+  AdamWParams p{};
+  p.step = {step.data(), DType::i64};
+  p.learning_rate = {learning_rate.data(), DType::f64};
+  p.beta1 = o.beta1;
+  p.beta2 = o.beta2;
+  p.log_beta1 = static_cast<float>(std::log(o.beta1));
+  p.log_beta2 = static_cast<float>(std::log(o.beta2));
+  p.eps = static_cast<float>(o.eps);
+  p.weight_decay = static_cast<float>(o.weight_decay);
+  p.clip = clip;
+  return p;
+}
+
 template <class Copy>
 void check_adamw(const Shape& shape, bool clip, bool with_copy) {
   Random random(shape.d);
@@ -72,7 +88,7 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
     simt::Buffer<Copy> compute("compute", with_copy ? count : 0, shape.offset);
     simt::Buffer<int64_t> step("step", std::vector{options.step});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
-    AdamWParams p{};
+    AdamWParams p = adamw_params(options, clip, step, learning_rate);
     p.slots = slots.data();
     p.grad = grad.data();
     p.exp_avg = exp_avg.data();
@@ -81,15 +97,6 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
     p.compute_dtype = kDType<Copy>;
     p.rows = shape.rows;
     p.d = shape.d;
-    p.step = {step.data(), DType::i64};
-    p.learning_rate = {learning_rate.data(), DType::f64};
-    p.beta1 = options.beta1;
-    p.beta2 = options.beta2;
-    p.log_beta1 = static_cast<float>(std::log(options.beta1));
-    p.log_beta2 = static_cast<float>(std::log(options.beta2));
-    p.eps = static_cast<float>(options.eps);
-    p.weight_decay = static_cast<float>(options.weight_decay);
-    p.clip = clip;
     cuda::adamw(p, kQueue);
 
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
@@ -265,7 +272,7 @@ void check_adamw_from_factors(const FactorShape& s, bool clip) {
     simt::Buffer<T> compute("compute", count);
     simt::Buffer<int64_t> step("step", std::vector{options.step}), finite("finite", std::vector<int64_t>{0});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
-    AdamWParams p{};
+    AdamWParams p = adamw_params(options, clip, step, learning_rate);
     p.slots = slots.data();
     p.exp_avg = exp_avg.data();
     p.exp_avg_sq = exp_avg_sq.data();
@@ -273,15 +280,6 @@ void check_adamw_from_factors(const FactorShape& s, bool clip) {
     p.compute_dtype = kDType<T>;
     p.rows = shape.rows;
     p.d = s.d;
-    p.step = {step.data(), DType::i64};
-    p.learning_rate = {learning_rate.data(), DType::f64};
-    p.beta1 = options.beta1;
-    p.beta2 = options.beta2;
-    p.log_beta1 = static_cast<float>(std::log(options.beta1));
-    p.log_beta2 = static_cast<float>(std::log(options.beta2));
-    p.eps = static_cast<float>(options.eps);
-    p.weight_decay = static_cast<float>(options.weight_decay);
-    p.clip = clip;
     p.finite = {finite.data(), DType::i64};
     cuda::adamw_from_factors(p, factors.params(kGradientScale), kQueue);
     expect_equal("slots where the gradient is not finite", slots.values(), slots_before);
