@@ -2,7 +2,6 @@
 
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import transformers
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from .. import _C, __version__
 from ..hosts import HOSTS
+from .machine import processor
 from .selftest import self_test
 
 
@@ -22,15 +22,6 @@ def _installed() -> list[str]:
         except metadata.PackageNotFoundError:
             pass
     return versions
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} logical" if names else platform.machine()
 
 
 def _native(build: dict) -> str:
@@ -63,7 +54,7 @@ def info(console: Console) -> bool:
         "transformers": transformers.__version__,
         "beside it": ", ".join(_installed()),
         "hosts": ", ".join(HOSTS),
-        "cpu": _processor(),
+        "cpu": processor(),
     }
     for name, value in lines.items():
         console.print(f"{name:<13} {value}")

@@ -1,0 +1,58 @@
+"""results.json of a task: {"settings", "machine", "records"}, written whole after every record, so a run can be resumed."""
+
+import json
+from pathlib import Path
+
+from ..checkpoint import write_atomically
+from ..errors import LocasError
+from .machine import machine
+
+NAME = "results.json"
+
+
+def _plain(settings: dict) -> dict:
+    """The settings as JSON gives them back: tuples are lists, paths are text."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def read(folder: Path) -> dict:
+    """What `write` wrote. FileNotFoundError without results.json, LocasError if it is not one."""
+    file = folder / NAME
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} holds no {NAME}")
+    try:
+        results = json.loads(file.read_bytes())
+        missing = {"settings", "machine", "records"} - results.keys()
+    except (ValueError, AttributeError) as error:
+        raise LocasError(f"{file} is damaged: {error}") from None
+    if missing:
+        raise LocasError(f"{file} lacks {', '.join(sorted(missing))}")
+    return results
+
+
+def open_folder(folder: Path, settings: dict) -> list[dict]:
+    """Makes the output folder, or takes up an earlier run's. Returns the records that are there already.
+
+    Raises ValueError if they are of other settings, naming those that differ, and FileExistsError for a folder that
+    holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out: {folder} is a file; expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / NAME).exists():
+        if foreign := next((entry.name for entry in folder.iterdir()), None):
+            raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")
+        write(folder, settings, [])
+        return []
+    before, wanted = read(folder), _plain(settings)
+    names = dict.fromkeys([*before["settings"], *wanted])
+    if different := [name for name in names if before["settings"].get(name) != wanted.get(name)]:
+        details = ", ".join(f"{name} was {before['settings'].get(name)!r}, is {wanted.get(name)!r}" for name in different)
+        raise ValueError(f"--out: {folder} holds a run with other settings: {details}; choose another folder")
+    return before["records"]
+
+
+def write(folder: Path, settings: dict, records: list[dict]) -> None:
+    """Replaces results.json, atomically."""
+    content = {"settings": _plain(settings), "machine": machine(), "records": records}
+    write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
