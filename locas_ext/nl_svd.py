@@ -1,0 +1,110 @@
+"""NL-SVD: a two-layer memory of many slots as one of few (docs/method.md, "NL-SVD"). One layer, plain torch."""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import activate, activation_index
+
+# The largest |act'| of each activation, rounded up, by activation_index.
+_LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0)
+
+
+class Compressed(NamedTuple):
+    """The slots that stand for a larger memory, in its dtype and on its device, and what they leave out.
+
+    Energy is the sum over slots of (||K_i|| ||V_i||)^2; kept and discarded together are the original memory's.
+    """
+
+    key: Tensor  # [n, d]: the probes, orthonormal rows, most energy first; n <= rank
+    value: Tensor  # [n, d]: f(probe) / act(1)
+    kept_energy: float
+    discarded_energy: float
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, for the original memory f and P the projection onto the probes
+
+
+@torch.no_grad()
+def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", threshold: float = 0.0) -> Compressed:
+    """Compresses f(x) = act(x key^T) value to at most `rank` slots that agree with f on as many orthonormal probes.
+
+    key, value: [m, d], both float32 or both float64. A probe is an eigenvector of the energy matrix, with the sign for which f is
+    longer. Probes whose weighted norm, the root of the eigenvalue, is under `threshold` or no more than rounding noise are
+    left out, so there may be fewer than `rank`, and none for a memory that is zero.
+
+    Raises ValueError for key and value of other shapes and dtypes (half precision has to be converted first), with numbers that
+    are not finite, or empty; for a rank outside 1 .. min(m, d), a threshold under 0 or not finite and an unknown activation;
+    TypeError for a rank that is no integer.
+    """
+    lipschitz = _LIPSCHITZ[activation_index(activation)]
+    _check(key, value, rank, threshold)
+    # float64 whatever the input: eigenvalues are squares, so in float32 all under 1/3000 of the largest norm would be noise.
+    keys, values = key.double(), value.double()
+    lengths = values.norm(dim=1, keepdim=True)
+    eigenvalues, eigenvectors = _energy_spectrum(lengths * keys)
+    spectrum = eigenvalues.cpu()
+    size = max(key.shape)
+    noise = float(spectrum[0]) * max((size * torch.finfo(key.dtype).eps) ** 2, size * torch.finfo(torch.float64).eps)
+    n = int(((spectrum > noise) & (spectrum >= threshold**2))[:rank].sum())
+    probes = eigenvectors[:n]
+    hidden = probes @ keys.T
+    along, against = (activate(h, activation) @ values for h in (hidden, -hidden))
+    flip = against.norm(dim=1, keepdim=True) > along.norm(dim=1, keepdim=True)
+    probes, outputs = torch.where(flip, -probes, probes), torch.where(flip, against, along)
+    first_discarded = float(spectrum[n]) if n < len(spectrum) else 0.0
+    return Compressed(
+        key=probes.to(key.dtype),
+        value=(outputs / activate(outputs.new_ones(()), activation)).to(value.dtype),
+        kept_energy=float(spectrum[:n].sum()),
+        discarded_energy=float(spectrum[n:].sum()),
+        error_bound=lipschitz * math.sqrt(_alignment(values, lengths) * (first_discarded + noise)),
+    )
+
+
+def _energy_spectrum(weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [min(m, d)], largest first, and eigenvectors as rows of weighted^T weighted; weighted [m, d] is ||V_i|| K_i.
+
+    That is sum_i (||K_i|| ||V_i||)^2 k_i^T k_i with unit keys k_i, and a zero key or value needs no case of its own.
+    """
+    m, d = weighted.shape
+    if m >= d:
+        eigenvalues, vectors = torch.linalg.eigh(weighted.T @ weighted)
+        vectors = vectors.T
+    else:  # an orthonormal basis of the keys' span first: the small problem's eigenvectors then need no division
+        basis, factor = torch.linalg.qr(weighted.T)
+        eigenvalues, vectors = torch.linalg.eigh(factor @ factor.T)
+        vectors = vectors.T @ basis.T
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(0)
+
+
+def _alignment(values: Tensor, lengths: Tensor) -> Tensor:
+    """An upper bound of ||U||_2^2, U [m, d] the unit values: 1 if they are orthogonal, up to m if they are all the same."""
+    units = values / lengths.clamp_min(torch.finfo(values.dtype).tiny)
+    m, d = units.shape
+    return torch.linalg.matrix_norm(units.T @ units if m >= d else units @ units.T)
+
+
+def _check(key: Tensor, value: Tensor, rank: int, threshold: float) -> None:
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {tensor.dtype}; expected torch.float32 or torch.float64: convert it before compressing"
+            )
+        if tensor.dim() != 2 or tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [m, d] with m and d at least 1")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity; expected finite numbers")
+    for what in ("shape", "dtype", "device"):
+        if getattr(key, what) != getattr(value, what):
+            raise ValueError(f"value has {what} {getattr(value, what)}; expected that of key, {getattr(key, what)}")
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
+        raise TypeError(f"rank is {rank!r}; expected an integer")
+    m, d = key.shape
+    if not 1 <= rank <= min(m, d):
+        raise ValueError(
+            f"rank is {rank}; expected 1 to {min(m, d)}, no more than the {m} slots there are and the hidden size {d}"
+        )
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold is {threshold!r}; expected a finite number >= 0")
