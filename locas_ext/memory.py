@@ -17,7 +17,10 @@ from .stream import Chunk, MemorizeReport
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One layer's memory: where it lies, how it is computed and why, how full it is, mean row norms."""
+    """One layer's memory: where it lies, how it is computed and why, how full it is, mean norms of the rows used.
+
+    gate_norm is None for Locas-MLP, which has no gate.
+    """
 
     layer: int
     device: str
@@ -25,8 +28,9 @@ class LayerStatus:
     backend: str
     reason: str
     slots_used: int
+    capacity: int
     scale: float
-    gate_norm: float
+    gate_norm: float | None
     key_norm: float
     value_norm: float
 
@@ -57,7 +61,7 @@ class Memory:
 
     @property
     def slots(self) -> Tensor:
-        """[L, 3, r, d] float32: per layer gate, key and value rows.
+        """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
 
         The memory itself, to be read or written, where the host lies on one device; on several, a copy to be read.
         """
@@ -85,22 +89,22 @@ class Memory:
         return self._attachment.stream.position if self._attachment.stream else 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters [3, r, d], views of the slots, for a training loop of one's own (see SlotAdamW)."""
+        """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
         return self.state.parameters
 
     def status(self) -> list[LayerStatus]:
         """One entry a layer with a memory."""
         state = self.state
         state.sync()
-        used = state.rank if state.initialized else 0
-        norms = self.slots.norm(dim=-1).mean(-1).tolist()  # [L, 3]
+        norms = state.tensors(optimizer=False)["slots"].norm(dim=-1).mean(-1).tolist()  # [L, planes]
         result = []
         for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, state.layers, state.scales, norms):
             path, reason = ffn.path()
             place = ffn.arena.compute
             result.append(
-                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, used, scale,
-                            layer_norms[GATE], layer_norms[KEY], layer_norms[VALUE])
+                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, state.used,
+                            state.capacity, scale, None if state.grows else layer_norms[GATE], layer_norms[KEY],
+                            layer_norms[VALUE])
             )
         return result
 

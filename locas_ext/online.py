@@ -28,7 +28,6 @@ from .ops import summed_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
-from .slots import GATE, KEY
 from .step import check_loss
 from .stream import Chunk, MemorizeReport, Stream
 
@@ -124,15 +123,13 @@ def text_digest(ids: Tensor) -> str:
 # ---- initialization -------------------------------------------------------------------------------------------
 @contextmanager
 def _observe(attachment: Attachment, rows: list):
-    """Collects each layer's initial (gate, key) rows during one forward."""
+    """Collects each layer's initial rows during one forward."""
     generator = torch.Generator().manual_seed(attachment.config.seed)
 
     def observer(ffn):
         def observe(x: Tensor) -> None:
             x = x.detach().reshape(-1, x.shape[-1])
-            gate_weight, up_weight = ffn.ffn.dense_gate_up(x)
-            importance = ffn.importance(x)
-            rows.append(initial_rows(attachment.config, importance, gate_weight, up_weight, x, generator))
+            rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
 
         return observe
 
@@ -155,12 +152,14 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
             result = forward(ids.to(device)[None])
     finally:
         state.disabled -= 1
-    slots = torch.zeros_like(state.whole("slots"))
-    for index, (gate, key) in enumerate(rows):
-        slots[index, GATE], slots[index, KEY] = gate, key
+    first = state.arenas[0].slots
+    slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
+    for index, planes in enumerate(rows):
+        for plane, values in enumerate(planes):
+            slots[index, plane] = values
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
-    state.set_slots(slots, version=0, initialized=True)
+    state.set_slots(slots, version=0)
     return result
 
 
