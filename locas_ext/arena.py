@@ -85,6 +85,14 @@ class SlotArena:
                     tensors[name] = new
             return tensors
 
+    @torch.no_grad()
+    def drop_oldest(self, count: int) -> None:
+        for tensor in self._tensors().values():
+            if tensor.dim() == 4:
+                tensor[:, :, :-count] = tensor[:, :, count:].clone()
+                tensor[:, :, -count:] = 0
+        self.round_slots()
+
     def _tensors(self) -> dict[str, Tensor]:
         names = ("slots", "grad", "step", *OPTIMIZER_STATES)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}

@@ -224,8 +224,8 @@ class SidewayMlpFunction(torch.autograd.Function):
         return dx, d_slots, None, None, None, None
 
 
-class SummedNLLFunction(torch.autograd.Function):
-    """apply(logits [T, V], targets [T]) -> their summed negative log-likelihood.
+class TokenNLLFunction(torch.autograd.Function):
+    """apply(logits [T, V], targets [T]) -> each token's negative log-likelihood [T].
 
     The gradient is made along with the value, in one kernel; it can be asked for once.
     """
@@ -233,15 +233,15 @@ class SummedNLLFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         nll, ctx.d_logits = kernels.cross_entropy(logits, targets, gradient=ctx.needs_input_grad[0])
-        return nll.sum()
+        return nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss):
+    def backward(ctx, d_nll):
         d_logits, ctx.d_logits = ctx.d_logits, None
         if d_logits is None:
-            raise RuntimeError("summed_nll: the gradient was already taken once; call it again for another")
-        return d_logits.mul_(d_loss), None
+            raise RuntimeError("token_nll: the gradient was already taken once; call it again for another")
+        return d_logits.mul_(d_nll[:, None]), None
 
 
 # ---- public operations --------------------------------------------------------------------------------------
@@ -398,22 +398,22 @@ def neuron_importance(
     return module.neuron_importance(x2d, host, index)
 
 
-def summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood of tokens, in nats: the loss that memorizing learns from.
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each token's negative log-likelihood, in nats: what memorizing learns from.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64 (in plain torch); computed in float32 or better
         targets: [...] int64, each in [0, V)
 
-    Returns a 0-d tensor, float32 (float64 for float64 logits). The gradient flows to logits, once.
+    Returns [T], float32 (float64 for float64 logits), T tokens in all. The gradient flows to logits, once.
     """
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    _expect("summed_nll", "targets", targets, (logits.shape[0],), logits, (torch.int64,))
+    _expect("token_nll", "targets", targets, (logits.shape[0],), logits, (torch.int64,))
     if logits.dtype not in _KERNEL_DTYPES:
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if targets.is_cpu and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise ValueError(f"summed_nll: targets holds an id outside [0, {logits.shape[1]})")
-    return SummedNLLFunction.apply(logits, targets)
+        raise ValueError(f"token_nll: targets holds an id outside [0, {logits.shape[1]})")
+    return TokenNLLFunction.apply(logits, targets)
 
 
 def _scalar_tensor(op: str, name: str, value, like: Tensor) -> Tensor:

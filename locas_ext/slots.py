@@ -105,6 +105,12 @@ class MemoryState:
         for arena, tensors in zip(self.arenas, resized):
             arena.take(tensors, arena.compute.dtype)
 
+    def drop_oldest(self, count: int) -> None:
+        """Takes the first `count` slots out; the others move up, and zeros take their place."""
+        for arena in self.arenas:
+            arena.drop_oldest(count)
+        self.use(self.used - count)
+
     # ---- all layers, in their order --------------------------------------------------------------------------
     def in_layer_order(self, of_arena: Callable[[SlotArena], Sequence]) -> list:
         """`of_arena` gives one item for each of an arena's layers; -> those of all arenas, [L]."""
