@@ -124,7 +124,7 @@ def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: i
     """-> y [T, d] and the pre-activations x K^T [T, r] that the backward needs."""
     key = F.linear(x, slots.gate_key)
     hidden = torch.empty_like(key)
-    _C.glu_forward(key, torch.ones_like(key), hidden, activation, scale, stream_of(x))
+    _C.glu_forward(key, None, hidden, activation, scale, stream_of(x))
     return hidden @ slots.value, key
 
 
@@ -144,9 +144,7 @@ def sideway_mlp_backward(
     """
     d_pre = dy @ slots.value.T  # the gradient of hidden, until the kernel replaces it
     hidden = torch.empty_like(pre) if needs_slots else None
-    _C.glu_backward(
-        d_pre, pre, torch.ones_like(pre), d_pre, torch.empty_like(pre), hidden, activation, scale, stream_of(dy)
-    )
+    _C.glu_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
     if not needs_slots:
         return d_pre, None
     if slots_grad is None:
@@ -255,3 +253,25 @@ def sgd_slots_(
     _C.sgd(
         slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots)
     )
+
+
+def write_slots_(
+    slots: Tensor,
+    start: int,
+    inputs: Tensor,
+    gradients: Tensor,
+    epsilon: float,
+    compute: Tensor | None = None,
+    gradient_norm: Tensor | None = None,
+) -> Tensor:
+    """Closed-form slots of all layers and tokens, in place. -> the gradient norms [n] float32."""
+    layers, n, _ = inputs.shape
+    norms = torch.empty(n, dtype=torch.float32, device=slots.device)
+    workspace = torch.empty(2 * layers * n + 1, dtype=torch.float64, device=slots.device)
+    if gradient_norm is not None:
+        gradient_norm = gradient_norm.contiguous()
+    _C.write_slots(
+        slots, start, inputs.contiguous(), gradients.contiguous(), epsilon, compute, gradient_norm, norms, workspace,
+        stream_of(slots),
+    )
+    return norms

@@ -204,7 +204,7 @@ torch.library.register_autograd(
 )
 
 
-# ---- neuron_importance and the updates ----------------------------------------------------------------------
+# ---- neuron_importance, the updates and writing ---------------------------------------------------------------
 def _neuron_importance(x, gate_weight, up_weight, activation, gate_bias=None, up_bias=None):
     host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
     return kernels.neuron_importance(x, host, activation_index(activation))
@@ -230,4 +230,10 @@ _define(
     " float weight_decay, bool clip, Tensor(c!)? compute=None, Tensor? finite=None) -> ()",
     kernels.sgd_slots_,
     lambda *_, **__: None,
+)
+_define(
+    "write_slots_(Tensor(a!) slots, SymInt start, Tensor inputs, Tensor gradients, float epsilon,"
+    " Tensor(b!)? compute=None, Tensor? gradient_norm=None) -> Tensor",
+    kernels.write_slots_,
+    lambda slots, start, inputs, *_, **__: slots.new_empty(inputs.shape[1]),
 )

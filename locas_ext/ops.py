@@ -538,9 +538,9 @@ def _check_writing(op: str, slots: Tensor, start: int, inputs, gradients, epsilo
     if not isinstance(start, int):
         raise TypeError(f"{op}: start is {type(start).__name__}; expected an int")
     if not 0 <= start <= capacity - n:
-        raise ValueError(f"{op}: start is {start} for {n} tokens; expected 0 <= start <= {capacity - n}, as capacity is {capacity}")
-    if not 0.0 < epsilon < float("inf"):
-        raise ValueError(f"{op}: epsilon is {epsilon}; expected a finite number > 0")
+        raise ValueError(f"{op}: start is {start}; expected 0 <= start <= {capacity - n} ({n} tokens, capacity {capacity})")
+    if not 0.0 < epsilon <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: epsilon is {epsilon}; expected a finite number > 0, in float32's range")
 
 
 @torch.no_grad()
@@ -564,7 +564,7 @@ def write_slots_(
         inputs: [L, n, d] float32, bfloat16 or float16: A, what each layer's FFN took in
         gradients: [L, n, d], inputs' dtype: G, the log-likelihood's gradient at each FFN's output, times any
             constant: values depend only on its direction
-        epsilon: a finite number > 0
+        epsilon: a finite number > 0, in float32's range
         compute: [L, 2, capacity, d] float32, bfloat16 or float16, contiguous: receives the rounded copy of the new rows
         gradient_norm: [n] float32: ||G|| of each token over the hidden dimensions of all layers together. None: computed
             from `gradients`. A host spread over several devices passes the norm over all of its layers
@@ -573,7 +573,9 @@ def write_slots_(
     and nothing is written of any token; this is decided on the slots' device, without a wait.
     """
     op = "write_slots_"
+    if torch.compiler.is_compiling():
+        return torch.ops.locas.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
     _check_writing(op, slots, start, inputs, gradients, epsilon, compute, gradient_norm)
-    norm = reference.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
+    norm = kernels.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
     torch.autograd.graph.increment_version([t for t in (slots, compute) if t is not None])
     return norm

@@ -492,12 +492,13 @@ def writing_arguments(**changes):
     (dict(compute=torch.zeros(2, 2, D, 6).mT), "compute must be contiguous"),
     (dict(gradient_norm=torch.ones(T + 1)), rf"gradient_norm has shape .*; expected \[{T}\]"),
     (dict(gradient_norm=torch.ones(T).double()), "gradient_norm is torch.float64; expected torch.float32"),
-    (dict(start=-1), f"start is -1 for {T} tokens; expected 0 <= start <= 2, as capacity is 6"),
-    (dict(start=3), f"start is 3 for {T} tokens; expected 0 <= start <= 2, as capacity is 6"),
+    (dict(start=-1), rf"start is -1; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
+    (dict(start=3), rf"start is 3; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
     (dict(epsilon=0.0), "epsilon is 0.0; expected a finite number > 0"),
     (dict(epsilon=-1.0), "epsilon is -1.0; expected a finite number > 0"),
     (dict(epsilon=math.nan), "epsilon is nan; expected a finite number > 0"),
     (dict(epsilon=math.inf), "epsilon is inf; expected a finite number > 0"),
+    (dict(epsilon=1e39), "epsilon is 1e[+]39; expected a finite number > 0, in float32's range"),
 ])
 def test_writing_arguments_are_checked_and_nothing_is_changed(changes, problem):
     arguments = writing_arguments(**changes)

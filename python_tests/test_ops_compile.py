@@ -50,6 +50,10 @@ def samples():
         "sideway_mlp_backward": [
             (dy, plain_x, pre, mlp_slots, 0.5, "gelu", needs_slots) for needs_slots in (True, False)
         ],
+        "write_slots_": [
+            (torch.randn(2, 2, 7, D), 1, *torch.randn(2, 2, 5, D), 0.1, compute, norm)
+            for compute, norm in ((torch.zeros(2, 2, 7, D).half(), torch.ones(5)), (None, None))
+        ],
         "neuron_importance": [(plain_x, host[0], host[1], "silu", host[3], host[4])],
         "update_slots_": [
             (*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)
@@ -150,6 +154,20 @@ def test_compiled_updates(optimizer):
     assert torch.equal(doubled, function(*eager))
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager))
     assert not torch.equal(compiled[0], start[0]) and torch.equal(compiled[4], compiled[0].bfloat16())
+
+
+def test_compiled_writing():
+    slots, inputs, gradients = torch.randn(2, 2, 7, D), torch.randn(2, 5, D), torch.randn(2, 5, D)
+
+    def function(slots, compute):
+        norms = ops.write_slots_(slots, 1, inputs, gradients, 0.1, compute)
+        return slots * norms.sum()
+
+    torch._dynamo.reset()
+    compiled, eager = ([slots.clone(), torch.zeros(2, 2, 7, D, dtype=torch.bfloat16)] for _ in range(2))
+    product = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+    assert torch.equal(product, function(*eager))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager)) and not torch.equal(eager[0], slots)
 
 
 def test_a_compiled_model_computes_with_what_its_memory_has_learned():
