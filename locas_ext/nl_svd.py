@@ -40,26 +40,28 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
     """
     lipschitz = _LIPSCHITZ[activation_index(activation)]
     _check(key, value, rank, threshold)
-    # float64 whatever the input: eigenvalues are squares, so in float32 all under 1/3000 of the largest norm would be noise.
+    # float64 for float32 too: eigenvalues are squares, and float32 loses weighted norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()
     lengths = values.norm(dim=1, keepdim=True)
     eigenvalues, eigenvectors = _energy_spectrum(lengths * keys)
     spectrum = eigenvalues.cpu()
-    size = max(key.shape)
-    noise = float(spectrum[0]) * max((size * torch.finfo(key.dtype).eps) ** 2, size * torch.finfo(torch.float64).eps)
-    n = int(((spectrum > noise) & (spectrum >= threshold**2))[:rank].sum())
+    norms = spectrum.sqrt()
+    # What rounding alone can make of a weighted norm of zero: the input's own rounding, or that of the eigenvalues.
+    precision = max(torch.finfo(key.dtype).eps, math.sqrt(torch.finfo(torch.float64).eps))
+    noise = float(norms[0]) * math.sqrt(max(key.shape)) * precision
+    n = int(((norms > noise) & (norms >= threshold))[:rank].sum())
     probes = eigenvectors[:n]
     hidden = probes @ keys.T
     along, against = (activate(h, activation) @ values for h in (hidden, -hidden))
     flip = against.norm(dim=1, keepdim=True) > along.norm(dim=1, keepdim=True)
     probes, outputs = torch.where(flip, -probes, probes), torch.where(flip, against, along)
-    first_discarded = float(spectrum[n]) if n < len(spectrum) else 0.0
+    largest_discarded = float(norms[n]) if n < len(norms) else 0.0
     return Compressed(
         key=probes.to(key.dtype),
         value=(outputs / activate(outputs.new_ones(()), activation)).to(value.dtype),
         kept_energy=float(spectrum[:n].sum()),
         discarded_energy=float(spectrum[n:].sum()),
-        error_bound=lipschitz * math.sqrt(_alignment(values, lengths) * (first_discarded + noise)),
+        error_bound=lipschitz * math.sqrt(_alignment(values, lengths)) * (largest_discarded + noise),
     )
 
 
