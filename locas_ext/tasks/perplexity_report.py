@@ -13,6 +13,10 @@ from .tables import (
     parameters_text, perplexity_columns, perplexity_text, times_text, tokens_text,
 )
 
+METHOD = Column("method", lambda arm: arm.method)
+LEARNING_RATE = Column(
+    "learning rate", lambda arm: MISSING if (rate := arm.settings.get("learning_rate")) is None else f"{rate:g}"
+)
 INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")
 
 
@@ -31,21 +35,19 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
 
 
 def _missing(settings: dict, records: list[dict]) -> list[str]:
-    arms, books = settings.get("arms"), settings.get("books")
-    if not (isinstance(arms, list) and isinstance(books, list)):
-        return [f"{len(records)} records.", ""]
-    expected = len(arms) * len(books)
-    unfinished = "" if len(records) >= expected else " The run is not finished."
-    return [f"{len(records)} of {expected} records: {len(arms)} arms, {len(books)} books.{unfinished}", ""]
+    runs = settings.get("runs", {"": settings}).values()
+    expected = sum(len(run.get("arms") or []) * len(run.get("books") or []) for run in runs)
+    if expected <= len(records):
+        return []
+    return [f"**Not finished: {len(records)} of {expected} records.**", ""]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column]:
-    """The paper's figures for the same host, method, rank and init; nothing where it has none."""
+    """The paper's figures for the same host, method and settings; nothing where it has none."""
 
     def figure(arm: Arm) -> paper.Figure | None:
-        init = arm.settings.get("init") if arm.method == "locas" else None
-        return paper.find(table, host, arm.method, arm.settings.get("rank"), init)
+        return paper.find(table, host, arm.method, arm.settings)
 
     def column(title: str, text) -> Column:
         return Column(title, lambda arm: MISSING if (found := figure(arm)) is None else text(found))
@@ -94,8 +96,8 @@ def _init_table(arms: list[Arm], host: str | None) -> list[str]:
         return "none" if arm.method == "truncation" else arm.settings.get("init") if arm.method == "locas" else None
 
     rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
-    columns = perplexity_columns(rows) + _paper_columns("initialization", rows, host)
-    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, [init(arm) for arm in rows]), host)
+    columns = [LEARNING_RATE, *perplexity_columns(rows), *_paper_columns("initialization", rows, host)]
+    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, Column("init", init)), host)
 
 
 def _by_method(arms: list[Arm], setting: str) -> list[Arm]:
@@ -110,13 +112,12 @@ def _rank_table(arms: list[Arm], host: str | None) -> list[str]:
         Column("rank", lambda arm: f"{arm.settings['rank']}"), PARAMETERS, *perplexity_columns(rows),
         *_paper_columns("width", rows, host),
     ]
-    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, [arm.method for arm in rows]), host)
+    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, METHOD), host)
 
 
 def _learning_rate_table(arms: list[Arm]) -> list[str]:
     rows = _by_method(arms, "learning_rate")
-    columns = [Column("learning rate", lambda arm: f"{arm.settings['learning_rate']:g}"), *perplexity_columns(rows)]
-    return ["## Learning rate", "", *arm_table(rows, columns, [arm.method for arm in rows]), ""]
+    return ["## Learning rate", "", *arm_table(rows, [LEARNING_RATE, *perplexity_columns(rows)], METHOD), ""]
 
 
 # ---- learning against forgetting -------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def _frontier(arms: list[Arm], folder: Path) -> list[str]:
     ]
     return [
         "## Learning against forgetting", "",
-        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms have finished.", "",
+        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms read.", "",
         "![Learning against forgetting](frontier.png)", "",
         f"On the Pareto front: {', '.join(_name(point) for point in front)}.", "",
         *_verdict(points, "temp-lora", "locas"), *_verdict(points, "locas", "temp-lora"), "",
@@ -160,6 +161,12 @@ def _frontier(arms: list[Arm], folder: Path) -> list[str]:
 
 def _name(point: Point) -> str:
     return f"{escape(point.label)} ({point.learned:.2f}, {point.held_out:.2f})"
+
+
+def _some(points: list[Point], method: str) -> str:
+    count = f"{len(points)} {method} arm{'s' * (len(points) > 1)}"
+    return f"{count}, among them {', '.join(map(_name, points[:3]))}" if len(points) > 3 else (
+        f"{count}: {', '.join(map(_name, points))}")
 
 
 def _verdict(points: list[Point], method: str, other: str) -> list[str]:
@@ -172,7 +179,7 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
     dominated = [point for point in mine if dominators(point, theirs)]
     return [
         f"- The {method} arm that learned most, {_name(best)}, is "
-        + (f"dominated on both axes by {', '.join(map(_name, better))}." if better else f"dominated by no {other} arm."),
+        + (f"dominated by {_some(better, other)}." if better else f"dominated by no {other} arm."),
         f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.",
     ]
 

@@ -34,7 +34,8 @@ def run_report(folders: list[Path], out: Path | None, console: Console) -> None:
 def write_report(folder: Path) -> Path:
     """Writes folder/report.md and its plots from folder/results.json, over those of before. Returns report.md.
 
-    Raises FileNotFoundError without results.json, LocasError if it is damaged, ValueError for a command without a report.
+    Raises FileNotFoundError without results.json, LocasError if it is damaged, ValueError for a command that has no
+    report.
     """
     results = _read(folder)
     settings = results["settings"]
@@ -42,7 +43,7 @@ def write_report(folder: Path) -> Path:
     lines = [f"# {settings['command'].capitalize()}: {model}", "", *_settings(settings), *_machine(results["machine"])]
     try:
         lines += SECTIONS[settings["command"]](results, folder)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise LocasError(f"{folder / result_files.NAME} holds a record that cannot be read: {error!r}") from error
     write_atomically(folder / NAME, ("\n".join(lines).strip() + "\n").encode())
     return folder / NAME
@@ -71,9 +72,8 @@ def _settings(settings: dict) -> list[str]:
 
 
 def _machine(machine: dict) -> list[str]:
-    if "runs" in machine:
-        return [line for name, one in machine["runs"].items() for line in _machine_line(f"Machine of {escape(name)}", one)]
-    return _machine_line("Machine", machine)
+    named = [(f"Machine of {escape(name)}", one) for name, one in machine.get("runs", {}).items()]
+    return [line for title, one in named or [("Machine", machine)] for line in _machine_line(title, one)]
 
 
 def _machine_line(title: str, machine: dict) -> list[str]:
@@ -92,7 +92,8 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     """Writes out/results.json with the records of several runs of one command, and its report. Returns report.md.
 
     Each record says in `run` where it is from. Settings that all runs share stay as they are, those of each run are
-    under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it.
+    under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it, unless
+    the runs differ in their books only: then they are averaged.
 
     Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that is
     `out` or holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
@@ -142,12 +143,31 @@ def _shared(settings: list[dict]) -> dict:
 
 
 def _records(runs: dict[str, dict]) -> list[dict]:
-    labels = Counter(label for run in runs.values() for label in {record.get("arm") for record in run["records"]})
+    ambiguous = _ambiguous(runs)
     records = []
     for name, run in runs.items():
         for record in run["records"]:
             record = {**record, "run": name}
-            if record.get("arm") and labels[record["arm"]] > 1:
+            if record.get("arm") in ambiguous:
                 record["arm"] = f"{name}: {record['arm']}"
             records.append(record)
     return records
+
+
+def _ambiguous(runs: dict[str, dict]) -> set[str]:
+    """The arms that are not the same in all runs that have them: other settings, or one book twice.
+
+    Runs with the same settings on different books are one run in parts.
+    """
+    seen: dict[str, tuple[dict, set]] = {}
+    ambiguous = set()
+    for run in runs.values():
+        settings = {name: value for name, value in run["settings"].items() if name != "books"}
+        arms = [record["arm"] for record in run["records"] if "arm" in record]
+        for arm in dict.fromkeys(arms):
+            books = {record.get("book") for record in run["records"] if record.get("arm") == arm}
+            others, read = seen.setdefault(arm, (settings, set()))
+            if others != settings or read & books:
+                ambiguous.add(arm)
+            read |= books
+    return ambiguous
