@@ -249,6 +249,7 @@ def test_the_papers_figures_stand_beside_the_methods_on_the_same_host(tmp_path):
         (MISSING,) * 3, ("25.00", "5.5M", "1.4x"), ("25.22", "36.7M", "4.3x"), ("24.57", MISSING, "13.9x")
     ]
     assert f"Paper: {paper.SOURCE}, host Qwen3-0.6B-Base." in text
+    assert "Paper:" not in report(tmp_path, [record(arm="locas scale=paper")], model="Qwen/Qwen3-0.6B-Base")
     records[1]["arm_settings"]["rank"] = 32
     rows = tables(report(tmp_path, records, model="Qwen/Qwen3-0.6B-Base"))["Perplexity"]
     assert rows[1]["paper 200K"] == MISSING
@@ -459,6 +460,7 @@ def test_runs_are_merged_with_their_settings_and_machines(tmp_path):
     rows = {row["arm"]: row["end"] for row in tables(text)["Perplexity"]}
     assert (rows["a: locas"], rows["b: locas"]) == ("20.00", "30.00")
     assert text.count("Machine of") == 2
+    assert "The runs differ in seed, dtype." in text
     assert (tmp_path / "c" / "perplexity-nostromo.png").exists() and (tmp_path / "c" / "frontier.png").exists()
     assert merge_reports([a, b], tmp_path / "c").read_text() == text  # its own output may be replaced
     assert write_report(tmp_path / "c").read_text() == text  # and is a folder like any other
@@ -471,6 +473,17 @@ def test_runs_that_differ_in_their_books_only_are_averaged(tmp_path):
     (row,) = tables(text)["Perplexity"]
     assert (row["arm"], row["end"]) == ("locas", f"{math.sqrt(20 * 30):.2f}")
     assert "Not finished: 2 of 3 records." in text
+
+
+def test_runs_on_different_hosts_have_no_common_frontier(tmp_path):
+    a = save(tmp_path / "a", [record("locas")], held_out=["x"])
+    b = save(tmp_path / "b", [record("temp-lora")], held_out=["x"], model="another")
+    text = merge_reports([a, b], tmp_path / "c").read_text()
+    assert "The runs differ in model: their arms are not comparable." in text
+    assert text.startswith("# Perplexity: several models\n")
+    assert not (tmp_path / "c" / "frontier.png").exists()
+    save(b, [record("temp-lora")], held_out=["x"])
+    assert "On the Pareto front" in merge_reports([a, b], tmp_path / "c").read_text()
 
 
 def test_runs_of_one_folder_name_are_told_apart(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import paper
 from .frontier import LEARNING, Point, collect_points, dominators, pareto_front, shared_books
+from .merged import differing
 from .plot_curves import Curve, plot_curves
 from .plot_frontier import plot_frontier
 from .tables import (
@@ -17,6 +18,8 @@ METHOD = Column("method", lambda arm: arm.method)
 LEARNING_RATE = Column(
     "learning rate", lambda arm: MISSING if (rate := arm.settings.get("learning_rate")) is None else f"{rate:g}"
 )
+# What all arms of a frontier must share, or one axis is not the same for all.
+SAME_FOR_ALL = ("model", "window", "stride", "bos", "max_tokens", "held_out")
 INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")
 
 
@@ -29,7 +32,7 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
         books = list(dict.fromkeys(record["book"] for record in records if not record.get("error")))
         lines += _all_books(arms, books, paper.same_host(settings.get("model")))
         lines += _preset(settings.get("ablate"), arms, paper.same_host(settings.get("model")))
-        lines += _frontier(arms, folder)
+        lines += _frontier(settings, arms, folder)
         lines += _each_book(arms, books, folder)
     return lines + _failures(records)
 
@@ -64,7 +67,7 @@ def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column
 
 
 def _paper_note(lines: list[str], host: str | None) -> list[str]:
-    if host is None or not any("paper" in line for line in lines):
+    if "| paper" not in lines[0]:
         return [*lines, ""]
     return [*lines, "", f"Paper: {paper.SOURCE}, host {host}.", ""]
 
@@ -131,10 +134,13 @@ def _host_point(arms: list[Arm], points: list[Point], books: set[str]) -> Point 
     return None if held_out is None else Point(alone.label, alone.method, alone.mean("perplexity"), held_out)
 
 
-def _frontier(arms: list[Arm], folder: Path) -> list[str]:
+def _frontier(settings: dict, arms: list[Arm], folder: Path) -> list[str]:
     points, books = collect_points(arms)
     if len(points) < 2:
         return []
+    heading = ["## Learning against forgetting", ""]
+    if different := [name for name in differing(settings) if name in SAME_FOR_ALL]:
+        return [*heading, f"The runs differ in {', '.join(different)}: their arms are not comparable.", ""]
     over = f"{len(books)} books" if len(books) > 1 else "one book"
     subtitle = f"{len(points)} arms over {over}; towards the lower left is better"
     plot_frontier(
@@ -150,7 +156,7 @@ def _frontier(arms: list[Arm], folder: Path) -> list[str]:
         for point in points
     ]
     return [
-        "## Learning against forgetting", "",
+        *heading,
         f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms read.", "",
         "![Learning against forgetting](frontier.png)", "",
         f"On the Pareto front: {', '.join(_name(point) for point in front)}.", "",
@@ -177,11 +183,13 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
     best = mine[0]  # points come with the lowest perplexity first
     better = dominators(best, theirs)
     dominated = [point for point in mine if dominators(point, theirs)]
-    return [
+    lines = [
         f"- The {method} arm that learned most, {_name(best)}, is "
         + (f"dominated by {_some(better, other)}." if better else f"dominated by no {other} arm."),
-        f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.",
     ]
+    if len(mine) > 1:
+        lines.append(f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.")
+    return lines
 
 
 # ---- book by book ----------------------------------------------------------------------------------------------

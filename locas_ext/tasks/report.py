@@ -10,6 +10,7 @@ from rich.console import Console
 from ..checkpoint import write_atomically
 from ..errors import LocasError
 from . import results as result_files
+from .merged import differing, merged_records, shared_settings
 from .perplexity_report import perplexity_sections
 from .tables import escape
 
@@ -65,8 +66,10 @@ def _read(folder: Path) -> dict:
 def _settings(settings: dict) -> list[str]:
     first = [f"{name} {escape(settings[name])}" for name in FIRST_SETTINGS if settings.get(name) is not None]
     everything = json.dumps(settings, indent=1, ensure_ascii=False)
+    different = differing(settings)
     return [
         f"Settings: {', '.join(first)}." if first else "Settings:", "",
+        *([f"The runs differ in {', '.join(different)}.", ""] if different else []),
         "<details><summary>All settings</summary>", "", "```json", everything, "```", "", "</details>", "",
     ]
 
@@ -108,10 +111,10 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     if merged := next((name for name, run in runs.items() if "runs" in run["settings"]), None):
         raise ValueError(f"{merged} holds merged runs already; name the folders it was made from")
     content = {
-        "settings": {**_shared([run["settings"] for run in runs.values()]),
+        "settings": {**shared_settings([run["settings"] for run in runs.values()]),
                      "runs": {name: run["settings"] for name, run in runs.items()}},
         "machine": {"runs": {name: run["machine"] for name, run in runs.items()}},
-        "records": _records(runs),
+        "records": merged_records(runs),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / result_files.NAME, json.dumps(content, indent=1).encode())
@@ -135,39 +138,3 @@ def _run_names(folders: list[Path], out: Path) -> list[str]:
         raise ValueError(f"--out: {out} is one of the runs; choose another folder")
     names = [place.name for place in places]
     return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
-
-
-def _shared(settings: list[dict]) -> dict:
-    first, *others = settings
-    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
-
-
-def _records(runs: dict[str, dict]) -> list[dict]:
-    ambiguous = _ambiguous(runs)
-    records = []
-    for name, run in runs.items():
-        for record in run["records"]:
-            record = {**record, "run": name}
-            if record.get("arm") in ambiguous:
-                record["arm"] = f"{name}: {record['arm']}"
-            records.append(record)
-    return records
-
-
-def _ambiguous(runs: dict[str, dict]) -> set[str]:
-    """The arms that are not the same in all runs that have them: other settings, or one book twice.
-
-    Runs with the same settings on different books are one run in parts.
-    """
-    seen: dict[str, tuple[dict, set]] = {}
-    ambiguous = set()
-    for run in runs.values():
-        settings = {name: value for name, value in run["settings"].items() if name != "books"}
-        arms = [record["arm"] for record in run["records"] if "arm" in record]
-        for arm in dict.fromkeys(arms):
-            books = {record.get("book") for record in run["records"] if record.get("arm") == arm}
-            others, read = seen.setdefault(arm, (settings, set()))
-            if others != settings or read & books:
-                ambiguous.add(arm)
-            read |= books
-    return ambiguous

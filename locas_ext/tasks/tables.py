@@ -26,7 +26,7 @@ class Arm:
         return Arm(self.label, self.method, self.settings, records)
 
     def mean(self, name: str) -> float | None:
-        """The geometric mean of a field over the books: of perplexities, exp of the mean log. None if a book lacks it."""
+        """The geometric mean of a field over the books, exp of the mean log. None if a book lacks it."""
         return geometric_mean([record.get(name) for record in self.records])
 
     def at(self, tokens: int) -> float | None:
