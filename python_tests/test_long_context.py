@@ -57,7 +57,8 @@ def test_while_the_text_fits_every_token_is_read_once():
 
 @pytest.mark.parametrize("method", [truncation, long_context])
 @pytest.mark.parametrize("window, stride, bos, complaint", [
-    (8, 9, False, "window is 8 and stride is 9"), (8, 8, True, "<= 7"), (1, 1, False, "window is 1"), (8, 0, False, "stride is 0"),
+    (8, 9, False, "window is 8 and stride is 9"), (8, 8, True, "<= 7"), (1, 1, False, "window is 1"),
+    (8, 0, False, "stride is 0"),
 ])
 def test_windows_that_do_not_fit_are_refused(method, window, stride, bos, complaint):
     with pytest.raises(ValueError, match=complaint):

@@ -1,8 +1,8 @@
 """Temp-LoRA, the peer: a LoRA adapter that learns each chunk right after it was scored and is thrown away at the end.
 
 As in its public code: LoRA on every linear layer but lm_head, AdamW with betas (0.9, 0.999) and no weight decay, a
-constant learning rate after a linear warm-up of 2 updates, 2 epochs a chunk. Taken from `Memory.memorize` instead, so that
-the two compare: the windows, the first epoch's loss as the score, the context in a KV cache without gradient
+constant learning rate after a linear warm-up of 2 updates, 2 epochs a chunk. Taken from `Memory.memorize` instead, so
+that the two compare: the windows, the first epoch's loss as the score, the context in a KV cache without gradient
 (docs/method.md, "The online protocol"), AdamW's eps of 1e-8. The optimizer lives as long as the adapter.
 """
 
