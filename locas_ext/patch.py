@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import fused, ops
 from .arena import SlotArena
-from .config import LocasConfig
+from .config import LocasConfig, paper_multiple
 from .host_ffn import HostFFN, projection_device, value_norm_mean
 from .hosts import Host, inspect_host
 from .initialization import check_rank
@@ -134,7 +134,8 @@ class Attachment:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
         mean = value_norm_mean(ffn.output_columns(like))
-        return mean / self.config.rank if self.config.scale == "paper" else mean
+        multiple = paper_multiple(self.config.scale)
+        return mean if multiple is None else multiple * mean / self.config.rank
 
     def follow(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
