@@ -46,8 +46,9 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
     eigenvalues, eigenvectors = _energy_spectrum(lengths * keys)
     spectrum = eigenvalues.cpu()
     norms = spectrum.sqrt()
-    # What rounding makes of a weighted norm of zero, in the eigenvalues and, a little less, in float32 input itself.
-    noise = float(norms[0]) * math.sqrt(max(key.shape) * torch.finfo(torch.float64).eps)
+    # What rounding can make of a weighted norm of zero: that of the eigenvalues, or that of float32 input itself.
+    precision = max(torch.finfo(key.dtype).eps, math.sqrt(torch.finfo(torch.float64).eps))
+    noise = float(norms[0]) * math.sqrt(max(key.shape)) * precision
     n = int(((norms > noise) & (norms >= threshold))[:rank].sum())
     probes = eigenvectors[:n]
     hidden = probes @ keys.T
