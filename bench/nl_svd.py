@@ -1,8 +1,8 @@
-"""NL-SVD of one layer's memory against one torch.linalg.eigh of [d, d] in float32, on the same device in the same round.
+"""NL-SVD of one layer's memory against one torch.linalg.eigh, d x d, in float32, on the same device in the same round.
 
-The slots' weighted norms fall from 1 to 1e-5, as a matrix with few strong directions has them. The other arms are the ways to its
-eigenvectors; `resolved` is the smallest weighted norm, relative to the largest, down to which a way finds all of them within
-1% of a float64 SVD.
+The slots' weighted norms fall from 1 to 1e-5, as those of a memory with few strong directions do. The last arms are the
+ways to its eigenvectors; `resolved` is the smallest weighted norm, relative to the largest, down to which a way finds
+all of them within 1% of a float64 SVD.
 """
 
 import argparse

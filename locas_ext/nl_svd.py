@@ -23,30 +23,30 @@ class Compressed(NamedTuple):
     value: Tensor  # [n, d]: f(probe) / act(1)
     kept_energy: float
     discarded_energy: float
-    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, for the original memory f and P the projection onto the probes
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||; f is the original memory, P projects onto the probes' span
 
 
 @torch.no_grad()
 def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", threshold: float = 0.0) -> Compressed:
     """Compresses f(x) = act(x key^T) value to at most `rank` slots that agree with f on as many orthonormal probes.
 
-    key, value: [m, d], both float32 or both float64. A probe is an eigenvector of the energy matrix, with the sign for which f is
-    longer. Probes whose weighted norm, the root of the eigenvalue, is under `threshold` or no more than rounding noise are
-    left out, so there may be fewer than `rank`, and none for a memory that is zero.
+    key, value: [m, d], both float32 or both float64. The probes are the leading eigenvectors of the energy matrix, each
+    with the sign for which f is longer. Those whose weighted norm (the root of the eigenvalue) is under `threshold`, or
+    no more than rounding, are left out. So there may be fewer than `rank`, and none if no slot has a key and a value.
 
-    Raises ValueError for key and value of other shapes and dtypes (half precision has to be converted first), with numbers that
-    are not finite, or empty; for a rank outside 1 .. min(m, d), a threshold under 0 or not finite and an unknown activation;
-    TypeError for a rank that is no integer.
+    Raises ValueError for key and value of other shapes or dtypes (half precision has to be converted first), empty or
+    with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
+    an unknown activation; TypeError for a rank that is no integer.
     """
     lipschitz = _LIPSCHITZ[activation_index(activation)]
     _check(key, value, rank, threshold)
-    # float64 for float32 too: eigenvalues are squares, and float32 loses weighted norms under 1/500 of the largest (bench/nl_svd.py).
+    # Always float64: eigenvalues are squares; float32 loses norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()
     lengths = values.norm(dim=1, keepdim=True)
     eigenvalues, eigenvectors = _energy_spectrum(lengths * keys)
     spectrum = eigenvalues.cpu()
     norms = spectrum.sqrt()
-    # What rounding alone can make of a weighted norm of zero: the input's own rounding, or that of the eigenvalues.
+    # What rounding can make of a weighted norm of zero: that of the eigenvalues, or that of float32 input itself.
     precision = max(torch.finfo(key.dtype).eps, math.sqrt(torch.finfo(torch.float64).eps))
     noise = float(norms[0]) * math.sqrt(max(key.shape)) * precision
     n = int(((norms > noise) & (norms >= threshold))[:rank].sum())
@@ -66,9 +66,10 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
 
 
 def _energy_spectrum(weighted: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [min(m, d)], largest first, and eigenvectors as rows of weighted^T weighted; weighted [m, d] is ||V_i|| K_i.
+    """Eigenvalues [min(m, d)], largest first, and eigenvectors [min(m, d), d] of the energy matrix weighted^T weighted.
 
-    That is sum_i (||K_i|| ||V_i||)^2 k_i^T k_i with unit keys k_i, and a zero key or value needs no case of its own.
+    Row i of weighted [m, d] is ||V_i|| K_i, so this is sum_i s_i^2 k_i^T k_i with unit keys k_i, s_i = ||K_i|| ||V_i||,
+    and a zero key or value needs no case of its own.
     """
     m, d = weighted.shape
     if m >= d:
@@ -82,7 +83,7 @@ def _energy_spectrum(weighted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alignment(values: Tensor, lengths: Tensor) -> Tensor:
-    """An upper bound of ||U||_2^2, U [m, d] the unit values: 1 if they are orthogonal, up to m if they are all the same."""
+    """The Frobenius norm of U^T U, U [m, d] the unit values: at least ||U||_2^2, at most m (all values alike)."""
     units = values / lengths.clamp_min(torch.finfo(values.dtype).tiny)
     m, d = units.shape
     return torch.linalg.matrix_norm(units.T @ units if m >= d else units @ units.T)
