@@ -205,6 +205,51 @@ def merge(
 
 
 @app.command()
+def capability(
+    model: Model,
+    memory: MemoryFolder,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help="A UTF-8 text the memory has not read; for several: again. Left out: the shipped one."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens seen at once; a memory is judged window by window.")] = 128,
+    merged: Annotated[
+        bool | None,
+        typer.Option(help="Whether the merged model is measured, which needs a second copy of the FFNs; "
+                     "left out: on texts, not on --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval.")
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples before each question; left out: what the task says.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of lm-eval.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Further task files of lm-eval's kind; their data may be local.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results.json and report.md go; left out: the tables only.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """What a memory does to the host's general ability: before, attached, merged, detached."""
+    from .tasks.capability import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
+
+    names = tuple(name for name in (tasks or "").split(",") if name)
+    if not names and (tasks, few_shot, limit, include_path) != (None, None, None, None):
+        raise ValueError(
+            f"--tasks is {tasks!r}; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
+        )
+    asked = HarnessTasks(names, few_shot, limit, batch_size, include_path) if names else None
+    texts = held_out or [DEFAULT_TEXT]
+    run_capability(CapabilityTask(model, memory, texts, window, merged, asked, seed, out, dtype, device), _console())
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs of one command.")],
     out: Annotated[
