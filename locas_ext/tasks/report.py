@@ -101,11 +101,11 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it, unless
     the runs differ in their books only: then they are averaged.
 
-    Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that is
-    `out` or holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
+    Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that
+    holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
     """
     _check_out(out)
-    names = _run_names(folders, out)
+    names = _run_names(folders)
     runs = dict(zip(names, (_read(folder) for folder in folders)))
     commands = {name: run["settings"]["command"] for name, run in runs.items()}
     if len(set(commands.values())) > 1:
@@ -132,12 +132,10 @@ def _check_out(out: Path) -> None:
             raise FileExistsError(f"--out: {out} holds something else than merged runs; expected a new or empty folder")
 
 
-def _run_names(folders: list[Path], out: Path) -> list[str]:
+def _run_names(folders: list[Path]) -> list[str]:
     """A folder's own name, or all of its path where two have the same."""
     places = [folder.resolve() for folder in folders]
     if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
         raise ValueError(f"{twice} is given twice; expected each run once")
-    if out.resolve() in places:
-        raise ValueError(f"--out: {out} is one of the runs; choose another folder")
     names = [place.name for place in places]
     return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
