@@ -19,7 +19,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} LOCAS_CUDA=1
 sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all"
 command -v compute-sanitizer >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 small="python_tests/test_update.py python_tests/test_cuda.py python_tests/test_fused.py -q -m cuda"
-some="where_finite or updates_match or summed_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
+some="where_finite or updates_match or token_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
 
 step() { # NAME SECONDS COMMAND...
   local name=$1 limit started=$SECONDS status

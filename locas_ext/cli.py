@@ -76,12 +76,21 @@ def memorize(
         str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
     ] = "paper",
     init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
+    variant: Annotated[str, typer.Option(help="glu for hosts with a gated FFN, mlp for those with a two-layer one.")] = "glu",
     window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 4e-3,
     epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     seed: Annotated[int, typer.Option(help="Of the random inits.")] = 0,
+    update: Annotated[str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")] = "backprop",
+    epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
+    capacity: Annotated[
+        int | None, typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank.")
+    ] = None,
+    compress_to: Annotated[
+        int | None, typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
     save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
     dtype: Dtype = None,
@@ -90,11 +99,12 @@ def memorize(
     """Stream texts through a model into a memory."""
     from .tasks.memorize import MemorizeTask, run_memorize
 
-    config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
-    task = MemorizeTask(
-        texts, model, out, config, window, stride, learning_rate, epochs, optimizer, resume, save_every, dtype, device
+    settings = dict(
+        window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer, update=update,
+        epsilon=epsilon, capacity=capacity, compress_to=compress_to,
     )
-    run_memorize(task, _console())
+    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, seed=seed)
+    run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), _console())
 
 
 def _names(text: str) -> list[str]:
@@ -192,6 +202,19 @@ def merge(
     from .tasks.merge import run_merge
 
     run_merge(model, memory, out, pad_to_multiple_of, dtype, _console())
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs of one command.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the runs' common report goes; left out: DIR's own is made anew.")
+    ] = None,
+) -> None:
+    """Tables and plots of a run, or of several runs in one report."""
+    from .tasks.report import run_report
+
+    run_report(folders, out, _console())
 
 
 @app.command()
