@@ -150,7 +150,7 @@ def perplexity(
     held_out_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each held-out text.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
     bos: Annotated[bool, typer.Option("--bos", help="Put the host's BOS token before every window.")] = False,
-    processes: Annotated[int, typer.Option(help="Share the work, one method on one book each, among so many processes.")] = 1,
+    processes: Annotated[int, typer.Option(help="Share the work, one arm on one book each, among so many processes; for times, use 1.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:

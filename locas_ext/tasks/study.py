@@ -160,7 +160,8 @@ class Study:
         """Everything that decides the numbers."""
         task = self.task
         return {
-            "command": "perplexity", "model": task.model, "dtype": str(self.host.dtype).removeprefix("torch."),
+            "command": "perplexity", "model": task.model, "model_type": self.host.config.model_type,
+            "dtype": str(self.host.dtype).removeprefix("torch."), "seed": task.locas["seed"],
             "window": self.protocol.window, "stride": self.protocol.stride, "bos": self.protocol.bos,
             "max_tokens": task.max_tokens, "books": [book.fingerprint for book in self.books],
             "held_out": [text.fingerprint for text in self.held_out], "ablate": task.ablate,

@@ -62,7 +62,7 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
         yield [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
     finally:
         wrapper.unload()
-        for name in set(model.__dict__) - attributes:
+        for name in set(model.__dict__) - attributes:  # peft_config, which older versions leave behind
             delattr(model, name)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required_grad[name])
