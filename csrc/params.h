@@ -201,8 +201,8 @@ struct SgdParams {
   DeviceScalar finite = {nullptr, DType::f32};  // data may be null
 };
 
-// Closed-form slots, one a token a layer: key = A / ||A||, value = epsilon * G / ||G|| with ||G|| over all layers of the
-// token. Nothing is written unless all inputs, gradients and norms are finite.
+// Closed-form slots, one a token a layer: key = A / ||A||, value = epsilon * G / ||G|| with ||G|| over all layers of
+// the token. Nothing is written unless all inputs, gradients and norms are finite.
 struct WriteSlotsParams {
   const void *inputs, *gradients;  // A, G: [layers, tokens, d]
   float* slots;                    // [layers, 2, capacity, d] fp32 master: rows [start, start + tokens) are written

@@ -35,8 +35,10 @@ class SlotViews(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor) -> "SlotViews":
-        """Of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value): views of contiguous ones; (key, value) may
-        also be the first r rows of a larger memory."""
+        """Of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value).
+
+        They are views of the slots where these are contiguous, or (key, value) and the first r rows of a larger memory.
+        """
         parts, rank, d = slots.shape
         if parts == 2:
             return cls(*slots)

@@ -1,11 +1,11 @@
 """The operations of the memory on torch tensors, differentiable, each with a plain-torch twin in `reference.py`.
 
 x is [..., d]; slots are [3, r, d] = (gate G, key K, value V), those of a Locas-MLP memory [2, r, d] = (K, V), in x's
-dtype or float32, and their gradient comes in their own dtype. The host's weights are frozen: they get no gradient, and asking for one is an error. dtypes: float32,
-bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is our own products, on CUDA for bfloat16 and
-float16, on the CPU for float32 with AVX-512 and bfloat16 with AVX-512 BF16; "matmul" is torch's GEMMs with native code
-between them; "reference" is plain torch; "auto" is "fused" where that was measured to be faster (fused.py,
-fused_cpu.py), else "matmul".
+dtype or float32, and their gradient comes in their own dtype. The host's weights are frozen: they get no gradient, and
+asking for one is an error. dtypes: float32, bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is
+our own products, on CUDA for bfloat16 and float16, on the CPU for float32 with AVX-512 and bfloat16 with AVX-512 BF16;
+"matmul" is torch's GEMMs with native code between them; "reference" is plain torch; "auto" is "fused" where that was
+measured to be faster (fused.py, fused_cpu.py), else "matmul".
 
 All raise ValueError for a shape, dtype, device or setting that does not fit, naming the tensor, and TypeError for an
 argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
@@ -521,7 +521,9 @@ def sgd_slots_(
     torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])
 
 
-def _check_writing(op: str, slots: Tensor, start: int, inputs, gradients, epsilon: float, compute, gradient_norm) -> None:
+def _check_writing(
+    op: str, slots: Tensor, start: int, inputs: Tensor, gradients: Tensor, epsilon: float, compute, gradient_norm
+) -> None:
     if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() != 4 or slots.shape[1] != 2:
         raise ValueError(f"{op}: slots must be a float32 tensor [L, 2, capacity, d]")
     layers, _, capacity, d = slots.shape
@@ -537,8 +539,9 @@ def _check_writing(op: str, slots: Tensor, start: int, inputs, gradients, epsilo
         _expect(op, "gradient_norm", gradient_norm, (n,), slots, (torch.float32,))
     if not isinstance(start, int):
         raise TypeError(f"{op}: start is {type(start).__name__}; expected an int")
-    if not 0 <= start <= capacity - n:
-        raise ValueError(f"{op}: start is {start}; expected 0 <= start <= {capacity - n} ({n} tokens, capacity {capacity})")
+    last = capacity - n
+    if not 0 <= start <= last:
+        raise ValueError(f"{op}: start is {start}; expected 0 <= start <= {last} ({n} tokens, capacity {capacity})")
     if not 0.0 < epsilon <= torch.finfo(torch.float32).max:
         raise ValueError(f"{op}: epsilon is {epsilon}; expected a finite number > 0, in float32's range")
 
@@ -555,8 +558,8 @@ def write_slots_(
 ) -> Tensor:
     """Writes one closed-form slot a token a layer (docs/method.md, "Writing"), in place.
 
-    Token t goes to row start + t of every layer: key = A / ||A||, value = epsilon * G / ||G||. A zero norm gives a row of
-    zeros.
+    Token t goes to row start + t of every layer: key = A / ||A||, value = epsilon * G / ||G||. A zero norm gives a row
+    of zeros.
 
     Args:
         slots: [L, 2, capacity, d] float32, contiguous
@@ -566,8 +569,8 @@ def write_slots_(
             constant: values depend only on its direction
         epsilon: a finite number > 0, in float32's range
         compute: [L, 2, capacity, d] float32, bfloat16 or float16, contiguous: receives the rounded copy of the new rows
-        gradient_norm: [n] float32: ||G|| of each token over the hidden dimensions of all layers together. None: computed
-            from `gradients`. A host spread over several devices passes the norm over all of its layers
+        gradient_norm: [n] float32: ||G|| of each token over the hidden dimensions of all layers together. None:
+            computed from `gradients`. A host spread over several devices passes the norm over all of its layers
 
     Returns the gradient norms [n] float32. Where an input, a gradient or a norm is not finite, that token's norm is NaN
     and nothing is written of any token; this is decided on the slots' device, without a wait.

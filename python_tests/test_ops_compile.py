@@ -45,7 +45,9 @@ def samples():
         "sideway_glu": [(x, slots, 0.5, "relu")],
         "sideway_glu_backward": [(dy, plain_x, saved[3], plain_slots, 0.5, "silu")],
         "sideway_mlp": [
-            (x, mlp_slots.clone().requires_grad_(), 0.5, "relu"), (x, mlp_slots, 0.5, "gelu"), (plain_x, mlp_slots, 0.5, "relu")
+            (x, mlp_slots.clone().requires_grad_(), 0.5, "relu"),
+            (x, mlp_slots, 0.5, "gelu"),
+            (plain_x, mlp_slots, 0.5, "relu"),
         ],
         "sideway_mlp_backward": [
             (dy, plain_x, pre, mlp_slots, 0.5, "gelu", needs_slots) for needs_slots in (True, False)

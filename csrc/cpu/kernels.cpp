@@ -359,7 +359,8 @@ bool token_norms(const WriteSlotsParams& p) {
   bool all_finite = true;
   for (int64_t token = 0; token < p.tokens; ++token) {
     double inputs = 0.0, gradients = 0.0;
-    for (int64_t row = token; row < p.rows(); row += p.tokens) (p.is_value(row) ? gradients : inputs) += p.workspace[row];
+    for (int64_t row = token; row < p.rows(); row += p.tokens)
+      (p.is_value(row) ? gradients : inputs) += p.workspace[row];
     const float norm = p.gradient_norms ? p.gradient_norms[token] : static_cast<float>(std::sqrt(gradients));
     const bool finite = is_finite(inputs + gradients + std::fabs(norm));
     p.norms[token] = finite ? norm : NAN;

@@ -1,7 +1,8 @@
 // out = scale * act(gate) * up, its backward, and the neuron importance, as elementwise and column kernels: the
 // epilogues of the matmul backend.
 //
-// glu_forward, glu_backward, with up or without: a thread owns kVector neighbouring columns of one row; the grid strides over all of them.
+// glu_forward, glu_backward, with up or without: a thread owns kVector neighbouring columns of one row; the grid
+// strides over all of them.
 //
 //      cols ->  [t0 | t1 | ... ]      one thread: 8 columns, 16-byte loads where pointers and strides allow
 //      rows     [ .    .   ... ]

@@ -1,10 +1,10 @@
 // Closed-form slots of all layers and tokens, in three launches:
 //
-//      inputs, gradients [layers, tokens, d]    slot_norms: CTA b adds up the squares of row b, in double, as the squares
-//                                               of floats leave their range
-//      norms [tokens]                           token_norms: one CTA; a thread adds up a token's layers, and all together
-//                                               decide whether anything is not finite
-//      slots [layers, 2, capacity, d]           slot_rows: CTA b scales row b into the slots, or ends if that is so
+//      inputs, gradients [layers, tokens, d]   slot_norms: CTA b adds up the squares of row b, in double, as the
+//                                              squares of floats leave their range
+//      norms [tokens]                          token_norms: one CTA; a thread adds up a token's layers, and all
+//                                              decide together whether anything is not finite
+//      slots [layers, 2, capacity, d]          slot_rows: CTA b scales row b into the slots, or ends if that is so
 //
 // Every sum has one owner and one order: the result repeats bit for bit.
 #include <cmath>
@@ -24,7 +24,7 @@ struct WriteLaunch {
   bool aligned;  // every row takes 16-byte accesses
 };
 
-// Calls f(values, col, count) for each vector of columns of row `row` of the inputs and gradients that this thread owns.
+// Calls f(values, col, count) for each vector of columns that this thread owns in a row of the inputs and gradients.
 template <class T, class F>
 LOCAS_DEVICE void for_each_vector(const WriteLaunch& launch, int64_t row, F&& f) {
   const WriteSlotsParams& p = launch.write;

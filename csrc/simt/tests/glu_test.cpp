@@ -111,8 +111,8 @@ void check_without_up(const Case& c) {
       auto out = output("out"), d_gate = output("d_gate"), hidden = output("hidden");
       cuda::glu_forward({gates.view(), up, out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
       auto& d_gates = c.in_place ? d_hiddens : d_gate;
-      cuda::glu_backward({d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), c.rows, c.cols, scale,
-                          c.activation, kDType<T>},
+      cuda::glu_backward({d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), c.rows, c.cols,
+                          scale, c.activation, kDType<T>},
                          kQueue);
       return std::array{out.values(), d_gates.values(), hidden.values()};
     };
