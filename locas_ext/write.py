@@ -218,7 +218,8 @@ def _ask(
     try:
         for ffn, tap in zip(attachment.ffns, taps):
             ffn.tap = tap
-        with torch.compiler.set_stance("force_eager"):  # a compiled forward's outputs know nothing of what was tapped
+        # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
+        with torch.compiler.set_stance("force_eager"):
             logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
     finally:
         for ffn in attachment.ffns:

@@ -118,7 +118,8 @@ def rises(family, position, epsilons, ids):
 @pytest.mark.parametrize("family", [*TWO_LAYER, "llama"])
 def test_the_rise_is_the_gradients_prediction_to_first_order(family):
     """Position 0 is the only one before token 1, so the slot fires where it was written and nowhere else."""
-    epsilons = [2e-2, 1e-2, 5e-3]
+    # Llama's norm computes in float32 in a float64 host too, so that smaller steps drown in its rounding.
+    epsilons = [2e-2, 1e-2, 5e-3] if family == "llama" else [1e-3, 5e-4, 2.5e-4]
     model, measured = rises(family, 1, epsilons, IDS)
     twin = PlainWriter(model)
     inputs, gradients, _ = twin.ask(IDS, [1])
@@ -548,7 +549,6 @@ def test_dropping_the_oldest_keeps_the_order_and_the_optimizers_states():
     assert (memory.state.used, memory.state.capacity, memory.version) == (14, 14, 4)
     for name in ("slots", "exp_avg", "exp_avg_sq"):
         assert torch.equal(memory.state.whole(name)[:, :, :9], kept[name][:, :, 3:]), name
-    assert not memory.state.exp_avg_sq_of_new() if hasattr(memory.state, "exp_avg_sq_of_new") else True
     assert not memory.state.whole("exp_avg")[:, :, 9:].any()
     assert torch.equal(memory.state.arenas[0].compute, memory.slots.bfloat16())
     assert memory.slots[:, :, 9:].norm(dim=-1).min() > 0
@@ -579,7 +579,7 @@ def test_compressing_when_full():
     twin.compress(5)
     inputs, gradients, _ = PlainWriter(model, written(memory)).ask(IDS[:6])
     memory.write(IDS[:6], capacity=16, compress_to=5)
-    assert (memory.state.used, memory.state.capacity, memory.version) == (10, 16, 3)
+    assert (memory.state.used, memory.state.capacity, memory.version) == (10, 12, 3)  # no more room than was needed
     assert torch.equal(memory.slots[:, :, :5], twin.slots)
     expected, _ = expected_slots(inputs, gradients, 1e-2)  # of the memory that read the text
     torch.testing.assert_close(written(memory, 5).double(), expected, rtol=1e-3, atol=1e-6)
