@@ -1,5 +1,6 @@
 """Compressing a Locas-MLP memory: the many slots of each layer as few that agree with them (docs/method.md, "NL-SVD")."""
 
+import numbers
 import warnings
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def compress(attachment: Attachment, rank: int, threshold: float) -> CompressRep
         raise ValueError("compress: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be compressed")
     if not state.used:
         raise ValueError("compress: the memory holds no slots yet")
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold is {threshold!r}; expected a number >= 0")
     host_dtype = state.arenas[0].compute.dtype
     report = compress_slots(attachment, rank, threshold)
     state.resize(report.slots_used)

@@ -61,9 +61,10 @@ class WriteSettings:
 # ---- arguments ------------------------------------------------------------------------------------------------
 def _positive_integer(name: str, value, at_most: float, why: str) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}; expected an integer or None")
+        raise TypeError(f"{name} is {value!r}; expected an integer, {why}")
     if not 1 <= value <= at_most:
-        raise ValueError(f"{name} is {value}; expected an integer from 1 to {at_most}, {why}")
+        limit = ">= 1" if at_most == math.inf else f"from 1 to {at_most}"
+        raise ValueError(f"{name} is {value}; expected an integer {limit}, {why}")
     return int(value)
 
 
@@ -74,7 +75,7 @@ def _resolve_tokens(tokens, text: int | None):
     expected = "'all', a loss threshold (float), how many to take (int) or a sequence of positions"
     if isinstance(tokens, Tensor) and tokens.dim() == 1 and not tokens.is_floating_point() and tokens.dtype != torch.bool:
         tokens = tokens.tolist()
-    if isinstance(tokens, (str, bool)) or not isinstance(tokens, (Sequence, numbers.Real)):
+    if isinstance(tokens, (str, bytes, bool)) or not isinstance(tokens, (Sequence, numbers.Real)):
         raise TypeError(f"tokens is {tokens!r}; expected {expected}")
     if isinstance(tokens, numbers.Integral):
         return _positive_integer("tokens", tokens, math.inf, "the number of tokens to write")
@@ -102,8 +103,9 @@ def resolve(settings: WriteSettings, state: MemoryState, text: int | None) -> Wr
     epsilon = settings.epsilon
     if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
         raise TypeError(f"epsilon is {epsilon!r}; expected a number > 0")
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon}; expected a finite number > 0")
+    largest = torch.finfo(torch.float32).max
+    if not 0 < epsilon <= largest:
+        raise ValueError(f"epsilon is {epsilon}; expected a number > 0, at most {largest:.3g}, as slots are float32")
     capacity, when_full, compress_to = settings.capacity, settings.when_full, settings.compress_to
     if when_full is None:
         when_full = "error" if compress_to is None else "compress"
@@ -116,9 +118,11 @@ def resolve(settings: WriteSettings, state: MemoryState, text: int | None) -> Wr
         if capacity < state.used:
             raise ValueError(f"capacity is {capacity}; expected at least {state.used}, the slots used, or compress() first")
     if when_full == "compress":
+        if capacity < 2:
+            raise ValueError(f"capacity is {capacity}; expected at least 2 with when_full='compress'")
         most = min(capacity - 1, state.hidden_size)
         why = "fewer than the capacity and no more than the hidden size"
-        wanted = min(max(1, capacity // 2), most) if compress_to is None else compress_to
+        wanted = min(capacity // 2, most) if compress_to is None else compress_to
         compress_to = _positive_integer("compress_to", wanted, most, why)
     elif compress_to is not None:
         raise ValueError(f"compress_to is {compress_to}, but when_full is {when_full!r}; expected when_full='compress'")
@@ -147,6 +151,12 @@ def check_room(state: MemoryState, count: int, settings: WriteSettings) -> None:
             "written; pass a larger capacity, when_full='drop_oldest' or 'compress', or call compress() first"
         )
     check_fits(count, settings)
+
+
+def _has_room(state: MemoryState, count: int, settings: WriteSettings) -> bool:
+    """Whether `count` more slots fit as things are."""
+    allowed = state.capacity if settings.capacity is None else min(state.capacity, settings.capacity)
+    return state.used + count <= allowed
 
 
 def _make_room(attachment: Attachment, count: int, settings: WriteSettings) -> None:
@@ -208,12 +218,18 @@ def _ask(
     try:
         for ffn, tap in zip(attachment.ffns, taps):
             ffn.tap = tap
-        logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
+        # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
+        with torch.compiler.set_stance("force_eager"):
+            logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
     finally:
         for ffn in attachment.ffns:
             ffn.tap = None
     targets = window.targets.to(logits.device)
-    nll = F.cross_entropy(logits.float(), targets, reduction="none") if exact else token_nll(logits, targets)
+    if exact:  # token_nll gives its gradient once
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits, targets, reduction="none")
+    else:
+        nll = token_nll(logits, targets)
     chosen = _choose(tokens, nll.detach())
     outputs, scale = [tap.output for tap in taps], loss_scale(attachment.state)
 
@@ -243,7 +259,7 @@ def _stacked(layers: list[Tensor], positions: list[int], dtype: torch.dtype) -> 
 def _norm(layers: list[Tensor]) -> Tensor:
     """[n] float32: the length of each token's rows over all layers together, wherever they lie."""
     device = layers[0].device
-    return torch.stack([rows.float().norm(dim=-1).to(device) for rows in layers]).norm(dim=0)
+    return torch.stack([rows.double().norm(dim=-1).to(device) for rows in layers]).norm(dim=0).float()
 
 
 def append(attachment: Attachment, asked: Asked, settings: WriteSettings) -> Tensor:
@@ -255,7 +271,7 @@ def append(attachment: Attachment, asked: Asked, settings: WriteSettings) -> Ten
     dtype = asked.gradients[0].dtype
     dtype = torch.float32 if dtype == torch.float64 else dtype
     norm = None
-    if state.used + count > state.capacity or len(state.arenas) > 1:
+    if len(state.arenas) > 1 or not _has_room(state, count, settings):
         # Making room cannot be undone, and an arena does not see the others' layers.
         norm = _norm(asked.gradients)
         _check_finite(norm + _norm(asked.inputs), state)
@@ -263,11 +279,13 @@ def append(attachment: Attachment, asked: Asked, settings: WriteSettings) -> Ten
     for arena in state.arenas:
         copy = arena.rounded_copy()
         copy = None if copy is None or copy.dtype == torch.float64 else copy
-        arena_norm = None if norm is None else norm.to(arena.slots.device)
+        # One arena's norm is always its own kernel's, so that a slot does not depend on whether there was room.
+        arena_norm = norm.to(arena.slots.device) if len(state.arenas) > 1 else None
         inputs, gradients = (_stacked(layers, arena.positions, dtype) for layers in (asked.inputs, asked.gradients))
         norms = write_slots_(arena.slots, state.used, inputs, gradients, settings.epsilon, copy, arena_norm)
         if arena.compute.dtype == torch.float64:
             arena.round_slots()
+        arena.record_versions()  # also where nothing was written: that is no change from outside
     _check_finite(norms, state)
     state.use(state.used + count)
     state.finish_update()
@@ -281,6 +299,8 @@ def _check_finite(norms: Tensor, state: MemoryState) -> None:
 
 def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSettings, exact: bool) -> WriteReport:
     """Writes from input_ids [n] in one forward: see `Memory.write`."""
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact is {exact!r}; expected True or False")
     state = attachment.state
     state.sync()
     settings = resolve(settings, state, len(input_ids))
@@ -288,6 +308,7 @@ def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSetti
         check_room(state, len(input_ids) - 1 if settings.tokens == "all" else len(settings.tokens), settings)
     window = Window(input_ids[:0], input_ids[:-1], input_ids[1:])
     asked = _ask(attachment, window, settings.tokens, exact, context_gradient=False, ends_early=False)
+    check_loss(asked.nll.sum().item(), state, f"tokens 1 to {len(input_ids) - 1}")
     norms = append(attachment, asked, settings).tolist() if len(asked.chosen) else []
     positions = (asked.chosen + 1).tolist()
     return WriteReport(positions, asked.nll[asked.chosen].sum().item(), norms, state.used)

@@ -38,9 +38,9 @@ LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
 def tiny(model_type, seed=0, **settings):
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(
-        model_type, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        **{**SETTINGS.get(model_type, {}), **settings},
+        model_type, vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **{"num_hidden_layers": 2, **SETTINGS.get(model_type, {}), **settings},
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
