@@ -88,10 +88,10 @@ def score(model, ids: torch.Tensor, tokens: int) -> float:
 
 # ---- one segment ------------------------------------------------------------------------------------------------
 def one_segment(arguments, tokens: int) -> list[dict]:
-    ids = text(arguments, tokens + 1)  # so many are predicted
+    ids = text(arguments, tokens)
     plain = forward_backward(load(arguments))
-    empty = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens))
-    full = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens))
+    empty = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens - 1))
+    full = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens - 1))
     full.write(ids)
 
     def write_into_empty():
@@ -103,11 +103,12 @@ def one_segment(arguments, tokens: int) -> list[dict]:
     arms = {
         "host forward + backward": lambda: plain(ids),
         "write": write_into_empty,
-        f"write beside {tokens} slots": lambda: full.write(ids, capacity=tokens, when_full="drop_oldest"),
+        f"write beside {tokens - 1} slots": lambda: full.write(ids, capacity=tokens - 1, when_full="drop_oldest"),
         "host forward + backward" + AGAIN: lambda: plain(ids),
     }
     seconds = interleaved(arms, arguments.rounds)
-    return records(seconds, dict.fromkeys(arms, tokens), "host forward + backward", {"window": tokens})
+    predicted = dict.fromkeys(arms, tokens - 1)  # all but the first
+    return records(seconds, predicted, "host forward + backward", {"window": tokens})
 
 
 # ---- one chunk --------------------------------------------------------------------------------------------------
@@ -198,8 +199,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch sees no CUDA device")
-    if min(arguments.tokens) < arguments.stride:
-        parser.error(f"--tokens is {min(arguments.tokens)}; expected at least --stride, {arguments.stride}")
+    if min(arguments.tokens) < 2 or min(arguments.tokens) < arguments.stride:
+        parser.error(f"--tokens is {min(arguments.tokens)}; expected at least 2 and at least --stride, {arguments.stride}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
