@@ -1,9 +1,9 @@
 """Writing a Locas-MLP memory in closed form, against the host's own forward + backward and against backpropagation.
 
 Two tables. One segment of W tokens: `memory.write` of all of them against the plain host's forward and backward to its
-FFNs' outputs, the gradients that writing reads. One chunk of S tokens in a full window of W, as memorizing goes through a
-text: written and compressed by NL-SVD, written over the oldest slots, learned by one backprop step, and by one step a
-token, against reading it with context truncation.
+FFNs' outputs, the gradients that writing reads. One chunk of S tokens in a full window of W, as memorizing goes through
+a text: written and compressed by NL-SVD, written over the oldest slots, learned by one backprop step, and by one step
+a token, against reading it with context truncation.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def load(arguments):
     else:
         d = arguments.hidden_size
         config = OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=d, word_embed_proj_dim=d, ffn_dim=4 * d, num_hidden_layers=arguments.layers,
-            num_attention_heads=max(1, d // 64), max_position_embeddings=2048,
+            vocab_size=VOCABULARY, hidden_size=d, word_embed_proj_dim=d, ffn_dim=4 * d,
+            num_hidden_layers=arguments.layers, num_attention_heads=max(1, d // 64), max_position_embeddings=2048,
         )
         torch.manual_seed(0)
         model = OPTForCausalLM(config).to(dtype)
@@ -132,7 +132,8 @@ def one_chunk(arguments, window: int) -> list[dict]:
         settings = resolve_settings(
             Settings(window=window, stride=chunk, update=update, write=write), attachment.host, memory.state
         )
-        learn = (MemorizeStep if write is None else WriteStep)(attachment, settings, may_end_early(attachment.host.model))
+        kind = MemorizeStep if write is None else WriteStep
+        learn = kind(attachment, settings, may_end_early(attachment.host.model))
 
         def run():
             with fast_norms(attachment.host.model):
@@ -156,7 +157,8 @@ def one_chunk(arguments, window: int) -> list[dict]:
         "truncation" + AGAIN: lambda: score(plain, next(texts["truncation" + AGAIN])[1], stride),
     }
     tokens = {name: 1 if name == "backprop, a step a token" else stride for name in arms}
-    return records(interleaved(arms, arguments.rounds), tokens, "truncation", {"window": window, "stride": stride, "kept": kept})
+    sizes = {"window": window, "stride": stride, "kept": kept}
+    return records(interleaved(arms, arguments.rounds), tokens, "truncation", sizes)
 
 
 # ---- what is reported -------------------------------------------------------------------------------------------
@@ -167,7 +169,8 @@ def records(seconds: dict[str, list[float]], tokens: dict[str, int], reference: 
         {
             **settings, "arm": name, "tokens": tokens[name], "median_ms": 1e3 * statistics.median(values),
             "p10_ms": 1e3 * percentile(values, 10), "p90_ms": 1e3 * percentile(values, 90),
-            "tokens_per_second": 1 / statistics.median(each[name]), f"ratio to {reference}": ratio(each[name], each[reference]),
+            "tokens_per_second": 1 / statistics.median(each[name]),
+            f"ratio to {reference}": ratio(each[name], each[reference]),
         }
         for name, values in seconds.items()
     ]
@@ -183,10 +186,13 @@ _COLUMNS = ["W", "arm", "tokens", "ms", "p10", "p90", "tokens/s"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.write", description=__doc__)
-    parser.add_argument("--model", type=Path, help="a two-layer host and the shipped novel; default: a random OPT, random tokens")
-    parser.add_argument("--hidden-size", type=int, default=1024, help="of the random host, whose FFN is 4 times as wide")
+    parser.add_argument("--model", type=Path,
+                        help="a two-layer host and the shipped novel; default: a random OPT, random tokens")
+    parser.add_argument("--hidden-size", type=int, default=1024,
+                        help="of the random host, whose FFN is 4 times as wide")
     parser.add_argument("--layers", type=int, default=4, help="of the random host")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="W, of a segment and of a chunk's window")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512],
+                        help="W, of a segment and of a chunk's window")
     parser.add_argument("--stride", type=int, default=64, help="S, the tokens of a chunk")
     parser.add_argument("--slots", type=int, default=256, help="to how many NL-SVD compresses, the hidden size at most")
     parser.add_argument("--rank", type=int, default=64, help="the slots that backprop trains")
@@ -199,8 +205,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch sees no CUDA device")
-    if min(arguments.tokens) < 2 or min(arguments.tokens) < arguments.stride:
-        parser.error(f"--tokens is {min(arguments.tokens)}; expected at least 2 and at least --stride, {arguments.stride}")
+    least = max(2, arguments.stride)
+    if min(arguments.tokens) < least:
+        parser.error(f"--tokens is {min(arguments.tokens)}; expected at least {least}, as long as --stride")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 

@@ -25,7 +25,8 @@ Setting = dict  # of one row: "arm", and for writing epsilon, capacity, compress
 def settings(arguments) -> list[Setting]:
     writing = itertools.product(arguments.scale, arguments.rank, arguments.capacity, arguments.epsilon)
     grid = [
-        {"arm": "write", "epsilon": epsilon, "capacity": capacity, "compress_to": capacity // 2, "rank": rank, "scale": scale}
+        {"arm": "write", "scale": scale, "rank": rank, "capacity": capacity, "compress_to": capacity // 2,
+         "epsilon": epsilon}
         for scale, rank, capacity, epsilon in writing
     ]
     return [{"arm": "truncation"}, {"arm": "backprop"}, *grid]
@@ -56,7 +57,8 @@ def measure(job: tuple[Setting, list[int], argparse.Namespace]) -> dict:
 def row(record: dict, best: dict) -> list[str]:
     columns = ("arm", "scale", "rank", "capacity", "compress_to", "epsilon")
     mark = " *" if record is best else ""
-    return [*(str(record.get(column, "")) for column in columns), f"{record['perplexity']:.3f}{mark}", f"{record['seconds']:.0f}"]
+    measured = [f"{record['perplexity']:.3f}{mark}", f"{record['seconds']:.0f}"]
+    return [*(str(record.get(column, "")) for column in columns), *measured]
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--epsilon", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5, 1.0])
-    parser.add_argument("--capacity", type=int, nargs="+", default=[256, 512], help="each is compressed to its half")
+    parser.add_argument("--capacity", type=int, nargs="+", default=[256, 512], help="compressed to its half when full")
     parser.add_argument("--rank", type=int, nargs="+", default=[64], help="which the paper's scale is divided by")
     parser.add_argument("--scale", nargs="+", default=["paper"], choices=["paper", "host"])
     parser.add_argument("--processes", type=int, default=1)
@@ -75,8 +77,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes is {arguments.processes}; expected at least 1")
-    if min(arguments.capacity) // 2 + arguments.stride > min(arguments.capacity):
-        parser.error(f"--capacity is {min(arguments.capacity)}; expected at least {2 * arguments.stride}, twice --stride")
+    smallest = min(arguments.capacity)
+    if smallest // 2 + arguments.stride > smallest:
+        parser.error(f"--capacity is {smallest}; expected {2 * arguments.stride} or more, twice --stride")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
     ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
