@@ -134,7 +134,7 @@ def perplexity(
     ] = "paper",
     epochs: Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")] = 1,
     init: Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")] = "topk",
-    variant: Annotated[str, typer.Option(help="Locas: glu.")] = "glu",
+    variant: Annotated[str, typer.Option(help="Locas: glu, or mlp for hosts with a two-layer FFN.")] = "glu",
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Locas: whether no row grows longer than 1.")] = True,
     temp_lora_rank: Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")] = 64,
     temp_lora_alpha: Annotated[float | None, typer.Option(help="Temp-LoRA: scale times rank; left out: the rank.")] = None,

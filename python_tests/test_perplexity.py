@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import chunk_bounds, tiny_model, truncated_nll
+from helpers import chunk_bounds, tiny_model, tiny_opt, truncated_nll
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
@@ -117,6 +117,26 @@ def test_results_json_is_complete(study, texts):
         "epochs": 1, "seed": 0,
     }
     assert lora_arm["arm_settings"] == {"rank": 2, "alpha": 2, "learning_rate": 1e-3, "epochs": 2, "seed": 0}
+
+
+def test_the_report_is_written_beside_them(study):
+    report = (study / "report.md").read_text()
+    for record in results_of(study)["records"]:
+        assert record["arm"] in report and f"{record['perplexity']:.2f}" in report
+    assert list(study.glob("*.png"))
+
+
+def test_a_two_layer_host_has_the_same_methods(texts, tmp_path):
+    folder = tmp_path / "opt"
+    tiny_opt(vocab_size=4096).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    options = ["--model", folder, "--window", "32", "--stride", "16", "--variant", "mlp", "--max-tokens", "128", *ALL,
+               "--long-context", "64"]
+    assert perplexity(texts[:1], tmp_path / "out", *options) == 0
+    records = results_of(tmp_path / "out")["records"]
+    assert len({record["nll"] for record in records}) == len(records) == 4
+    assert records[1]["arm_settings"]["variant"] == "mlp"
+    assert records[1]["extra_parameters"] == 2 * 2 * 4 * 32  # layers x planes x rank x hidden size
 
 
 def test_the_chunks_and_the_memory_are_kept(study, texts):

@@ -6,23 +6,14 @@ import sys
 
 import pytest
 import torch
-import transformers
 from helpers import (
-    TEXT, assert_same_host, chunk_bounds, logits_of, random_ids, snapshot, tiny_model, truncated_nll, window_begin,
+    TEXT, assert_same_host, chunk_bounds, logits_of, random_ids, snapshot, tiny_model, tiny_opt, truncated_nll,
+    window_begin,
 )
 
 from locas_ext import LocasError
 from locas_ext.tasks.temp_lora import lora, temp_lora
 from locas_ext.tasks.truncation import truncation
-
-
-def tiny_opt():
-    torch.manual_seed(0)
-    config = transformers.OPTConfig(
-        vocab_size=61, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=64, init_std=0.25, dropout=0.0,
-    )
-    return transformers.OPTForCausalLM(config).eval()
 
 
 def linear_layers(model):

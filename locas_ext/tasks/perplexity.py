@@ -10,6 +10,7 @@ from transformers.utils import logging
 from . import Interrupted, results
 from .jobs import Job, assemble, make_jobs, publish
 from .parallel import device_for, local_rank, share_threads, spawned, world_size
+from .report import write_report
 from .study import PerplexityTask, Study
 
 
@@ -55,7 +56,7 @@ def _table(records: list[dict]) -> Table:
 
 
 def run_perplexity(task: PerplexityTask, console: Console) -> None:
-    """Runs every arm on every book that the output folder has no record of yet, in as many processes as asked for.
+    """Runs every arm on every book that the output folder has no record of yet, then writes the report.
 
     Raises ValueError, LocasError or OSError for arguments that do not fit, Interrupted at Ctrl-C.
     """
@@ -78,6 +79,7 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
     if not all(job.done for job in jobs):
         return  # other processes are still at it; the last one reports
     publish(study, jobs)
-    # The report (Markdown, plots) of the folder is written here.
+    with results.locked(task.out):  # two processes may both have seen the last job done
+        report = write_report(task.out)
     console.print(_table(assemble(jobs)))
-    console.print(f"results: {task.out / results.NAME}")
+    console.print(f"results: {task.out / results.NAME}\nreport: {report}")
