@@ -188,7 +188,9 @@ def plain_nl_svd(slots, rank, activation):
     return torch.stack([probes, f(probes, slots, activation) / one])
 
 
-def plain_loop(model, ids, window, stride, epsilon, capacity, compress_to, context_gradient=False, bos=None, tokens=None):
+def plain_loop(
+    model, ids, window, stride, epsilon, capacity, compress_to, context_gradient=False, bos=None, tokens=None
+):
     """-> each chunk's NLL and the slots at the end; score a chunk, then write its tokens, compress when full."""
     twin, nlls = PlainWriter(model), []
     for start, end in chunk_bounds(len(ids), stride):
