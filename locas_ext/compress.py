@@ -1,4 +1,4 @@
-"""Compressing a Locas-MLP memory: the many slots of each layer as few that agree with them (docs/method.md, "NL-SVD")."""
+"""Compressing a Locas-MLP memory: each layer's many slots as few that agree with them (docs/method.md, "NL-SVD")."""
 
 import numbers
 import warnings
@@ -17,8 +17,8 @@ class CompressReport:
 
     slots_before, slots_used: a layer's slots before and after
     kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
-    error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span, tau
-        included
+    error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span,
+        tau included
     dtype: what it was computed in
     """
 
@@ -70,6 +70,7 @@ def compress(attachment: Attachment, rank: int, threshold: float) -> CompressRep
     state.resize(report.slots_used)
     if host_dtype in (torch.float16, torch.bfloat16):
         warnings.warn(
-            f"compress: computed in {report.dtype} from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
+            f"compress: computed in {report.dtype} from the float32 slots; the {host_dtype} host uses a rounded copy",
+            stacklevel=3,
         )
     return report

@@ -73,7 +73,8 @@ def _resolve_tokens(tokens, text: int | None):
     if tokens is None or (isinstance(tokens, str) and tokens == "all"):
         return "all"
     expected = "'all', a loss threshold (float), how many to take (int) or a sequence of positions"
-    if isinstance(tokens, Tensor) and tokens.dim() == 1 and not tokens.is_floating_point() and tokens.dtype != torch.bool:
+    integers = isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.dtype != torch.bool
+    if integers and tokens.dim() == 1:
         tokens = tokens.tolist()
     if isinstance(tokens, (str, bytes, bool)) or not isinstance(tokens, (Sequence, numbers.Real)):
         raise TypeError(f"tokens is {tokens!r}; expected {expected}")
@@ -92,7 +93,9 @@ def _resolve_tokens(tokens, text: int | None):
         raise ValueError("tokens is empty; expected at least one position")
     if positions[0] < 1 or positions[-1] >= text:
         wrong = positions[0] if positions[0] < 1 else positions[-1]
-        raise ValueError(f"tokens holds {wrong}; expected positions from 1 to {text - 1}: the first token is never predicted")
+        raise ValueError(
+            f"tokens holds {wrong}; expected positions from 1 to {text - 1}: the first token is never predicted"
+        )
     if len(set(positions)) != len(positions):
         raise ValueError(f"tokens names position {next(p for p in positions if positions.count(p) > 1)} twice")
     return tuple(positions)
@@ -116,7 +119,9 @@ def resolve(settings: WriteSettings, state: MemoryState, text: int | None) -> Wr
     if capacity is not None:
         capacity = _positive_integer("capacity", capacity, math.inf, "slots a layer")
         if capacity < state.used:
-            raise ValueError(f"capacity is {capacity}; expected at least {state.used}, the slots used, or compress() first")
+            raise ValueError(
+                f"capacity is {capacity}; expected at least {state.used}, the slots used, or compress() first"
+            )
     if when_full == "compress":
         if capacity < 2:
             raise ValueError(f"capacity is {capacity}; expected at least 2 with when_full='compress'")
@@ -294,7 +299,9 @@ def append(attachment: Attachment, asked: Asked, settings: WriteSettings) -> Ten
 
 def _check_finite(norms: Tensor, state: MemoryState) -> None:
     if not norms.isfinite().all():
-        raise LocasError(f"the gradient is not finite, so nothing was written; the memory stays at version {state.version}")
+        raise LocasError(
+            f"the gradient is not finite, so nothing was written; the memory stays at version {state.version}"
+        )
 
 
 def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSettings, exact: bool) -> WriteReport:
@@ -315,7 +322,7 @@ def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSetti
 
 
 class WriteStep:
-    """What memorize() does to a chunk with update="write": step(window, place) -> the summed loss, before it is written."""
+    """A chunk's turn in memorize(update="write"): step(window, place) -> the summed loss, before it is written."""
 
     def __init__(self, attachment: Attachment, settings: "Settings", ends_early: bool):
         self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
