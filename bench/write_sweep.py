@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000, help="how much of the text is read")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=128)
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5, 1.0])
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--capacity", type=int, nargs="+", default=[256, 512], help="compressed to its half when full")
     parser.add_argument("--rank", type=int, nargs="+", default=[64], help="which the paper's scale is divided by")
     parser.add_argument("--scale", nargs="+", default=["paper"], choices=["paper", "host"])
