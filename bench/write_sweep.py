@@ -19,7 +19,8 @@ from locas_ext.tasks.truncation import truncation
 
 from .harness import report
 
-Setting = dict  # of one row: "arm", and for writing epsilon, capacity, compress_to, rank, scale
+COLUMNS = ("arm", "scale", "rank", "capacity", "compress_to", "epsilon")
+Setting = dict  # of one row: "arm", and for writing the other columns
 
 
 def settings(arguments) -> list[Setting]:
@@ -55,10 +56,9 @@ def measure(job: tuple[Setting, list[int], argparse.Namespace]) -> dict:
 
 
 def row(record: dict, best: dict) -> list[str]:
-    columns = ("arm", "scale", "rank", "capacity", "compress_to", "epsilon")
     mark = " *" if record is best else ""
     measured = [f"{record['perplexity']:.3f}{mark}", f"{record['seconds']:.0f}"]
-    return [*(str(record.get(column, "")) for column in columns), *measured]
+    return [*(str(record.get(column, "")) for column in COLUMNS), *measured]
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000, help="how much of the text is read")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=128)
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5, 1.0])
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--capacity", type=int, nargs="+", default=[256, 512], help="compressed to its half when full")
     parser.add_argument("--rank", type=int, nargs="+", default=[64], help="which the paper's scale is divided by")
     parser.add_argument("--scale", nargs="+", default=["paper"], choices=["paper", "host"])
@@ -86,12 +86,15 @@ def main() -> None:
     jobs = [(setting, ids, arguments) for setting in settings(arguments)]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         records = pool.map(measure, jobs, chunksize=1)
+        pool.close()
+        pool.join()  # leaving the block would end the processes where they stand
     best = min((record for record in records if record["arm"] == "write"), key=lambda record: record["perplexity"])
+    shown = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}; * the best of writing",
-        ["arm", "scale", "rank", "capacity", "compress_to", "epsilon", "perplexity", "seconds"],
+        [*COLUMNS, "perplexity", "seconds"],
         [row(record, best) for record in records],
-        {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "out"}, "records": records},
+        {"settings": shown, "records": records},
         arguments.out,
     )
 
