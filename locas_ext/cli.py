@@ -120,7 +120,7 @@ def generate(
 def locomo(
     data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="LoCoMo's JSON files, or folders of them.")],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go: a new folder, or that of the same run.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go; a run that was ended there goes on.")],
     methods: Annotated[
         str, typer.Option(help="Comma-separated: full-context, no-context, and both with +locas or +temp-lora.")
     ] = "full-context,no-context,full-context+locas,no-context+locas",
@@ -129,7 +129,9 @@ def locomo(
         str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
     ] = "paper",
     init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once while memorizing; left out: 2048, or the host's positions if fewer.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="While memorizing; left out: 2048 tokens, or the host's positions if fewer.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the memory's AdamW.")] = 4e-3,
     epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
@@ -144,7 +146,8 @@ def locomo(
 
     config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
     task = LocomoTask(
-        data, model, methods, out, config, window, stride, learning_rate, epochs, max_new_tokens, batch_size, dtype, device
+        data, model, methods, out, config, window, stride, learning_rate, epochs, max_new_tokens, batch_size, dtype,
+        device,
     )
     run_locomo(task, _console())
 

@@ -37,16 +37,16 @@ def starts_with_bos(tokenizer) -> bool:
 def make_prompts(tokenizer, dialogue: Dialogue, with_context: bool, positions: int, max_new_tokens: int) -> Prompts:
     """The dialogue (or nothing) as context, and its questions, each encoded apart so that they share it token by token.
 
-    A context that does not fit into the model's `positions` with the longest question and answer loses its earliest turns.
-    ValueError if not even the question fits.
+    A context that does not fit into the model's `positions` with the longest question and answer loses its earliest
+    turns. ValueError if not even the question fits.
     """
     start = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     questions = [token_ids(tokenizer, question_text(dialogue, question)) for question in dialogue.questions]
     room = positions - max_new_tokens - max(map(len, questions)) - len(start)
     if room < 0:
         raise ValueError(
-            f"the model has {positions} positions, too few for the longest question of dialogue {dialogue.name} and an "
-            f"answer of {max_new_tokens} tokens ({positions - room}); choose a smaller --max-new-tokens or another model"
+            f"the model has {positions} positions, but the longest question of dialogue {dialogue.name} and an answer "
+            f"take {positions - room}; choose a smaller --max-new-tokens (now {max_new_tokens}) or another model"
         )
     whole = token_ids(tokenizer, dialogue_text(dialogue)) if with_context else torch.tensor([], dtype=torch.long)
     context = whole if len(whole) <= room else _latest_turns(tokenizer, dialogue, room)
@@ -54,7 +54,7 @@ def make_prompts(tokenizer, dialogue: Dialogue, with_context: bool, positions: i
 
 
 def _latest_turns(tokenizer, dialogue: Dialogue, room: int) -> Tensor:
-    """As many of the last turns as fit into `room` tokens, by bisection; nothing at all if even their heading does not."""
+    """As many of the last turns as fit into `room` tokens, by bisection; nothing if even their heading does not."""
     low, high = 0, sum(len(session.turns) for session in dialogue.sessions)
     best = token_ids(tokenizer, dialogue_text(dialogue, skip=high))
     if len(best) > room:
@@ -72,9 +72,9 @@ def answer(
 ) -> list[str]:
     """The likeliest continuation of each question, token by token, up to the end of its first line that is not blank.
 
-    The context's KV cache is made here, so with a memory attached it is that of the memory as it is now. Questions of one
-    length run together, `batch_size` at a time, each on a copy of the cache: no padding, so nothing but a batch's
-    rounding sets them apart from one at a time.
+    The context's KV cache is made here, so with a memory attached it is that of the memory as it is now. Questions of
+    one length run together, `batch_size` at a time, each on a copy of the cache: without padding, so that nothing but
+    a batch's rounding sets them apart from one at a time.
 
     callback: called after each batch with the number of questions and of tokens written
     """

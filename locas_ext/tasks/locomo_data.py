@@ -1,4 +1,4 @@
-"""LoCoMo's dialogues, from either shape they are published in: flat files of one dialogue, or a list of them in one file.
+"""LoCoMo's dialogues, in either shape they are published in: flat files of one dialogue, or one file with a list.
 
 Sessions without turns and dates without a session, which the published files have, hold no text and add none.
 """
@@ -57,11 +57,11 @@ class Dialogue:
 def read_dialogues(paths: list[Path]) -> list[Dialogue]:
     """The dialogues of files, and of the *.json files of folders in the order of their names.
 
-    A file holds one dialogue, named after the file, with the sessions beside `qa`; or a list of dialogues (or one), each
-    with `sample_id`, its name, and the sessions in `conversation`.
+    A file holds one dialogue, named after the file, with the sessions beside `qa`; or a list of dialogues (or one),
+    each with `sample_id`, its name, and the sessions in `conversation`.
 
-    Raises OSError for a path that cannot be read, and ValueError, naming file and key, where the content is not this, for
-    a folder without such files and for two dialogues of one name.
+    Raises OSError for a path that cannot be read, and ValueError, naming file and key, where the content is not this,
+    for a folder without such files and for two dialogues of one name.
     """
     places: dict[str, Path] = {}
     dialogues = []
@@ -101,7 +101,8 @@ def _listed(place: "Place") -> Dialogue:
 
 
 def _dialogue(name: str, conversation: "Place", top: "Place") -> Dialogue:
-    numbers = sorted(int(match[1]) for key in conversation.need_object() if (match := re.fullmatch(r"session_(\d+)", key)))
+    matches = (re.fullmatch(r"session_(\d+)", key) for key in conversation.need_object())
+    numbers = sorted(int(match[1]) for match in matches if match)
     if not numbers:
         raise ValueError(f"{conversation.name}: session_1 is missing")
     questions = top.child("qa").items()

@@ -1,8 +1,8 @@
 """What a model reads in LoCoMo: a dialogue, and a question about it.
 
-As in the official evaluation, a date and a heading stand above each day's turns, temporal questions point to the dates, and
-only adversarial ones name the way out. Unlike there, that way is no second option beside the trap: an answer is free
-text in every category.
+As in the official evaluation, a date and a heading stand above each day's turns, temporal questions point to the
+dates, and only adversarial ones name the way out. Unlike there, that way is no second option beside the trap: an answer
+is free text in every category.
 """
 
 from .locomo_data import ADVERSARIAL, Dialogue, Question, Session, Turn
@@ -16,8 +16,8 @@ PROMPTS = {
     "turn": "{speaker}: {text}",
     "turn with image": "{speaker}: {text} [shares {caption}]",
     "question": (
-        "\nAnswer a question about the conversations of {a} and {b}: in a few words, taken from what they said where that is "
-        "possible.\n\nQuestion: {question}\nShort answer:"
+        "\nAnswer a question about the conversations of {a} and {b}: in a few words, taken from what they said where "
+        "that is possible.\n\nQuestion: {question}\nShort answer:"
     ),
     "temporal hint": " Work out the date from the DATE of the CONVERSATION; it may be approximate.",
     "adversarial hint": f' If they never said so, answer "{REFUSAL}".',

@@ -22,7 +22,9 @@ def _stemmer():
     try:
         from nltk.stem import PorterStemmer
     except ImportError:
-        raise LocasError("LoCoMo's F1 compares word stems by nltk, which is not installed: pip install locas_ext[eval]") from None
+        raise LocasError(
+            "LoCoMo's F1 compares word stems by nltk, which is not installed: pip install locas_ext[eval]"
+        ) from None
     return PorterStemmer()
 
 
