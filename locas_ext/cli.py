@@ -167,6 +167,19 @@ def merge(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs of one command.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the runs' common report goes; left out: DIR's own is made anew.")
+    ] = None,
+) -> None:
+    """Tables and plots of a run, or of several runs in one report."""
+    from .tasks.report import run_report
+
+    run_report(folders, out, _console())
+
+
+@app.command()
 def info() -> None:
     """Versions, build, devices and a self-test of the kernels, to paste into a bug report."""
     from .tasks.info import info as print_info

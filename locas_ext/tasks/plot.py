@@ -2,25 +2,13 @@
 
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from ..memory import MemorizeReport
 from .curve import local_gain, running_perplexity
+from .plot_style import FAINT, INK, WITH, WITHOUT, new_figure, save, style, write_heading
 
-PAPER, INK, FAINT = "#fbf8f1", "#2f3437", "#b9b2a3"
-WITHOUT, WITH = "#8c8577", "#0f766e"
 SMOOTHING = 16  # chunks
-
-
-def _style(axes) -> None:
-    axes.set_facecolor(PAPER)
-    axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
-    axes.tick_params(colors=INK, length=0, labelsize=9)
-    for side in ("top", "left", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
 
 
 def _label_end(axes, curve, text: str, color: str, above: bool) -> None:
@@ -70,17 +58,15 @@ def _draw_gain(axes, truncation: MemorizeReport, memorized: MemorizeReport) -> N
 
 def plot_reading(path: Path, book, truncation: MemorizeReport, memorized: MemorizeReport, subtitle: str) -> None:
     """Writes a PNG. `book` has a title, ids and chapters; both reports are over its ids in the same chunks."""
-    figure = Figure(figsize=(9.6, 5.6), dpi=160, facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     figure.subplots_adjust(left=0.075, right=0.865, top=0.845, bottom=0.095, hspace=0.10)
     for axes in (upper, lower):
-        _style(axes)
+        style(axes)
         _mark_chapters(axes, book.chapters, label=axes is upper)
     _draw_perplexity(upper, truncation, memorized)
     _draw_gain(lower, truncation, memorized)
     lower.set_xlim(0, len(book.ids))
     lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    figure.text(0.075, 0.935, f"A small model reads {book.title}", family="serif", fontsize=17, color=INK)
-    figure.text(0.075, 0.888, subtitle, fontsize=9.5, color=WITHOUT)
-    figure.savefig(path, facecolor=PAPER)
+    write_heading(figure, 0.075, f"A small model reads {book.title}", subtitle)
+    save(figure, path)

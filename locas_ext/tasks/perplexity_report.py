@@ -1,0 +1,226 @@
+"""The sections of a `locas perplexity` report: tables over all books and for each, the presets' tables, the plots."""
+
+import math
+import re
+from pathlib import Path
+
+from . import paper
+from .frontier import LEARNING, Point, collect_points, dominators, pareto_front, shared_books
+from .plot_curves import Curve, plot_curves
+from .plot_frontier import plot_frontier
+from .tables import (
+    COSTS, MEASURES, MISSING, PARAMETERS, Arm, Column, arm_table, collect_arms, escape, markdown_table,
+    parameters_text, perplexity_columns, perplexity_text, times_text, tokens_text,
+)
+
+INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")
+
+
+def perplexity_sections(results: dict, folder: Path) -> list[str]:
+    """Markdown lines; writes the plots they show into `folder`."""
+    settings, records = results["settings"], results["records"]
+    arms = collect_arms(records)
+    lines = _missing(settings, records)
+    if arms:
+        books = list(dict.fromkeys(record["book"] for record in records if not record.get("error")))
+        lines += _all_books(arms, books, paper.same_host(settings.get("model")))
+        lines += _preset(settings.get("ablate"), arms, paper.same_host(settings.get("model")))
+        lines += _frontier(arms, folder)
+        lines += _each_book(arms, books, folder)
+    return lines + _failures(records)
+
+
+def _missing(settings: dict, records: list[dict]) -> list[str]:
+    arms, books = settings.get("arms"), settings.get("books")
+    if not (isinstance(arms, list) and isinstance(books, list)):
+        return [f"{len(records)} records.", ""]
+    expected = len(arms) * len(books)
+    unfinished = "" if len(records) >= expected else " The run is not finished."
+    return [f"{len(records)} of {expected} records: {len(arms)} arms, {len(books)} books.{unfinished}", ""]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column]:
+    """The paper's figures for the same host, method, rank and init; nothing where it has none."""
+
+    def figure(arm: Arm) -> paper.Figure | None:
+        init = arm.settings.get("init") if arm.method == "locas" else None
+        return paper.find(table, host, arm.method, arm.settings.get("rank"), init)
+
+    def column(title: str, text) -> Column:
+        return Column(title, lambda arm: MISSING if (found := figure(arm)) is None else text(found))
+
+    tokens = sorted({tokens for arm in arms if (found := figure(arm)) for tokens in found.perplexity})
+    return [
+        *(
+            column(f"paper {tokens_text(n)}", lambda found, n=n: perplexity_text(found.perplexity.get(n)))
+            for n in tokens
+        ),
+        column("paper parameters", lambda found: parameters_text(found.extra_parameters)),
+        column("paper time", lambda found: times_text(found.relative_time)),
+    ]
+
+
+def _paper_note(lines: list[str], host: str | None) -> list[str]:
+    if host is None or not any("paper" in line for line in lines):
+        return [*lines, ""]
+    return [*lines, "", f"Paper: {paper.SOURCE}, host {host}.", ""]
+
+
+def _all_books(arms: list[Arm], books: list[str], host: str | None) -> list[str]:
+    lines = ["## Perplexity", ""]
+    columns = [*perplexity_columns(arms), *MEASURES, *COSTS]
+    if len(books) > 1:
+        lines += [f"Geometric means over {len(books)} books. Relative time: against truncation.", ""]
+        if shared_books(arms) != set(books):
+            columns.insert(0, Column("books", lambda arm: f"{len(arm.books)}"))
+            lines += ["Not every arm has finished every book: arms over different books are not comparable.", ""]
+    return lines + _paper_note(arm_table(arms, columns + _paper_columns("methods", arms, host)), host)
+
+
+def _preset(name: str | None, arms: list[Arm], host: str | None) -> list[str]:
+    """The table of an ablation in the paper's layout; "scale" has none there."""
+    if name == "init":
+        return _init_table(arms, host)
+    if name == "rank":
+        return _rank_table(arms, host)
+    if name == "learning-rate":
+        return _learning_rate_table(arms)
+    return []
+
+
+def _init_table(arms: list[Arm], host: str | None) -> list[str]:
+    def init(arm: Arm) -> str | None:
+        return "none" if arm.method == "truncation" else arm.settings.get("init") if arm.method == "locas" else None
+
+    rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
+    columns = perplexity_columns(rows) + _paper_columns("initialization", rows, host)
+    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, [init(arm) for arm in rows]), host)
+
+
+def _by_method(arms: list[Arm], setting: str) -> list[Arm]:
+    """The arms that learn and have this setting: Locas first, then Temp-LoRA, ascending."""
+    rows = [arm for arm in arms if arm.method in LEARNING and arm.settings.get(setting) is not None]
+    return sorted(rows, key=lambda arm: (LEARNING.index(arm.method), arm.settings[setting]))
+
+
+def _rank_table(arms: list[Arm], host: str | None) -> list[str]:
+    rows = _by_method(arms, "rank")
+    columns = [
+        Column("rank", lambda arm: f"{arm.settings['rank']}"), PARAMETERS, *perplexity_columns(rows),
+        *_paper_columns("width", rows, host),
+    ]
+    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, [arm.method for arm in rows]), host)
+
+
+def _learning_rate_table(arms: list[Arm]) -> list[str]:
+    rows = _by_method(arms, "learning_rate")
+    columns = [Column("learning rate", lambda arm: f"{arm.settings['learning_rate']:g}"), *perplexity_columns(rows)]
+    return ["## Learning rate", "", *arm_table(rows, columns, [arm.method for arm in rows]), ""]
+
+
+# ---- learning against forgetting -------------------------------------------------------------------------------
+def _host_point(arms: list[Arm], points: list[Point], books: set[str]) -> Point | None:
+    """The host alone on the same books: truncation's perplexity, and the held-out one before anything was learned."""
+    alone = next((arm.on(books) for arm in arms if arm.method == "truncation" and arm.books >= books), None)
+    if alone is None:
+        return None
+    learned = next(arm for arm in arms if arm.label == points[0].label).on(books)
+    held_out = learned.mean("held_out_perplexity_before") or alone.mean("held_out_perplexity")
+    return None if held_out is None else Point(alone.label, alone.method, alone.mean("perplexity"), held_out)
+
+
+def _frontier(arms: list[Arm], folder: Path) -> list[str]:
+    points, books = collect_points(arms)
+    if len(points) < 2:
+        return []
+    over = f"{len(books)} books" if len(books) > 1 else "one book"
+    subtitle = f"{len(points)} arms over {over}; towards the lower left is better"
+    plot_frontier(
+        folder / "frontier.png", "Learning against forgetting", subtitle, points, _host_point(arms, points, books)
+    )
+    numbers = {point.label: str(number) for number, point in enumerate(points, start=1)}
+    front = pareto_front(points)
+    rows = [
+        [
+            escape(point.label), numbers[point.label], perplexity_text(point.learned), perplexity_text(point.held_out),
+            ", ".join(numbers[other.label] for other in dominators(point, points)) or "on the front",
+        ]
+        for point in points
+    ]
+    return [
+        "## Learning against forgetting", "",
+        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms have finished.", "",
+        "![Learning against forgetting](frontier.png)", "",
+        f"On the Pareto front: {', '.join(_name(point) for point in front)}.", "",
+        *_verdict(points, "temp-lora", "locas"), *_verdict(points, "locas", "temp-lora"), "",
+        *markdown_table(["arm", "no.", "on the book", "held out, after", "dominated by"], rows), "",
+    ]
+
+
+def _name(point: Point) -> str:
+    return f"{escape(point.label)} ({point.learned:.2f}, {point.held_out:.2f})"
+
+
+def _verdict(points: list[Point], method: str, other: str) -> list[str]:
+    """In words: the arm of `method` that learned most, all its arms, and what of the other method dominates them."""
+    mine, theirs = ([point for point in points if point.method == wanted] for wanted in (method, other))
+    if not mine or not theirs:
+        return []
+    best = mine[0]  # points come with the lowest perplexity first
+    better = dominators(best, theirs)
+    dominated = [point for point in mine if dominators(point, theirs)]
+    return [
+        f"- The {method} arm that learned most, {_name(best)}, is "
+        + (f"dominated on both axes by {', '.join(map(_name, better))}." if better else f"dominated by no {other} arm."),
+        f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.",
+    ]
+
+
+# ---- book by book ----------------------------------------------------------------------------------------------
+def _each_book(arms: list[Arm], books: list[str], folder: Path) -> list[str]:
+    lines, names = [], _file_names(books)
+    for book in books:
+        on_book = [arm.on({book}) for arm in arms if book in arm.books]
+        curves = [Curve(arm.label, arm.method, points) for arm in on_book if (points := _points(arm.records[0]))]
+        lines += [f"## {escape(book)}", ""]
+        if curves:
+            plot_curves(folder / names[book], book, _subtitle(on_book), curves)
+            lines += [f"![Running perplexity, {escape(book)}]({names[book]})", ""]
+        if len(books) > 1:
+            reading = [
+                Column("tokens", lambda arm: f"{arm.largest('tokens') or 0:,}"),
+                Column("seconds", lambda arm: f"{arm.records[0].get('seconds') or math.nan:,.1f}"),
+            ]
+            lines += [*arm_table(on_book, [*perplexity_columns(on_book), *MEASURES, *COSTS, *reading]), ""]
+    return lines
+
+
+def _points(record: dict) -> list[tuple[int, float]]:
+    return [(tokens, value) for tokens, value in record.get("curve") or []]
+
+
+def _subtitle(arms: list[Arm]) -> str:
+    tokens = max(arm.largest("tokens") or 0 for arm in arms)
+    return f"perplexity of everything read so far; {tokens:,} tokens"
+
+
+def _file_names(books: list[str]) -> dict[str, str]:
+    """A file name a book: its letters and digits, numbered where two would be the same."""
+    names: dict[str, str] = {}
+    for book in books:
+        stem = "perplexity-" + (re.sub(r"[^a-z0-9]+", "-", book.lower()).strip("-")[:60] or "book")
+        taken, number, name = set(names.values()), 1, f"{stem}.png"
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}.png"
+        names[book] = name
+    return names
+
+
+def _failures(records: list[dict]) -> list[str]:
+    failed = [record for record in records if record.get("error")]
+    if not failed:
+        return []
+    lines = [f"- {escape(record['arm'])}, {escape(record['book'])}: {escape(record['error'])}" for record in failed]
+    return ["## Failed", "", *lines, ""]

@@ -1,0 +1,153 @@
+"""`locas report`: report.md and its plots, from the results.json of any task that measures; several runs in one."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from ..checkpoint import write_atomically
+from ..errors import LocasError
+from . import results as result_files
+from .perplexity_report import perplexity_sections
+from .tables import escape
+
+NAME = "report.md"
+# A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
+SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {"perplexity": perplexity_sections}
+FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
+FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")
+
+
+def run_report(folders: list[Path], out: Path | None, console: Console) -> None:
+    """Rebuilds the report of one folder, or merges the runs of several into `out`. Errors as below."""
+    if out is not None:
+        report = merge_reports(folders, out)
+    elif len(folders) == 1:
+        report = write_report(folders[0])
+    else:
+        raise ValueError(f"--out is missing; expected a folder for the report of {len(folders)} runs")
+    console.print(f"report: {report}")
+
+
+def write_report(folder: Path) -> Path:
+    """Writes folder/report.md and its plots from folder/results.json, over those of before. Returns report.md.
+
+    Raises FileNotFoundError without results.json, LocasError if it is damaged, ValueError for a command without a report.
+    """
+    results = _read(folder)
+    settings = results["settings"]
+    model = escape(Path(str(settings.get("model", "several models"))).name)
+    lines = [f"# {settings['command'].capitalize()}: {model}", "", *_settings(settings), *_machine(results["machine"])]
+    try:
+        lines += SECTIONS[settings["command"]](results, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LocasError(f"{folder / result_files.NAME} holds a record that cannot be read: {error!r}") from error
+    write_atomically(folder / NAME, ("\n".join(lines).strip() + "\n").encode())
+    return folder / NAME
+
+
+def _read(folder: Path) -> dict:
+    results = result_files.read(folder)
+    settings, records = results["settings"], results["records"]
+    file = folder / result_files.NAME
+    if not isinstance(settings, dict) or not isinstance(results["machine"], dict):
+        raise LocasError(f"{file} is damaged: settings or machine is no object")
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise LocasError(f"{file} is damaged: records is no list of objects")
+    if settings.get("command") not in SECTIONS:
+        raise ValueError(f"{file}: command is {settings.get('command')!r}; expected one of {', '.join(SECTIONS)}")
+    return results
+
+
+def _settings(settings: dict) -> list[str]:
+    first = [f"{name} {escape(settings[name])}" for name in FIRST_SETTINGS if settings.get(name) is not None]
+    everything = json.dumps(settings, indent=1, ensure_ascii=False)
+    return [
+        f"Settings: {', '.join(first)}." if first else "Settings:", "",
+        "<details><summary>All settings</summary>", "", "```json", everything, "```", "", "</details>", "",
+    ]
+
+
+def _machine(machine: dict) -> list[str]:
+    if "runs" in machine:
+        return [line for name, one in machine["runs"].items() for line in _machine_line(f"Machine of {escape(name)}", one)]
+    return _machine_line("Machine", machine)
+
+
+def _machine_line(title: str, machine: dict) -> list[str]:
+    parts = []
+    for name in FIRST_MACHINE:
+        value = machine.get(name)
+        if isinstance(value, list):
+            value = ", ".join(f"{count} x {gpu}" for gpu, count in Counter(value).items())
+        if value:
+            parts.append(escape(value if name in ("processor", "gpus") else f"{name} {value}"))
+    return [f"{title}: {'; '.join(parts)}.", ""] if parts else []
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------
+def merge_reports(folders: list[Path], out: Path) -> Path:
+    """Writes out/results.json with the records of several runs of one command, and its report. Returns report.md.
+
+    Each record says in `run` where it is from. Settings that all runs share stay as they are, those of each run are
+    under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it.
+
+    Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that is
+    `out` or holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
+    """
+    _check_out(out)
+    names = _run_names(folders, out)
+    runs = dict(zip(names, (_read(folder) for folder in folders)))
+    commands = {name: run["settings"]["command"] for name, run in runs.items()}
+    if len(set(commands.values())) > 1:
+        details = ", ".join(f"{name} is of {command}" for name, command in commands.items())
+        raise ValueError(f"runs of different commands have no common report: {details}")
+    if merged := next((name for name, run in runs.items() if "runs" in run["settings"]), None):
+        raise ValueError(f"{merged} holds merged runs already; name the folders it was made from")
+    content = {
+        "settings": {**_shared([run["settings"] for run in runs.values()]),
+                     "runs": {name: run["settings"] for name, run in runs.items()}},
+        "machine": {"runs": {name: run["machine"] for name, run in runs.items()}},
+        "records": _records(runs),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / result_files.NAME, json.dumps(content, indent=1).encode())
+    return write_report(out)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out: {out} is a file; expected a folder")
+    if out.exists() and any(out.iterdir()):
+        if not (out / result_files.NAME).exists() or "runs" not in result_files.read(out)["settings"]:
+            raise FileExistsError(f"--out: {out} holds something else than merged runs; expected a new or empty folder")
+
+
+def _run_names(folders: list[Path], out: Path) -> list[str]:
+    """A folder's own name, or all of its path where two have the same."""
+    places = [folder.resolve() for folder in folders]
+    if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
+        raise ValueError(f"{twice} is given twice; expected each run once")
+    if out.resolve() in places:
+        raise ValueError(f"--out: {out} is one of the runs; choose another folder")
+    names = [place.name for place in places]
+    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
+
+
+def _shared(settings: list[dict]) -> dict:
+    first, *others = settings
+    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
+
+
+def _records(runs: dict[str, dict]) -> list[dict]:
+    labels = Counter(label for run in runs.values() for label in {record.get("arm") for record in run["records"]})
+    records = []
+    for name, run in runs.items():
+        for record in run["records"]:
+            record = {**record, "run": name}
+            if record.get("arm") and labels[record["arm"]] > 1:
+                record["arm"] = f"{name}: {record['arm']}"
+            records.append(record)
+    return records

@@ -1,0 +1,135 @@
+"""From records to Markdown tables: an arm is summed up over its books, a column knows how to print it."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What was measured under one label: one record a book, those that failed left out."""
+
+    label: str
+    method: str
+    settings: dict
+    records: list[dict]
+
+    @property
+    def books(self) -> set[str]:
+        return {record["book"] for record in self.records}
+
+    def on(self, books: Iterable[str]) -> "Arm":
+        """The same arm on these books only."""
+        records = [record for record in self.records if record["book"] in books]
+        return Arm(self.label, self.method, self.settings, records)
+
+    def mean(self, name: str) -> float | None:
+        """The geometric mean of a field over the books: for perplexities exp of the mean log. None if a book lacks it."""
+        return geometric_mean([record.get(name) for record in self.records])
+
+    def at(self, tokens: int) -> float | None:
+        """The perplexity of the first `tokens` tokens, averaged likewise. None if a book does not reach so far."""
+        return geometric_mean([(record.get("milestones") or {}).get(str(tokens)) for record in self.records])
+
+    def largest(self, name: str) -> int | None:
+        return max((record[name] for record in self.records if record.get(name) is not None), default=None)
+
+
+def geometric_mean(values: list[float | None]) -> float | None:
+    """None for no values, or if one is None; inf or nan if one of them is."""
+    if not values or None in values:
+        return None
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def collect_arms(records: list[dict]) -> list[Arm]:
+    """The arms in the order of their first record, without those that only failed."""
+    arms: dict[str, Arm] = {}
+    for record in records:
+        if not record.get("error"):
+            arm = Arm(record["arm"], record["method"], record.get("arm_settings") or {}, [])
+            arms.setdefault(record["arm"], arm).records.append(record)
+    return list(arms.values())
+
+
+def milestones(arms: list[Arm]) -> list[int]:
+    """All milestones that some book of some arm reached, ascending."""
+    return sorted({int(tokens) for arm in arms for record in arm.records for tokens in record.get("milestones") or {}})
+
+
+# ---- text ------------------------------------------------------------------------------------------------------
+def perplexity_text(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def tokens_text(tokens: int) -> str:
+    return f"{tokens // 1000}K" if tokens % 1000 == 0 else f"{tokens:,}"
+
+
+def parameters_text(count: float | None) -> str:
+    if count is None:
+        return MISSING
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K" if count >= 1e3 else f"{count:.0f}"
+
+
+def times_text(ratio: float | None) -> str:
+    return MISSING if ratio is None else f"{ratio:.2f}".removesuffix("0") + "x"
+
+
+def bytes_text(count: int | None) -> str:
+    return MISSING if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def escape(text) -> str:
+    """Text that stays text inside a Markdown table's cell."""
+    for character in "\\|*_`<[":
+        text = str(text).replace(character, "\\" + character)
+    return " ".join(text.split())
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    title: str
+    text: Callable[[Arm], str]
+
+
+def perplexity_columns(arms: list[Arm]) -> list[Column]:
+    """One column a milestone, then the end of the book."""
+    # `tokens=tokens` keeps each column's own.
+    columns = [
+        Column(tokens_text(tokens), lambda arm, tokens=tokens: perplexity_text(arm.at(tokens)))
+        for tokens in milestones(arms)
+    ]
+    return [*columns, Column("end", lambda arm: perplexity_text(arm.mean("perplexity")))]
+
+
+PARAMETERS = Column("extra parameters", lambda arm: parameters_text(arm.largest("extra_parameters")))
+COSTS = [
+    PARAMETERS,
+    Column("relative time", lambda arm: times_text(arm.mean("relative_time"))),
+    Column("peak memory", lambda arm: bytes_text(arm.largest("peak_memory_bytes"))),
+]
+MEASURES = [
+    Column("per word", lambda arm: perplexity_text(arm.mean("perplexity_per_word"))),
+    Column("per byte", lambda arm: MISSING if (value := arm.mean("perplexity_per_byte")) is None else f"{value:.4f}"),
+    Column("held out, before", lambda arm: perplexity_text(arm.mean("held_out_perplexity_before"))),
+    Column("held out, after", lambda arm: perplexity_text(arm.mean("held_out_perplexity"))),
+]
+
+
+def arm_table(arms: list[Arm], columns: list[Column], names: list[str] | None = None) -> list[str]:
+    """A row an arm, called by its label or by `names`. A column in which nothing is known is left out."""
+    names = [arm.label for arm in arms] if names is None else names
+    cells = [[column.text(arm) for arm in arms] for column in columns]
+    known = [index for index, texts in enumerate(cells) if any(text != MISSING for text in texts)]
+    rows = [[escape(name), *(cells[index][row] for index in known)] for row, name in enumerate(names)]
+    return markdown_table(["arm", *(columns[index].title for index in known)], rows)
+
+
+def markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """The first column left-aligned, the others right-aligned. Cells are taken as they are."""
+    lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
