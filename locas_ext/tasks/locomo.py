@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +20,7 @@ from .locomo_output import ALL_REFUSE, Output, predictions_file
 from .locomo_prompts import PROMPTS, dialogue_text
 from .locomo_report import table
 from .locomo_scoring import REFUSAL, check_installed
+from .report import write_report
 
 CONTEXTS = ("full-context", "no-context")
 
@@ -49,46 +49,34 @@ class LocomoTask:
 
 
 # ---- memories --------------------------------------------------------------------------------------------------
-class Learner(Protocol):
-    """A memory on a host: it learns a text, and goes without a trace."""
-
-    def learn(self, ids: Tensor, progress: bool) -> None: ...
-
-    def detach(self) -> None: ...
-
-
-class LocasLearner:
-    def __init__(self, host, task: LocomoTask, bos: bool):
-        self.memory, self.task, self.bos = locas.attach(host, task.config), task, bos
-
-    def learn(self, ids: Tensor, progress: bool) -> None:
-        task = self.task
-        self.memory.memorize(
+@contextmanager
+def _locas(host, ids: Tensor, task: LocomoTask, bos: bool, progress: bool) -> Iterator[None]:
+    """The host with a fresh memory that has read a text, and without it after the block."""
+    memory = locas.attach(host, task.config)
+    try:
+        memory.memorize(
             ids, window=task.window, stride=task.stride, learning_rate=task.learning_rate, epochs=task.epochs,
-            progress=progress, bos=self.bos,
+            progress=progress, bos=bos,
         )
-
-    def detach(self) -> None:
-        self.memory.detach()
-
-
-LEARNERS: dict[str, Callable[..., Learner]] = {"locas": LocasLearner}
-METHODS = (*CONTEXTS, *(f"{context}+{memory}" for memory in LEARNERS for context in CONTEXTS))
+        yield
+    finally:
+        memory.detach()
 
 
 @contextmanager
-def _learned(memory: str, host, tokenizer, dialogue: Dialogue, task: LocomoTask) -> Iterator[float]:
-    """The host with a fresh memory that has read the dialogue, or alone for memory "". Yields the seconds it took."""
-    if not memory:
-        yield 0.0
-        return
-    started = time.perf_counter()
-    learner = LEARNERS[memory](host, task, starts_with_bos(tokenizer))
-    try:
-        learner.learn(token_ids(tokenizer, dialogue_text(dialogue)), progress=True)
-        yield time.perf_counter() - started
-    finally:
-        learner.detach()
+def _none(host, ids: Tensor, task: LocomoTask, bos: bool, progress: bool) -> Iterator[None]:
+    """The host alone."""
+    yield
+
+
+MEMORIES = {"": _none, "locas": _locas}  # by what stands behind the + in a method's name
+METHODS = tuple(f"{context}+{memory}".rstrip("+") for memory in MEMORIES for context in CONTEXTS)
+
+
+def _split(method: str) -> tuple[str, str]:
+    """-> context, memory"""
+    context, _, memory = method.partition("+")
+    return context, memory
 
 
 # ---- one dialogue ----------------------------------------------------------------------------------------------
@@ -118,22 +106,21 @@ def _answer_dialogue(
     """Every method that is not in `output` yet; methods with the same memory share one reading."""
     if not output.has(ALL_REFUSE, dialogue.name):
         output.add(ALL_REFUSE, dialogue, [REFUSAL] * len(dialogue.questions), cut_tokens=0, seconds=0.0)
-    for memory in ("", *LEARNERS):
-        missing = [name for name in methods if _memory_of(name) == memory and not output.has(name, dialogue.name)]
+    ids, bos = token_ids(tokenizer, dialogue_text(dialogue)), starts_with_bos(tokenizer)
+    for memory in MEMORIES:
+        missing = [name for name in methods if _split(name)[1] == memory and not output.has(name, dialogue.name)]
         if not missing:
             continue
-        with _learned(memory, host, tokenizer, dialogue, task) as memorize_seconds:
+        started = time.perf_counter()
+        with MEMORIES[memory](host, ids, task, bos, progress=True):
+            reading = time.perf_counter() - started
             for method in missing:
                 started = time.perf_counter()
                 prompts = _prompts(host, tokenizer, dialogue, method, task)
                 with _progress(f"{method}, dialogue {dialogue.name}", len(dialogue.questions)) as advance:
                     answers = answer(host, tokenizer, prompts, task.max_new_tokens, task.batch_size, advance)
-                seconds = time.perf_counter() - started + memorize_seconds
+                seconds = reading + time.perf_counter() - started
                 output.add(method, dialogue, answers, prompts.cut_tokens, seconds)
-
-
-def _memory_of(method: str) -> str:
-    return method.partition("+")[2]
 
 
 def _positions(host) -> int:
@@ -141,7 +128,7 @@ def _positions(host) -> int:
 
 
 def _prompts(host, tokenizer, dialogue: Dialogue, method: str, task: LocomoTask) -> Prompts:
-    with_context = method.partition("+")[0] == "full-context"
+    with_context = _split(method)[0] == "full-context"
     return make_prompts(tokenizer, dialogue, with_context, _positions(host), task.max_new_tokens)
 
 
@@ -164,13 +151,10 @@ def _rehearse(host, tokenizer, dialogues: list[Dialogue], methods: tuple[str, ..
     """Raises what would not fit later, before anything is written: prompts that are too long, settings of a memory."""
     for dialogue in dialogues:
         _prompts(host, tokenizer, dialogue, "no-context", task)
-    for memory in LEARNERS:
-        if any(_memory_of(method) == memory for method in methods):
-            learner = LEARNERS[memory](host, task, starts_with_bos(tokenizer))
-            try:
-                learner.learn(token_ids(tokenizer, dialogue_text(dialogues[0]))[: max(2, task.stride)], progress=False)
-            finally:
-                learner.detach()
+    first_chunk = token_ids(tokenizer, dialogue_text(dialogues[0]))[: max(2, task.stride)]
+    for memory in dict.fromkeys(_split(method)[1] for method in methods):
+        with MEMORIES[memory](host, first_chunk, task, starts_with_bos(tokenizer), progress=False):
+            pass
 
 
 def _settings(task: LocomoTask, methods: tuple[str, ...], dialogues: list[Dialogue], host) -> dict:
@@ -186,7 +170,7 @@ def _settings(task: LocomoTask, methods: tuple[str, ...], dialogues: list[Dialog
 
 
 def run_locomo(task: LocomoTask, console: Console) -> dict:
-    """Answers every question by every method; prints a table and returns the content of results.json.
+    """Answers every question by every method; prints a table, writes a report and returns the content of results.json.
 
     A folder that an ended run of the same settings left is taken up after its last finished dialogue.
 
@@ -214,5 +198,5 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
         ) from None
     content = results.read(task.out)
     console.print(table(content))
-    console.print(f"results: {task.out / results.NAME}\npredictions: {predictions_file(task.out, 'METHOD')}")
+    console.print(f"report: {write_report(task.out)}\npredictions: {predictions_file(task.out, 'METHOD')}")
     return content

@@ -10,12 +10,16 @@ from rich.console import Console
 from ..checkpoint import write_atomically
 from ..errors import LocasError
 from . import results as result_files
+from .locomo_report import locomo_sections
 from .perplexity_report import perplexity_sections
 from .tables import escape
 
 NAME = "report.md"
 # A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
-SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {"perplexity": perplexity_sections}
+SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {
+    "perplexity": perplexity_sections,
+    "locomo": locomo_sections,
+}
 FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
 FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")
 
