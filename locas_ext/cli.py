@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .config import LocasConfig
+from .config import LocasConfig, paper_multiple
 from .errors import LocasError
 from .tasks import Interrupted
 
@@ -33,12 +33,12 @@ def _console() -> Console:
 
 
 def _scale(text: str) -> str | float:
-    if text in ("paper", "host"):
+    if text == "host" or paper_multiple(text) is not None:
         return text
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected paper, host or a number") from None
+        raise typer.BadParameter(f"{text!r}; expected paper, a multiple such as 16x, host or a number") from None
 
 
 @app.command()
@@ -48,7 +48,7 @@ def demo(
     rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-3,
     scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
+        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
     ] = "0.3",
     epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
 ) -> None:
@@ -73,7 +73,7 @@ def memorize(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the memory goes: a new folder, or see --resume.")],
     rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
     scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|host|NUMBER", help="The memory's output scale, tau.")
+        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
     ] = "paper",
     init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
     window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
@@ -95,6 +95,70 @@ def memorize(
         texts, model, out, config, window, stride, learning_rate, epochs, optimizer, resume, save_every, dtype, device
     )
     run_memorize(task, _console())
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@app.command()
+def perplexity(
+    books: Annotated[list[Path], typer.Argument(metavar="BOOK...", help="UTF-8 text files, each read on its own.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results go; the same command goes on with its records.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(parser=_names, metavar="NAME,...", help="Of truncation, long-context, temp-lora, locas; left out: "
+                     "truncation,locas, or all of the ablation."),
+    ] = None,
+    ablate: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Many settings side by side: init, rank, learning-rate or scale.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each book.")] = None,
+    rank: Annotated[int, typer.Option(help="Locas: slots a layer.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Locas: of AdamW.")] = 4e-3,
+    scale: Annotated[
+        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
+    ] = "paper",
+    epochs: Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")] = 1,
+    init: Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")] = "topk",
+    variant: Annotated[str, typer.Option(help="Locas: glu.")] = "glu",
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Locas: whether no row grows longer than 1.")] = True,
+    temp_lora_rank: Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")] = 64,
+    temp_lora_alpha: Annotated[float | None, typer.Option(help="Temp-LoRA: scale times rank; left out: the rank.")] = None,
+    temp_lora_lr: Annotated[float, typer.Option(help="Temp-LoRA: learning rate of AdamW.")] = 5e-5,
+    temp_lora_epochs: Annotated[int, typer.Option(help="Temp-LoRA: learning passes over each chunk.")] = 2,
+    long_context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that long-context sees at once; left out: the host's positions.")
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help="A text to measure forgetting on after each book; may be given several times."),
+    ] = None,
+    held_out_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each held-out text.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
+    bos: Annotated[bool, typer.Option("--bos", help="Put the host's BOS token before every window.")] = False,
+    processes: Annotated[int, typer.Option(help="Share the work, one method on one book each, among so many processes.")] = 1,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Read books with several methods side by side, each scored before it learns; perplexity, time, forgetting."""
+    from .tasks.perplexity import run_perplexity
+    from .tasks.study import PerplexityTask
+
+    locas = dict(
+        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs, seed=seed
+    )
+    temp_lora = dict(
+        rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed
+    )
+    task = PerplexityTask(
+        books, model, out, methods, ablate, locas, temp_lora, long_context, window, stride, max_tokens, held_out or [],
+        held_out_tokens, bos, processes, dtype, device,
+    )
+    run_perplexity(task, _console())
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,6 +17,14 @@ def _choice(name: str, value, choices: tuple) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
+def paper_multiple(scale) -> float | None:
+    """16.0 for "16x", 1.0 for "paper"; None for a scale that is no multiple of the paper's."""
+    if scale == "paper":
+        return 1.0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x", scale) if isinstance(scale, str) else None
+    return float(match[1]) or None if match else None
+
+
 @dataclass(frozen=True)
 class LocasConfig:
     """The settings of a memory.
@@ -27,8 +36,8 @@ class LocasConfig:
         init: how gate and key rows start (docs/method.md, "Initialization"): "topk" clones the host neurons that the
             first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws directions;
             "activation" takes the FFN inputs of random tokens
-        scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), "host" (the same
-            without 1/r) or a number
+        scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it
+            such as "16x", "host" (the mean norm without 1/r) or a number
         clip: whether each slot row is kept at length 1 or less after every update
         backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
             "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
@@ -57,7 +66,10 @@ class LocasConfig:
             raise ValueError(f"rank is {self.rank}; expected an integer >= 1")
         object.__setattr__(self, "rank", int(self.rank))
         if isinstance(self.scale, str):
-            _choice("scale", self.scale, SCALES)
+            if self.scale not in SCALES and paper_multiple(self.scale) is None:
+                raise ValueError(
+                    f"scale is {self.scale!r}; expected paper, a multiple of it such as '16x', host or a number"
+                )
         elif isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
             raise TypeError(f"scale is {self.scale!r}; expected 'paper', 'host' or a number")
         elif not math.isfinite(self.scale) or self.scale == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import fused, ops, reference
 from .activations import activate, activation_index
 from .arena import SlotArena
-from .config import LocasConfig
+from .config import LocasConfig, paper_multiple
 from .hosts import Host, HostFFN, inspect_host, projection_device, value_norm_mean
 from .initialization import check_rank
 from .kernels import sideway_forward
@@ -244,7 +244,8 @@ class Attachment:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
         mean = value_norm_mean(ffn.dense_down(like))
-        return mean / self.config.rank if self.config.scale == "paper" else mean
+        multiple = paper_multiple(self.config.scale)
+        return mean if multiple is None else multiple * mean / self.config.rank
 
     def follow(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""

@@ -1,5 +1,7 @@
 """Models, tokenizers and texts by the names a command line gives them."""
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +44,54 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file, or its beginning.
+
+    name: the file's name without its ending
+    sha256: of the whole file
+    ids: [n] int64 token ids
+    words, bytes: of exactly the text that is scored, from the end of the first token to the end of the last: runs of
+        characters that are not white space, and bytes of UTF-8
+    """
+
+    name: str
+    sha256: str
+    ids: torch.Tensor
+    words: int
+    bytes: int
+
+    @property
+    def fingerprint(self) -> dict:
+        return {"name": self.name, "sha256": self.sha256, "tokens": len(self.ids)}
+
+
+def read_text(path: Path, tokenizer, max_tokens: int | None) -> Text:
+    """At most `max_tokens` tokens of a text file (None: all).
+
+    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or holds fewer than 2 tokens.
+    """
+    text = _read(path)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = encoded["input_ids"][:max_tokens]
+    if len(ids) < 2:
+        raise ValueError(f"{path} holds {len(ids)} token; expected at least 2, one to predict the other from")
+    if tokenizer.is_fast:
+        offsets = encoded["offset_mapping"]
+        scored = text[offsets[0][1] : offsets[len(ids) - 1][1]]
+    else:
+        scored = tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Text(path.stem, digest, torch.tensor(ids), len(scored.split()), len(scored.encode()))
+
+
 def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
     """The token ids [n] of text files one after another, with the end-of-text token between two.
 
@@ -50,11 +100,7 @@ def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
     """
     ids = []
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(_read(path), add_special_tokens=False)["input_ids"]
         if not tokens:
             raise ValueError(f"{path} holds no text")
         if ids and tokenizer.eos_token_id is not None:

@@ -1,6 +1,10 @@
 """results.json of a task: {"settings", "machine", "records"}, written whole after every record, so a run can be resumed."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint import write_atomically
@@ -30,6 +34,17 @@ def read(folder: Path) -> dict:
     return results
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that lock it out of a folder, so that several may write its results.json. Not reentrant."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_folder(folder: Path, settings: dict) -> list[dict]:
     """Makes the output folder, or takes up an earlier run's. Returns the records that are there already.
 
@@ -39,6 +54,11 @@ def open_folder(folder: Path, settings: dict) -> list[dict]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out: {folder} is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _take_up(folder, settings)
+
+
+def _take_up(folder: Path, settings: dict) -> list[dict]:
     if not (folder / NAME).exists():
         if foreign := next((entry.name for entry in folder.iterdir()), None):
             raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")

@@ -1,0 +1,133 @@
+"""Temp-LoRA, the peer: a LoRA adapter that learns each chunk right after it was scored and is thrown away at the end.
+
+As in its public code: LoRA on every linear layer but lm_head, AdamW with betas (0.9, 0.999) and no weight decay, a
+constant learning rate after a linear warm-up of 2 updates, 2 epochs a chunk. Taken from the protocol of `Memory.memorize`
+instead, so that the two compare: the windows, the score being the first epoch's loss, the context read into a KV cache
+without gradient (docs/method.md, "The online protocol"), AdamW's eps of 1e-8.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..chunk import Window
+from ..errors import LocasError
+from ..memory import Chunk, MemorizeReport
+from ..progress import StreamProgress
+from .truncation import check_stream
+
+WARMUP = 2  # updates
+
+
+def require_peft() -> None:
+    """LocasError, naming the extra to install, if peft is not there."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise LocasError("temp-lora needs peft, which is not installed: pip install 'locas_ext[eval]'") from None
+
+
+@contextmanager
+def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> Iterator[list[nn.Parameter]]:
+    """A fresh LoRA adapter on every linear layer of a host but lm_head, while the block runs.
+
+    model: a transformers causal language model; calls of it use the adapter inside the block
+    alpha: the adapter's output is scaled by alpha / rank; None: rank
+    seed: of its random half; the other is zero, so it adds nothing until it has learned something
+
+    Yields its parameters, float32. The host is frozen inside the block and exactly as before after it. Raises LocasError
+    if peft is not installed.
+    """
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attributes = set(model.__dict__)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, bias="none", target_modules="all-linear"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapper = get_peft_model(model, config)
+    try:
+        wrapper.eval()
+        yield [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+    finally:
+        wrapper.unload()
+        for name in set(model.__dict__) - attributes:
+            delattr(model, name)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required_grad[name])
+
+
+def _loss(model, window: Window) -> Tensor:
+    """Summed negative log-likelihood of a window's targets, with a graph over its inputs only."""
+    context, inputs, targets = (part.to(model.device) for part in window)
+    cache = DynamicCache(config=model.config)
+    if len(context):
+        with torch.no_grad():
+            model.base_model(input_ids=context[None], past_key_values=cache, use_cache=True)
+    logits = model(input_ids=inputs[None], past_key_values=cache, use_cache=True).logits
+    return F.cross_entropy(logits[0].float(), targets, reduction="sum")
+
+
+def temp_lora(
+    model,
+    parameters: list[nn.Parameter],
+    input_ids,
+    window: int,
+    stride: int,
+    learning_rate: float = 5e-5,
+    epochs: int = 2,
+    progress: bool = True,
+    callback: Callable[[Chunk], None] | None = None,
+    bos: bool = False,
+) -> MemorizeReport:
+    """Streams a text through a model inside a `lora` block and trains the adapter on each chunk after scoring it.
+
+    Args:
+        model: the host, in evaluation mode
+        parameters: what `lora` yielded
+        input_ids, window, stride, progress, callback, bos: as in `truncation`, the same windows
+        learning_rate: after the warm-up
+        epochs: updates a chunk
+
+    Returns a MemorizeReport; memory_version counts the updates before the chunk's score. Raises ValueError for
+    arguments that do not fit, LocasError at a loss that is not finite.
+    """
+    ids, token = check_stream(model, input_ids, window, stride, bos)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / WARMUP))
+    updates, report = 0, MemorizeReport()
+    started = time.perf_counter()
+    bar = StreamProgress(len(ids), 0, report, title="temp-lora") if progress else nullcontext()
+    with bar:
+        for start in range(0, len(ids), stride):
+            end = min(start + stride, len(ids))
+            if end == 1:  # the first token of a text is never scored
+                continue
+            part, version, nll = Window.of(ids, start, end, window, token), updates, None
+            for _ in range(epochs):
+                loss = _loss(model, part)
+                nll = loss.item() if nll is None else nll
+                if not math.isfinite(nll):
+                    raise LocasError(f"temp-lora: the loss is {nll} at tokens {start} to {end - 1}")
+                (loss / len(part.targets)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                updates += 1
+            report.chunks.append(Chunk(start, end, len(part.targets), nll, version))
+            report.seconds = time.perf_counter() - started
+            if progress:
+                bar.advance(end)
+            if callback is not None:
+                callback(report.chunks[-1])
+    report.seconds = time.perf_counter() - started
+    return report
