@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from locas_ext.tasks.assets import MODEL
 from locas_ext.tasks.locomo_answers import Prompts, answer, make_prompts
 from locas_ext.tasks.locomo_data import read_dialogues
 from locas_ext.tasks.locomo_prompts import dialogue_text, question_text
+from locas_ext.tasks.temp_lora import lora, temp_lora
 from locomo_samples import KITES, listed, long_dialogue
 
 NEW_TOKENS = 8
 OPTIONS = ["--window", "64", "--stride", "16", "--rank", "4", "--scale", "host", "--learning-rate", "0.05"]
+OPTIONS += ["--temp-lora-rank", "2", "--temp-lora-lr", "0.03", "--temp-lora-epochs", "1"]
 OPTIONS += ["--max-new-tokens", str(NEW_TOKENS), "--device", "cpu"]
 
 
@@ -65,7 +68,8 @@ def data(tmp_path_factory):
 
 def run(capsys, data, host_folder, out, methods, *more):
     status = main([
-        "locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods", methods, *OPTIONS, *map(str, more)
+        "locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods", methods, *OPTIONS,
+        *map(str, more),
     ])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
@@ -87,9 +91,7 @@ def test_answers_on_a_shared_context_equal_plain_generate(batch_size, context, w
     start = random_ids(context, seed=5)
     questions = [random_ids(3 + index % 3, seed=10 + index) for index in range(13)]
     counted = []
-    answers = answer(
-        model, tokens, Prompts(start, questions, 0), 12, batch_size, lambda count, written: counted.append((count, written))
-    )
+    answers = answer(model, tokens, Prompts(start, questions, 0), 12, batch_size, lambda *both: counted.append(both))
     expected = [plain_answer(model, tokens, torch.cat([start, question]), 12) for question in questions]
     assert answers == expected
     assert len(set(answers)) > 5 and min(map(len, answers)) < 6, "too uniform to show anything"
@@ -145,6 +147,22 @@ def finished(data, host_folder, tmp_path_factory):
     return out
 
 
+@contextmanager
+def having_read(model, ids, memory_name):
+    """The model with the memory of OPTIONS, through the calls that a user would make."""
+    if memory_name == "locas":
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+        memory.memorize(ids, window=64, stride=16, learning_rate=0.05, progress=False)
+        yield
+        memory.detach()
+    elif memory_name == "temp-lora":
+        with lora(model, 2) as parameters:
+            temp_lora(model, parameters, ids, 64, 16, learning_rate=0.03, epochs=1, progress=False)
+            yield
+    else:
+        yield
+
+
 @pytest.mark.parametrize("method", locomo.METHODS)
 def test_every_method_answers_as_generate_does_after_the_same_reading(method, finished, data, host_folder, tokenizer):
     model, _ = locomo.load_host(str(host_folder), None, "cpu")
@@ -154,12 +172,12 @@ def test_every_method_answers_as_generate_does_after_the_same_reading(method, fi
     for dialogue in read_dialogues([data]):
         prompts = make_prompts(tokenizer, dialogue, context == "full-context", 300, NEW_TOKENS)
         whole = torch.tensor(tokenizer(dialogue_text(dialogue), add_special_tokens=False)["input_ids"])
-        memory = None
-        if memory_name == "locas":
-            memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
-            memory.memorize(whole, window=64, stride=16, learning_rate=0.05, progress=False)
-        for index, (question, ids) in enumerate(zip(dialogue.questions, prompts.questions)):
-            prediction = plain_answer(model, tokenizer, torch.cat([prompts.context, ids]), NEW_TOKENS)
+        with having_read(model, whole, memory_name):
+            answers = [
+                plain_answer(model, tokenizer, torch.cat([prompts.context, ids]), NEW_TOKENS)
+                for ids in prompts.questions
+            ]
+        for index, (question, prediction) in enumerate(zip(dialogue.questions, answers)):
             expected = {
                 "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
                 "gold": question.answer, "prediction": prediction, "cut_tokens": prompts.cut_tokens,
@@ -170,8 +188,6 @@ def test_every_method_answers_as_generate_does_after_the_same_reading(method, fi
                 expected |= {"trap": question.trap, "trap_f1": trap_f1}
             assert lines[at] == expected
             at += 1
-        if memory is not None:
-            memory.detach()
     assert at == len(lines) == 9
 
 
@@ -204,7 +220,7 @@ def test_results_hold_settings_scores_cuts_and_the_control(finished):
 def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
     text = (finished / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == "| category | questions | " + " | ".join([*locomo.METHODS, "all-refuse"]) + " |"
+    assert rows[0] == "| category | n | " + " | ".join([*locomo.METHODS, "all-refuse"]) + " |"
     assert [row.split(" | ")[:2] for row in rows[2:8]] == [
         ["| 1 multi-hop", "2"], ["| 2 temporal", "1"], ["| 3 open-domain", "1"], ["| 4 single-hop", "2"],
         ["| 5 adversarial", "3"], ["| 5, minus trap F1", "3"],
@@ -217,7 +233,7 @@ def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(finished, other)
     merged = report.merge_reports([finished, other], tmp_path / "merged").read_text()
-    assert merged.count("| category | questions |") == 2 and f"({other.name})" in merged
+    assert merged.count("| category | n |") == 2 and f"({other.name})" in merged
 
 
 def test_the_table_fits_a_narrow_console(finished, capsys, data, host_folder):
@@ -226,20 +242,20 @@ def test_the_table_fits_a_narrow_console(finished, capsys, data, host_folder):
     assert "…" not in out and "5 adversarial" in out and max(map(len, out.splitlines()[:16])) <= 80
 
 
-def test_an_ended_run_goes_on_behind_the_last_finished_dialogue(finished, data, host_folder, tmp_path, capsys, monkeypatch):
+def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_folder, tmp_path, capsys, monkeypatch):
     methods, out = ",".join(locomo.METHODS), tmp_path / "run"
     calls = []
 
-    def ends_in_the_sixth(*arguments):
+    def ends_in_the_second_dialogue(*arguments):
         calls.append(arguments)
-        if len(calls) == 6:
+        if len(calls) == len(locomo.METHODS) + 2:
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(locomo, "answer", ends_in_the_sixth)
+    monkeypatch.setattr(locomo, "answer", ends_in_the_second_dialogue)
     status, _, err = run(capsys, data, host_folder, out, methods)
-    total = 2 * (len(locomo.METHODS) + 1)
-    assert status == 130 and f"7 of {total} pairs" in err and "goes on" in err
+    count = len(locomo.METHODS)
+    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "goes on" in err
     # as if it had been ended a moment earlier: predictions written, results not yet
     content = json.loads((out / "results.json").read_text())
     assert content["records"].pop()["dialogue"] == "long"
@@ -247,7 +263,7 @@ def test_an_ended_run_goes_on_behind_the_last_finished_dialogue(finished, data, 
 
     status, _, err = run(capsys, data, host_folder, out, methods)
     assert status == 0, err
-    assert len(calls) == 6 + 2 * len(locomo.METHODS) - 4  # the fifth again, and all that were missing
+    assert len(calls) == count + 2 + count  # the second dialogue's once more: one unrecorded, one ended
     for method in (*locomo.METHODS, "all-refuse"):
         assert predictions(out, method) == predictions(finished, method)
     key = lambda record: (record["method"], record["dialogue"])  # noqa: E731
@@ -288,8 +304,8 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
 @pytest.mark.parametrize(
     "methods, options, message",
     [
-        ("no-context,context", [], "--methods: 'context'; expected some of full-context, no-context, full-context+locas"),
-        ("", [], "--methods: ''; expected some of"),
+        ("no-context,context", [], "no-context, full-context+locas, no-context+locas, full-context+temp-lora"),
+        ("", [], "--methods is empty; expected some of"),
         ("no-context", ["--max-new-tokens", 0], "--max-new-tokens is 0; expected an integer >= 1"),
         ("no-context", ["--batch-size", 0], "--batch-size is 0; expected an integer >= 1"),
         ("no-context", ["--max-new-tokens", 290], "300 positions"),
@@ -297,6 +313,9 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
         ("full-context,no-context+locas", ["--stride", 0], "stride is 0; expected an integer from 1 to 64"),
         ("full-context,no-context+locas", ["--rank", 41], "rank is 41"),
         ("full-context,no-context+locas", ["--learning-rate", -1], "learning_rate is -1"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-rank", 0], "temp-lora-rank is 0"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-lr", -1], "temp-lora-lr is -1"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-epochs", 0], "temp-lora-epochs is 0"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(

@@ -118,7 +118,9 @@ def test_no_session_is_an_error(tmp_path):
         read_dialogues([write(tmp_path / "bad.json", content)])
 
 
-@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[]", "empty list"), ("3", "is int; expected an object")])
+@pytest.mark.parametrize(
+    "text, message", [("{", "is not JSON"), ("[]", "empty list"), ("3", "is int; expected an object")]
+)
 def test_a_file_of_something_else(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """`locas locomo`: questions about long dialogues that are in the window, in a memory, in both or in neither."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import memory as locas
 from ..config import LocasConfig
 from . import Interrupted, results
+from .arms import choose
 from .loading import load_host
 from .locomo_answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
 from .locomo_data import Dialogue, read_dialogues
@@ -21,6 +23,7 @@ from .locomo_prompts import PROMPTS, dialogue_text
 from .locomo_report import table
 from .locomo_scoring import REFUSAL, check_installed
 from .report import write_report
+from .temp_lora import lora, temp_lora
 
 CONTEXTS = ("full-context", "no-context")
 
@@ -29,19 +32,21 @@ CONTEXTS = ("full-context", "no-context")
 class LocomoTask:
     """The arguments of the command; those that are not here are in LocasConfig and Memory.memorize.
 
-    methods: of METHODS, comma-separated
+    methods: of METHODS
+    temp_lora: rank, learning_rate and epochs of that memory
     batch_size: how many questions are answered at once
     """
 
     data: list[Path]
     model: str
-    methods: str
+    methods: list[str]
     out: Path
     config: LocasConfig
     window: int | None
     stride: int | None
     learning_rate: float
     epochs: int
+    temp_lora: dict
     max_new_tokens: int
     batch_size: int
     dtype: str | None
@@ -64,12 +69,24 @@ def _locas(host, ids: Tensor, task: LocomoTask, bos: bool, progress: bool) -> It
 
 
 @contextmanager
+def _temp_lora(host, ids: Tensor, task: LocomoTask, bos: bool, progress: bool) -> Iterator[None]:
+    """The same with a LoRA adapter for a memory."""
+    settings = task.temp_lora
+    with lora(host, settings["rank"], seed=task.config.seed) as parameters:
+        temp_lora(
+            host, parameters, ids, task.window, task.stride, settings["learning_rate"], settings["epochs"], progress,
+            bos=bos,
+        )
+        yield
+
+
+@contextmanager
 def _none(host, ids: Tensor, task: LocomoTask, bos: bool, progress: bool) -> Iterator[None]:
     """The host alone."""
     yield
 
 
-MEMORIES = {"": _none, "locas": _locas}  # by what stands behind the + in a method's name
+MEMORIES = {"": _none, "locas": _locas, "temp-lora": _temp_lora}  # by what stands behind the + in a method's name
 METHODS = tuple(f"{context}+{memory}".rstrip("+") for memory in MEMORIES for context in CONTEXTS)
 
 
@@ -100,15 +117,13 @@ def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]
         yield advance
 
 
-def _answer_dialogue(
-    host, tokenizer, dialogue: Dialogue, methods: tuple[str, ...], task: LocomoTask, output: Output
-) -> None:
+def _answer_dialogue(host, tokenizer, dialogue: Dialogue, task: LocomoTask, output: Output) -> None:
     """Every method that is not in `output` yet; methods with the same memory share one reading."""
     if not output.has(ALL_REFUSE, dialogue.name):
         output.add(ALL_REFUSE, dialogue, [REFUSAL] * len(dialogue.questions), cut_tokens=0, seconds=0.0)
     ids, bos = token_ids(tokenizer, dialogue_text(dialogue)), starts_with_bos(tokenizer)
     for memory in MEMORIES:
-        missing = [name for name in methods if _split(name)[1] == memory and not output.has(name, dialogue.name)]
+        missing = [name for name in task.methods if _split(name)[1] == memory and not output.has(name, dialogue.name)]
         if not missing:
             continue
         started = time.perf_counter()
@@ -133,12 +148,22 @@ def _prompts(host, tokenizer, dialogue: Dialogue, method: str, task: LocomoTask)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
-def _check_methods(text: str) -> tuple[str, ...]:
-    methods = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"--methods: {method!r}; expected some of {', '.join(METHODS)}")
-    return methods
+def _check(task: LocomoTask) -> None:
+    """ValueError or LocasError for what can be seen before anything is loaded."""
+    choose("--methods", task.methods, METHODS)
+    if not task.methods:
+        raise ValueError(f"--methods is empty; expected some of {', '.join(METHODS)}")
+    temp_lora = task.temp_lora
+    counts = {
+        "--max-new-tokens": task.max_new_tokens, "--batch-size": task.batch_size, "--temp-lora-rank": temp_lora["rank"],
+        "--temp-lora-epochs": temp_lora["epochs"],
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected an integer >= 1")
+    if not 0 <= temp_lora["learning_rate"] < math.inf:
+        raise ValueError(f"--temp-lora-lr is {temp_lora['learning_rate']}; expected a finite number >= 0")
+    check_installed()
 
 
 def _resolved(task: LocomoTask, host) -> LocomoTask:
@@ -147,24 +172,25 @@ def _resolved(task: LocomoTask, host) -> LocomoTask:
     return replace(task, window=window, stride=max(1, window // 4) if task.stride is None else task.stride)
 
 
-def _rehearse(host, tokenizer, dialogues: list[Dialogue], methods: tuple[str, ...], task: LocomoTask) -> None:
+def _rehearse(host, tokenizer, dialogues: list[Dialogue], task: LocomoTask) -> None:
     """Raises what would not fit later, before anything is written: prompts that are too long, settings of a memory."""
     for dialogue in dialogues:
         _prompts(host, tokenizer, dialogue, "no-context", task)
     first_chunk = token_ids(tokenizer, dialogue_text(dialogues[0]))[: max(2, task.stride)]
-    for memory in dict.fromkeys(_split(method)[1] for method in methods):
+    for memory in dict.fromkeys(_split(method)[1] for method in task.methods):
         with MEMORIES[memory](host, first_chunk, task, starts_with_bos(tokenizer), progress=False):
             pass
 
 
-def _settings(task: LocomoTask, methods: tuple[str, ...], dialogues: list[Dialogue], host) -> dict:
+def _settings(task: LocomoTask, dialogues: list[Dialogue], host) -> dict:
     config = task.config
     return {
-        "command": "locomo", "model": task.model, "dtype": str(host.dtype).removeprefix("torch."), "methods": methods,
+        "command": "locomo", "model": task.model, "dtype": str(host.dtype).removeprefix("torch."),
+        "methods": task.methods,
         "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
         "positions": _positions(host), "window": task.window, "stride": task.stride, "rank": config.rank,
         "init": config.init, "scale": config.scale, "seed": config.seed, "learning_rate": task.learning_rate,
-        "epochs": task.epochs,
+        "epochs": task.epochs, **{f"temp_lora_{name}": value for name, value in task.temp_lora.items()},
         "max_new_tokens": task.max_new_tokens, "batch_size": task.batch_size, "prompts": PROMPTS,
     }
 
@@ -177,21 +203,17 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
     Raises ValueError or OSError for arguments or data that do not fit, LocasError if a library is missing, Interrupted
     at Ctrl-C.
     """
-    methods = _check_methods(task.methods)
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(task, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(task, name)}; expected an integer >= 1")
-    check_installed()
+    _check(task)
     dialogues = read_dialogues(task.data)
     host, tokenizer = load_host(task.model, task.dtype, task.device)
     task = _resolved(task, host)
-    _rehearse(host, tokenizer, dialogues, methods, task)
-    output = Output(task.out, _settings(task, methods, dialogues, host))
+    _rehearse(host, tokenizer, dialogues, task)
+    output = Output(task.out, _settings(task, dialogues, host))
     try:
         for dialogue in dialogues:
-            _answer_dialogue(host, tokenizer, dialogue, methods, task, output)
+            _answer_dialogue(host, tokenizer, dialogue, task, output)
     except KeyboardInterrupt:
-        total = len(dialogues) * (len(methods) + 1)
+        total = len(dialogues) * (len(task.methods) + 1)
         raise Interrupted(
             f"{len(output.records)} of {total} pairs of method and dialogue are finished and kept in {task.out}; "
             "the same command goes on"

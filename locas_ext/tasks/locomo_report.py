@@ -18,7 +18,7 @@ _LABELS = {
 
 
 def _columns(content: dict) -> dict[str, list[str]]:
-    """{title: cells}: the questions a category has, then each method's F1 in percent; the last row is its seconds."""
+    """{title: cells}: n questions of each category, then each method's F1 in percent; the last row is its seconds."""
     by_method: dict[str, list[dict]] = {}
     for record in content["records"]:
         by_method.setdefault(record["method"], []).append(record)
@@ -27,7 +27,7 @@ def _columns(content: dict) -> dict[str, list[str]]:
     control = pooled.get(ALL_REFUSE, {})
     columns = {
         "category": [*_LABELS.values(), "seconds"],
-        "questions": [*(str(control[name]["count"]) if name in control else "0" for name in _LABELS), ""],
+        "n": [*(str(control[name]["count"]) if name in control else "0" for name in _LABELS), ""],
     }
     for method in (*content["settings"]["methods"], ALL_REFUSE):
         if scores := pooled.get(method):
@@ -42,7 +42,7 @@ def _title(content: dict) -> str:
 
 
 def table(content: dict) -> Table:
-    result = Table(title=_title(content), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table(title=_title(content), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     columns = _columns(content)
     for name in columns:
         header = name.replace("-", "-\n").replace("+", "\n+")  # six methods fit into 80 columns
