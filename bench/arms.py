@@ -15,10 +15,10 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from locas_ext import kernels, reference
-from locas_ext.hosts import HostFFN
+from locas_ext.host_ffn import GatedFFN
 from locas_ext.ops import GluFFNFunction, fused_backend
 from locas_ext.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
-from locas_ext.slots import MemoryState
+from locas_ext.slots import PLANES, MemoryState
 
 SCALE = 0.1
 
@@ -35,10 +35,10 @@ class Operands:
             slots = F.normalize(torch.randn(1, 3, rank, d), dim=-1)
             self.x = torch.empty(tokens, d, dtype=dtype).requires_grad_()
             self.dy = torch.empty(tokens, d, dtype=dtype)
-        self.state = MemoryState((0,), rank, d, [SCALE], [device], dtype)
-        self.state.set_slots(slots, version=1, initialized=True)
+        self.state = MemoryState((0,), PLANES["glu"], rank, d, [SCALE], [device], dtype)
+        self.state.set_slots(slots, version=1)
         self.arena = self.state.arenas[0]
-        self.host = HostFFN(self.mlp, "silu").weights()
+        self.host = GatedFFN(self.mlp, "silu").weights()
         self.renew()
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ def _ours(backend):
 
 def rehomed(operands):
     mlp = copy.deepcopy(operands.mlp)  # the others keep the weights as they are
-    home = RehomedFFN(HostFFN(mlp, "silu"), operands.state, operands.arena, 0, mlp)
+    home = RehomedFFN(GatedFFN(mlp, "silu"), operands.state, operands.arena, 0, mlp)
     home.move_in(storage_users(mlp))
     home.refresh()
     slots, grad = operands.arena.parameters[0], operands.arena.grads[0]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything half an hour on a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
 #
-#      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms decode train long stream memcheck racecheck; default all
+#      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms decode train long stream write memcheck racecheck; default all
 #
 # Each step has its own time limit and log; one that fails or runs out of time does not stop the next, except the build.
 # OUT gets NAME.log, NAME.json, NAME.csv and summary.txt, which is printed last. SCALE=0.5 halves every limit.
@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUT [STEP...]}
 shift
-steps=${*:-build test update gemms decode train long stream memcheck racecheck}
+steps=${*:-build test update gemms decode train long stream write memcheck racecheck}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 : >"$out/summary.txt"
@@ -19,7 +19,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} LOCAS_CUDA=1
 sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all"
 command -v compute-sanitizer >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 small="python_tests/test_update.py python_tests/test_cuda.py python_tests/test_fused.py -q -m cuda"
-some="where_finite or updates_match or summed_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
+some="where_finite or updates_match or token_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
 
 step() { # NAME SECONDS COMMAND...
   local name=$1 limit started=$SECONDS status
@@ -46,11 +46,13 @@ step train 200 "$python" -m bench.ffn --device cuda --tokens 512 2048 --calls 10
 step long 120 "$python" -m bench.ffn --device cuda --tokens 8192 --calls 4 --rounds 15 --out "$out/long.json"
 step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --random 1024 28 --tokens 24000 --window 2048 \
   --stride 512 --out "$out/stream.json"
+step write 120 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
+  --out "$out/write.json"
 step memcheck 240 $sanitizer --tool memcheck "$python" -m pytest $small -k "$some"
 step racecheck 240 $sanitizer --tool racecheck "$python" -m pytest $small -k "$some"
 
 echo
-for name in update decode train long stream; do # the last table of each log is its compact one
+for name in update decode train long stream write; do # the last table of each log is its compact one
   [ -f "$out/$name.log" ] &&
     awk '/┏/ {table = title; inside = 1} inside {table = table "\n" $0} /└/ {inside = 0} {title = $0} END {if (table) print table}' \
       "$out/$name.log"

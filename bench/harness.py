@@ -60,10 +60,18 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int 
     seconds = {name: [] for name in arms}
     for _ in range(rounds):
         for name, run in arms.items():
+            _wait_for_gpu()
             start = time.perf_counter()
             run()
+            _wait_for_gpu()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _wait_for_gpu() -> None:
+    """An arm on CUDA may return before its work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def percentile(values: list[float], percent: float) -> float:

@@ -1,5 +1,5 @@
 // The formulas of the memory, each once, for the CPU and the GPU: activations, their derivatives, the optimizer
-// step of one element and the row clip. docs/method.md derives them.
+// step of one element, the row clip and what a closed-form slot is scaled by. docs/method.md derives them.
 #pragma once
 
 #include <bit>
@@ -120,5 +120,11 @@ LOCAS_INLINE float adamw_element(const AdamWFactors& f, float w, float g, float&
 LOCAS_INLINE float clip_factor(float sum_of_squares) {
   return sum_of_squares > 1.0f ? 1.0f / sqrtf(sum_of_squares) : 1.0f;
 }
+
+// The factor that brings a vector of this length to length 1; a zero vector stays zero.
+LOCAS_INLINE double inverse_norm(double norm) { return norm > 0.0 ? 1.0 / norm : 0.0; }
+
+// Whether a sum of squares, or a norm, comes from finite numbers only.
+LOCAS_INLINE bool is_finite(double sum) { return sum <= 1.7976931348623157e308; }
 
 }  // namespace locas

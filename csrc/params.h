@@ -19,9 +19,9 @@ struct Rows {
   int64_t stride;  // elements from one row to the next
 };
 
-// out = scale * act(gate) * up
+// out = scale * act(gate) * up. A two-layer FFN has no up: its data is null then, and stands for ones.
 struct GluForwardParams {
-  Rows gate, up;  // [rows, cols] pre-activations
+  Rows gate, up;  // [rows, cols] pre-activations; up's data may be null
   Rows out;       // [rows, cols]
   int64_t rows, cols;
   float scale;
@@ -33,8 +33,8 @@ struct GluForwardParams {
 // d_hidden may be the same memory as d_gate: every element is read before it is written.
 struct GluBackwardParams {
   Rows d_hidden;       // [rows, cols]
-  Rows gate, up;       // [rows, cols] saved pre-activations
-  Rows d_gate, d_up;   // [rows, cols] out
+  Rows gate, up;       // [rows, cols] saved pre-activations; up's data may be null, as in the forward
+  Rows d_gate, d_up;   // [rows, cols] out; d_up's data is null where up's is
   Rows hidden;         // [rows, cols] out: scale * act(gate) * up once more; data may be null
   int64_t rows, cols;
   float scale;
@@ -199,6 +199,31 @@ struct SgdParams {
   float momentum, weight_decay;
   bool clip;
   DeviceScalar finite = {nullptr, DType::f32};  // data may be null
+};
+
+// Closed-form slots, one a token a layer: key = A / ||A||, value = epsilon * G / ||G|| with ||G|| over all layers of
+// the token. Nothing is written unless all inputs, gradients and norms are finite.
+struct WriteSlotsParams {
+  const void *inputs, *gradients;  // A, G: [layers, tokens, d]
+  float* slots;                    // [layers, 2, capacity, d] fp32 master: rows [start, start + tokens) are written
+  void* compute;                   // [layers, 2, capacity, d] rounded copy of those rows; may be null
+  const float* gradient_norms;     // ||G||: [tokens]; null: of `gradients`
+  float* norms;                    // [tokens] out: ||G||, NaN for a token of which something is not finite
+  double* workspace;               // workspace_size() doubles: each row's sum of squares, then whether all is finite
+  int64_t layers, tokens, capacity, start, d;
+  double epsilon;
+  DType dtype, compute_dtype;
+
+  // Rows are counted through the inputs [layers, tokens], then through the gradients.
+  constexpr int64_t rows() const { return 2 * layers * tokens; }
+  constexpr int64_t workspace_size() const { return rows() + 1; }
+  constexpr bool is_value(int64_t row) const { return row >= layers * tokens; }
+  // The row of inputs or gradients, and the row of the slots that it goes to.
+  constexpr int64_t source_row(int64_t row) const { return is_value(row) ? row - layers * tokens : row; }
+  constexpr int64_t slot_row(int64_t row) const {
+    const int64_t source = source_row(row), layer = source / tokens, token = source % tokens;
+    return (2 * layer + is_value(row)) * capacity + start + token;
+  }
 };
 
 // One layer's slots' gradient that nobody has formed yet: dG = d_gate^T x, dK = d_key^T x, dV = hidden^T dy.

@@ -2,13 +2,25 @@
 
 from .config import LocasConfig
 from .errors import LocasError
-from .memory import Chunk, LayerStatus, MemorizeReport, Memory, Snapshot, attach, load, memory_of
+from .memory import (
+    Chunk,
+    CompressReport,
+    LayerStatus,
+    MemorizeReport,
+    Memory,
+    Snapshot,
+    WriteReport,
+    attach,
+    load,
+    memory_of,
+)
 from .merge import unmerge
 from .optim import SlotAdamW, SlotSGD
 from .version import __version__
 
 __all__ = [
     "Chunk",
+    "CompressReport",
     "LayerStatus",
     "LocasConfig",
     "LocasError",
@@ -17,6 +29,7 @@ __all__ = [
     "SlotAdamW",
     "SlotSGD",
     "Snapshot",
+    "WriteReport",
     "__version__",
     "attach",
     "load",

@@ -1,8 +1,9 @@
 """An arena: the slots of all layers on one device, in one tensor, with optimizer states, gradient and compute copy.
 
-slots is float32 [l, 3, r, d]: for each layer the gate rows G, the key rows K and the value rows V. One update launch
-serves all layers of a device, and clipping is one rule: no row longer than 1. What the layers compute with is `compute`,
-the slots in the host's dtype (the same tensor for a float32 host).
+slots is float32 [l, planes, capacity, d]: for each layer the gate rows G, the key rows K and the value rows V; of Locas-MLP
+the key and the value rows. One update launch serves all layers of a device, and clipping is one rule: no row longer than 1.
+What the layers compute with is `compute`, the slots in the host's dtype (the same tensor for a float32 host). Slots behind
+the `used` ones are zero.
 """
 
 import torch
@@ -19,23 +20,26 @@ class SlotArena:
 
     Attributes:
         positions: which of the memory's L layers these l are, ascending
-        slots: [l, 3, r, d] float32, the master
-        grad: [l, 3, r, d] float32
-        parameters: l nn.Parameters [3, r, d], views of slots; their .grad are views of grad
+        slots: [l, planes, capacity, d] float32, the master
+        used: how many slots, the first ones, hold something
+        grad: as slots
+        parameters: l nn.Parameters [planes, capacity, d], views of slots; their .grad are views of grad
         accumulates: whether backwards add the gradient here, as while memorizing, instead of handing it to autograd
         factors: l SlotFactors where the gradient is kept unformed for the update (fused.py), else None
-        compute, views: the slots in the host's dtype, and per layer (gate and key rows, value rows)
+        compute, views: the slots in the host's dtype, and per layer the used ones as (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
         step: [] int64, the number of AdamW updates so far
         exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
     """
 
-    def __init__(self, positions: list[int], rank: int, hidden_size: int, scale: list[float], device, dtype):
-        self.positions = positions
+    def __init__(
+        self, positions: list[int], planes: int, capacity: int, hidden_size: int, scale: list[float], device, dtype
+    ):
+        self.positions, self.used = positions, 0
         self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
         self.accumulates, self.factors = False, None
         with torch.inference_mode(False), torch.no_grad():
-            self.slots = torch.zeros(len(positions), 3, rank, hidden_size, device=device)
+            self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, device=device)
             self.grad = torch.zeros_like(self.slots)
             self.scale = torch.tensor(scale, dtype=torch.float32)
             self.step = torch.zeros((), dtype=torch.int64, device=device)
@@ -46,8 +50,8 @@ class SlotArena:
     def _bind(self, dtype: torch.dtype) -> None:
         self.scales = self.scale.tolist()
         self.compute = self.slots if dtype == torch.float32 else self.slots.to(dtype)
-        self.views = [SlotViews.of(layer) for layer in self.compute]
         self.grads = list(self.grad)
+        self.use(self.used)
         self._bind_grads()
         self.record_versions()
 
@@ -55,15 +59,53 @@ class SlotArena:
         for parameter, grad in zip(self.parameters, self.grads):
             parameter.grad = grad
 
+    @property
+    def capacity(self) -> int:
+        return self.slots.shape[2]
+
+    def use(self, used: int) -> None:
+        self.used = used
+        self.views = [SlotViews.of(layer[:, :used]) for layer in self.compute]
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
         with torch.inference_mode(False), torch.no_grad():
-            for name in ("slots", "grad", "step", *OPTIMIZER_STATES):
-                if (tensor := getattr(self, name)) is not None:
-                    setattr(self, name, tensor.to(device))
+            self.take({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
+
+    def resized(self, capacity: int) -> dict[str, Tensor]:
+        """Copies of all tensors with room for `capacity` slots, for `take`."""
+        rows = min(self.capacity, capacity)
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = {}
+            for name, tensor in self._tensors().items():
+                if tensor.dim() == 4:
+                    layers, planes, _, d = tensor.shape
+                    new = tensor.new_zeros(layers, planes, capacity, d)
+                    new[:, :, :rows] = tensor[:, :, :rows]
+                    tensors[name] = new
+            return tensors
+
+    @torch.no_grad()
+    def drop_oldest(self, count: int) -> None:
+        for tensor in self._tensors().values():
+            if tensor.dim() == 4:
+                tensor[:, :, :-count] = tensor[:, :, count:].clone()
+                tensor[:, :, -count:] = 0
+        self.round_slots()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("slots", "grad", "step", *OPTIMIZER_STATES)
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def take(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Puts other tensors in the place of those of the same names."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in tensors.items():
+                setattr(self, name, tensor)
             for parameter, layer in zip(self.parameters, self.slots):
                 parameter.grad = None
                 parameter.data = layer
+            self.used = min(self.used, self.capacity)
             self._bind(dtype)
 
     # ---- changes by others, such as a stock torch optimizer --------------------------------------------------

@@ -45,7 +45,7 @@ def fingerprint(host: Host) -> dict:
     """
     digest, like = hashlib.sha256(), host.hidden_state_like()
     for ffn in host.ffns:
-        weight = ffn.dense_gate_up(like)[0].detach().reshape(-1)
+        weight = ffn.input_rows(like)[0].detach().reshape(-1)
         samples = weight[:: max(1, weight.numel() // 64)].to("cpu", torch.bfloat16)
         digest.update(samples.view(torch.int16).numpy().tobytes())
     return {
@@ -128,7 +128,7 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
         "host": fingerprint(attachment.host),
         "memory_version": state.version,
         "initialized": state.initialized,
-        "slots_used": state.rank if state.initialized else 0,
+        "slots_used": state.used,
         "tokens_seen": stream.position if stream else 0,
         "stream": stream.to_dict() if stream and optimizer else None,
         "memory_sha256": _digest(content),
@@ -192,8 +192,9 @@ def _problem(record: dict) -> str | None:
             return f"{name} is {record[name]!r}"
     if extra := record.keys() - _RECORD.keys():
         return f"unknown keys {', '.join(sorted(extra))}"
-    if record["memory_version"] < 0:
-        return f"memory_version is {record['memory_version']}"
+    for name in ("memory_version", "slots_used"):
+        if record[name] < 0:
+            return f"{name} is {record[name]}"
     if missing := {field.name for field in fields(LocasConfig)} - record["config"].keys():
         return f"config lacks {', '.join(sorted(missing))}"
     try:
@@ -267,8 +268,10 @@ def load(attachment: Attachment, path: str | Path) -> None:
         raise LocasError(f"{folder / MEMORY_NAME} lacks {', '.join(sorted(missing))}")
     if extra := set(tensors) - allowed:
         raise LocasError(f"{folder / MEMORY_NAME} holds unknown tensors: {', '.join(sorted(extra))}")
+    rows = record["slots_used"] if state.grows and record["slots_used"] else state.rank
+    slots_shape = torch.Size((len(state.layers), state.planes, rows, state.hidden_size))
     for name, tensor in tensors.items():
-        shape = {"scale": state.shape[:1], "step": torch.Size()}.get(name, state.shape)
+        shape = {"scale": slots_shape[:1], "step": torch.Size()}.get(name, slots_shape)
         dtype = torch.int64 if name == "step" else torch.float32
         if tensor.shape != shape or tensor.dtype != dtype:
             raise LocasError(
@@ -279,5 +282,5 @@ def load(attachment: Attachment, path: str | Path) -> None:
             raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")
     stream = _stream(record)
 
-    state.load(tensors, record["memory_version"], record["initialized"])
+    state.load(tensors, record["memory_version"], record["slots_used"])
     attachment.stream = stream

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from .chunk_attention import chunk_attention
 from .hosts import Host
-from .ops import summed_nll
+from .ops import token_nll
 
 
 class Window(NamedTuple):
@@ -87,10 +87,10 @@ def may_end_early(model) -> bool:
     )
 
 
-def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
-    """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph over its inputs."""
+def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
+    """The logits [n, V] of a window's targets, with a graph over its inputs (context_gradient: over its context too)."""
     model, device = host.model, host.input_device()
-    context, inputs, targets = (part.to(device)[None] for part in (window.context, window.inputs, window.targets))
+    context, inputs = window.context.to(device)[None], window.inputs.to(device)[None]
     if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
         # Given a cache, transformers does not read the position ids back from the device.
@@ -103,4 +103,10 @@ def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: b
         cache.fill(model, context, ends_early)
         with chunk_attention(host):
             logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-    return summed_nll(logits, targets.to(logits.device))
+    return logits[0]
+
+
+def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
+    """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `chunk_logits`."""
+    logits = chunk_logits(host, window, context_gradient, ends_early)
+    return token_nll(logits, window.targets.to(logits.device)).sum()

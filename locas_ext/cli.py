@@ -76,12 +76,21 @@ def memorize(
         str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
     ] = "paper",
     init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
+    variant: Annotated[str, typer.Option(help="glu for hosts with a gated FFN, mlp for those with a two-layer one.")] = "glu",
     window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 4e-3,
     epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     seed: Annotated[int, typer.Option(help="Of the random inits.")] = 0,
+    update: Annotated[str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")] = "backprop",
+    epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
+    capacity: Annotated[
+        int | None, typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank.")
+    ] = None,
+    compress_to: Annotated[
+        int | None, typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
     save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
     dtype: Dtype = None,
@@ -90,11 +99,12 @@ def memorize(
     """Stream texts through a model into a memory."""
     from .tasks.memorize import MemorizeTask, run_memorize
 
-    config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
-    task = MemorizeTask(
-        texts, model, out, config, window, stride, learning_rate, epochs, optimizer, resume, save_every, dtype, device
+    settings = dict(
+        window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer, update=update,
+        epsilon=epsilon, capacity=capacity, compress_to=compress_to,
     )
-    run_memorize(task, _console())
+    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, seed=seed)
+    run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), _console())
 
 
 def _names(text: str) -> list[str]:
@@ -140,7 +150,7 @@ def perplexity(
     held_out_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each held-out text.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
     bos: Annotated[bool, typer.Option("--bos", help="Put the host's BOS token before every window.")] = False,
-    processes: Annotated[int, typer.Option(help="Share the work, one method on one book each, among so many processes.")] = 1,
+    processes: Annotated[int, typer.Option(help="Share the work, one arm on one book each, among so many processes; for times, use 1.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -233,6 +243,51 @@ def merge(
     from .tasks.merge import run_merge
 
     run_merge(model, memory, out, pad_to_multiple_of, dtype, _console())
+
+
+@app.command()
+def capability(
+    model: Model,
+    memory: MemoryFolder,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help="A UTF-8 text the memory has not read; for several: again. Left out: the shipped one."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens seen at once; a memory is judged window by window.")] = 128,
+    merged: Annotated[
+        bool | None,
+        typer.Option(help="Whether the merged model is measured, which needs a second copy of the FFNs; "
+                     "left out: on texts, not on --tasks."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval.")
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples before each question; left out: what the task says.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of lm-eval.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Further task files of lm-eval's kind; their data may be local.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results.json and report.md go; left out: the tables only.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """What a memory does to the host's general ability: before, attached, merged, detached."""
+    from .tasks.capability import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
+
+    names = tuple(name for name in (tasks or "").split(",") if name)
+    if not names and (tasks, few_shot, limit, include_path) != (None, None, None, None):
+        raise ValueError(
+            f"--tasks is {tasks!r}; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
+        )
+    asked = HarnessTasks(names, few_shot, limit, batch_size, include_path) if names else None
+    texts = held_out or [DEFAULT_TEXT]
+    run_capability(CapabilityTask(model, memory, texts, window, merged, asked, seed, out, dtype, device), _console())
 
 
 @app.command()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-VARIANTS = ("glu",)
+VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
@@ -30,10 +30,11 @@ class LocasConfig:
     """The settings of a memory.
 
     Args:
-        variant: "glu", for hosts with gate, up and down projections (the paper's Locas-GLU)
-        rank: r, the number of slots a layer, at least 1
+        variant: "glu", for hosts with gate, up and down projections (the paper's Locas-GLU), or "mlp" (Locas-MLP), for
+            hosts with two-layer FFNs
+        rank: r, the number of slots a layer, at least 1; Locas-MLP begins with so many and grows when slots are written
         layers: which decoder layers get a memory, as indices (negative ones count from the end); None: all
-        init: how gate and key rows start (docs/method.md, "Initialization"): "topk" clones the host neurons that the
+        init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones the host neurons that the
             first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws directions;
             "activation" takes the FFN inputs of random tokens
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it

@@ -23,20 +23,19 @@ def check_rank(config: LocasConfig, intermediate_size: int) -> None:
 def initial_rows(
     config: LocasConfig,
     importance: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
+    host_rows: tuple[Tensor, ...],
     ffn_input: Tensor,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Gate and key rows [r, d] float32 of length 1 for one layer.
+) -> list[Tensor]:
+    """The rows [r, d] float32 of length 1 that decide when one layer's slots fire: gate and key, or of Locas-MLP the key.
 
-    importance: [m]; gate_weight, up_weight: [m, d]; ffn_input: [T, d], the layer's FFN inputs over the chunk.
-    The generator is a CPU one, so a seed means the same memory on every device.
+    importance: [m]; host_rows: the host's own such rows, each [m, d]; ffn_input: [T, d], the layer's FFN inputs over the
+    chunk. The generator is a CPU one, so a seed means the same memory on every device.
     """
-    rank, d = config.rank, gate_weight.shape[1]
+    rank, d = config.rank, host_rows[0].shape[1]
     if config.init == "gaussian":
-        rows = torch.randn(2, rank, d, generator=generator).to(gate_weight.device)
-        return _unit_rows(rows[0]), _unit_rows(rows[1])
+        rows = torch.randn(len(host_rows), rank, d, generator=generator).to(host_rows[0].device)
+        return [_unit_rows(plane) for plane in rows]
     if config.init == "activation":
         tokens = ffn_input.shape[0]
         if rank > tokens:
@@ -44,10 +43,9 @@ def initial_rows(
                 f"init='activation' takes one token a slot: rank is {rank}, but the chunk has {tokens} tokens"
             )
         chosen = torch.randperm(tokens, generator=generator)[:rank].to(ffn_input.device)
-        rows = _unit_rows(ffn_input[chosen])
-        return rows, rows.clone()
+        return [_unit_rows(ffn_input[chosen])] * len(host_rows)
     if config.init == "random":
         neurons = torch.randperm(importance.shape[0], generator=generator)[:rank].to(importance.device)
     else:
         neurons = importance.topk(rank, largest=config.init == "topk").indices
-    return _unit_rows(gate_weight[neurons]), _unit_rows(up_weight[neurons])
+    return [_unit_rows(rows[neurons]) for rows in host_rows]

@@ -25,14 +25,23 @@ class HostWeights(NamedTuple):
 
 
 class SlotViews(NamedTuple):
-    """One layer's slots in the compute dtype: gate and key rows stacked [2r, d], values [r, d]."""
+    """One layer's slots in the compute dtype: the rows that x is multiplied by, and the values [r, d].
+
+    gate_key holds gate and key rows stacked [2r, d]; of Locas-MLP slots, which have no gate, the key rows [r, d].
+    """
 
     gate_key: Tensor
     value: Tensor
 
     @classmethod
     def of(cls, slots: Tensor) -> "SlotViews":
-        _, rank, d = slots.shape
+        """Of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value).
+
+        They are views of the slots where these are contiguous, or (key, value) and the first r rows of a larger memory.
+        """
+        parts, rank, d = slots.shape
+        if parts == 2:
+            return cls(*slots)
         return cls(*slots.reshape(3 * rank, d).split((2 * rank, rank)))
 
 
@@ -74,6 +83,14 @@ def glu_ffn_forward(
     return y, (gate, up, memory_gate_key) if keep else (None, None, memory_gate_key)
 
 
+def _add_product(grad: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+    """grad [r, d] float32 += coefficients^T rows, for coefficients [T, r] and rows [T, d]."""
+    if rows.dtype == grad.dtype:
+        grad.addmm_(coefficients.T, rows)
+    else:
+        grad.add_(coefficients.T @ rows)
+
+
 def sideway_backward(
     dy: Tensor,
     x: Tensor,
@@ -100,13 +117,46 @@ def sideway_backward(
         torch.mm(hidden.T, dy, out=d_slots[2])
         return d_gate_key, d_slots
     grad = SlotViews(slots_grad[:2].view(slots.gate_key.shape), slots_grad[2])
-    if dy.dtype == slots_grad.dtype:
-        grad.gate_key.addmm_(d_gate_key.T, x)
-        grad.value.addmm_(hidden.T, dy)
-    else:
-        grad.gate_key.add_(d_gate_key.T @ x)
-        grad.value.add_(hidden.T @ dy)
+    _add_product(grad.gate_key, d_gate_key, x)
+    _add_product(grad.value, hidden, dy)
     return d_gate_key, None
+
+
+def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Tensor]:
+    """-> y [T, d] and the pre-activations x K^T [T, r] that the backward needs."""
+    key = F.linear(x, slots.gate_key)
+    hidden = torch.empty_like(key)
+    _C.glu_forward(key, None, hidden, activation, scale, stream_of(x))
+    return hidden @ slots.value, key
+
+
+def sideway_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    needs_slots: bool,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """-> the gradient of the pre-activations [T, r] and that of the slots [2, r, d] (None unless `needs_slots`).
+
+    With `slots_grad` (float32, [2, r, d], each row contiguous) the latter is added there and None comes back.
+    """
+    d_pre = dy @ slots.value.T  # the gradient of hidden, until the kernel replaces it
+    hidden = torch.empty_like(pre) if needs_slots else None
+    _C.glu_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
+    if not needs_slots:
+        return d_pre, None
+    if slots_grad is None:
+        d_slots = dy.new_empty(2, *slots.value.shape)
+        torch.mm(d_pre.T, x, out=d_slots[0])
+        torch.mm(hidden.T, dy, out=d_slots[1])
+        return d_pre, d_slots
+    _add_product(slots_grad[0], d_pre, x)
+    _add_product(slots_grad[1], hidden, dy)
+    return d_pre, None
 
 
 def glu_ffn_backward(
@@ -205,3 +255,25 @@ def sgd_slots_(
     _C.sgd(
         slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots)
     )
+
+
+def write_slots_(
+    slots: Tensor,
+    start: int,
+    inputs: Tensor,
+    gradients: Tensor,
+    epsilon: float,
+    compute: Tensor | None = None,
+    gradient_norm: Tensor | None = None,
+) -> Tensor:
+    """Closed-form slots of all layers and tokens, in place. -> the gradient norms [n] float32."""
+    layers, n, _ = inputs.shape
+    norms = torch.empty(n, dtype=torch.float32, device=slots.device)
+    workspace = torch.empty(2 * layers * n + 1, dtype=torch.float64, device=slots.device)
+    if gradient_norm is not None:
+        gradient_norm = gradient_norm.contiguous()
+    _C.write_slots(
+        slots, start, inputs.contiguous(), gradients.contiguous(), epsilon, compute, gradient_norm, norms, workspace,
+        stream_of(slots),
+    )
+    return norms

@@ -159,7 +159,52 @@ torch.library.register_autograd(
 )
 
 
-# ---- neuron_importance and the updates ----------------------------------------------------------------------
+# ---- sideway_mlp --------------------------------------------------------------------------------------------
+def _sideway_mlp(x, slots, scale, activation):
+    return kernels.sideway_mlp_forward(x, SlotViews.of(slots), scale, activation_index(activation))
+
+
+_define(
+    "sideway_mlp(Tensor x, Tensor slots, float scale, str activation) -> (Tensor, Tensor)",
+    _sideway_mlp,
+    lambda x, slots, scale, activation: (x.new_empty(x.shape), x.new_empty(x.shape[0], slots.shape[1])),
+)
+
+
+def _sideway_mlp_backward(dy, x, pre, slots, scale, activation, needs_slots):
+    views = SlotViews.of(slots)
+    d_pre, d_slots = kernels.sideway_mlp_backward(
+        dy.contiguous(), x, pre, views, scale, activation_index(activation), needs_slots, None
+    )
+    return d_pre @ views.gate_key, d_slots if needs_slots else slots.new_empty(0)
+
+
+_define(
+    "sideway_mlp_backward(Tensor dy, Tensor x, Tensor pre, Tensor slots, float scale, str activation, bool needs_slots)"
+    " -> (Tensor, Tensor)",
+    _sideway_mlp_backward,
+    lambda dy, x, pre, slots, scale, activation, needs_slots: (
+        x.new_empty(x.shape), slots.new_empty(slots.shape if needs_slots else 0)),
+)
+
+
+def _sideway_mlp_setup(ctx, inputs, output):
+    x, slots, ctx.scale, ctx.activation = inputs
+    ctx.save_for_backward(x, output[1], slots)
+
+
+def _sideway_mlp_autograd(ctx, dy, _):
+    needs_slots = ctx.needs_input_grad[1]
+    dx, d_slots = torch.ops.locas.sideway_mlp_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, needs_slots)
+    return dx, d_slots if needs_slots else None, None, None
+
+
+torch.library.register_autograd(
+    "locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_mlp_setup, lib=_library
+)
+
+
+# ---- neuron_importance, the updates and writing ---------------------------------------------------------------
 def _neuron_importance(x, gate_weight, up_weight, activation, gate_bias=None, up_bias=None):
     host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
     return kernels.neuron_importance(x, host, activation_index(activation))
@@ -185,4 +230,10 @@ _define(
     " float weight_decay, bool clip, Tensor(c!)? compute=None, Tensor? finite=None) -> ()",
     kernels.sgd_slots_,
     lambda *_, **__: None,
+)
+_define(
+    "write_slots_(Tensor(a!) slots, SymInt start, Tensor inputs, Tensor gradients, float epsilon,"
+    " Tensor(b!)? compute=None, Tensor? gradient_norm=None) -> Tensor",
+    kernels.write_slots_,
+    lambda slots, start, inputs, *_, **__: slots.new_empty(inputs.shape[1]),
 )

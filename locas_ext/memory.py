@@ -7,17 +7,22 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import checkpoint, merge, online, snapshot
+from . import checkpoint, compress, merge, online, snapshot
+from .compress import CompressReport
 from .config import LocasConfig
 from .patch import Attachment
 from .slots import GATE, KEY, VALUE, MemoryState
 from .snapshot import Snapshot
 from .stream import Chunk, MemorizeReport
+from .write import WriteReport, WriteSettings
 
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One layer's memory: where it lies, how it is computed and why, how full it is, mean row norms."""
+    """One layer's memory: where it lies, how it is computed and why, how full it is, mean norms of the rows used.
+
+    gate_norm is None for Locas-MLP, which has no gate.
+    """
 
     layer: int
     device: str
@@ -25,8 +30,9 @@ class LayerStatus:
     backend: str
     reason: str
     slots_used: int
+    capacity: int
     scale: float
-    gate_norm: float
+    gate_norm: float | None
     key_norm: float
     value_norm: float
 
@@ -57,7 +63,7 @@ class Memory:
 
     @property
     def slots(self) -> Tensor:
-        """[L, 3, r, d] float32: per layer gate, key and value rows.
+        """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
 
         The memory itself, to be read or written, where the host lies on one device; on several, a copy to be read.
         """
@@ -85,22 +91,22 @@ class Memory:
         return self._attachment.stream.position if self._attachment.stream else 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters [3, r, d], views of the slots, for a training loop of one's own (see SlotAdamW)."""
+        """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
         return self.state.parameters
 
     def status(self) -> list[LayerStatus]:
         """One entry a layer with a memory."""
         state = self.state
         state.sync()
-        used = state.rank if state.initialized else 0
-        norms = self.slots.norm(dim=-1).mean(-1).tolist()  # [L, 3]
+        norms = state.tensors(optimizer=False)["slots"].norm(dim=-1).mean(-1).tolist()  # [L, planes]
         result = []
         for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, state.layers, state.scales, norms):
             path, reason = ffn.path()
             place = ffn.arena.compute
             result.append(
-                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, used, scale,
-                            layer_norms[GATE], layer_norms[KEY], layer_norms[VALUE])
+                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, state.used,
+                            state.capacity, scale, None if state.grows else layer_norms[GATE], layer_norms[KEY],
+                            layer_norms[VALUE])
             )
         return result
 
@@ -144,6 +150,11 @@ class Memory:
         callback: Callable[[Chunk], None] | None = None,
         resume: str | Path | None = None,
         bos: bool = False,
+        epsilon: float = 1e-2,
+        tokens: str | float | int = "all",
+        capacity: int | None = None,
+        when_full: str | None = None,
+        compress_to: int | None = None,
     ) -> MemorizeReport:
         """Streams a text through the model and learns it: each chunk is scored first and learned from after.
 
@@ -154,13 +165,18 @@ class Memory:
             learning_rate: >= 0
             epochs: learning passes over each chunk, >= 1
             optimizer: "adamw" or "sgd"; its states are kept over calls until reset()
-            update: "backprop"
+            update: "backprop", or for Locas-MLP "write": slots in closed form as `write` makes them, without a learning
+                rate
             context_gradient: whether the gradient also runs through the context before the chunk; slower
             progress: whether a progress bar is shown
             callback: called with each finished Chunk; what it raises ends the run with the memory of the last update
             resume: a folder that save_pretrained(optimizer=True) wrote in a run over the same text with the same
                 settings: goes on behind the tokens already seen, bit for bit as if never interrupted
             bos: whether the host's BOS token is put before every window
+            epsilon, tokens, capacity, when_full, compress_to: with update="write", as in `write`, tokens being those of
+                each chunk. By default the memory is compressed to half its capacity whenever that is reached, and the
+                capacity is twice the stride or twice the rank, whichever is more; capacity None and when_full "error"
+                let it grow
 
         Returns a MemorizeReport. Raises ValueError, TypeError or LocasError for arguments that do not fit, and
         LocasError at a loss or gradient that is not finite (the memory then is that of the last finished update).
@@ -175,8 +191,63 @@ class Memory:
         settings = online.Settings(
             window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer,
             update=update, context_gradient=context_gradient, bos=bos,
+            write=WriteSettings(epsilon, tokens, capacity, when_full, compress_to),
         )
         return online.memorize(self._attachment, input_ids, settings, progress, callback, resume)
+
+    def write(
+        self,
+        input_ids,
+        epsilon: float = 1e-2,
+        tokens="all",
+        exact: bool = False,
+        capacity: int | None = None,
+        when_full: str | None = None,
+        compress_to: int | None = None,
+    ) -> WriteReport:
+        """Writes one slot a token into every layer of a Locas-MLP memory, from one forward and one backward.
+
+        A token's slot fires on what the FFN took in where the token was predicted, and adds a step along the gradient of
+        the token's log-likelihood, so that the token becomes likelier there. Nothing is trained.
+
+        Args:
+            input_ids: [n] or [1, n] integers, 2 to as many as the host has positions
+            epsilon: > 0: the length of the step over all layers together, before tau
+            tokens: which tokens get a slot: "all" but the first, which is never predicted; positions in input_ids (a
+                sequence of integers from 1 to n - 1); a float: those whose loss in nats is at least this; an int: so many
+                with the largest loss
+            exact: whether each token's gradient is of its own log-likelihood alone, at the cost of a backward a token;
+                otherwise one backward of their sum, which holds a position's effect on later tokens too
+            capacity: the most slots a layer that the memory may come to hold; None: no limit, room is doubled as needed
+            when_full: what is done at the capacity: "error", "drop_oldest" or "compress"; None: "compress" if
+                compress_to is given, else "error"
+            compress_to: to how many slots; None: half the capacity, or the hidden size if that is less
+
+        Returns a WriteReport; the version is one more, two if the memory was compressed. Raises ValueError or TypeError for arguments that do not fit
+        (a memory without room for the tokens is one), and LocasError where a gradient is not finite; nothing is written
+        then. Source: docs/method.md, "Writing" (the paper's Locas-MLP).
+        """
+        self._require_attached("write")
+        if not self.state.grows:
+            raise ValueError("write: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
+        if self.state.disabled:
+            raise ValueError("write: the memory is disabled here, so nothing can be written; leave the disabled() block")
+        settings = WriteSettings(epsilon, tokens, capacity, when_full, compress_to)
+        return online.write(self._attachment, input_ids, settings, exact)
+
+    def compress(self, rank: int, threshold: float = 0.0) -> CompressReport:
+        """Replaces the slots of each layer of a Locas-MLP memory by at most `rank` that agree with them (NL-SVD).
+
+        rank: 1 to the slots used, and no more than the hidden size
+        threshold: >= 0: probes whose weighted norm is under this are left out too
+
+        Along each probe the memory's output stays what it was. Computed in float64 whatever the host's dtype. The
+        capacity becomes the slots kept, optimizer states start anew, the version is one more. Returns a CompressReport.
+        Raises ValueError or TypeError for arguments that do not fit; the memory then is as it was. Source: docs/method.md,
+        "NL-SVD" (the paper's appendix).
+        """
+        self._require_attached("compress")
+        return compress.compress(self._attachment, rank, threshold)
 
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0."""
@@ -284,4 +355,4 @@ def memory_of(model: nn.Module) -> Memory:
     return memory
 
 
-__all__ = ["Chunk", "LayerStatus", "MemorizeReport", "Memory", "Snapshot", "attach", "load", "memory_of"]
+__all__ = ["Chunk", "CompressReport", "LayerStatus", "MemorizeReport", "Memory", "Snapshot", "WriteReport", "attach", "load", "memory_of"]

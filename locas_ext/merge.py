@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor, nn
 
+from .host_ffn import Packed, put_in
 from .hosts import Host, inspect_host
-from .kernels import HostWeights
 from .patch import Attachment
-from .slots import GATE, KEY, VALUE
+from .slots import VALUE
 
 ORIGINAL_WIDTH_KEY = "locas_unmerged_intermediate_size"
 
 
-def _grown(weight: Tensor | None, rows: Tensor | None, width: int, dim: int) -> Tensor | None:
+def _grown(weight: Tensor, rows: Tensor | None, width: int, dim: int) -> Tensor:
     """weight with zeros appended along `dim` up to `width`, the first of them taken by `rows`."""
-    if weight is None:
-        return None
     shape = list(weight.shape)
     old, shape[dim] = shape[dim], width
     grown = weight.new_zeros(shape)
@@ -24,20 +22,16 @@ def _grown(weight: Tensor | None, rows: Tensor | None, width: int, dim: int) -> 
     return grown
 
 
-def _resize(host: Host, weights: list[HostWeights], width: int) -> None:
-    """Puts new weights in and lets every attribute that states the width follow.
+def _resize(host: Host, packed: list[Packed], width: int) -> None:
+    """Puts new parameters in and lets every attribute that states the width follow.
 
     All parameters are made before the first is put in: what can fail, fails while the model is still whole.
     """
-    packed = [ffn.pack(new) for ffn, new in zip(host.ffns, weights)]
     for ffn, parameters in zip(host.ffns, packed):
-        for linear, name, parameter in parameters:
-            setattr(linear, name, parameter)
-        for linear in ffn.projections():
-            linear.out_features, linear.in_features = linear.weight.shape
+        put_in(parameters)
         if hasattr(ffn.module, "intermediate_size"):
             ffn.module.intermediate_size = width
-    host.config.intermediate_size = width
+    setattr(host.config, host.width_key, width)
 
 
 @torch.no_grad()
@@ -46,30 +40,31 @@ def merge(attachment: Attachment, pad_to_multiple_of: int):
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
     host, state = attachment.host, attachment.state
+    if state.grows and host.is_gated:
+        raise ValueError(
+            "cannot merge: a neuron of the host's gated FFN has a gate row and an up row, and a slot of Locas-MLP one key "
+            "row only; use the memory attached instead"
+        )
     state.sync()
     for layer, ffn in enumerate(host.ffns):
         if (obstacle := ffn.obstacle()) is not None:
             raise ValueError(f"cannot merge: layer {layer}'s {obstacle}; use the memory attached instead")
-    width = -(-(host.intermediate_size + state.rank) // pad_to_multiple_of) * pad_to_multiple_of
-    layer_slots = state.in_layer_order(lambda arena: arena.slots)
+    rank = state.shape[2]
+    width = -(-(host.intermediate_size + rank) // pad_to_multiple_of) * pad_to_multiple_of
+    layer_slots = state.in_layer_order(lambda arena: arena.slots[:, :, :rank])
     memory_of = dict(zip(state.layers, zip(layer_slots, state.scales)))
 
-    widened = []
+    def widened(layer: int) -> Packed:
+        slots, scale = memory_of.get(layer, (None, 0.0))
+        return host.ffns[layer].resized(
+            lambda tensor, plane: _grown(tensor, None if slots is None or plane is None else slots[plane], width, 0),
+            lambda columns: _grown(columns, None if slots is None else scale * slots[VALUE].T, width, 1),
+        )
+
     with torch.inference_mode(False):
-        for layer, ffn in enumerate(host.ffns):
-            old = ffn.weights()
-            slots, scale = memory_of.get(layer, ((None, None, None), 0.0))
-            columns = None if slots[VALUE] is None else scale * slots[VALUE].T
-            widened.append(HostWeights(
-                gate=_grown(old.gate, slots[GATE], width, 0),
-                up=_grown(old.up, slots[KEY], width, 0),
-                down=_grown(old.down, columns, width, 1),
-                gate_bias=_grown(old.gate_bias, None, width, 0),
-                up_bias=_grown(old.up_bias, None, width, 0),
-                down_bias=old.down_bias,
-            ))
+        packed = [widened(layer) for layer in range(len(host.ffns))]
         old_width = host.intermediate_size
-        _resize(host, widened, width)
+        _resize(host, packed, width)
     if not hasattr(host.config, ORIGINAL_WIDTH_KEY):
         setattr(host.config, ORIGINAL_WIDTH_KEY, old_width)
     return host.model
@@ -88,19 +83,16 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise ValueError("model has a memory attached, made for the merged width: detach() it before unmerge")
     host = inspect_host(model)
     with torch.inference_mode(False):
-        _resize(host, [_sliced(ffn.weights(), m) for ffn in host.ffns], m)
+        packed = [
+            ffn.resized(
+                lambda tensor, _: tensor[:m].clone(),
+                lambda columns: columns[:, :m].clone(memory_format=torch.contiguous_format),
+            )
+            for ffn in host.ffns
+        ]
+        _resize(host, packed, m)
     delattr(host.config, ORIGINAL_WIDTH_KEY)
     return model
-
-
-def _sliced(old: HostWeights, m: int) -> HostWeights:
-    def rows(tensor):
-        return None if tensor is None else tensor[:m].clone()
-
-    return HostWeights(
-        rows(old.gate), rows(old.up), old.down[:, :m].clone(memory_format=torch.contiguous_format),
-        rows(old.gate_bias), rows(old.up_bias), old.down_bias,
-    )
 
 
 def _text_config(model):

@@ -1,6 +1,7 @@
 """Online memorization: score a chunk, learn from it, go on (docs/method.md, "The online protocol").
 
-A chunk's loss (chunk.py) is computed once: it is reported, then learned from (step.py; graph_step.py on CUDA).
+A chunk's loss (chunk.py) is computed once: it is reported, then learned from by backpropagation (step.py; graph_step.py
+on CUDA) or written in closed form (write.py).
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,13 +25,14 @@ from .errors import LocasError
 from .fast_norms import fast_norms
 from .graph_step import MemorizeStep
 from .initialization import initial_rows
-from .ops import summed_nll
+from .ops import token_nll
 from .optim import OPTIMIZERS
 from .patch import Attachment
 from .progress import StreamProgress
-from .slots import GATE, KEY
+from .slots import MemoryState
 from .step import check_loss
 from .stream import Chunk, MemorizeReport, Stream
+from .write import WriteReport, WriteSettings, WriteStep, check_fits, resolve, write_tokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Settings:
     update: str = "backprop"
     context_gradient: bool = False
     bos: bool = False
+    write: WriteSettings | None = None  # with update="write"
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------
@@ -85,8 +88,11 @@ def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
     return int(value)
 
 
-def resolve_settings(settings: Settings, host) -> Settings:
-    """The settings with window and stride filled in; ValueError or TypeError for one out of range."""
+UPDATES = ("backprop", "write")
+
+
+def resolve_settings(settings: Settings, host, state: MemoryState) -> Settings:
+    """The settings with what is None filled in; ValueError or TypeError for one out of range."""
     positions = host.max_positions
     window = min(2048, positions) if settings.window is None else settings.window
     window = _integer("window", window, 2, positions, " (the host's positions)")
@@ -103,14 +109,37 @@ def resolve_settings(settings: Settings, host) -> Settings:
         raise ValueError(f"learning_rate is {rate}; expected a finite number >= 0")
     if settings.optimizer not in tuple(OPTIMIZERS):
         raise ValueError(f"optimizer is {settings.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
-    if settings.update != "backprop":
-        raise ValueError(f"update is {settings.update!r}; expected 'backprop'")
+    if settings.update not in UPDATES:
+        raise ValueError(f"update is {settings.update!r}; expected one of {', '.join(UPDATES)}")
     if settings.bos and bos_token(host) is None:
         raise ValueError("bos is True, but the host's config has no bos_token_id")
     return Settings(
-        window, stride, float(rate), epochs, settings.optimizer, settings.update,
-        bool(settings.context_gradient), bool(settings.bos),
+        window, stride, float(rate), epochs, settings.optimizer, settings.update, bool(settings.context_gradient),
+        bool(settings.bos), _resolve_writing(settings, state, stride),
     )
+
+
+def _resolve_writing(settings: Settings, state: MemoryState, stride: int) -> WriteSettings | None:
+    """The settings of update="write", None for "backprop"; by default an expansion-compression cycle (docs/method.md)."""
+    write = settings.write
+    if settings.update != "write":
+        unused = [name for name, value in asdict(write or WriteSettings()).items() if value != getattr(WriteSettings(), name)]
+        if unused:
+            raise ValueError(f"{unused[0]} is given, but update is {settings.update!r}; expected update='write'")
+        return None
+    if not state.grows:
+        raise ValueError("update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
+    if settings.epochs != 1:
+        raise ValueError(f"epochs is {settings.epochs}, but update is 'write', which writes each token once; expected 1")
+    write = write or WriteSettings()
+    if write.when_full is None:
+        write = replace(write, when_full="compress")
+    if write.capacity is None and write.when_full != "error":
+        write = replace(write, capacity=state.used + 2 * max(stride, state.rank))
+    write = resolve(write, state, None)
+    if write.when_full != "error":
+        check_fits(min(stride, write.tokens) if isinstance(write.tokens, int) else stride, write)
+    return write
 
 
 def bos_token(host) -> int | None:
@@ -124,15 +153,13 @@ def text_digest(ids: Tensor) -> str:
 # ---- initialization -------------------------------------------------------------------------------------------
 @contextmanager
 def _observe(attachment: Attachment, rows: list):
-    """Collects each layer's initial (gate, key) rows during one forward."""
+    """Collects each layer's initial rows during one forward."""
     generator = torch.Generator().manual_seed(attachment.config.seed)
 
     def observer(ffn):
         def observe(x: Tensor) -> None:
             x = x.detach().reshape(-1, x.shape[-1])
-            gate_weight, up_weight = ffn.ffn.dense_gate_up(x)
-            importance = ffn.importance(x)
-            rows.append(initial_rows(attachment.config, importance, gate_weight, up_weight, x, generator))
+            rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
 
         return observe
 
@@ -155,12 +182,14 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
             result = forward(ids.to(device)[None])
     finally:
         state.disabled -= 1
-    slots = torch.zeros_like(state.whole("slots"))
-    for index, (gate, key) in enumerate(rows):
-        slots[index, GATE], slots[index, KEY] = gate, key
+    first = state.arenas[0].slots
+    slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
+    for index, planes in enumerate(rows):
+        for plane, values in enumerate(planes):
+            slots[index, plane] = values
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
-    state.set_slots(slots, version=0, initialized=True)
+    state.set_slots(slots, version=0)
     return result
 
 
@@ -180,9 +209,22 @@ def _score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
 
     def forward(x: Tensor) -> Tensor:
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
-        return summed_nll(logits, window.targets.to(logits.device))
+        return token_nll(logits, window.targets.to(logits.device)).sum()
 
     return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward)
+
+
+def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: bool) -> WriteReport:
+    """See `Memory.write`."""
+    host = attachment.host
+    ids = token_ids(input_ids, host.vocab_size, at_least=2)
+    if len(ids) > host.max_positions:
+        raise ValueError(
+            f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
+            "for memorize(update='write')"
+        )
+    with _quiet_host(host.model), fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
+        return write_tokens(attachment, ids, settings, exact)
 
 
 # ---- the whole text -------------------------------------------------------------------------------------------
@@ -267,10 +309,11 @@ def memorize(
     host, state, config = attachment.host, attachment.state, attachment.config
     if not attachment.attached:
         raise ValueError("memorize: this memory is no longer attached to its model")
-    settings = resolve_settings(settings, host)
+    settings = resolve_settings(settings, host, state)
     ids = token_ids(input_ids, host.vocab_size, at_least=2)
     first_chunk = min(settings.stride, len(ids))
-    if config.init == "activation" and not state.initialized and resume is None and config.rank > first_chunk:
+    writes = settings.update == "write"
+    if not writes and config.init == "activation" and not state.initialized and resume is None and config.rank > first_chunk:
         raise ValueError(
             f"init='activation' takes one token a slot: rank is {config.rank}, but the first chunk has "
             f"{first_chunk} tokens; use a stride of at least the rank"
@@ -279,7 +322,7 @@ def memorize(
     report = MemorizeReport(chunks=list(stream.chunks))
     hasher = hashlib.sha256(ids[: stream.position].numpy().tobytes())
     bos = bos_token(host) if settings.bos else None
-    step = MemorizeStep(attachment, settings, may_end_early(host.model))
+    step = (WriteStep if writes else MemorizeStep)(attachment, settings, may_end_early(host.model))
     started = time.perf_counter()
 
     state.zero_grad()
@@ -295,7 +338,7 @@ def memorize(
             version = state.version
             window = Window.of(ids, start, end, settings.window, bos)
             nll = None
-            if not state.initialized:
+            if not (state.initialized or writes):
                 nll = _score_and_initialize(attachment, window).item()
                 check_loss(nll, state, place)
             for _ in range(settings.epochs):

@@ -1,11 +1,11 @@
 """The operations of the memory on torch tensors, differentiable, each with a plain-torch twin in `reference.py`.
 
-x is [..., d]; slots are [3, r, d] = (gate G, key K, value V) in x's dtype or float32, and their gradient comes in
-their own dtype. The host's weights are frozen: they get no gradient, and asking for one is an error. dtypes: float32,
-bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is our own products, on CUDA for bfloat16 and
-float16, on the CPU for float32 with AVX-512 and bfloat16 with AVX-512 BF16; "matmul" is torch's GEMMs with native code
-between them; "reference" is plain torch; "auto" is "fused" where that was measured to be faster (fused.py,
-fused_cpu.py), else "matmul".
+x is [..., d]; slots are [3, r, d] = (gate G, key K, value V), those of a Locas-MLP memory [2, r, d] = (K, V), in x's
+dtype or float32, and their gradient comes in their own dtype. The host's weights are frozen: they get no gradient, and
+asking for one is an error. dtypes: float32, bfloat16, float16 (backend "reference": float64 too). Backends: "fused" is
+our own products, on CUDA for bfloat16 and float16, on the CPU for float32 with AVX-512 and bfloat16 with AVX-512 BF16;
+"matmul" is torch's GEMMs with native code between them; "reference" is plain torch; "auto" is "fused" where that was
+measured to be faster (fused.py, fused_cpu.py), else "matmul".
 
 All raise ValueError for a shape, dtype, device or setting that does not fit, naming the tensor, and TypeError for an
 argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
@@ -105,8 +105,8 @@ def _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases) -> bool
     )
 
 
-def _check_slots(op: str, x: Tensor, slots: Tensor) -> None:
-    _expect(op, "slots", slots, (3, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
+def _check_slots(op: str, x: Tensor, slots: Tensor, parts: int = 3) -> None:
+    _expect(op, "slots", slots, (parts, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
 
 def fused_backend(x: Tensor):
@@ -192,8 +192,40 @@ class SidewayGluFunction(torch.autograd.Function):
         return dx, d_slots, None, None, None, None
 
 
-class SummedNLLFunction(torch.autograd.Function):
-    """apply(logits [T, V], targets [T]) -> their summed negative log-likelihood.
+class SidewayMlpFunction(torch.autograd.Function):
+    """apply(x [T, d], slots, views, scale, activation index, slots_grad) -> a Locas-MLP memory's output [T, d].
+
+    `slots` is the parameter [2, capacity, d]; `views` are its first r rows, those in use, in x's dtype. `slots_grad` is
+    where their gradient is added in place (an fp32 [2, r, d] slice of the arena), or None: then autograd gets it, with
+    zeros behind the r rows. Where slots need no gradient only dx is computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, slots, views, scale, activation, slots_grad):
+        y, pre = kernels.sideway_mlp_forward(x, views, scale, activation)
+        ctx.save_for_backward(x, pre, *views)
+        ctx.scale, ctx.activation = scale, activation
+        ctx.slots_grad, ctx.slots_dtype, ctx.capacity = slots_grad, slots.dtype, slots.shape[1]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, pre, *views = ctx.saved_tensors
+        views = SlotViews(*views)
+        needs_dx, needs_slots = ctx.needs_input_grad[:2]
+        d_pre, d_slots = kernels.sideway_mlp_backward(
+            dy, x, pre, views, ctx.scale, ctx.activation, needs_slots, ctx.slots_grad
+        )
+        dx = d_pre @ views.gate_key if needs_dx else None
+        if d_slots is not None:
+            unused = ctx.capacity - len(views.value)
+            d_slots = torch.nn.functional.pad(d_slots.to(ctx.slots_dtype), (0, 0, 0, unused))
+        return dx, d_slots, None, None, None, None
+
+
+class TokenNLLFunction(torch.autograd.Function):
+    """apply(logits [T, V], targets [T]) -> each token's negative log-likelihood [T].
 
     The gradient is made along with the value, in one kernel; it can be asked for once.
     """
@@ -201,15 +233,15 @@ class SummedNLLFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         nll, ctx.d_logits = kernels.cross_entropy(logits, targets, gradient=ctx.needs_input_grad[0])
-        return nll.sum()
+        return nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss):
+    def backward(ctx, d_nll):
         d_logits, ctx.d_logits = ctx.d_logits, None
         if d_logits is None:
-            raise RuntimeError("summed_nll: the gradient was already taken once; call it again for another")
-        return d_logits.mul_(d_loss), None
+            raise RuntimeError("token_nll: the gradient was already taken once; call it again for another")
+        return d_logits.mul_(d_nll[:, None]), None
 
 
 # ---- public operations --------------------------------------------------------------------------------------
@@ -306,6 +338,35 @@ def sideway_glu(
     return SidewayGluFunction.apply(x2d, slots, views, scale, index, None).view_as(x)
 
 
+def sideway_mlp(
+    x: Tensor, slots: Tensor, scale: float, activation: str = "relu", backend: str = "auto"
+) -> Tensor:
+    """A Locas-MLP memory's output: scale * act(x K^T) V, to be added to a two-layer host's FFN.
+
+    Args as in `glu_ffn`, but slots: [2, r, d] = (key K, value V).
+
+    Returns y: [..., d] in x's dtype. Gradients flow to x and slots.
+    """
+    index = activation_index(activation)
+    if (dtype := _autocast_dtype(x)) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return sideway_mlp(x.to(dtype), slots, scale, activation, backend)
+    _check_x("sideway_mlp", x, backend)
+    _check_slots("sideway_mlp", x, slots, parts=2)
+    if backend == "fused":
+        raise ValueError(
+            "sideway_mlp: backend is 'fused', which exists for hosts with a GLU; expected auto, matmul or reference"
+        )
+    if backend == "reference":
+        return reference.sideway_mlp(x, slots, scale, activation)
+    x2d = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.ops.locas.sideway_mlp(x2d, slots.to(x.dtype), scale, activation)[0].view_as(x)
+    with torch.no_grad():
+        views = SlotViews.of(slots.to(x.dtype))
+    return SidewayMlpFunction.apply(x2d, slots, views, scale, index, None).view_as(x)
+
+
 @torch.no_grad()
 def neuron_importance(
     x: Tensor,
@@ -337,22 +398,22 @@ def neuron_importance(
     return module.neuron_importance(x2d, host, index)
 
 
-def summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood of tokens, in nats: the loss that memorizing learns from.
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each token's negative log-likelihood, in nats: what memorizing learns from.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64 (in plain torch); computed in float32 or better
         targets: [...] int64, each in [0, V)
 
-    Returns a 0-d tensor, float32 (float64 for float64 logits). The gradient flows to logits, once.
+    Returns [T], float32 (float64 for float64 logits), T tokens in all. The gradient flows to logits, once.
     """
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    _expect("summed_nll", "targets", targets, (logits.shape[0],), logits, (torch.int64,))
+    _expect("token_nll", "targets", targets, (logits.shape[0],), logits, (torch.int64,))
     if logits.dtype not in _KERNEL_DTYPES:
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if targets.is_cpu and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise ValueError(f"summed_nll: targets holds an id outside [0, {logits.shape[1]})")
-    return SummedNLLFunction.apply(logits, targets)
+        raise ValueError(f"token_nll: targets holds an id outside [0, {logits.shape[1]})")
+    return TokenNLLFunction.apply(logits, targets)
 
 
 def _scalar_tensor(op: str, name: str, value, like: Tensor) -> Tensor:
@@ -458,3 +519,66 @@ def sgd_slots_(
         slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
     )
     torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])
+
+
+def _check_writing(
+    op: str, slots: Tensor, start: int, inputs: Tensor, gradients: Tensor, epsilon: float, compute, gradient_norm
+) -> None:
+    if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() != 4 or slots.shape[1] != 2:
+        raise ValueError(f"{op}: slots must be a float32 tensor [L, 2, capacity, d]")
+    layers, _, capacity, d = slots.shape
+    _expect(op, "inputs", inputs, (layers, "n", d), slots, _KERNEL_DTYPES)
+    _expect(op, "gradients", gradients, tuple(inputs.shape), slots, (inputs.dtype,))
+    if compute is not None:
+        _expect(op, "compute", compute, tuple(slots.shape), slots, _KERNEL_DTYPES)
+    for name, tensor in (("slots", slots), ("compute", compute)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous")
+    n = inputs.shape[1]
+    if gradient_norm is not None:
+        _expect(op, "gradient_norm", gradient_norm, (n,), slots, (torch.float32,))
+    if not isinstance(start, int):
+        raise TypeError(f"{op}: start is {type(start).__name__}; expected an int")
+    last = capacity - n
+    if not 0 <= start <= last:
+        raise ValueError(f"{op}: start is {start}; expected 0 <= start <= {last} ({n} tokens, capacity {capacity})")
+    if not 0.0 < epsilon <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: epsilon is {epsilon}; expected a finite number > 0, in float32's range")
+
+
+@torch.no_grad()
+def write_slots_(
+    slots: Tensor,
+    start: int,
+    inputs: Tensor,
+    gradients: Tensor,
+    epsilon: float,
+    compute: Tensor | None = None,
+    gradient_norm: Tensor | None = None,
+) -> Tensor:
+    """Writes one closed-form slot a token a layer (docs/method.md, "Writing"), in place.
+
+    Token t goes to row start + t of every layer: key = A / ||A||, value = epsilon * G / ||G||. A zero norm gives a row
+    of zeros.
+
+    Args:
+        slots: [L, 2, capacity, d] float32, contiguous
+        start: the first row that is written; start + n <= capacity
+        inputs: [L, n, d] float32, bfloat16 or float16: A, what each layer's FFN took in
+        gradients: [L, n, d], inputs' dtype: G, the log-likelihood's gradient at each FFN's output, times any
+            constant: values depend only on its direction
+        epsilon: a finite number > 0, in float32's range
+        compute: [L, 2, capacity, d] float32, bfloat16 or float16, contiguous: receives the rounded copy of the new rows
+        gradient_norm: [n] float32: ||G|| of each token over the hidden dimensions of all layers together. None:
+            computed from `gradients`. A host spread over several devices passes the norm over all of its layers
+
+    Returns the gradient norms [n] float32. Where an input, a gradient or a norm is not finite, that token's norm is NaN
+    and nothing is written of any token; this is decided on the slots' device, without a wait.
+    """
+    op = "write_slots_"
+    if torch.compiler.is_compiling():
+        return torch.ops.locas.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
+    _check_writing(op, slots, start, inputs, gradients, epsilon, compute, gradient_norm)
+    norm = kernels.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
+    torch.autograd.graph.increment_version([t for t in (slots, compute) if t is not None])
+    return norm

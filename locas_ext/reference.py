@@ -16,6 +16,12 @@ def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu"
     return scale * (activate(x @ gate.T, activation) * (x @ key.T)) @ value
 
 
+def sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str = "relu") -> Tensor:
+    """scale * act(x K^T) V for x [..., d] and slots [2, r, d] = (K, V)."""
+    key, value = slots.to(x.dtype)
+    return scale * activate(x @ key.T, activation) @ value
+
+
 def glu_ffn(
     x: Tensor,
     gate_weight: Tensor,
@@ -109,3 +115,29 @@ def sgd_slots_(
         _clip_rows_(slots)
     if compute is not None:
         compute.copy_(slots)
+
+
+@torch.no_grad()
+def write_slots_(
+    slots: Tensor,
+    start: int,
+    inputs: Tensor,
+    gradients: Tensor,
+    epsilon: float,
+    compute: Tensor | None = None,
+    gradient_norm: Tensor | None = None,
+) -> Tensor:
+    """Closed-form slots, one a token a layer, in place: see `locas_ext.ops.write_slots_`."""
+    inputs, gradients = inputs.double(), gradients.double()
+    norm = gradients.square().sum((0, 2)).sqrt() if gradient_norm is None else gradient_norm
+    norm = norm.to(slots.dtype)
+    finite = (inputs.isfinite() & gradients.isfinite()).all(-1).all(0) & norm.isfinite()
+    if not finite.all():
+        return norm.masked_fill(~finite, torch.nan)
+    input_norm = inputs.norm(dim=-1, keepdim=True)
+    written = slots[:, :, start : start + inputs.shape[1]]
+    written[:, 0] = inputs / input_norm.masked_fill(input_norm == 0, torch.inf)
+    written[:, 1] = gradients * (epsilon / norm.double().masked_fill(norm == 0, torch.inf))[:, None]
+    if compute is not None:
+        compute[:, :, start : start + inputs.shape[1]] = written
+    return norm

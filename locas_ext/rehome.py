@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _C
 from .arena import SlotArena
-from .hosts import FusedFFN, HostFFN
+from .host_ffn import FusedGatedFFN, GatedFFN
 from .kernels import stream_of
 from .slots import VALUE, MemoryState
 
@@ -38,9 +38,9 @@ def storage_users(model: nn.Module) -> Counter:
     return Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False) if not p.is_meta)
 
 
-def obstacle(ffn: HostFFN, users: Counter) -> str | None:
+def obstacle(ffn: GatedFFN, users: Counter) -> str | None:
     """Why this FFN's weights cannot move into buffers, or None. users: what storage_users(model) returned."""
-    if isinstance(ffn, FusedFFN):
+    if isinstance(ffn, FusedGatedFFN):
         return "its gate and up rows are one parameter (gate_up_proj), which cannot be a view of two buffers"
     if (problem := ffn.obstacle()) is not None:
         return problem
@@ -62,7 +62,7 @@ class RehomedFFN:
     that is the memory's; None of them while the weights are not at home.
     """
 
-    def __init__(self, ffn: HostFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
+    def __init__(self, ffn: GatedFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
         """index: the layer's place in its arena."""
         self.ffn, self.state, self.arena, self.index, self.model = ffn, state, arena, index, model
         self.away: str | None = "not moved in yet"  # why the buffers are not used

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .arena import OPTIMIZER_STATES, SlotArena
 from .fused import SlotFactors
 
-GATE, KEY, VALUE = 0, 1, 2
+# Where the planes of slots [..., planes, r, d] are, counted from the end: Locas-MLP has no gate.
+GATE, KEY, VALUE = -3, -2, -1
+PLANES = {"glu": 3, "mlp": 2}
 _generations = itertools.count(1)  # one number for every state that any memory has been in
 
 
@@ -32,23 +34,23 @@ class MemoryState:
     Attributes:
         layers: the decoder layers that have slots, ascending
         arenas: the slots themselves; each layer is in one of them
+        planes: 3 rows a slot (gate, key, value), or for Locas-MLP 2 (key, value)
+        rank: the slots a layer begins with; Locas-MLP can grow
         version: the number of updates so far; at 0 the memory is a no-op
-        initialized: whether gate and key rows have been set
         disabled: how many `disabled()` blocks are open
     """
 
     def __init__(
-        self, layers: tuple[int, ...], rank: int, hidden_size: int, scale: list[float],
+        self, layers: tuple[int, ...], planes: int, rank: int, hidden_size: int, scale: list[float],
         devices: list[torch.device], dtype: torch.dtype,
     ):
         """layers, scale, devices: one entry a layer; dtype: what the layers compute in."""
-        self.layers, self.rank, self.hidden_size = layers, rank, hidden_size
+        self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
         self.arenas = [
-            SlotArena(positions, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
+            SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
             for positions in grouped_by_device(devices)
         ]
         self.version = 0
-        self.initialized = False
         self.disabled = 0
 
     @property
@@ -69,8 +71,45 @@ class MemoryState:
     def sync(self) -> None:
         """Takes over a change of the slots made from outside, which counts as one update."""
         if any([arena.refresh() for arena in self.arenas]):
-            self.initialized = True
+            if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
+                self.use(self.capacity)
             self.version += 1
+
+    # ---- how many slots --------------------------------------------------------------------------------------
+    @property
+    def capacity(self) -> int:
+        """How many slots a layer there is room for."""
+        return self.arenas[0].capacity
+
+    @property
+    def used(self) -> int:
+        """How many of them, the first ones, hold something; 0 before anything is initialized or written."""
+        return self.arenas[0].used
+
+    @property
+    def initialized(self) -> bool:
+        return self.used > 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether the number of slots may change, as that of Locas-MLP may."""
+        return self.planes == PLANES["mlp"]
+
+    def use(self, used: int) -> None:
+        for arena in self.arenas:
+            arena.use(used)
+
+    def resize(self, capacity: int) -> None:
+        """Makes room for `capacity` slots a layer; what is in the first ones stays."""
+        resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
+        for arena, tensors in zip(self.arenas, resized):
+            arena.take(tensors, arena.compute.dtype)
+
+    def drop_oldest(self, count: int) -> None:
+        """Takes the first `count` slots out; the others move up, and zeros take their place."""
+        for arena in self.arenas:
+            arena.drop_oldest(count)
+        self.use(self.used - count)
 
     # ---- all layers, in their order --------------------------------------------------------------------------
     def in_layer_order(self, of_arena: Callable[[SlotArena], Sequence]) -> list:
@@ -83,7 +122,7 @@ class MemoryState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters [3, r, d], views of the arenas' slots."""
+        """L parameters [planes, capacity, d], views of the arenas' slots."""
         return self.in_layer_order(lambda arena: arena.parameters)
 
     @property
@@ -92,8 +131,8 @@ class MemoryState:
 
     @property
     def shape(self) -> torch.Size:
-        """[L, 3, r, d]."""
-        return torch.Size((len(self.layers), 3, self.rank, self.hidden_size))
+        """[L, planes, r, d] of what tensors() gives: r is the slots used, or the rank while none is."""
+        return torch.Size((len(self.layers), self.planes, self.used or self.rank, self.hidden_size))
 
     def whole(self, name: str) -> Tensor | None:
         """`slots`, `grad`, `scale`, `step` or an optimizer state (None if it is not in use) of all layers.
@@ -106,32 +145,42 @@ class MemoryState:
         return torch.stack([layer.to(first.device) for layer in self.in_layer_order(lambda arena: getattr(arena, name))])
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        """The reverse of `whole`; an optimizer state comes into use by it."""
+        """The reverse of `whole`, for the first slots; an optimizer state comes into use by it."""
         for arena in self.arenas:
             target = arena.state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
-            target.copy_(tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions])
+            tensor_here = tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions]
+            (target[:, :, : tensor.shape[2]] if tensor.dim() == 4 else target).copy_(tensor_here)
 
     def tensors(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """slots and scale, with `optimizer` also step and the states there are, each as `whole` gives it."""
+        """slots and scale, with `optimizer` also step and the states there are, each as `whole` gives it, of `shape`."""
         names = ("slots", "scale", "step", *OPTIMIZER_STATES) if optimizer else ("slots", "scale")
-        return {name: tensor for name in names if (tensor := self.whole(name)) is not None}
+        tensors = {name: tensor for name in names if (tensor := self.whole(name)) is not None}
+        rows = self.shape[2]
+        return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
     # ---- life ------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def set_slots(self, slots: Tensor, version: int, initialized: bool) -> None:
-        """Puts a whole memory [L, 3, r, d] in place; optimizer states start anew."""
+    def set_slots(self, slots: Tensor, version: int, used: int | None = None) -> None:
+        """Puts a whole memory [L, planes, r, d] in place, of which `used` slots hold something (None: all).
+
+        The capacity becomes r, optimizer states start anew.
+        """
+        if slots.shape[2] != self.capacity:
+            self.resize(slots.shape[2])
         self._put("slots", slots)
         for arena in self.arenas:
             arena.round_slots()
             arena.forget_optimizer()
-        self.version, self.initialized = version, initialized
+        self.use(slots.shape[2] if used is None else used)
+        self.version = version
 
     def reset(self) -> None:
-        self.set_slots(torch.zeros_like(self.whole("slots")), version=0, initialized=False)
+        slots = self.arenas[0].slots
+        self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
 
-    def load(self, tensors: dict[str, Tensor], version: int, initialized: bool) -> None:
+    def load(self, tensors: dict[str, Tensor], version: int, used: int) -> None:
         """Takes over what tensors() returned; an optimizer state that is missing starts anew."""
-        self.set_slots(tensors["slots"], version, initialized)
+        self.set_slots(tensors["slots"], version, used)
         self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
         with torch.no_grad():
             self._put("scale", tensors["scale"])
@@ -140,7 +189,7 @@ class MemoryState:
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over optimizer states [L, 3, r, d] and `step` []."""
+        """Takes over optimizer states [L, planes, r, d] and `step` []."""
         for name, tensor in tensors.items():
             self._put(name, tensor)
 

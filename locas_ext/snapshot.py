@@ -19,7 +19,7 @@ class Snapshot:
     host: dict
     tensors: dict[str, Tensor]
     memory_version: int
-    initialized: bool
+    slots_used: int
     stream: Stream | None
 
 
@@ -32,7 +32,7 @@ def take(attachment: Attachment) -> Snapshot:
         host=fingerprint(attachment.host),
         tensors={name: tensor.clone() for name, tensor in state.tensors().items()},
         memory_version=state.version,
-        initialized=state.initialized,
+        slots_used=state.used,
         stream=copy.deepcopy(attachment.stream),
     )
 
@@ -45,12 +45,13 @@ def restore(attachment: Attachment, snapshot: Snapshot) -> None:
     if different := [name for name in host if snapshot.host.get(name) != host[name]]:
         raise ValueError(f"the snapshot is of another host: {', '.join(different)} differ")
     shape = snapshot.tensors["slots"].shape
-    if snapshot.layers != state.layers or shape != state.shape:
+    rows = shape[2] if state.grows else state.rank
+    if snapshot.layers != state.layers or shape != (*state.shape[:2], rows, state.hidden_size):
         raise ValueError(
             f"the snapshot has slots {list(shape)} in layers {list(snapshot.layers)}; "
             f"attached are {list(state.shape)} in layers {list(state.layers)}"
         )
-    state.load(snapshot.tensors, snapshot.memory_version, snapshot.initialized)
+    state.load(snapshot.tensors, snapshot.memory_version, snapshot.slots_used)
     attachment.stream = copy.deepcopy(snapshot.stream)
 
 

@@ -96,6 +96,11 @@ def plain_sideway(x, slots, scale, activation, act):
     return scale * ((act(x @ gate.T, activation) * (x @ key.T)) @ value)
 
 
+def plain_sideway_mlp(x, slots, scale, activation, act):
+    key, value = slots.unbind(0)
+    return scale * (act(x @ key.T, activation) @ value)
+
+
 def plain_ffn(x, host, slots, scale, activation, act):
     gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = host
     gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)

@@ -161,7 +161,8 @@ def test_help_names_the_commands(capsys):
 def test_info(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for words in (locas_ext.__version__, torch.__version__, "safetensors", "glu_ffn", "update_slots_", "qwen3"):
+    operations = ("glu_ffn", "sideway_mlp", "update_slots_", "write_slots_")
+    for words in (locas_ext.__version__, torch.__version__, "safetensors", "qwen3", *operations):
         assert words in out
     assert re.search(r"^self-test: all \d+ checks passed$", out, re.M)
     assert "FAILED" not in out and "\x1b" not in out

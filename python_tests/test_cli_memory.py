@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import locas_ext as locas
 from locas_ext.cli import main
@@ -160,3 +160,40 @@ def test_bad_arguments_are_one_line_and_leave_nothing(arguments, complaint, page
     assert status == 2 and len(line) == 1 and complaint.format(**places) in line[0]
     assert not places["new"].exists()
     assert [file.name for file in places["foreign"].iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def two_layer_host(tmp_path_factory):
+    """A folder with a random OPT and the shipped tokenizer."""
+    folder = tmp_path_factory.mktemp("host")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options, arguments", [
+    ([], {}),
+    (["--update", "write", "--epsilon", 0.5, "--capacity", 80, "--compress-to", 20],
+     dict(update="write", epsilon=0.5, capacity=80, compress_to=20)),
+])
+def test_memorize_on_a_two_layer_host_equals_the_python_call(page, two_layer_host, tmp_path, capsys, options, arguments):
+    out = tmp_path / "memory"
+    status, _, _ = run(capsys, "memorize", page, "--model", two_layer_host, "--out", out, "--variant", "mlp", *WINDOW, *options)
+    assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(two_layer_host, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(MODEL)(page.read_text())["input_ids"]
+    memory = locas.attach(model, locas.LocasConfig(rank=4, variant="mlp"))
+    memory.memorize(ids, window=64, stride=32, progress=False, **arguments)
+    used = memory.status()[0].slots_used
+    saved = load_file(out / "locas_memory.safetensors")["slots"]
+    assert saved.shape == (2, 2, used, 32) and torch.equal(saved, memory.slots[:, :, :used])
+
+
+def test_a_two_layer_host_says_which_variant_it_takes(page, two_layer_host, tmp_path, capsys):
+    status, _, err = run(capsys, "memorize", page, "--model", two_layer_host, "--out", tmp_path / "m", *WINDOW)
+    assert status == 2 and "use LocasConfig(variant='mlp')" in err and not (tmp_path / "m").exists()

@@ -175,10 +175,10 @@ def test_a_model_memorizes_on_the_gpu(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, vocab", [(1, 1), (5, 257), (64, 4099)])
-def test_summed_nll(tokens, vocab, dtype):
+def test_token_nll(tokens, vocab, dtype):
     logits = (5 * torch.randn(tokens, vocab, device="cuda")).to(dtype).requires_grad_()
     targets = torch.randint(0, vocab, (tokens,), device="cuda")
-    loss = ops.summed_nll(logits, targets)
+    loss = ops.token_nll(logits, targets).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
     exact_logits = logits.detach().double().requires_grad_()
     exact = F.cross_entropy(exact_logits, targets, reduction="sum")
@@ -186,7 +186,7 @@ def test_summed_nll(tokens, vocab, dtype):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
     assert_as_good_as_torch(gradient, exact_gradient.to(dtype), exact_gradient, dtype)
     logits.data[0, 0] = float("nan")
-    assert ops.summed_nll(logits, targets).isnan()
+    assert ops.token_nll(logits, targets).sum().isnan()
 
 
 def test_generate_with_a_cache_that_is_kept_on_the_cpu():

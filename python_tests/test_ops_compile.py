@@ -32,6 +32,8 @@ def samples():
     inference = (plain_x, *host[:3], plain_slots, 0.5, "silu", "matmul", *host[3:])
     y, gate, up, memory = torch.ops.locas.glu_ffn(*glu)
     dy, saved = torch.randn_like(y), (plain_x, gate.detach(), up.detach(), memory.detach())
+    mlp_slots = torch.randn(2, R, D)
+    pre = torch.ops.locas.sideway_mlp(plain_x, mlp_slots, 0.5, "gelu")[1]
     states = [torch.randn(2, 3, R, D) for _ in range(2)] + [torch.rand(2, 3, R, D) for _ in range(2)]
     copy, step, rate = torch.zeros(2, 3, R, D, dtype=torch.bfloat16), torch.tensor(3), torch.tensor(0.01)
     return {
@@ -42,6 +44,18 @@ def samples():
         ],
         "sideway_glu": [(x, slots, 0.5, "relu")],
         "sideway_glu_backward": [(dy, plain_x, saved[3], plain_slots, 0.5, "silu")],
+        "sideway_mlp": [
+            (x, mlp_slots.clone().requires_grad_(), 0.5, "relu"),
+            (x, mlp_slots, 0.5, "gelu"),
+            (plain_x, mlp_slots, 0.5, "relu"),
+        ],
+        "sideway_mlp_backward": [
+            (dy, plain_x, pre, mlp_slots, 0.5, "gelu", needs_slots) for needs_slots in (True, False)
+        ],
+        "write_slots_": [
+            (torch.randn(2, 2, 7, D), 1, *torch.randn(2, 2, 5, D), 0.1, compute, norm)
+            for compute, norm in ((torch.zeros(2, 2, 7, D).half(), torch.ones(5)), (None, None))
+        ],
         "neuron_importance": [(plain_x, host[0], host[1], "silu", host[3], host[4])],
         "update_slots_": [
             (*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)
@@ -97,6 +111,13 @@ def test_compiled_sideway_glu():
     assert_compiles_like_eager(function, "aot_eager", *operands())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_sideway_mlp(dtype):
+    x, host, slots = operands(dtype=dtype)
+    function = lambda x, host, slots: ops.sideway_mlp(x.view(3, 3, D), slots, 0.5, "relu").view(-1, D)
+    assert_compiles_like_eager(function, "aot_eager", x, host, slots[1:].float())
+
+
 def test_compiled_inference_and_importance():
     x, host, slots = operands()
     function = lambda x: (ops.glu_ffn(x, *host[:3], slots, 0.5), ops.neuron_importance(x, *host[:2]))
@@ -109,7 +130,8 @@ def test_compiled_inference_and_importance():
 @pytest.mark.slow
 def test_compiled_with_inductor():
     def function(x, host, slots):
-        return ops.glu_ffn(x, *host[:3], slots, 0.5, "silu", *host[3:]) + ops.sideway_glu(x, slots, 0.25)
+        return ops.glu_ffn(x, *host[:3], slots, 0.5, "silu", *host[3:]) + ops.sideway_glu(x, slots, 0.25) + (
+            ops.sideway_mlp(x, slots[1:], 0.25))
 
     assert_compiles_like_eager(function, "inductor", *operands(), exactly=False)
 
@@ -134,6 +156,20 @@ def test_compiled_updates(optimizer):
     assert torch.equal(doubled, function(*eager))
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager))
     assert not torch.equal(compiled[0], start[0]) and torch.equal(compiled[4], compiled[0].bfloat16())
+
+
+def test_compiled_writing():
+    slots, inputs, gradients = torch.randn(2, 2, 7, D), torch.randn(2, 5, D), torch.randn(2, 5, D)
+
+    def function(slots, compute):
+        norms = ops.write_slots_(slots, 1, inputs, gradients, 0.1, compute)
+        return slots * norms.sum()
+
+    torch._dynamo.reset()
+    compiled, eager = ([slots.clone(), torch.zeros(2, 2, 7, D, dtype=torch.bfloat16)] for _ in range(2))
+    product = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+    assert torch.equal(product, function(*eager))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager)) and not torch.equal(eager[0], slots)
 
 
 def test_a_compiled_model_computes_with_what_its_memory_has_learned():

@@ -57,7 +57,7 @@ def test_one_ffn_and_its_gradients_are_as_exact_as_torch(device, dtype, biases, 
     arena = ffn.arena
     for parameter in ffn.ffn.module.parameters():  # biases start at 0
         parameter.data.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
-    state.set_slots(torch.randn(state.shape) * d**-0.5, version=1, initialized=True)
+    state.set_slots(torch.randn(state.shape) * d**-0.5, version=1)
     x, dy = torch.randn(11, d).to(device, dtype), torch.randn(11, d).to(device, dtype)
     ffn.forward(x)  # takes memory and buffers to the device
     slots = arena.compute[0]
@@ -164,7 +164,7 @@ def test_a_loaded_state_dict_takes_effect(assign):
     for each in (model, plain_model):
         each.load_state_dict(copy.deepcopy(other), assign=assign)
         each.requires_grad_(False)
-    plain.state.set_slots(memory.slots, version=1, initialized=True)
+    plain.state.set_slots(memory.slots, version=1)
     torch.testing.assert_close(logits_of(model, IDS), logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
     assert reasons(memory) == {HOME}
     memory.detach()
@@ -210,7 +210,7 @@ def test_weights_that_cannot_move_back_run_without_the_buffers():
     assert reasons(memory) == {HOME, "not rehomed: up is tied to another parameter or shares its storage"}
     plain_model, plain = attached(rank=5)
     plain_model.load_state_dict(model.state_dict())
-    plain.state.set_slots(memory.slots, version=1, initialized=True)
+    plain.state.set_slots(memory.slots, version=1)
     torch.testing.assert_close(tied, logits_of(plain_model, IDS), rtol=1e-4, atol=1e-5)
     memory.detach()
     assert all(p.is_contiguous() for p in model.parameters())

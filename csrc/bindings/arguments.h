@@ -43,6 +43,10 @@ inline Rows matrix(const char* op, const Named& t, const TensorRef& like) {
   return {t.tensor.data, t.tensor.stride[0]};
 }
 
+inline Rows matrix_or_null(const char* op, const char* name, const MaybeTensor& t, const TensorRef& like) {
+  return t ? matrix(op, {name, *t}, like) : Rows{nullptr, 0};
+}
+
 inline Activation activation_of(const char* op, int index) {
   if (index < 0 || index > static_cast<int>(Activation::relu))
     throw py::value_error(std::string(op) + ": unknown activation index " + std::to_string(index));

@@ -4,12 +4,12 @@
 namespace locas {
 namespace {
 
-void glu_forward(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation, float scale,
+void glu_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation, float scale,
                  uintptr_t stream) {
   constexpr const char* op = "glu_forward";
   GluForwardParams p;
   p.gate = matrix(op, {"gate", gate}, gate);
-  p.up = matrix(op, {"up", up}, gate);
+  p.up = matrix_or_null(op, "up", up, gate);
   p.out = matrix(op, {"out", out}, gate);
   p.rows = gate.shape[0];
   p.cols = gate.shape[1];
@@ -19,17 +19,17 @@ void glu_forward(const TensorRef& gate, const TensorRef& up, const TensorRef& ou
   LOCAS_DISPATCH(glu_forward, p, gate.device, stream);
 }
 
-void glu_backward(const TensorRef& d_hidden, const TensorRef& gate, const TensorRef& up, const TensorRef& d_gate,
-                  const TensorRef& d_up, const std::optional<TensorRef>& hidden, int activation, float scale,
-                  uintptr_t stream) {
+void glu_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up, const TensorRef& d_gate,
+                  const MaybeTensor& d_up, const MaybeTensor& hidden, int activation, float scale, uintptr_t stream) {
   constexpr const char* op = "glu_backward";
   GluBackwardParams p;
   p.gate = matrix(op, {"gate", gate}, gate);
-  p.up = matrix(op, {"up", up}, gate);
+  p.up = matrix_or_null(op, "up", up, gate);
   p.d_hidden = matrix(op, {"d_hidden", d_hidden}, gate);
   p.d_gate = matrix(op, {"d_gate", d_gate}, gate);
-  p.d_up = matrix(op, {"d_up", d_up}, gate);
-  p.hidden = hidden ? matrix(op, {"hidden", *hidden}, gate) : Rows{nullptr, 0};
+  p.d_up = matrix_or_null(op, "d_up", d_up, gate);
+  if (up.has_value() != d_up.has_value()) throw py::value_error("glu_backward: up and d_up must be given together");
+  p.hidden = matrix_or_null(op, "hidden", hidden, gate);
   p.rows = gate.shape[0];
   p.cols = gate.shape[1];
   p.scale = scale;
@@ -56,11 +56,11 @@ void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out
 }
 
 void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll,
-                   const std::optional<TensorRef>& d_logits, uintptr_t stream) {
+                   const MaybeTensor& d_logits, uintptr_t stream) {
   constexpr const char* op = "cross_entropy";
   CrossEntropyParams p;
   p.logits = matrix(op, {"logits", logits}, logits);
-  p.d_logits = d_logits ? matrix(op, {"d_logits", *d_logits}, logits) : Rows{nullptr, 0};
+  p.d_logits = matrix_or_null(op, "d_logits", d_logits, logits);
   p.rows = logits.shape[0];
   p.cols = logits.shape[1];
   const auto vector_of = [&](const Named& t, DType dtype) {
@@ -77,7 +77,7 @@ void cross_entropy(const TensorRef& logits, const TensorRef& targets, const Tens
 }
 
 void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out,
-              const std::optional<TensorRef>& inverse_rms, float eps) {
+              const MaybeTensor& inverse_rms, float eps) {
   constexpr const char* op = "rms_norm";
   RmsNormParams p;
   p.x = matrix(op, {"x", x}, x);

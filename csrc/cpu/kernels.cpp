@@ -63,12 +63,19 @@ T* at(const Rows& m, int64_t row, int64_t col) {
   return static_cast<T*>(m.data) + row * m.stride + col;
 }
 
+// What stands for an `up` that is not there.
+struct Ones {
+  alignas(64) float at[kBlock];
+  constexpr Ones() { std::fill(at, at + kBlock, 1.0f); }
+};
+constinit const Ones ones;
+
 template <class T, Activation act>
 void glu_forward_typed(const GluForwardParams& p) {
   for_each_block(p.rows, p.cols, [&](int64_t row, int64_t col, int n) {
     Block<T> gate_block, up_block, out_block;
     const float* gate = gate_block.load(at<T>(p.gate, row, col), n);
-    const float* up = up_block.load(at<T>(p.up, row, col), n);
+    const float* up = p.up.data ? up_block.load(at<T>(p.up, row, col), n) : ones.at;
     float* out = out_block.begin_store(at<T>(p.out, row, col));
 #pragma omp simd
     for (int i = 0; i < n; ++i) out[i] = p.scale * activate<act>(gate[i]).value * up[i];
@@ -82,24 +89,29 @@ void glu_backward_typed(const GluBackwardParams& p) {
     Block<T> d_hidden_block, gate_block, up_block, d_gate_block, d_up_block, hidden_block;
     const float* d_hidden = d_hidden_block.load(at<T>(p.d_hidden, row, col), n);
     const float* gate = gate_block.load(at<T>(p.gate, row, col), n);
-    const float* up = up_block.load(at<T>(p.up, row, col), n);
+    const float* up = p.up.data ? up_block.load(at<T>(p.up, row, col), n) : ones.at;
     float* d_gate = d_gate_block.begin_store(at<T>(p.d_gate, row, col));
-    float* d_up = d_up_block.begin_store(at<T>(p.d_up, row, col));
     if (p.hidden.data) {
       float* hidden = hidden_block.begin_store(at<T>(p.hidden, row, col));
 #pragma omp simd
       for (int i = 0; i < n; ++i) hidden[i] = p.scale * activate<act>(gate[i]).value * up[i];
       hidden_block.end_store(at<T>(p.hidden, row, col), n);
     }
+    if (p.d_up.data) {
+      float* d_up = d_up_block.begin_store(at<T>(p.d_up, row, col));
 #pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const ValueAndSlope a = activate<act>(gate[i]);
-      const float d = p.scale * d_hidden[i];
-      d_gate[i] = d * up[i] * a.slope;
-      d_up[i] = d * a.value;
+      for (int i = 0; i < n; ++i) {
+        const ValueAndSlope a = activate<act>(gate[i]);
+        const float d = p.scale * d_hidden[i];
+        d_gate[i] = d * up[i] * a.slope;
+        d_up[i] = d * a.value;
+      }
+      d_up_block.end_store(at<T>(p.d_up, row, col), n);
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) d_gate[i] = p.scale * d_hidden[i] * activate<act>(gate[i]).slope;
     }
     d_gate_block.end_store(at<T>(p.d_gate, row, col), n);
-    d_up_block.end_store(at<T>(p.d_up, row, col), n);
   });
 }
 
@@ -331,10 +343,68 @@ void sgd(const SgdParams& p) {
   }
 }
 
+// Calls f(values, first column, columns) for every block of row `row` of the inputs and gradients.
+template <class T, class F>
+void for_each_block_of_source(const WriteSlotsParams& p, int64_t row, F&& f) {
+  const T* from = static_cast<const T*>(p.is_value(row) ? p.gradients : p.inputs) + p.source_row(row) * p.d;
+  Block<T> block;
+  for (int64_t col = 0; col < p.d; col += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, p.d - col));
+    f(block.load(from + col, n), col, n);
+  }
+}
+
+// -> whether all is finite
+bool token_norms(const WriteSlotsParams& p) {
+  bool all_finite = true;
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    double inputs = 0.0, gradients = 0.0;
+    for (int64_t row = token; row < p.rows(); row += p.tokens)
+      (p.is_value(row) ? gradients : inputs) += p.workspace[row];
+    const float norm = p.gradient_norms ? p.gradient_norms[token] : static_cast<float>(std::sqrt(gradients));
+    const bool finite = is_finite(inputs + gradients + std::fabs(norm));
+    p.norms[token] = finite ? norm : NAN;
+    all_finite &= finite;
+  }
+  return all_finite;
+}
+
+// A row belongs to one thread. Sums are in double: squares of any two floats fit, and the order is fixed.
+template <class T>
+void write_slots_typed(const WriteSlotsParams& p) {
+  const bool parallel = p.rows() * p.d >= kParallelElements;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t row = 0; row < p.rows(); ++row) {
+    double sum = 0.0;
+    for_each_block_of_source<T>(p, row, [&](const float* x, int64_t, int n) {
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+    });
+    p.workspace[row] = sum;
+  }
+  if (!token_norms(p)) return;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t row = 0; row < p.rows(); ++row) {
+    const double factor = p.is_value(row) ? p.epsilon * inverse_norm(p.norms[row % p.tokens])
+                                          : inverse_norm(std::sqrt(p.workspace[row]));
+    const int64_t slot_row = p.slot_row(row);
+    float* w = p.slots + slot_row * p.d;
+    for_each_block_of_source<T>(p, row, [&](const float* x, int64_t col, int n) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) w[col + i] = static_cast<float>(x[i] * factor);
+    });
+    finish_row(w, p.d, false, p.compute, p.compute_dtype, slot_row);
+  }
+}
+
+void write_slots(const WriteSlotsParams& p) {
+  with_type(p.dtype, [&]<class T>() { write_slots_typed<T>(p); });
+}
+
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {LOCAS_ISA_NAME, glu_forward, glu_backward, importance, cross_entropy,
-                       rms_norm, rms_norm_backward, adamw, sgd};
+                       rms_norm, rms_norm_backward, adamw, sgd, write_slots};
 
 }  // namespace locas::cpu::LOCAS_ISA

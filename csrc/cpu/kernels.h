@@ -16,6 +16,7 @@ struct Kernels {
   void (*rms_norm_backward)(const RmsNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*sgd)(const SgdParams&);
+  void (*write_slots)(const WriteSlotsParams&);
 };
 
 const Kernels& kernels();

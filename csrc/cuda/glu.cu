@@ -1,7 +1,8 @@
 // out = scale * act(gate) * up, its backward, and the neuron importance, as elementwise and column kernels: the
 // epilogues of the matmul backend.
 //
-// glu_forward, glu_backward: a thread owns kVector neighbouring columns of one row; the grid strides over all of them.
+// glu_forward, glu_backward, with up or without: a thread owns kVector neighbouring columns of one row; the grid
+// strides over all of them.
 //
 //      cols ->  [t0 | t1 | ... ]      one thread: 8 columns, 16-byte loads where pointers and strides allow
 //      rows     [ .    .   ... ]
@@ -37,6 +38,17 @@ LOCAS_DEVICE T* element(const Rows& m, int64_t row, int64_t col) {
   return static_cast<T*>(m.data) + row * m.stride + col;
 }
 
+// The vector of `up` that this thread owns; ones where there is no up.
+template <class T>
+LOCAS_DEVICE void load_up(const Rows& up, int64_t row, int64_t col, float (&to)[kVector], int count, bool aligned) {
+  if (up.data) {
+    load_vector(element<const T>(up, row, col), to, count, aligned);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) to[j] = 1.0f;
+  }
+}
+
 struct ForwardLaunch {
   GluForwardParams glu;
   bool aligned;  // every matrix takes 16-byte accesses
@@ -53,7 +65,7 @@ struct GluForward {
     for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], out[kVector];
       load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
-      load_vector(element<const T>(p.up, row, col), up, count, launch.aligned);
+      load_up<T>(p.up, row, col, up, count, launch.aligned);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) out[j] = p.scale * activate<act>(gate[j]).value * up[j];
       store_vector(out, element<T>(p.out, row, col), count, launch.aligned);
@@ -77,7 +89,7 @@ struct GluBackward {
     for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], d_hidden[kVector], d_gate[kVector], d_up[kVector], hidden[kVector];
       load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
-      load_vector(element<const T>(p.up, row, col), up, count, launch.aligned);
+      load_up<T>(p.up, row, col, up, count, launch.aligned);
       load_vector(element<const T>(p.d_hidden, row, col), d_hidden, count, launch.aligned);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -88,7 +100,7 @@ struct GluBackward {
         hidden[j] = p.scale * a.value * up[j];
       }
       store_vector(d_gate, element<T>(p.d_gate, row, col), count, launch.aligned);
-      store_vector(d_up, element<T>(p.d_up, row, col), count, launch.aligned);
+      if (p.d_up.data) store_vector(d_up, element<T>(p.d_up, row, col), count, launch.aligned);
       if (p.hidden.data) store_vector(hidden, element<T>(p.hidden, row, col), count, launch.aligned);
     });
   }

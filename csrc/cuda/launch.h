@@ -20,6 +20,7 @@ void importance(const ImportanceParams&, Queue);
 void cross_entropy(const CrossEntropyParams&, Queue);
 void adamw(const AdamWParams&, Queue);
 void sgd(const SgdParams&, Queue);
+void write_slots(const WriteSlotsParams&, Queue);
 // The same updates with the gradient formed on the way: slots [count, 3, r, d] of the layers in LayerFactors, `grad`
 // unused.
 void adamw_from_factors(const AdamWParams&, const LayerFactors&, Queue);

@@ -123,11 +123,13 @@ inline void named_barrier(int id, int threads) { simt::barrier("named_barrier", 
 // ---- Shuffles: the value of another lane of the warp, by lane ^ mask or lane + delta ---------------------------
 #ifdef __CUDACC__
 LOCAS_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+LOCAS_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 LOCAS_DEVICE float shuffle_down(float value, int delta) { return __shfl_down_sync(0xffffffffu, value, delta); }
 LOCAS_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 #else
 inline float shuffle(float value, int lane) { return simt::shuffle("shuffle", value, lane % 32); }
 inline float shuffle_xor(float value, int mask) { return simt::shuffle("shuffle_xor", value, lane_index() ^ mask); }
+inline double shuffle_xor(double value, int mask) { return simt::shuffle("shuffle_xor", value, lane_index() ^ mask); }
 inline float shuffle_down(float value, int delta) {
   return simt::shuffle("shuffle_down", value, lane_index() + delta < 32 ? lane_index() + delta : lane_index());
 }

@@ -9,6 +9,7 @@
 // The norm is added up in a fixed order: the result repeats bit for bit.
 #include <initializer_list>
 
+#include "block_sum.cuh"
 #include "elements.cuh"
 #include "launch.cuh"
 #include "update_rules.cuh"
@@ -18,21 +19,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-struct Shared {
-  float warp_sums[kWarps];
-};
-
-// The sum over the CTA, the same value in every thread.
-LOCAS_DEVICE float block_sum(float value, Shared& shared) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
-  if (ptx::lane_index() == 0) ptx::store(&shared.warp_sums[ptx::warp_index()], value);
-  ptx::sync_threads();
-  float total = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += ptx::load(&shared.warp_sums[warp]);
-  return total;
-}
+using Shared = WarpSums<float, kWarps>;
 
 template <class T, class Rule, int kVectors>
 struct UpdateInRegisters {

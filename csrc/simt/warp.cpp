@@ -10,26 +10,31 @@ namespace locas::simt {
 // ---- Shuffles ------------------------------------------------------------------------------------------------
 namespace {
 
+template <class T>
 struct ShuffleLane {
-  float value, result;
+  T value, result;
   int source;  // lane
 };
 
+template <class T>
 void shuffle_lanes(void* const* lanes) {
   for (int i = 0; i < 32; ++i) {
-    auto& to = *static_cast<ShuffleLane*>(lanes[i]);
-    to.result = static_cast<ShuffleLane*>(lanes[to.source])->value;
+    auto& to = *static_cast<ShuffleLane<T>*>(lanes[i]);
+    to.result = static_cast<ShuffleLane<T>*>(lanes[to.source])->value;
   }
 }
 
 }  // namespace
 
-float shuffle(const char* name, float value, int source_lane) {
+template <class T>
+T shuffle(const char* name, T value, int source_lane) {
   if (source_lane < 0 || source_lane >= 32) fail("%s from lane %d", name, source_lane);
-  ShuffleLane lane{value, 0.0f, source_lane};
-  warp_collective(name, &lane, &shuffle_lanes);
+  ShuffleLane<T> lane{value, 0, source_lane};
+  warp_collective(name, &lane, &shuffle_lanes<T>);
   return lane.result;
 }
+template float shuffle(const char*, float, int);
+template double shuffle(const char*, double, int);
 
 // ---- ldmatrix ------------------------------------------------------------------------------------------------
 namespace {

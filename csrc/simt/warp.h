@@ -5,7 +5,9 @@
 
 namespace locas::simt {
 
-float shuffle(const char* name, float value, int source_lane);
+// T is float or double.
+template <class T>
+T shuffle(const char* name, T value, int source_lane);
 
 template <int matrices>  // 2 or 4
 void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed);

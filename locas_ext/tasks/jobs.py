@@ -1,7 +1,7 @@
 """Jobs: one arm on one book each, and the files it leaves in the output folder.
 
-chunks/JOB.jsonl has one line a chunk, records/JOB.json is there once the job is done, memories/JOB holds what Locas learned.
-results.json is put together from the records there are, in the order of the jobs.
+chunks/JOB.jsonl has one line a chunk, records/JOB.json is there once the job is done, memories/JOB holds what Locas
+learned. results.json is put together from the records there are, in the order of the jobs.
 """
 
 import json
@@ -119,10 +119,10 @@ def assemble(jobs: list[Job]) -> list[dict]:
     records = [record for job in jobs if (record := job.record()) is not None]
     baseline = {record["book"]: record["seconds"] for record in records
                 if record["method"] == "truncation" and record["error"] is None}
-    return [
-        {**record, "relative_time": record["seconds"] / baseline[record["book"]] if record["book"] in baseline else None}
-        for record in records
-    ]
+    for record in records:
+        truncation = baseline.get(record["book"])
+        record["relative_time"] = None if truncation is None else record["seconds"] / truncation
+    return records
 
 
 def publish(study: Study, jobs: list[Job]) -> None:

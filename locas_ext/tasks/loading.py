@@ -76,7 +76,8 @@ class Text:
 def read_text(path: Path, tokenizer, max_tokens: int | None) -> Text:
     """At most `max_tokens` tokens of a text file (None: all).
 
-    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or holds fewer than 2 tokens.
+    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or holds fewer
+    than 2 tokens.
     """
     text = _read(path)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)

@@ -18,17 +18,13 @@ from .loading import load_host, read_texts
 
 @dataclass(frozen=True)
 class MemorizeTask:
-    """The arguments of the command; those that are not here are in LocasConfig and Memory.memorize."""
+    """The arguments of the command; `settings` are arguments of Memory.memorize."""
 
     texts: list[Path]
     model: str
     out: Path
     config: LocasConfig
-    window: int | None
-    stride: int | None
-    learning_rate: float
-    epochs: int
-    optimizer: str
+    settings: dict
     resume: bool
     save_every: int
     dtype: str | None
@@ -38,7 +34,7 @@ class MemorizeTask:
 def _check_settings(task: MemorizeTask) -> None:
     """ValueError if the run that --out holds has another memory than the command line asks for."""
     before, wanted = read_config(task.out), task.config
-    different = [name for name in ("rank", "scale", "init", "seed") if getattr(before, name) != getattr(wanted, name)]
+    different = [name for name in ("variant", "rank", "scale", "init", "seed") if getattr(before, name) != getattr(wanted, name)]
     if different:
         details = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(wanted, name)!r}" for name in different)
         raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {details}")
@@ -87,10 +83,7 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
 
     try:
         with _made(task.out):
-            report = memory.memorize(
-                ids, window=task.window, stride=task.stride, learning_rate=task.learning_rate, epochs=task.epochs,
-                optimizer=task.optimizer, callback=save, resume=task.out if task.resume else None,
-            )
+            report = memory.memorize(ids, callback=save, resume=task.out if task.resume else None, **task.settings)
     except KeyboardInterrupt:
         if unsaved:
             memory.save_pretrained(task.out, optimizer=True)

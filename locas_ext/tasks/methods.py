@@ -70,7 +70,7 @@ class Reading:
 
 
 def held_out_perplexity(host, texts: list[Text], protocol: Protocol) -> float | None:
-    """exp(sum NLL / tokens) over all texts, each read in windows side by side by the model as it is; None without texts."""
+    """exp(sum NLL / tokens) over all texts, read in windows side by side by the model as it is; None without texts."""
     room = protocol.window - 1 if protocol.bos else protocol.window
     reports = [
         truncation(host, text.ids, protocol.window, room, progress=False, bos=protocol.bos) for text in texts

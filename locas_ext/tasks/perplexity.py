@@ -24,7 +24,8 @@ def _work(study: Study, jobs: list[Job], progress: bool) -> None:
         publish(study, jobs)
         outcome = record["error"] or f"perplexity {record['perplexity']:.2f}"
         done = sum(other.done for other in jobs)
-        console.print(f"[{done}/{len(jobs)}] {job.book.name}, {job.arm.label}: {outcome}, {record['seconds']:.1f} s", markup=False)
+        line = f"[{done}/{len(jobs)}] {job.book.name}, {job.arm.label}: {outcome}, {record['seconds']:.1f} s"
+        console.print(line, markup=False)
 
 
 def _spawned_worker(index: int, task: PerplexityTask) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import paper
 from .frontier import LEARNING, Point, collect_points, dominators, pareto_front, shared_books
+from .merged import differing
 from .plot_curves import Curve, plot_curves
 from .plot_frontier import plot_frontier
 from .tables import (
@@ -13,6 +14,12 @@ from .tables import (
     parameters_text, perplexity_columns, perplexity_text, times_text, tokens_text,
 )
 
+METHOD = Column("method", lambda arm: arm.method)
+LEARNING_RATE = Column(
+    "learning rate", lambda arm: MISSING if (rate := arm.settings.get("learning_rate")) is None else f"{rate:g}"
+)
+# What all arms of a frontier must share, or one axis is not the same for all.
+SAME_FOR_ALL = ("model", "window", "stride", "bos", "max_tokens", "held_out")
 INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")
 
 
@@ -25,27 +32,25 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
         books = list(dict.fromkeys(record["book"] for record in records if not record.get("error")))
         lines += _all_books(arms, books, paper.same_host(settings.get("model")))
         lines += _preset(settings.get("ablate"), arms, paper.same_host(settings.get("model")))
-        lines += _frontier(arms, folder)
+        lines += _frontier(settings, arms, folder)
         lines += _each_book(arms, books, folder)
     return lines + _failures(records)
 
 
 def _missing(settings: dict, records: list[dict]) -> list[str]:
-    arms, books = settings.get("arms"), settings.get("books")
-    if not (isinstance(arms, list) and isinstance(books, list)):
-        return [f"{len(records)} records.", ""]
-    expected = len(arms) * len(books)
-    unfinished = "" if len(records) >= expected else " The run is not finished."
-    return [f"{len(records)} of {expected} records: {len(arms)} arms, {len(books)} books.{unfinished}", ""]
+    runs = settings.get("runs", {"": settings}).values()
+    expected = sum(len(run.get("arms") or []) * len(run.get("books") or []) for run in runs)
+    if expected <= len(records):
+        return []
+    return [f"**Not finished: {len(records)} of {expected} records.**", ""]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column]:
-    """The paper's figures for the same host, method, rank and init; nothing where it has none."""
+    """The paper's figures for the same host, method and settings; nothing where it has none."""
 
     def figure(arm: Arm) -> paper.Figure | None:
-        init = arm.settings.get("init") if arm.method == "locas" else None
-        return paper.find(table, host, arm.method, arm.settings.get("rank"), init)
+        return paper.find(table, host, arm.method, arm.settings)
 
     def column(title: str, text) -> Column:
         return Column(title, lambda arm: MISSING if (found := figure(arm)) is None else text(found))
@@ -62,7 +67,7 @@ def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column
 
 
 def _paper_note(lines: list[str], host: str | None) -> list[str]:
-    if host is None or not any("paper" in line for line in lines):
+    if "| paper" not in lines[0]:
         return [*lines, ""]
     return [*lines, "", f"Paper: {paper.SOURCE}, host {host}.", ""]
 
@@ -94,8 +99,8 @@ def _init_table(arms: list[Arm], host: str | None) -> list[str]:
         return "none" if arm.method == "truncation" else arm.settings.get("init") if arm.method == "locas" else None
 
     rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
-    columns = perplexity_columns(rows) + _paper_columns("initialization", rows, host)
-    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, [init(arm) for arm in rows]), host)
+    columns = [LEARNING_RATE, *perplexity_columns(rows), *_paper_columns("initialization", rows, host)]
+    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, Column("init", init)), host)
 
 
 def _by_method(arms: list[Arm], setting: str) -> list[Arm]:
@@ -110,13 +115,12 @@ def _rank_table(arms: list[Arm], host: str | None) -> list[str]:
         Column("rank", lambda arm: f"{arm.settings['rank']}"), PARAMETERS, *perplexity_columns(rows),
         *_paper_columns("width", rows, host),
     ]
-    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, [arm.method for arm in rows]), host)
+    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, METHOD), host)
 
 
 def _learning_rate_table(arms: list[Arm]) -> list[str]:
     rows = _by_method(arms, "learning_rate")
-    columns = [Column("learning rate", lambda arm: f"{arm.settings['learning_rate']:g}"), *perplexity_columns(rows)]
-    return ["## Learning rate", "", *arm_table(rows, columns, [arm.method for arm in rows]), ""]
+    return ["## Learning rate", "", *arm_table(rows, [LEARNING_RATE, *perplexity_columns(rows)], METHOD), ""]
 
 
 # ---- learning against forgetting -------------------------------------------------------------------------------
@@ -130,10 +134,13 @@ def _host_point(arms: list[Arm], points: list[Point], books: set[str]) -> Point 
     return None if held_out is None else Point(alone.label, alone.method, alone.mean("perplexity"), held_out)
 
 
-def _frontier(arms: list[Arm], folder: Path) -> list[str]:
+def _frontier(settings: dict, arms: list[Arm], folder: Path) -> list[str]:
     points, books = collect_points(arms)
     if len(points) < 2:
         return []
+    heading = ["## Learning against forgetting", ""]
+    if different := [name for name in differing(settings) if name in SAME_FOR_ALL]:
+        return [*heading, f"The runs differ in {', '.join(different)}: their arms are not comparable.", ""]
     over = f"{len(books)} books" if len(books) > 1 else "one book"
     subtitle = f"{len(points)} arms over {over}; towards the lower left is better"
     plot_frontier(
@@ -149,8 +156,8 @@ def _frontier(arms: list[Arm], folder: Path) -> list[str]:
         for point in points
     ]
     return [
-        "## Learning against forgetting", "",
-        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms have finished.", "",
+        *heading,
+        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms read.", "",
         "![Learning against forgetting](frontier.png)", "",
         f"On the Pareto front: {', '.join(_name(point) for point in front)}.", "",
         *_verdict(points, "temp-lora", "locas"), *_verdict(points, "locas", "temp-lora"), "",
@@ -162,6 +169,12 @@ def _name(point: Point) -> str:
     return f"{escape(point.label)} ({point.learned:.2f}, {point.held_out:.2f})"
 
 
+def _some(points: list[Point], method: str) -> str:
+    count = f"{len(points)} {method} arm{'s' * (len(points) > 1)}"
+    return f"{count}, among them {', '.join(map(_name, points[:3]))}" if len(points) > 3 else (
+        f"{count}: {', '.join(map(_name, points))}")
+
+
 def _verdict(points: list[Point], method: str, other: str) -> list[str]:
     """In words: the arm of `method` that learned most, all its arms, and what of the other method dominates them."""
     mine, theirs = ([point for point in points if point.method == wanted] for wanted in (method, other))
@@ -170,11 +183,13 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
     best = mine[0]  # points come with the lowest perplexity first
     better = dominators(best, theirs)
     dominated = [point for point in mine if dominators(point, theirs)]
-    return [
+    lines = [
         f"- The {method} arm that learned most, {_name(best)}, is "
-        + (f"dominated on both axes by {', '.join(map(_name, better))}." if better else f"dominated by no {other} arm."),
-        f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.",
+        + (f"dominated by {_some(better, other)}." if better else f"dominated by no {other} arm."),
     ]
+    if len(mine) > 1:
+        lines.append(f"- Of {len(mine)} {method} arms, {len(dominated)} are dominated by some {other} arm.")
+    return lines
 
 
 # ---- book by book ----------------------------------------------------------------------------------------------

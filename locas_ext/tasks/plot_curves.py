@@ -11,7 +11,7 @@ from .plot_style import (
     FAINT, INK, METHOD_COLORS, METHOD_LINES, WIDTH, new_figure, save, shades, style, text_color, write_heading,
 )
 
-LABELLED = 12  # arms that get a label at their end; of more, the best
+LABELLED, BEST = 12, 3  # so many arms all get a label at their end; of more, so many of each method
 LEFT, TOP, BOTTOM = 0.075, 0.87, 0.52  # a share of the width; inches
 LABEL_WIDTH = 27  # characters
 LINE_HEIGHT, CHARACTER, GAP = 0.148, 0.077, 0.07  # of a label's text, inches
@@ -49,12 +49,12 @@ def _colors(curves: list[Curve]) -> dict[str, str]:
 
 
 def _labelled(curves: list[Curve]) -> list[Curve]:
-    """Those to name: all, or of too many the baselines and the best."""
+    """Those to name: all, or of too many each method's best."""
     if len(curves) <= LABELLED:
         return curves
-    baselines = [curve for curve in curves if curve.method in ("truncation", "long-context")]
-    others = sorted((curve for curve in curves if curve not in baselines), key=lambda curve: curve.end)
-    return baselines + others[: max(0, LABELLED - len(baselines))]
+    ranked = sorted(curves, key=lambda curve: curve.end if math.isfinite(curve.end) else math.inf)
+    methods = dict.fromkeys(curve.method for curve in curves)
+    return [c for method in methods for c in [curve for curve in ranked if curve.method == method][:BEST]]
 
 
 def _limits(curves: list[Curve]) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
 
 
 def spread(wanted: list[float], heights: list[float], low: float, high: float) -> list[float]:
-    """Centres for labels of these heights, as near to the wanted ones as they can be, without overlap, from low to high.
+    """Centres for labels of these heights between low and high, near to the wanted ones, without overlap.
 
     Labels that touch form a block, which stands where its labels are nearest to their places on average.
     """
@@ -117,12 +117,12 @@ def _label_ends(axes, curves: list[Curve], colors: dict[str, str], limits: tuple
         if math.isfinite(curve.end) and low <= curve.end <= high:
             axes.plot([position], [curve.end], "o", color=color, markersize=4.5, clip_on=False, zorder=4)
         axes.annotate(
-            "", (position, low + end * (high - low)), xytext=(1.0 + 0.26 / inches, centre / height), textcoords="axes fraction",
+            "", (position, low + end * (high - low)), xytext=(1 + 0.26 / inches, centre / height),
+            textcoords="axes fraction", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
-            annotation_clip=False,
         )
-        axes.text(1.0 + 0.31 / inches, centre / height, text, transform=axes.transAxes, va="center", color=text_color(color),
-                  fontsize=9, linespacing=1.15, parse_math=False)
+        axes.text(1 + 0.31 / inches, centre / height, text, transform=axes.transAxes, va="center", fontsize=9,
+                  color=text_color(color), linespacing=1.15, parse_math=False)
 
 
 def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> None:
@@ -131,7 +131,7 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
         raise ValueError("curves is empty; expected one an arm")
     labelled = _labelled(curves)
     if len(labelled) < len(curves):
-        subtitle += f"; labelled: the baselines and the best of {len(curves)} arms"
+        subtitle += f"; of {len(curves)} arms, each method's best {BEST} have a label"
     lines = sum(len(_words(curve)) + 1 for curve in labelled)
     axes_height = max(3.9, lines * LINE_HEIGHT + len(labelled) * GAP)
     longest = max(len(line) for curve in labelled for line in [*_words(curve), "1234.56"])
@@ -140,7 +140,7 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
     figure = new_figure(height)
     axes = figure.add_axes((LEFT, BOTTOM / height, right - LEFT, axes_height / height))
     style(axes)
-    colors, limits = _colors(curves), _limits(curves)
+    colors, limits = _colors(labelled), _limits(curves)
     for curve in curves:
         named = curve in labelled
         axes.plot(

@@ -106,7 +106,8 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
         color, number = METHOD_COLORS[point.method], shown.get(point.label)
         axes.plot([x], [y], METHOD_MARKERS[point.method], color=color, markerfacecolor=PAPER if outside else color,
                   markeredgecolor=color if outside else PAPER, markeredgewidth=1.2 if outside else 0.7,
-                  markersize=11.5 if number else 7, alpha=1 if number else 0.75, zorder=5 if number else 3, clip_on=False)
+                  markersize=11.5 if number else 7, alpha=1 if number else 0.75, zorder=5 if number else 3,
+                  clip_on=False)
         if number:
             axes.annotate(f"{number}", (x, y), ha="center", va="center_baseline", fontsize=7, weight="bold",
                           color=color if outside else PAPER, zorder=6, annotation_clip=False)

@@ -2,7 +2,6 @@
 
 from io import BytesIO
 from pathlib import Path
-from textwrap import shorten
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -38,7 +37,8 @@ def style(axes) -> None:
 def write_heading(figure: Figure, left: float, title: str, subtitle: str) -> None:
     """Title and subtitle at a fixed distance from the top, whatever the figure's height. Never read as formulas."""
     height = figure.get_figheight()
-    title = shorten(title, 72, placeholder=" ...")
+    title = " ".join(title.split())
+    title = title if len(title) <= 56 else f"{title[:53]}..."
     figure.text(left, 1 - 0.364 / height, title, family="serif", fontsize=17, color=INK, parse_math=False)
     figure.text(left, 1 - 0.627 / height, subtitle, fontsize=9.5, color=WITHOUT, parse_math=False)
 

@@ -10,15 +10,16 @@ from rich.console import Console
 from ..checkpoint import write_atomically
 from ..errors import LocasError
 from . import results as result_files
+from .capability_report import capability_sections
 from .locomo_report import locomo_sections
+from .merged import differing, merged_records, shared_settings
 from .perplexity_report import perplexity_sections
 from .tables import escape
 
 NAME = "report.md"
 # A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
 SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {
-    "perplexity": perplexity_sections,
-    "locomo": locomo_sections,
+    "capability": capability_sections, "locomo": locomo_sections, "perplexity": perplexity_sections,
 }
 FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
 FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")
@@ -38,7 +39,8 @@ def run_report(folders: list[Path], out: Path | None, console: Console) -> None:
 def write_report(folder: Path) -> Path:
     """Writes folder/report.md and its plots from folder/results.json, over those of before. Returns report.md.
 
-    Raises FileNotFoundError without results.json, LocasError if it is damaged, ValueError for a command without a report.
+    Raises FileNotFoundError without results.json, LocasError if it is damaged, ValueError for a command that has no
+    report.
     """
     results = _read(folder)
     settings = results["settings"]
@@ -46,7 +48,7 @@ def write_report(folder: Path) -> Path:
     lines = [f"# {settings['command'].capitalize()}: {model}", "", *_settings(settings), *_machine(results["machine"])]
     try:
         lines += SECTIONS[settings["command"]](results, folder)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise LocasError(f"{folder / result_files.NAME} holds a record that cannot be read: {error!r}") from error
     write_atomically(folder / NAME, ("\n".join(lines).strip() + "\n").encode())
     return folder / NAME
@@ -68,16 +70,17 @@ def _read(folder: Path) -> dict:
 def _settings(settings: dict) -> list[str]:
     first = [f"{name} {escape(settings[name])}" for name in FIRST_SETTINGS if settings.get(name) is not None]
     everything = json.dumps(settings, indent=1, ensure_ascii=False)
+    different = differing(settings)
     return [
         f"Settings: {', '.join(first)}." if first else "Settings:", "",
+        *([f"The runs differ in {', '.join(different)}.", ""] if different else []),
         "<details><summary>All settings</summary>", "", "```json", everything, "```", "", "</details>", "",
     ]
 
 
 def _machine(machine: dict) -> list[str]:
-    if "runs" in machine:
-        return [line for name, one in machine["runs"].items() for line in _machine_line(f"Machine of {escape(name)}", one)]
-    return _machine_line("Machine", machine)
+    named = [(f"Machine of {escape(name)}", one) for name, one in machine.get("runs", {}).items()]
+    return [line for title, one in named or [("Machine", machine)] for line in _machine_line(title, one)]
 
 
 def _machine_line(title: str, machine: dict) -> list[str]:
@@ -96,13 +99,14 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     """Writes out/results.json with the records of several runs of one command, and its report. Returns report.md.
 
     Each record says in `run` where it is from. Settings that all runs share stay as they are, those of each run are
-    under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it.
+    under `runs`, likewise the machines. Arms that two runs have under one label get the run's name before it, unless
+    the runs differ in their books only: then they are averaged.
 
-    Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that is
-    `out` or holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
+    Raises as `write_report` does; ValueError for runs of different commands, and for a folder given twice or that
+    holds merged runs; FileExistsError if `out` holds anything but an earlier merge.
     """
     _check_out(out)
-    names = _run_names(folders, out)
+    names = _run_names(folders)
     runs = dict(zip(names, (_read(folder) for folder in folders)))
     commands = {name: run["settings"]["command"] for name, run in runs.items()}
     if len(set(commands.values())) > 1:
@@ -111,10 +115,10 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     if merged := next((name for name, run in runs.items() if "runs" in run["settings"]), None):
         raise ValueError(f"{merged} holds merged runs already; name the folders it was made from")
     content = {
-        "settings": {**_shared([run["settings"] for run in runs.values()]),
+        "settings": {**shared_settings([run["settings"] for run in runs.values()]),
                      "runs": {name: run["settings"] for name, run in runs.items()}},
         "machine": {"runs": {name: run["machine"] for name, run in runs.items()}},
-        "records": _records(runs),
+        "records": merged_records(runs),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / result_files.NAME, json.dumps(content, indent=1).encode())
@@ -129,29 +133,10 @@ def _check_out(out: Path) -> None:
             raise FileExistsError(f"--out: {out} holds something else than merged runs; expected a new or empty folder")
 
 
-def _run_names(folders: list[Path], out: Path) -> list[str]:
+def _run_names(folders: list[Path]) -> list[str]:
     """A folder's own name, or all of its path where two have the same."""
     places = [folder.resolve() for folder in folders]
     if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
         raise ValueError(f"{twice} is given twice; expected each run once")
-    if out.resolve() in places:
-        raise ValueError(f"--out: {out} is one of the runs; choose another folder")
     names = [place.name for place in places]
     return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
-
-
-def _shared(settings: list[dict]) -> dict:
-    first, *others = settings
-    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
-
-
-def _records(runs: dict[str, dict]) -> list[dict]:
-    labels = Counter(label for run in runs.values() for label in {record.get("arm") for record in run["records"]})
-    records = []
-    for name, run in runs.items():
-        for record in run["records"]:
-            record = {**record, "run": name}
-            if record.get("arm") and labels[record["arm"]] > 1:
-                record["arm"] = f"{name}: {record['arm']}"
-            records.append(record)
-    return records

@@ -42,6 +42,11 @@ def _sideway_glu(module, x, gate, up, down, slots) -> list[Tensor]:
     return _with_gradients(module.sideway_glu(x, slots, 0.5), (x, slots))
 
 
+def _sideway_mlp(module, x, gate, up, down, slots) -> list[Tensor]:
+    x, slots = x.requires_grad_(), slots[1:].requires_grad_()
+    return _with_gradients(module.sideway_mlp(x, slots, 0.5), (x, slots))
+
+
 def _neuron_importance(module, x, gate, up, down, slots) -> list[Tensor]:
     return [module.neuron_importance(x, gate, up)]
 
@@ -61,6 +66,11 @@ def _sgd_slots_(module, slots, *grads) -> list[Tensor]:
     for grad in grads:
         module.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum=0.9)
     return [slots, momentum_buffer]
+
+
+def _write_slots_(module, slots, inputs, gradients) -> list[Tensor]:
+    norms = module.write_slots_(slots, 2, inputs, gradients, 0.05)
+    return [slots, norms]
 
 
 def _relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
@@ -92,7 +102,10 @@ def self_test(device: torch.device) -> list[Check]:
     checks = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         inputs = [tensor.to(device, dtype) for tensor in ffn]
-        checks += [_check(function, inputs, dtype) for function in (_glu_ffn, _sideway_glu, _neuron_importance)]
+        functions = (_glu_ffn, _sideway_glu, _sideway_mlp, _neuron_importance)
+        checks += [_check(function, inputs, dtype) for function in functions]
     inputs = [tensor.to(device) for tensor in (normal(4, 3, rank, d) / 8, *normal(3, 4, 3, rank, d))]
     checks += [_check(function, inputs, torch.float32) for function in (_update_slots_, _sgd_slots_)]
+    inputs = [tensor.to(device) for tensor in (normal(4, 2, rank, d) / 8, *normal(2, 4, rank - 2, d))]
+    checks.append(_check(_write_slots_, inputs, torch.float32))
     return checks

@@ -45,16 +45,17 @@ class PerplexityTask:
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
-def _check_learning(name: str, settings: dict) -> None:
+def _check_learning(settings: dict, rank: str, learning_rate: str, epochs: str) -> None:
+    """The settings of one method and the options that they come from."""
     if not 0 <= settings["learning_rate"] < math.inf:
-        raise ValueError(f"--{name}-lr is {settings['learning_rate']}; expected a finite number >= 0")
-    for key in ("rank", "epochs"):
-        if settings[key] < 1:
-            raise ValueError(f"--{name}-{key} is {settings[key]}; expected an integer >= 1")
+        raise ValueError(f"{learning_rate} is {settings['learning_rate']}; expected a finite number >= 0")
+    for option, value in ((rank, settings["rank"]), (epochs, settings["epochs"])):
+        if value < 1:
+            raise ValueError(f"{option} is {value}; expected an integer >= 1")
 
 
 def _check(task: PerplexityTask) -> None:
-    """ValueError, LocasError or FileNotFoundError for what can be seen before anything is loaded."""
+    """ValueError or OSError for what can be seen before anything is loaded."""
     if task.methods is not None:
         choose("--methods", task.methods, METHODS)
         if not task.methods:
@@ -63,11 +64,11 @@ def _check(task: PerplexityTask) -> None:
         choose("--ablate", [task.ablate], PRESETS)
         if task.ablate in NEED_HELD_OUT and not task.held_out:
             raise ValueError(f"--ablate {task.ablate} compares learning with forgetting: it needs --held-out TEXT")
-    if not 0 <= task.locas["learning_rate"] < math.inf:
-        raise ValueError(f"--learning-rate is {task.locas['learning_rate']}; expected a finite number >= 0")
-    if task.locas["epochs"] < 1:
-        raise ValueError(f"--epochs is {task.locas['epochs']}; expected an integer >= 1")
-    _check_learning("temp-lora", task.temp_lora)
+    _check_learning(task.locas, "--rank", "--learning-rate", "--epochs")
+    _check_learning(task.temp_lora, "--temp-lora-rank", "--temp-lora-lr", "--temp-lora-epochs")
+    alpha = task.temp_lora["alpha"]
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"--temp-lora-alpha is {alpha}; expected a finite number > 0")
     if task.processes < 1:
         raise ValueError(f"--processes is {task.processes}; expected an integer >= 1")
     if task.processes > 1 and world_size() > 1:
@@ -77,7 +78,9 @@ def _check(task: PerplexityTask) -> None:
             raise ValueError(f"{name} is {tokens}; expected an integer >= 2")
     names = [slug(book.stem) for book in task.books]
     if twice := [book for book, name in zip(task.books, names) if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; files and records are named after books")
+        raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; records are named after their books")
+    for path in (*task.books, *task.held_out):
+        path.open("rb").close()
 
 
 def _arms(task: PerplexityTask, context: int) -> list[Arm]:
@@ -103,20 +106,18 @@ def _protocol(task: PerplexityTask, positions: int) -> Protocol:
 
 # ---- a study: what is read, by whom, how ---------------------------------------------------------------------
 class Study:
-    """The host, the texts and the arms of a task, loaded and checked; raises ValueError, LocasError or OSError for arguments that do not fit."""
+    """The host, the texts and the arms of a task.
+
+    Loading it checks everything: raises ValueError, LocasError or OSError for arguments that do not fit.
+    """
 
     def __init__(self, task: PerplexityTask, device: str | None):
         _check(task)
         self.task = task
         self.host, tokenizer = load_host(task.model, task.dtype, device)
-        positions = self.host.config.get_text_config(decoder=True).max_position_embeddings
-        context = positions if task.long_context is None else task.long_context
-        self.protocol = _protocol(task, positions)
-        if not self.protocol.stride < context <= positions:
-            raise ValueError(
-                f"--long-context is {context}; expected more than the stride, {self.protocol.stride}, and at most "
-                f"{positions}, the host's positions"
-            )
+        self.positions = self.host.config.get_text_config(decoder=True).max_position_embeddings
+        self.protocol = _protocol(task, self.positions)
+        context = self.positions if task.long_context is None else task.long_context
         self.arms = _arms(task, context)
         self._check_arms()
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]
@@ -135,21 +136,32 @@ class Study:
         if self.protocol.bos and self.host.config.get_text_config(decoder=True).bos_token_id is None:
             raise ValueError("--bos: the host's config has no bos_token_id")
         for arm in self.arms:
+            if arm.method == "long-context":
+                self._check_context(arm.settings["context"])
             if arm.method != "locas":
                 continue
             if arm.settings["init"] == "activation" and arm.settings["rank"] > self.protocol.stride:
                 raise ValueError(
-                    f"init='activation' takes one token a slot: rank is {arm.settings['rank']}, but the first chunk has "
-                    f"{self.protocol.stride} tokens; use a --stride of at least the rank"
+                    f"init='activation' takes one token a slot: rank is {arm.settings['rank']}, but the first chunk "
+                    f"has {self.protocol.stride} tokens; use a --stride of at least the rank"
                 )
             locas.attach(self.host, locas_config(arm)).detach()
+
+    def _check_context(self, context: int) -> None:
+        least = self.protocol.stride + 1 if self.protocol.bos else max(2, self.protocol.stride)
+        if not least <= context <= self.positions:
+            raise ValueError(
+                f"--long-context is {context}; expected an integer from {least}, what a chunk takes, to "
+                f"{self.positions}, the host's positions"
+            )
 
     @property
     def settings(self) -> dict:
         """Everything that decides the numbers."""
         task = self.task
         return {
-            "command": "perplexity", "model": task.model, "dtype": str(self.host.dtype).removeprefix("torch."),
+            "command": "perplexity", "model": task.model, "model_type": self.host.config.model_type,
+            "dtype": str(self.host.dtype).removeprefix("torch."), "seed": task.locas["seed"],
             "window": self.protocol.window, "stride": self.protocol.stride, "bos": self.protocol.bos,
             "max_tokens": task.max_tokens, "books": [book.fingerprint for book in self.books],
             "held_out": [text.fingerprint for text in self.held_out], "ablate": task.ablate,

@@ -26,7 +26,7 @@ class Arm:
         return Arm(self.label, self.method, self.settings, records)
 
     def mean(self, name: str) -> float | None:
-        """The geometric mean of a field over the books: for perplexities exp of the mean log. None if a book lacks it."""
+        """The geometric mean of a field over the books, exp of the mean log. None if a book lacks it."""
         return geometric_mean([record.get(name) for record in self.records])
 
     def at(self, tokens: int) -> float | None:
@@ -120,13 +120,15 @@ MEASURES = [
 ]
 
 
-def arm_table(arms: list[Arm], columns: list[Column], names: list[str] | None = None) -> list[str]:
-    """A row an arm, called by its label or by `names`. A column in which nothing is known is left out."""
-    names = [arm.label for arm in arms] if names is None else names
+LABEL = Column("arm", lambda arm: escape(arm.label))
+
+
+def arm_table(arms: list[Arm], columns: list[Column], first: Column = LABEL) -> list[str]:
+    """A row an arm, headed by `first`. A column in which nothing is known is left out."""
     cells = [[column.text(arm) for arm in arms] for column in columns]
     known = [index for index, texts in enumerate(cells) if any(text != MISSING for text in texts)]
-    rows = [[escape(name), *(cells[index][row] for index in known)] for row, name in enumerate(names)]
-    return markdown_table(["arm", *(columns[index].title for index in known)], rows)
+    rows = [[first.text(arm), *(cells[index][row] for index in known)] for row, arm in enumerate(arms)]
+    return markdown_table([first.title, *(columns[index].title for index in known)], rows)
 
 
 def markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:

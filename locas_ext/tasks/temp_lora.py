@@ -1,13 +1,14 @@
 """Temp-LoRA, the peer: a LoRA adapter that learns each chunk right after it was scored and is thrown away at the end.
 
 As in its public code: LoRA on every linear layer but lm_head, AdamW with betas (0.9, 0.999) and no weight decay, a
-constant learning rate after a linear warm-up of 2 updates, 2 epochs a chunk. Taken from the protocol of `Memory.memorize`
-instead, so that the two compare: the windows, the score being the first epoch's loss, the context read into a KV cache
-without gradient (docs/method.md, "The online protocol"), AdamW's eps of 1e-8.
+constant learning rate after a linear warm-up of 2 updates, 2 epochs a chunk. Taken from `Memory.memorize` instead, so
+that the two compare: the windows, the first epoch's loss as the score, the context in a KV cache without gradient
+(docs/method.md, "The online protocol"), AdamW's eps of 1e-8. The optimizer lives as long as the adapter.
 """
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -41,8 +42,8 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
     alpha: the adapter's output is scaled by alpha / rank; None: rank
     seed: of its random half; the other is zero, so it adds nothing until it has learned something
 
-    Yields its parameters, float32. The host is frozen inside the block and exactly as before after it. Raises LocasError
-    if peft is not installed.
+    Yields its parameters, float32. The host is frozen inside the block and exactly as before after it. Raises
+    LocasError if peft is not installed.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
@@ -52,7 +53,8 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
     config = LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, bias="none", target_modules="all-linear"
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an old way
         torch.manual_seed(seed)
         wrapper = get_peft_model(model, config)
     try:
@@ -60,7 +62,7 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
         yield [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
     finally:
         wrapper.unload()
-        for name in set(model.__dict__) - attributes:
+        for name in set(model.__dict__) - attributes:  # peft_config, which older versions leave behind
             delattr(model, name)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required_grad[name])

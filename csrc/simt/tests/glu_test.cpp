@@ -1,5 +1,7 @@
 // glu_forward, glu_backward and importance against the activations' textbook formulas in float64. The peer is
 // what torch computes: each operation in float, its result rounded to the storage type.
+#include <array>
+
 #include "harness.h"
 
 namespace locas::test {
@@ -90,6 +92,36 @@ void check_glu(const Case& c) {
   });
 }
 
+// Without `up`: the activation alone, as where up is all ones.
+template <class T>
+void check_without_up(const Case& c) {
+  Random random(c.rows * 1000 + c.cols + 1);
+  const int64_t count = c.rows * c.cols;
+  const auto gate = random.normals<T>(count, 2.0), d_hidden = random.normals<T>(count);
+  const std::vector<T> ones(count, ptx::from_float<T>(1.0f));
+  const float scale = 0.3f;
+  for_each_seed([&] {
+    const auto input = [&](const char* name, const std::vector<T>& values) {
+      return Matrix<T>(name, values, c.rows, c.cols, c.stride, c.offset);
+    };
+    const auto output = [&](const char* name) { return Matrix<T>(name, c.rows, c.cols, c.stride, c.offset); };
+    const Rows none{nullptr, 0};
+    const auto run = [&](Rows up, Rows d_up) {
+      auto gates = input("gate", gate), d_hiddens = input("d_hidden", d_hidden);
+      auto out = output("out"), d_gate = output("d_gate"), hidden = output("hidden");
+      cuda::glu_forward({gates.view(), up, out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
+      auto& d_gates = c.in_place ? d_hiddens : d_gate;
+      cuda::glu_backward({d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), c.rows, c.cols,
+                          scale, c.activation, kDType<T>},
+                         kQueue);
+      return std::array{out.values(), d_gates.values(), hidden.values()};
+    };
+    auto ups = input("up", ones), d_up = output("d_up");
+    const auto with_ones = run(ups.view(), d_up.view()), without = run(none, none);
+    for (size_t i = 0; i < without.size(); ++i) expect_equal("without up", without[i], with_ones[i]);
+  });
+}
+
 LOCAS_TEST(glu, "glu_forward, glu_backward") {
   std::vector<Case> cases = kCases;
   for (int i = 0; i < 2; ++i) {
@@ -100,8 +132,11 @@ LOCAS_TEST(glu, "glu_forward, glu_backward") {
     check_glu<bf16>(c);
     check_glu<f16>(c);
     check_glu<float>(c);
+    check_without_up<bf16>(c);
+    check_without_up<f16>(c);
+    check_without_up<float>(c);
   }
-  return std::to_string(3 * cases.size()) + " cases, 10 seeds";
+  return std::to_string(6 * cases.size()) + " cases, 10 seeds";
 }
 
 template <class T>

@@ -1,0 +1,75 @@
+"""Compressing a Locas-MLP memory: the many slots of each layer as few that agree with them (docs/method.md, "NL-SVD")."""
+
+import numbers
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from .nl_svd import nl_svd
+from .patch import Attachment
+from .slots import KEY, VALUE
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What a compression kept. The lists have one entry a layer.
+
+    slots_before, slots_used: a layer's slots before and after
+    kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
+    error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span, tau
+        included
+    dtype: what it was computed in
+    """
+
+    slots_before: int
+    slots_used: int
+    kept_energy: list[float]
+    error_bound: list[float]
+    dtype: str
+
+
+def compress_slots(attachment: Attachment, rank: int, threshold: float = 0.0) -> CompressReport:
+    """Puts at most `rank` slots a layer in the place of the used ones; the capacity stays. One update.
+
+    ValueError, with the memory unchanged, for what nl_svd does not take.
+    """
+    state = attachment.state
+    before = state.used
+    layers = state.in_layer_order(lambda arena: arena.slots[:, :, :before])
+    activation = attachment.ffns[0].activation
+    compressed = [nl_svd(slots[KEY], slots[VALUE], rank, activation, threshold) for slots in layers]
+    device = state.arenas[0].slots.device
+    slots = torch.zeros(len(layers), state.planes, state.capacity, state.hidden_size, device=device)
+    for layer, small in zip(slots, compressed):
+        layer[KEY, : len(small.key)], layer[VALUE, : len(small.key)] = small.key.to(device), small.value.to(device)
+    used = max(1, *(len(small.key) for small in compressed))
+    state.set_slots(slots, state.version + 1, used)
+    energies = [(small.kept_energy, small.kept_energy + small.discarded_energy) for small in compressed]
+    return CompressReport(
+        slots_before=before,
+        slots_used=used,
+        kept_energy=[kept / whole if whole else 1.0 for kept, whole in energies],
+        error_bound=[abs(scale) * small.error_bound for scale, small in zip(state.scales, compressed)],
+        dtype="float64",
+    )
+
+
+def compress(attachment: Attachment, rank: int, threshold: float) -> CompressReport:
+    """See `Memory.compress`."""
+    state = attachment.state
+    state.sync()
+    if not state.grows:
+        raise ValueError("compress: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be compressed")
+    if not state.used:
+        raise ValueError("compress: the memory holds no slots yet")
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold is {threshold!r}; expected a number >= 0")
+    host_dtype = state.arenas[0].compute.dtype
+    report = compress_slots(attachment, rank, threshold)
+    state.resize(report.slots_used)
+    if host_dtype in (torch.float16, torch.bfloat16):
+        warnings.warn(
+            f"compress: computed in {report.dtype} from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
+        )
+    return report

@@ -1,0 +1,268 @@
+"""One host FFN as the memory sees it: its projections, whatever they are, and their weights in one layout."""
+
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .activations import activate
+from .kernels import HostWeights
+
+
+def _is_its_own(linear: nn.Module, plain: type) -> bool:
+    """Whether the forward in an instance's dict is its class's, behind what a memory or accelerate has put before it.
+
+    accelerate's hook of a device_map brings the input to the weight. The FFN's own hook has then brought it already, so
+    the weight may be used directly.
+    """
+    forward, hook = linear.__dict__["forward"], linear.__dict__.get("_hf_hook")
+    stands = getattr(getattr(forward, "__self__", None), "stands", ())  # a patched FFN's
+    if any(stand.module is linear and stand.replaced is None for stand in stands):
+        return True
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not (hook.offload or hook.io_same_device)
+        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and linear._old_forward == MethodType(plain.forward, linear)
+    )
+
+
+def linear_obstacle(linear: nn.Module, plain: type = nn.Linear) -> str | None:
+    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
+    if type(linear) is not plain:
+        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain {plain.__name__}"
+    if "forward" in linear.__dict__ and not _is_its_own(linear, plain):
+        return "has a forward of its own (a hook of another library)"
+    if (
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+    ):
+        return "has hooks"
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if type(weight) is not nn.Parameter:
+        return f"holds a {type(weight).__name__}, not a plain Parameter"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "requires a gradient"
+    if weight.is_meta:
+        return "is on the meta device"
+    return None
+
+
+def projection_device(projection: nn.Module) -> torch.device | None:
+    """Where a projection is computed: where its weights lie, or where accelerate's hook brings them.
+
+    None if it has no tensors, or if its hook is not one that says. ValueError for weights that are not loaded.
+    """
+    for module in projection.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if not tensor.is_meta:
+                return tensor.device
+            if not hasattr(module, "_hf_hook"):
+                raise ValueError("the host is on the meta device and has no weights yet; load them first")
+            device = getattr(module._hf_hook, "execution_device", None)
+            return None if device is None else torch.device(device)
+    return None
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
+    """The weight [out, in] of any linear module, in `like`'s dtype where it has to be computed.
+
+    A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight.
+    """
+    weight = linear._parameters.get("weight")
+    if type(linear) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta:
+        return weight if type(linear) is nn.Linear else weight.T
+    if (size := getattr(linear, "nx" if type(linear) is Conv1D else "in_features", None)) is None:
+        raise ValueError(f"{type(linear).__name__} has no in_features, so its weight cannot be read")
+    training = [module for module in linear.modules() if module.training]
+    linear.eval()  # LoRA's dropout off
+    try:
+        zero = linear(like.new_zeros(1, size))
+        block = 1024
+        columns = [
+            linear(torch.eye(min(block, size - start), size,
+                             dtype=like.dtype, device=like.device).roll(start, dims=1)) - zero
+            for start in range(0, size, block)
+        ]
+    finally:
+        for module in training:
+            module.training = True
+    return torch.cat(columns).T.contiguous()
+
+
+# A projection's new parameters: (the module, "weight" or "bias", the parameter).
+Packed = list[tuple[nn.Module, str, nn.Parameter]]
+
+
+class HostFFN:
+    """One layer's FFN. Weights are looked up at every call: `.to()`, a loaded state dict or a swapped projection take
+    effect at once.
+
+    m neurons, each with one or two input rows [d] (gate and up; of a two-layer FFN the one of its first projection) and an
+    output column [d].
+    """
+
+    names: tuple[str, ...]  # of the projections inside the module, the output projection last
+    plain: type = nn.Linear  # what a projection is whose weights can be used directly
+
+    def __init__(self, module: nn.Module, activation: str):
+        self.module = module
+        self.activation = activation
+
+    def projections(self) -> list[nn.Module]:
+        modules = self.module._modules
+        return [modules[name] for name in self.names]
+
+    def obstacle(self) -> str | None:
+        """Why the weights cannot be used directly, or None."""
+        for name, projection in zip(self.names, self.projections()):
+            if problem := linear_obstacle(projection, self.plain):
+                return f"{name} {problem}"
+        return None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
+        raise NotImplementedError
+
+    def input_rows(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The neurons' input rows, each [m, d]; computed where the projections are not plain."""
+        raise NotImplementedError
+
+    def output_columns(self, like: Tensor) -> Tensor:
+        """[d, m]."""
+        return dense_weight(self.projections()[-1], like)
+
+    def resized(self, rows: Callable, columns: Callable) -> Packed:
+        """New parameters for the projections, not yet put in; meaningful where obstacle() is None.
+
+        rows(tensor, index) gives those of the neurons' input rows [m, d] number `index` and, with index None, of their
+        biases [m]; columns(tensor) those of the output columns [d, m].
+        """
+        raise NotImplementedError
+
+
+class GatedFFN(HostFFN):
+    """An FFN with separate gate, up and down projections."""
+
+    names = ("gate_proj", "up_proj", "down_proj")
+
+    def weights(self) -> HostWeights:
+        """The host's own tensors, not copies; meaningful where obstacle() is None."""
+        gate, up, down = (projection._parameters for projection in self.projections())
+        return HostWeights(
+            gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
+        )
+
+    def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate and up [..., m] from the projections as they are, whatever they are."""
+        gate, up, _ = self.projections()
+        return gate(x), up(x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, up = self.pre_activations(x)
+        return activate(gate, self.activation) * up
+
+    def input_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up, _ = self.projections()
+        return dense_weight(gate, like), dense_weight(up, like)
+
+    def pack(self, weights: HostWeights) -> Packed:
+        """Parameters for the projections that hold these weights, not yet put in."""
+        gate, up, down = self.projections()
+        return _packed([(gate, "weight", weights.gate), (up, "weight", weights.up), (down, "weight", weights.down),
+                        (gate, "bias", weights.gate_bias), (up, "bias", weights.up_bias), (down, "bias", weights.down_bias)])
+
+    def resized(self, rows: Callable, columns: Callable) -> Packed:
+        old = self.weights()
+        return self.pack(HostWeights(
+            rows(old.gate, 0), rows(old.up, 1), columns(old.down),
+            *(None if bias is None else rows(bias, None) for bias in (old.gate_bias, old.up_bias)), old.down_bias,
+        ))
+
+
+class FusedGatedFFN(GatedFFN):
+    """An FFN with gate and up rows in one projection, the gate rows first (Phi-3, GLM-4)."""
+
+    names = ("gate_up_proj", "down_proj")
+
+    def weights(self) -> HostWeights:
+        gate_up, down = (projection._parameters for projection in self.projections())
+        gate, up = gate_up["weight"].chunk(2)
+        gate_bias, up_bias = (None, None) if gate_up["bias"] is None else gate_up["bias"].chunk(2)
+        return HostWeights(gate, up, down["weight"], gate_bias, up_bias, down["bias"])
+
+    def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.projections()[0](x).chunk(2, dim=-1)
+
+    def input_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return dense_weight(self.projections()[0], like).chunk(2)
+
+    def pack(self, weights: HostWeights) -> Packed:
+        gate_up, down = self.projections()
+        bias = None if weights.gate_bias is None else torch.cat([weights.gate_bias, weights.up_bias])
+        return _packed([(gate_up, "weight", torch.cat([weights.gate, weights.up])), (down, "weight", weights.down),
+                        (gate_up, "bias", bias), (down, "bias", weights.down_bias)])
+
+
+class TwoLayerFFN(HostFFN):
+    """An FFN of two projections, act(x W_in^T + b_in) W_out^T + b_out (OPT, GPT-NeoX, Phi)."""
+
+    def __init__(self, module: nn.Module, activation: str, names: tuple[str, str]):
+        """module: the one that holds both projections: the FFN, or for OPT the decoder layer."""
+        super().__init__(module, activation)
+        self.names = names
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return activate(self.projections()[0](x), self.activation)
+
+    def input_rows(self, like: Tensor) -> tuple[Tensor]:
+        return (dense_weight(self.projections()[0], like),)
+
+    def resized(self, rows: Callable, columns: Callable) -> Packed:
+        first, last = self.projections()
+        named = [(first, "weight", rows(first.weight, 0)), (last, "weight", columns(last.weight))]
+        if first.bias is not None:
+            named.append((first, "bias", rows(first.bias, None)))
+        return _packed(named)
+
+
+class Conv1DFFN(TwoLayerFFN):
+    """The same with GPT-2's Conv1D, which holds its weight as [in, out]."""
+
+    plain = Conv1D
+
+    def resized(self, rows: Callable, columns: Callable) -> Packed:
+        first, last = self.projections()
+        return _packed([(first, "weight", rows(first.weight.T, 0).T.contiguous()), (first, "bias", rows(first.bias, None)),
+                        (last, "weight", columns(last.weight.T).T.contiguous())])
+
+
+def _packed(named: list[tuple[nn.Module, str, Tensor | None]]) -> Packed:
+    return [(module, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
+            for module, name, tensor in named if tensor is not None]
+
+
+def put_in(packed: Packed) -> None:
+    """Puts new parameters into their modules, whose stated sizes follow."""
+    for module, name, parameter in packed:
+        setattr(module, name, parameter)
+        if name == "weight" and isinstance(module, Conv1D):
+            module.nx, module.nf = parameter.shape
+        elif name == "weight":
+            module.out_features, module.in_features = parameter.shape
+
+
+def value_norm_mean(down_weight: Tensor) -> float:
+    """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
+    dtype = torch.promote_types(down_weight.dtype, torch.float32)
+    squares = down_weight.new_zeros(down_weight.shape[1], dtype=dtype)
+    # Blocks of rows in one small buffer, which stay in the cache; vector_norm(dim=0) takes ten times as long.
+    buffer = down_weight.new_empty(min(128, len(down_weight)), down_weight.shape[1], dtype=dtype)
+    for rows in down_weight.detach().split(len(buffer)):
+        squares += buffer[: len(rows)].copy_(rows).square_().sum(0)
+    return squares.sqrt().mean().item()

@@ -1,0 +1,226 @@
+"""`locas capability`: what a memory does to everything else the host can do.
+
+Host, attached, merged and detached model read held-out texts (held_out.py) and, where asked for, answer lm-eval's
+tasks (harness.py). Each difference from the host comes with a paired bootstrap interval (docs/method.md,
+"Forgetting").
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from .. import memory as locas
+from ..errors import LocasError
+from . import Interrupted, results
+from .assets import ASSETS
+from .bootstrap import interval, resampled_sums
+from .capability_report import console_tables, detached_verdict
+from .distributions import digest
+from .harness import Harness, HarnessTasks
+from .held_out import AGREEING, EXCESS_NLL, KL, NLL, TOKENS, StateScores, check, measure
+from .loading import load_host, read_texts
+from .report import write_report
+
+DEFAULT_TEXT = ASSETS / "tono-bungay.txt"
+ALL = "all texts"
+
+
+@dataclass(frozen=True)
+class CapabilityTask:
+    """The arguments of the command.
+
+    held_out: texts the memory has not read
+    window: the most tokens the model sees at once
+    merged: whether the merged model is measured, which needs room for a second, wider copy of the FFNs; None: on the
+        texts but not on the tasks
+    tasks: lm-eval's; None: the texts only
+    seed: of the bootstrap
+    out: where results.json and report.md go; None: the tables are printed only
+    """
+
+    model: str
+    memory: Path
+    held_out: list[Path]
+    window: int
+    merged: bool | None
+    tasks: HarnessTasks | None
+    seed: int
+    out: Path | None
+    dtype: str | None
+    device: str | None
+
+    def settings(self) -> dict:
+        """What an earlier run in the same folder must have had, too."""
+        tasks = self.tasks
+        return {
+            "command": "capability", "model": self.model, "memory": self.memory,
+            "held_out": [path.name if path == DEFAULT_TEXT else path for path in self.held_out], "window": self.window,
+            "merged": self.merged, "tasks": tasks and tasks.names, "few_shot": tasks and tasks.few_shot,
+            "limit": tasks and tasks.limit, "seed": self.seed, "dtype": self.dtype, "device": self.device,
+        }
+
+
+# ---- records ---------------------------------------------------------------------------------------------------
+def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """From column sums [..., 5] over windows."""
+    tokens = sums[..., TOKENS]
+    return {
+        "perplexity": np.exp(sums[..., NLL] / tokens),
+        "perplexity_ratio": np.exp(sums[..., EXCESS_NLL] / tokens),
+        "top1_agreement": sums[..., AGREEING] / tokens,
+        "kl": sums[..., KL] / tokens,
+    }
+
+
+def _summary(state: str, text: str, windows: list[list[float]], seed: int) -> dict:
+    """Figures and their intervals; null where a KL is unknown, and intervals where there is one window only."""
+    values = np.array(windows, dtype=np.float64)
+    figures = {name: float(value) for name, value in _figures(values.sum(0)).items()}
+    intervals = dict.fromkeys(figures)
+    if len(values) > 1:
+        intervals = {name: interval(each) for name, each in _figures(resampled_sums(values, seed=seed)).items()}
+    result = {"state": state, "text": text, "tokens": int(values[:, TOKENS].sum()), "windows": len(values)}
+    for name, figure in figures.items():
+        known = not math.isnan(figure)  # JSON knows no NaN
+        result |= {name: figure if known else None, f"{name}_interval": intervals[name] if known else None}
+    return result
+
+
+def _text_record(text: str, scores: StateScores, seed: int) -> dict:
+    return _summary(scores.state, text, scores.windows, seed) | {
+        "same_bits_as_host": scores.difference is None,
+        "first_difference": scores.difference,
+        "seconds": scores.seconds,
+        "per_window": [[None if math.isnan(number) else number for number in row] for row in scores.windows],
+    }
+
+
+def _pooled(records: list[dict], seed: int) -> list[dict]:
+    """One record a state over the windows of all texts."""
+    result = []
+    for state in dict.fromkeys(record["state"] for record in records):
+        those = [record for record in records if record["state"] == state]
+        windows = [row for record in those for row in record["per_window"]]
+        result.append(_summary(state, ALL, windows, seed) | {
+            "same_bits_as_host": all(record["same_bits_as_host"] for record in those),
+            "seconds": sum(record["seconds"] for record in those),
+            "pooled": True,
+        })
+    return result
+
+
+def _compared(record: dict, host: dict, seed: int) -> dict:
+    """A task's record with its difference from the host's, and the interval over the questions."""
+    bounds = None
+    if record["per_question"] and host["per_question"] and record["questions"] > 1:
+        differences = np.subtract(record["per_question"], host["per_question"])
+        bounds = interval(resampled_sums(differences[:, None], seed=seed)[:, 0] / len(differences))
+    return record | {
+        "difference": record["value"] - host["value"],
+        "difference_interval": bounds,
+        "same_bits_as_host": record["responses_sha256"] == host["responses_sha256"],
+    }
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+def _names(paths: list[Path]) -> list[str]:
+    """What the texts are called in the results: their files' names, or their paths where two names are the same."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _probe(model, memory_folder: Path) -> dict:
+    """What the memory is. On a copy of the model that shares its weights, so that the host itself stays untouched.
+
+    Raises what `locas.load` raises, before any work is done.
+    """
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    memory = locas.load(copy.deepcopy(model, shared), memory_folder)
+    return {
+        "memory_config": memory.config.to_dict(), "memory_version": memory.version, "tokens_seen": memory.tokens_seen,
+        "memory_sha256": digest(memory.slots).hex(),
+    }
+
+
+def _states(model, memory_folder: Path, merged: bool) -> Iterator[tuple[str, object]]:
+    """The states' names and models, one after another; the model is plain before and after."""
+    yield "host", model
+    memory = locas.load(model, memory_folder)
+    try:
+        yield "attached", model
+        if merged:
+            yield "merged", memory.fork().merge_and_unload()
+    finally:
+        memory.detach()
+    yield "detached", model
+
+
+def _run_texts(task: CapabilityTask, model, texts: dict, records: list[dict], keep: Callable[[], None]) -> None:
+    done = {record.get("text") for record in records}
+    for name, ids in texts.items():
+        if name not in done:
+            scores = measure(model, task.memory, ids, task.window, merged=task.merged is not False)
+            records += [_text_record(name, each, task.seed) for each in scores]
+            keep()
+    if len(texts) > 1 and ALL not in done:
+        records += _pooled([record for record in records if "text" in record], task.seed)
+        keep()
+
+
+def _run_tasks(
+    task: CapabilityTask, harness: Harness, model, tokenizer, records: list[dict], keep: Callable[[], None]
+) -> None:
+    earlier = [record for record in records if "task" in record]
+    done = {record["state"] for record in earlier}
+    hosts = {(record["task"], record["metric"]): record for record in earlier if record["state"] == "host"}
+    for state, in_state in _states(model, task.memory, merged=task.merged is True):
+        if state in done:
+            continue
+        found = harness.evaluate(in_state, tokenizer, state)
+        if state == "host":
+            hosts = {(record["task"], record["metric"]): record for record in found}
+        records += [_compared(record, hosts[record["task"], record["metric"]], task.seed) for record in found]
+        keep()
+
+
+def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
+    """Measures and prints the tables; with an output folder, writes results.json as it goes and report.md at the end.
+
+    Returns the records. Raises ValueError or OSError for arguments that do not fit, LocasError where tasks are asked
+    for and lm-eval is not installed, for a memory of another host and, after everything is printed and written, if
+    detach() did not give the host back; Interrupted at Ctrl-C.
+    """
+    harness = Harness(task.tasks) if task.tasks else None
+    model, tokenizer = load_host(task.model, task.dtype, task.device)
+    texts = {name: read_texts([path], tokenizer) for name, path in zip(_names(task.held_out), task.held_out)}
+    for ids in texts.values():
+        check(model, ids, task.window)
+    settings = task.settings() | _probe(model, task.memory)
+    records = results.open_folder(task.out, settings) if task.out else []
+
+    def keep() -> None:
+        if task.out:
+            results.write(task.out, settings, records)
+
+    try:
+        _run_texts(task, model, texts, records, keep)
+        if harness:
+            _run_tasks(task, harness, model, tokenizer, records, keep)
+    except KeyboardInterrupt:
+        if not task.out or not records:
+            raise Interrupted("nothing was kept") from None
+        raise Interrupted(f"{len(records)} records are kept in {task.out}; the same command goes on") from None
+    for table in console_tables(records):
+        console.print(table)
+    is_host, sentence = detached_verdict(records)
+    console.print(sentence)
+    if task.out:
+        console.print(f"report: {write_report(task.out)}")
+    if not is_host:
+        raise LocasError(sentence)
+    return records

@@ -1,0 +1,358 @@
+"""memory.compress and memorize(update="write"), end to end, against a plain float64 loop with an NL-SVD of its own."""
+
+import os
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from helpers import TEXT, act_formula, assert_same_host, chunk_bounds, logits_of, random_ids, snapshot, tiny_model, window_begin
+from safetensors.torch import load_file
+from test_families import TWO_LAYER, tiny
+from test_mlp_hosts import activation_of
+from test_write import IDS, SCALE, PlainWriter, assert_unchanged, breaking_gradient, everything, expected_slots, writable, written
+
+import locas_ext as locas
+
+WRITE = dict(window=16, stride=6, update="write", epsilon=0.05, progress=False)
+CYCLE = dict(**WRITE, capacity=16, compress_to=7)
+
+
+def full(family="opt", dtype=torch.float32, texts=2):
+    model, memory = writable(family, dtype)
+    for seed in range(texts):
+        memory.write(random_ids(20, seed), epsilon=0.1)
+    return model, memory
+
+
+def f(x, slots, activation):
+    return act_formula(x @ slots[0].double().T, activation) @ slots[1].double()
+
+
+def energy_matrix(slots):
+    key, value = slots.double()
+    return ((key * value.norm(dim=1, keepdim=True)).T @ (key * value.norm(dim=1, keepdim=True)))
+
+
+# ---- compress -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", [*TWO_LAYER, "llama"])
+@pytest.mark.parametrize("rank", [1, 9, 32])
+def test_outputs_along_probes_are_kept_and_the_report_is_true(family, rank):
+    model, memory = full(family)
+    activation, old = activation_of(model), written(memory).clone()
+    report = memory.compress(rank)
+    assert (report.slots_before, report.slots_used, report.dtype) == (38, rank, "float64")
+    assert (memory.state.used, memory.state.capacity, memory.version) == (rank, rank, 3)
+    assert memory.slots.shape == (2, 2, rank, 32)
+    random = torch.randn(200, 32, dtype=torch.float64)
+    for layer, ffn in enumerate(memory._attachment.ffns):
+        before, after = old[layer], memory.slots[layer]
+        probes = after[0].double()
+        torch.testing.assert_close(probes @ probes.T, torch.eye(rank).double(), rtol=0, atol=1e-5)
+        expected = SCALE * f(probes, before, activation)
+        with torch.no_grad():  # through the FFN of the model
+            got = ffn.memory(after[0]).double()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        assert (expected.norm(dim=1) >= SCALE * f(-probes, before, activation).norm(dim=1) - 1e-6).all()
+
+        spectrum = torch.linalg.eigvalsh(energy_matrix(before)).flip(0)
+        kept = (probes @ energy_matrix(before) * probes).sum()
+        assert report.kept_energy[layer] == pytest.approx((spectrum[:rank].sum() / spectrum.sum()).item(), rel=1e-5)
+        assert kept.item() == pytest.approx(spectrum[:rank].sum().item(), rel=1e-5)
+        projected = random @ probes.T @ probes
+        error = SCALE * (f(random, before, activation) - f(projected, before, activation)).norm(dim=1)
+        outside = (random - projected).norm(dim=1)
+        if rank == 32:
+            assert report.kept_energy[layer] == pytest.approx(1.0) and report.error_bound[layer] < 1e-4
+        else:
+            assert (error <= report.error_bound[layer] * outside + 1e-6).all()
+            assert (error / outside).max() > report.error_bound[layer] / 50  # a bound, and not just any
+
+
+def test_a_bound_counts_tau():
+    reports = []
+    for scale in (0.25, -1.0):
+        memory = locas.attach(tiny("opt"), locas.LocasConfig(rank=4, scale=scale, variant="mlp"))
+        memory.write(IDS)
+        reports.append(memory.compress(4))
+    assert [4 * b for b in reports[0].error_bound] == pytest.approx(reports[1].error_bound, rel=1e-4)
+
+
+def test_as_many_as_there_are_keeps_what_the_text_does():
+    """With rank = used the probes span all keys; along each the memory is the same, and the energy is all there."""
+    model, memory = writable("opt")
+    memory.write(IDS, epsilon=0.5)
+    old = written(memory).clone()
+    report = memory.compress(12)
+    assert report.slots_used == 12 and report.kept_energy == pytest.approx([1.0, 1.0])
+    for before, after in zip(old, memory.slots):
+        projected = before[0] @ after[0].T @ after[0]
+        torch.testing.assert_close(projected, before[0], rtol=0, atol=1e-5)
+
+
+def test_a_compressed_memory_lives_on(tmp_path):
+    model, memory = full("gpt2")
+    memory.memorize(TEXT[:16], window=16, stride=8, progress=False)
+    assert memory.state.whole("exp_avg") is not None
+    version = memory.version
+    memory.compress(6)
+    assert memory.version == version + 1 and memory.state.whole("exp_avg") is None
+    memory.save_pretrained(tmp_path / "m")
+    assert load_file(tmp_path / "m/locas_memory.safetensors")["slots"].shape == (2, 2, 6, 32)
+    other = locas.load(tiny("gpt2"), tmp_path / "m")
+    assert torch.equal(logits_of(other.model, IDS), logits_of(model, IDS))
+    assert [(s.slots_used, s.capacity) for s in memory.status()] == [(6, 6)] * 2
+    for m in (memory, other):
+        m.write(IDS)
+        m.memorize(TEXT[:16], window=16, stride=8, progress=False)
+    assert torch.equal(written(memory), written(other))
+
+
+def test_a_threshold_leaves_weak_probes_out():
+    _, memory = full()
+    roots = [torch.linalg.eigvalsh(energy_matrix(layer)).flip(0).sqrt() for layer in written(memory)]
+    threshold = (roots[0][4] + roots[0][5]).item() / 2
+    report = memory.compress(20, threshold=threshold)
+    counts = [int((root >= threshold).sum()) for root in roots]
+    assert counts[0] == 5 and report.slots_used == memory.state.capacity == max(counts)
+    assert [int(layer[0].any(dim=1).sum()) for layer in memory.slots] == counts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_host_is_told(dtype):
+    model, memory = full("gpt2", dtype)
+    twin = writable("gpt2")[1]
+    twin.state.set_slots(memory.slots[:, :, :38].clone(), 2)
+    with pytest.warns(UserWarning, match=f"compress: computed in float64.*{dtype} host") as caught:
+        report = memory.compress(7)
+    assert caught[0].filename == __file__ and report.dtype == "float64"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin.compress(7)
+    assert torch.equal(memory.slots, twin.slots)
+    assert torch.equal(memory.state.arenas[0].compute, memory.slots.to(dtype))
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((0,), ValueError, "rank is 0; expected 1 to 12"),
+    ((13,), ValueError, "rank is 13; expected 1 to 12, no more than the 12 slots there are"),
+    ((True,), TypeError, "rank is True"),
+    ((3.0,), TypeError, "rank is 3.0"),
+    ((3, -1.0), ValueError, "threshold is -1.0"),
+    ((3, float("nan")), ValueError, "threshold is nan"),
+    ((3, "0"), TypeError, "threshold is '0'"),
+    ((3, True), TypeError, "threshold is True"),
+], ids=str)
+def test_bad_arguments(arguments, error, message):
+    _, memory = writable()
+    memory.write(IDS, capacity=20)
+    before = everything(memory)
+    with pytest.raises(error, match=message):
+        memory.compress(*arguments)
+    assert_unchanged(memory, before)
+
+
+def test_more_than_the_hidden_size_nothing_and_a_gated_memory():
+    _, memory = full()
+    before = everything(memory)
+    with pytest.raises(ValueError, match="rank is 33; expected 1 to 32.*hidden size 32"):
+        memory.compress(33)
+    assert_unchanged(memory, before)
+    with pytest.raises(ValueError, match="holds no slots yet"):
+        writable()[1].compress(1)
+    with pytest.raises(ValueError, match="variant is 'glu'"):
+        locas.attach(tiny_model(), locas.LocasConfig(rank=4)).compress(1)
+
+
+def test_broken_slots_are_not_compressed():
+    _, memory = full()
+    with torch.no_grad():
+        memory.slots[1, 0, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN"):
+        memory.compress(5)
+    assert memory.state.used == 38 and memory.state.whole("slots")[0].isfinite().all()
+
+
+# ---- memorize(update="write") ---------------------------------------------------------------------------------
+def plain_nl_svd(slots, rank, activation):
+    vectors = torch.linalg.eigh(energy_matrix(slots)).eigenvectors.T.flip(0)[:rank]
+    flip = f(-vectors, slots, activation).norm(dim=1) > f(vectors, slots, activation).norm(dim=1)
+    probes = torch.where(flip[:, None], -vectors, vectors)
+    one = act_formula(torch.ones((), dtype=torch.float64), activation)
+    return torch.stack([probes, f(probes, slots, activation) / one])
+
+
+def plain_loop(model, ids, window, stride, epsilon, capacity, compress_to, context_gradient=False, bos=None, tokens=None):
+    """-> each chunk's NLL and the slots at the end; score a chunk, then write its tokens, compress when full."""
+    twin, nlls = PlainWriter(model), []
+    for start, end in chunk_bounds(len(ids), stride):
+        first = max(start, 1)
+        begin = window_begin(start, end, window if bos is None else window - 1)
+        before = [] if bos is None else [torch.tensor([bos])]
+        seen, targets = torch.cat([*before, ids[begin : end - 1]])[None], ids[first:end]
+        context, inputs = seen[:, : -len(targets)], seen[:, -len(targets) :]
+        if context_gradient or context.shape[1] == 0:
+            logits = twin.model(input_ids=seen, use_cache=False).logits[0, -len(targets) :]
+        else:
+            with torch.no_grad():
+                cache = twin.model(input_ids=context, use_cache=True).past_key_values
+            logits = twin.model(input_ids=inputs, past_key_values=cache).logits[0]
+        nll = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        nlls.append(nll.sum().item())
+        own = torch.arange(len(targets)) if tokens is None else nll.topk(min(tokens, len(nll))).indices.sort().values
+        gradients = twin.rows(torch.autograd.grad(-nll[own].sum(), twin.outputs))[:, -len(targets) :][:, own]
+        new, _ = expected_slots(twin.rows(twin.inputs).detach()[:, -len(targets) :][:, own], gradients, epsilon)
+        for layer, slots in enumerate(new):
+            old = twin.slots[layer]
+            if old is not None and old.shape[1] + slots.shape[1] > capacity:
+                old = plain_nl_svd(old, compress_to, twin.activation)
+            twin.slots[layer] = slots if old is None else torch.cat([old, slots], dim=1)
+    return nlls, torch.stack(twin.slots)
+
+
+def outputs(slots, activation, x):
+    return torch.stack([f(x, layer, activation) for layer in slots])
+
+
+@pytest.mark.parametrize("family", TWO_LAYER)
+@pytest.mark.parametrize("changes", [{}, dict(context_gradient=True), dict(bos=True), dict(tokens=4)], ids=str)
+def test_chunk_losses_are_those_of_a_plain_loop(family, changes):
+    model, memory = writable(family, torch.float64)
+    plain = dict(changes, bos=1) if "bos" in changes else changes
+    nlls, slots = plain_loop(model, TEXT[:40], 16, 6, 0.05, 16, 7, **plain)
+    report = memory.memorize(TEXT[:40], **CYCLE, **changes)
+    assert [chunk.nll for chunk in report.chunks] == pytest.approx(nlls, rel=1e-5)
+    assert report.tokens == 39 and report.perplexity == pytest.approx(torch.tensor(sum(nlls) / 39).exp().item(), rel=1e-5)
+    assert report.cuda_graph == "not used: slots are written in closed form"
+    versions = [chunk.memory_version for chunk in report.chunks]
+    assert versions[0] == 0 and {b - a for a, b in zip(versions, versions[1:])} == {1, 2}  # 2: compressed
+    assert memory.state.used == slots.shape[2] and memory.state.capacity == 16
+    x = torch.randn(50, 32, dtype=torch.float64)  # eigenvectors of near eigenvalues may differ; what they do, less so
+    expected, activation = outputs(slots, activation_of(model), x), activation_of(model)
+    assert (outputs(written(memory), activation, x) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_it_grows_where_full_is_an_error_and_no_capacity_is_given():
+    _, memory = writable()
+    memory.memorize(TEXT[:40], **WRITE, when_full="error")
+    assert memory.state.used == 39 and memory.version == 7
+
+
+def test_by_default_it_is_compressed_to_half():
+    _, memory = writable(rank=10)
+    memory.memorize(TEXT[:40], **WRITE)
+    assert memory.state.capacity == 20 and memory.version > 7 and memory.state.used <= 20
+
+
+def test_the_oldest_may_be_dropped_instead():
+    _, grows = writable()
+    _, memory = writable()
+    grows.memorize(TEXT[:12], **WRITE, when_full="error")
+    memory.memorize(TEXT[:12], **WRITE, capacity=8, when_full="drop_oldest")
+    assert memory.state.used == 8
+    # the second chunk is read with 5 slots in both, so what is written is the same
+    torch.testing.assert_close(memory.slots, written(grows)[:, :, -8:], rtol=0, atol=0)
+
+
+def test_writing_a_text_again_and_again_makes_it_likelier():
+    _, memory = writable(rank=48)
+    losses = [memory.memorize(TEXT[:32], **{**WRITE, "epsilon": 1.0}, when_full="error").nll for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
+@pytest.mark.parametrize("settings", [CYCLE, WRITE, dict(WRITE, when_full="error"), dict(WRITE, capacity=9, when_full="drop_oldest")],
+                         ids=["cycle", "default", "grows", "drops"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, settings, dtype):
+    _, whole = writable(dtype=dtype)
+    full_report = whole.memorize(TEXT[:44], **settings)
+
+    def stop(chunk):
+        if chunk.end == 6 * chunks:
+            raise Stop
+
+    _, memory = writable(dtype=dtype)
+    with pytest.raises(Stop):
+        memory.memorize(TEXT[:44], **settings, callback=stop)
+    memory.save_pretrained(tmp_path / "m", optimizer=True)
+    _, later = writable(dtype=dtype)
+    report = later.memorize(TEXT[:44], **settings, resume=tmp_path / "m")
+    assert report.chunks == full_report.chunks and later.version == whole.version
+    assert torch.equal(written(later), written(whole))
+    with pytest.raises(ValueError, match="other settings: write was"):
+        writable(dtype=dtype)[1].memorize(TEXT[:44], **{**settings, "epsilon": 0.06}, resume=tmp_path / "m")
+    with pytest.raises(ValueError, match="other settings: "):
+        backprop = dict(window=16, stride=6, progress=False)
+        writable(dtype=dtype)[1].memorize(TEXT[:44], **backprop, resume=tmp_path / "m")
+
+
+def test_ctrl_c_takes_effect_behind_the_running_chunk():
+    model, memory = writable()
+    model.train()
+    handler, before = signal.getsignal(signal.SIGINT), snapshot(model)
+
+    def press(chunk):
+        if chunk.end == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3):
+                time.sleep(0.01)
+            press.survived = True
+
+    with pytest.raises(KeyboardInterrupt):
+        memory.memorize(TEXT, **CYCLE, callback=press)
+    expected = writable()[1]
+    expected.memorize(TEXT[:12], **CYCLE)
+    assert press.survived and torch.equal(memory.slots, expected.slots) and memory.version == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_same_host(model, before)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_a_gradient_that_is_not_finite_leaves_the_memory_of_the_last_chunk(chunks):
+    """Chunk 3 would compress the memory first."""
+    model, memory = writable()
+
+    def breaks(chunk):
+        if chunk.end == 6 * chunks:
+            breaking_gradient(model)
+
+    with pytest.raises(locas.LocasError, match="not finite"):
+        memory.memorize(TEXT, **CYCLE, callback=breaks)
+    expected = writable()[1]
+    expected.memorize(TEXT[: 6 * chunks], **CYCLE)
+    assert torch.equal(written(memory), written(expected)) and memory.version == expected.version
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(WRITE, epochs=2), ValueError, "epochs is 2, but update is 'write'"),
+    (dict(WRITE, epsilon=0.0), ValueError, "epsilon is 0.0"),
+    (dict(WRITE, tokens=[1, 2]), ValueError, "tokens holds positions, which only write"),
+    (dict(WRITE, tokens=torch.tensor([1, 2])), ValueError, "tokens holds positions"),
+    (dict(WRITE, tokens="some"), TypeError, "tokens is 'some'"),
+    (dict(WRITE, capacity=5, when_full="drop_oldest"), ValueError, "up to 6 tokens.*at least 6"),
+    (dict(WRITE, capacity=10, compress_to=5), ValueError, "capacity is 10 and compress_to 5.*at least 11"),
+    (dict(WRITE, capacity=10, compress_to=10), ValueError, "compress_to is 10"),
+    (dict(WRITE, update="wrote"), ValueError, "update is 'wrote'; expected one of backprop, write"),
+    (dict(stride=6, window=16, epsilon=0.5), ValueError, "epsilon is given, but update is 'backprop'"),
+    (dict(stride=6, window=16, capacity=9), ValueError, "capacity is given, but update is 'backprop'"),
+    (dict(stride=6, window=16, tokens=3), ValueError, "tokens is given, but update is 'backprop'"),
+    (dict(stride=6, window=16, compress_to=3), ValueError, "compress_to is given, but update is 'backprop'"),
+], ids=str)
+def test_wrong_combinations(arguments, error, message):
+    _, memory = writable()
+    before = everything(memory)
+    with pytest.raises(error, match=message):
+        memory.memorize(TEXT, **arguments)
+    assert_unchanged(memory, before)
+
+
+def test_a_gated_memory_is_not_written():
+    memory = locas.attach(tiny_model(), locas.LocasConfig(rank=4))
+    with pytest.raises(ValueError, match="update is 'write', but the variant is 'glu'"):
+        memory.memorize(TEXT, **WRITE)
