@@ -20,6 +20,7 @@ def question(category, answer=None, trap=None):
         ("Running", "runs", 1),  # one stem
         ("she was running and runs", "the runs", 2 * 1 / (4 + 1)),  # she wa run run, run
         ("red red kite", "red kite kite", 2 * 2 / (3 + 3)),  # red and kite once each
+        ("red red red", "red red kite", 2 * 2 / (3 + 3)),  # red twice
         ("The cat, and A dog!", "cat dog", 1),
         ("anthem", "them", 0),  # an is dropped as a word only
         ("don't", "dont", 1),
