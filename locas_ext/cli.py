@@ -191,6 +191,47 @@ def generate(
 
 
 @app.command()
+def locomo(
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="LoCoMo's JSON files, or folders of them.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go; a run that was ended there goes on.")],
+    methods: Annotated[
+        str, typer.Option(parser=_names, metavar="NAME,...", help="full-context, no-context, and both with +locas or "
+                          "+temp-lora: a memory that has read the dialogue.")
+    ] = "full-context,no-context,full-context+locas,no-context+locas",
+    window: Annotated[
+        int | None, typer.Option(help="While memorizing; left out: 2048 tokens, or the host's positions if fewer.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
+    rank: Annotated[int, typer.Option(help="Locas: slots a layer.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Locas: of AdamW.")] = 4e-3,
+    scale: Annotated[
+        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
+    ] = "paper",
+    epochs: Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")] = 1,
+    init: Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")] = "topk",
+    temp_lora_rank: Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")] = 64,
+    temp_lora_lr: Annotated[float, typer.Option(help="Temp-LoRA: learning rate of AdamW.")] = 5e-5,
+    temp_lora_epochs: Annotated[int, typer.Option(help="Temp-LoRA: learning passes over each chunk.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer; one ends with its line.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Answer LoCoMo's questions about long dialogues, with the dialogue in the window, in a memory, both or neither."""
+    from .tasks.locomo import LocomoTask, run_locomo
+
+    config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
+    temp_lora = dict(rank=temp_lora_rank, learning_rate=temp_lora_lr, epochs=temp_lora_epochs)
+    task = LocomoTask(
+        data, model, methods, out, config, window, stride, learning_rate, epochs, temp_lora, max_new_tokens, batch_size,
+        dtype, device,
+    )
+    run_locomo(task, _console())
+
+
+@app.command()
 def merge(
     model: Model,
     memory: MemoryFolder,

@@ -11,6 +11,7 @@ from ..checkpoint import write_atomically
 from ..errors import LocasError
 from . import results as result_files
 from .capability_report import capability_sections
+from .locomo_report import locomo_sections
 from .merged import differing, merged_records, shared_settings
 from .perplexity_report import perplexity_sections
 from .tables import escape
@@ -18,7 +19,7 @@ from .tables import escape
 NAME = "report.md"
 # A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
 SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {
-    "capability": capability_sections, "perplexity": perplexity_sections,
+    "capability": capability_sections, "locomo": locomo_sections, "perplexity": perplexity_sections,
 }
 FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
 FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")

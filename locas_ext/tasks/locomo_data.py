@@ -1,0 +1,173 @@
+"""LoCoMo's dialogues, in either shape they are published in: flat files of one dialogue, or one file with a list.
+
+Sessions without turns and dates without a session, which the published files have, hold no text and add none.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
+ADVERSARIAL = 5
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a speaker says; `caption` describes the image shared with it, if one was."""
+
+    speaker: str
+    text: str
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Session:
+    date: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of one of the CATEGORIES.
+
+    answer: None for most adversarial questions, whose answer is in no dialogue
+    trap: the wrong answer that an adversarial question leads to; None for the others
+    """
+
+    text: str
+    category: int
+    answer: str | None
+    trap: str | None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    name: str
+    speakers: tuple[str, str]
+    sessions: tuple[Session, ...]
+    questions: tuple[Question, ...]
+
+    def digest(self) -> str:
+        """Tells dialogues of one name but other content apart: the start of a SHA-256."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+def read_dialogues(paths: list[Path]) -> list[Dialogue]:
+    """The dialogues of files, and of the *.json files of folders in the order of their names.
+
+    A file holds one dialogue, named after the file, with the sessions beside `qa`; or a list of dialogues (or one),
+    each with `sample_id`, its name, and the sessions in `conversation`.
+
+    Raises OSError for a path that cannot be read, and ValueError, naming file and key, where the content is not this,
+    for a folder without such files and for two dialogues of one name.
+    """
+    places: dict[str, Path] = {}
+    dialogues = []
+    for file in (file for path in paths for file in _files(path)):
+        for dialogue in _read_file(file):
+            if dialogue.name in places:
+                raise ValueError(f"dialogue {dialogue.name} is in {places[dialogue.name]} and again in {file}")
+            places[dialogue.name] = file
+            dialogues.append(dialogue)
+    return dialogues
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"{path} holds no *.json files")
+    return files
+
+
+def _read_file(file: Path) -> list[Dialogue]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    root = Place(str(file), content)
+    if isinstance(content, list):
+        if not content:
+            raise ValueError(f"{file} is an empty list; expected dialogues")
+        return [_listed(place) for place in root.items()]
+    return [_listed(root)] if "conversation" in root.need_object() else [_dialogue(file.stem, root, root)]
+
+
+def _listed(place: "Place") -> Dialogue:
+    return _dialogue(place.get("sample_id", str), place.child("conversation"), place)
+
+
+def _dialogue(name: str, conversation: "Place", top: "Place") -> Dialogue:
+    matches = (re.fullmatch(r"session_(\d+)", key) for key in conversation.need_object())
+    numbers = sorted(int(match[1]) for match in matches if match)
+    if not numbers:
+        raise ValueError(f"{conversation.name}: session_1 is missing")
+    questions = top.child("qa").items()
+    if not questions:
+        raise ValueError(f"{top.name}: qa holds no questions")
+    return Dialogue(
+        name,
+        (conversation.get("speaker_a", str), conversation.get("speaker_b", str)),
+        tuple(_session(conversation, f"session_{number}") for number in numbers),
+        tuple(_question(place) for place in questions),
+    )
+
+
+def _session(conversation: "Place", key: str) -> Session:
+    date = conversation.get(f"{key}_date_time", str)
+    return Session(date, tuple(_turn(place) for place in conversation.child(key).items()))
+
+
+def _turn(place: "Place") -> Turn:
+    fields = place.need_object()
+    caption = place.get("blip_caption", str) if "blip_caption" in fields else None
+    if caption is None and fields.get("img_url"):
+        caption = "an image"
+    return Turn(place.get("speaker", str), place.get("text", str), caption)
+
+
+def _question(place: "Place") -> Question:
+    category = place.get("category", int)
+    if category not in CATEGORIES:
+        raise ValueError(f"{place.name}: category is {category}; expected 1 to {len(CATEGORIES)}")
+    adversarial = category == ADVERSARIAL
+    answered = not adversarial or "answer" in place.need_object()
+    return Question(
+        place.get("question", str),
+        category,
+        str(place.get("answer", str | int | float)) if answered else None,
+        str(place.get("adversarial_answer", str | int | float)) if adversarial else None,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a file's content, with the file and the keys that lead there as its name, for messages."""
+
+    name: str
+    content: object
+
+    def need_object(self) -> dict:
+        if not isinstance(self.content, dict):
+            raise ValueError(f"{self.name} is {type(self.content).__name__}; expected an object")
+        return self.content
+
+    def items(self) -> list["Place"]:
+        if not isinstance(self.content, list):
+            raise ValueError(f"{self.name} is {type(self.content).__name__}; expected a list")
+        return [Place(f"{self.name}[{index}]", item) for index, item in enumerate(self.content)]
+
+    def child(self, key: str) -> "Place":
+        if key not in self.need_object():
+            raise ValueError(f"{self.name}: {key} is missing")
+        return Place(f"{self.name}: {key}", self.content[key])
+
+    def get(self, key: str, kind):
+        """The value of `key`, which must be of `kind`, a type or a union; a bool is no int here."""
+        place = self.child(key)
+        if not isinstance(place.content, kind) or isinstance(place.content, bool):
+            raise ValueError(f"{place.name} is {place.content!r}; expected {getattr(kind, '__name__', kind)}")
+        return place.content

@@ -1,0 +1,59 @@
+"""What `locas locomo` leaves behind: results.json, and every prediction in a file for each method."""
+
+import json
+from pathlib import Path
+
+from ..checkpoint import write_atomically
+from . import results
+from .locomo_data import ADVERSARIAL, Dialogue
+from .locomo_scoring import official_score, summarize, trap_score
+
+ALL_REFUSE = "all-refuse"  # the control: the same refusal to every question
+
+
+def predictions_file(folder: Path, method: str) -> Path:
+    return folder / f"predictions-{method}.jsonl"
+
+
+def _predictions(dialogue: Dialogue, answers: list[str], cut_tokens: int) -> list[dict]:
+    lines = []
+    for index, (question, prediction) in enumerate(zip(dialogue.questions, answers, strict=True)):
+        line = {
+            "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
+            "gold": question.answer, "prediction": prediction, "f1": official_score(question, prediction),
+            "cut_tokens": cut_tokens,
+        }
+        if question.category == ADVERSARIAL:
+            line |= {"trap": question.trap, "trap_f1": trap_score(question, prediction)}
+        lines.append(line)
+    return lines
+
+
+class Output:
+    """The output folder, brought up to date after every dialogue.
+
+    The predictions are written first; a run that is ended before results.json is answers that dialogue again.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.settings = folder, settings
+        self.records = results.open_folder(folder, settings)
+
+    def has(self, method: str, dialogue: str) -> bool:
+        return any(record["method"] == method and record["dialogue"] == dialogue for record in self.records)
+
+    def add(self, method: str, dialogue: Dialogue, answers: list[str], cut_tokens: int, seconds: float) -> None:
+        """One method's answers to all questions of a dialogue."""
+        file = predictions_file(self.folder, method)
+        kept = [line for line in _read_lines(file) if self.has(method, line["dialogue"])]
+        lines = [*kept, *_predictions(dialogue, answers, cut_tokens)]
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.records.append({
+            "method": method, "dialogue": dialogue.name, "questions": len(answers), "cut_tokens": cut_tokens,
+            "seconds": seconds, "scores": summarize(dialogue.questions, answers),
+        })
+        results.write(self.folder, self.settings, self.records)
+
+
+def _read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []

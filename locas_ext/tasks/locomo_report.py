@@ -1,0 +1,94 @@
+"""The results of `locas locomo` as a table on the console and as a section of a report."""
+
+import json
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from .locomo_data import CATEGORIES
+from .locomo_output import ALL_REFUSE, predictions_file
+from .locomo_scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
+from .tables import MISSING, escape, markdown_table
+
+_LABELS = {
+    **{name: f"{number} {name}" for number, name in CATEGORIES.items()}, TRAP: "5, minus trap F1", OVERALL: "1 to 5",
+    ANSWERABLE: "1 to 4",
+}
+
+
+def _columns(content: dict) -> dict[str, list[str]]:
+    """{title: cells}: n questions of each category, then each method's F1 in percent; the last row is its seconds."""
+    by_method: dict[str, list[dict]] = {}
+    for record in content["records"]:
+        by_method.setdefault(record["method"], []).append(record)
+    pooled = {method: pool([record["scores"] for record in records]) for method, records in by_method.items()}
+    # In an unfinished run not every method has answered all: the control is always the first of a dialogue.
+    control = pooled.get(ALL_REFUSE, {})
+    columns = {
+        "category": [*_LABELS.values(), "seconds"],
+        "n": [*(str(control[name]["count"]) if name in control else "0" for name in _LABELS), ""],
+    }
+    for method in (*content["settings"]["methods"], ALL_REFUSE):
+        if scores := pooled.get(method):
+            cells = [f"{100 * scores[name]['f1']:.1f}" if name in scores else MISSING for name in _LABELS]
+            columns[method] = [*cells, f"{sum(record['seconds'] for record in by_method[method]):.0f}"]
+    return columns
+
+
+def _title(content: dict) -> str:
+    count = len(content["settings"]["dialogues"])
+    return f"LoCoMo, {count} dialogue{'s' if count > 1 else ''}: F1 in percent"
+
+
+def table(content: dict) -> Table:
+    result = Table(title=_title(content), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    columns = _columns(content)
+    for name in columns:
+        header = name.replace("-", "-\n").replace("+", "\n+")  # six methods fit into 80 columns
+        result.add_column(header, justify="left" if name == "category" else "right", no_wrap=True)
+    *rows, seconds = zip(*columns.values())
+    for cells in rows:
+        result.add_row(*cells)
+    result.add_section()
+    result.add_row(*seconds)
+    return result
+
+
+def locomo_sections(content: dict, folder: Path) -> list[str]:
+    """The Markdown lines of a report on this command's results.json in `folder`, of one run or of several merged."""
+    runs = content["settings"].get("runs") or {None: content["settings"]}
+    lines = [
+        "Scored by LoCoMo's official rules; the numbers of the categories are its own. Adversarial questions have two "
+        "scores: the share of refusals, which counts in 1 to 5, and minus the F1 against their trap. "
+        f'`{ALL_REFUSE}` is the control that answers "{REFUSAL}" to everything. '
+        "With `+` a memory read the whole dialogue first; its time counts.", "",
+    ]
+    for run, settings in runs.items():
+        records = [record for record in content["records"] if record.get("run") == run]
+        lines += _run_section(run, {"settings": settings, "records": records})
+    return lines
+
+
+def _run_section(run: str | None, content: dict) -> list[str]:
+    settings, columns = content["settings"], _columns(content)
+    where = "the run's folder" if run else "this folder"
+    return [
+        f"## {_title(content)}" + (f" ({escape(run)})" if run else ""), "",
+        *markdown_table(list(columns), list(zip(*columns.values()))), "",
+        *_cuts(content["records"]), "",
+        f"Dialogues: {', '.join(map(escape, settings['dialogues']))}. "
+        f"Every answer is in {where}, in `{predictions_file(Path(), 'METHOD')}`.", "",
+        "Prompts:", "",
+        *(f"- {name}: `{json.dumps(prompt)}`" for name, prompt in settings["prompts"].items()), "",
+    ]
+
+
+def _cuts(records: list[dict]) -> list[str]:
+    cuts = [record for record in records if record["cut_tokens"]]
+    if not cuts:
+        return ["Every dialogue fitted into the window as a whole."]
+    return ["Turns at the beginning that did not fit into the window were cut:", "", *(
+        f"- {record['method']}, dialogue {escape(record['dialogue'])}: {record['cut_tokens']:,} tokens"
+        for record in cuts
+    )]

@@ -1,0 +1,344 @@
+"""`locas locomo` from end to end on a tiny random host, against plain `generate` calls."""
+
+import json
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import locas_ext as locas
+from helpers import assert_same_host, random_ids, snapshot, tiny_model
+from locas_ext.cli import main
+from locas_ext.tasks import locomo, locomo_answers, locomo_scoring, report, results
+from locas_ext.tasks.assets import MODEL
+from locas_ext.tasks.locomo_answers import Prompts, answer, make_prompts
+from locas_ext.tasks.locomo_data import read_dialogues
+from locas_ext.tasks.locomo_prompts import dialogue_text, question_text
+from locas_ext.tasks.temp_lora import lora, temp_lora
+from locomo_samples import KITES, listed, long_dialogue
+
+NEW_TOKENS = 8
+OPTIONS = ["--window", "64", "--stride", "16", "--rank", "4", "--scale", "host", "--learning-rate", "0.05"]
+OPTIONS += ["--temp-lora-rank", "2", "--temp-lora-lr", "0.03", "--temp-lora-epochs", "1"]
+OPTIONS += ["--max-new-tokens", str(NEW_TOKENS), "--device", "cpu"]
+
+
+class Letters:
+    """A tokenizer of single characters, a third of them line breaks or blanks, so that answers end at all places."""
+
+    eos_token_id = 2
+    characters = ["", "", "<end>", *("\n" if i % 5 == 0 else " " if i % 7 == 0 else chr(60 + i) for i in range(58))]
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(self.characters[token] for token in tokens if not (skip_special_tokens and token < 3))
+
+
+def plain_answer(model, tokenizer, prompt, max_new_tokens):
+    """One question by transformers' own greedy generate; the line is cut out afterwards."""
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=max_new_tokens,
+            do_sample=False, pad_token_id=0,
+        )
+    return tokenizer.decode(output[0, len(prompt) :].tolist(), skip_special_tokens=True).strip().split("\n")[0].strip()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def host_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=300, eos_token_id=0).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "two.json"
+    file.write_text(json.dumps([listed(KITES, "kites"), listed(long_dialogue(20), "long")]))
+    return file
+
+
+def run(capsys, data, host_folder, out, methods, *more):
+    status = main([
+        "locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods", methods, *OPTIONS,
+        *map(str, more),
+    ])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def predictions(out, method):
+    return [json.loads(line) for line in (out / f"predictions-{method}.jsonl").read_text().splitlines()]
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("context", [0, 1, 23])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_answers_on_a_shared_context_equal_plain_generate(batch_size, context, with_memory):
+    model, tokens = tiny_model("llama", seed=3), Letters()
+    if with_memory:
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+        memory.memorize(random_ids(60, 9), window=24, stride=8, learning_rate=1e-2, progress=False)
+    start = random_ids(context, seed=5)
+    questions = [random_ids(3 + index % 3, seed=10 + index) for index in range(13)]
+    counted = []
+    answers = answer(model, tokens, Prompts(start, questions, 0), 12, batch_size, lambda *both: counted.append(both))
+    expected = [plain_answer(model, tokens, torch.cat([start, question]), 12) for question in questions]
+    assert answers == expected
+    assert len(set(answers)) > 5 and min(map(len, answers)) < 6, "too uniform to show anything"
+    assert sum(count for count, _ in counted) == 13 and max(count for count, _ in counted) <= batch_size
+    if batch_size == 1:
+        # an answer is no longer than its line: at most the blanks, the break before and the end after it
+        assert sum(written for _, written in counted) < 13 * 12
+
+
+def test_a_context_that_does_not_fit_loses_its_first_turns_only(tokenizer, data):
+    dialogue = read_dialogues([data])[1]
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    longest = max(len(encode(question_text(dialogue, question))) for question in dialogue.questions)
+    texts = [encode(dialogue_text(dialogue, skip)) for skip in range(41)]
+    for positions in (longest + 8 + len(texts[0]), longest + 8 + len(texts[0]) - 1, 300, longest + 8 + len(texts[39])):
+        prompts = make_prompts(tokenizer, dialogue, True, positions, 8)
+        expected = next(text for text in texts if len(text) + longest + 8 <= positions)
+        assert prompts.context.tolist() == expected
+        assert prompts.cut_tokens == len(texts[0]) - len(expected)
+        assert [ids.tolist() for ids in prompts.questions] == [
+            encode(question_text(dialogue, question)) for question in dialogue.questions
+        ]
+    nothing = make_prompts(tokenizer, dialogue, True, longest + 8, 8)
+    assert len(nothing.context) == 0 and nothing.cut_tokens == len(texts[0])
+    without = make_prompts(tokenizer, dialogue, False, longest + 8, 8)
+    assert len(without.context) == 0 and without.cut_tokens == 0
+    with pytest.raises(ValueError, match=f"has {longest + 7} positions.*dialogue long.*{longest + 8}"):
+        make_prompts(tokenizer, dialogue, False, longest + 7, 8)
+
+
+def test_a_bos_token_comes_first_where_the_tokenizer_puts_one(tokenizer, data):
+    class WithBos:
+        bos_token_id = 7
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [7, *ids] if add_special_tokens else ids}
+
+    dialogue = read_dialogues([data])[0]
+    assert make_prompts(WithBos(), dialogue, False, 300, 8).context.tolist() == [7]
+    plain, with_bos = (make_prompts(each, dialogue, True, 300, 8).context.tolist() for each in (tokenizer, WithBos()))
+    assert with_bos == [7, *plain]
+    assert locomo_answers.starts_with_bos(WithBos()) and not locomo_answers.starts_with_bos(tokenizer)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(data, host_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "run"
+    status = main(["locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods",
+                   ",".join(locomo.METHODS), *OPTIONS])
+    assert status == 0
+    return out
+
+
+@contextmanager
+def having_read(model, ids, memory_name):
+    """The model with the memory of OPTIONS, through the calls that a user would make."""
+    if memory_name == "locas":
+        memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+        memory.memorize(ids, window=64, stride=16, learning_rate=0.05, progress=False)
+        yield
+        memory.detach()
+    elif memory_name == "temp-lora":
+        with lora(model, 2) as parameters:
+            temp_lora(model, parameters, ids, 64, 16, learning_rate=0.03, epochs=1, progress=False)
+            yield
+    else:
+        yield
+
+
+@pytest.mark.parametrize("method", locomo.METHODS)
+def test_every_method_answers_as_generate_does_after_the_same_reading(method, finished, data, host_folder, tokenizer):
+    model, _ = locomo.load_host(str(host_folder), None, "cpu")
+    context, _, memory_name = method.partition("+")
+    lines = predictions(finished, method)
+    at = 0
+    for dialogue in read_dialogues([data]):
+        prompts = make_prompts(tokenizer, dialogue, context == "full-context", 300, NEW_TOKENS)
+        whole = torch.tensor(tokenizer(dialogue_text(dialogue), add_special_tokens=False)["input_ids"])
+        with having_read(model, whole, memory_name):
+            answers = [
+                plain_answer(model, tokenizer, torch.cat([prompts.context, ids]), NEW_TOKENS)
+                for ids in prompts.questions
+            ]
+        for index, (question, prediction) in enumerate(zip(dialogue.questions, answers)):
+            expected = {
+                "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
+                "gold": question.answer, "prediction": prediction, "cut_tokens": prompts.cut_tokens,
+                "f1": locomo_scoring.official_score(question, prediction),
+            }
+            if question.category == 5:
+                trap_f1 = locomo_scoring.trap_score(question, prediction)
+                expected |= {"trap": question.trap, "trap_f1": trap_f1}
+            assert lines[at] == expected
+            at += 1
+    assert at == len(lines) == 9
+
+
+def test_memory_and_context_both_show_in_the_answers(finished):
+    answers = {method: [line["prediction"] for line in predictions(finished, method)] for method in locomo.METHODS}
+    assert len(set(map(tuple, answers.values()))) == len(answers)
+
+
+def test_results_hold_settings_scores_cuts_and_the_control(finished):
+    content = results.read(finished)
+    settings = content["settings"]
+    assert settings["command"] == "locomo" and settings["methods"] == list(locomo.METHODS)
+    assert settings["window"] == 64 and settings["stride"] == 16 and settings["seed"] == 0
+    assert "Short answer" in settings["prompts"]["question"]
+    records = {(record["method"], record["dialogue"]): record for record in content["records"]}
+    assert set(records) == {(m, d) for m in (*locomo.METHODS, "all-refuse") for d in ("kites", "long")}
+    for (method, dialogue), record in records.items():
+        lines = [line for line in predictions(finished, method) if line["dialogue"] == dialogue]
+        assert record["questions"] == len(lines) == {"kites": 6, "long": 3}[dialogue]
+        scores = record["scores"]
+        assert scores["overall"]["f1"] == pytest.approx(sum(line["f1"] for line in lines) / len(lines))
+        assert scores["overall without adversarial"]["count"] == sum(line["category"] != 5 for line in lines)
+        cut = method.startswith("full-context") and dialogue == "long"
+        assert (record["cut_tokens"] > 0) == cut and all(line["cut_tokens"] == record["cut_tokens"] for line in lines)
+        assert (record["seconds"] > 0) == (method != "all-refuse")
+    control = records["all-refuse", "kites"]["scores"]
+    assert control["adversarial"] == {"count": 2, "f1": 1.0} and control["single-hop"]["f1"] == 0
+
+
+def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
+    text = (finished / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == "| category | n | " + " | ".join([*locomo.METHODS, "all-refuse"]) + " |"
+    assert [row.split(" | ")[:2] for row in rows[2:8]] == [
+        ["| 1 multi-hop", "2"], ["| 2 temporal", "1"], ["| 3 open-domain", "1"], ["| 4 single-hop", "2"],
+        ["| 5 adversarial", "3"], ["| 5, minus trap F1", "3"],
+    ]
+    assert rows[6].endswith("| 100.0 |")
+    cut = results.read(finished)["records"][-1]["cut_tokens"] or next(
+        record["cut_tokens"] for record in results.read(finished)["records"] if record["cut_tokens"]
+    )
+    assert f"- full-context, dialogue long: {cut:,} tokens" in text and "Short answer:" in text
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    merged = report.merge_reports([finished, other], tmp_path / "merged").read_text()
+    assert merged.count("| category | n |") == 2 and f"({other.name})" in merged
+
+
+def test_the_table_fits_a_narrow_console(finished, capsys, data, host_folder):
+    status, out, _ = run(capsys, data, host_folder, finished, ",".join(locomo.METHODS))
+    assert status == 0
+    assert "…" not in out and "5 adversarial" in out and max(map(len, out.splitlines()[:16])) <= 80
+
+
+def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_folder, tmp_path, capsys, monkeypatch):
+    methods, out = ",".join(locomo.METHODS), tmp_path / "run"
+    calls = []
+
+    def ends_in_the_second_dialogue(*arguments):
+        calls.append(arguments)
+        if len(calls) == len(locomo.METHODS) + 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(locomo, "answer", ends_in_the_second_dialogue)
+    status, _, err = run(capsys, data, host_folder, out, methods)
+    count = len(locomo.METHODS)
+    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "goes on" in err
+    # as if it had been ended a moment earlier: predictions written, results not yet
+    content = json.loads((out / "results.json").read_text())
+    assert content["records"].pop()["dialogue"] == "long"
+    (out / "results.json").write_text(json.dumps(content))
+
+    status, _, err = run(capsys, data, host_folder, out, methods)
+    assert status == 0, err
+    assert len(calls) == count + 2 + count  # the second dialogue's once more: one unrecorded, one ended
+    for method in (*locomo.METHODS, "all-refuse"):
+        assert predictions(out, method) == predictions(finished, method)
+    key = lambda record: (record["method"], record["dialogue"])  # noqa: E731
+    strip = lambda folder: sorted(  # noqa: E731
+        ({**record, "seconds": 0} for record in results.read(folder)["records"]), key=key
+    )
+    assert strip(out) == strip(finished)
+
+
+def test_a_memory_is_fresh_for_every_dialogue(finished, data, host_folder, tmp_path, capsys):
+    """The second dialogue alone gives the answers it gave after the first."""
+    alone = tmp_path / "alone.json"
+    alone.write_text(json.dumps([json.loads(data.read_text())[1]]))
+    memories = [method for method in locomo.METHODS if "+" in method]
+    assert run(capsys, alone, host_folder, tmp_path / "run", ",".join(memories))[0] == 0
+    for method in memories:
+        assert predictions(tmp_path / "run", method) == [
+            line for line in predictions(finished, method) if line["dialogue"] == "long"
+        ]
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, monkeypatch, fail):
+    model, tokenizer = locomo.load_host(str(host_folder), None, "cpu")
+    before = snapshot(model)
+    monkeypatch.setattr(locomo, "load_host", lambda *arguments: (model, tokenizer))
+    memories = [method for method in locomo.METHODS if method.startswith("no-context+")]
+    if fail:
+        def broken(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(locomo, "answer", broken)
+    status, _, err = run(capsys, data, host_folder, tmp_path / "run", ",".join(memories))
+    assert status == (130 if fail else 0), err
+    assert_same_host(model, before)
+
+
+@pytest.mark.parametrize(
+    "methods, options, message",
+    [
+        ("no-context,context", [], "no-context, full-context+locas, no-context+locas, full-context+temp-lora"),
+        ("", [], "--methods is empty; expected some of"),
+        ("no-context", ["--max-new-tokens", 0], "--max-new-tokens is 0; expected an integer >= 1"),
+        ("no-context", ["--batch-size", 0], "--batch-size is 0; expected an integer >= 1"),
+        ("no-context", ["--max-new-tokens", 290], "300 positions"),
+        ("full-context,no-context+locas", ["--window", 301], "window is 301; expected an integer from 2 to 300"),
+        ("full-context,no-context+locas", ["--stride", 0], "stride is 0; expected an integer from 1 to 64"),
+        ("full-context,no-context+locas", ["--rank", 41], "rank is 41"),
+        ("full-context,no-context+locas", ["--learning-rate", -1], "learning_rate is -1"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-rank", 0], "temp-lora-rank is 0"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-lr", -1], "temp-lora-lr is -1"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-epochs", 0], "temp-lora-epochs is 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    methods, options, message, data, host_folder, tmp_path, capsys
+):
+    status, _, err = run(capsys, data, host_folder, tmp_path / "run", methods, *options)
+    assert status == 2 and message in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_other_settings_or_other_data_is_refused(finished, data, host_folder, tmp_path, capsys):
+    before = (finished / "results.json").read_bytes()
+    status, _, err = run(capsys, data, host_folder, finished, ",".join(locomo.METHODS), "--rank", 3)
+    assert status == 2 and "rank was 4, is 3" in err
+    changed = tmp_path / "two.json"
+    changed.write_text(data.read_text().replace("red kite", "blue kite"))
+    status, _, err = run(capsys, changed, host_folder, finished, ",".join(locomo.METHODS))
+    assert status == 2 and "dialogues was" in err
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_data_with_a_missing_key_is_refused(host_folder, tmp_path, capsys):
+    bad = {key: value for key, value in KITES.items() if key != "speaker_b"}
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    status, _, err = run(capsys, tmp_path / "bad.json", host_folder, tmp_path / "run", "no-context")
+    assert status == 2 and "bad.json: speaker_b is missing" in err
