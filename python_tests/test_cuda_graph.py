@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import TEXT, logits_of, random_ids, tiny_model
+from test_families import TWO_LAYER, tiny
 
 import locas_ext as locas
 from locas_ext import _C, graph_step
@@ -93,6 +94,14 @@ def test_hosts_dtypes_and_rehomed_weights(device, family, host, dtype, rehome, m
     tolerance = 1e-3 if dtype == torch.float32 else 0.2
     ours, theirs = (logits_of(m, IDS.to(device)).float() for m in (model, plain_model))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", TWO_LAYER)
+def test_two_layer_hosts(device, family, monkeypatch):
+    memory, plain = (locas.attach(tiny(family).to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
+    report = memory.memorize(TEXT, **SETTINGS)
+    assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **SETTINGS))
+    assert report.cuda_graph == f"11 of {memory.version} updates"
 
 
 def test_a_callback_that_looks_and_changes(device, monkeypatch):
