@@ -233,7 +233,8 @@ def _quiet_host(model):
     """Evaluation mode, dropout off; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
+        if training:
+            model.eval()
         yield
     finally:
         for module in training:
