@@ -84,8 +84,8 @@ class ContextCache(DynamicCache):
             self.ends_forward = False
 
 
-class NoContext(ContextCache):
-    """Stands for a context of no tokens, and keeps nothing.
+class NoContext(DynamicCache):
+    """Stands for a context of no tokens and keeps nothing.
 
     Given a cache, transformers neither looks for several texts in one nor reads the answer back from the device.
     """
@@ -108,7 +108,7 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
     if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
         logits = model(
-            input_ids=everything, past_key_values=NoContext(model, device), use_cache=True, logits_to_keep=inputs.shape[1]
+            input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]
         ).logits
     else:
         cache = ContextCache(model, device)

@@ -223,7 +223,7 @@ def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: boo
             f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
             "for memorize(update='write')"
         )
-    with _quiet_host(host.model), fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
+    with _quiet_host(host.model), torch.inference_mode(False), torch.enable_grad():
         return write_tokens(attachment, ids, settings, exact)
 
 
