@@ -65,7 +65,7 @@ class SlotArena:
 
     def use(self, used: int) -> None:
         self.used = used
-        self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used]]
+        self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
