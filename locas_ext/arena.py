@@ -65,7 +65,7 @@ class SlotArena:
 
     def use(self, used: int) -> None:
         self.used = used
-        self.views = [SlotViews.of(layer[:, :used]) for layer in self.compute]
+        self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
@@ -86,11 +86,20 @@ class SlotArena:
             return tensors
 
     @torch.no_grad()
+    def put(self, rows: Tensor, start: int) -> None:
+        """Writes rows [l, planes, n, d] over the slots from `start` on; `finish_update` is to follow."""
+        for tensor in (self.slots,) if self.compute is self.slots else (self.slots, self.compute):
+            tensor[:, :, start : start + rows.shape[2]] = rows
+
+    @torch.no_grad()
     def drop_oldest(self, count: int) -> None:
+        """Moves the used slots but the first `count` to the front, in all tensors; behind them are zeros."""
+        kept = self.used - count
         for tensor in self._tensors().values():
             if tensor.dim() == 4:
-                tensor[:, :, :-count] = tensor[:, :, count:].clone()
-                tensor[:, :, -count:] = 0
+                if kept:
+                    tensor[:, :, :kept] = tensor[:, :, count : self.used].clone()
+                tensor[:, :, kept : self.used] = 0
         self.round_slots()
 
     def _tensors(self) -> dict[str, Tensor]:

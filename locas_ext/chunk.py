@@ -43,6 +43,10 @@ class Window(NamedTuple):
             context = torch.cat([token, context])
         return cls(context, inputs, ids[first:end])
 
+    def to(self, device: torch.device) -> "Window":
+        """The window on a device, in one copy."""
+        return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
+
 
 class _ContextReady(Exception):
     """The last layer's keys and values of the context are in the cache."""
@@ -80,6 +84,16 @@ class ContextCache(DynamicCache):
             self.ends_forward = False
 
 
+class NoContext(DynamicCache):
+    """Stands for a context of no tokens and keeps nothing.
+
+    Given a cache, transformers neither looks for several texts in one nor reads the answer back from the device.
+    """
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return key_states, value_states
+
+
 def may_end_early(model) -> bool:
     """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
     return not any(
@@ -93,10 +107,8 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
     context, inputs = window.context.to(device)[None], window.inputs.to(device)[None]
     if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
-        # Given a cache, transformers does not read the position ids back from the device.
-        cache = ContextCache(model, device) if device.type == "cuda" else None
         logits = model(
-            input_ids=everything, past_key_values=cache, use_cache=cache is not None, logits_to_keep=inputs.shape[1]
+            input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]
         ).logits
     else:
         cache = ContextCache(model, device)

@@ -41,7 +41,7 @@ class SlotViews(NamedTuple):
         """
         parts, rank, d = slots.shape
         if parts == 2:
-            return cls(*slots)
+            return cls(*slots.unbind())
         return cls(*slots.reshape(3 * rank, d).split((2 * rank, rank)))
 
 

@@ -230,8 +230,8 @@ def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: boo
             f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
             "for memorize(update='write')"
         )
-    with _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), fast_norms(host.model), \
-            torch.inference_mode(False), torch.enable_grad():
+    with _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), torch.inference_mode(False), \
+            torch.enable_grad():
         report = write_tokens(attachment, ids, settings, exact)
         check_interrupt()
         return report
@@ -243,7 +243,8 @@ def _quiet_host(model):
     """Evaluation mode, dropout off; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
+        if training:
+            model.eval()
         yield
     finally:
         for module in training:

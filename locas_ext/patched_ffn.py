@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fused, ops, reference
-from .activations import activation_index
+from .activations import activate, activation_index
 from .arena import SlotArena
 from .host_ffn import HostFFN, TwoLayerFFN
 from .kernels import sideway_forward, sideway_mlp_forward
@@ -257,7 +258,10 @@ class PatchedMlpFFN(PatchedFFN):
             return ops.sideway_mlp(x, parameter[:, : arena.used], scale, self.activation, backend)
         if arena.views[index].value.dtype != dtype or arena.views[index].value.device != x.device:
             self.attachment.follow(arena, x.device, dtype)
-        views, x2d = arena.views[index], x.reshape(-1, x.shape[-1])
+        views = arena.views[index]
+        if self.tap is not None:  # only x may have a gradient, and torch's own nodes bring it with less work on the CPU
+            return activate(F.linear(x, views.gate_key), self.activation) @ views.value * scale
+        x2d = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and (learns or x.requires_grad):
             sink = arena.sink(index)
             sink = None if sink is None else sink[:, : arena.used]

@@ -105,6 +105,14 @@ class MemoryState:
         for arena, tensors in zip(self.arenas, resized):
             arena.take(tensors, arena.compute.dtype)
 
+    def append(self, slots: list[Tensor]) -> None:
+        """Writes new slots, [l, planes, n, d] an arena, behind those used. One update."""
+        used = self.used + slots[0].shape[2]
+        for arena, rows in zip(self.arenas, slots):
+            arena.put(rows, self.used)
+        self.use(used)
+        self.finish_update()
+
     def drop_oldest(self, count: int) -> None:
         """Takes the first `count` slots out; the others move up, and zeros take their place."""
         for arena in self.arenas:

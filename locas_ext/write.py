@@ -7,6 +7,8 @@
         key = A / ||A||                                    value = epsilon G / ||G||
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +28,7 @@ from .write_settings import WriteSettings, check_room, resolve
 if TYPE_CHECKING:
     from .online import Settings
 
+
 @dataclass(frozen=True)
 class WriteReport:
     """What a `Memory.write` call wrote.
@@ -43,12 +46,6 @@ class WriteReport:
 
 
 # ---- room -----------------------------------------------------------------------------------------------------
-def _has_room(state: MemoryState, count: int, settings: WriteSettings) -> bool:
-    """Whether `count` more slots fit as things are."""
-    allowed = state.capacity if settings.capacity is None else min(state.capacity, settings.capacity)
-    return state.used + count <= allowed
-
-
 def _make_room(attachment: Attachment, count: int, settings: WriteSettings) -> None:
     state = attachment.state
     check_room(state.used, count, settings)
@@ -66,7 +63,7 @@ def _make_room(attachment: Attachment, count: int, settings: WriteSettings) -> N
 
 # ---- what the text asks for -----------------------------------------------------------------------------------
 class Asked(NamedTuple):
-    """What one forward and backward found: for each chosen target its index [n], and per layer A and G [n, d]."""
+    """What one forward and backward found: for each chosen target its index [n], and per arena A and G [l, n, d]."""
 
     chosen: Tensor
     nll: Tensor  # [T], of all targets
@@ -100,11 +97,22 @@ def _choose(tokens, nll: Tensor) -> Tensor:
     return torch.arange(len(nll), device=nll.device)
 
 
+def _of_arenas(state: MemoryState, layers: Sequence[Tensor], targets: int, indices: Tensor) -> list[Tensor]:
+    """Per arena [l, n, d]: of its layers' tensors [..., d] over the window those of some of the targets' positions."""
+    result = []
+    for arena in state.arenas:
+        own = [layers[position] for position in arena.positions]
+        rows = torch.stack([layer.reshape(-1, layer.shape[-1])[-targets:] for layer in own])
+        result.append(rows if len(indices) == targets else rows.index_select(1, indices.to(rows.device)))
+    return result
+
+
 def _ask(
     attachment: Attachment, window: Window, tokens, exact: bool, context_gradient: bool, ends_early: bool
 ) -> Asked:
-    """One forward, and one backward to the FFNs' outputs (exact: one a token)."""
-    taps = [_Tap() for _ in attachment.ffns]
+    """One forward, and one backward to the FFNs' outputs (exact: one a token). Waits for the device only to choose."""
+    state, taps = attachment.state, [_Tap() for _ in attachment.ffns]
+    window = window.to(attachment.host.input_device())
     try:
         for ffn, tap in zip(attachment.ffns, taps):
             ffn.tap = tap
@@ -121,72 +129,75 @@ def _ask(
     else:
         nll = token_nll(logits, targets)
     chosen = _choose(tokens, nll.detach())
-    outputs, scale = [tap.output for tap in taps], loss_scale(attachment.state)
+    outputs = [tap.output for tap in taps]
 
-    def rows(tensor: Tensor, indices: Tensor) -> Tensor:
-        """Those of the targets' positions, of a tensor [..., d] over the window."""
-        return tensor.reshape(-1, tensor.shape[-1])[-len(targets) :].index_select(0, indices.to(tensor.device))
+    def gradients(indices: Tensor) -> list[Tensor]:
+        """At the positions of these targets, of their log-likelihoods' sum."""
+        weights = torch.zeros_like(nll).index_fill_(0, indices, -loss_scale(state))
+        whole = torch.autograd.grad(nll, outputs, weights, retain_graph=exact)
+        return _of_arenas(state, whole, len(targets), indices)
 
-    if exact:
-        of_token = [
-            [rows(g, index[None]) for g in torch.autograd.grad(-scale * nll[index], outputs, retain_graph=True)]
-            for index in chosen
-        ]
-        gradients = [torch.cat(layer) for layer in zip(*of_token)]
-    elif len(chosen):
-        whole = torch.autograd.grad(-scale * nll[chosen].sum(), outputs)
-        gradients = [rows(g, chosen) for g in whole]
-    else:
-        gradients = []
-    return Asked(chosen, nll.detach(), [rows(tap.input, chosen) for tap in taps], gradients)
+    asked = [gradients(indices) for indices in (chosen.split(1) if exact else [chosen]) if len(indices)]
+    return Asked(
+        chosen,
+        nll.detach(),
+        _of_arenas(state, [tap.input for tap in taps], len(targets), chosen),
+        [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked)],
+    )
 
 
 # ---- writing it -----------------------------------------------------------------------------------------------
-def _stacked(layers: list[Tensor], positions: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.stack([layers[position] for position in positions]).to(dtype)
+def _new_slots(asked: Asked, epsilon: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Per arena the slots [l, 2, n, d] and their gradient norms [n], NaN where something is not finite."""
+    joint = None
+    if len(asked.gradients) > 1:  # an arena does not see the others' layers
+        device = asked.gradients[0].device
+        squares = [gradients.double().square().sum((0, 2)).to(device) for gradients in asked.gradients]
+        joint = torch.stack(squares).sum(0).sqrt().float()
+    slots, norms = [], []
+    for inputs, gradients in zip(asked.inputs, asked.gradients):
+        dtype = torch.float32 if gradients.dtype == torch.float64 else gradients.dtype
+        layers, n, d = gradients.shape
+        slots.append(torch.empty(layers, 2, n, d, device=gradients.device))
+        norm = None if joint is None else joint.to(gradients.device)
+        norms.append(write_slots_(slots[-1], 0, inputs.to(dtype), gradients.to(dtype), epsilon, None, norm))
+    return slots, norms
 
 
-def _norm(layers: list[Tensor]) -> Tensor:
-    """[n] float32: the length of each token's rows over all layers together, wherever they lie."""
-    device = layers[0].device
-    return torch.stack([rows.double().norm(dim=-1).to(device) for rows in layers]).norm(dim=0).float()
+def _write(
+    attachment: Attachment, window: Window, settings: WriteSettings, place: str, exact: bool = False,
+    context_gradient: bool = False, ends_early: bool = False,
+) -> tuple[WriteReport, float]:
+    """Writes a slot for each chosen target behind the slots there are: one update if any is chosen.
 
-
-def append(attachment: Attachment, asked: Asked, settings: WriteSettings) -> Tensor:
-    """Writes the slots behind those there are. Returns the gradient norms [n]. One update.
-
-    LocasError, with nothing written, if an input or gradient is not finite.
+    Returns what was written, and the summed loss of all targets before. LocasError, with nothing written, if the loss,
+    an input or a gradient is not finite.
     """
-    state, count = attachment.state, len(asked.chosen)
-    dtype = asked.gradients[0].dtype
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    norm = None
-    if len(state.arenas) > 1 or not _has_room(state, count, settings):
-        # Making room cannot be undone, and an arena does not see the others' layers.
-        norm = _norm(asked.gradients)
-        _check_finite(norm + _norm(asked.inputs), state)
-    _make_room(attachment, count, settings)
-    for arena in state.arenas:
-        copy = arena.rounded_copy()
-        copy = None if copy is None or copy.dtype == torch.float64 else copy
-        # One arena's norm is always its own kernel's, so that a slot does not depend on whether there was room.
-        arena_norm = norm.to(arena.slots.device) if len(state.arenas) > 1 else None
-        inputs, gradients = (_stacked(layers, arena.positions, dtype) for layers in (asked.inputs, asked.gradients))
-        norms = write_slots_(arena.slots, state.used, inputs, gradients, settings.epsilon, copy, arena_norm)
-        if arena.compute.dtype == torch.float64:
-            arena.round_slots()
-        arena.record_versions()  # also where nothing was written: that is no change from outside
-    _check_finite(norms, state)
-    state.use(state.used + count)
-    state.finish_update()
-    return norms / loss_scale(state)
-
-
-def _check_finite(norms: Tensor, state: MemoryState) -> None:
-    if not norms.isfinite().all():
+    state = attachment.state
+    asked = _ask(attachment, window, settings.tokens, exact, context_gradient, ends_early)
+    slots, norms = _new_slots(asked, settings.epsilon)
+    # One read of all the numbers, as each read waits for the device; float64 holds indices too.
+    numbers = [asked.chosen, asked.nll, *(of_arena.to(asked.nll.device) for of_arena in norms)]
+    values = torch.cat([tensor.double() for tensor in numbers]).tolist()
+    count, targets = len(asked.chosen), len(asked.nll)
+    chosen = [int(index) for index in values[:count]]
+    nll, norms = values[count:][:targets], values[count + targets :]
+    loss = math.fsum(nll)
+    check_loss(loss, state, place)
+    if not all(map(math.isfinite, norms)):
         raise LocasError(
-            f"the gradient is not finite, so nothing was written; the memory stays at version {state.version}"
+            f"the gradient is not finite at {place}, so nothing was written; the memory stays at version {state.version}"
         )
+    if count:
+        _make_room(attachment, count, settings)
+        state.append(slots)
+    scale = loss_scale(state)
+    return WriteReport(
+        tokens=[index + 1 for index in chosen],
+        nll=math.fsum(nll[index] for index in chosen),
+        gradient_norm=[norm / scale for norm in norms[:count]],
+        slots_used=state.used,
+    ), loss
 
 
 def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSettings, exact: bool) -> WriteReport:
@@ -199,11 +210,7 @@ def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSetti
     if isinstance(settings.tokens, (str, tuple)):
         check_room(state.used, len(input_ids) - 1 if settings.tokens == "all" else len(settings.tokens), settings)
     window = Window(input_ids[:0], input_ids[:-1], input_ids[1:])
-    asked = _ask(attachment, window, settings.tokens, exact, context_gradient=False, ends_early=False)
-    check_loss(asked.nll.sum().item(), state, f"tokens 1 to {len(input_ids) - 1}")
-    norms = append(attachment, asked, settings).tolist() if len(asked.chosen) else []
-    positions = (asked.chosen + 1).tolist()
-    return WriteReport(positions, asked.nll[asked.chosen].sum().item(), norms, state.used)
+    return _write(attachment, window, settings, f"tokens 1 to {len(input_ids) - 1}", exact)[0]
 
 
 class WriteStep:
@@ -213,13 +220,10 @@ class WriteStep:
         self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
 
     def __call__(self, window: Window, place: str) -> float:
-        write, state = self.settings.write, self.attachment.state
-        asked = _ask(self.attachment, window, write.tokens, False, self.settings.context_gradient, self.ends_early)
-        loss = asked.nll.sum().item()
-        check_loss(loss, state, place)
-        if len(asked.chosen):
-            append(self.attachment, asked, write)
-        return loss
+        return _write(
+            self.attachment, window, self.settings.write, place,
+            context_gradient=self.settings.context_gradient, ends_early=self.ends_early,
+        )[1]
 
     def report(self) -> str:
         """For MemorizeReport.cuda_graph."""
