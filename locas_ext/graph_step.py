@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import masking_utils, modeling_utils
 
 from .chunk import Window
 from .optim import OPTIMIZERS
@@ -81,15 +81,18 @@ def _error_at_synchronization():
 
 
 @contextmanager
-def _masks_as_in_a_capture():
-    """Inside, transformers makes every attention mask, as it does while a stream is captured, instead of reading on the
-    device whether it may leave one out."""
-    is_tracing = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: True
+def _as_in_a_capture():
+    """Inside, transformers does what it does while a stream is captured: it makes every attention mask and leaves out its
+    warnings, instead of reading from the device whether they are needed."""
+    modules = [module for module in (masking_utils, modeling_utils) if hasattr(module, "is_tracing")]
+    originals = [module.is_tracing for module in modules]
+    for module in modules:
+        module.is_tracing = lambda tensor=None: True
     try:
         yield
     finally:
-        masking_utils.is_tracing = is_tracing
+        for module, original in zip(modules, originals):
+            module.is_tracing = original
 
 
 def rehearse(work: Callable[[], None], device: torch.device) -> None:
@@ -100,7 +103,7 @@ def rehearse(work: Callable[[], None], device: torch.device) -> None:
     current, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(current)
     try:
-        with torch.cuda.stream(side), _masks_as_in_a_capture(), _error_at_synchronization():
+        with torch.cuda.stream(side), _as_in_a_capture(), _error_at_synchronization():
             work()
     finally:
         current.wait_stream(side)
