@@ -63,14 +63,15 @@ def compress(attachment: Attachment, rank: int, threshold: float) -> CompressRep
         raise ValueError("compress: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be compressed")
     if not state.used:
         raise ValueError("compress: the memory holds no slots yet")
+    if not state.learned:
+        raise ValueError("compress: the memory's values are all 0; it must have learned or written something first")
     if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
         raise TypeError(f"threshold is {threshold!r}; expected a number >= 0")
     host_dtype = state.arenas[0].compute.dtype
-    report = compress_slots(attachment, rank, threshold)
-    state.resize(report.slots_used)
     if host_dtype in (torch.float16, torch.bfloat16):
         warnings.warn(
-            f"compress: computed in {report.dtype} from the float32 slots; the {host_dtype} host uses a rounded copy",
-            stacklevel=3,
+            f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
         )
+    report = compress_slots(attachment, rank, threshold)
+    state.resize(report.slots_used)
     return report

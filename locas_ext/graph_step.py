@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from .chunk import Window
 from .optim import OPTIMIZERS
@@ -79,6 +80,18 @@ def _error_at_synchronization():
             raise RuntimeError(f"{warning.filename}:{warning.lineno} waits for the device")
 
 
+@contextmanager
+def _masks_as_in_a_capture():
+    """Inside, transformers makes every attention mask, as it does while a stream is captured, instead of reading on the
+    device whether it may leave one out."""
+    is_tracing = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = is_tracing
+
+
 def rehearse(work: Callable[[], None], device: torch.device) -> None:
     """Runs the work once on a side stream: libraries set themselves up, and what cannot be captured is an error here.
 
@@ -87,7 +100,7 @@ def rehearse(work: Callable[[], None], device: torch.device) -> None:
     current, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(current)
     try:
-        with torch.cuda.stream(side), _error_at_synchronization():
+        with torch.cuda.stream(side), _masks_as_in_a_capture(), _error_at_synchronization():
             work()
     finally:
         current.wait_stream(side)

@@ -14,7 +14,8 @@ from .patch import Attachment
 from .slots import GATE, KEY, VALUE, MemoryState
 from .snapshot import Snapshot
 from .stream import Chunk, MemorizeReport
-from .write import WriteReport, WriteSettings
+from .write import WriteReport
+from .write_settings import WriteSettings
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ class Memory:
             bos: whether the host's BOS token is put before every window
             epsilon, tokens, capacity, when_full, compress_to: with update="write", as in `write`, tokens being those of
                 each chunk. By default the memory is compressed to half its capacity whenever that is reached, and the
-                capacity is twice the stride or twice the rank, whichever is more; capacity None and when_full "error"
-                let it grow
+                capacity is the slots used so far and twice the stride or twice the rank, whichever is more; capacity None
+                and when_full "error" let it grow
 
         Returns a MemorizeReport. Raises ValueError, TypeError or LocasError for arguments that do not fit, and
         LocasError at a loss or gradient that is not finite (the memory then is that of the last finished update).
@@ -223,9 +224,9 @@ class Memory:
                 compress_to is given, else "error"
             compress_to: to how many slots; None: half the capacity, or the hidden size if that is less
 
-        Returns a WriteReport; the version is one more, two if the memory was compressed. Raises ValueError or TypeError for arguments that do not fit
-        (a memory without room for the tokens is one), and LocasError where a gradient is not finite; nothing is written
-        then. Source: docs/method.md, "Writing" (the paper's Locas-MLP).
+        Returns a WriteReport; the version is one more, two if the memory was compressed. Raises ValueError or TypeError for
+        arguments that do not fit (a memory without room for the tokens is one), and LocasError where a gradient is not
+        finite; nothing is written then. Ctrl-C takes effect once the tokens are written. Source: docs/method.md, "Writing" (the paper's Locas-MLP).
         """
         self._require_attached("write")
         if not self.state.grows:

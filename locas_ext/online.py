@@ -32,7 +32,8 @@ from .progress import StreamProgress
 from .slots import MemoryState
 from .step import check_loss
 from .stream import Chunk, MemorizeReport, Stream
-from .write import WriteReport, WriteSettings, WriteStep, check_fits, resolve, write_tokens
+from .write import WriteReport, WriteStep, write_tokens
+from .write_settings import WriteSettings, check_fits, resolve
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
 UPDATES = ("backprop", "write")
 
 
-def resolve_settings(settings: Settings, host, state: MemoryState) -> Settings:
-    """The settings with what is None filled in; ValueError or TypeError for one out of range."""
+def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stream | None = None) -> Settings:
+    """The settings with what is None filled in; ValueError or TypeError for one out of range.
+
+    resumed: where the run that is taken up again stood; what it filled in holds for the rest too.
+    """
     positions = host.max_positions
     window = min(2048, positions) if settings.window is None else settings.window
     window = _integer("window", window, 2, positions, " (the host's positions)")
@@ -115,28 +119,31 @@ def resolve_settings(settings: Settings, host, state: MemoryState) -> Settings:
         raise ValueError("bos is True, but the host's config has no bos_token_id")
     return Settings(
         window, stride, float(rate), epochs, settings.optimizer, settings.update, bool(settings.context_gradient),
-        bool(settings.bos), _resolve_writing(settings, state, stride),
+        bool(settings.bos), _resolve_writing(settings, state, stride, resumed),
     )
 
 
-def _resolve_writing(settings: Settings, state: MemoryState, stride: int) -> WriteSettings | None:
+def _resolve_writing(settings: Settings, state: MemoryState, stride: int, resumed: Stream | None) -> WriteSettings | None:
     """The settings of update="write", None for "backprop"; by default an expansion-compression cycle (docs/method.md)."""
-    write = settings.write
+    write = settings.write or WriteSettings()
     if settings.update != "write":
-        unused = [name for name, value in asdict(write or WriteSettings()).items() if value != getattr(WriteSettings(), name)]
+        unused = [name for name, value in asdict(write).items() if value != getattr(WriteSettings(), name)]
         if unused:
             raise ValueError(f"{unused[0]} is given, but update is {settings.update!r}; expected update='write'")
         return None
     if not state.grows:
-        raise ValueError("update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
+        raise ValueError(
+            "update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written"
+        )
     if settings.epochs != 1:
         raise ValueError(f"epochs is {settings.epochs}, but update is 'write', which writes each token once; expected 1")
-    write = write or WriteSettings()
     if write.when_full is None:
         write = replace(write, when_full="compress")
+    used = state.used if resumed is None else 0  # the resumed memory is loaded later, and fits what it was made with
     if write.capacity is None and write.when_full != "error":
-        write = replace(write, capacity=state.used + 2 * max(stride, state.rank))
-    write = resolve(write, state, None)
+        before = (resumed.settings.get("write") or {}).get("capacity") if resumed is not None else None
+        write = replace(write, capacity=before or used + 2 * max(stride, state.rank))
+    write = resolve(write, state.hidden_size, used, None)
     if write.when_full != "error":
         check_fits(min(stride, write.tokens) if isinstance(write.tokens, int) else stride, write)
     return write
@@ -223,8 +230,11 @@ def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: boo
             f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
             "for memorize(update='write')"
         )
-    with _quiet_host(host.model), fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
-        return write_tokens(attachment, ids, settings, exact)
+    with _interrupt_between_chunks() as check_interrupt, _quiet_host(host.model), fast_norms(host.model), \
+            torch.inference_mode(False), torch.enable_grad():
+        report = write_tokens(attachment, ids, settings, exact)
+        check_interrupt()
+        return report
 
 
 # ---- the whole text -------------------------------------------------------------------------------------------
@@ -273,16 +283,18 @@ def _interrupt_between_chunks():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _start(attachment: Attachment, ids: Tensor, settings: Settings, resume) -> Stream:
-    """A new stream, or the saved one of `resume` if it is of this text and these settings."""
-    if resume is None:
-        return Stream(asdict(settings), 0, text_digest(ids[:0]), [])
+def _saved_stream(resume: str | Path) -> Stream:
     stream = checkpoint.read_stream(resume)
     if stream is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
+    return stream
+
+
+def _take_up(attachment: Attachment, ids: Tensor, settings: Settings, resume: str | Path, stream: Stream) -> None:
+    """Loads the memory of a saved run; ValueError if that was not over this text with these settings."""
     # layers are checked by load(); the backend may be another one, as on another machine
     configs = [config.to_dict() for config in (checkpoint.read_config(resume), attachment.config)]
     before, wanted = ({**config, "layers": None, "backend": None, **run}
@@ -294,7 +306,6 @@ def _start(attachment: Attachment, ids: Tensor, settings: Settings, resume) -> S
     if stream.position > len(ids) or text_digest(ids[: stream.position]) != stream.text_digest:
         raise ValueError(f"resume: {Path(resume)} was saved by a run over another text")
     checkpoint.load(attachment, resume)
-    return stream
 
 
 def memorize(
@@ -309,7 +320,8 @@ def memorize(
     host, state, config = attachment.host, attachment.state, attachment.config
     if not attachment.attached:
         raise ValueError("memorize: this memory is no longer attached to its model")
-    settings = resolve_settings(settings, host, state)
+    resumed = None if resume is None else _saved_stream(resume)
+    settings = resolve_settings(settings, host, state, resumed)
     ids = token_ids(input_ids, host.vocab_size, at_least=2)
     first_chunk = min(settings.stride, len(ids))
     writes = settings.update == "write"
@@ -318,7 +330,11 @@ def memorize(
             f"init='activation' takes one token a slot: rank is {config.rank}, but the first chunk has "
             f"{first_chunk} tokens; use a stride of at least the rank"
         )
-    stream = _start(attachment, ids, settings, resume)
+    if resumed is not None:
+        _take_up(attachment, ids, settings, resume, resumed)
+    stream = resumed or Stream(asdict(settings), 0, text_digest(ids[:0]), [])
+    if writes and (settings.write.capacity or 0) > state.capacity:
+        state.resize(settings.write.capacity)
     report = MemorizeReport(chunks=list(stream.chunks))
     hasher = hashlib.sha256(ids[: stream.position].numpy().tobytes())
     bos = bos_token(host) if settings.bos else None

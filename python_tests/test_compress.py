@@ -300,6 +300,44 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, set
         writable(dtype=dtype)[1].memorize(TEXT[:44], **backprop, resume=tmp_path / "m")
 
 
+def test_a_second_text_is_resumed_with_the_capacity_it_began_with(tmp_path):
+    """The default capacity depends on the slots used when the text was begun, not on those of the saved memory."""
+
+    def second(memory, **arguments):
+        memory.memorize(TEXT[:20], **WRITE)
+        return memory.memorize(TEXT[3:47], **WRITE, **arguments)
+
+    _, whole = writable()
+    full_report = second(whole)
+
+    def stop(chunk):
+        if chunk.end == 30:
+            raise Stop
+
+    _, memory = writable()
+    with pytest.raises(Stop):
+        second(memory, callback=stop)
+    memory.save_pretrained(tmp_path / "m", optimizer=True)
+    _, later = writable()
+    assert later.memorize(TEXT[3:47], **WRITE, resume=tmp_path / "m").chunks == full_report.chunks
+    assert torch.equal(written(later), written(whole))
+
+
+def test_room_is_reserved_when_the_capacity_is_given():
+    _, memory = writable()
+    memory.memorize(TEXT[:13], **{**CYCLE, "capacity": 50, "compress_to": 20})
+    assert memory.slots.shape[2] == memory.status()[0].capacity == 50 and memory.status()[0].slots_used == 12
+
+
+def test_a_memory_that_learned_nothing_is_not_compressed():
+    _, memory = writable()
+    memory.initialize(TEXT[:20])
+    before = memory.slots.clone()
+    with pytest.raises(ValueError, match="values are all 0"):
+        memory.compress(1)
+    assert torch.equal(memory.slots, before) and memory.version == 0
+
+
 def test_ctrl_c_takes_effect_behind_the_running_chunk():
     model, memory = writable()
     model.train()

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import TEXT, logits_of, random_ids, tiny_model
+from test_families import TWO_LAYER, tiny
 
 import locas_ext as locas
 from locas_ext import _C, graph_step
@@ -93,6 +94,36 @@ def test_hosts_dtypes_and_rehomed_weights(device, family, host, dtype, rehome, m
     tolerance = 1e-3 if dtype == torch.float32 else 0.2
     ours, theirs = (logits_of(m, IDS.to(device)).float() for m in (model, plain_model))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", TWO_LAYER)
+def test_two_layer_hosts(device, family, monkeypatch):
+    memory, plain = (locas.attach(tiny(family).to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
+    report = memory.memorize(TEXT, **SETTINGS)
+    assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **SETTINGS))
+    assert report.cuda_graph == f"11 of {memory.version} updates"
+
+
+def test_a_memory_that_grows_on_the_way(device, monkeypatch):
+    """Slots written from a callback: the memory is another one, in another place, so the step is captured anew."""
+    captures = []
+    capture = graph_step.capture
+    monkeypatch.setattr(graph_step, "capture", lambda *args: captures.append(1) or capture(*args))
+
+    def run(memory, memorize):
+        def callback(chunk):
+            if chunk.end == 56:
+                memory.write(IDS, epsilon=0.5, tokens=7)
+
+        report = memorize(callback)
+        assert memory.status()[0].slots_used == 12 and memory.status()[0].capacity == 12
+        return report
+
+    memory, plain = (locas.attach(tiny("opt").to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
+    report = run(memory, lambda callback: memory.memorize(TEXT, **SETTINGS, callback=callback))
+    assert len(captures) == 2 and report.cuda_graph == "11 of 15 updates"
+    plain_report = run(plain, lambda callback: eagerly(monkeypatch, plain, TEXT, **SETTINGS, callback=callback))
+    assert_same_run(memory, report, plain, plain_report)
 
 
 def test_a_callback_that_looks_and_changes(device, monkeypatch):

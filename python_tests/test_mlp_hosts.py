@@ -158,3 +158,31 @@ def test_the_life_beneath_accelerates_hooks(family):
         memory.merge_and_unload()
     memory.detach()
     assert_same_host(model, before, ("attributes", "requires_grad"))
+
+
+def test_beside_lora_and_with_gradient_checkpointing():
+    """A LoRA-wrapped projection keeps its own forward; a layer that runs again in the backward adds the memory again."""
+    peft = pytest.importorskip("peft")
+    model = tiny("opt", dropout=0.0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc1", "fc2"], init_lora_weights=False))
+    host = logits_of(wrapped, TEXT)
+    memory = locas.attach(wrapped, config_for("opt"))
+    memory.memorize(TEXT, **LEARN)
+    learned = logits_of(wrapped, TEXT)
+    assert not torch.allclose(learned, host)
+
+    def gradients():
+        for parameter in memory.parameters():
+            parameter.grad = None
+        wrapped(input_ids=TEXT[None], labels=TEXT[None], use_cache=False).loss.backward()
+        return torch.stack([parameter.grad for parameter in memory.parameters()])
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-7)
+    model.eval()
+    with pytest.raises(ValueError, match="cannot merge: layer 0's fc1 is a peft"):
+        memory.merge_and_unload()
+    memory.detach()
+    assert torch.equal(logits_of(wrapped, TEXT), host)
