@@ -304,7 +304,7 @@ def test_presets_vary_what_they_are_named_after():
         assert len(rates) >= 5 and rates == sorted(set(rates))
     locas_arms = [arm.settings for arm in _preset("scale") if arm.method == "locas"]
     assert {arm["scale"] for arm in locas_arms} == {"paper", "2x", "4x", "8x", "16x", "32x", "host"}
-    assert {arm["epochs"] for arm in locas_arms} == {1, 2} and {arm["clip"] for arm in locas_arms} == {True, False}
+    assert {arm["epochs"] for arm in locas_arms} == {1, 2, 3} and {arm["clip"] for arm in locas_arms} == {True, False}
     assert len({arm["rank"] for arm in locas_arms}) > 2
     assert len({arm.settings["rank"] for arm in _preset("scale") if arm.method == "temp-lora"}) > 2
 
