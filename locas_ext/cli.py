@@ -11,7 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .config import LocasConfig, paper_multiple
+from .cli_options import (
+    BatchSize, Clip, Device, Dtype, Epochs, HeldOut, HeldOutTokens, Init, LearningRate, MaxNewTokens, MemoryFolder,
+    Model, Rank, ResultsFolder, Scale, Seed, Stride, TempLoraAlpha, TempLoraEpochs, TempLoraRank, TempLoraRate, Variant,
+    Window, names,
+)
+from .config import LocasConfig
 from .errors import LocasError
 from .tasks import Interrupted
 
@@ -32,25 +37,14 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def _scale(text: str) -> str | float:
-    if text == "host" or paper_multiple(text) is not None:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected paper, a multiple such as 16x, host or a number") from None
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the plot and the memory go.")] = Path("."),
     max_tokens: Annotated[int, typer.Option(min=256, help="Read at most so many tokens of the book.")] = 50_000,
-    rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-3,
-    scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
-    ] = "0.3",
-    epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
+    rank: Rank = 64,
+    learning_rate: LearningRate = 5e-3,
+    scale: Scale = "0.3",
+    epochs: Epochs = 1,
 ) -> None:
     """Let the shipped small model memorize the shipped novel; print a table, write a plot and the memory."""
     from .tasks.demo import DemoSettings, run_demo
@@ -58,38 +52,33 @@ def demo(
     run_demo(DemoSettings(out, max_tokens, rank, learning_rate, scale, epochs), _console())
 
 
-Model = Annotated[str, typer.Option(help="The host: a folder or a hub name.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, the checkpoint's on CUDA.")
-]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; left out: CUDA where there is one.")]
-MemoryFolder = Annotated[Path, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote.")]
-
-
 @app.command()
 def memorize(
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files, read one after another.")],
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the memory goes: a new folder, or see --resume.")],
-    rank: Annotated[int, typer.Option(help="Slots a layer.")] = 64,
-    scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="The memory's output scale, tau.")
-    ] = "paper",
-    init: Annotated[str, typer.Option(help="topk, bottomk, random, gaussian or activation.")] = "topk",
-    variant: Annotated[str, typer.Option(help="glu for hosts with a gated FFN, mlp for those with a two-layer one.")] = "glu",
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 4e-3,
-    epochs: Annotated[int, typer.Option(help="Learning passes over each chunk.")] = 1,
+    window: Window = None,
+    stride: Stride = None,
+    rank: Rank = 64,
+    learning_rate: LearningRate = 4e-3,
+    scale: Scale = "paper",
+    epochs: Epochs = 1,
+    init: Init = "topk",
+    variant: Variant = "glu",
+    clip: Clip = True,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
-    seed: Annotated[int, typer.Option(help="Of the random inits.")] = 0,
-    update: Annotated[str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")] = "backprop",
+    seed: Seed = 0,
+    update: Annotated[
+        str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")
+    ] = "backprop",
     epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
     capacity: Annotated[
-        int | None, typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank.")
+        int | None,
+        typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank."),
     ] = None,
     compress_to: Annotated[
-        int | None, typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it.")
+        int | None,
+        typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
     save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
@@ -103,54 +92,47 @@ def memorize(
         window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer, update=update,
         epsilon=epsilon, capacity=capacity, compress_to=compress_to,
     )
-    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, seed=seed)
+    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, clip=clip, seed=seed)
     run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), _console())
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()
 def perplexity(
     books: Annotated[list[Path], typer.Argument(metavar="BOOK...", help="UTF-8 text files, each read on its own.")],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results go; the same command goes on with its records.")],
+    out: ResultsFolder,
     methods: Annotated[
         str | None,
-        typer.Option(parser=_names, metavar="NAME,...", help="Of truncation, long-context, temp-lora, locas; left out: "
+        typer.Option(parser=names, metavar="NAME,...", help="Of truncation, long-context, temp-lora, locas; left out: "
                      "truncation,locas, or all of the ablation."),
     ] = None,
     ablate: Annotated[
-        str | None, typer.Option(metavar="PRESET", help="Many settings side by side: init, rank, learning-rate or scale.")
+        str | None,
+        typer.Option(metavar="PRESET", help="Many settings side by side: init, rank, learning-rate or scale."),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
+    window: Window = None,
+    stride: Stride = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each book.")] = None,
-    rank: Annotated[int, typer.Option(help="Locas: slots a layer.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Locas: of AdamW.")] = 4e-3,
-    scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
-    ] = "paper",
-    epochs: Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")] = 1,
-    init: Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")] = "topk",
-    variant: Annotated[str, typer.Option(help="Locas: glu, or mlp for hosts with a two-layer FFN.")] = "glu",
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Locas: whether no row grows longer than 1.")] = True,
-    temp_lora_rank: Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")] = 64,
-    temp_lora_alpha: Annotated[float | None, typer.Option(help="Temp-LoRA: scale times rank; left out: the rank.")] = None,
-    temp_lora_lr: Annotated[float, typer.Option(help="Temp-LoRA: learning rate of AdamW.")] = 5e-5,
-    temp_lora_epochs: Annotated[int, typer.Option(help="Temp-LoRA: learning passes over each chunk.")] = 2,
+    rank: Rank = 64,
+    learning_rate: LearningRate = 4e-3,
+    scale: Scale = "paper",
+    epochs: Epochs = 1,
+    init: Init = "topk",
+    variant: Variant = "glu",
+    clip: Clip = True,
+    temp_lora_rank: TempLoraRank = 64,
+    temp_lora_alpha: TempLoraAlpha = None,
+    temp_lora_lr: TempLoraRate = 5e-5,
+    temp_lora_epochs: TempLoraEpochs = 2,
     long_context: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens that long-context sees at once; left out: the host's positions.")
+        int | None,
+        typer.Option(metavar="N", help="Tokens that long-context sees at once; left out: the host's positions."),
     ] = None,
-    held_out: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="TEXT", help="A text to measure forgetting on after each book; may be given several times."),
-    ] = None,
-    held_out_tokens: Annotated[int | None, typer.Option(help="Read at most so many tokens of each held-out text.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
+    held_out: HeldOut = None,
+    held_out_tokens: HeldOutTokens = None,
+    seed: Seed = 0,
     bos: Annotated[bool, typer.Option("--bos", help="Put the host's BOS token before every window.")] = False,
-    processes: Annotated[int, typer.Option(help="Share the work, one arm on one book each, among so many processes; for times, use 1.")] = 1,
+    processes: Annotated[int, typer.Option(help="Share the arms and books among so many; for times, use 1.")] = 1,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -159,7 +141,8 @@ def perplexity(
     from .tasks.study import PerplexityTask
 
     locas = dict(
-        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs, seed=seed
+        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs,
+        seed=seed,
     )
     temp_lora = dict(
         rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed
@@ -176,11 +159,12 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     model: Model,
     memory: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote; without it: the host alone.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote; without it: the host alone."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="How much to write.")] = 100,
+    max_new_tokens: MaxNewTokens = 100,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -194,39 +178,42 @@ def generate(
 def locomo(
     data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="LoCoMo's JSON files, or folders of them.")],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go; a run that was ended there goes on.")],
+    out: ResultsFolder,
     methods: Annotated[
-        str, typer.Option(parser=_names, metavar="NAME,...", help="full-context, no-context, and both with +locas or "
+        str, typer.Option(parser=names, metavar="NAME,...", help="full-context, no-context, and both with +locas or "
                           "+temp-lora: a memory that has read the dialogue.")
     ] = "full-context,no-context,full-context+locas,no-context+locas",
-    window: Annotated[
-        int | None, typer.Option(help="While memorizing; left out: 2048 tokens, or the host's positions if fewer.")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")] = None,
-    rank: Annotated[int, typer.Option(help="Locas: slots a layer.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Locas: of AdamW.")] = 4e-3,
-    scale: Annotated[
-        str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
-    ] = "paper",
-    epochs: Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")] = 1,
-    init: Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")] = "topk",
-    temp_lora_rank: Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")] = 64,
-    temp_lora_lr: Annotated[float, typer.Option(help="Temp-LoRA: learning rate of AdamW.")] = 5e-5,
-    temp_lora_epochs: Annotated[int, typer.Option(help="Temp-LoRA: learning passes over each chunk.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the random inits and of Temp-LoRA's adapter.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer; one ends with its line.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
+    window: Window = None,
+    stride: Stride = None,
+    rank: Rank = 64,
+    learning_rate: LearningRate = 4e-3,
+    scale: Scale = "paper",
+    epochs: Epochs = 1,
+    init: Init = "topk",
+    variant: Variant = "glu",
+    clip: Clip = True,
+    temp_lora_rank: TempLoraRank = 64,
+    temp_lora_alpha: TempLoraAlpha = None,
+    temp_lora_lr: TempLoraRate = 5e-5,
+    temp_lora_epochs: TempLoraEpochs = 2,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 8,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Answer LoCoMo's questions about long dialogues, with the dialogue in the window, in a memory, both or neither."""
     from .tasks.locomo import LocomoTask, run_locomo
 
-    config = LocasConfig(rank=rank, init=init, scale=scale, seed=seed)
-    temp_lora = dict(rank=temp_lora_rank, learning_rate=temp_lora_lr, epochs=temp_lora_epochs)
+    locas = dict(
+        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs,
+        seed=seed,
+    )
+    temp_lora = dict(
+        rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed
+    )
     task = LocomoTask(
-        data, model, methods, out, config, window, stride, learning_rate, epochs, temp_lora, max_new_tokens, batch_size,
-        dtype, device,
+        data, model, methods, out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device
     )
     run_locomo(task, _console())
 
@@ -249,10 +236,8 @@ def merge(
 def capability(
     model: Model,
     memory: MemoryFolder,
-    held_out: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="TEXT", help="A UTF-8 text the memory has not read; for several: again. Left out: the shipped one."),
-    ] = None,
+    held_out: HeldOut = None,
+    held_out_tokens: HeldOutTokens = None,
     window: Annotated[int, typer.Option(help="Tokens seen at once; a memory is judged window by window.")] = 128,
     merged: Annotated[
         bool | None,
@@ -260,41 +245,49 @@ def capability(
                      "left out: on texts, not on --tasks."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval.")
+        str | None,
+        typer.Option(
+            parser=names, metavar="NAME,...", help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval."
+        ),
     ] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="Examples before each question; left out: what the task says.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Of lm-eval.")] = 8,
+    batch_size: BatchSize = 8,
     include_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Further task files of lm-eval's kind; their data may be local.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results.json and report.md go; left out: the tables only.")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """What a memory does to the host's general ability: before, attached, merged, detached."""
+    """What a memory does to the host's general ability: before, attached, merged, detached.
+
+    Without --held-out, on the text that is shipped.
+    """
     from .tasks.capability import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
-    names = tuple(name for name in (tasks or "").split(",") if name)
-    if not names and (tasks, few_shot, limit, include_path) != (None, None, None, None):
+    if not tasks and (tasks, few_shot, limit, include_path) != (None, None, None, None):
         raise ValueError(
-            f"--tasks is {tasks!r}; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
+            "--tasks is empty; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
         )
-    asked = HarnessTasks(names, few_shot, limit, batch_size, include_path) if names else None
-    texts = held_out or [DEFAULT_TEXT]
-    run_capability(CapabilityTask(model, memory, texts, window, merged, asked, seed, out, dtype, device), _console())
+    asked = HarnessTasks(tuple(tasks), few_shot, limit, batch_size, include_path) if tasks else None
+    task = CapabilityTask(
+        model, memory, held_out or [DEFAULT_TEXT], held_out_tokens, window, merged, asked, seed, out, dtype, device
+    )
+    run_capability(task, _console())
 
 
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs of one command.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the runs' common report goes; left out: DIR's own is made anew.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the runs' common report goes; left out: DIR's own is made anew."),
     ] = None,
 ) -> None:
     """Tables and plots of a run, or of several runs in one report."""

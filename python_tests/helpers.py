@@ -31,14 +31,23 @@ def tiny_model(family="llama", seed=0, dtype=torch.float32, **settings):
     return model_class(config_class(**fields)).to(dtype).eval()
 
 
-def tiny_opt(vocab_size=61):
+def tiny_opt(vocab_size=61, positions=64):
     """A random OPT: a host whose FFNs have two layers."""
     torch.manual_seed(0)
     config = transformers.OPTConfig(
         vocab_size=vocab_size, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.25, dropout=0.0,
+        word_embed_proj_dim=32, max_position_embeddings=positions, init_std=0.25, dropout=0.0,
     )
     return transformers.OPTForCausalLM(config).eval()
+
+
+def save_host(model, folder):
+    """-> the folder, with the model and the shipped tokenizer, as --model takes it."""
+    from locas_ext.tasks.assets import MODEL
+
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
 
 
 def random_ids(n, seed=0, vocab=61):

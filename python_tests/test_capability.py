@@ -334,12 +334,13 @@ def test_a_broken_detach_is_exit_status_1(files, capsys, monkeypatch):
         ([], "nowhere", 2, "is not a folder"),
         (["--held-out", "{files}/letter.txt"], "memory", 2, "letter.txt holds 1 token; expected at least 2"),
         (["--held-out", "{files}/none.txt"], "memory", 2, "No such file"),
-        (["--window", "1"], "memory", 2, "window is 1; expected 2 to"),
-        (["--window", "99999"], "memory", 2, "window is 99999; expected 2 to"),
+        (["--window", "1"], "memory", 2, "window is 1; expected an integer from 2 to"),
+        (["--window", "99999"], "memory", 2, "window is 99999; expected an integer from 2 to"),
         (["--out", "{files}/a.txt"], "memory", 2, "is a file"),
         (["--out", "{files}"], "memory", 2, "holds something else"),
-        (["--limit", "3"], "memory", 2, "--tasks is None"),
-        (["--tasks", ","], "memory", 2, "--tasks is ','"),
+        (["--held-out-tokens", "1"], "memory", 2, "--held-out-tokens is 1"),
+        (["--limit", "3"], "memory", 2, "--tasks is empty"),
+        (["--tasks", ","], "memory", 2, "--tasks is empty"),
         (["--tasks", "mmlu", "--limit", "0"], "memory", 2, "--limit is 0"),
         (["--tasks", "mmlu", "--few-shot", "-1"], "memory", 2, "--few-shot is -1"),
         (["--tasks", "mmlu", "--batch-size", "0"], "memory", 2, "--batch-size is 0"),
@@ -355,7 +356,7 @@ def test_bad_arguments_are_one_line(files, capsys, arguments, memory, status, co
 def test_without_lm_eval_the_error_says_what_to_install(files, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     status, _, err = run(capsys, files, "--tasks", "mmlu")
-    assert status == 1 and "pip install locas_ext[eval]" in err.splitlines()[-1]
+    assert status == 1 and "pip install 'locas_ext[eval]'" in err.splitlines()[-1]
 
 
 # ---- lm-eval ---------------------------------------------------------------------------------------------------

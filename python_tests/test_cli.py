@@ -145,7 +145,8 @@ def test_a_memory_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys)
 
 
 def test_the_process_has_the_same_status():
-    result = subprocess.run([sys.executable, "-m", "locas_ext", "demo", "--scale", "big"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "locas_ext", "demo", "--scale", "big"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert_one_line(result.stderr, "--scale")
 
@@ -187,7 +188,8 @@ def test_truncation_scores_the_windows_of_memorize():
         memory = locas_ext.attach(model)
         learned = memory.memorize(ids, window=window, stride=stride, learning_rate=0.0, progress=False)
         memory.detach()
-        assert [(c.start, c.end, c.tokens) for c in alone.chunks] == [(c.start, c.end, c.tokens) for c in learned.chunks]
+        spans = [[(chunk.start, chunk.end, chunk.tokens) for chunk in report.chunks] for report in (alone, learned)]
+        assert spans[0] == spans[1]
         torch.testing.assert_close(
             torch.tensor([c.nll for c in alone.chunks]), torch.tensor([c.nll for c in learned.chunks]),
             rtol=1e-5, atol=0,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import locas_ext as locas
-from helpers import assert_same_host, random_ids, snapshot, tiny_model
+from helpers import assert_same_host, random_ids, save_host, snapshot, tiny_model, tiny_opt
 from locas_ext.cli import main
 from locas_ext.tasks import locomo, locomo_answers, locomo_scoring, report, results
 from locas_ext.tasks.assets import MODEL
@@ -52,11 +52,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def host_folder(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("host")
-    tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=300, eos_token_id=0).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / file, folder)
-    return folder
+    host = tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=300, eos_token_id=0)
+    return save_host(host, tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +282,16 @@ def test_a_memory_is_fresh_for_every_dialogue(finished, data, host_folder, tmp_p
         ]
 
 
+def test_a_two_layer_host_answers_with_a_memory_of_its_kind(data, tokenizer, tmp_path, capsys):
+    host = save_host(tiny_opt(len(tokenizer), positions=300), tmp_path / "opt")
+    status, _, err = run(capsys, data, host, tmp_path / "run", "no-context+locas")
+    assert status == 2 and "variant" in err and not (tmp_path / "run").exists()
+    status, _, err = run(capsys, data, host, tmp_path / "run", "no-context+locas", "--variant", "mlp")
+    assert status == 0, err
+    assert len(predictions(tmp_path / "run", "no-context+locas")) == 9
+    assert results.read(tmp_path / "run")["settings"]["memories"]["locas"]["variant"] == "mlp"
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, monkeypatch, fail):
     model, tokenizer = locomo.load_host(str(host_folder), None, "cpu")
@@ -312,10 +319,11 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
         ("full-context,no-context+locas", ["--window", 301], "window is 301; expected an integer from 2 to 300"),
         ("full-context,no-context+locas", ["--stride", 0], "stride is 0; expected an integer from 1 to 64"),
         ("full-context,no-context+locas", ["--rank", 41], "rank is 41"),
-        ("full-context,no-context+locas", ["--learning-rate", -1], "learning_rate is -1"),
+        ("full-context,no-context+locas", ["--learning-rate", -1], "--learning-rate is -1"),
         ("full-context,no-context+temp-lora", ["--temp-lora-rank", 0], "temp-lora-rank is 0"),
         ("full-context,no-context+temp-lora", ["--temp-lora-lr", -1], "temp-lora-lr is -1"),
         ("full-context,no-context+temp-lora", ["--temp-lora-epochs", 0], "temp-lora-epochs is 0"),
+        ("full-context,no-context+temp-lora", ["--temp-lora-alpha", 0], "temp-lora-alpha is 0"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
@@ -333,7 +341,7 @@ def test_a_folder_of_other_settings_or_other_data_is_refused(finished, data, hos
     changed = tmp_path / "two.json"
     changed.write_text(data.read_text().replace("red kite", "blue kite"))
     status, _, err = run(capsys, changed, host_folder, finished, ",".join(locomo.METHODS))
-    assert status == 2 and "dialogues was" in err
+    assert status == 2 and "dialogues.kites was" in err
     assert (finished / "results.json").read_bytes() == before
 
 

@@ -14,12 +14,11 @@ import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.config import INITS
 from locas_ext.memory import Chunk
-from locas_ext.tasks import methods, parallel
+from locas_ext.tasks import jobs, methods, parallel
 from locas_ext.tasks.ablations import PRESETS
 from locas_ext.tasks.arms import METHODS
 from locas_ext.tasks.assets import ASSETS, MODEL
 from locas_ext.tasks.curve import running_perplexity
-from locas_ext.tasks.jobs import milestones
 from locas_ext.tasks.loading import read_text
 
 OPTIONS = ["--model", str(MODEL), "--window", "64", "--stride", "32", "--rank", "4", "--scale", "host",
@@ -154,7 +153,7 @@ def test_the_chunks_and_the_memory_are_kept(study, texts):
 # ---- going on ------------------------------------------------------------------------------------------------
 def test_a_finished_study_is_not_run_again_and_other_settings_are_refused(study, texts, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
-    monkeypatch.setattr(methods, "_RUN", {})
+    monkeypatch.setattr(jobs, "measure", None)
     assert perplexity(texts[:2], study, *ALL, "--held-out", texts[2]) == 0
     assert {path: path.read_bytes() for path in before} == before
     capsys.readouterr()
@@ -163,22 +162,22 @@ def test_a_finished_study_is_not_run_again_and_other_settings_are_refused(study,
 
 
 def test_ctrl_c_keeps_the_finished_records_and_the_same_command_goes_on(texts, tmp_path, monkeypatch, capsys):
-    truncation, calls = methods._RUN["truncation"], []
+    truncation, calls = methods.truncation, []
 
-    def run(reading):
-        calls.append(reading.text.name)
-        if calls == ["one", "two"]:
-            reading.callback(Chunk(0, 32, 31, 1.0, 0))
+    def interrupted(*arguments, callback, **options):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            callback(Chunk(0, 32, 31, 1.0, 0))
             raise KeyboardInterrupt
-        truncation(reading)
+        return truncation(*arguments, callback=callback, **options)
 
-    monkeypatch.setitem(methods._RUN, "truncation", run)
+    monkeypatch.setattr(methods, "truncation", interrupted)
     options = ["--methods", "truncation"]
     assert perplexity(texts[:2], tmp_path, *options) == 130
     assert "1 of 2 records are kept" in capsys.readouterr().err
     assert [record["book"] for record in results_of(tmp_path)["records"]] == ["one"]
     assert perplexity(texts[:2], tmp_path, *options) == 0
-    assert calls == ["one", "two", "two"]
+    assert len(calls) == 3  # the second book twice
     assert [record["book"] for record in results_of(tmp_path)["records"]] == ["one", "two"]
     assert len((tmp_path / "chunks" / "two-truncation.jsonl").read_text().splitlines()) == 10
 
@@ -223,11 +222,11 @@ def test_ranks_of_a_launcher_share_the_devices(monkeypatch):
     (locas.LocasError("the loss is nan at chunk 2"), "the loss is nan at chunk 2"),
 ])
 def test_an_arm_that_fails_is_a_record_and_the_others_go_on(error, said, texts, tmp_path, monkeypatch):
-    def run(reading):
-        reading.callback(Chunk(0, 32, 31, 62.0, 0))
+    def failing(*arguments, callback, **options):
+        callback(Chunk(0, 32, 31, 62.0, 0))
         raise error
 
-    monkeypatch.setitem(methods._RUN, "long-context", run)
+    monkeypatch.setattr(methods, "long_context", failing)
     assert perplexity(texts[:1], tmp_path, "--methods", "long-context,truncation") == 0
     failed, whole = results_of(tmp_path)["records"]
     assert failed["error"] == said and failed["tokens"] == 31 and failed["curve"] == [[32, math.exp(2)]]
@@ -237,10 +236,10 @@ def test_an_arm_that_fails_is_a_record_and_the_others_go_on(error, said, texts, 
 
 
 def test_a_fault_of_the_program_is_no_result(texts, tmp_path, monkeypatch):
-    def run(reading):
+    def faulty(*arguments, **options):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setitem(methods._RUN, "truncation", run)
+    monkeypatch.setattr(methods, "truncation", faulty)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         perplexity(texts[:1], tmp_path, "--methods", "truncation")
     assert results_of(tmp_path)["records"] == []
@@ -268,9 +267,9 @@ def test_words_and_bytes_are_those_of_the_scored_text(tmp_path):
 def test_milestones_are_of_all_chunks_up_to_them():
     curve = [(position, float(position)) for position in range(300, 100_100, 300)]
     assert curve[-1][0] == 99_900
-    assert milestones(curve) == {"50000": 49_800.0}
-    assert milestones([*curve, (100_000, 7.0)]) == {"50000": 49_800.0, "100000": 7.0}
-    assert milestones(curve[:10]) == {} == milestones([])
+    assert jobs.milestones(curve) == {"50000": 49_800.0}
+    assert jobs.milestones([*curve, (100_000, 7.0)]) == {"50000": 49_800.0, "100000": 7.0}
+    assert jobs.milestones(curve[:10]) == {} == jobs.milestones([])
 
 
 # ---- ablations -----------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ def test_presets_are_arms_of_their_own(name):
     assert len({(arm.method, *map(str, arm.settings.items())) for arm in arms}) == len(arms)
     for arm in arms:
         if arm.method == "locas":
-            methods.locas_config(arm)  # settings that exist
+            methods.locas_config(arm.settings)  # settings that exist
         if arm.method == "temp-lora":
             assert arm.settings["alpha"] == arm.settings["rank"]
 
@@ -305,7 +304,7 @@ def test_presets_vary_what_they_are_named_after():
         assert len(rates) >= 5 and rates == sorted(set(rates))
     locas_arms = [arm.settings for arm in _preset("scale") if arm.method == "locas"]
     assert {arm["scale"] for arm in locas_arms} == {"paper", "2x", "4x", "8x", "16x", "32x", "host"}
-    assert {arm["epochs"] for arm in locas_arms} == {1, 2} and {arm["clip"] for arm in locas_arms} == {True, False}
+    assert {arm["epochs"] for arm in locas_arms} == {1, 2, 3} and {arm["clip"] for arm in locas_arms} == {True, False}
     assert len({arm["rank"] for arm in locas_arms}) > 2
     assert len({arm.settings["rank"] for arm in _preset("scale") if arm.method == "temp-lora"}) > 2
 

@@ -18,7 +18,7 @@ from locas_ext.tasks.plot_curves import Curve, plot_curves, spread
 from locas_ext.tasks.plot_frontier import plot_frontier
 from locas_ext.tasks.plot_style import METHOD_COLORS, PAPER
 from locas_ext.tasks.report import merge_reports, write_report
-from locas_ext.tasks.tables import MISSING, Arm, collect_arms, escape, geometric_mean, tokens_text
+from locas_ext.tasks.tables import MISSING, ArmResults, collect_arms, escape, geometric_mean, tokens_text
 
 MACHINE = {"processor": "a processor", "gpus": ["a GPU", "a GPU"], "threads": 2, "torch": "2.6.0"}
 SETTINGS = {
@@ -137,7 +137,7 @@ def test_null_and_missing_fields_leave_a_dash_and_a_column_of_dashes_is_left_out
     assert row == {"arm": "locas", "end": "12.50"}
     nulls = record("truncation", relative_time=None, peak_memory_bytes=None, held_out_perplexity_before=None)
     rows = tables(report(tmp_path, [nulls, {**bare, "relative_time": 1.5}]))["Perplexity"]
-    assert [row["relative time"] for row in rows] == [MISSING, "1.5x"]
+    assert [row["relative time"] for row in rows] == [MISSING, "1.50x"]
     assert [row["50K"] == MISSING for row in rows] == [False, True]
     assert "peak memory" not in rows[0] and "held out, before" not in rows[0]
 
@@ -485,6 +485,7 @@ def test_runs_on_different_hosts_have_no_common_frontier(tmp_path):
     b = save(tmp_path / "b", [record("temp-lora")], held_out=["x"], model="another")
     text = merge_reports([a, b], tmp_path / "c").read_text()
     assert "The runs differ in model: their arms are not comparable." in text
+    assert "The runs differ in model: arms of one run are not comparable with another's." in text
     assert text.startswith("# Perplexity: several models\n")
     assert not (tmp_path / "c" / "frontier.png").exists()
     save(b, [record("temp-lora")], held_out=["x"])
@@ -576,4 +577,5 @@ def test_an_unknown_command_lists_those_with_a_report(tmp_path, capsys):
 def test_arms_without_any_result_are_no_rows():
     records = [record(), record("long-context", error="out of memory"), record(book="Typhoon")]
     (arm,) = collect_arms(records)
-    assert isinstance(arm, Arm) and arm.books == {"Nostromo", "Typhoon"} and len(arm.on({"Typhoon"}).records) == 1
+    assert isinstance(arm, ArmResults) and arm.books == {"Nostromo", "Typhoon"}
+    assert len(arm.on({"Typhoon"}).records) == 1

@@ -27,6 +27,13 @@ def test_other_settings_are_refused_and_named(tmp_path):
         results.open_folder(tmp_path, {**SETTINGS, "window": 256, "rank": 8})
 
 
+def test_what_differs_within_a_setting_is_named():
+    before = {"books": [{"name": "a", "tokens": 5}], "arms": [{"rank": 4}, {"rank": 4}], "seed": 0}
+    wanted = {"books": [{"name": "a", "tokens": 7}], "arms": [{"rank": 4}], "seed": 0}
+    assert results.differences(before, wanted) == "books[0].tokens was 5, is 7, arms was a list of 2, is a list of 1"
+    assert results.differences(before, before) == ""
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.txt"):

@@ -36,21 +36,27 @@ def _learning_rate(base: dict[str, dict]) -> list[Arm]:
 def _scale(base: dict[str, dict]) -> list[Arm]:
     """The frontier of learning against forgetting: what a memory gains on its book, and what it costs elsewhere.
 
-    Locas over scale and learning rate, then around its middle one thing at a time: epochs, rank, clip. Temp-LoRA over
-    learning rate and rank.
+    Locas from the paper's scale to the host's, which is 64 times as large at rank 64, at rates that fit; then epochs,
+    rank and clip around what learns most without forgetting. Temp-LoRA over learning rate and rank.
     """
-    locas = [
-        make_arm(base, "locas", scale=scale, learning_rate=rate)
-        for scale in ("paper", "2x", "4x", "8x", "16x", "32x", "host") for rate in (4e-3, 1e-2)
+    points = [
+        *(dict(scale="paper", learning_rate=rate) for rate in (4e-3, 1e-2)),
+        dict(scale="2x", learning_rate=4e-3),
+        *(dict(scale="4x", learning_rate=rate) for rate in (4e-3, 1e-2)),
+        dict(scale="4x", learning_rate=4e-3, epochs=2),
+        dict(scale="8x", learning_rate=4e-3),
+        *(dict(scale="16x", learning_rate=rate) for rate in (4e-3, 1e-2)),
+        *(dict(scale="16x", learning_rate=rate, epochs=2) for rate in (2e-3, 4e-3)),
+        *(dict(scale="16x", learning_rate=1e-2, rank=rank) for rank in (16, 128)),
+        dict(scale="16x", learning_rate=1e-2, clip=False),
+        dict(scale="32x", learning_rate=4e-3),
+        *(dict(scale="32x", learning_rate=rate, epochs=2) for rate in (1e-3, 1.5e-3, 2e-3)),
+        dict(scale="32x", learning_rate=1e-3, epochs=3),
+        *(dict(scale="host", learning_rate=rate) for rate in (1e-3, 1.5e-3, 2e-3, 4e-3)),
+        *(dict(scale="host", learning_rate=rate, epochs=2) for rate in (1e-3, 1.5e-3, 2e-3)),
+        dict(scale="host", learning_rate=2e-3, rank=128),
     ]
-    locas += [
-        make_arm(base, "locas", scale=scale, learning_rate=rate, epochs=2)
-        for scale, rate in (("4x", 4e-3), ("16x", 2e-3), ("16x", 4e-3), ("32x", 2e-3), ("32x", 4e-3))
-    ]
-    locas += [make_arm(base, "locas", scale="16x", learning_rate=1e-2, rank=rank) for rank in (16, 32, 128, 256)]
-    locas += [
-        make_arm(base, "locas", scale=scale, learning_rate=1e-2, clip=False) for scale in ("paper", "4x", "16x")
-    ]
+    locas = [make_arm(base, "locas", **point) for point in points]
     temp_lora = [make_arm(base, "temp-lora", learning_rate=rate) for rate in TEMP_LORA_RATES]
     temp_lora += [make_arm(base, "temp-lora", rank=rank, learning_rate=5e-4) for rank in (4, 16, 128)]
     temp_lora += [make_arm(base, "temp-lora", epochs=1, learning_rate=rate) for rate in (5e-4, 1e-3)]

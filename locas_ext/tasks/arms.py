@@ -34,12 +34,3 @@ def make_arm(base: dict[str, dict], method: str, **changes) -> Arm:
     if settings.get("alpha", 0) is None:  # Temp-LoRA's, unless given, follows the rank
         settings["alpha"] = settings["rank"]
     return Arm(method, " ".join([method, *(f"{name}={value}" for name, value in changes.items())]), settings)
-
-
-def choose(name: str, values: list[str], valid) -> None:
-    """ValueError for a value that is not valid or is named twice."""
-    for value in values:
-        if value not in valid:
-            raise ValueError(f"{name} is {value!r}; expected {', '.join(valid)}")
-        if values.count(value) > 1:
-            raise ValueError(f"{name} names {value} twice")

@@ -17,13 +17,14 @@ from rich.console import Console
 from .. import memory as locas
 from ..errors import LocasError
 from . import Interrupted, results
+from .arguments import at_least
 from .assets import ASSETS
 from .bootstrap import interval, resampled_sums
 from .capability_report import console_tables, detached_verdict
 from .distributions import digest
 from .harness import Harness, HarnessTasks
 from .held_out import AGREEING, EXCESS_NLL, KL, NLL, TOKENS, StateScores, check, measure
-from .loading import load_host, read_texts
+from .loading import Text, load_host, read_text
 from .report import write_report
 
 DEFAULT_TEXT = ASSETS / "tono-bungay.txt"
@@ -35,6 +36,7 @@ class CapabilityTask:
     """The arguments of the command.
 
     held_out: texts the memory has not read
+    held_out_tokens: at most so many of each; None: all
     window: the most tokens the model sees at once
     merged: whether the merged model is measured, which needs room for a second, wider copy of the FFNs; None: on the
         texts but not on the tasks
@@ -46,6 +48,7 @@ class CapabilityTask:
     model: str
     memory: Path
     held_out: list[Path]
+    held_out_tokens: int | None
     window: int
     merged: bool | None
     tasks: HarnessTasks | None
@@ -53,16 +56,6 @@ class CapabilityTask:
     out: Path | None
     dtype: str | None
     device: str | None
-
-    def settings(self) -> dict:
-        """What an earlier run in the same folder must have had, too."""
-        tasks = self.tasks
-        return {
-            "command": "capability", "model": self.model, "memory": self.memory,
-            "held_out": [path.name if path == DEFAULT_TEXT else path for path in self.held_out], "window": self.window,
-            "merged": self.merged, "tasks": tasks and tasks.names, "few_shot": tasks and tasks.few_shot,
-            "limit": tasks and tasks.limit, "seed": self.seed, "dtype": self.dtype, "device": self.device,
-        }
 
 
 # ---- records ---------------------------------------------------------------------------------------------------
@@ -147,6 +140,18 @@ def _probe(model, memory_folder: Path) -> dict:
     }
 
 
+def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
+    """Everything that decides the numbers."""
+    tasks = task.tasks
+    return {
+        "command": "capability", "model": task.model, "memory": task.memory,
+        "held_out": [text.fingerprint for text in texts], "window": task.window, "merged": task.merged,
+        "tasks": tasks and tasks.names, "few_shot": tasks and tasks.few_shot, "limit": tasks and tasks.limit,
+        "seed": task.seed, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        **_probe(model, task.memory),
+    }
+
+
 def _states(model, memory_folder: Path, merged: bool) -> Iterator[tuple[str, object]]:
     """The states' names and models, one after another; the model is plain before and after."""
     yield "host", model
@@ -160,11 +165,13 @@ def _states(model, memory_folder: Path, merged: bool) -> Iterator[tuple[str, obj
     yield "detached", model
 
 
-def _run_texts(task: CapabilityTask, model, texts: dict, records: list[dict], keep: Callable[[], None]) -> None:
+def _run_texts(
+    task: CapabilityTask, model, texts: dict[str, Text], records: list[dict], keep: Callable[[], None]
+) -> None:
     done = {record.get("text") for record in records}
-    for name, ids in texts.items():
+    for name, text in texts.items():
         if name not in done:
-            scores = measure(model, task.memory, ids, task.window, merged=task.merged is not False)
+            scores = measure(model, task.memory, text.ids, task.window, merged=task.merged is not False)
             records += [_text_record(name, each, task.seed) for each in scores]
             keep()
     if len(texts) > 1 and ALL not in done:
@@ -195,12 +202,14 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     for and lm-eval is not installed, for a memory of another host and, after everything is printed and written, if
     detach() did not give the host back; Interrupted at Ctrl-C.
     """
+    at_least(2, held_out_tokens=task.held_out_tokens)
     harness = Harness(task.tasks) if task.tasks else None
     model, tokenizer = load_host(task.model, task.dtype, task.device)
-    texts = {name: read_texts([path], tokenizer) for name, path in zip(_names(task.held_out), task.held_out)}
-    for ids in texts.values():
-        check(model, ids, task.window)
-    settings = task.settings() | _probe(model, task.memory)
+    read = [read_text(path, tokenizer, task.held_out_tokens) for path in task.held_out]
+    texts = dict(zip(_names(task.held_out), read))
+    for text in read:
+        check(model, text.ids, task.window)
+    settings = _settings(task, model, read)
     records = results.open_folder(task.out, settings) if task.out else []
 
     def keep() -> None:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
-from .tables import MISSING, escape, markdown_table
+from .tables import MISSING, console_table, escape, markdown_table
 
 _TEXT_TITLES = ["state", "perplexity", "ratio to host", "top-1 agreement", "KL, nats"]
 _TASK_TITLES = ["state", "value", "difference"]
@@ -21,7 +20,7 @@ def _with_interval(record: dict, name: str, form: str) -> str:
 
 
 def _text_row(record: dict) -> list[str]:
-    compared = (("perplexity_ratio", ".4f"), ("top1_agreement", ".4f"), ("kl", ".3g"))
+    compared = (("perplexity_ratio", ".4f"), ("top1_agreement", ".4f"), ("kl", "#.3g"))
     is_host = record["state"] == "host"
     cells = [MISSING if is_host else _with_interval(record, name, form) for name, form in compared]
     return [record["state"], f"{record['perplexity']:.3f}", *cells]
@@ -82,13 +81,8 @@ def console_tables(records: list[dict]) -> list[Table]:
     tables = []
     for key, group in _groups(records).items():
         titles, rows = _table(group)
-        table = Table(title=_title(key, group), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-                      collapse_padding=True)
-        for index, title in enumerate(titles):
-            table.add_column(title, justify="right" if index else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(cell.replace(" [", "\n[") for cell in row))
-        tables.append(table)
+        rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+        tables.append(console_table(titles, rows, _title(key, group)))
     return tables
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .tables import Arm
+from .tables import ArmResults
 
 LEARNING = ("locas", "temp-lora")
 
@@ -28,12 +28,12 @@ class Point:
         return no_worse and (self.learned, self.held_out) != (other.learned, other.held_out)
 
 
-def shared_books(arms: Iterable[Arm]) -> set[str]:
+def shared_books(arms: Iterable[ArmResults]) -> set[str]:
     """The books that every one of the arms has finished."""
     return set.intersection(*books) if (books := [arm.books for arm in arms]) else set()
 
 
-def collect_points(arms: list[Arm]) -> tuple[list[Point], set[str]]:
+def collect_points(arms: list[ArmResults]) -> tuple[list[Point], set[str]]:
     """The arms that learn, by their perplexity on the book, the lowest first; and the books these are averaged over.
 
     Left out are arms without a held-out perplexity on every book they read, or with one that is not finite.

@@ -6,7 +6,8 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from .. import memory as locas
-from .loading import load_host
+from .arguments import at_least
+from .loading import load_host, positions
 
 
 def run_generate(
@@ -24,18 +25,17 @@ def run_generate(
     memory: a memory folder; None: the host alone. temperature: 0 takes the likeliest token each time.
     Raises ValueError for an empty prompt or numbers out of range, and what loading raises.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; expected an integer >= 1")
+    at_least(1, max_new_tokens=max_new_tokens)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"--temperature is {temperature}; expected a number >= 0")
     host, tokenizer = load_host(model, dtype, device)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(host.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("--prompt is empty; expected some text to go on from")
-    length, positions = inputs["input_ids"].shape[1], host.config.get_text_config(decoder=True).max_position_embeddings
-    if length + max_new_tokens > positions:
+    length, most = inputs["input_ids"].shape[1], positions(host)
+    if length + max_new_tokens > most:
         raise ValueError(
-            f"--prompt is {length} tokens and --max-new-tokens {max_new_tokens}, but the model has only {positions} positions"
+            f"--prompt is {length} tokens and --max-new-tokens {max_new_tokens}, but the model has {most} positions"
         )
     if memory is not None:
         locas.load(host, memory)

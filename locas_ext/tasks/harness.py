@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LocasError
+from .arguments import at_least, needs_extra
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Harness:
     """
 
     def __init__(self, tasks: HarnessTasks):
-        least_values = (("limit", tasks.limit, 1), ("few-shot", tasks.few_shot, 0), ("batch-size", tasks.batch_size, 1))
-        for name, value, least in least_values:
-            if value is not None and value < least:
-                raise ValueError(f"--{name} is {value}; expected a number >= {least}")
+        at_least(1, limit=tasks.limit, batch_size=tasks.batch_size)
+        at_least(0, few_shot=tasks.few_shot)
         if tasks.include_path is not None and not tasks.include_path.is_dir():
             raise FileNotFoundError(f"--include-path: {tasks.include_path} is not a folder")
         try:
@@ -45,7 +43,7 @@ class Harness:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise LocasError(f"--tasks needs lm-eval ({error}): pip install locas_ext[eval]") from None
+            raise needs_extra("--tasks", "lm-eval", error) from None
         self._lm_eval, self._wrapper, self.tasks = lm_eval, HFLM, tasks
         self._manager = TaskManager(include_path=tasks.include_path and str(tasks.include_path))
         if unknown := [name for name in tasks.names if not self._manager.match_tasks([name])]:

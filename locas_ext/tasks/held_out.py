@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import memory as locas
 from ..errors import LocasError
 from .distributions import digest, divergence, negative_log_likelihood
+from .loading import positions
 
 TOKENS, NLL, EXCESS_NLL, AGREEING, KL = range(5)  # the columns of a window's row
 
@@ -135,9 +136,8 @@ def _read_detached(model, ids: Tensor, seen: list[_Window]) -> StateScores:
 
 def check(model, ids: Tensor, window: int) -> None:
     """ValueError for a window or text that `measure` cannot take."""
-    positions = model.config.get_text_config(decoder=True).max_position_embeddings
-    if not 2 <= window <= positions:
-        raise ValueError(f"window is {window}; expected 2 to {positions}, the host's positions")
+    if not 2 <= window <= positions(model):
+        raise ValueError(f"window is {window}; expected an integer from 2 to {positions(model)}, the host's positions")
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"input_ids has shape {list(ids.shape)}; expected [n] with at least 2 tokens")
 

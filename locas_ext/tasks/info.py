@@ -78,5 +78,6 @@ def info(console: Console) -> bool:
             )
             count += 1
             failures += not check.passed
-    console.print(f"self-test: {failures} of {count} checks failed" if failures else f"self-test: all {count} checks passed")
+    outcome = f"{failures} of {count} checks failed" if failures else f"all {count} checks passed"
+    console.print(f"self-test: {outcome}")
     return not failures

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,6 +27,7 @@ def load_host(model: str, dtype: str | None, device: str | None):
     if not Path(model).is_dir() and (Path(model).is_absolute() or model.count("/") > 1 or model.startswith(".")):
         raise FileNotFoundError(f"--model: {model} is not a folder")  # nor a hub name, which has at most one slash
     place = _device(device)
+    logging.disable_progress_bar()  # what a command does next has a bar of its own
     chosen = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else "auto"
     tokenizer = AutoTokenizer.from_pretrained(model)
     host = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
@@ -42,6 +44,11 @@ def _device(name: str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices here")
     return place
+
+
+def positions(host) -> int:
+    """The most tokens a host can see at once."""
+    return host.config.get_text_config(decoder=True).max_position_embeddings
 
 
 def _read(path: Path) -> str:
@@ -83,7 +90,8 @@ def read_text(path: Path, tokenizer, max_tokens: int | None) -> Text:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     ids = encoded["input_ids"][:max_tokens]
     if len(ids) < 2:
-        raise ValueError(f"{path} holds {len(ids)} token; expected at least 2, one to predict the other from")
+        count = "1 token" if ids else "no text"
+        raise ValueError(f"{path} holds {count}; expected at least 2 tokens, one to predict the other from")
     if tokenizer.is_fast:
         offsets = encoded["offset_mapping"]
         scored = text[offsets[0][1] : offsets[len(ids) - 1][1]]
@@ -108,5 +116,5 @@ def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
             ids.append(tokenizer.eos_token_id)
         ids.extend(tokens)
     if len(ids) < 2:
-        raise ValueError(f"{paths[0]} holds 1 token; expected at least 2, one to predict the other from")
+        raise ValueError(f"{paths[0]} holds 1 token; expected at least 2 tokens, one to predict the other from")
     return torch.tensor(ids)

@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
 from .locomo_data import CATEGORIES
 from .locomo_output import ALL_REFUSE, predictions_file
 from .locomo_scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
-from .tables import MISSING, escape, markdown_table
+from .tables import MISSING, console_table, escape, markdown_table
 
 _LABELS = {
     **{name: f"{number} {name}" for number, name in CATEGORIES.items()}, TRAP: "5, minus trap F1", OVERALL: "1 to 5",
@@ -42,17 +41,9 @@ def _title(content: dict) -> str:
 
 
 def table(content: dict) -> Table:
-    result = Table(title=_title(content), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     columns = _columns(content)
-    for name in columns:
-        header = name.replace("-", "-\n").replace("+", "\n+")  # six methods fit into 80 columns
-        result.add_column(header, justify="left" if name == "category" else "right", no_wrap=True)
-    *rows, seconds = zip(*columns.values())
-    for cells in rows:
-        result.add_row(*cells)
-    result.add_section()
-    result.add_row(*seconds)
-    return result
+    titles = [name.replace("-", "-\n").replace("+", "\n+") for name in columns]  # six methods fit into 80 columns
+    return console_table(titles, list(zip(*columns.values())), _title(content))
 
 
 def locomo_sections(content: dict, folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from functools import cache
 
-from ..errors import LocasError
+from .arguments import needs_extra
 from .locomo_data import ADVERSARIAL, CATEGORIES, Question
 
 REFUSAL = "No information available"
@@ -21,10 +21,8 @@ SCORES = (*CATEGORIES.values(), TRAP, OVERALL, ANSWERABLE)
 def _stemmer():
     try:
         from nltk.stem import PorterStemmer
-    except ImportError:
-        raise LocasError(
-            "LoCoMo's F1 compares word stems by nltk, which is not installed: pip install locas_ext[eval]"
-        ) from None
+    except ImportError as error:
+        raise needs_extra("LoCoMo's F1", "nltk", error) from None
     return PorterStemmer()
 
 

@@ -13,7 +13,9 @@ from ..checkpoint import CONFIG_NAME, check_folder, read_config
 from ..config import LocasConfig
 from ..memory import Chunk, MemorizeReport
 from . import Interrupted
+from .arguments import at_least
 from .loading import load_host, read_texts
+from .results import differences
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,16 @@ class MemorizeTask:
 
 def _check_settings(task: MemorizeTask) -> None:
     """ValueError if the run that --out holds has another memory than the command line asks for."""
-    before, wanted = read_config(task.out), task.config
-    different = [name for name in ("variant", "rank", "scale", "init", "seed") if getattr(before, name) != getattr(wanted, name)]
-    if different:
-        details = ", ".join(f"{name} was {getattr(before, name)!r}, is {getattr(wanted, name)!r}" for name in different)
-        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {details}")
+    names = ("variant", "rank", "init", "scale", "clip", "seed")
+    configs = (read_config(task.out), task.config)
+    before, wanted = ({name: getattr(config, name) for name in names} for config in configs)
+    if different := differences(before, wanted):
+        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {different}")
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder exists and can be written, which is better noticed now than after the work; an empty one goes again."""
+    """The folder exists and can be written, which is better noticed now than after the work; empty, it goes again."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,8 +66,7 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
         raise ValueError(f"{task.out} already holds a memory; --resume goes on with it, or choose another --out")
     if task.resume and not saved:
         raise ValueError(f"--resume: {task.out} holds no memory to go on with")
-    if task.save_every < 1:
-        raise ValueError(f"--save-every is {task.save_every}; expected a number of chunks >= 1")
+    at_least(1, save_every=task.save_every)
     check_folder(task.out)
     if saved:
         _check_settings(task)

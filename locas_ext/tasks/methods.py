@@ -1,10 +1,12 @@
-"""One arm on one text: each method of `locas perplexity` is a function here."""
+"""The methods of `locas perplexity`, each as a Reader of a host, and what one arm measures on one text."""
 
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,21 +14,13 @@ import torch
 from .. import memory as locas
 from ..config import LocasConfig
 from ..errors import LocasError
-from ..memory import Chunk
+from ..memory import Chunk, MemorizeReport
 from .arms import Arm
-from .loading import Text
+from .loading import Text, positions
 from .long_context import long_context
-from .temp_lora import lora, temp_lora
+from .protocol import Protocol
+from .temp_lora import lora, require_peft, temp_lora
 from .truncation import truncation
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How every method of a study reads: docs/method.md, "The online protocol"."""
-
-    window: int
-    stride: int
-    bos: bool
 
 
 @dataclass
@@ -46,88 +40,95 @@ class Measurement:
     peak_memory_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Everything a method needs: the host, the text, how to read it, and where to say what it did."""
-
-    host: torch.nn.Module
-    arm: Arm
-    text: Text
-    protocol: Protocol
-    held_out: list[Text]
-    memory_folder: Path
-    progress: bool
-    callback: Callable[[Chunk], None]
-    measurement: Measurement
-
-    @property
-    def options(self) -> dict:
-        """What all methods' functions take alike."""
-        return dict(stride=self.protocol.stride, bos=self.protocol.bos, progress=self.progress, callback=self.callback)
-
-    def held_out_perplexity(self) -> float | None:
-        return held_out_perplexity(self.host, self.held_out, self.protocol)
-
-
 def held_out_perplexity(host, texts: list[Text], protocol: Protocol) -> float | None:
     """exp(sum NLL / tokens) over all texts, read in windows side by side by the model as it is; None without texts."""
-    room = protocol.window - 1 if protocol.bos else protocol.window
     reports = [
-        truncation(host, text.ids, protocol.window, room, progress=False, bos=protocol.bos) for text in texts
+        truncation(host, text.ids, protocol.window, protocol.room, progress=False, bos=protocol.bos) for text in texts
     ]
     tokens = sum(report.tokens for report in reports)
     return math.exp(math.fsum(report.nll for report in reports) / tokens) if tokens else None
 
 
 # ---- the methods ---------------------------------------------------------------------------------------------
-def _truncation(reading: Reading) -> None:
-    report = truncation(reading.host, reading.text.ids, reading.protocol.window, **reading.options)
-    reading.measurement.seconds = report.seconds
-    reading.measurement.held_out_perplexity = reading.held_out_perplexity()
+@dataclass(frozen=True)
+class Reader:
+    """A host about to read one text by one method.
+
+    read: takes input_ids, window, stride, bos, progress and callback as `truncation` does; returns a MemorizeReport
+    extra_parameters: how many learn
+    save: keeps what was learned in a folder
+    """
+
+    read: Callable[..., MemorizeReport]
+    extra_parameters: int = 0
+    save: Callable[[Path], None] = lambda folder: None
 
 
-def _long_context(reading: Reading) -> None:
-    report = long_context(reading.host, reading.text.ids, reading.arm.settings["context"], **reading.options)
-    reading.measurement.seconds = report.seconds
-    reading.measurement.held_out_perplexity = reading.held_out_perplexity()
+@contextmanager
+def _truncation(host, settings: dict) -> Iterator[Reader]:
+    yield Reader(partial(truncation, host))
 
 
-def _temp_lora(reading: Reading) -> None:
-    settings, measurement = reading.arm.settings, reading.measurement
-    with lora(reading.host, settings["rank"], settings["alpha"], settings["seed"]) as parameters:
-        measurement.extra_parameters = sum(parameter.numel() for parameter in parameters)
-        report = temp_lora(
-            reading.host, parameters, reading.text.ids, reading.protocol.window,
-            learning_rate=settings["learning_rate"], epochs=settings["epochs"], **reading.options,
+@contextmanager
+def _long_context(host, settings: dict) -> Iterator[Reader]:
+    """A window of its own, but the chunks of all."""
+    yield Reader(lambda ids, window, stride, **options: long_context(host, ids, settings["context"], stride, **options))
+
+
+@contextmanager
+def _temp_lora(host, settings: dict) -> Iterator[Reader]:
+    learning = {name: settings[name] for name in ("learning_rate", "epochs")}
+    with lora(host, settings["rank"], settings["alpha"], settings["seed"]) as parameters:
+        yield Reader(
+            partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters)
         )
-        measurement.seconds = report.seconds
-        measurement.held_out_perplexity = reading.held_out_perplexity()
 
 
-def locas_config(arm: Arm) -> LocasConfig:
-    names = ("variant", "rank", "init", "scale", "clip", "seed")
-    return LocasConfig(**{name: arm.settings[name] for name in names})
+def locas_config(settings: dict) -> LocasConfig:
+    return LocasConfig(**{name: settings[name] for name in ("variant", "rank", "init", "scale", "clip", "seed")})
 
 
-def _locas(reading: Reading) -> None:
-    settings, measurement = reading.arm.settings, reading.measurement
-    memory = locas.attach(reading.host, locas_config(reading.arm))
+@contextmanager
+def _locas(host, settings: dict) -> Iterator[Reader]:
+    learning = {name: settings[name] for name in ("learning_rate", "epochs")}
+    memory = locas.attach(host, locas_config(settings))
     try:
-        measurement.extra_parameters = memory.slots.numel()
-        report = memory.memorize(
-            reading.text.ids, reading.protocol.window,
-            learning_rate=settings["learning_rate"], epochs=settings["epochs"], **reading.options,
-        )
-        measurement.seconds = report.seconds
-        measurement.held_out_perplexity = reading.held_out_perplexity()
-        memory.save_pretrained(reading.memory_folder)
+        yield Reader(partial(memory.memorize, **learning), memory.slots.numel(), memory.save_pretrained)
     finally:
         memory.detach()
 
 
-_RUN = {"truncation": _truncation, "long-context": _long_context, "temp-lora": _temp_lora, "locas": _locas}
+_READERS = {"truncation": _truncation, "long-context": _long_context, "temp-lora": _temp_lora, "locas": _locas}
 
 
+def reader(host, arm: Arm) -> AbstractContextManager[Reader]:
+    """A fresh Reader of this arm; what it learned acts on the host until the block ends, and then is gone."""
+    return _READERS[arm.method](host, arm.settings)
+
+
+def check_arm(host, arm: Arm, protocol: Protocol) -> None:
+    """Raises what the arm would raise only hours later: ValueError, or LocasError where peft is not installed."""
+    settings = arm.settings
+    if arm.method == "temp-lora":
+        require_peft()
+    if arm.method == "long-context":
+        least, most = protocol.stride + 1 if protocol.bos else max(2, protocol.stride), positions(host)
+        if not least <= settings["context"] <= most:
+            raise ValueError(
+                f"--long-context is {settings['context']}; expected an integer from {least}, what a chunk takes, to "
+                f"{most}, the host's positions"
+            )
+    if arm.method == "locas":
+        if settings["init"] == "activation" and settings["rank"] > protocol.stride:
+            raise ValueError(
+                f"init='activation' takes one token a slot: rank is {settings['rank']}, but the first chunk "
+                f"has {protocol.stride} tokens; use a --stride of at least the rank"
+            )
+        with reader(host, arm):
+            pass
+
+
+# ---- one arm on one text -------------------------------------------------------------------------------------
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
@@ -155,13 +156,19 @@ def measure(
         measurement.chunks.append(chunk)
         on_chunk(chunk)
 
-    reading = Reading(host, arm, text, protocol, held_out, memory_folder, progress, callback, measurement)
     on_cuda = host.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(host.device)
     started = time.perf_counter()
     try:
-        _RUN[arm.method](reading)
+        with reader(host, arm) as reading:
+            measurement.extra_parameters = reading.extra_parameters
+            report = reading.read(
+                text.ids, protocol.window, protocol.stride, bos=protocol.bos, progress=progress, callback=callback
+            )
+            measurement.seconds = report.seconds
+            measurement.held_out_perplexity = held_out_perplexity(host, held_out, protocol)
+            reading.save(memory_folder)
     except LocasError as error:
         measurement.error = str(error)
     except RuntimeError as error:

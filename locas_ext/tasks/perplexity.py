@@ -2,16 +2,15 @@
 
 import sys
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from . import Interrupted, results
 from .jobs import Job, assemble, make_jobs, publish
 from .parallel import device_for, local_rank, share_threads, spawned, world_size
 from .report import write_report
 from .study import PerplexityTask, Study
+from .tables import console_table, parameters_text, perplexity_text, times_text
 
 
 def _work(study: Study, jobs: list[Job], progress: bool) -> None:
@@ -32,7 +31,6 @@ def _work(study: Study, jobs: list[Job], progress: bool) -> None:
 def _spawned_worker(index: int, task: PerplexityTask) -> None:
     """Another process's whole life."""
     try:
-        logging.disable_progress_bar()
         study = Study(task, device_for(task.device, index))
         _work(study, make_jobs(study), progress=False)
     except KeyboardInterrupt:
@@ -40,19 +38,15 @@ def _spawned_worker(index: int, task: PerplexityTask) -> None:
 
 
 def _table(records: list[dict]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("book", "method"):
-        table.add_column(name)
-    for name in ("perplexity", "held out", "time", "extra parameters"):
-        table.add_column(name, justify="right")
-    for record in records:
-        held_out, time = record["held_out_perplexity"], record["relative_time"]
-        table.add_row(
-            record["book"], record["arm"], record["error"] or f"{record['perplexity']:.3f}",
-            f"{held_out:.3f}" if held_out is not None else "", f"{time:.2f}x" if time is not None else "",
-            f"{record['extra_parameters']:,}",
-        )
-    return table
+    rows = [
+        [
+            record["book"], record["arm"], record["error"] or perplexity_text(record["perplexity"]),
+            perplexity_text(record["held_out_perplexity"]), times_text(record["relative_time"]),
+            parameters_text(record["extra_parameters"]),
+        ]
+        for record in records
+    ]
+    return console_table(["book", "arm", "perplexity", "held out", "time", "extra parameters"], rows, left=2)
 
 
 def run_perplexity(task: PerplexityTask, console: Console) -> None:
@@ -61,7 +55,6 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
     Raises ValueError, LocasError or OSError for arguments that do not fit, Interrupted at Ctrl-C.
     """
     share_threads(task.processes)
-    logging.disable_progress_bar()
     study = Study(task, device_for(task.device, local_rank()))
     results.open_folder(task.out, study.settings)
     for folder in ("chunks", "records", "memories"):

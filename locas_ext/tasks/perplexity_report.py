@@ -10,17 +10,17 @@ from .merged import differing
 from .plot_curves import Curve, plot_curves
 from .plot_frontier import plot_frontier
 from .tables import (
-    COSTS, MEASURES, MISSING, PARAMETERS, Arm, Column, arm_table, collect_arms, escape, markdown_table,
-    parameters_text, perplexity_columns, perplexity_text, times_text, tokens_text,
+    COSTS, MEASURES, MISSING, PARAMETERS, ArmResults, Column, arm_table, collect_arms, escape, markdown_table,
+    parameters_text, perplexity_columns, perplexity_text, tokens_text,
 )
 
 METHOD = Column("method", lambda arm: arm.method)
 LEARNING_RATE = Column(
     "learning rate", lambda arm: MISSING if (rate := arm.settings.get("learning_rate")) is None else f"{rate:g}"
 )
-# What all arms of a frontier must share, or one axis is not the same for all.
+# What all arms must share to be comparable.
 SAME_FOR_ALL = ("model", "window", "stride", "bos", "max_tokens", "held_out")
-INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")
+INITS = ("none", "gaussian", "activation", "random", "bottomk", "topk")  # in the paper's order
 
 
 def perplexity_sections(results: dict, folder: Path) -> list[str]:
@@ -30,8 +30,9 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
     lines = _missing(settings, records)
     if arms:
         books = list(dict.fromkeys(record["book"] for record in records if not record.get("error")))
-        lines += _all_books(arms, books, paper.same_host(settings.get("model")))
-        lines += _preset(settings.get("ablate"), arms, paper.same_host(settings.get("model")))
+        host = paper.same_host(settings.get("model"))
+        lines += _all_books(settings, arms, books, host)
+        lines += _preset(settings.get("ablate"), arms, host)
         lines += _frontier(settings, arms, folder)
         lines += _each_book(arms, books, folder)
     return lines + _failures(records)
@@ -46,10 +47,10 @@ def _missing(settings: dict, records: list[dict]) -> list[str]:
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
-def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column]:
+def _paper_columns(table: str, arms: list[ArmResults], host: str | None) -> list[Column]:
     """The paper's figures for the same host, method and settings; nothing where it has none."""
 
-    def figure(arm: Arm) -> paper.Figure | None:
+    def figure(arm: ArmResults) -> paper.Figure | None:
         return paper.find(table, host, arm.method, arm.settings)
 
     def column(title: str, text) -> Column:
@@ -62,7 +63,7 @@ def _paper_columns(table: str, arms: list[Arm], host: str | None) -> list[Column
             for n in tokens
         ),
         column("paper parameters", lambda found: parameters_text(found.extra_parameters)),
-        column("paper time", lambda found: times_text(found.relative_time)),
+        column("paper time", lambda found: MISSING if (time := found.relative_time) is None else f"{time:g}x"),
     ]
 
 
@@ -72,8 +73,10 @@ def _paper_note(lines: list[str], host: str | None) -> list[str]:
     return [*lines, "", f"Paper: {paper.SOURCE}, host {host}.", ""]
 
 
-def _all_books(arms: list[Arm], books: list[str], host: str | None) -> list[str]:
+def _all_books(settings: dict, arms: list[ArmResults], books: list[str], host: str | None) -> list[str]:
     lines = ["## Perplexity", ""]
+    if different := [name for name in differing(settings) if name in SAME_FOR_ALL]:
+        lines += [f"The runs differ in {', '.join(different)}: arms of one run are not comparable with another's.", ""]
     columns = [*perplexity_columns(arms), *MEASURES, *COSTS]
     if len(books) > 1:
         lines += [f"Geometric means over {len(books)} books. Relative time: against truncation.", ""]
@@ -83,7 +86,7 @@ def _all_books(arms: list[Arm], books: list[str], host: str | None) -> list[str]
     return lines + _paper_note(arm_table(arms, columns + _paper_columns("methods", arms, host)), host)
 
 
-def _preset(name: str | None, arms: list[Arm], host: str | None) -> list[str]:
+def _preset(name: str | None, arms: list[ArmResults], host: str | None) -> list[str]:
     """The table of an ablation in the paper's layout; "scale" has none there."""
     if name == "init":
         return _init_table(arms, host)
@@ -94,8 +97,8 @@ def _preset(name: str | None, arms: list[Arm], host: str | None) -> list[str]:
     return []
 
 
-def _init_table(arms: list[Arm], host: str | None) -> list[str]:
-    def init(arm: Arm) -> str | None:
+def _init_table(arms: list[ArmResults], host: str | None) -> list[str]:
+    def init(arm: ArmResults) -> str | None:
         return "none" if arm.method == "truncation" else arm.settings.get("init") if arm.method == "locas" else None
 
     rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
@@ -103,13 +106,13 @@ def _init_table(arms: list[Arm], host: str | None) -> list[str]:
     return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, Column("init", init)), host)
 
 
-def _by_method(arms: list[Arm], setting: str) -> list[Arm]:
+def _by_method(arms: list[ArmResults], setting: str) -> list[ArmResults]:
     """The arms that learn and have this setting: Locas first, then Temp-LoRA, ascending."""
     rows = [arm for arm in arms if arm.method in LEARNING and arm.settings.get(setting) is not None]
     return sorted(rows, key=lambda arm: (LEARNING.index(arm.method), arm.settings[setting]))
 
 
-def _rank_table(arms: list[Arm], host: str | None) -> list[str]:
+def _rank_table(arms: list[ArmResults], host: str | None) -> list[str]:
     rows = _by_method(arms, "rank")
     columns = [
         Column("rank", lambda arm: f"{arm.settings['rank']}"), PARAMETERS, *perplexity_columns(rows),
@@ -118,13 +121,13 @@ def _rank_table(arms: list[Arm], host: str | None) -> list[str]:
     return ["## Rank", ""] + _paper_note(arm_table(rows, columns, METHOD), host)
 
 
-def _learning_rate_table(arms: list[Arm]) -> list[str]:
+def _learning_rate_table(arms: list[ArmResults]) -> list[str]:
     rows = _by_method(arms, "learning_rate")
     return ["## Learning rate", "", *arm_table(rows, [LEARNING_RATE, *perplexity_columns(rows)], METHOD), ""]
 
 
 # ---- learning against forgetting -------------------------------------------------------------------------------
-def _host_point(arms: list[Arm], points: list[Point], books: set[str]) -> Point | None:
+def _host_point(arms: list[ArmResults], points: list[Point], books: set[str]) -> Point | None:
     """The host alone on the same books: truncation's perplexity, and the held-out one before anything was learned."""
     alone = next((arm.on(books) for arm in arms if arm.method == "truncation" and arm.books >= books), None)
     if alone is None:
@@ -134,7 +137,7 @@ def _host_point(arms: list[Arm], points: list[Point], books: set[str]) -> Point 
     return None if held_out is None else Point(alone.label, alone.method, alone.mean("perplexity"), held_out)
 
 
-def _frontier(settings: dict, arms: list[Arm], folder: Path) -> list[str]:
+def _frontier(settings: dict, arms: list[ArmResults], folder: Path) -> list[str]:
     points, books = collect_points(arms)
     if len(points) < 2:
         return []
@@ -193,7 +196,7 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
 
 
 # ---- book by book ----------------------------------------------------------------------------------------------
-def _each_book(arms: list[Arm], books: list[str], folder: Path) -> list[str]:
+def _each_book(arms: list[ArmResults], books: list[str], folder: Path) -> list[str]:
     lines, names = [], _file_names(books)
     for book in books:
         on_book = [arm.on({book}) for arm in arms if book in arm.books]
@@ -215,7 +218,7 @@ def _points(record: dict) -> list[tuple[int, float]]:
     return [(tokens, value) for tokens, value in record.get("curve") or []]
 
 
-def _subtitle(arms: list[Arm]) -> str:
+def _subtitle(arms: list[ArmResults]) -> str:
     tokens = max(arm.largest("tokens") or 0 for arm in arms)
     return f"perplexity of everything read so far; {tokens:,} tokens"
 

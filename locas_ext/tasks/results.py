@@ -1,4 +1,4 @@
-"""results.json of a task: {"settings", "machine", "records"}, written whole after every record, so a run can be resumed."""
+"""results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can go on."""
 
 import fcntl
 import json
@@ -34,6 +34,31 @@ def read(folder: Path) -> dict:
     return results
 
 
+def differences(before: dict, wanted: dict) -> str:
+    """In words, which settings are others now; empty if none is. Of an object, or a list of them: what differs in it."""
+    return ", ".join(_differences("", before, wanted))
+
+
+def _differences(name: str, before, wanted) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys([*before, *wanted]):
+            yield from _differences(f"{name}.{key}".lstrip("."), before.get(key), wanted.get(key))
+    elif _is_table(before) and _is_table(wanted) and len(before) == len(wanted):
+        for index, pair in enumerate(zip(before, wanted)):
+            yield from _differences(f"{name}[{index}]", *pair)
+    elif before != wanted:
+        yield f"{name} was {_brief(before)}, is {_brief(wanted)}"
+
+
+def _is_table(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _brief(value) -> str:
+    text = f"a list of {len(value)}" if _is_table(value) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes that lock it out of a folder, so that several may write its results.json. Not reentrant."""
@@ -65,10 +90,8 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
         write(folder, settings, [])
         return []
     before, wanted = read(folder), _plain(settings)
-    names = dict.fromkeys([*before["settings"], *wanted])
-    if different := [name for name in names if before["settings"].get(name) != wanted.get(name)]:
-        details = ", ".join(f"{name} was {before['settings'].get(name)!r}, is {wanted.get(name)!r}" for name in different)
-        raise ValueError(f"--out: {folder} holds a run with other settings: {details}; choose another folder")
+    if different := differences(before["settings"], wanted):
+        raise ValueError(f"--out: {folder} holds a run with other settings: {different}; choose another folder")
     return before["records"]
 
 

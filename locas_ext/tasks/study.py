@@ -1,17 +1,16 @@
 """A study: texts, the arms that read them, and how, from the arguments of `locas perplexity`; loaded and checked."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .. import memory as locas
 from .ablations import NEED_HELD_OUT, PRESETS
-from .arms import METHODS, Arm, choose, make_arm, slug
-from .loading import load_host, read_text
-from .methods import Protocol, held_out_perplexity, locas_config
+from .arguments import at_least, check_learning, choose
+from .arms import METHODS, Arm, make_arm, slug
+from .loading import load_host, positions, read_text
+from .methods import check_arm, held_out_perplexity
 from .parallel import world_size
-from .temp_lora import require_peft
+from .protocol import Protocol
 from .truncation import truncation
 
 
@@ -45,37 +44,19 @@ class PerplexityTask:
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
-def _check_learning(settings: dict, rank: str, learning_rate: str, epochs: str) -> None:
-    """The settings of one method and the options that they come from."""
-    if not 0 <= settings["learning_rate"] < math.inf:
-        raise ValueError(f"{learning_rate} is {settings['learning_rate']}; expected a finite number >= 0")
-    for option, value in ((rank, settings["rank"]), (epochs, settings["epochs"])):
-        if value < 1:
-            raise ValueError(f"{option} is {value}; expected an integer >= 1")
-
-
 def _check(task: PerplexityTask) -> None:
     """ValueError or OSError for what can be seen before anything is loaded."""
     if task.methods is not None:
         choose("--methods", task.methods, METHODS)
-        if not task.methods:
-            raise ValueError(f"--methods is empty; expected some of {', '.join(METHODS)}")
     if task.ablate is not None:
         choose("--ablate", [task.ablate], PRESETS)
         if task.ablate in NEED_HELD_OUT and not task.held_out:
             raise ValueError(f"--ablate {task.ablate} compares learning with forgetting: it needs --held-out TEXT")
-    _check_learning(task.locas, "--rank", "--learning-rate", "--epochs")
-    _check_learning(task.temp_lora, "--temp-lora-rank", "--temp-lora-lr", "--temp-lora-epochs")
-    alpha = task.temp_lora["alpha"]
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"--temp-lora-alpha is {alpha}; expected a finite number > 0")
-    if task.processes < 1:
-        raise ValueError(f"--processes is {task.processes}; expected an integer >= 1")
+    check_learning(task.locas, task.temp_lora)
+    at_least(1, processes=task.processes)
+    at_least(2, max_tokens=task.max_tokens, held_out_tokens=task.held_out_tokens)
     if task.processes > 1 and world_size() > 1:
         raise ValueError(f"--processes is {task.processes}, but {world_size()} processes were started already")
-    for name, tokens in (("--max-tokens", task.max_tokens), ("--held-out-tokens", task.held_out_tokens)):
-        if tokens is not None and tokens < 2:
-            raise ValueError(f"{name} is {tokens}; expected an integer >= 2")
     names = [slug(book.stem) for book in task.books]
     if twice := [book for book, name in zip(task.books, names) if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; records are named after their books")
@@ -93,17 +74,6 @@ def _arms(task: PerplexityTask, context: int) -> list[Arm]:
     return arms
 
 
-def _protocol(task: PerplexityTask, positions: int) -> Protocol:
-    window = min(2048, positions) if task.window is None else task.window
-    if not 2 <= window <= positions:
-        raise ValueError(f"--window is {window}; expected an integer from 2 to {positions}, the host's positions")
-    stride = max(1, window // 4) if task.stride is None else task.stride
-    room = window - 1 if task.bos else window
-    if not 1 <= stride <= room:
-        raise ValueError(f"--stride is {stride}; expected an integer from 1 to {room}, what the window holds")
-    return Protocol(window, stride, task.bos)
-
-
 # ---- a study: what is read, by whom, how ---------------------------------------------------------------------
 class Study:
     """The host, the texts and the arms of a task.
@@ -115,11 +85,10 @@ class Study:
         _check(task)
         self.task = task
         self.host, tokenizer = load_host(task.model, task.dtype, device)
-        self.positions = self.host.config.get_text_config(decoder=True).max_position_embeddings
-        self.protocol = _protocol(task, self.positions)
-        context = self.positions if task.long_context is None else task.long_context
-        self.arms = _arms(task, context)
-        self._check_arms()
+        self.protocol = Protocol.of(self.host, task.window, task.stride, task.bos)
+        self.arms = _arms(task, positions(self.host) if task.long_context is None else task.long_context)
+        for arm in self.arms:
+            check_arm(self.host, arm, self.protocol)
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]
         for path, book in zip(task.books, self.books):
             if len(book.ids) < self.protocol.window:
@@ -128,32 +97,6 @@ class Study:
                     "choose a longer text, more --max-tokens or a smaller --window"
                 )
         self.held_out = [read_text(path, tokenizer, task.held_out_tokens) for path in task.held_out]
-
-    def _check_arms(self) -> None:
-        """Raises what an arm would raise only hours later."""
-        if any(arm.method == "temp-lora" for arm in self.arms):
-            require_peft()
-        if self.protocol.bos and self.host.config.get_text_config(decoder=True).bos_token_id is None:
-            raise ValueError("--bos: the host's config has no bos_token_id")
-        for arm in self.arms:
-            if arm.method == "long-context":
-                self._check_context(arm.settings["context"])
-            if arm.method != "locas":
-                continue
-            if arm.settings["init"] == "activation" and arm.settings["rank"] > self.protocol.stride:
-                raise ValueError(
-                    f"init='activation' takes one token a slot: rank is {arm.settings['rank']}, but the first chunk "
-                    f"has {self.protocol.stride} tokens; use a --stride of at least the rank"
-                )
-            locas.attach(self.host, locas_config(arm)).detach()
-
-    def _check_context(self, context: int) -> None:
-        least = self.protocol.stride + 1 if self.protocol.bos else max(2, self.protocol.stride)
-        if not least <= context <= self.positions:
-            raise ValueError(
-                f"--long-context is {context}; expected an integer from {least}, what a chunk takes, to "
-                f"{self.positions}, the host's positions"
-            )
 
     @property
     def settings(self) -> dict:

@@ -1,14 +1,17 @@
-"""From records to Markdown tables: an arm is summed up over its books, a column knows how to print it."""
+"""From records to tables: an arm is summed up over its books, a column knows how to print it."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from rich import box
+from rich.table import Table
+
 MISSING = "–"
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResults:
     """What was measured under one label: one record a book, those that failed left out."""
 
     label: str
@@ -20,10 +23,10 @@ class Arm:
     def books(self) -> set[str]:
         return {record["book"] for record in self.records}
 
-    def on(self, books: Iterable[str]) -> "Arm":
+    def on(self, books: Iterable[str]) -> "ArmResults":
         """The same arm on these books only."""
         records = [record for record in self.records if record["book"] in books]
-        return Arm(self.label, self.method, self.settings, records)
+        return ArmResults(self.label, self.method, self.settings, records)
 
     def mean(self, name: str) -> float | None:
         """The geometric mean of a field over the books, exp of the mean log. None if a book lacks it."""
@@ -44,17 +47,17 @@ def geometric_mean(values: list[float | None]) -> float | None:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
-def collect_arms(records: list[dict]) -> list[Arm]:
+def collect_arms(records: list[dict]) -> list[ArmResults]:
     """The arms in the order of their first record, without those that only failed."""
-    arms: dict[str, Arm] = {}
+    arms: dict[str, ArmResults] = {}
     for record in records:
         if not record.get("error"):
-            arm = Arm(record["arm"], record["method"], record.get("arm_settings") or {}, [])
+            arm = ArmResults(record["arm"], record["method"], record.get("arm_settings") or {}, [])
             arms.setdefault(record["arm"], arm).records.append(record)
     return list(arms.values())
 
 
-def milestones(arms: list[Arm]) -> list[int]:
+def milestones(arms: list[ArmResults]) -> list[int]:
     """All milestones that some book of some arm reached, ascending."""
     return sorted({int(tokens) for arm in arms for record in arm.records for tokens in record.get("milestones") or {}})
 
@@ -75,7 +78,7 @@ def parameters_text(count: float | None) -> str:
 
 
 def times_text(ratio: float | None) -> str:
-    return MISSING if ratio is None else f"{ratio:.2f}".removesuffix("0") + "x"
+    return MISSING if ratio is None else f"{ratio:.2f}x"
 
 
 def bytes_text(count: int | None) -> str:
@@ -93,10 +96,10 @@ def escape(text) -> str:
 @dataclass(frozen=True)
 class Column:
     title: str
-    text: Callable[[Arm], str]
+    text: Callable[[ArmResults], str]
 
 
-def perplexity_columns(arms: list[Arm]) -> list[Column]:
+def perplexity_columns(arms: list[ArmResults]) -> list[Column]:
     """One column a milestone, then the end of the book."""
     # `tokens=tokens` keeps each column's own.
     columns = [
@@ -123,7 +126,7 @@ MEASURES = [
 LABEL = Column("arm", lambda arm: escape(arm.label))
 
 
-def arm_table(arms: list[Arm], columns: list[Column], first: Column = LABEL) -> list[str]:
+def arm_table(arms: list[ArmResults], columns: list[Column], first: Column = LABEL) -> list[str]:
     """A row an arm, headed by `first`. A column in which nothing is known is left out."""
     cells = [[column.text(arm) for arm in arms] for column in columns]
     known = [index for index, texts in enumerate(cells) if any(text != MISSING for text in texts)]
@@ -135,3 +138,13 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
     """The first column left-aligned, the others right-aligned. Cells are taken as they are."""
     lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def console_table(titles: list[str], rows: list[list[str]], title: str | None = None, left: int = 1) -> Table:
+    """The same for the console, with the first `left` columns left-aligned."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, name in enumerate(titles):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=index >= left)
+    for row in rows:
+        table.add_row(*row)
+    return table

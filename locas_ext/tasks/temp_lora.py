@@ -7,10 +7,9 @@ that the two compare: the windows, the first epoch's loss as the score, the cont
 """
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from transformers import DynamicCache
 from ..chunk import Window
 from ..errors import LocasError
 from ..memory import Chunk, MemorizeReport
-from ..progress import StreamProgress
-from .truncation import check_stream
+from .arguments import needs_extra
+from .streaming import stream
 
 WARMUP = 2  # updates
 
@@ -30,8 +29,8 @@ def require_peft() -> None:
     """LocasError, naming the extra to install, if peft is not there."""
     try:
         import peft  # noqa: F401
-    except ImportError:
-        raise LocasError("temp-lora needs peft, which is not installed: pip install 'locas_ext[eval]'") from None
+    except ImportError as error:
+        raise needs_extra("temp-lora", "peft", error) from None
 
 
 @contextmanager
@@ -103,33 +102,23 @@ def temp_lora(
     Returns a MemorizeReport; memory_version counts the updates before the chunk's score. Raises ValueError for
     arguments that do not fit, LocasError at a loss that is not finite.
     """
-    ids, token = check_stream(model, input_ids, window, stride, bos)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / WARMUP))
-    updates, report = 0, MemorizeReport()
-    started = time.perf_counter()
-    bar = StreamProgress(len(ids), 0, report, title="temp-lora") if progress else nullcontext()
-    with bar:
-        for start in range(0, len(ids), stride):
-            end = min(start + stride, len(ids))
-            if end == 1:  # the first token of a text is never scored
-                continue
-            part, version, nll = Window.of(ids, start, end, window, token), updates, None
-            for _ in range(epochs):
-                loss = _loss(model, part)
-                nll = loss.item() if nll is None else nll
-                if not math.isfinite(nll):
-                    raise LocasError(f"temp-lora: the loss is {nll} at tokens {start} to {end - 1}")
-                (loss / len(part.targets)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                updates += 1
-            report.chunks.append(Chunk(start, end, len(part.targets), nll, version))
-            report.seconds = time.perf_counter() - started
-            if progress:
-                bar.advance(end)
-            if callback is not None:
-                callback(report.chunks[-1])
-    report.seconds = time.perf_counter() - started
-    return report
+    updates = 0
+
+    def read_chunk(part: Window, start: int, end: int) -> tuple[float, int]:
+        nonlocal updates
+        version, losses = updates, []
+        for _ in range(epochs):
+            loss = _loss(model, part)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise LocasError(f"temp-lora: the loss is {losses[-1]} at tokens {start} to {end - 1}")
+            (loss / len(part.targets)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            updates += 1
+        return losses[0], version
+
+    return stream(model, input_ids, window, stride, read_chunk, "temp-lora", progress, callback, bos)
