@@ -1,9 +1,9 @@
 """Writing a Locas-MLP memory in closed form, against the host's own forward + backward and against backpropagation.
 
 Two tables. One segment of W tokens: `memory.write` of all of them against the plain host's forward and backward to its
-FFNs' outputs, the gradients that writing reads. One chunk of S tokens in a full window of W, as memorizing goes through
-a text: written and compressed by NL-SVD, written over the oldest slots, learned by one backprop step, and by one step
-a token, against reading it with context truncation.
+FFNs' outputs, the gradients that writing reads; beside a full memory also against those of host and memory. One chunk
+of S tokens in a full window of W, as memorizing goes through a text: written and compressed by NL-SVD, written over the
+oldest slots, learned by one backprop step, and by one step a token, against reading it with context truncation.
 """
 
 import argparse
@@ -93,6 +93,11 @@ def one_segment(arguments, tokens: int) -> list[dict]:
     empty = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens - 1))
     full = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens - 1))
     full.write(ids)
+    read = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=tokens - 1))
+    read.write(ids)
+    for slots in read.parameters():
+        slots.requires_grad_(False)
+    beside = forward_backward(read.model)
 
     def write_into_empty():
         # Its rows are written over; reset() would allocate and clear them too.
@@ -103,6 +108,7 @@ def one_segment(arguments, tokens: int) -> list[dict]:
     arms = {
         "host forward + backward": lambda: plain(ids),
         "write": write_into_empty,
+        f"host + {tokens - 1} slots, forward + backward": lambda: beside(ids),
         f"write beside {tokens - 1} slots": lambda: full.write(ids, capacity=tokens - 1, when_full="drop_oldest"),
         "host forward + backward" + AGAIN: lambda: plain(ids),
     }
