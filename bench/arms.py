@@ -15,8 +15,9 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from locas_ext import kernels, reference
+from locas_ext.autograd import GluFFNFunction
 from locas_ext.host_ffn import GatedFFN
-from locas_ext.ops import GluFFNFunction, fused_backend
+from locas_ext.ops import fused_backend
 from locas_ext.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
 from locas_ext.slots import PLANES, MemoryState
 

@@ -71,6 +71,11 @@ class Memory:
         return self.state.whole("slots")
 
     @property
+    def num_parameters(self) -> int:
+        """The numbers in all slots used; of the rank's while none is."""
+        return self.state.shape.numel()
+
+    @property
     def scale(self) -> Tensor:
         """[L] float32: tau of each layer."""
         return self.state.whole("scale")
@@ -112,9 +117,11 @@ class Memory:
         return result
 
     def __repr__(self) -> str:
-        layers, _, rank, d = self.slots.shape
+        state = self.state
+        layers, _, rank, d = state.shape
+        room = f" of {state.capacity}" if rank != state.capacity else ""
         return (
-            f"Memory({self.config.variant}, {layers} layers x {rank} slots x {d}, version {self.version}, "
+            f"Memory({self.config.variant}, {layers} layers x {rank}{room} slots x {d}, version {self.version}, "
             f"on {type(self.model).__name__})"
         )
 

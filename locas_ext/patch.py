@@ -14,7 +14,8 @@ from .config import LocasConfig, paper_multiple
 from .host_ffn import HostFFN, projection_device, value_norm_mean
 from .hosts import Host, inspect_host
 from .initialization import check_rank
-from .patched_ffn import PatchedGluFFN, PatchedMlpFFN
+from .patched_glu import PatchedGluFFN
+from .patched_mlp import PatchedMlpFFN
 from .rehome import RehomedFFN, obstacle, storage_users
 from .slots import PLANES, MemoryState
 from .stale_cache import StaleCacheGuard

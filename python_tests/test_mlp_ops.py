@@ -8,6 +8,7 @@ from helpers import ACTIVATIONS, act_formula, act_torch, assert_as_exact_as_torc
 
 from locas_ext import _C, kernels, ops, reference
 from locas_ext.activations import activation_index
+from locas_ext.autograd import SidewayMlpFunction
 from locas_ext.kernels import SlotViews
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,7 +202,7 @@ def test_views_of_mlp_slots_are_views_of_the_used_rows():
 def test_only_the_used_rows_count_and_get_a_gradient(dtype, device):
     x, dy, slots, views, compute = partly_used(dtype, device)
     x.requires_grad_(), slots.requires_grad_()
-    y = ops.SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("relu"), None)
+    y = SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("relu"), None)
     y.backward(dy)
     used_x, used = x.detach().clone().requires_grad_(), compute[:, :5].clone().requires_grad_()
     expected = ops.sideway_mlp(used_x, used, 0.5, "relu")
@@ -218,7 +219,7 @@ def test_the_gradient_is_added_to_a_slice_of_the_arena(dtype, device):
     x.requires_grad_(), slots.requires_grad_()
     grad = torch.randn(2, 9, 20, device=device)
     before = grad.clone()
-    ops.SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("gelu"), grad[:, :5]).backward(dy)
+    SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("gelu"), grad[:, :5]).backward(dy)
     used = compute[:, :5].clone().requires_grad_()
     ops.sideway_mlp(x.detach(), used, 0.5, "gelu").backward(dy)
     assert slots.grad is None
@@ -230,7 +231,7 @@ def test_frozen_slots_cost_no_gradient_of_theirs():
     x, dy, slots, views, _ = partly_used(torch.float32)
     x.requires_grad_()
     grad = torch.zeros(2, 9, 20)
-    ops.SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("relu"), grad[:, :5]).backward(dy)
+    SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("relu"), grad[:, :5]).backward(dy)
     assert x.grad is not None and slots.grad is None and not grad.any()
     y, pre = kernels.sideway_mlp_forward(x.detach(), views, 0.5, activation_index("relu"))
     relu = activation_index("relu")

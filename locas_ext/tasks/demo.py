@@ -112,7 +112,7 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
     memorized = _learn(memory, book, settings)
     try:
         unrelated_with = perplexity(other.ids)
-        extra_parameters = memory.slots.numel()
+        extra_parameters = memory.num_parameters
         memory.detach()
         alone = truncation(model, book.ids, WINDOW, STRIDE)
         unrelated_after = perplexity(other.ids)

@@ -97,6 +97,6 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
     memory.save_pretrained(task.out, optimizer=True)
     console.print(
         f"{report.tokens:,} tokens scored, perplexity {report.perplexity:.2f} while reading, {report.seconds:.1f} s\n"
-        f"memory: {task.out} ({memory.slots.numel():,} parameters, {memory.version:,} updates)"
+        f"memory: {task.out} ({memory.num_parameters:,} parameters, {memory.version:,} updates)"
     )
     return report

@@ -93,7 +93,7 @@ def _locas(host, settings: dict) -> Iterator[Reader]:
     learning = {name: settings[name] for name in ("learning_rate", "epochs")}
     memory = locas.attach(host, locas_config(settings))
     try:
-        yield Reader(partial(memory.memorize, **learning), memory.slots.numel(), memory.save_pretrained)
+        yield Reader(partial(memory.memorize, **learning), memory.num_parameters, memory.save_pretrained)
     finally:
         memory.detach()
 

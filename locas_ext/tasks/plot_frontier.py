@@ -11,12 +11,12 @@ from .plot_style import (
 NUMBERED = 14  # points that all get a number; of more, the front
 LEFT, RIGHT, TOP, BOTTOM = 0.075, 0.70, 0.95, 0.55  # shares of the width; inches
 LINE_HEIGHT, GAP = 0.150, 0.06  # of the list beside the axes, inches
-ASTRAY = 1.6  # a perplexity of more than so many times the median is shown at the edge
+ASTRAY = 1.15  # a perplexity of more than so many times the median is shown at the edge
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    """The part of an axis to show."""
-    limit = ASTRAY * sorted(values)[len(values) // 2]
+def _range(values: list[float], host: float) -> tuple[float, float]:
+    """The part of an axis to show, with the host's value in it."""
+    limit = max(host, ASTRAY * sorted(values)[len(values) // 2])
     near = [value for value in values if value <= limit]
     margin = 0.10 * (max(near) - min(near)) or 0.05 * max(near)
     return min(near) - margin, max(near) + margin
@@ -91,7 +91,10 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
     style(axes)
     axes.grid(axis="x", color=FAINT, linewidth=0.5, alpha=0.5)
     everything = [*points, host] if host else points
-    (left, right), (low, top) = (_range([getattr(p, name) for p in everything]) for name in ("learned", "held_out"))
+    (left, right), (low, top) = (
+        _range([getattr(p, name) for p in everything], getattr(host, name) if host else 0.0)
+        for name in ("learned", "held_out")
+    )
     axes.set_xlim(left, right)
     axes.set_ylim(low, top)
     if any(point.learned > right or point.held_out > top for point in points):

@@ -1,0 +1,121 @@
+"""Locas-GLU in a gated FFN: the forward that stands in for the host's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import fused, ops, reference
+from .autograd import GluFFNFunction, SidewayGluFunction
+from .kernels import sideway_forward
+from .patched_ffn import PatchedFFN
+from .rehome import RehomedFunction, rehomed_forward
+
+
+class PatchedGluFFN(PatchedFFN):
+    """Locas-GLU in a gated FFN: host and memory as one op where the host's projections are plain."""
+
+    def forwards(self) -> list[tuple[nn.Module, Callable]]:
+        return [(self.ffn.module, self.forward)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, arena = self.state, self.arena
+        if self.observer is not None:
+            self.observer(x)
+        if not self.attached or state.disabled:
+            return self.original(x)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x)
+        index = self.index
+        if not arena.is_current(index):
+            state.sync()
+        parameter = arena.parameters[index]
+        gradients = torch.is_grad_enabled()
+        learns = gradients and state.initialized and parameter.requires_grad
+        # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
+        if not state.learned and not learns:
+            return self.original(x)
+        alone = not state.learned or self.ffn.obstacle() is not None
+        device, dtype = x.device, x.dtype
+        if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(device.type):
+            return self._forward_plain(x, parameter, alone)
+        views = arena.views[index]
+        if views.value.dtype != dtype or views.value.device != device:
+            self.attachment.follow(arena, device, dtype)
+            views = arena.views[index]
+        scale, activation = arena.scales[index], self.activation_index
+        x2d = x.reshape(-1, x.shape[-1])
+        rehomed = not alone and self.home is not None and self.home.ready()
+        if not alone and not rehomed:
+            host = self.ffn.weights()
+            backend = ops.native_backend("patched FFN", x2d, host.gate, self.backend)
+        if gradients and (learns or x.requires_grad):
+            grad = arena.sink(index)
+            if rehomed:
+                y = RehomedFunction.apply(x2d, parameter, self.home, self.ffn.weights().down_bias, activation, grad)
+            elif alone:
+                y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
+            else:
+                y = GluFFNFunction.apply(x2d, parameter, views, host, scale, activation, grad, backend)
+        elif rehomed:
+            y = rehomed_forward(x2d, self.home, self.ffn.weights().down_bias, activation, save=False)[0]
+        elif alone:
+            y = sideway_forward(x2d, views, scale, activation)[0]
+        else:
+            y = backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0]
+        y = y.view_as(x)
+        return self.original(x) + y if alone else y
+
+    def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
+        """The reference backend, and any backend under autocast: public ops with all their checks."""
+        scale = self.arena.scales[self.index]
+        backend = "reference" if x.dtype == torch.float64 else self.beside  # a host moved to float64 after attach
+        if alone or torch.is_autocast_enabled(x.device.type):
+            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        gate, up, down, *biases = self.ffn.weights()
+        return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
+
+    def _forward_compiled(self, x: Tensor) -> Tensor:
+        state, arena = self.state, self.arena
+        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
+        if not (state.learned or (torch.is_grad_enabled() and state.initialized)):
+            return self.original(x)
+        if not state.learned or self.path()[0] == "sideway":
+            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.beside)
+        gate, up, down, *biases = self.ffn.weights()
+        return ops.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases, backend=self.backend)
+
+    @torch.no_grad()
+    def importance(self, x: Tensor) -> Tensor:
+        if self.ffn.obstacle() is not None:
+            return self.ffn.hidden(x).abs().float().mean(0)
+        gate, up, _, gate_bias, up_bias, _ = self.ffn.weights()
+        return ops.neuron_importance(x, gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
+
+    def host_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ffn.input_rows(like)
+
+    def backend_name(self) -> str:
+        if self.backend != "auto":
+            return self.backend
+        if self.path()[0] == "sideway":
+            return "matmul"
+        compute = self.arena.compute
+        host = self.attachment.host
+        return ops.fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
+
+    def runs_on_cuda_kernels(self, tokens: int) -> bool:
+        compute, host = self.arena.compute, self.attachment.host
+        if not compute.is_cuda or self.home is not None or self.ffn.obstacle() is not None:
+            return False
+        return self.backend == "fused" or (
+            self.backend == "auto" and fused.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
+        )
+
+    def path(self) -> tuple[str, str]:
+        obstacle = self.ffn.obstacle()
+        if obstacle:
+            return "sideway", obstacle
+        if self.home is not None:
+            return "whole", self.home.status()
+        return "whole", "plain projections"
