@@ -101,8 +101,8 @@ def _of_arenas(state: MemoryState, layers: Sequence[Tensor], targets: int, indic
     """Per arena [l, n, d]: of its layers' tensors [..., d] over the window those of some of the targets' positions."""
     result = []
     for arena in state.arenas:
-        own = [layers[position] for position in arena.positions]
-        rows = torch.stack([layer.reshape(-1, layer.shape[-1])[-targets:] for layer in own])
+        rows = torch.stack([layers[position] for position in arena.positions])
+        rows = rows.reshape(len(rows), -1, rows.shape[-1])[:, -targets:]
         result.append(rows if len(indices) == targets else rows.index_select(1, indices.to(rows.device)))
     return result
 

@@ -25,6 +25,8 @@ from helpers import (
 )
 
 import locas_ext as locas
+from locas_ext.chunk import Window, chunk_logits
+from locas_ext.hosts import inspect_host
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -393,3 +395,14 @@ def test_memorize_on_a_subset_of_layers_learns_only_there():
     report = memorize(memory, TEXT, optimizer="sgd", learning_rate=0.5)
     assert [c.nll for c in report.chunks] == pytest.approx(plain_memorize(plain, TEXT, 24, 8), rel=1e-5)
     assert relative_distance(memory.slots, plain.stacked()) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(family="qwen3"), dict(family="mistral", sliding_window=4)], ids=str)
+def test_a_forward_without_context_is_the_hosts_own_and_keeps_nothing(settings):
+    model, ids, caches = tiny_model(**settings), random_ids(30), []
+    handle = model.register_forward_hook(lambda module, args, y: caches.append(y.past_key_values))
+    with torch.no_grad():
+        logits = chunk_logits(inspect_host(model), Window(ids[:0], ids[:-1], ids[1:]), False, False)
+    handle.remove()
+    assert torch.equal(logits, logits_of(model, ids[:-1]))
+    assert caches[0].get_seq_length() == 0
