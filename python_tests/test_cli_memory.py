@@ -195,6 +195,23 @@ def test_memorize_on_a_two_layer_host_equals_the_python_call(
     assert saved.shape == (2, 2, used, 32) and torch.equal(saved, memory.slots[:, :, :used])
 
 
+def test_a_two_layer_hosts_memory_is_used_and_merged(page, two_layer_host, tmp_path, capsys):
+    status, _, _ = run(capsys, "memorize", page, "--model", two_layer_host, "--out", tmp_path / "m", "--variant", "mlp",
+                       *WINDOW, "--update", "write", "--epsilon", 0.5)
+    assert status == 0
+    status, out, _ = run(capsys, "generate", "--model", two_layer_host, "--memory", tmp_path / "m", "--prompt", "The",
+                         "--max-new-tokens", 3)
+    assert status == 0 and out.startswith("The")
+    status, out, _ = run(capsys, "merge", "--model", two_layer_host, "--memory", tmp_path / "m", "--out", tmp_path / "merged")
+    assert status == 0 and "FFN width 40 -> 128" in out
+    model = AutoModelForCausalLM.from_pretrained(two_layer_host, dtype=torch.float32)
+    memory = locas.load(model, tmp_path / "m")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, memory.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_two_layer_host_says_which_variant_it_takes(page, two_layer_host, tmp_path, capsys):
     status, _, err = run(capsys, "memorize", page, "--model", two_layer_host, "--out", tmp_path / "m", *WINDOW)
     assert status == 2 and "use LocasConfig(variant='mlp')" in err and not (tmp_path / "m").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import memory as locas
+from ..hosts import inspect_host
 from .loading import load_host
 
 
@@ -19,7 +20,7 @@ def run_merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something already; expected a new or empty folder")
     host, tokenizer = load_host(model, dtype, "cpu")
-    before = host.config.get_text_config(decoder=True).intermediate_size
+    before = inspect_host(host).intermediate_size
     merged = locas.load(host, memory).merge_and_unload(pad_to_multiple_of)
     unfinished = out.with_name(out.name + ".unfinished")
     try:
@@ -30,5 +31,5 @@ def run_merge(
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    width = merged.config.get_text_config(decoder=True).intermediate_size
+    width = inspect_host(merged).intermediate_size
     console.print(f"merged: {out} (FFN width {before} -> {width}); it loads with plain transformers")
