@@ -1,5 +1,6 @@
 """One host FFN as the memory sees it: its projections, whatever they are, and their weights in one layout."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MethodType
 
@@ -99,7 +100,7 @@ def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
 Packed = list[tuple[nn.Module, str, nn.Parameter]]
 
 
-class HostFFN:
+class HostFFN(ABC):
     """One layer's FFN. Weights are looked up at every call: `.to()`, a loaded state dict or a swapped projection take
     effect at once.
 
@@ -125,25 +126,25 @@ class HostFFN:
                 return f"{name} {problem}"
         return None
 
+    @abstractmethod
     def hidden(self, x: Tensor) -> Tensor:
         """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         """The neurons' input rows, each [m, d]; computed where the projections are not plain."""
-        raise NotImplementedError
 
     def output_columns(self, like: Tensor) -> Tensor:
         """[d, m]."""
         return dense_weight(self.projections()[-1], like)
 
+    @abstractmethod
     def resized(self, rows: Callable, columns: Callable) -> Packed:
         """New parameters for the projections, not yet put in; meaningful where obstacle() is None.
 
         rows(tensor, index) gives those of the neurons' input rows [m, d] number `index` and, with index None, of their
         biases [m]; columns(tensor) those of the output columns [d, m].
         """
-        raise NotImplementedError
 
 
 class GatedFFN(HostFFN):

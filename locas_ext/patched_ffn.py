@@ -1,5 +1,6 @@
 """A host FFN with its memory: what the two variants (patched_glu.py, patched_mlp.py) share, and the binding."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class Stand:
                 attributes[name] = self.replaced
 
 
-class PatchedFFN:
+class PatchedFFN(ABC):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 
     def __init__(self, attachment: "Attachment", ffn: HostFFN, arena: SlotArena, index: int):
@@ -52,9 +53,9 @@ class PatchedFFN:
         self.stands: list[Stand] = []
 
     # ---- binding ---------------------------------------------------------------------------------------------
+    @abstractmethod
     def forwards(self) -> list[tuple[nn.Module, Callable]]:
         """The modules to bind, each with the forward that stands in for its own."""
-        raise NotImplementedError
 
     def bind(self) -> None:
         self.stands = [Stand(module, forward) for module, forward in self.forwards()]
@@ -70,21 +71,21 @@ class PatchedFFN:
         return self.stands[0].original(*arguments)
 
     # ---- what the verbs ask ----------------------------------------------------------------------------------
+    @abstractmethod
     def importance(self, x: Tensor) -> Tensor:
         """How strongly each host neuron fires on x [T, d]: [m] float32 (`ops.neuron_importance`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         """The host's rows [m, d] that a slot's can be copies of, in the order of the planes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def path(self) -> tuple[str, str]:
         """("whole", why) where host and memory run as one op, ("sideway", why) where the memory is added beside the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backend_name(self) -> str:
         """The backend, "auto" resolved for where the memory lies."""
-        raise NotImplementedError
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
         """Whether so many tokens go through the fused CUDA kernels (fused.py)."""
