@@ -105,7 +105,7 @@ def _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases) -> bool
     )
 
 
-def _check_slots(op: str, x: Tensor, slots: Tensor, parts: int = 3) -> None:
+def _check_slots(op: str, x: Tensor, slots: Tensor, parts: int) -> None:
     _expect(op, "slots", slots, (parts, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
 
 
@@ -176,7 +176,7 @@ def glu_ffn(
     if backend not in ("auto", "fused", "matmul") or not _plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases):
         _check_x("glu_ffn", x, backend)
         _check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
-        _check_slots("glu_ffn", x, slots)
+        _check_slots("glu_ffn", x, slots, 3)
     if backend == "reference":
         return reference.glu_ffn(x, gate_weight, up_weight, down_weight, slots, scale, activation, *biases)
     x2d = x.reshape(-1, x.shape[-1])
@@ -200,6 +200,29 @@ def glu_ffn(
     return y.view_as(x)
 
 
+def _sideway(
+    op: str, function: type, parts: int, why_not_fused: str, x: Tensor, slots: Tensor, scale: float, activation: str,
+    backend: str,
+) -> Tensor:
+    """The memory alone, for slots of `parts` planes: the operation `op` of every module, `function` in eager code."""
+    index = activation_index(activation)
+    if (dtype := _autocast_dtype(x)) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return _sideway(op, function, parts, why_not_fused, x.to(dtype), slots, scale, activation, backend)
+    _check_x(op, x, backend)
+    _check_slots(op, x, slots, parts)
+    if backend == "fused":
+        raise ValueError(f"{op}: backend is 'fused', which {why_not_fused}; expected auto, matmul or reference")
+    if backend == "reference":
+        return getattr(reference, op)(x, slots, scale, activation)
+    x2d = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.locas, op)(x2d, slots.to(x.dtype), scale, activation)[0].view_as(x)
+    with torch.no_grad():
+        views = SlotViews.of(slots.to(x.dtype))
+    return function.apply(x2d, slots, views, scale, index, None).view_as(x)
+
+
 def sideway_glu(
     x: Tensor, slots: Tensor, scale: float, activation: str = "silu", backend: str = "auto"
 ) -> Tensor:
@@ -209,24 +232,8 @@ def sideway_glu(
 
     Returns y: [..., d] in x's dtype. Gradients flow to x and slots.
     """
-    index = activation_index(activation)
-    if (dtype := _autocast_dtype(x)) is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            return sideway_glu(x.to(dtype), slots, scale, activation, backend)
-    _check_x("sideway_glu", x, backend)
-    _check_slots("sideway_glu", x, slots)
-    if backend == "fused":
-        raise ValueError(
-            "sideway_glu: backend is 'fused', which computes host and memory in one; expected auto, matmul or reference"
-        )
-    if backend == "reference":
-        return reference.sideway_glu(x, slots, scale, activation)
-    x2d = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():
-        return torch.ops.locas.sideway_glu(x2d, slots.to(x.dtype), scale, activation)[0].view_as(x)
-    with torch.no_grad():
-        views = SlotViews.of(slots.to(x.dtype))
-    return SidewayGluFunction.apply(x2d, slots, views, scale, index, None).view_as(x)
+    why_not_fused = "computes host and memory in one"
+    return _sideway("sideway_glu", SidewayGluFunction, 3, why_not_fused, x, slots, scale, activation, backend)
 
 
 def sideway_mlp(
@@ -238,24 +245,8 @@ def sideway_mlp(
 
     Returns y: [..., d] in x's dtype. Gradients flow to x and slots.
     """
-    index = activation_index(activation)
-    if (dtype := _autocast_dtype(x)) is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            return sideway_mlp(x.to(dtype), slots, scale, activation, backend)
-    _check_x("sideway_mlp", x, backend)
-    _check_slots("sideway_mlp", x, slots, parts=2)
-    if backend == "fused":
-        raise ValueError(
-            "sideway_mlp: backend is 'fused', which exists for hosts with a GLU; expected auto, matmul or reference"
-        )
-    if backend == "reference":
-        return reference.sideway_mlp(x, slots, scale, activation)
-    x2d = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():
-        return torch.ops.locas.sideway_mlp(x2d, slots.to(x.dtype), scale, activation)[0].view_as(x)
-    with torch.no_grad():
-        views = SlotViews.of(slots.to(x.dtype))
-    return SidewayMlpFunction.apply(x2d, slots, views, scale, index, None).view_as(x)
+    why_not_fused = "exists for hosts with a GLU"
+    return _sideway("sideway_mlp", SidewayMlpFunction, 2, why_not_fused, x, slots, scale, activation, backend)
 
 
 @torch.no_grad()
