@@ -1,5 +1,6 @@
 """What all benchmarks share: interleaved timing, robust statistics, the machine, the table and the JSON file."""
 
+import argparse
 import csv
 import json
 import platform
@@ -17,6 +18,20 @@ from rich.table import Table
 
 import locas_ext
 from locas_ext import _C
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with what every benchmark of a whole model takes too: --device, --dtype, --threads, --out."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch sees no CUDA device")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return arguments
 
 
 def machine() -> dict:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import locas_ext as locas
 from locas_ext.tasks.assets import ASSETS, MODEL
 
-from .harness import percentile, ratio, report
+from .harness import parse, percentile, ratio, report
 
 
 def load(arguments):
@@ -95,17 +95,9 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch sees no CUDA device")
+    arguments = parse(parser)
     if arguments.tokens < arguments.window + arguments.stride:
         parser.error(f"--tokens is {arguments.tokens}; expected at least --window + --stride, for a full window")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
 
     if arguments.random is None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)

@@ -25,7 +25,7 @@ from locas_ext.online import Settings, resolve_settings
 from locas_ext.tasks.assets import ASSETS
 from locas_ext.write import WriteSettings, WriteStep
 
-from .harness import interleaved, percentile, print_table, ratio, report
+from .harness import interleaved, parse, percentile, print_table, ratio, report
 
 VOCABULARY = 32768  # of a random host
 AGAIN = " again"
@@ -204,18 +204,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="the slots that backprop trains")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--segments-only", action="store_true", help="only the first table")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch sees no CUDA device")
+    arguments = parse(parser)
     least = max(2, arguments.stride)
     if min(arguments.tokens) < least:
         parser.error(f"--tokens is {min(arguments.tokens)}; expected at least {least}, as long as --stride")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
 
     segments = [record for tokens in arguments.tokens for record in one_segment(arguments, tokens)]
     print_table("One segment of W tokens", [*_COLUMNS, "/ host f + b"], rows(segments, "host forward + backward"))
