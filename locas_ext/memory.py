@@ -292,7 +292,7 @@ class Memory:
 
         The two models share the host's weights, so a fork costs the memory's size only.
         """
-        return memory_of(snapshot.fork_model(self._attachment))
+        return memory_of(snapshot.copy_sharing_weights(self.model))
 
     # ---- ending it -------------------------------------------------------------------------------------------
     def detach(self) -> None:

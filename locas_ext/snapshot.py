@@ -55,8 +55,7 @@ def restore(attachment: Attachment, snapshot: Snapshot) -> None:
     attachment.stream = copy.deepcopy(snapshot.stream)
 
 
-def fork_model(attachment: Attachment) -> torch.nn.Module:
-    """A second model on the same weights (shared, not copied) with a memory of its own that starts as this one."""
-    model = attachment.host.model
+def copy_sharing_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """A second model on the same weights (shared, not copied), with a memory of its own if there is one."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)

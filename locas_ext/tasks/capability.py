@@ -5,7 +5,6 @@ tasks (harness.py). Each difference from the host comes with a paired bootstrap 
 "Forgetting").
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from .. import memory as locas
 from ..errors import LocasError
+from ..snapshot import copy_sharing_weights
 from . import Interrupted, results
 from .arguments import at_least
 from .assets import ASSETS
@@ -132,8 +132,7 @@ def _probe(model, memory_folder: Path) -> dict:
 
     Raises what `locas.load` raises, before any work is done.
     """
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    memory = locas.load(copy.deepcopy(model, shared), memory_folder)
+    memory = locas.load(copy_sharing_weights(model), memory_folder)
     return {
         "memory_config": memory.config.to_dict(), "memory_version": memory.version, "tokens_seen": memory.tokens_seen,
         "memory_sha256": digest(memory.slots).hex(),
