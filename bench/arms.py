@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from locas_ext import kernels, reference
-from locas_ext.autograd import GluFFNFunction
-from locas_ext.host_ffn import GatedFFN
-from locas_ext.ops import fused_backend
-from locas_ext.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
-from locas_ext.slots import PLANES, MemoryState
+from locas_ext import reference
+from locas_ext.hosts.ffn import GatedFFN
+from locas_ext.ops.autograd import GluFFNFunction
+from locas_ext.ops.backends import fused_backend, matmul
+from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
+from locas_ext.state.memory_state import PLANES, MemoryState
 
 SCALE = 0.1
 
@@ -228,7 +228,7 @@ def arms(operands: Operands, with_compiled: bool) -> dict[str, Arm | BareGemms]:
         result["LoRA"] = Arm(lora, memory=False)
     if cuda:
         result["bare products"] = BareGemms()
-    result["ours, matmul"] = Arm(_ours(kernels), in_place=True)
+    result["ours, matmul"] = Arm(_ours(matmul), in_place=True)
     result["ours, rehomed"] = Arm(rehomed, in_place=True)
     fused = fused_backend(operands.x)
     if fused.obstacle(operands.x, d, m) is None:

@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3Config
 
 from locas_ext import ops
+from locas_ext.ops.backends import native_backend
 
 from .arms import MODES, SCALE, Arm, Operands, arms
 from .graphs import Graph, sets_for
@@ -156,7 +157,7 @@ def overhead(rounds: int) -> dict:
     patched, mlp = memory._attachment.ffns[0], model.model.layers[0].mlp
     x = torch.randn(1, 1, 16)
     x2d, host, views = x[0], patched.ffn.weights(), memory.state.arenas[0].views[0]
-    backend = ops.native_backend("bench.ffn", x, host.gate, "auto")
+    backend = native_backend("bench.ffn", x, host.gate, "auto")
 
     def repeat(call, times=50):
         def run():

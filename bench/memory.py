@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
-from locas_ext.chunk import ContextCache, Window
-from locas_ext.online import Settings, resolve_settings
-from locas_ext.step import eager_step
-from locas_ext.tasks.assets import ASSETS, MODEL
+from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.learning.chunk import ContextCache, Window
+from locas_ext.learning.memorize import resolve_settings
+from locas_ext.learning.settings import Settings
+from locas_ext.learning.step import eager_step
 
 from .harness import report
 

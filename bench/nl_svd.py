@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from locas_ext.nl_svd import nl_svd
+from locas_ext.transforms.nl_svd import nl_svd
 
 from .harness import interleaved, ratio, report, summary
 

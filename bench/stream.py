@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import locas_ext as locas
-from locas_ext.tasks.assets import ASSETS, MODEL
+from locas_ext.evaluation.assets import ASSETS, MODEL
 
 from .harness import parse, percentile, ratio, report
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from locas_ext import kernels
+from locas_ext.ops.backends import matmul
 
 from .graphs import graph_seconds, sets_for
 from .harness import report
@@ -50,9 +50,9 @@ def main() -> None:
     states = [fresh() for _ in range(sets)]
     arms = {
         "adamw": (30, [
-            lambda s=s: kernels.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states
+            lambda s=s: matmul.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states
         ]),
-        "sgd": (14, [lambda s=s: kernels.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
+        "sgd": (14, [lambda s=s: matmul.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
     }
     buffers = [(torch.randn(15 * parameters // 4, device=device), torch.empty(15 * parameters // 4, device=device))
                for _ in range(sets)]

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import locas_ext as locas
-from locas_ext.chunk import Window, may_end_early
-from locas_ext.fast_norms import fast_norms
-from locas_ext.graph_step import MemorizeStep
-from locas_ext.hosts import inspect_host
-from locas_ext.online import Settings, resolve_settings
-from locas_ext.tasks.assets import ASSETS
-from locas_ext.write import WriteSettings, WriteStep
+from locas_ext.evaluation.assets import ASSETS
+from locas_ext.hosts.registry import inspect_host
+from locas_ext.learning.chunk import Window, may_end_early
+from locas_ext.learning.cuda_graph import MemorizeStep
+from locas_ext.learning.fast_norms import fast_norms
+from locas_ext.learning.memorize import resolve_settings
+from locas_ext.learning.settings import Settings
+from locas_ext.learning.write import WriteSettings, WriteStep
 
 from .harness import interleaved, parse, percentile, print_table, ratio, report
 

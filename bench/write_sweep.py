@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
-from locas_ext.tasks.truncation import truncation
+from locas_ext.evaluation.methods.truncation import truncation
 
 from .harness import report
 

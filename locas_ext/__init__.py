@@ -1,8 +1,9 @@
 """Locally-supported parametric memories for Hugging Face language models (arXiv 2602.05085)."""
 
-from .config import LocasConfig
-from .errors import LocasError
-from .memory import (
+from locas_ext.config import LocasConfig
+from locas_ext.errors import LocasError
+from locas_ext.learning.optimizers import SlotAdamW, SlotSGD
+from locas_ext.memory import (
     Chunk,
     CompressReport,
     LayerStatus,
@@ -14,9 +15,8 @@ from .memory import (
     load,
     memory_of,
 )
-from .merge import unmerge
-from .optim import SlotAdamW, SlotSGD
-from .version import __version__
+from locas_ext.transforms.merge import unmerge
+from locas_ext.version import __version__
 
 __all__ = [
     "Chunk",

@@ -110,3 +110,12 @@ class LocasConfig:
         fields = asdict(self)
         fields["layers"] = None if self.layers is None else list(self.layers)
         return fields
+
+
+def check_rank(config: LocasConfig, intermediate_size: int) -> None:
+    """ValueError if an init that clones neurons asks for more than the host has."""
+    if config.init in ("topk", "bottomk", "random") and config.rank > intermediate_size:
+        raise ValueError(
+            f"rank is {config.rank}, but the host's FFN has only {intermediate_size} neurons to clone with "
+            f"init={config.init!r}; expected a rank from 1 to {intermediate_size}, or init='gaussian'"
+        )

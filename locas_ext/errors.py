@@ -1,2 +1,6 @@
 class LocasError(ValueError):
     """A memory file, a memory folder or a run that cannot be used, with what was wrong and what to do."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C ended a command; the message says what was kept."""

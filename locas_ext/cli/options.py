@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .config import paper_multiple
+from locas_ext.config import paper_multiple
 
 
 def _scale(text: str) -> str | float:

@@ -2,7 +2,7 @@
 
 import math
 
-from ..errors import LocasError
+from locas_ext.errors import LocasError
 
 
 def choose(name: str, values: list[str], valid) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from ..memory import Chunk
+from locas_ext.memory import Chunk
 
 
 def running_perplexity(chunks: list[Chunk]) -> list[tuple[int, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .. import __version__
+from locas_ext.version import __version__
 
 
 def processor() -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .loading import positions
+from .inputs import positions
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import write_atomically
-from ..errors import LocasError
+from locas_ext.errors import LocasError
+from locas_ext.storage.files import write_atomically
+
 from .machine import machine
 
 NAME = "results.json"

@@ -2,99 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .activations import activate
-from .kernels import HostWeights
+from locas_ext.ops.activations import activate
+from locas_ext.ops.types import HostWeights
 
-
-def _is_its_own(linear: nn.Module, plain: type) -> bool:
-    """Whether the forward in an instance's dict is its class's, behind what a memory or accelerate has put before it.
-
-    accelerate's hook of a device_map brings the input to the weight. The FFN's own hook has then brought it already, so
-    the weight may be used directly.
-    """
-    forward, hook = linear.__dict__["forward"], linear.__dict__.get("_hf_hook")
-    stands = getattr(getattr(forward, "__self__", None), "stands", ())  # a patched FFN's
-    if any(stand.module is linear and stand.replaced is None for stand in stands):
-        return True
-    return (
-        type(hook).__name__ == "AlignDevicesHook"
-        and not (hook.offload or hook.io_same_device)
-        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
-        and linear._old_forward == MethodType(plain.forward, linear)
-    )
-
-
-def linear_obstacle(linear: nn.Module, plain: type = nn.Linear) -> str | None:
-    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
-    if type(linear) is not plain:
-        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain {plain.__name__}"
-    if "forward" in linear.__dict__ and not _is_its_own(linear, plain):
-        return "has a forward of its own (a hook of another library)"
-    if (
-        linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-    ):
-        return "has hooks"
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if type(weight) is not nn.Parameter:
-        return f"holds a {type(weight).__name__}, not a plain Parameter"
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return "requires a gradient"
-    if weight.is_meta:
-        return "is on the meta device"
-    return None
-
-
-def projection_device(projection: nn.Module) -> torch.device | None:
-    """Where a projection is computed: where its weights lie, or where accelerate's hook brings them.
-
-    None if it has no tensors, or if its hook is not one that says. ValueError for weights that are not loaded.
-    """
-    for module in projection.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if not tensor.is_meta:
-                return tensor.device
-            if not hasattr(module, "_hf_hook"):
-                raise ValueError("the host is on the meta device and has no weights yet; load them first")
-            device = getattr(module._hf_hook, "execution_device", None)
-            return None if device is None else torch.device(device)
-    return None
-
-
-@torch.no_grad()
-def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The weight [out, in] of any linear module, in `like`'s dtype where it has to be computed.
-
-    A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight.
-    """
-    weight = linear._parameters.get("weight")
-    if type(linear) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta:
-        return weight if type(linear) is nn.Linear else weight.T
-    if (size := getattr(linear, "nx" if type(linear) is Conv1D else "in_features", None)) is None:
-        raise ValueError(f"{type(linear).__name__} has no in_features, so its weight cannot be read")
-    training = [module for module in linear.modules() if module.training]
-    linear.eval()  # LoRA's dropout off
-    try:
-        zero = linear(like.new_zeros(1, size))
-        block = 1024
-        columns = [
-            linear(torch.eye(min(block, size - start), size,
-                             dtype=like.dtype, device=like.device).roll(start, dims=1)) - zero
-            for start in range(0, size, block)
-        ]
-    finally:
-        for module in training:
-            module.training = True
-    return torch.cat(columns).T.contiguous()
-
+from .projections import dense_weight, linear_obstacle
 
 # A projection's new parameters: (the module, "weight" or "bias", the parameter).
 Packed = list[tuple[nn.Module, str, nn.Parameter]]
@@ -256,14 +172,3 @@ def put_in(packed: Packed) -> None:
             module.nx, module.nf = parameter.shape
         elif name == "weight":
             module.out_features, module.in_features = parameter.shape
-
-
-def value_norm_mean(down_weight: Tensor) -> float:
-    """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
-    dtype = torch.promote_types(down_weight.dtype, torch.float32)
-    squares = down_weight.new_zeros(down_weight.shape[1], dtype=dtype)
-    # Blocks of rows in one small buffer, which stay in the cache; vector_norm(dim=0) takes ten times as long.
-    buffer = down_weight.new_empty(min(128, len(down_weight)), down_weight.shape[1], dtype=dtype)
-    for rows in down_weight.detach().split(len(buffer)):
-        squares += buffer[: len(rows)].copy_(rows).square_().sum(0)
-    return squares.sqrt().mean().item()

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .activations import INDEX
-from .host_ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
+from locas_ext.ops.activations import INDEX
+
+from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
 
 
 @dataclass(frozen=True)

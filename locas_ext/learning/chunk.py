@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from locas_ext.hosts.registry import Host
+from locas_ext.ops import token_nll
+
 from .chunk_attention import chunk_attention
-from .hosts import Host
-from .ops import token_nll
 
 
 class Window(NamedTuple):

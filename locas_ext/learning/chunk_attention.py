@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .hosts import Host
+from locas_ext.hosts.registry import Host
 
 NAME = "locas_chunk"
 # Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.

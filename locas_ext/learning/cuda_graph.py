@@ -15,19 +15,17 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
-from .chunk import Window
-from .optim import OPTIMIZERS
-from .patch import Attachment
-from .step import check_gradient, check_loss, eager_step, gradient, loss_scale
+from locas_ext.patching.attachment import Attachment
 
-if TYPE_CHECKING:
-    from .online import Settings
+from .chunk import Window
+from .optimizers import OPTIMIZERS
+from .settings import Settings
+from .step import check_gradient, check_loss, eager_step, gradient, loss_scale
 
 
 def obstacle(attachment: Attachment) -> str | None:
@@ -122,7 +120,7 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 class MemorizeStep:
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, settings: "Settings", ends_early: bool):
+    def __init__(self, attachment: Attachment, settings: Settings, ends_early: bool):
         self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
         self.why_not = obstacle(attachment)
         self.updates = self.replayed = 0

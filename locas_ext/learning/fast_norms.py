@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import kernels
+from locas_ext.ops.backends import elementwise
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -20,7 +20,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         rows = x.reshape(-1, x.shape[-1])
-        out, inverse_rms = kernels.rms_norm(rows, weight, eps, save=True)
+        out, inverse_rms = elementwise.rms_norm(rows, weight, eps, save=True)
         ctx.save_for_backward(rows, weight, inverse_rms)
         return out.view(x.shape)
 
@@ -28,7 +28,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         rows, weight, inverse_rms = ctx.saved_tensors
-        dx = kernels.rms_norm_backward(d_out.reshape(rows.shape), rows, weight, inverse_rms)
+        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape), rows, weight, inverse_rms)
         return dx.view(d_out.shape), None, None
 
 
@@ -43,7 +43,7 @@ class FastNorm:
         if torch.is_grad_enabled() and x.requires_grad:
             return RMSNormFunction.apply(x, self.weight, self.eps)
         rows = x.reshape(-1, x.shape[-1])
-        return kernels.rms_norm(rows, self.weight, self.eps, save=False)[0].view(x.shape)
+        return elementwise.rms_norm(rows, self.weight, self.eps, save=False)[0].view(x.shape)
 
 
 def _is_plain(module: nn.Module) -> bool:

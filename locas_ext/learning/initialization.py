@@ -1,23 +1,24 @@
 """How a memory's rows begin (docs/method.md, "Initialization")."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from .config import LocasConfig
+from locas_ext.config import LocasConfig
+from locas_ext.errors import LocasError
+from locas_ext.ops import token_nll
+from locas_ext.patching.attachment import Attachment
+
+from .chunk import Window
+from .inputs import token_ids
+from .run_guards import quiet_host
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def check_rank(config: LocasConfig, intermediate_size: int) -> None:
-    """ValueError if an init that clones neurons asks for more than the host has."""
-    if config.init in ("topk", "bottomk", "random") and config.rank > intermediate_size:
-        raise ValueError(
-            f"rank is {config.rank}, but the host's FFN has only {intermediate_size} neurons to clone with "
-            f"init={config.init!r}; expected a rank from 1 to {intermediate_size}, or init='gaussian'"
-        )
 
 
 def initial_rows(
@@ -49,3 +50,66 @@ def initial_rows(
     else:
         neurons = importance.topk(rank, largest=config.init == "topk").indices
     return [_unit_rows(rows[neurons]) for rows in host_rows]
+
+
+@contextmanager
+def _observe(attachment: Attachment, rows: list):
+    """Collects each layer's initial rows during one forward."""
+    generator = torch.Generator().manual_seed(attachment.config.seed)
+
+    def observer(ffn):
+        def observe(x: Tensor) -> None:
+            x = x.detach().reshape(-1, x.shape[-1])
+            rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
+
+        return observe
+
+    try:
+        for ffn in attachment.ffns:
+            ffn.observer = observer(ffn)
+        yield
+    finally:
+        for ffn in attachment.ffns:
+            ffn.observer = None
+
+
+def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
+    state, rows = attachment.state, []
+    device = attachment.host.input_device()
+    state.disabled += 1
+    try:
+        with _observe(attachment, rows), torch.no_grad():
+            result = forward(ids.to(device)[None])
+    finally:
+        state.disabled -= 1
+    first = state.arenas[0].slots
+    slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
+    for index, planes in enumerate(rows):
+        for plane, values in enumerate(planes):
+            slots[index, plane] = values
+    if not torch.isfinite(slots).all():
+        raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
+    state.set_slots(slots, version=0)
+    return result
+
+
+def initialize(attachment: Attachment, input_ids) -> None:
+    """See `Memory.initialize`."""
+    host = attachment.host
+    ids = token_ids(input_ids, host.vocab_size, at_least=1)
+    if len(ids) > host.max_positions:
+        raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
+    with quiet_host(host.model), torch.inference_mode(False):
+        _initialize_from(attachment, ids, lambda x: host.model.base_model(input_ids=x, use_cache=False))
+    attachment.stream = None
+
+
+def score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
+    """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
+
+    def forward(x: Tensor) -> Tensor:
+        logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
+        return token_nll(logits, window.targets.to(logits.device)).sum()
+
+    return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import fused, kernels
-from .arena import SlotArena
-from .slots import MemoryState
+from locas_ext.ops.backends import slot_updates
+from locas_ext.state.arena import SlotArena
+from locas_ext.state.memory_state import MemoryState
 
 
 def _learning_rate_tensor(learning_rate: float | torch.Tensor, arena: SlotArena) -> torch.Tensor:
@@ -65,7 +65,7 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-        update, *gradient = _gradient(arena, gradient_scale, kernels.update_slots_, fused.update_slots_)
+        update, *gradient = _gradient(arena, gradient_scale, slot_updates.update_slots_, slot_updates.adamw_from_factors_)
         update(
             arena.slots, *gradient, arena.exp_avg, arena.exp_avg_sq, arena.step,
             _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena), finite,
@@ -89,7 +89,7 @@ def sgd_step(
         _allocate(state, "momentum_buffer")
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
-        update, *gradient = _gradient(arena, gradient_scale, kernels.sgd_slots_, fused.sgd_slots_)
+        update, *gradient = _gradient(arena, gradient_scale, slot_updates.sgd_slots_, slot_updates.sgd_from_factors_)
         update(
             arena.slots, *gradient, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
             _kernel_copy(arena), finite,

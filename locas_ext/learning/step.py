@@ -1,20 +1,18 @@
-"""One memorizing step: a chunk's loss, its gradient in the arenas, and the update. graph_step.py captures the same parts."""
+"""One memorizing step: a chunk's loss, its gradient in the arenas, and the update. cuda_graph.py captures the same parts."""
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .chunk import Window, chunk_loss
-from .errors import LocasError
-from .optim import OPTIMIZERS
-from .patch import Attachment
-from .slots import MemoryState
+from locas_ext.errors import LocasError
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
 
-if TYPE_CHECKING:
-    from .online import Settings
+from .chunk import Window, chunk_loss
+from .optimizers import OPTIMIZERS
+from .settings import Settings
 
 # Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
 FP16_LOSS_SCALE = 1024.0
@@ -28,7 +26,7 @@ def loss_scale(state: MemoryState) -> float:
 def gradient(
     attachment: Attachment,
     window: Window,
-    settings: "Settings",
+    settings: Settings,
     ends_early: bool,
     check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -59,7 +57,7 @@ def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
         raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {state.version}")
 
 
-def eager_step(attachment: Attachment, window: Window, settings: "Settings", ends_early: bool, place: str) -> float:
+def eager_step(attachment: Attachment, window: Window, settings: Settings, ends_early: bool, place: str) -> float:
     """Learns a window's targets. Returns their summed negative log-likelihood before the update.
 
     LocasError, with the memory unchanged, if loss or gradient is not finite.

@@ -10,23 +10,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from locas_ext.errors import LocasError
+from locas_ext.ops import token_nll, write_slots_
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.transforms.compress import compress_slots
+
 from .chunk import Window, chunk_logits
-from .compress import compress_slots
-from .errors import LocasError
-from .ops import token_nll, write_slots_
-from .patch import Attachment
-from .slots import MemoryState
+from .inputs import token_ids
+from .run_guards import interrupt_between_chunks, quiet_host
+from .settings import Settings
 from .step import check_loss, loss_scale
 from .write_settings import WriteSettings, check_room, resolve
-
-if TYPE_CHECKING:
-    from .online import Settings
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _make_room(attachment: Attachment, count: int, settings: WriteSettings) -> N
     needed = state.used + count
     if settings.capacity is not None and needed > settings.capacity:
         if settings.when_full == "compress":
-            compress_slots(attachment, settings.compress_to)
+            compress_slots(state, attachment.ffns[0].activation, settings.compress_to)
         else:
             state.drop_oldest(needed - settings.capacity)
         needed = state.used + count
@@ -216,7 +217,7 @@ def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSetti
 class WriteStep:
     """A chunk's turn in memorize(update="write"): step(window, place) -> the summed loss, before it is written."""
 
-    def __init__(self, attachment: Attachment, settings: "Settings", ends_early: bool):
+    def __init__(self, attachment: Attachment, settings: Settings, ends_early: bool):
         self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
 
     def __call__(self, window: Window, place: str) -> float:
@@ -228,3 +229,19 @@ class WriteStep:
     def report(self) -> str:
         """For MemorizeReport.cuda_graph."""
         return "not used: slots are written in closed form"
+
+
+def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: bool) -> WriteReport:
+    """See `Memory.write`."""
+    host = attachment.host
+    ids = token_ids(input_ids, host.vocab_size, at_least=2)
+    if len(ids) > host.max_positions:
+        raise ValueError(
+            f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
+            "for memorize(update='write')"
+        )
+    with interrupt_between_chunks() as check_interrupt, quiet_host(host.model), torch.inference_mode(False), \
+            torch.enable_grad():
+        report = write_tokens(attachment, ids, settings, exact)
+        check_interrupt()
+        return report

@@ -2,40 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import checkpoint, compress, merge, online, snapshot
-from .compress import CompressReport
-from .config import LocasConfig
-from .patch import Attachment
-from .slots import GATE, KEY, VALUE, MemoryState
-from .snapshot import Snapshot
-from .stream import Chunk, MemorizeReport
-from .write import WriteReport
-from .write_settings import WriteSettings
+from locas_ext.config import LocasConfig
+from locas_ext.learning.initialization import initialize
+from locas_ext.learning.memorize import memorize
+from locas_ext.learning.report import MemorizeReport
+from locas_ext.learning.settings import Settings
+from locas_ext.learning.write import WriteReport, write
+from locas_ext.learning.write_settings import WriteSettings
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.stream import Chunk
+from locas_ext.storage import checkpoint, snapshot
+from locas_ext.storage.snapshot import Snapshot
+from locas_ext.transforms.compress import CompressReport, compress
+from locas_ext.transforms.merge import merge
 
-
-@dataclass(frozen=True)
-class LayerStatus:
-    """One layer's memory: where it lies, how it is computed and why, how full it is, mean norms of the rows used.
-
-    gate_norm is None for Locas-MLP, which has no gate.
-    """
-
-    layer: int
-    device: str
-    dtype: str
-    backend: str
-    reason: str
-    slots_used: int
-    capacity: int
-    scale: float
-    gate_norm: float | None
-    key_norm: float
-    value_norm: float
+from .status import LayerStatus, layer_status
 
 
 class Memory:
@@ -59,7 +45,7 @@ class Memory:
 
     @property
     def state(self) -> MemoryState:
-        """All state: slots, gradient, optimizer states (locas_ext/slots.py)."""
+        """All state: slots, gradient, optimizer states (locas_ext/state/memory_state.py)."""
         return self._attachment.state
 
     @property
@@ -102,19 +88,7 @@ class Memory:
 
     def status(self) -> list[LayerStatus]:
         """One entry a layer with a memory."""
-        state = self.state
-        state.sync()
-        norms = state.tensors(optimizer=False)["slots"].norm(dim=-1).mean(-1).tolist()  # [L, planes]
-        result = []
-        for ffn, layer, scale, layer_norms in zip(self._attachment.ffns, state.layers, state.scales, norms):
-            path, reason = ffn.path()
-            place = ffn.arena.compute
-            result.append(
-                LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, state.used,
-                            state.capacity, scale, None if state.grows else layer_norms[GATE], layer_norms[KEY],
-                            layer_norms[VALUE])
-            )
-        return result
+        return layer_status(self._attachment)
 
     def __repr__(self) -> str:
         state = self.state
@@ -142,7 +116,7 @@ class Memory:
         chunk if it has not been done. What was learned before is lost: the version is 0 afterwards.
         """
         self._require_attached("initialize")
-        online.initialize(self._attachment, input_ids)
+        initialize(self._attachment, input_ids)
 
     def memorize(
         self,
@@ -196,12 +170,12 @@ class Memory:
             raise ValueError("memorize: the memory is disabled here, so nothing can be learned; leave the disabled() block")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
-        settings = online.Settings(
+        settings = Settings(
             window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer,
             update=update, context_gradient=context_gradient, bos=bos,
             write=WriteSettings(epsilon, tokens, capacity, when_full, compress_to),
         )
-        return online.memorize(self._attachment, input_ids, settings, progress, callback, resume)
+        return memorize(self._attachment, input_ids, settings, progress, callback, resume)
 
     def write(
         self,
@@ -241,7 +215,7 @@ class Memory:
         if self.state.disabled:
             raise ValueError("write: the memory is disabled here, so nothing can be written; leave the disabled() block")
         settings = WriteSettings(epsilon, tokens, capacity, when_full, compress_to)
-        return online.write(self._attachment, input_ids, settings, exact)
+        return write(self._attachment, input_ids, settings, exact)
 
     def compress(self, rank: int, threshold: float = 0.0) -> CompressReport:
         """Replaces the slots of each layer of a Locas-MLP memory by at most `rank` that agree with them (NL-SVD).
@@ -255,7 +229,8 @@ class Memory:
         "NL-SVD" (the paper's appendix).
         """
         self._require_attached("compress")
-        return compress.compress(self._attachment, rank, threshold)
+        attachment = self._attachment
+        return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
 
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0."""
@@ -269,7 +244,8 @@ class Memory:
         optimizer: whether the optimizer's states and the place in the text go along, as `memorize(resume=...)` needs.
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
-        checkpoint.save(self._attachment, path, optimizer)
+        attachment = self._attachment
+        checkpoint.save(attachment.state, attachment.config, attachment.host, attachment.stream, path, optimizer)
 
     def load(self, path: str | Path) -> None:
         """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
@@ -277,22 +253,23 @@ class Memory:
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
-        checkpoint.load(self._attachment, path)
+        attachment = self._attachment
+        attachment.stream = checkpoint.load(attachment.state, attachment.config, attachment.host, path)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
-        return snapshot.take(self._attachment)
+        return snapshot.take(self.state, self._attachment.host, self._attachment.stream)
 
     def restore(self, snapshot_: Snapshot) -> None:
         """Puts a snapshot back, bit for bit. ValueError if it is of another host or of other slots."""
-        snapshot.restore(self._attachment, snapshot_)
+        self._attachment.stream = snapshot.restore(self.state, self._attachment.host, snapshot_)
 
     def fork(self) -> "Memory":
         """A second, independent memory that starts as this one, on a model of its own (`.model`).
 
         The two models share the host's weights, so a fork costs the memory's size only.
         """
-        return memory_of(snapshot.copy_sharing_weights(self.model))
+        return snapshot.copy_sharing_weights(self.model)._locas_memory
 
     # ---- ending it -------------------------------------------------------------------------------------------
     def detach(self) -> None:
@@ -311,56 +288,10 @@ class Memory:
         projections cannot be widened, naming the layer.
         """
         self._require_attached("merge_and_unload")
-        model = merge.merge(self._attachment, pad_to_multiple_of)
+        model = merge(self._attachment.host, self.state, pad_to_multiple_of)
         self.detach()
         return model
 
     def _require_attached(self, verb: str) -> None:
         if getattr(self.model, "_locas_memory", None) is not self:
             raise ValueError(f"{verb}: this memory is no longer attached to its model")
-
-
-def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
-    """Gives a Hugging Face causal language model a memory.
-
-    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
-
-    model: a transformers causal language model of a supported type
-    config: a LocasConfig; None: the defaults
-    rehome: whether the host's FFN weights move into buffers with room for the memory, so that one product computes both
-        (docs/architecture.md, "Re-homing"); detach() moves them out again
-
-    Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
-    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
-    the model then is as it was.
-    """
-    if config is not None and not isinstance(config, LocasConfig):
-        raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
-    memory = Memory(Attachment(model, config or LocasConfig(), rehome))
-    memory.model._locas_memory = memory
-    return memory
-
-
-def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
-    """Attaches the memory saved in the folder `path`; rehome as in `attach`.
-
-    Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
-    """
-    memory = attach(model, checkpoint.read_config(path), rehome)
-    try:
-        memory.load(path)
-    except BaseException:
-        memory.detach()
-        raise
-    return memory
-
-
-def memory_of(model: nn.Module) -> Memory:
-    """The memory attached to a model (of a deep copy of a model: its own). ValueError if there is none."""
-    memory = getattr(model, "_locas_memory", None)
-    if memory is None:
-        raise ValueError("model has no memory attached; locas.attach(model) gives it one")
-    return memory
-
-
-__all__ = ["Chunk", "CompressReport", "LayerStatus", "MemorizeReport", "Memory", "Snapshot", "WriteReport", "attach", "load", "memory_of"]

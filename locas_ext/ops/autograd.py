@@ -1,10 +1,10 @@
-"""The kernels as autograd Functions on [T, d] matrices: what eager code calls; `ops.py` puts the argument checks before them."""
+"""The kernels as autograd Functions on [T, d] matrices: what eager code calls; `functional.py` puts the argument checks before them."""
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import kernels
-from .kernels import SlotViews
+from .backends import elementwise, matmul
+from .types import SlotViews
 
 
 class GluFFNFunction(torch.autograd.Function):
@@ -42,7 +42,7 @@ class SidewayGluFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, slots, views, scale, activation, slots_grad):
-        y, memory_gate_key = kernels.sideway_forward(x, views, scale, activation)
+        y, memory_gate_key = matmul.sideway_forward(x, views, scale, activation)
         ctx.save_for_backward(x, memory_gate_key, *views)
         ctx.scale, ctx.activation = scale, activation
         ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
@@ -54,7 +54,7 @@ class SidewayGluFunction(torch.autograd.Function):
         x, memory_gate_key, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
-        d_gate_key, d_slots = kernels.sideway_backward(
+        d_gate_key, d_slots = matmul.sideway_backward(
             dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad
         )
         dx = d_gate_key @ views.gate_key if needs_dx else None
@@ -73,7 +73,7 @@ class SidewayMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, slots, views, scale, activation, slots_grad):
-        y, pre = kernels.sideway_mlp_forward(x, views, scale, activation)
+        y, pre = matmul.sideway_mlp_forward(x, views, scale, activation)
         ctx.save_for_backward(x, pre, *views)
         ctx.scale, ctx.activation = scale, activation
         ctx.slots_grad, ctx.slots_dtype, ctx.capacity = slots_grad, slots.dtype, slots.shape[1]
@@ -85,7 +85,7 @@ class SidewayMlpFunction(torch.autograd.Function):
         x, pre, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
-        d_pre, d_slots = kernels.sideway_mlp_backward(
+        d_pre, d_slots = matmul.sideway_mlp_backward(
             dy, x, pre, views, ctx.scale, ctx.activation, needs_slots, ctx.slots_grad
         )
         dx = d_pre @ views.gate_key if needs_dx else None
@@ -103,7 +103,7 @@ class TokenNLLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        nll, ctx.d_logits = kernels.cross_entropy(logits, targets, gradient=ctx.needs_input_grad[0])
+        nll, ctx.d_logits = elementwise.cross_entropy(logits, targets, gradient=ctx.needs_input_grad[0])
         return nll
 
     @staticmethod

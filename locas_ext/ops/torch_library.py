@@ -1,14 +1,14 @@
 """The same kernels as torch.library operators, which is how torch.compile reaches them.
 
-Eager code calls the autograd Functions of `ops.py` instead: they cost about half as much per call. Schemas, fake
+Eager code calls the autograd Functions of `autograd.py` instead: they cost about half as much per call. Schemas, fake
 kernels and autograd formulas stand together for each operator.
 """
 
 import torch
 
-from . import fused, fused_cpu, kernels
 from .activations import activation_index
-from .kernels import HostWeights, SlotViews
+from .backends import cpu, cuda, matmul, slot_updates
+from .types import HostWeights, SlotViews
 
 _library = torch.library.Library("locas", "DEF")
 
@@ -25,7 +25,7 @@ _BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
 
 
 # ---- glu_ffn: y, and what the backward needs ----------------------------------------------------------------
-_BACKENDS = {"matmul": kernels, "fused": fused, "fused_cpu": fused_cpu}
+_BACKENDS = {"matmul": matmul, "fused": cuda, "fused_cpu": cpu}
 
 
 def name_of(backend) -> str:
@@ -36,7 +36,7 @@ def name_of(backend) -> str:
 def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[int, ...]]:
     """Shapes of the three tensors between forward and backward; the fused backends have two and one."""
     if backend == "fused_cpu":
-        return [fused_cpu.saved_shape(tokens, m, rank), (0, 0), (0, 0)]
+        return [cpu.saved_shape(tokens, m, rank), (0, 0), (0, 0)]
     if backend == "fused":
         width = m + -(-rank // 8) * 8
         return [(tokens, width), (tokens, width), (0, 0)]
@@ -117,7 +117,7 @@ torch.library.register_autograd("locas::glu_ffn", _glu_ffn_autograd, setup_conte
 
 # ---- sideway_glu --------------------------------------------------------------------------------------------
 def _sideway_glu(x, slots, scale, activation):
-    return kernels.sideway_forward(x, SlotViews.of(slots), scale, activation_index(activation))
+    return matmul.sideway_forward(x, SlotViews.of(slots), scale, activation_index(activation))
 
 
 _define(
@@ -129,7 +129,7 @@ _define(
 
 def _sideway_glu_backward(dy, x, memory_gate_key, slots, scale, activation):
     views = SlotViews.of(slots)
-    d_gate_key, d_slots = kernels.sideway_backward(
+    d_gate_key, d_slots = matmul.sideway_backward(
         dy.contiguous(), x, memory_gate_key, views, scale, activation_index(activation), None
     )
     return d_gate_key @ views.gate_key, d_slots
@@ -161,7 +161,7 @@ torch.library.register_autograd(
 
 # ---- sideway_mlp --------------------------------------------------------------------------------------------
 def _sideway_mlp(x, slots, scale, activation):
-    return kernels.sideway_mlp_forward(x, SlotViews.of(slots), scale, activation_index(activation))
+    return matmul.sideway_mlp_forward(x, SlotViews.of(slots), scale, activation_index(activation))
 
 
 _define(
@@ -173,7 +173,7 @@ _define(
 
 def _sideway_mlp_backward(dy, x, pre, slots, scale, activation, needs_slots):
     views = SlotViews.of(slots)
-    d_pre, d_slots = kernels.sideway_mlp_backward(
+    d_pre, d_slots = matmul.sideway_mlp_backward(
         dy.contiguous(), x, pre, views, scale, activation_index(activation), needs_slots, None
     )
     return d_pre @ views.gate_key, d_slots if needs_slots else slots.new_empty(0)
@@ -207,7 +207,7 @@ torch.library.register_autograd(
 # ---- neuron_importance, the updates and writing ---------------------------------------------------------------
 def _neuron_importance(x, gate_weight, up_weight, activation, gate_bias=None, up_bias=None):
     host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
-    return kernels.neuron_importance(x, host, activation_index(activation))
+    return matmul.neuron_importance(x, host, activation_index(activation))
 
 
 _define(
@@ -222,18 +222,18 @@ _define(
     "update_slots_(Tensor(a!) slots, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
     " Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool clip,"
     " Tensor(d!)? compute=None, Tensor? finite=None) -> ()",
-    kernels.update_slots_,
+    slot_updates.update_slots_,
     lambda *_, **__: None,
 )
 _define(
     "sgd_slots_(Tensor(a!) slots, Tensor grad, Tensor learning_rate, Tensor(b!)? momentum_buffer, float momentum,"
     " float weight_decay, bool clip, Tensor(c!)? compute=None, Tensor? finite=None) -> ()",
-    kernels.sgd_slots_,
+    slot_updates.sgd_slots_,
     lambda *_, **__: None,
 )
 _define(
     "write_slots_(Tensor(a!) slots, SymInt start, Tensor inputs, Tensor gradients, float epsilon,"
     " Tensor(b!)? compute=None, Tensor? gradient_norm=None) -> Tensor",
-    kernels.write_slots_,
+    slot_updates.write_slots_,
     lambda slots, start, inputs, *_, **__: slots.new_empty(inputs.shape[1]),
 )

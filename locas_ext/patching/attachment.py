@@ -8,17 +8,20 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import fused, ops
-from .arena import SlotArena
-from .config import LocasConfig, paper_multiple
-from .host_ffn import HostFFN, projection_device, value_norm_mean
-from .hosts import Host, inspect_host
-from .initialization import check_rank
-from .patched_glu import PatchedGluFFN
-from .patched_mlp import PatchedMlpFFN
+from locas_ext.config import LocasConfig, check_rank, paper_multiple
+from locas_ext.hosts.ffn import HostFFN
+from locas_ext.hosts.projections import projection_device, value_norm_mean
+from locas_ext.hosts.registry import Host, inspect_host
+from locas_ext.ops.backends import fused_backend, slot_updates
+from locas_ext.state.arena import SlotArena
+from locas_ext.state.memory_state import PLANES, MemoryState
+from locas_ext.state.stream import Stream
+
+from .base import Binding
+from .cache_guard import StaleCacheGuard
+from .glu import PatchedGluFFN
+from .mlp import PatchedMlpFFN
 from .rehome import RehomedFFN, obstacle, storage_users
-from .slots import PLANES, MemoryState
-from .stale_cache import StaleCacheGuard
 
 
 def _check_variant(host: Host, config: LocasConfig) -> None:
@@ -50,7 +53,7 @@ def _resolve_backend(host: Host, config: LocasConfig, like: Tensor, rehome: bool
                 "backend is 'fused', which computes a gated FFN and its memory in one; variant 'mlp' runs beside the "
                 "host's FFN: expected backend 'auto', 'matmul' or 'reference'"
             )
-        problem = ops.fused_backend(like).obstacle(like, host.hidden_size, host.intermediate_size)
+        problem = fused_backend(like).obstacle(like, host.hidden_size, host.intermediate_size)
         if problem is not None:
             raise ValueError(f"backend is 'fused', but {problem}")
     if not rehome:
@@ -104,8 +107,9 @@ class Attachment:
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         kind = PatchedGluFFN if config.variant == "glu" else PatchedMlpFFN
-        self.ffns = [kind(self, ffn, *place) for ffn, place in zip(ffns, places)]
-        self.stream = None  # online.Stream: where memorize() stands in its text
+        binding = Binding(self.state, self.backend, host, self.relocate)
+        self.ffns = [kind(binding, ffn, *place) for ffn, place in zip(ffns, places)]
+        self.stream: Stream | None = None  # where memorize() stands in its text
 
         self.cache_guard = StaleCacheGuard(model, self.state)
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -138,7 +142,7 @@ class Attachment:
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
 
-    def follow(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
+    def relocate(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
         devices = {projection_device(projection) for ffn in self.ffns if ffn.arena is arena
                    for projection in ffn.ffn.projections()}
@@ -151,13 +155,13 @@ class Attachment:
         arena.place(device, dtype)
 
     def keeps_factors(self, tokens: int) -> bool:
-        """Whether the backward over so many tokens can leave the slots' gradient to the update (fused.SlotFactors)."""
+        """Whether the backward over so many tokens can leave the slots' gradient to the update (ops/types.py, SlotFactors)."""
         state = self.state
         return (
             state.learned
-            and tokens <= fused.MOST_FACTOR_TOKENS
-            and state.hidden_size <= fused.MOST_FACTOR_WIDTH
-            and all(len(arena.positions) <= fused.MOST_FACTOR_LAYERS for arena in state.arenas)
+            and tokens <= slot_updates.MOST_FACTOR_TOKENS
+            and state.hidden_size <= slot_updates.MOST_FACTOR_WIDTH
+            and all(len(arena.positions) <= slot_updates.MOST_FACTOR_LAYERS for arena in state.arenas)
             and not torch.is_autocast_enabled("cuda")
             and all(ffn.runs_on_cuda_kernels(tokens) for ffn in self.ffns)
         )

@@ -2,55 +2,49 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from .activations import activation_index
-from .arena import SlotArena
-from .host_ffn import HostFFN
+from locas_ext.hosts.ffn import HostFFN
+from locas_ext.hosts.registry import Host
+from locas_ext.ops.activations import activation_index
+from locas_ext.state.arena import SlotArena
+from locas_ext.state.memory_state import MemoryState
+
+from .forward_patch import ForwardPatch
 from .rehome import RehomedFFN
 
-if TYPE_CHECKING:
-    from .patch import Attachment
 
+@dataclass(frozen=True)
+class Binding:
+    """What a patched FFN knows of the memory and the host it belongs to.
 
-class Stand:
-    """A module whose forward another function stands in for."""
+    relocate(arena, device, dtype): takes an arena to where its layers were moved
+    """
 
-    def __init__(self, module: nn.Module, forward: Callable):
-        self.module, self.forward = module, forward
-        # accelerate keeps the real forward in _old_forward and calls it from its hook: bind beneath it.
-        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-        self.replaced = module.__dict__.get(name)
-        self.original = getattr(module, name)
-        setattr(module, name, forward)
+    state: MemoryState
+    backend: str
+    host: Host
+    relocate: Callable[[SlotArena, torch.device, torch.dtype], None]
 
-    def end(self) -> None:
-        attributes = self.module.__dict__
-        for name in ("forward", "_old_forward"):
-            if attributes.get(name) != self.forward:  # equal, not identical: deepcopy makes a second method object
-                continue
-            if self.replaced is None:
-                del attributes[name]
-            else:
-                attributes[name] = self.replaced
 
 
 class PatchedFFN(ABC):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 
-    def __init__(self, attachment: "Attachment", ffn: HostFFN, arena: SlotArena, index: int):
+    def __init__(self, binding: Binding, ffn: HostFFN, arena: SlotArena, index: int):
         """index: the layer's place in its arena."""
-        self.attachment, self.ffn, self.arena, self.index = attachment, ffn, arena, index
-        self.state, self.backend = attachment.state, attachment.backend
+        self.binding, self.ffn, self.arena, self.index = binding, ffn, arena, index
+        self.state, self.backend = binding.state, binding.backend
         self.beside = "reference" if self.backend == "reference" else "auto"  # for a memory beside the host's FFN
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
         self.home: RehomedFFN | None = None  # with attach(rehome=True)
         self.observer = None  # called with the FFN input [..., d] during initialization
         self.attached = False
-        self.stands: list[Stand] = []
+        self.patches: list[ForwardPatch] = []
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
@@ -58,17 +52,17 @@ class PatchedFFN(ABC):
         """The modules to bind, each with the forward that stands in for its own."""
 
     def bind(self) -> None:
-        self.stands = [Stand(module, forward) for module, forward in self.forwards()]
+        self.patches = [ForwardPatch(module, forward) for module, forward in self.forwards()]
         self.attached = True
 
     def unbind(self) -> None:
         self.attached = False  # whoever wrapped our forward since and still holds it gets the original's result
-        for stand in self.stands:
-            stand.end()
+        for patch in self.patches:
+            patch.end()
 
     def original(self, *arguments: Tensor) -> Tensor:
         """The host's own forward of the first module bound."""
-        return self.stands[0].original(*arguments)
+        return self.patches[0].original(*arguments)
 
     # ---- what the verbs ask ----------------------------------------------------------------------------------
     @abstractmethod

@@ -6,7 +6,7 @@ Every forward stamps its cache with the state of the memory that filled it; `gen
 import torch
 from torch import nn
 
-from .slots import MemoryState
+from locas_ext.state.memory_state import MemoryState
 
 _STAMP = "_locas_memory_state"
 

@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import fused, ops, reference
-from .autograd import GluFFNFunction, SidewayGluFunction
-from .kernels import sideway_forward
-from .patched_ffn import PatchedFFN
+from locas_ext import ops
+from locas_ext.ops import reference
+from locas_ext.ops.autograd import GluFFNFunction, SidewayGluFunction
+from locas_ext.ops.backends import cuda, fused_backend, native_backend
+from locas_ext.ops.backends.matmul import sideway_forward
+
+from .base import PatchedFFN
 from .rehome import RehomedFunction, rehomed_forward
 
 
@@ -41,14 +44,14 @@ class PatchedGluFFN(PatchedFFN):
             return self._forward_plain(x, parameter, alone)
         views = arena.views[index]
         if views.value.dtype != dtype or views.value.device != device:
-            self.attachment.follow(arena, device, dtype)
+            self.binding.relocate(arena, device, dtype)
             views = arena.views[index]
         scale, activation = arena.scales[index], self.activation_index
         x2d = x.reshape(-1, x.shape[-1])
         rehomed = not alone and self.home is not None and self.home.ready()
         if not alone and not rehomed:
             host = self.ffn.weights()
-            backend = ops.native_backend("patched FFN", x2d, host.gate, self.backend)
+            backend = native_backend("patched FFN", x2d, host.gate, self.backend)
         if gradients and (learns or x.requires_grad):
             grad = arena.sink(index)
             if rehomed:
@@ -101,15 +104,15 @@ class PatchedGluFFN(PatchedFFN):
         if self.path()[0] == "sideway":
             return "matmul"
         compute = self.arena.compute
-        host = self.attachment.host
-        return ops.fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
+        host = self.binding.host
+        return fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
-        compute, host = self.arena.compute, self.attachment.host
+        compute, host = self.arena.compute, self.binding.host
         if not compute.is_cuda or self.home is not None or self.ffn.obstacle() is not None:
             return False
         return self.backend == "fused" or (
-            self.backend == "auto" and fused.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
+            self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
         )
 
     def path(self) -> tuple[str, str]:

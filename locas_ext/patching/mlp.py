@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .activations import activate
-from .autograd import SidewayMlpFunction
-from .host_ffn import TwoLayerFFN
-from .kernels import sideway_mlp_forward
-from .patched_ffn import PatchedFFN
+from locas_ext import ops
+from locas_ext.hosts.ffn import TwoLayerFFN
+from locas_ext.ops.activations import activate
+from locas_ext.ops.autograd import SidewayMlpFunction
+from locas_ext.ops.backends.matmul import sideway_mlp_forward
+
+from .base import PatchedFFN
 
 
 class PatchedMlpFFN(PatchedFFN):
@@ -32,11 +33,11 @@ class PatchedMlpFFN(PatchedFFN):
 
     def enter(self, x: Tensor) -> Tensor:
         self.input = x
-        return self.stands[0].original(x)
+        return self.patches[0].original(x)
 
     def leave(self, hidden: Tensor) -> Tensor:
         x, self.input = self.input, None
-        return self.with_memory(x, self.stands[1].original(hidden))
+        return self.with_memory(x, self.patches[1].original(hidden))
 
     def around(self, x: Tensor) -> Tensor:
         return self.with_memory(x, self.original(x))
@@ -66,7 +67,7 @@ class PatchedMlpFFN(PatchedFFN):
             backend = "reference" if dtype == torch.float64 else self.beside
             return ops.sideway_mlp(x, parameter[:, : arena.used], scale, self.activation, backend)
         if arena.views[index].value.dtype != dtype or arena.views[index].value.device != x.device:
-            self.attachment.follow(arena, x.device, dtype)
+            self.binding.relocate(arena, x.device, dtype)
         views = arena.views[index]
         if self.tap is not None:  # only x may have a gradient, and torch's own nodes bring it with less work on the CPU
             return activate(F.linear(x, views.gate_key), self.activation) @ views.value * scale

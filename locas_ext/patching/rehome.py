@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import _C
-from .arena import SlotArena
-from .host_ffn import FusedGatedFFN, GatedFFN
-from .kernels import stream_of
-from .slots import VALUE, MemoryState
+from locas_ext import _C
+from locas_ext.hosts.ffn import FusedGatedFFN, GatedFFN
+from locas_ext.ops.types import stream_of
+from locas_ext.state.arena import SlotArena
+from locas_ext.state.memory_state import VALUE, MemoryState
 
 _ALIGNMENT = 8  # elements: rows of 16 bytes in half precision, which cuBLAS's fastest kernels ask for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,8 +9,7 @@ the `used` ones are zero.
 import torch
 from torch import Tensor, nn
 
-from .fused import SlotFactors
-from .kernels import SlotViews
+from locas_ext.ops.types import SlotFactors, SlotViews
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from locas_ext.ops.types import SlotFactors
+
 from .arena import OPTIMIZER_STATES, SlotArena
-from .fused import SlotFactors
 
 # Where the planes of slots [..., planes, r, d] are, counted from the end: Locas-MLP has no gate.
 GATE, KEY, VALUE = -3, -2, -1

@@ -17,13 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
-from .arena import OPTIMIZER_STATES
-from .config import LocasConfig
-from .errors import LocasError
-from .hosts import Host
-from .patch import Attachment
-from .stream import Stream
-from .version import __version__
+from locas_ext.config import LocasConfig
+from locas_ext.errors import LocasError
+from locas_ext.hosts.fingerprint import fingerprint
+from locas_ext.hosts.registry import Host
+from locas_ext.state.arena import OPTIMIZER_STATES
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.stream import Stream
+from locas_ext.version import __version__
+
+from .files import write_atomically
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "locas_config.json"
@@ -37,49 +40,9 @@ _RECORD = {
 
 
 # ---- which host ------------------------------------------------------------------------------------------------
-def fingerprint(host: Host) -> dict:
-    """What a memory's host must be: type, sizes, and a hash over weights sampled from every FFN.
-
-    The samples are rounded to bfloat16 first, so one checkpoint has one fingerprint whether it is loaded in float32
-    or bfloat16.
-    """
-    digest, like = hashlib.sha256(), host.hidden_state_like()
-    for ffn in host.ffns:
-        weight = ffn.input_rows(like)[0].detach().reshape(-1)
-        samples = weight[:: max(1, weight.numel() // 64)].to("cpu", torch.bfloat16)
-        digest.update(samples.view(torch.int16).numpy().tobytes())
-    return {
-        "model_type": host.config.model_type,
-        "hidden_size": host.hidden_size,
-        "intermediate_size": host.intermediate_size,
-        "num_hidden_layers": len(host.ffns),
-        "vocab_size": host.vocab_size,
-        "weights_sha256": digest.hexdigest(),
-    }
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is either the old one or the whole new one, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_folder(folder: Path) -> None:
@@ -113,19 +76,20 @@ def _keep_previous(folder: Path) -> None:
             shutil.copyfile(memory_file, previous)
 
 
-def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
+def save(
+    state: MemoryState, config: LocasConfig, host: Host, stream: Stream | None, path: str | Path, optimizer: bool
+) -> None:
     """See `Memory.save_pretrained`."""
-    folder, state = Path(path), attachment.state
+    folder = Path(path)
     state.sync()
     tensors = state.tensors(optimizer)
     content = serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    stream = attachment.stream
     record = {
         "format_version": FORMAT_VERSION,
         "locas_ext_version": __version__,
-        "config": attachment.config.to_dict(),
+        "config": config.to_dict(),
         "layers": list(state.layers),
-        "host": fingerprint(attachment.host),
+        "host": fingerprint(host),
         "memory_version": state.version,
         "initialized": state.initialized,
         "slots_used": state.used,
@@ -247,20 +211,20 @@ def _short(value) -> str:
     return repr(value[:12] + "..." if isinstance(value, str) and len(value) > 40 else value)
 
 
-def load(attachment: Attachment, path: str | Path) -> None:
-    """See `Memory.load`. Everything is checked before the first change."""
-    folder, state = Path(path), attachment.state
+def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> Stream | None:
+    """See `Memory.load`. Everything is checked before the first change. Returns the saved place in a text, if any."""
+    folder = Path(path)
     record = _read_record(folder)
     tensors = _read_tensors(folder, record)
-    saved_host, host = record["host"], fingerprint(attachment.host)
-    different = [name for name in host if saved_host.get(name) != host[name]]
+    saved_host, attached_host = record["host"], fingerprint(host)
+    different = [name for name in attached_host if saved_host.get(name) != attached_host[name]]
     if different:
-        details = ", ".join(f"{name} {_short(saved_host.get(name))} there, {_short(host[name])} here" for name in different)
+        details = ", ".join(f"{name} {_short(saved_host.get(name))} there, {_short(attached_host[name])} here" for name in different)
         raise LocasError(f"{folder} is a memory of another host: {details}")
     if record["layers"] != list(state.layers):
         raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(state.layers)}")
     for name in ("variant", "rank"):
-        mine = getattr(attachment.config, name)
+        mine = getattr(config, name)
         if record["config"][name] != mine:
             raise LocasError(f"{folder} has {name} {record['config'][name]!r}; attached is {mine!r}")
     allowed = {"slots", "scale", "step", *OPTIMIZER_STATES}
@@ -283,4 +247,4 @@ def load(attachment: Attachment, path: str | Path) -> None:
     stream = _stream(record)
 
     state.load(tensors, record["memory_version"], record["slots_used"])
-    attachment.stream = stream
+    return stream

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint import fingerprint
-from .patch import Attachment
-from .stream import Stream
+from locas_ext.hosts.fingerprint import fingerprint
+from locas_ext.hosts.registry import Host
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,24 @@ class Snapshot:
     stream: Stream | None
 
 
-def take(attachment: Attachment) -> Snapshot:
+def take(state: MemoryState, host: Host, stream: Stream | None) -> Snapshot:
     """See `Memory.snapshot`."""
-    state = attachment.state
     state.sync()
     return Snapshot(
         layers=state.layers,
-        host=fingerprint(attachment.host),
+        host=fingerprint(host),
         tensors={name: tensor.clone() for name, tensor in state.tensors().items()},
         memory_version=state.version,
         slots_used=state.used,
-        stream=copy.deepcopy(attachment.stream),
+        stream=copy.deepcopy(stream),
     )
 
 
-def restore(attachment: Attachment, snapshot: Snapshot) -> None:
-    """See `Memory.restore`."""
+def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> Stream | None:
+    """See `Memory.restore`. Returns where the memory then stands in its text."""
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"snapshot is {type(snapshot).__name__}; expected what Memory.snapshot() returned")
-    state, host = attachment.state, fingerprint(attachment.host)
-    if different := [name for name in host if snapshot.host.get(name) != host[name]]:
+    if different := [name for name, value in fingerprint(host).items() if snapshot.host.get(name) != value]:
         raise ValueError(f"the snapshot is of another host: {', '.join(different)} differ")
     shape = snapshot.tensors["slots"].shape
     rows = shape[2] if state.grows else state.rank
@@ -52,7 +51,7 @@ def restore(attachment: Attachment, snapshot: Snapshot) -> None:
             f"attached are {list(state.shape)} in layers {list(state.layers)}"
         )
     state.load(snapshot.tensors, snapshot.memory_version, snapshot.slots_used)
-    attachment.stream = copy.deepcopy(snapshot.stream)
+    return copy.deepcopy(snapshot.stream)
 
 
 def copy_sharing_weights(model: torch.nn.Module) -> torch.nn.Module:

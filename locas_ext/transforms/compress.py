@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from locas_ext.state.memory_state import KEY, VALUE, MemoryState
+
 from .nl_svd import nl_svd
-from .patch import Attachment
-from .slots import KEY, VALUE
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,13 @@ class CompressReport:
     dtype: str
 
 
-def compress_slots(attachment: Attachment, rank: int, threshold: float = 0.0) -> CompressReport:
+def compress_slots(state: MemoryState, activation: str, rank: int, threshold: float = 0.0) -> CompressReport:
     """Puts at most `rank` slots a layer in the place of the used ones; the capacity stays. One update.
 
     ValueError, with the memory unchanged, for what nl_svd does not take.
     """
-    state = attachment.state
     before = state.used
     layers = state.in_layer_order(lambda arena: arena.slots[:, :, :before])
-    activation = attachment.ffns[0].activation
     compressed = [nl_svd(slots[KEY], slots[VALUE], rank, activation, threshold) for slots in layers]
     device = state.arenas[0].slots.device
     slots = torch.zeros(len(layers), state.planes, state.capacity, state.hidden_size, device=device)
@@ -55,9 +53,8 @@ def compress_slots(attachment: Attachment, rank: int, threshold: float = 0.0) ->
     )
 
 
-def compress(attachment: Attachment, rank: int, threshold: float) -> CompressReport:
+def compress(state: MemoryState, activation: str, rank: int, threshold: float) -> CompressReport:
     """See `Memory.compress`."""
-    state = attachment.state
     state.sync()
     if not state.grows:
         raise ValueError("compress: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be compressed")
@@ -72,6 +69,6 @@ def compress(attachment: Attachment, rank: int, threshold: float) -> CompressRep
         warnings.warn(
             f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
         )
-    report = compress_slots(attachment, rank, threshold)
+    report = compress_slots(state, activation, rank, threshold)
     state.resize(report.slots_used)
     return report

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .host_ffn import Packed, put_in
-from .hosts import Host, inspect_host
-from .patch import Attachment
-from .slots import VALUE
+from locas_ext.hosts.ffn import Packed, put_in
+from locas_ext.hosts.registry import Host, inspect_host
+from locas_ext.state.memory_state import VALUE, MemoryState
 
 ORIGINAL_WIDTH_KEY = "locas_unmerged_intermediate_size"
 
@@ -35,11 +34,10 @@ def _resize(host: Host, packed: list[Packed], width: int) -> None:
 
 
 @torch.no_grad()
-def merge(attachment: Attachment, pad_to_multiple_of: int):
+def merge(host: Host, state: MemoryState, pad_to_multiple_of: int):
     """See `Memory.merge_and_unload`."""
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
-    host, state = attachment.host, attachment.state
     if state.grows and host.is_gated:
         raise ValueError(
             "cannot merge: a neuron of the host's gated FFN has a gate row and an up row, and a slot of Locas-MLP one key "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import activate, activation_index
+from locas_ext.ops.activations import activate, activation_index
 
 # The largest |act'| of each activation, rounded up, by activation_index.
 _LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0)

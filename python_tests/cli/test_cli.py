@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from locas_ext.cli.tasks.selftest import self_test
 
 import locas_ext
 from locas_ext.cli import main
-from locas_ext.tasks.assets import load_model, read_book
-from locas_ext.tasks.curve import local_gain, running_perplexity
-from locas_ext.tasks.selftest import self_test
-from locas_ext.tasks.truncation import truncation
+from locas_ext.evaluation.assets import load_model, read_book
+from locas_ext.evaluation.curve import local_gain, running_perplexity
+from locas_ext.evaluation.methods.truncation import truncation
 
 LOCAS = Path(sys.executable).with_name("locas")
 

@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from helpers import save_host, tiny_opt
 from safetensors.torch import load_file
+from support.helpers import save_host, tiny_opt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.cli import main
-from locas_ext.tasks.assets import ASSETS, MODEL
+from locas_ext.evaluation.assets import ASSETS, MODEL
 
 WINDOW = ["--window", "64", "--stride", "32", "--rank", "4", "--device", "cpu"]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "simt-asan"  # kept, so that a second run compiles only what changed
 
 # The cmake and ninja installed beside this Python come before the system's, which may be too old.

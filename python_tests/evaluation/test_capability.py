@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_host, learned, logits_of, random_ids, snapshot, tiny_model
+from support.helpers import assert_same_host, learned, logits_of, random_ids, snapshot, tiny_model
 
 import locas_ext as locas
 from locas_ext.cli import main
+from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.evaluation.capability import bootstrap, command, distributions, held_out
+from locas_ext.evaluation.capability.bootstrap import interval, resampled_sums
+from locas_ext.evaluation.methods.truncation import truncation
+from locas_ext.evaluation.report.capability import capability_sections, detached_verdict
 from locas_ext.memory import Memory
-from locas_ext.tasks import bootstrap, capability, distributions, held_out
-from locas_ext.tasks.assets import ASSETS, MODEL
-from locas_ext.tasks.bootstrap import interval, resampled_sums
-from locas_ext.tasks.capability_report import capability_sections, detached_verdict
-from locas_ext.tasks.truncation import truncation
 
 
 # ---- the bootstrap ---------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_a_host_that_detach_did_not_give_back_is_found_and_placed(saved, monkeyp
     detached = held_out.measure(model, folder, ids, 8, merged=False)[-1]
     assert detached.difference == (24, 32)
     assert [math.isnan(row[4]) for row in detached.windows] == [False, False, False, True, True]
-    record = capability._text_record("a.txt", detached, seed=0)
+    record = command._text_record("a.txt", detached, seed=0)
     assert record["kl"] is None and record["kl_interval"] is None and not record["same_bits_as_host"]
     json.dumps(record, allow_nan=False)
     is_host, sentence = detached_verdict([record])
@@ -223,7 +223,7 @@ def test_texts_and_windows_that_do_not_fit_are_refused(saved, ids, window):
 # ---- records ---------------------------------------------------------------------------------------------------
 def test_a_record_says_what_the_windows_say():
     windows = [[8, 20.0, 1.0, 7, 0.5], [8, 18.0, -0.5, 8, 0.25], [4, 9.0, 0.25, 3, 0.125]]
-    record = capability._text_record("a.txt", held_out.StateScores("attached", windows, (1, 8)), seed=0)
+    record = command._text_record("a.txt", held_out.StateScores("attached", windows, (1, 8)), seed=0)
     assert record["tokens"] == 20 and record["windows"] == 3
     assert record["perplexity"] == pytest.approx(math.exp(47 / 20))
     assert record["perplexity_ratio"] == pytest.approx(math.exp(0.75 / 20))
@@ -235,7 +235,7 @@ def test_a_record_says_what_the_windows_say():
 
 
 def test_one_window_has_no_interval():
-    record = capability._text_record("a.txt", held_out.StateScores("host", [[8, 20.0, 0.0, 8, 0.0]]), seed=0)
+    record = command._text_record("a.txt", held_out.StateScores("host", [[8, 20.0, 0.0, 8, 0.0]]), seed=0)
     assert record["perplexity_interval"] is None and record["perplexity"] == pytest.approx(math.exp(20 / 8))
 
 
@@ -266,19 +266,19 @@ def run(capsys, files, *arguments, memory="memory"):
 def test_the_command_writes_results_and_report_and_takes_up_where_it_was(files, tmp_path, capsys, monkeypatch):
     texts = ["--held-out", files / "a.txt", "--held-out", files / "b.txt"]
     out = tmp_path / "out"
-    measure = capability.measure
+    measure = command.measure
 
     def interrupted(model, folder, ids, window, merged):
         if (out / "results.json").exists() and json.loads((out / "results.json").read_text())["records"]:
             raise KeyboardInterrupt
         return measure(model, folder, ids, window, merged)
 
-    monkeypatch.setattr(capability, "measure", interrupted)
+    monkeypatch.setattr(command, "measure", interrupted)
     status, _, err = run(capsys, files, *texts, "--out", out)
     assert status == 130 and "4 records are kept" in err
     first = json.loads((out / "results.json").read_text())["records"]
 
-    monkeypatch.setattr(capability, "measure", measure)
+    monkeypatch.setattr(command, "measure", measure)
     status, printed, _ = run(capsys, files, *texts, "--out", out)
     assert status == 0 and "after detach() every bit of the logits is the host's" in printed
     results = json.loads((out / "results.json").read_text())
@@ -299,7 +299,7 @@ def test_the_command_writes_results_and_report_and_takes_up_where_it_was(files, 
     report = (out / "report.md").read_text()
     assert "# Capability: tiny-glu" in report and "all texts" in report and f"{attached['perplexity']:.3f}" in report
 
-    monkeypatch.setattr(capability, "measure", None)  # all is there already
+    monkeypatch.setattr(command, "measure", None)  # all is there already
     assert run(capsys, files, *texts, "--out", out)[0] == 0
     status, _, err = run(capsys, files, *texts, "--out", out, "--seed", 1)
     assert status == 2 and "seed was 0, is 1" in err
@@ -459,7 +459,7 @@ def test_the_report_of_several_runs_says_which_run_each_table_is_of():
     def record(state, run, same):
         windows = [[8, 20.0, 1.0, 7, 0.5], [8, 18.0, -0.5, 8, 0.25]]
         scores = held_out.StateScores(state, windows, None if same else (8, 16))
-        return capability._text_record("a.txt", scores, seed=0) | {"run": run}
+        return command._text_record("a.txt", scores, seed=0) | {"run": run}
 
     records = [record("host", "one", True), record("detached", "one", True), record("detached", "two", False)]
     lines = "\n".join(capability_sections({"settings": {}, "records": records}, None))

@@ -6,18 +6,20 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support.helpers import assert_same_host, random_ids, save_host, snapshot, tiny_model, tiny_opt
+from support.locomo_samples import KITES, listed, long_dialogue
 from transformers import AutoTokenizer
 
 import locas_ext as locas
-from helpers import assert_same_host, random_ids, save_host, snapshot, tiny_model, tiny_opt
 from locas_ext.cli import main
-from locas_ext.tasks import locomo, locomo_answers, locomo_scoring, report, results
-from locas_ext.tasks.assets import MODEL
-from locas_ext.tasks.locomo_answers import Prompts, answer, make_prompts
-from locas_ext.tasks.locomo_data import read_dialogues
-from locas_ext.tasks.locomo_prompts import dialogue_text, question_text
-from locas_ext.tasks.temp_lora import lora, temp_lora
-from locomo_samples import KITES, listed, long_dialogue
+from locas_ext.evaluation import results
+from locas_ext.evaluation.assets import MODEL
+from locas_ext.evaluation.locomo import answers, command, scoring
+from locas_ext.evaluation.locomo.answers import Prompts, answer, make_prompts
+from locas_ext.evaluation.locomo.data import read_dialogues
+from locas_ext.evaluation.locomo.prompts import dialogue_text, question_text
+from locas_ext.evaluation.methods.temp_lora import lora, temp_lora
+from locas_ext.evaluation.report import build
 
 NEW_TOKENS = 8
 OPTIONS = ["--window", "64", "--stride", "16", "--rank", "4", "--scale", "host", "--learning-rate", "0.05"]
@@ -131,7 +133,7 @@ def test_a_bos_token_comes_first_where_the_tokenizer_puts_one(tokenizer, data):
     assert make_prompts(WithBos(), dialogue, False, 300, 8).context.tolist() == [7]
     plain, with_bos = (make_prompts(each, dialogue, True, 300, 8).context.tolist() for each in (tokenizer, WithBos()))
     assert with_bos == [7, *plain]
-    assert locomo_answers.starts_with_bos(WithBos()) and not locomo_answers.starts_with_bos(tokenizer)
+    assert answers.starts_with_bos(WithBos()) and not answers.starts_with_bos(tokenizer)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def test_a_bos_token_comes_first_where_the_tokenizer_puts_one(tokenizer, data):
 def finished(data, host_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "run"
     status = main(["locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods",
-                   ",".join(locomo.METHODS), *OPTIONS])
+                   ",".join(command.METHODS), *OPTIONS])
     assert status == 0
     return out
 
@@ -160,9 +162,9 @@ def having_read(model, ids, memory_name):
         yield
 
 
-@pytest.mark.parametrize("method", locomo.METHODS)
+@pytest.mark.parametrize("method", command.METHODS)
 def test_every_method_answers_as_generate_does_after_the_same_reading(method, finished, data, host_folder, tokenizer):
-    model, _ = locomo.load_host(str(host_folder), None, "cpu")
+    model, _ = command.load_host(str(host_folder), None, "cpu")
     context, _, memory_name = method.partition("+")
     lines = predictions(finished, method)
     at = 0
@@ -178,10 +180,10 @@ def test_every_method_answers_as_generate_does_after_the_same_reading(method, fi
             expected = {
                 "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
                 "gold": question.answer, "prediction": prediction, "cut_tokens": prompts.cut_tokens,
-                "f1": locomo_scoring.official_score(question, prediction),
+                "f1": scoring.official_score(question, prediction),
             }
             if question.category == 5:
-                trap_f1 = locomo_scoring.trap_score(question, prediction)
+                trap_f1 = scoring.trap_score(question, prediction)
                 expected |= {"trap": question.trap, "trap_f1": trap_f1}
             assert lines[at] == expected
             at += 1
@@ -189,18 +191,18 @@ def test_every_method_answers_as_generate_does_after_the_same_reading(method, fi
 
 
 def test_memory_and_context_both_show_in_the_answers(finished):
-    answers = {method: [line["prediction"] for line in predictions(finished, method)] for method in locomo.METHODS}
+    answers = {method: [line["prediction"] for line in predictions(finished, method)] for method in command.METHODS}
     assert len(set(map(tuple, answers.values()))) == len(answers)
 
 
 def test_results_hold_settings_scores_cuts_and_the_control(finished):
     content = results.read(finished)
     settings = content["settings"]
-    assert settings["command"] == "locomo" and settings["methods"] == list(locomo.METHODS)
+    assert settings["command"] == "locomo" and settings["methods"] == list(command.METHODS)
     assert settings["window"] == 64 and settings["stride"] == 16 and settings["seed"] == 0
     assert "Short answer" in settings["prompts"]["question"]
     records = {(record["method"], record["dialogue"]): record for record in content["records"]}
-    assert set(records) == {(m, d) for m in (*locomo.METHODS, "all-refuse") for d in ("kites", "long")}
+    assert set(records) == {(m, d) for m in (*command.METHODS, "all-refuse") for d in ("kites", "long")}
     for (method, dialogue), record in records.items():
         lines = [line for line in predictions(finished, method) if line["dialogue"] == dialogue]
         assert record["questions"] == len(lines) == {"kites": 6, "long": 3}[dialogue]
@@ -217,7 +219,7 @@ def test_results_hold_settings_scores_cuts_and_the_control(finished):
 def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
     text = (finished / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == "| category | n | " + " | ".join([*locomo.METHODS, "all-refuse"]) + " |"
+    assert rows[0] == "| category | n | " + " | ".join([*command.METHODS, "all-refuse"]) + " |"
     assert [row.split(" | ")[:2] for row in rows[2:8]] == [
         ["| 1 multi-hop", "2"], ["| 2 temporal", "1"], ["| 3 open-domain", "1"], ["| 4 single-hop", "2"],
         ["| 5 adversarial", "3"], ["| 5, minus trap F1", "3"],
@@ -229,29 +231,29 @@ def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
     assert f"- full-context, dialogue long: {cut:,} tokens" in text and "Short answer:" in text
     other = tmp_path / "other"
     shutil.copytree(finished, other)
-    merged = report.merge_reports([finished, other], tmp_path / "merged").read_text()
+    merged = build.merge_reports([finished, other], tmp_path / "merged").read_text()
     assert merged.count("| category | n |") == 2 and f"({other.name})" in merged
 
 
 def test_the_table_fits_a_narrow_console(finished, capsys, data, host_folder):
-    status, out, _ = run(capsys, data, host_folder, finished, ",".join(locomo.METHODS))
+    status, out, _ = run(capsys, data, host_folder, finished, ",".join(command.METHODS))
     assert status == 0
     assert "…" not in out and "5 adversarial" in out and max(map(len, out.splitlines()[:16])) <= 80
 
 
 def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_folder, tmp_path, capsys, monkeypatch):
-    methods, out = ",".join(locomo.METHODS), tmp_path / "run"
+    methods, out = ",".join(command.METHODS), tmp_path / "run"
     calls = []
 
     def ends_in_the_second_dialogue(*arguments):
         calls.append(arguments)
-        if len(calls) == len(locomo.METHODS) + 2:
+        if len(calls) == len(command.METHODS) + 2:
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(locomo, "answer", ends_in_the_second_dialogue)
+    monkeypatch.setattr(command, "answer", ends_in_the_second_dialogue)
     status, _, err = run(capsys, data, host_folder, out, methods)
-    count = len(locomo.METHODS)
+    count = len(command.METHODS)
     assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "goes on" in err
     # as if it had been ended a moment earlier: predictions written, results not yet
     content = json.loads((out / "results.json").read_text())
@@ -261,7 +263,7 @@ def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_fold
     status, _, err = run(capsys, data, host_folder, out, methods)
     assert status == 0, err
     assert len(calls) == count + 2 + count  # the second dialogue's once more: one unrecorded, one ended
-    for method in (*locomo.METHODS, "all-refuse"):
+    for method in (*command.METHODS, "all-refuse"):
         assert predictions(out, method) == predictions(finished, method)
     key = lambda record: (record["method"], record["dialogue"])  # noqa: E731
     strip = lambda folder: sorted(  # noqa: E731
@@ -274,7 +276,7 @@ def test_a_memory_is_fresh_for_every_dialogue(finished, data, host_folder, tmp_p
     """The second dialogue alone gives the answers it gave after the first."""
     alone = tmp_path / "alone.json"
     alone.write_text(json.dumps([json.loads(data.read_text())[1]]))
-    memories = [method for method in locomo.METHODS if "+" in method]
+    memories = [method for method in command.METHODS if "+" in method]
     assert run(capsys, alone, host_folder, tmp_path / "run", ",".join(memories))[0] == 0
     for method in memories:
         assert predictions(tmp_path / "run", method) == [
@@ -294,15 +296,15 @@ def test_a_two_layer_host_answers_with_a_memory_of_its_kind(data, tokenizer, tmp
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, monkeypatch, fail):
-    model, tokenizer = locomo.load_host(str(host_folder), None, "cpu")
+    model, tokenizer = command.load_host(str(host_folder), None, "cpu")
     before = snapshot(model)
-    monkeypatch.setattr(locomo, "load_host", lambda *arguments: (model, tokenizer))
-    memories = [method for method in locomo.METHODS if method.startswith("no-context+")]
+    monkeypatch.setattr(command, "load_host", lambda *arguments: (model, tokenizer))
+    memories = [method for method in command.METHODS if method.startswith("no-context+")]
     if fail:
         def broken(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(locomo, "answer", broken)
+        monkeypatch.setattr(command, "answer", broken)
     status, _, err = run(capsys, data, host_folder, tmp_path / "run", ",".join(memories))
     assert status == (130 if fail else 0), err
     assert_same_host(model, before)
@@ -336,11 +338,11 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 
 def test_a_folder_of_other_settings_or_other_data_is_refused(finished, data, host_folder, tmp_path, capsys):
     before = (finished / "results.json").read_bytes()
-    status, _, err = run(capsys, data, host_folder, finished, ",".join(locomo.METHODS), "--rank", 3)
+    status, _, err = run(capsys, data, host_folder, finished, ",".join(command.METHODS), "--rank", 3)
     assert status == 2 and "rank was 4, is 3" in err
     changed = tmp_path / "two.json"
     changed.write_text(data.read_text().replace("red kite", "blue kite"))
-    status, _, err = run(capsys, changed, host_folder, finished, ",".join(locomo.METHODS))
+    status, _, err = run(capsys, changed, host_folder, finished, ",".join(command.METHODS))
     assert status == 2 and "dialogues.kites was" in err
     assert (finished / "results.json").read_bytes() == before
 

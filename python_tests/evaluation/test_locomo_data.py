@@ -4,10 +4,10 @@ import copy
 import json
 
 import pytest
+from support.locomo_samples import KITES, listed, long_dialogue
 
-from locas_ext.tasks.locomo_data import Question, Session, Turn, read_dialogues
-from locas_ext.tasks.locomo_prompts import dialogue_text, question_text
-from locomo_samples import KITES, listed, long_dialogue
+from locas_ext.evaluation.locomo.data import Question, Session, Turn, read_dialogues
+from locas_ext.evaluation.locomo.prompts import dialogue_text, question_text
 
 
 def write(file, content):

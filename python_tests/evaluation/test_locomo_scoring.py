@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from locas_ext import LocasError
-from locas_ext.tasks import locomo_scoring as scoring
-from locas_ext.tasks.locomo_data import Question
+from locas_ext.evaluation.locomo import scoring as scoring
+from locas_ext.evaluation.locomo.data import Question
 
 
 def question(category, answer=None, trap=None):

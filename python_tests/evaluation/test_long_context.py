@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import chunk_bounds, random_ids, tiny_model, truncated_nll
+from support.helpers import chunk_bounds, random_ids, tiny_model, truncated_nll
 
-from locas_ext.tasks.long_context import long_context
-from locas_ext.tasks.truncation import truncation
+from locas_ext.evaluation.methods.long_context import long_context
+from locas_ext.evaluation.methods.truncation import truncation
 
 SHAPES = {"fits": (40, 64, 8), "just": (41, 41, 7), "scrolls": (61, 30, 7), "stride 1": (12, 5, 1), "odd": (47, 17, 17)}
 

@@ -7,19 +7,20 @@ import sys
 
 import pytest
 import torch
-from helpers import chunk_bounds, tiny_model, tiny_opt, truncated_nll
+from support.helpers import chunk_bounds, tiny_model, tiny_opt, truncated_nll
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.config import INITS
+from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.evaluation.curve import running_perplexity
+from locas_ext.evaluation.inputs import read_text
+from locas_ext.evaluation.methods import registry
+from locas_ext.evaluation.methods.arm import METHODS
+from locas_ext.evaluation.perplexity import jobs, parallel
+from locas_ext.evaluation.perplexity.ablations import PRESETS
 from locas_ext.memory import Chunk
-from locas_ext.tasks import jobs, methods, parallel
-from locas_ext.tasks.ablations import PRESETS
-from locas_ext.tasks.arms import METHODS
-from locas_ext.tasks.assets import ASSETS, MODEL
-from locas_ext.tasks.curve import running_perplexity
-from locas_ext.tasks.loading import read_text
 
 OPTIONS = ["--model", str(MODEL), "--window", "64", "--stride", "32", "--rank", "4", "--scale", "host",
            "--device", "cpu", "--temp-lora-rank", "2", "--temp-lora-lr", "1e-3", "--max-tokens", "300"]
@@ -162,7 +163,7 @@ def test_a_finished_study_is_not_run_again_and_other_settings_are_refused(study,
 
 
 def test_ctrl_c_keeps_the_finished_records_and_the_same_command_goes_on(texts, tmp_path, monkeypatch, capsys):
-    truncation, calls = methods.truncation, []
+    truncation, calls = registry.truncation, []
 
     def interrupted(*arguments, callback, **options):
         calls.append(len(calls))
@@ -171,7 +172,7 @@ def test_ctrl_c_keeps_the_finished_records_and_the_same_command_goes_on(texts, t
             raise KeyboardInterrupt
         return truncation(*arguments, callback=callback, **options)
 
-    monkeypatch.setattr(methods, "truncation", interrupted)
+    monkeypatch.setattr(registry, "truncation", interrupted)
     options = ["--methods", "truncation"]
     assert perplexity(texts[:2], tmp_path, *options) == 130
     assert "1 of 2 records are kept" in capsys.readouterr().err
@@ -226,7 +227,7 @@ def test_an_arm_that_fails_is_a_record_and_the_others_go_on(error, said, texts, 
         callback(Chunk(0, 32, 31, 62.0, 0))
         raise error
 
-    monkeypatch.setattr(methods, "long_context", failing)
+    monkeypatch.setattr(registry, "long_context", failing)
     assert perplexity(texts[:1], tmp_path, "--methods", "long-context,truncation") == 0
     failed, whole = results_of(tmp_path)["records"]
     assert failed["error"] == said and failed["tokens"] == 31 and failed["curve"] == [[32, math.exp(2)]]
@@ -239,7 +240,7 @@ def test_a_fault_of_the_program_is_no_result(texts, tmp_path, monkeypatch):
     def faulty(*arguments, **options):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(methods, "truncation", faulty)
+    monkeypatch.setattr(registry, "truncation", faulty)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         perplexity(texts[:1], tmp_path, "--methods", "truncation")
     assert results_of(tmp_path)["records"] == []
@@ -291,7 +292,7 @@ def test_presets_are_arms_of_their_own(name):
     assert len({(arm.method, *map(str, arm.settings.items())) for arm in arms}) == len(arms)
     for arm in arms:
         if arm.method == "locas":
-            methods.locas_config(arm.settings)  # settings that exist
+            registry.locas_config(arm.settings)  # settings that exist
         if arm.method == "temp-lora":
             assert arm.settings["alpha"] == arm.settings["rank"]
 

@@ -12,13 +12,13 @@ from matplotlib.image import imread
 
 from locas_ext import LocasError
 from locas_ext.cli import main
-from locas_ext.tasks import paper
-from locas_ext.tasks.frontier import Point, pareto_front
-from locas_ext.tasks.plot_curves import Curve, plot_curves, spread
-from locas_ext.tasks.plot_frontier import plot_frontier
-from locas_ext.tasks.plot_style import METHOD_COLORS, PAPER
-from locas_ext.tasks.report import merge_reports, write_report
-from locas_ext.tasks.tables import MISSING, ArmResults, collect_arms, escape, geometric_mean, tokens_text
+from locas_ext.evaluation.report import paper_figures
+from locas_ext.evaluation.report.build import merge_reports, write_report
+from locas_ext.evaluation.report.frontier import Point, pareto_front
+from locas_ext.evaluation.report.plots.curves import Curve, plot_curves, spread
+from locas_ext.evaluation.report.plots.frontier import plot_frontier
+from locas_ext.evaluation.report.plots.style import METHOD_COLORS, PAPER
+from locas_ext.evaluation.report.tables import MISSING, ArmResults, collect_arms, escape, geometric_mean, tokens_text
 
 MACHINE = {"processor": "a processor", "gpus": ["a GPU", "a GPU"], "threads": 2, "torch": "2.6.0"}
 SETTINGS = {
@@ -248,7 +248,7 @@ def test_the_papers_figures_stand_beside_the_methods_on_the_same_host(tmp_path):
     assert theirs == [
         (MISSING,) * 3, ("25.00", "5.5M", "1.4x"), ("25.22", "36.7M", "4.3x"), ("24.57", MISSING, "13.9x")
     ]
-    assert f"Paper: {paper.SOURCE}, host Qwen3-0.6B-Base." in text
+    assert f"Paper: {paper_figures.SOURCE}, host Qwen3-0.6B-Base." in text
     assert "Paper:" not in report(tmp_path, [record(arm="locas scale=paper")], model="Qwen/Qwen3-0.6B-Base")
     records[1]["arm_settings"]["rank"] = 32
     rows = tables(report(tmp_path, records, model="Qwen/Qwen3-0.6B-Base"))["Perplexity"]
@@ -261,7 +261,7 @@ def test_the_papers_figures_stand_beside_the_methods_on_the_same_host(tmp_path):
     (None, None),
 ])
 def test_a_host_is_the_papers_only_by_its_whole_name(model, host):
-    assert paper.same_host(model) == host
+    assert paper_figures.same_host(model) == host
 
 
 # ---- learning against forgetting -------------------------------------------------------------------------------
@@ -543,7 +543,7 @@ def test_bad_folders_and_arguments_are_one_line_and_a_status(tmp_path, capsys):
 
 
 def test_runs_of_different_commands_are_not_merged(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules["locas_ext.tasks.report"].SECTIONS, "other", lambda results, folder: ["other"])
+    monkeypatch.setitem(sys.modules["locas_ext.evaluation.report.build"].SECTIONS, "other", lambda results, folder: ["other"])
     a, b = save(tmp_path / "a", [record()]), save(tmp_path / "b", [{"x": 1}], command="other")
     status, line = complaint(capsys, a, b, "--out", tmp_path / "c")
     assert status == 2 and "a is of perplexity, b is of other" in line and not (tmp_path / "c").exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from locas_ext import LocasError
-from locas_ext.tasks import results
+from locas_ext.evaluation import results
 
 SETTINGS = {"window": 512, "methods": ("truncation", "locas"), "seed": 0}
 

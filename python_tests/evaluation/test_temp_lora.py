@@ -6,14 +6,22 @@ import sys
 
 import pytest
 import torch
-from helpers import (
-    TEXT, assert_same_host, chunk_bounds, logits_of, random_ids, snapshot, tiny_model, tiny_opt, truncated_nll,
+from support.helpers import (
+    TEXT,
+    assert_same_host,
+    chunk_bounds,
+    logits_of,
+    random_ids,
+    snapshot,
+    tiny_model,
+    tiny_opt,
+    truncated_nll,
     window_begin,
 )
 
 from locas_ext import LocasError
-from locas_ext.tasks.temp_lora import lora, temp_lora
-from locas_ext.tasks.truncation import truncation
+from locas_ext.evaluation.methods.temp_lora import lora, temp_lora
+from locas_ext.evaluation.methods.truncation import truncation
 
 
 def linear_layers(model):

@@ -7,50 +7,11 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
+from support.helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
+from support.hosts import HOST_SETTINGS, LEARN, TWO_LAYER, config_for, tiny
 
 import locas_ext as locas
-from locas_ext.hosts import HOSTS
-
-# Settings beyond the common ones that a family needs, or that make it harder.
-SETTINGS = {
-    "gemma": {"hidden_act": "gelu_pytorch_tanh"},
-    "gemma2": {"sliding_window": 16},
-    "gemma3_text": {"sliding_window": 16},
-    "glm4": {},
-    "gpt2": {"n_inner": 48},
-    "gpt_neox": {},
-    "granite": {"mlp_bias": True},
-    "llama": {"mlp_bias": True},
-    "mistral": {"sliding_window": 16},
-    "olmo2": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1},
-    "phi": {"hidden_act": "gelu_new"},
-    "phi3": {},
-    "qwen2": {},
-    "qwen3": {},
-    "smollm3": {"mlp_bias": True},
-}
-TWO_LAYER = ("gpt2", "gpt_neox", "opt", "phi")
-LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
-
-
-def tiny(model_type, seed=0, **settings):
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(
-        model_type, vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        **{"num_hidden_layers": 2, **SETTINGS.get(model_type, {}), **settings},
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def config_for(family):
-    return locas.LocasConfig(rank=4, scale=0.5, variant="mlp" if family in TWO_LAYER else "glu")
+from locas_ext.hosts.registry import HOSTS
 
 
 def width_of(model):
@@ -58,10 +19,10 @@ def width_of(model):
 
 
 def test_every_family_of_the_table_is_tested():
-    assert set(SETTINGS) == set(HOSTS)
+    assert set(HOST_SETTINGS) == set(HOSTS)
 
 
-@pytest.mark.parametrize("family", sorted(SETTINGS))
+@pytest.mark.parametrize("family", sorted(HOST_SETTINGS))
 def test_the_life_of_a_memory(family, tmp_path):
     model = tiny(family)
     before, ids = snapshot(model), TEXT
@@ -117,7 +78,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 
 def test_merged_checkpoints_of_all_families_need_no_locas_ext(tmp_path):
-    for family in SETTINGS:
+    for family in HOST_SETTINGS:
         model = tiny(family)
         memory = locas.attach(model, config_for(family))
         memory.memorize(TEXT, **LEARN)
@@ -126,10 +87,10 @@ def test_merged_checkpoints_of_all_families_need_no_locas_ext(tmp_path):
         torch.save((TEXT, attached), tmp_path / family / "expected.pt")
     run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == sorted(SETTINGS)
+    assert run.stdout.split() == sorted(HOST_SETTINGS)
 
 
-@pytest.mark.parametrize("family", sorted(set(SETTINGS) - set(TWO_LAYER)))
+@pytest.mark.parametrize("family", sorted(set(HOST_SETTINGS) - set(TWO_LAYER)))
 def test_the_fused_ffn_is_the_host_plus_the_memory(family):
     model = tiny(family)
     memory = locas.attach(model, config_for(family))

@@ -4,24 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import TEXT, act_formula, assert_same_host, attached, logits_of, snapshot
-from test_families import LEARN, TWO_LAYER, config_for, tiny
+from support.helpers import TEXT, act_formula, assert_same_host, attached, logits_of, snapshot
+from support.hosts import LEARN, TWO_LAYER, activation_of, config_for, projections, tiny
 
 import locas_ext as locas
-
-NAMES = {"gpt2": ("c_fc", "c_proj"), "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"), "opt": ("fc1", "fc2"), "phi": ("fc1", "fc2")}
-
-
-def projections(model):
-    """(first, last) of each layer, found by their names alone."""
-    first, last = NAMES[model.config.model_type]
-    modules = dict(model.named_modules())
-    return [(modules[name], modules[name[: -len(first)] + last]) for name in modules if name.split(".")[-1] == first]
-
-
-def activation_of(model):
-    config = model.config
-    return config.activation_function if hasattr(config, "activation_function") else config.hidden_act
 
 
 def hooked_twin(model, memory):

@@ -9,11 +9,12 @@ import warnings
 
 import pytest
 import torch
-from helpers import TEXT, logits_of, random_ids, tiny_model
-from test_families import TWO_LAYER, tiny
+from support.helpers import TEXT, logits_of, random_ids, tiny_model
+from support.hosts import TWO_LAYER, tiny
 
 import locas_ext as locas
-from locas_ext import _C, graph_step
+from locas_ext import _C
+from locas_ext.learning import cuda_graph
 
 no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
 IDS = random_ids(20, seed=5)
@@ -25,9 +26,9 @@ SETTINGS = dict(window=24, stride=7, learning_rate=1e-2, progress=False)
 def device(request, monkeypatch):
     monkeypatch.delenv("LOCAS_CUDA_GRAPH", raising=False)
     if request.param == "cpu":
-        monkeypatch.setattr(graph_step, "_is_capturable", lambda device: True)
-        monkeypatch.setattr(graph_step, "rehearse", lambda work, device: work())
-        monkeypatch.setattr(graph_step, "capture", lambda work, device: work)
+        monkeypatch.setattr(cuda_graph, "_is_capturable", lambda device: True)
+        monkeypatch.setattr(cuda_graph, "rehearse", lambda work, device: work())
+        monkeypatch.setattr(cuda_graph, "capture", lambda work, device: work)
     return request.param
 
 
@@ -107,8 +108,8 @@ def test_two_layer_hosts(device, family, monkeypatch):
 def test_a_memory_that_grows_on_the_way(device, monkeypatch):
     """Slots written from a callback: the memory is another one, in another place, so the step is captured anew."""
     captures = []
-    capture = graph_step.capture
-    monkeypatch.setattr(graph_step, "capture", lambda *args: captures.append(1) or capture(*args))
+    capture = cuda_graph.capture
+    monkeypatch.setattr(cuda_graph, "capture", lambda *args: captures.append(1) or capture(*args))
 
     def run(memory, memorize):
         def callback(chunk):
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeypatch):
     model, memory = attached(device)
-    factor, gradient = torch.ones((), device=device), graph_step.gradient
+    factor, gradient = torch.ones((), device=device), cuda_graph.gradient
 
     def overflowing(attachment, *arguments):
         loss, arena = gradient(attachment, *arguments), attachment.state.arenas[0]
@@ -196,7 +197,7 @@ def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeyp
             tensor.mul_(factor)
         return loss
 
-    monkeypatch.setattr(graph_step, "gradient", overflowing)
+    monkeypatch.setattr(cuda_graph, "gradient", overflowing)
     kept = []
 
     def callback(chunk):
@@ -235,13 +236,13 @@ def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, rehome,
 @pytest.mark.parametrize("rehome", [False, True])
 def test_a_capture_that_fails_warns_once_and_loses_nothing(device, part, rehome, monkeypatch):
     memory, plain = attached(device, rehome=rehome)[1], attached(device, rehome=rehome)[1]
-    real = getattr(graph_step, part)
+    real = getattr(cuda_graph, part)
 
     def fails(work, device):
         real(work, device)
         raise RuntimeError("no graphs today")
 
-    monkeypatch.setattr(graph_step, part, fails)
+    monkeypatch.setattr(cuda_graph, part, fails)
     with pytest.warns(UserWarning, match="without a CUDA graph.*no graphs today") as warned:
         report = memory.memorize(TEXT, **SETTINGS)
     assert len(warned) == 1

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TEXT, assert_as_exact_as_torch, attached, tiny_model
+from support.helpers import TEXT, assert_as_exact_as_torch, attached, tiny_model
 from transformers import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from locas_ext.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
-from locas_ext.fast_norms import RMSNormFunction, fast_norms
+from locas_ext.learning.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
+from locas_ext.learning.fast_norms import RMSNormFunction, fast_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,8 +53,8 @@ def test_only_plain_norms_of_this_formula_are_replaced_and_given_back():
 @pytest.mark.parametrize("kept", [True, False])
 def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, kept, monkeypatch):
     if not kept:
-        monkeypatch.setattr("locas_ext.chunk_attention._KEPT", 0)
-    monkeypatch.setattr("locas_ext.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
+        monkeypatch.setattr("locas_ext.learning.chunk_attention._KEPT", 0)
+    monkeypatch.setattr("locas_ext.learning.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
     query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, size)
     key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, size)
     mask = torch.zeros(n, k).masked_fill(torch.ones(n, k).tril(k - n) == 0, -torch.inf)[None, None]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import FAMILIES, SETTINGS, TEXT, act_formula, attached, tiny_model
+from support.helpers import FAMILIES, SETTINGS, TEXT, act_formula, attached, tiny_model
 
 import locas_ext as locas
 

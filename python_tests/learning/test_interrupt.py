@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
+from support.helpers import SETTINGS, TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
 
 import locas_ext as locas
 
@@ -221,7 +221,7 @@ def test_sigint_to_a_process_saves_what_was_learned_and_the_run_resumes_to_the_b
         import torch
         sys.path.insert(0, sys.argv[1])
         torch.set_num_threads(1)
-        from helpers import SETTINGS, attached, repeated_text
+        from support.helpers import SETTINGS, attached, repeated_text
         memory = attached()[1]
         try:
             memory.memorize(repeated_text(16, 500), **SETTINGS, callback=lambda c: print(c.end, flush=True))
@@ -230,7 +230,7 @@ def test_sigint_to_a_process_saves_what_was_learned_and_the_run_resumes_to_the_b
             print("saved", memory.version, flush=True)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parent), str(tmp_path / "memory")],
+        [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parents[1]), str(tmp_path / "memory")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     try:

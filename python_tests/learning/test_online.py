@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from support.helpers import (
     FAMILIES,
     SETTINGS,
     TEXT,
@@ -25,8 +25,8 @@ from helpers import (
 )
 
 import locas_ext as locas
-from locas_ext.chunk import Window, chunk_logits
-from locas_ext.hosts import inspect_host
+from locas_ext.hosts.registry import inspect_host
+from locas_ext.learning.chunk import Window, chunk_logits
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
+from support.helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
 
 import locas_ext as locas
 

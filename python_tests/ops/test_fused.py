@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import locas_ext as locas
-from locas_ext import _C, fused, ops, reference
-from locas_ext.kernels import HostWeights, SlotViews
+from locas_ext import _C, ops, reference
+from locas_ext.ops.backends import cuda, slot_updates
+from locas_ext.ops.types import HostWeights, SlotFactors, SlotViews
 
 on_gpu = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available() or not fused.BUILT, reason="needs a CUDA device and a build with CUDA kernels"),
+    pytest.mark.skipif(not torch.cuda.is_available() or not cuda.BUILT, reason="needs a CUDA device and a build with CUDA kernels"),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -100,11 +101,11 @@ class TestPlumbing:
     def test_gradients_add_up_in_the_arena(self, tokens):
         case = Case(tokens, 256, 768, 24, torch.bfloat16)
         host, views = HostWeights(*case.host), SlotViews.of(case.slots)
-        _, saved = fused.glu_ffn_forward(case.x, host, views, 0.7, 0, save=True)
+        _, saved = cuda.glu_ffn_forward(case.x, host, views, 0.7, 0, save=True)
         arguments = (case.dy, case.x, saved, host, views, 0.7, 0, True)
-        _, once = fused.glu_ffn_backward(*arguments, None)
+        _, once = cuda.glu_ffn_backward(*arguments, None)
         arena = torch.full((3, 24, 256), 2.0, device="cuda")
-        _, none = fused.glu_ffn_backward(*arguments, arena)
+        _, none = cuda.glu_ffn_backward(*arguments, arena)
         assert none is None and torch.equal(arena, once + 2.0)
 
     @pytest.mark.parametrize("tokens", [4, 300])
@@ -186,7 +187,7 @@ class TestPlumbing:
         assert losses["fused"] < first / 2 and losses["fused"] == pytest.approx(losses["reference"], rel=0.1)
 
     def test_a_memory_learns_through_it(self):
-        from helpers import SETTINGS, TEXT, attached  # the small hosts of the other tests
+        from support.helpers import SETTINGS, TEXT, attached  # the small hosts of the other tests
 
         results = {}
         for backend in ("fused", "matmul"):
@@ -203,7 +204,7 @@ class TestPlumbing:
 
 # ---- the per-token update: the gradient stays in factors until the update forms it ----------------------------------
 def a_learning_memory(backend, dtype=torch.bfloat16, layers=None):
-    from helpers import attached  # the small hosts of the other tests
+    from support.helpers import attached  # the small hosts of the other tests
 
     model, memory = attached("llama")
     memory.detach()
@@ -217,14 +218,14 @@ class TestFactors:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
     def test_memorizing_learns_as_with_a_gradient_buffer(self, optimizer, dtype, monkeypatch):
-        from helpers import TEXT
+        from support.helpers import TEXT
 
         used, results = [], {}
-        for name in ("update_slots_", "sgd_slots_"):
-            original = getattr(fused, name)
-            monkeypatch.setattr(fused, name, lambda *a, original=original, **k: (used.append(1), original(*a, **k)))
+        for name in ("adamw_from_factors_", "sgd_from_factors_"):
+            original = getattr(slot_updates, name)
+            monkeypatch.setattr(slot_updates, name, lambda *a, original=original, **k: (used.append(1), original(*a, **k)))
         for factors in (True, False):
-            monkeypatch.setattr(fused, "MOST_FACTOR_TOKENS", 64 if factors else 0)
+            monkeypatch.setattr(slot_updates, "MOST_FACTOR_TOKENS", 64 if factors else 0)
             used.clear()
             _, memory = a_learning_memory("fused", dtype)
             rate = 0.02 if optimizer == "adamw" else 0.5
@@ -245,7 +246,7 @@ class TestFactors:
         gradient = torch.empty(layers, 3, rank, d, device="cuda", dtype=torch.float64)
         for layer in range(layers):
             parts = make(tokens, 16)[:, :rank], make(tokens, 16)[:, 2 : 2 + rank], make(tokens, rank), make(tokens, d), make(tokens, d)
-            factors.append(fused.SlotFactors())
+            factors.append(SlotFactors())
             factors[-1].keep(*parts)
             d_gate, d_key, hidden, x, dy = (t.double() for t in parts)
             gradient[layer] = torch.stack([d_gate.T @ x, d_key.T @ x, hidden.T @ dy])
@@ -254,7 +255,7 @@ class TestFactors:
         reference.update_slots_(exact[0], gradient * 0.25, exact[1], exact[2], torch.tensor(1), torch.tensor(0.01))
         copy, states = torch.empty_like(slots, dtype=torch.bfloat16), [torch.zeros_like(slots) for _ in range(2)]
         step, rate = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
-        fused.update_slots_(slots, factors, 0.25, *states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, copy)
+        slot_updates.adamw_from_factors_(slots, factors, 0.25, *states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, copy)
         for ours, truth in zip((slots, *states), exact):
             torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-6)
         assert torch.equal(copy, slots.bfloat16())
@@ -262,14 +263,14 @@ class TestFactors:
         assert bound >= gradient.norm()
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self, monkeypatch):
-        from helpers import TEXT
+        from support.helpers import TEXT
 
         _, memory = a_learning_memory("fused")
         memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
         before, version = memory.slots.clone(), memory.version
-        keep = fused.SlotFactors.keep
+        keep = SlotFactors.keep
         spoiled = lambda self, d_gate, *others: keep(self, d_gate * float("inf"), *others)
-        monkeypatch.setattr(fused.SlotFactors, "keep", spoiled)
+        monkeypatch.setattr(SlotFactors, "keep", spoiled)
         with pytest.raises(locas.LocasError, match="the gradient is not finite"):
             memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
         assert torch.equal(memory.slots, before) and memory.version == version
@@ -283,7 +284,7 @@ def test_the_memory_alone_is_refused():
 
 
 def test_a_float16_host_on_the_cpu_is_refused_at_attach():
-    from helpers import attached
+    from support.helpers import attached
 
     model, memory = attached("llama")
     memory.detach()

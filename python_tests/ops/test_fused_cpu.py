@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from support.cases import Case, fused, fused_formula
+from support.helpers import random_ids, tiny_model
 
 import locas_ext as locas
-from helpers import random_ids, tiny_model
-from locas_ext import _C, fused_cpu, kernels, ops
-from locas_ext.kernels import HostWeights, SlotViews
-from test_ops import Case, fused, fused_formula
+from locas_ext import _C
+from locas_ext.ops.backends import cpu, matmul, native_backend
+from locas_ext.ops.types import HostWeights, SlotViews
 
 DTYPES = [
-    pytest.param(dtype, id=str(dtype), marks=pytest.mark.skipif(dtype not in fused_cpu.DTYPES, reason="needs AVX-512"))
+    pytest.param(dtype, id=str(dtype), marks=pytest.mark.skipif(dtype not in cpu.DTYPES, reason="needs AVX-512"))
     for dtype in (torch.float32, torch.bfloat16)
 ]
 NATIVE = fused(0.37, "silu", backend="fused")
@@ -27,8 +28,8 @@ def operands(tokens, d, m, r, dtype, seed=0):
 
 
 def run(x, host, views, dy, needs_dx=True):
-    y, saved = fused_cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True, needs_dx=needs_dx)
-    return (y, *fused_cpu.glu_ffn_backward(dy, x, saved, host, views, 0.37, 0, needs_dx, None))
+    y, saved = cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True, needs_dx=needs_dx)
+    return (y, *cpu.glu_ffn_backward(dy, x, saved, host, views, 0.37, 0, needs_dx, None))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -49,7 +50,7 @@ def test_the_result_does_not_depend_on_the_threads(dtype, two_threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_dx_only_the_memorys_activations_are_kept(dtype):
     x, host, views, dy = operands(50, 40, 80, 6, dtype)
-    _, saved = fused_cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True, needs_dx=False)
+    _, saved = cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True, needs_dx=False)
     assert saved[0].shape == (2, 64, 6)
     _, dx, d_slots = run(x, host, views, dy, needs_dx=False)
     assert dx is None and torch.equal(d_slots, run(x, host, views, dy)[2])
@@ -58,9 +59,9 @@ def test_without_dx_only_the_memorys_activations_are_kept(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_is_added_in_place(dtype):
     x, host, views, dy = operands(30, 24, 34, 5, dtype)
-    _, saved = fused_cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True)
+    _, saved = cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True)
     grad = torch.full((3, 5, 24), 2.0)
-    assert fused_cpu.glu_ffn_backward(dy, x, saved, host, views, 0.37, 0, True, grad)[1] is None
+    assert cpu.glu_ffn_backward(dy, x, saved, host, views, 0.37, 0, True, grad)[1] is None
     torch.testing.assert_close(grad, run(x, host, views, dy)[2] + 2.0)
 
 
@@ -81,27 +82,27 @@ def test_strided_operands(dtype):
 
 def test_reading_and_learning_give_the_same_output():
     x, host, views, _ = operands(70, 32, 90, 8, torch.float32)
-    if torch.float32 not in fused_cpu.DTYPES:
+    if torch.float32 not in cpu.DTYPES:
         pytest.skip("needs AVX-512")
-    read = fused_cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=False)[0]
-    assert torch.equal(read, fused_cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True)[0])
+    read = cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=False)[0]
+    assert torch.equal(read, cpu.glu_ffn_forward(x, host, views, 0.37, 0, save=True)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_takes_it_from_two_tokens(dtype):
     weight = torch.zeros(16, 8, dtype=dtype)
-    assert ops.native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "auto") is fused_cpu
-    assert ops.native_backend("glu_ffn", torch.zeros(1, 8, dtype=dtype), weight, "auto") is kernels
-    assert ops.native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "matmul") is kernels
+    assert native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "auto") is cpu
+    assert native_backend("glu_ffn", torch.zeros(1, 8, dtype=dtype), weight, "auto") is matmul
+    assert native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "matmul") is matmul
 
 
 def test_a_memory_says_which_backend_it_uses():
     memory = locas.attach(tiny_model(), locas.LocasConfig(rank=4))
-    expected = "fused from 2 tokens, else matmul" if fused_cpu.DTYPES else "matmul"
+    expected = "fused from 2 tokens, else matmul" if cpu.DTYPES else "matmul"
     assert {entry.backend for entry in memory.status()} == {f"{expected}, whole"}
 
 
-@pytest.mark.skipif(not fused_cpu.DTYPES, reason="needs AVX-512")
+@pytest.mark.skipif(not cpu.DTYPES, reason="needs AVX-512")
 def test_a_memory_learns_the_same_through_both_backends():
     slots = {}
     for backend in ("fused", "matmul"):
@@ -111,22 +112,22 @@ def test_a_memory_learns_the_same_through_both_backends():
     torch.testing.assert_close(slots["fused"], slots["matmul"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(torch.bfloat16 not in fused_cpu.DTYPES, reason="needs AVX-512 BF16")
+@pytest.mark.skipif(torch.bfloat16 not in cpu.DTYPES, reason="needs AVX-512 BF16")
 def test_odd_sizes_in_bfloat16_are_refused_or_left_to_matmul():
     x, weight = torch.zeros(4, 9, dtype=torch.bfloat16), torch.zeros(16, 9, dtype=torch.bfloat16)
-    assert ops.native_backend("glu_ffn", x, weight, "auto") is kernels
+    assert native_backend("glu_ffn", x, weight, "auto") is matmul
     with pytest.raises(ValueError, match="even sizes in bfloat16; here hidden_size is 9 and intermediate_size 16"):
-        ops.native_backend("glu_ffn", x, weight, "fused")
-    assert fused_cpu.choice(x, 9, 16) == "matmul"
+        native_backend("glu_ffn", x, weight, "fused")
+    assert cpu.choice(x, 9, 16) == "matmul"
 
 
 def test_another_dtype_is_refused():
     x, weight = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(16, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="glu_ffn: backend is 'fused', but on "):
-        ops.native_backend("glu_ffn", x, weight, "fused")
+        native_backend("glu_ffn", x, weight, "fused")
 
 
-@pytest.mark.skipif(not fused_cpu.DTYPES, reason="needs AVX-512")
+@pytest.mark.skipif(not cpu.DTYPES, reason="needs AVX-512")
 def test_the_binding_checks_its_arguments():
     x, host, views, dy = operands(4, 8, 16, 3, torch.float32)
     y, grad = torch.empty(4, 8), torch.zeros(3, 3, 8)

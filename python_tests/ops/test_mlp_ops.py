@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, act_formula, act_torch, assert_as_exact_as_torch, plain_sideway_mlp
+from support.helpers import ACTIVATIONS, act_formula, act_torch, assert_as_exact_as_torch, plain_sideway_mlp
 
-from locas_ext import _C, kernels, ops, reference
-from locas_ext.activations import activation_index
-from locas_ext.autograd import SidewayMlpFunction
-from locas_ext.kernels import SlotViews
+from locas_ext import _C, ops, reference
+from locas_ext.ops.activations import activation_index
+from locas_ext.ops.autograd import SidewayMlpFunction
+from locas_ext.ops.backends import matmul
+from locas_ext.ops.types import SlotViews
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
@@ -233,9 +234,9 @@ def test_frozen_slots_cost_no_gradient_of_theirs():
     grad = torch.zeros(2, 9, 20)
     SidewayMlpFunction.apply(x, slots, views, 0.5, activation_index("relu"), grad[:, :5]).backward(dy)
     assert x.grad is not None and slots.grad is None and not grad.any()
-    y, pre = kernels.sideway_mlp_forward(x.detach(), views, 0.5, activation_index("relu"))
+    y, pre = matmul.sideway_mlp_forward(x.detach(), views, 0.5, activation_index("relu"))
     relu = activation_index("relu")
-    d_pre, d_slots = kernels.sideway_mlp_backward(dy, x.detach(), pre, views, 0.5, relu, False, None)
+    d_pre, d_slots = matmul.sideway_mlp_backward(dy, x.detach(), pre, views, 0.5, relu, False, None)
     assert d_slots is None and torch.equal(d_pre @ views.gate_key, x.grad)
 
 

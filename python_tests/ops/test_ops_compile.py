@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import logits_of, random_ids, repeated_text, tiny_model
+from support.helpers import logits_of, random_ids, repeated_text, tiny_model
 
 import locas_ext as locas
 from locas_ext import ops

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_exact_as_torch
+from support.helpers import assert_as_exact_as_torch
 
 from locas_ext import ops
 

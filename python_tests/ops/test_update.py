@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import relative_distance
+from support.helpers import relative_distance
 
 from locas_ext import _C, ops
 

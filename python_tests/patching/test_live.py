@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
+from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
 from transformers import DynamicCache
 
 OTHER = random_ids(40, seed=7)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers import (
+from support.helpers import (
     SETTINGS,
     TEXT,
     act_formula,
@@ -296,7 +296,7 @@ def test_weights_in_another_memorys_buffers_are_refused():
 
 
 def test_a_failure_while_moving_leaves_the_model_as_it_was(monkeypatch):
-    from locas_ext import rehome
+    from locas_ext.patching import rehome
 
     model = tiny_model()
     before, moved, move_in = snapshot(model), [], rehome.RehomedFFN.move_in

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, attached, learned, logits_of, relative_distance, tiny_model
+from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, relative_distance, tiny_model
 
 import locas_ext as locas
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, PlainMemory, attached, learned, logits_of, random_ids, relative_distance
+from support.helpers import SETTINGS, TEXT, PlainMemory, attached, learned, logits_of, random_ids, relative_distance
 
 import locas_ext as locas
 

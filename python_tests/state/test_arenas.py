@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from helpers import SETTINGS, TEXT, logits_of, tiny_model
+from support.helpers import SETTINGS, TEXT, logits_of, tiny_model
 
 import locas_ext as locas
-from locas_ext import patch as patch_module
-from locas_ext import slots as slots_module
+from locas_ext.patching import attachment as patch_module
+from locas_ext.state import memory_state as slots_module
 
 LAYERS = 5
 SPLITS = [[[0, 1], [2, 3, 4]], [[0, 2, 4], [1, 3]], [[0], [1], [2], [3], [4]]]

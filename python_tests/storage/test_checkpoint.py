@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import FAMILIES, SETTINGS, TEXT, attached, learned, logits_of, random_ids, tiny_model
 from safetensors.torch import load_file, save, save_file
+from support.helpers import FAMILIES, SETTINGS, TEXT, attached, learned, logits_of, random_ids, tiny_model
 
 import locas_ext as locas
 

@@ -43,7 +43,7 @@ def tiny_opt(vocab_size=61, positions=64):
 
 def save_host(model, folder):
     """-> the folder, with the model and the shipped tokenizer, as --model takes it."""
-    from locas_ext.tasks.assets import MODEL
+    from locas_ext.evaluation.assets import MODEL
 
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)

@@ -8,14 +8,29 @@ import warnings
 
 import pytest
 import torch
-from helpers import (
-    TEXT, act_formula, assert_same_host, chunk_bounds, logits_of, random_ids, snapshot, tiny_model, window_begin,
-)
 from safetensors.torch import load_file
-from test_families import TWO_LAYER, tiny
-from test_mlp_hosts import activation_of
-from test_write import (
-    IDS, SCALE, PlainWriter, assert_unchanged, breaking_gradient, everything, expected_slots, writable, written,
+from support.helpers import (
+    TEXT,
+    act_formula,
+    assert_same_host,
+    chunk_bounds,
+    logits_of,
+    random_ids,
+    snapshot,
+    tiny_model,
+    window_begin,
+)
+from support.hosts import TWO_LAYER, activation_of, tiny
+from support.writing import (
+    IDS,
+    SCALE,
+    PlainWriter,
+    assert_unchanged,
+    breaking_gradient,
+    everything,
+    expected_slots,
+    writable,
+    written,
 )
 
 import locas_ext as locas

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
+from support.helpers import (
     FAMILIES,
     SETTINGS,
     TEXT,

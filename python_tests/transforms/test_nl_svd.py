@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, act_formula
+from support.helpers import ACTIVATIONS, act_formula
 from torch.nn.functional import normalize
 
-from locas_ext.nl_svd import nl_svd
+from locas_ext.transforms.nl_svd import nl_svd
 
 # m, d, rank: more slots than dimensions, fewer, as many; full rank and rank 1.
 SHAPES = [

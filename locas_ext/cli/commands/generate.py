@@ -1,49 +1,27 @@
-"""`locas generate`: text from a model with a memory attached."""
+"""`locas generate`: its arguments and their help."""
 
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from transformers import TextStreamer, set_seed
+import typer
 
-from .. import memory as locas
-from .arguments import at_least
-from .loading import load_host, positions
+from locas_ext.cli.options import Device, Dtype, MaxNewTokens, Model, Seed
 
 
-def run_generate(
-    model: str,
-    memory: Path | None,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    dtype: str | None,
-    device: str | None,
-) -> str:
-    """Prints the continuation of `prompt` while it is made, and returns it.
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    model: Model,
+    memory: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote; without it: the host alone."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt with a memory attached."""
+    from locas_ext.cli.tasks.generate import run_generate
 
-    memory: a memory folder; None: the host alone. temperature: 0 takes the likeliest token each time.
-    Raises ValueError for an empty prompt or numbers out of range, and what loading raises.
-    """
-    at_least(1, max_new_tokens=max_new_tokens)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature is {temperature}; expected a number >= 0")
-    host, tokenizer = load_host(model, dtype, device)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(host.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("--prompt is empty; expected some text to go on from")
-    length, most = inputs["input_ids"].shape[1], positions(host)
-    if length + max_new_tokens > most:
-        raise ValueError(
-            f"--prompt is {length} tokens and --max-new-tokens {max_new_tokens}, but the model has {most} positions"
-        )
-    if memory is not None:
-        locas.load(host, memory)
-    set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode():
-        output = host.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling,
-        )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    run_generate(model, memory, prompt, max_new_tokens, temperature, seed, dtype, device)

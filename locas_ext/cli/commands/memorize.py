@@ -1,102 +1,67 @@
-"""`locas memorize`: streams texts through a model into a memory folder."""
+"""`locas memorize`: its arguments and their help."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from .. import memory as locas
-from ..checkpoint import CONFIG_NAME, check_folder, read_config
-from ..config import LocasConfig
-from ..memory import Chunk, MemorizeReport
-from . import Interrupted
-from .arguments import at_least
-from .loading import load_host, read_texts
-from .results import differences
-
-
-@dataclass(frozen=True)
-class MemorizeTask:
-    """The arguments of the command; `settings` are arguments of Memory.memorize."""
-
-    texts: list[Path]
-    model: str
-    out: Path
-    config: LocasConfig
-    settings: dict
-    resume: bool
-    save_every: int
-    dtype: str | None
-    device: str | None
+from locas_ext.cli.console import console
+from locas_ext.cli.options import (
+    Clip,
+    Device,
+    Dtype,
+    Epochs,
+    Init,
+    LearningRate,
+    Model,
+    Rank,
+    Scale,
+    Seed,
+    Stride,
+    Variant,
+    Window,
+)
+from locas_ext.config import LocasConfig
 
 
-def _check_settings(task: MemorizeTask) -> None:
-    """ValueError if the run that --out holds has another memory than the command line asks for."""
-    names = ("variant", "rank", "init", "scale", "clip", "seed")
-    configs = (read_config(task.out), task.config)
-    before, wanted = ({name: getattr(config, name) for name in names} for config in configs)
-    if different := differences(before, wanted):
-        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {different}")
+def memorize(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files, read one after another.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the memory goes: a new folder, or see --resume.")],
+    window: Window = None,
+    stride: Stride = None,
+    rank: Rank = 64,
+    learning_rate: LearningRate = 4e-3,
+    scale: Scale = "paper",
+    epochs: Epochs = 1,
+    init: Init = "topk",
+    variant: Variant = "glu",
+    clip: Clip = True,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    seed: Seed = 0,
+    update: Annotated[
+        str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")
+    ] = "backprop",
+    epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
+    capacity: Annotated[
+        int | None,
+        typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank."),
+    ] = None,
+    compress_to: Annotated[
+        int | None,
+        typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
+    save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Stream texts through a model into a memory."""
+    from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
 
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder exists and can be written, which is better noticed now than after the work; empty, it goes again."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        yield
-    finally:
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
-    """Memorizes, saving the memory every `save_every` chunks, at Ctrl-C and at the end, ready to be resumed.
-
-    Raises ValueError or OSError for arguments that do not fit, Interrupted at Ctrl-C.
-    """
-    saved = (task.out / CONFIG_NAME).exists()
-    if saved and not task.resume:
-        raise ValueError(f"{task.out} already holds a memory; --resume goes on with it, or choose another --out")
-    if task.resume and not saved:
-        raise ValueError(f"--resume: {task.out} holds no memory to go on with")
-    at_least(1, save_every=task.save_every)
-    check_folder(task.out)
-    if saved:
-        _check_settings(task)
-    host, tokenizer = load_host(task.model, task.dtype, task.device)
-    ids = read_texts(task.texts, tokenizer)
-    memory = locas.load(host, task.out) if task.resume else locas.attach(host, task.config)
-    unsaved = 0
-
-    def save(chunk: Chunk) -> None:
-        nonlocal unsaved
-        unsaved += 1
-        if unsaved >= task.save_every:
-            memory.save_pretrained(task.out, optimizer=True)
-            unsaved = 0
-
-    try:
-        with _made(task.out):
-            report = memory.memorize(ids, callback=save, resume=task.out if task.resume else None, **task.settings)
-    except KeyboardInterrupt:
-        if unsaved:
-            memory.save_pretrained(task.out, optimizer=True)
-        if not (task.out / CONFIG_NAME).exists():
-            raise Interrupted("nothing had been learned yet, nothing was kept") from None
-        raise Interrupted(
-            f"what was learned from {memory.tokens_seen:,} of {len(ids):,} tokens is kept in {task.out}; "
-            "the same command with --resume goes on"
-        ) from None
-    memory.save_pretrained(task.out, optimizer=True)
-    console.print(
-        f"{report.tokens:,} tokens scored, perplexity {report.perplexity:.2f} while reading, {report.seconds:.1f} s\n"
-        f"memory: {task.out} ({memory.num_parameters:,} parameters, {memory.version:,} updates)"
+    settings = dict(
+        window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer, update=update,
+        epsilon=epsilon, capacity=capacity, compress_to=compress_to,
     )
-    return report
+    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, clip=clip, seed=seed)
+    run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), console())

@@ -1,35 +1,22 @@
-"""`locas merge`: a memory and its host become one plain checkpoint."""
+"""`locas merge`: its arguments and their help."""
 
-import shutil
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from .. import memory as locas
-from ..hosts import inspect_host
-from .loading import load_host
+from locas_ext.cli.console import console
+from locas_ext.cli.options import MemoryFolder, Model
 
 
-def run_merge(
-    model: str, memory: Path, out: Path, pad_to_multiple_of: int, dtype: str | None, console: Console
+def merge(
+    model: Model,
+    memory: MemoryFolder,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged checkpoint goes: a new folder.")],
+    pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32.")] = None,
 ) -> None:
-    """Writes the merged model and its tokenizer to `out`, a new or empty folder: whole or not at all.
+    """Make a memory a permanent part of its host: a plain, wider checkpoint."""
+    from locas_ext.cli.tasks.merge import run_merge
 
-    Raises ValueError, FileNotFoundError or OSError for arguments that do not fit.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} holds something already; expected a new or empty folder")
-    host, tokenizer = load_host(model, dtype, "cpu")
-    before = inspect_host(host).intermediate_size
-    merged = locas.load(host, memory).merge_and_unload(pad_to_multiple_of)
-    unfinished = out.with_name(out.name + ".unfinished")
-    try:
-        merged.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    width = inspect_host(merged).intermediate_size
-    console.print(f"merged: {out} (FFN width {before} -> {width}); it loads with plain transformers")
+    run_merge(model, memory, out, pad_to_multiple_of, dtype, console())

@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from .. import memory as locas
-from ..errors import LocasError
-from ..snapshot import copy_sharing_weights
-from . import Interrupted, results
-from .arguments import at_least
-from .assets import ASSETS
+from locas_ext import memory as locas
+from locas_ext.errors import Interrupted, LocasError
+from locas_ext.evaluation import results
+from locas_ext.evaluation.arguments import at_least
+from locas_ext.evaluation.assets import ASSETS
+from locas_ext.evaluation.inputs import Text, load_host, read_text
+from locas_ext.evaluation.report.build import write_report
+from locas_ext.evaluation.report.capability import console_tables, detached_verdict
+from locas_ext.storage.snapshot import copy_sharing_weights
+
 from .bootstrap import interval, resampled_sums
-from .capability_report import console_tables, detached_verdict
 from .distributions import digest
-from .harness import Harness, HarnessTasks
 from .held_out import AGREEING, EXCESS_NLL, KL, NLL, TOKENS, StateScores, check, measure
-from .loading import Text, load_host, read_text
-from .report import write_report
+from .lm_eval_tasks import Harness, HarnessTasks
 
 DEFAULT_TEXT = ASSETS / "tono-bungay.txt"
 ALL = "all texts"

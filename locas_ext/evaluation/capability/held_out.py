@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from .. import memory as locas
-from ..errors import LocasError
+from locas_ext import memory as locas
+from locas_ext.errors import LocasError
+from locas_ext.evaluation.inputs import positions
+
 from .distributions import digest, divergence, negative_log_likelihood
-from .loading import positions
 
 TOKENS, NLL, EXCESS_NLL, AGREEING, KL = range(5)  # the columns of a window's row
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import at_least, needs_extra
+from locas_ext.evaluation.arguments import at_least, needs_extra
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .locomo_data import Dialogue
-from .locomo_prompts import dialogue_text, question_text
+from .data import Dialogue
+from .prompts import dialogue_text, question_text
 
 
 @dataclass(frozen=True)

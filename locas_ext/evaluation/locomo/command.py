@@ -10,19 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from . import Interrupted, results
-from .arguments import at_least, check_learning, choose
-from .arms import Arm, make_arm
-from .loading import load_host, positions
-from .locomo_answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
-from .locomo_data import Dialogue, read_dialogues
-from .locomo_output import ALL_REFUSE, Output, predictions_file
-from .locomo_prompts import PROMPTS, dialogue_text
-from .locomo_report import table
-from .locomo_scoring import REFUSAL, check_installed
-from .methods import check_arm, reader
-from .protocol import Protocol
-from .report import write_report
+from locas_ext.errors import Interrupted
+from locas_ext.evaluation import results
+from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.inputs import load_host, positions
+from locas_ext.evaluation.methods.arm import Arm, make_arm
+from locas_ext.evaluation.methods.registry import check_arm, reader
+from locas_ext.evaluation.protocol import Protocol
+from locas_ext.evaluation.report.build import write_report
+from locas_ext.evaluation.report.locomo import table
+
+from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
+from .data import Dialogue, read_dialogues
+from .output import ALL_REFUSE, Output, predictions_file
+from .prompts import PROMPTS, dialogue_text
+from .scoring import REFUSAL, check_installed
 
 CONTEXTS = ("full-context", "no-context")
 

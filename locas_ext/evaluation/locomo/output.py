@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from ..checkpoint import write_atomically
-from . import results
-from .locomo_data import ADVERSARIAL, Dialogue
-from .locomo_scoring import official_score, summarize, trap_score
+from locas_ext.evaluation import results
+from locas_ext.storage.files import write_atomically
+
+from .data import ADVERSARIAL, Dialogue
+from .scoring import official_score, summarize, trap_score
 
 ALL_REFUSE = "all-refuse"  # the control: the same refusal to every question
 

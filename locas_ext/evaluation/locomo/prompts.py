@@ -5,8 +5,8 @@ dates, and only adversarial ones name the way out. Unlike there, that way is no 
 is free text in every category.
 """
 
-from .locomo_data import ADVERSARIAL, Dialogue, Question, Session, Turn
-from .locomo_scoring import REFUSAL
+from .data import ADVERSARIAL, Dialogue, Question, Session, Turn
+from .scoring import REFUSAL
 
 TEMPORAL = 2
 

@@ -5,8 +5,9 @@ import string
 from collections import Counter
 from functools import cache
 
-from .arguments import needs_extra
-from .locomo_data import ADVERSARIAL, CATEGORIES, Question
+from locas_ext.evaluation.arguments import needs_extra
+
+from .data import ADVERSARIAL, CATEGORIES, Question
 
 REFUSAL = "No information available"
 _REFUSALS = ("no information available", "not mentioned")

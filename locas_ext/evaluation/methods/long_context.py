@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..chunk import Window
-from ..memory import Chunk, MemorizeReport
+from locas_ext.learning.chunk import Window
+from locas_ext.memory import Chunk, MemorizeReport
+
 from .streaming import stream
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from .. import memory as locas
-from ..config import LocasConfig
-from ..errors import LocasError
-from ..memory import Chunk, MemorizeReport
-from .arms import Arm
-from .loading import Text, positions
+from locas_ext import memory as locas
+from locas_ext.config import LocasConfig
+from locas_ext.errors import LocasError
+from locas_ext.evaluation.inputs import Text, positions
+from locas_ext.evaluation.protocol import Protocol
+from locas_ext.memory import Chunk, MemorizeReport
+
+from .arm import Arm
 from .long_context import long_context
-from .protocol import Protocol
 from .temp_lora import lora, require_peft, temp_lora
 from .truncation import truncation
 

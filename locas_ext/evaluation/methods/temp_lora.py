@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..chunk import Window
-from ..errors import LocasError
-from ..memory import Chunk, MemorizeReport
-from .arguments import needs_extra
+from locas_ext.errors import LocasError
+from locas_ext.evaluation.arguments import needs_extra
+from locas_ext.learning.chunk import Window
+from locas_ext.memory import Chunk, MemorizeReport
+
 from .streaming import stream
 
 WARMUP = 2  # updates

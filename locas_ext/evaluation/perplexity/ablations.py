@@ -3,8 +3,8 @@
 What a preset does not vary is as the command line says.
 """
 
-from ..config import INITS
-from .arms import Arm, make_arm
+from locas_ext.config import INITS
+from locas_ext.evaluation.methods.arm import Arm, make_arm
 
 PAPER_RANKS = (16, 32, 64, 128)
 LOCAS_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

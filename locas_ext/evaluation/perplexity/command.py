@@ -5,12 +5,14 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from . import Interrupted, results
+from locas_ext.errors import Interrupted
+from locas_ext.evaluation import results
+from locas_ext.evaluation.report.build import write_report
+from locas_ext.evaluation.report.tables import console_table, parameters_text, perplexity_text, times_text
+
 from .jobs import Job, assemble, make_jobs, publish
 from .parallel import device_for, local_rank, share_threads, spawned, world_size
-from .report import write_report
 from .study import PerplexityTask, Study
-from .tables import console_table, parameters_text, perplexity_text, times_text
 
 
 def _work(study: Study, jobs: list[Job], progress: bool) -> None:

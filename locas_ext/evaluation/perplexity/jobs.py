@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import write_atomically
-from ..errors import LocasError
-from . import results
-from .arms import Arm, slug
-from .curve import running_perplexity
-from .loading import Text
-from .methods import Measurement, measure
+from locas_ext.errors import LocasError
+from locas_ext.evaluation import results
+from locas_ext.evaluation.curve import running_perplexity
+from locas_ext.evaluation.inputs import Text
+from locas_ext.evaluation.methods.arm import Arm, slug
+from locas_ext.evaluation.methods.registry import Measurement, measure
+from locas_ext.storage.files import write_atomically
+
 from .parallel import claimed, world_size
 from .study import Study
 

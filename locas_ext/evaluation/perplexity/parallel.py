@@ -14,7 +14,7 @@ from typing import TextIO
 
 import torch
 
-from ..errors import LocasError
+from locas_ext.errors import LocasError
 
 
 @contextmanager

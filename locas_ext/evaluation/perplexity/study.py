@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.inputs import load_host, positions, read_text
+from locas_ext.evaluation.methods.arm import METHODS, Arm, make_arm, slug
+from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
+from locas_ext.evaluation.methods.truncation import truncation
+from locas_ext.evaluation.protocol import Protocol
+
 from .ablations import NEED_HELD_OUT, PRESETS
-from .arguments import at_least, check_learning, choose
-from .arms import METHODS, Arm, make_arm, slug
-from .loading import load_host, positions, read_text
-from .methods import check_arm, held_out_perplexity
 from .parallel import world_size
-from .protocol import Protocol
-from .truncation import truncation
 
 
 @dataclass(frozen=True)

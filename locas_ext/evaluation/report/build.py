@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..checkpoint import write_atomically
-from ..errors import LocasError
-from . import results as result_files
-from .capability_report import capability_sections
-from .locomo_report import locomo_sections
-from .merged import differing, merged_records, shared_settings
-from .perplexity_report import perplexity_sections
+from locas_ext.errors import LocasError
+from locas_ext.evaluation import results as result_files
+from locas_ext.storage.files import write_atomically
+
+from .capability import capability_sections
+from .locomo import locomo_sections
+from .perplexity import perplexity_sections
+from .runs import differing, merged_records, shared_settings
 from .tables import escape
 
 NAME = "report.md"

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .locomo_data import CATEGORIES
-from .locomo_output import ALL_REFUSE, predictions_file
-from .locomo_scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
+from locas_ext.evaluation.locomo.data import CATEGORIES
+from locas_ext.evaluation.locomo.output import ALL_REFUSE, predictions_file
+from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
+
 from .tables import MISSING, console_table, escape, markdown_table
 
 _LABELS = {

@@ -4,14 +4,26 @@ import math
 import re
 from pathlib import Path
 
-from . import paper
+from . import paper_figures
 from .frontier import LEARNING, Point, collect_points, dominators, pareto_front, shared_books
-from .merged import differing
-from .plot_curves import Curve, plot_curves
-from .plot_frontier import plot_frontier
+from .plots.curves import Curve, plot_curves
+from .plots.frontier import plot_frontier
+from .runs import differing
 from .tables import (
-    COSTS, MEASURES, MISSING, PARAMETERS, ArmResults, Column, arm_table, collect_arms, escape, markdown_table,
-    parameters_text, perplexity_columns, perplexity_text, tokens_text,
+    COSTS,
+    MEASURES,
+    MISSING,
+    PARAMETERS,
+    ArmResults,
+    Column,
+    arm_table,
+    collect_arms,
+    escape,
+    markdown_table,
+    parameters_text,
+    perplexity_columns,
+    perplexity_text,
+    tokens_text,
 )
 
 METHOD = Column("method", lambda arm: arm.method)
@@ -30,7 +42,7 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
     lines = _missing(settings, records)
     if arms:
         books = list(dict.fromkeys(record["book"] for record in records if not record.get("error")))
-        host = paper.same_host(settings.get("model"))
+        host = paper_figures.same_host(settings.get("model"))
         lines += _all_books(settings, arms, books, host)
         lines += _preset(settings.get("ablate"), arms, host)
         lines += _frontier(settings, arms, folder)
@@ -50,8 +62,8 @@ def _missing(settings: dict, records: list[dict]) -> list[str]:
 def _paper_columns(table: str, arms: list[ArmResults], host: str | None) -> list[Column]:
     """The paper's figures for the same host, method and settings; nothing where it has none."""
 
-    def figure(arm: ArmResults) -> paper.Figure | None:
-        return paper.find(table, host, arm.method, arm.settings)
+    def figure(arm: ArmResults) -> paper_figures.Figure | None:
+        return paper_figures.find(table, host, arm.method, arm.settings)
 
     def column(title: str, text) -> Column:
         return Column(title, lambda arm: MISSING if (found := figure(arm)) is None else text(found))
@@ -70,7 +82,7 @@ def _paper_columns(table: str, arms: list[ArmResults], host: str | None) -> list
 def _paper_note(lines: list[str], host: str | None) -> list[str]:
     if "| paper" not in lines[0]:
         return [*lines, ""]
-    return [*lines, "", f"Paper: {paper.SOURCE}, host {host}.", ""]
+    return [*lines, "", f"Paper: {paper_figures.SOURCE}, host {host}.", ""]
 
 
 def _all_books(settings: dict, arms: list[ArmResults], books: list[str], host: str | None) -> list[str]:

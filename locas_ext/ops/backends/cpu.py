@@ -2,14 +2,16 @@
 
 One native call each for forward and backward (csrc/cpu/ffn.cpp): the memory is r more neurons behind the host's m, and
 what lies between two products stays in the layout in which the next one reads it. Functions and arguments are those of the
-`matmul` backend (kernels.py). Takes float32 with AVX-512, bfloat16 with AVX-512 BF16.
+`matmul` backend (matmul.py). Takes float32 with AVX-512, bfloat16 with AVX-512 BF16.
 """
 
 import torch
 from torch import Tensor
 
-from . import _C, kernels
-from .kernels import HostWeights, SlotViews
+from locas_ext import _C
+from locas_ext.ops.types import HostWeights, SlotViews
+
+from . import matmul
 
 DTYPES = tuple(getattr(torch, name) for name in _C.build_info()["cpu_ffn"])
 # From how many tokens it beats torch's products. On 2 cores of an EPYC 9004 the forward takes 0.3 to 1.02 of their time for 2
@@ -87,4 +89,4 @@ def glu_ffn_backward(
     return dx, d_slots if slots_grad is None else None
 
 
-neuron_importance = kernels.neuron_importance
+neuron_importance = matmul.neuron_importance

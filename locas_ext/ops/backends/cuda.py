@@ -2,14 +2,14 @@
 
 Host and memory go through the same kernels as two sources of one product, so nothing of [T, m] but what the backward
 needs is written to memory, and the memory costs no launch of its own (docs/kernels.md). Functions and arguments are those
-of the `matmul` backend (kernels.py).
+of the `matmul` backend (matmul.py).
 """
 
 import torch
 from torch import Tensor
 
-from . import _C
-from .kernels import HostWeights, SlotViews, stream_of
+from locas_ext import _C
+from locas_ext.ops.types import HostWeights, SlotFactors, SlotViews, stream_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 BUILT = _C.build_info()["cuda_architectures"] is not None
@@ -32,9 +32,6 @@ def obstacle(x: Tensor, d: int, m: int) -> str | None:
 # H100 (bench/RESULTS.md).
 _MOST_TOKENS = ((1024, 128), (float("inf"), 64))
 
-# What the update can form the slots' gradient from.
-MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = 64, 32, 8192
-
 
 def most_tokens(d: int) -> int:
     """Up to how many tokens backend "auto" takes these kernels."""
@@ -49,26 +46,6 @@ def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
 def choice(like: Tensor, d: int, m: int) -> str:
     """What backend "auto" comes to for tensors like this one, in words."""
     return f"fused up to {most_tokens(d)} tokens, else matmul" if obstacle(like, d, m) is None else "matmul"
-
-
-class SlotFactors:
-    """One layer's slots' gradient as factors: dG = d_gate^T x, dK = d_key^T x, dV = hidden^T dy.
-
-    d_gate, d_key, hidden: [T, r] in the compute dtype (of their rows r' >= r columns may exist); x, dy: [T, d].
-    """
-
-    def __init__(self):
-        self.tensors: tuple[Tensor, ...] | None = None
-
-    def keep(self, *tensors: Tensor) -> None:
-        if self.tensors is not None:
-            raise RuntimeError("a layer ran twice in one step; its slots' gradient cannot be kept as factors")
-        self.tensors = tensors
-
-    def norm_bound(self) -> Tensor:
-        """[] float32, at least the gradient's norm; not finite if a factor is not, or if their product may not be."""
-        d_gate, d_key, hidden, x, dy = torch._foreach_norm(self.tensors, dtype=torch.float32)
-        return (d_gate + d_key) * x + hidden * dy
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -148,49 +125,3 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
         x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x)
     )
     return importance
-
-
-def update_slots_(
-    slots: Tensor,
-    factors: list[SlotFactors],
-    factor_scale: float,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    learning_rate: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip: bool,
-    compute: Tensor,
-    finite: Tensor | None = None,
-) -> None:
-    """One AdamW step of slots [l, 3, r, d] on the gradient that the l factors make, times factor_scale; then the clip.
-
-    At most MOST_FACTOR_TOKENS tokens and MOST_FACTOR_LAYERS layers, d at most MOST_FACTOR_WIDTH; else as
-    kernels.update_slots_.
-    """
-    _C.adamw_from_factors(
-        slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite,
-        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
-    )
-
-
-def sgd_slots_(
-    slots: Tensor,
-    factors: list[SlotFactors],
-    factor_scale: float,
-    learning_rate: Tensor,
-    momentum_buffer: Tensor | None,
-    momentum: float,
-    weight_decay: float,
-    clip: bool,
-    compute: Tensor,
-    finite: Tensor | None = None,
-) -> None:
-    """One SGD step as `update_slots_`."""
-    _C.sgd_from_factors(
-        slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite,
-        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
-    )

@@ -1,53 +1,15 @@
 """The forward and backward of the FFN with memory on [T, d] matrices, without autograd: the `matmul` backend.
 
-GEMMs are torch's (cuBLAS, oneDNN, MKL); everything between them is native code from `locas_ext._C`. `ops.py` puts
-checks and autograd around these functions, `library.py` registers them for torch.compile.
+GEMMs are torch's (cuBLAS, oneDNN, MKL); everything between them is native code from `locas_ext._C`. `functional.py` puts
+checks around these functions, `autograd.py` autograd, `torch_library.py` registers them for torch.compile.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C
-
-
-class HostWeights(NamedTuple):
-    """A host FFN in Hugging Face layout: gate and up [m, d], down [d, m], biases [m], [m], [d] or None."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-
-class SlotViews(NamedTuple):
-    """One layer's slots in the compute dtype: the rows that x is multiplied by, and the values [r, d].
-
-    gate_key holds gate and key rows stacked [2r, d]; of Locas-MLP slots, which have no gate, the key rows [r, d].
-    """
-
-    gate_key: Tensor
-    value: Tensor
-
-    @classmethod
-    def of(cls, slots: Tensor) -> "SlotViews":
-        """Of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value).
-
-        They are views of the slots where these are contiguous, or (key, value) and the first r rows of a larger memory.
-        """
-        parts, rank, d = slots.shape
-        if parts == 2:
-            return cls(*slots.unbind())
-        return cls(*slots.reshape(3 * rank, d).split((2 * rank, rank)))
-
-
-def stream_of(tensor: Tensor) -> int:
-    """The CUDA stream that work on this tensor belongs on, as an integer handle; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+from locas_ext import _C
+from locas_ext.ops.types import HostWeights, SlotViews, stream_of
 
 
 def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Tensor:
@@ -193,87 +155,3 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
     importance = torch.empty(gate.shape[1], dtype=torch.float32, device=x.device)
     _C.importance(gate, up, importance, activation, stream_of(x))
     return importance
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """-> the negative log-likelihood of each row [T] float32 and, if asked for, its gradient [T, V] in logits' dtype."""
-    nll = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    d_logits = torch.empty_like(logits) if gradient else None
-    _C.cross_entropy(logits, targets, nll, d_logits, stream_of(logits))
-    return nll, d_logits
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
-    """-> weight * x / rms(x) over the rows of x [n, d], and with `save` 1 / rms [n]. CPU."""
-    out = torch.empty_like(x)
-    inverse_rms = torch.empty(x.shape[0], dtype=torch.float32) if save else None
-    _C.rms_norm(x, weight, out, inverse_rms, eps)
-    return out, inverse_rms
-
-
-def rms_norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
-    """-> dx [n, d]; the weight is frozen. CPU."""
-    dx = torch.empty_like(x)
-    _C.rms_norm_backward(d_out, x, weight, inverse_rms, dx)
-    return dx
-
-
-def update_slots_(
-    slots: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    learning_rate: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip: bool,
-    compute: Tensor | None = None,
-    finite: Tensor | None = None,
-) -> None:
-    """One AdamW step over rows of the last dimension, then the row clip; in place."""
-    _C.adamw(
-        slots, grad, exp_avg, exp_avg_sq, step, learning_rate,
-        beta1, beta2, eps, weight_decay, clip, compute, finite, stream_of(slots),
-    )
-
-
-def sgd_slots_(
-    slots: Tensor,
-    grad: Tensor,
-    learning_rate: Tensor,
-    momentum_buffer: Tensor | None,
-    momentum: float,
-    weight_decay: float,
-    clip: bool,
-    compute: Tensor | None = None,
-    finite: Tensor | None = None,
-) -> None:
-    """One SGD step over rows of the last dimension, then the row clip; in place."""
-    _C.sgd(
-        slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots)
-    )
-
-
-def write_slots_(
-    slots: Tensor,
-    start: int,
-    inputs: Tensor,
-    gradients: Tensor,
-    epsilon: float,
-    compute: Tensor | None = None,
-    gradient_norm: Tensor | None = None,
-) -> Tensor:
-    """Closed-form slots of all layers and tokens, in place. -> the gradient norms [n] float32."""
-    layers, n, _ = inputs.shape
-    norms = torch.empty(n, dtype=torch.float32, device=slots.device)
-    workspace = torch.empty(2 * layers * n + 1, dtype=torch.float64, device=slots.device)
-    if gradient_norm is not None:
-        gradient_norm = gradient_norm.contiguous()
-    _C.write_slots(
-        slots, start, inputs.contiguous(), gradients.contiguous(), epsilon, compute, gradient_norm, norms, workspace,
-        stream_of(slots),
-    )
-    return norms

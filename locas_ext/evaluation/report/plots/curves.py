@@ -7,9 +7,7 @@ from textwrap import wrap
 
 from matplotlib.ticker import FuncFormatter
 
-from .plot_style import (
-    FAINT, INK, METHOD_COLORS, METHOD_LINES, WIDTH, new_figure, save, shades, style, text_color, write_heading,
-)
+from .style import FAINT, INK, METHOD_COLORS, METHOD_LINES, WIDTH, new_figure, save, shades, style, text_color, write_heading
 
 LABELLED, BEST = 12, 3  # so many arms all get a label at their end; of more, so many of each method
 LEFT, TOP, BOTTOM = 0.075, 0.87, 0.52  # a share of the width; inches

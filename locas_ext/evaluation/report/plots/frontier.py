@@ -3,10 +3,9 @@
 from pathlib import Path
 from textwrap import wrap
 
-from .frontier import Point, pareto_front
-from .plot_style import (
-    FAINT, INK, METHOD_COLORS, METHOD_MARKERS, PAPER, WITHOUT, new_figure, save, style, text_color, write_heading,
-)
+from locas_ext.evaluation.report.frontier import Point, pareto_front
+
+from .style import FAINT, INK, METHOD_COLORS, METHOD_MARKERS, PAPER, WITHOUT, new_figure, save, style, text_color, write_heading
 
 NUMBERED = 14  # points that all get a number; of more, the front
 LEFT, RIGHT, TOP, BOTTOM = 0.075, 0.70, 0.95, 0.55  # shares of the width; inches

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ..memory import MemorizeReport
-from .curve import local_gain, running_perplexity
-from .plot_style import FAINT, INK, WITH, WITHOUT, new_figure, save, style, write_heading
+from locas_ext.evaluation.curve import local_gain, running_perplexity
+from locas_ext.memory import MemorizeReport
+
+from .style import FAINT, INK, WITH, WITHOUT, new_figure, save, style, write_heading
 
 SMOOTHING = 16  # chunks
 

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from ..checkpoint import write_atomically
+from locas_ext.storage.files import write_atomically
 
 PAPER, INK, FAINT = "#fbf8f1", "#2f3437", "#b9b2a3"
 WITHOUT, WITH = "#8c8577", "#0f766e"

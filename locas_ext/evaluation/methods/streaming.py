@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import torch
 
-from ..chunk import Window
-from ..memory import Chunk, MemorizeReport
-from ..progress import StreamProgress
+from locas_ext.learning.chunk import Window
+from locas_ext.learning.progress import StreamProgress
+from locas_ext.memory import Chunk, MemorizeReport
 
 
 def _check(model, input_ids, window: int, stride: int, bos: bool) -> tuple[torch.Tensor, int | None]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from locas_ext import ops
+from locas_ext.ops import reference
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""The command line: `locas`, `python -m locas_ext`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""The work of the commands that only the command line has."""

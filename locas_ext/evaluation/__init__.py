@@ -1,0 +1,1 @@
+"""Measuring: methods side by side on books and dialogues, forgetting, reports."""

@@ -1,0 +1,1 @@
+"""`locas locomo`: questions about long dialogues."""

@@ -1,0 +1,1 @@
+"""What reads a text: Locas and the baselines it is compared with."""

@@ -1,0 +1,1 @@
+"""`locas perplexity`: methods side by side on books."""

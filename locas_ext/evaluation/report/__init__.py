@@ -1,0 +1,1 @@
+"""`locas report`: results.json into tables and plots."""

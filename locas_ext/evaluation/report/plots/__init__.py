@@ -1,0 +1,1 @@
+"""The plots, and how they look."""

@@ -1,0 +1,42 @@
+"""A text as token ids: checked, identified, and what stands before it."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def token_ids(input_ids, vocab_size: int, at_least: int) -> Tensor:
+    """[n] int64 on the CPU from a list or an integer tensor [n] or [1, n]; ValueError or TypeError names what is off."""
+    if not isinstance(input_ids, Tensor):
+        try:
+            input_ids = torch.tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"input_ids: expected a tensor or list of token ids ({error})") from None
+        if input_ids.numel() == 0:
+            input_ids = input_ids.long()
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids is {input_ids.dtype}; expected integers")
+    if input_ids.dim() == 2 and input_ids.shape[0] == 1:
+        input_ids = input_ids[0]
+    if input_ids.dim() != 1:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [n] or [1, n]")
+    if input_ids.numel() < at_least:
+        raise ValueError(f"input_ids holds {input_ids.numel()} tokens; expected at least {at_least}")
+    with torch.inference_mode(False):
+        ids = input_ids.detach().to("cpu", torch.int64, copy=True)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, "
+            "the host's vocabulary"
+        )
+    return ids
+
+
+def bos_token(host) -> int | None:
+    return getattr(host.config, "bos_token_id", None)
+
+
+def text_digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

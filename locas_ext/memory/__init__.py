@@ -1,0 +1,24 @@
+"""The public face: a model gets a memory (attach.py), and what can be done with it (memory.py)."""
+
+from locas_ext.learning.report import MemorizeReport
+from locas_ext.learning.write import WriteReport
+from locas_ext.state.stream import Chunk
+from locas_ext.storage.snapshot import Snapshot
+from locas_ext.transforms.compress import CompressReport
+
+from .attach import attach, load, memory_of
+from .memory import Memory
+from .status import LayerStatus
+
+__all__ = [
+    "Chunk",
+    "CompressReport",
+    "LayerStatus",
+    "MemorizeReport",
+    "Memory",
+    "Snapshot",
+    "WriteReport",
+    "attach",
+    "load",
+    "memory_of",
+]

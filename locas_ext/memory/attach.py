@@ -1,0 +1,54 @@
+"""A model gets a memory: a new one, or a saved one."""
+
+from pathlib import Path
+
+from torch import nn
+
+from locas_ext.config import LocasConfig
+from locas_ext.patching.attachment import Attachment
+from locas_ext.storage import checkpoint
+
+from .memory import Memory
+
+
+def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
+    """Gives a Hugging Face causal language model a memory.
+
+    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
+
+    model: a transformers causal language model of a supported type
+    config: a LocasConfig; None: the defaults
+    rehome: whether the host's FFN weights move into buffers with room for the memory, so that one product computes both
+        (docs/architecture.md, "Re-homing"); detach() moves them out again
+
+    Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
+    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
+    the model then is as it was.
+    """
+    if config is not None and not isinstance(config, LocasConfig):
+        raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
+    memory = Memory(Attachment(model, config or LocasConfig(), rehome))
+    memory.model._locas_memory = memory
+    return memory
+
+
+def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
+    """Attaches the memory saved in the folder `path`; rehome as in `attach`.
+
+    Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
+    """
+    memory = attach(model, checkpoint.read_config(path), rehome)
+    try:
+        memory.load(path)
+    except BaseException:
+        memory.detach()
+        raise
+    return memory
+
+
+def memory_of(model: nn.Module) -> Memory:
+    """The memory attached to a model (of a deep copy of a model: its own). ValueError if there is none."""
+    memory = getattr(model, "_locas_memory", None)
+    if memory is None:
+        raise ValueError("model has no memory attached; locas.attach(model) gives it one")
+    return memory

@@ -1,0 +1,1 @@
+"""A memory kept: files on disk, snapshots in RAM."""

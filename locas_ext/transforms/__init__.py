@@ -1,0 +1,1 @@
+"""A memory changed as a whole: merged into its host, compressed."""

@@ -1,0 +1,1 @@
+"""Hosts, oracles and comparisons that several tests share."""
