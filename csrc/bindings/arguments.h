@@ -10,11 +10,11 @@
 #include <optional>
 #include <string>
 
-#include "../cpu/kernels.h"
-#include "../params.h"
-#include "../tensor_ref.h"
+#include "cpu/kernels.h"
+#include "common/params.h"
+#include "bindings/tensor_ref.h"
 #ifdef LOCAS_WITH_CUDA
-#include "../cuda/launch.h"
+#include "cuda/api.h"
 #endif
 
 namespace locas {

@@ -1,5 +1,5 @@
 // Bindings of the kernels between matrix products: activations, importance, loss and norms.
-#include "arguments.h"
+#include "bindings/arguments.h"
 
 namespace locas {
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace locas::cpu {
 

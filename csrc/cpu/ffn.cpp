@@ -18,9 +18,9 @@
 #include <memory>
 #include <new>
 
-#include "../glu_math.h"
-#include "gemm.h"
-#include "kernels.h"
+#include "common/glu_math.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
 
 namespace locas::cpu::LOCAS_ISA {
 namespace {

@@ -22,8 +22,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../params.h"
-#include "half.h"
+#include "common/params.h"
+#include "cpu/half.h"
 
 namespace locas::cpu::LOCAS_ISA {
 

@@ -1,14 +1,14 @@
 // The CPU kernels, readable: they are also the specification of the CUDA ones. Compiled once per instruction set with
 // LOCAS_ISA naming the namespace. Rows go through in blocks of kBlock floats that stay in the first-level cache; plain
 // loops over a block are what the compiler vectorises.
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "../glu_math.h"
-#include "half.h"
+#include "common/glu_math.h"
+#include "cpu/half.h"
 
 namespace locas::cpu::LOCAS_ISA {
 namespace {

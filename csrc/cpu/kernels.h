@@ -2,7 +2,7 @@
 // best table that this processor can run, so one build serves every machine of its architecture.
 #pragma once
 
-#include "../params.h"
+#include "common/params.h"
 
 namespace locas::cpu {
 

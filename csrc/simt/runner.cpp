@@ -1,11 +1,11 @@
-#include "runner.h"
+#include "simt/runner.h"
 
 #include <cstdarg>
 #include <cstdio>
 #include <deque>
 #include <memory>
 
-#include "fiber.h"
+#include "simt/fiber.h"
 
 namespace locas::simt {
 namespace {

@@ -2,14 +2,14 @@
 // aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
 // the tour.
 //
-// Only csrc/cuda/ptx.cuh and launch.cuh call this.
+// Only csrc/cuda/ptx/ includes this; launch.cuh calls it too.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 
-#include "memory.h"
+#include "simt/memory.h"
 
 namespace locas::simt {
 

@@ -1,9 +1,9 @@
-#include "warp.h"
+#include "simt/warp.h"
 
 #include <algorithm>
 
-#include "numbers.h"
-#include "runner.h"
+#include "simt/numbers.h"
+#include "simt/runner.h"
 
 namespace locas::simt {
 

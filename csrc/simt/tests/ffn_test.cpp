@@ -4,7 +4,7 @@
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

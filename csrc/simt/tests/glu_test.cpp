@@ -2,7 +2,7 @@
 // what torch computes: each operation in float, its result rounded to the storage type.
 #include <array>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

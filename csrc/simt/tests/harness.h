@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/launch.cuh"
-#include "../../params.h"
+#include "cuda/launch.cuh"
+#include "common/params.h"
 
 namespace locas::test {
 

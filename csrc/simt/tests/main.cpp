@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 

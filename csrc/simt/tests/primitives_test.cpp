@@ -1,5 +1,5 @@
 // The host twins of ptx.cuh against definitions written from the other end: rounding by division, matrices by index.
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

@@ -4,7 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

@@ -1,7 +1,7 @@
 // U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's
 // test: a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that
-// draws its data, launches through cuda/launch.h in every seed and compares, and LOCAS_TEST functions that list cases.
-#include "harness.h"
+// draws its data, launches through cuda/api.h in every seed and compares, and LOCAS_TEST functions that list cases.
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

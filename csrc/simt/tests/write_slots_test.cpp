@@ -2,7 +2,7 @@
 // finite.
 #include <optional>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

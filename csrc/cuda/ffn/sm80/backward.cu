@@ -13,8 +13,8 @@
 //           slots' gradient     [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32
 //
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
-#include "ffn_tiles.cuh"
-#include "launch.cuh"
+#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

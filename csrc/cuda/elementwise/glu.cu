@@ -12,9 +12,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../glu_math.h"
-#include "elements.cuh"
-#include "launch.cuh"
+#include "common/glu_math.h"
+#include "cuda/common/elements.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // Bindings of the whole FFN with memory: the fused kernels of CUDA and of the CPU.
-#include "arguments.h"
+#include "bindings/arguments.h"
 
 namespace locas {
 namespace {

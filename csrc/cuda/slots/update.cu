@@ -9,10 +9,10 @@
 // The norm is added up in a fixed order: the result repeats bit for bit.
 #include <initializer_list>
 
-#include "block_sum.cuh"
-#include "elements.cuh"
-#include "launch.cuh"
-#include "update_rules.cuh"
+#include "cuda/common/block_sum.cuh"
+#include "cuda/common/elements.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/slots/update_rules.cuh"
 
 namespace locas::cuda {
 namespace {

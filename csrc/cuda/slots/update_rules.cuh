@@ -1,8 +1,8 @@
 // AdamW and SGD as the update kernels see them, on a row of slots that begins at element `first`.
 #pragma once
 
-#include "../glu_math.h"
-#include "elements.cuh"
+#include "common/glu_math.h"
+#include "cuda/common/elements.cuh"
 
 namespace locas::cuda {
 

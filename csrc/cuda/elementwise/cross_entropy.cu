@@ -4,8 +4,8 @@
 //                             exponentials, once for the gradient. Partial results are combined in a fixed order.
 #include <cmath>
 
-#include "elements.cuh"
-#include "launch.cuh"
+#include "cuda/common/elements.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

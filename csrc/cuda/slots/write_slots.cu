@@ -9,10 +9,10 @@
 // Every sum has one owner and one order: the result repeats bit for bit.
 #include <cmath>
 
-#include "../glu_math.h"
-#include "block_sum.cuh"
-#include "elements.cuh"
-#include "launch.cuh"
+#include "common/glu_math.h"
+#include "cuda/common/block_sum.cuh"
+#include "cuda/common/elements.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

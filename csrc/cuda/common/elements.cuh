@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../params.h"
-#include "ptx.cuh"
+#include "common/params.h"
+#include "cuda/ptx/ptx.cuh"
 
 namespace locas::cuda {
 

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "params.h"
+#include "common/params.h"
 
 #ifdef __CUDACC__
 #define LOCAS_INLINE __host__ __device__ __forceinline__

@@ -11,8 +11,8 @@
 //           Where the tiles are few, K is cut into slices; AddSlices adds them in their order.
 //
 // No atomics, and nothing depends on the device: the result repeats bit for bit.
-#include "ffn_tiles.cuh"
-#include "launch.cuh"
+#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

@@ -12,9 +12,9 @@
 #include <cuda_fp16.h>
 #define LOCAS_DEVICE __device__ __forceinline__
 #else
-#include "../simt/numbers.h"
-#include "../simt/runner.h"
-#include "../simt/warp.h"
+#include "simt/numbers.h"
+#include "simt/runner.h"
+#include "simt/warp.h"
 #define LOCAS_DEVICE inline
 #endif
 

@@ -1,7 +1,7 @@
 // A sum over the threads of a block, in a fixed order: it repeats bit for bit.
 #pragma once
 
-#include "ptx.cuh"
+#include "cuda/ptx/ptx.cuh"
 
 namespace locas::cuda {
 

@@ -13,8 +13,8 @@
 //           a CTA owns 16 channels; its 16 warps share k
 //
 // The warps' sums are added in their order: the result repeats bit for bit.
-#include "ffn_tiles.cuh"
-#include "launch.cuh"
+#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/launch.cuh"
 
 namespace locas::cuda {
 namespace {

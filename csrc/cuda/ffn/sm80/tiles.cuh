@@ -2,7 +2,7 @@
 // on every device; the numbers are for the 132 multiprocessors of an H100.
 #pragma once
 
-#include "gemm_tile.cuh"
+#include "cuda/ffn/sm80/gemm_tile.cuh"
 
 namespace locas::cuda {
 

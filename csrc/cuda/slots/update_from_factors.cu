@@ -11,9 +11,9 @@
 //           rows   [kSlots][d]    gradient, then the new row: 4 kVectors floats a thread and slot, in registers
 //
 // The tokens and the norm are added up in a fixed order: the result repeats bit for bit.
-#include "ffn_tiles.cuh"
-#include "launch.cuh"
-#include "update_rules.cuh"
+#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/slots/update_rules.cuh"
 
 namespace locas::cuda {
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "params.h"
+#include "common/params.h"
 
 namespace locas {
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../params.h"
+#include "common/params.h"
 
 namespace locas::cuda {
 

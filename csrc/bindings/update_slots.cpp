@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "arguments.h"
+#include "bindings/arguments.h"
 
 namespace locas {
 namespace {

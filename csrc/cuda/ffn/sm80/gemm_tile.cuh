@@ -14,9 +14,9 @@
 // product the sums go through shared memory: an epilogue thread then owns 8 neighbouring columns and 16-byte accesses.
 #pragma once
 
-#include "../glu_math.h"
-#include "elements.cuh"
-#include "ptx.cuh"
+#include "common/glu_math.h"
+#include "cuda/common/elements.cuh"
+#include "cuda/ptx/ptx.cuh"
 
 namespace locas::cuda {
 
