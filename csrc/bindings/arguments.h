@@ -11,7 +11,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "common/params.h"
+#include "common/types.h"
 #include "bindings/tensor_ref.h"
 #ifdef LOCAS_WITH_CUDA
 #include "cuda/api.h"

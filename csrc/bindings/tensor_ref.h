@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "common/params.h"
+#include "common/types.h"
 
 namespace locas {
 

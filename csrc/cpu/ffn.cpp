@@ -18,7 +18,7 @@
 #include <memory>
 #include <new>
 
-#include "common/glu_math.h"
+#include "common/activations.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 

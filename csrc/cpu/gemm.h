@@ -22,7 +22,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/params.h"
 #include "cpu/half.h"
 
 namespace locas::cpu::LOCAS_ISA {

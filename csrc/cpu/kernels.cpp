@@ -7,7 +7,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/glu_math.h"
+#include "common/activations.h"
+#include "common/slot_math.h"
 #include "cpu/half.h"
 
 namespace locas::cpu::LOCAS_ISA {

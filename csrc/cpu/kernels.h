@@ -2,7 +2,9 @@
 // best table that this processor can run, so one build serves every machine of its architecture.
 #pragma once
 
-#include "common/params.h"
+#include "common/elementwise_params.h"
+#include "common/ffn_params.h"
+#include "common/slot_params.h"
 
 namespace locas::cpu {
 

@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "common/params.h"
+#include "common/elementwise_params.h"
+#include "common/ffn_params.h"
+#include "common/slot_params.h"
 
 namespace locas::cuda {
 

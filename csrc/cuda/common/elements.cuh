@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/params.h"
+#include "common/types.h"
 #include "cuda/ptx/ptx.cuh"
 
 namespace locas::cuda {

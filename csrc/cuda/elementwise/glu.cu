@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/glu_math.h"
+#include "common/activations.h"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
 

@@ -1,7 +1,7 @@
 // AdamW and SGD as the update kernels see them, on a row of slots that begins at element `first`.
 #pragma once
 
-#include "common/glu_math.h"
+#include "common/slot_math.h"
 #include "cuda/common/elements.cuh"
 
 namespace locas::cuda {

@@ -9,7 +9,7 @@
 // Every sum has one owner and one order: the result repeats bit for bit.
 #include <cmath>
 
-#include "common/glu_math.h"
+#include "common/slot_math.h"
 #include "cuda/common/block_sum.cuh"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
-#include "common/params.h"
 
 namespace locas::test {
 
@@ -39,7 +38,7 @@ void for_each_seed(const std::function<void()>& body);
 // ---- Data ------------------------------------------------------------------------------------------------------
 template <class T>
 constexpr DType kDType = std::is_same_v<T, bf16> ? DType::bf16 : std::is_same_v<T, f16> ? DType::f16 : DType::f32;
-// One rounding to the storage type; for float, what a few operations and glu_math.h's exp (2e-7) add up to.
+// One rounding to the storage type; for float, what a few operations and fast_exp (2e-7) add up to.
 template <class T>
 constexpr double kRounding = std::is_same_v<T, bf16> ? 0x1p-8 : std::is_same_v<T, f16> ? 0x1p-11 : 0x1p-21;
 

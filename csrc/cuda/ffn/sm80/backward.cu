@@ -13,6 +13,7 @@
 //           slots' gradient     [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32
 //
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
+#include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
 

@@ -13,6 +13,7 @@
 //           a CTA owns 16 channels; its 16 warps share k
 //
 // The warps' sums are added in their order: the result repeats bit for bit.
+#include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
 

@@ -11,6 +11,7 @@
 //           Where the tiles are few, K is cut into slices; AddSlices adds them in their order.
 //
 // No atomics, and nothing depends on the device: the result repeats bit for bit.
+#include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
 

@@ -14,7 +14,6 @@
 // product the sums go through shared memory: an epilogue thread then owns 8 neighbouring columns and 16-byte accesses.
 #pragma once
 
-#include "common/glu_math.h"
 #include "cuda/common/elements.cuh"
 #include "cuda/ptx/ptx.cuh"
 
