@@ -16,7 +16,7 @@
 #include <string>
 
 #include "cuda/api.h"
-#include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/device.cuh"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>

@@ -1,7 +1,10 @@
 // A sum over the threads of a block, in a fixed order: it repeats bit for bit.
 #pragma once
 
-#include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/shuffle.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 

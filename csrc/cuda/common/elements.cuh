@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "common/types.h"
-#include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/types.cuh"
 
 namespace locas::cuda {
 

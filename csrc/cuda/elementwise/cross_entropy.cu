@@ -6,6 +6,11 @@
 
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/shuffle.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 namespace {

@@ -15,6 +15,10 @@
 #include "common/activations.h"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 namespace {

@@ -12,6 +12,9 @@
 #include "cuda/common/block_sum.cuh"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/thread.cuh"
 #include "cuda/slots/update_rules.cuh"
 
 namespace locas::cuda {

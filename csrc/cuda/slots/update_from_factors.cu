@@ -13,6 +13,11 @@
 // The tokens and the norm are added up in a fixed order: the result repeats bit for bit.
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/shuffle.cuh"
+#include "cuda/ptx/thread.cuh"
 #include "cuda/slots/update_rules.cuh"
 
 namespace locas::cuda {

@@ -3,6 +3,7 @@
 
 #include "common/slot_math.h"
 #include "cuda/common/elements.cuh"
+#include "cuda/ptx/memory.cuh"
 
 namespace locas::cuda {
 

@@ -13,6 +13,9 @@
 #include "cuda/common/block_sum.cuh"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 namespace {

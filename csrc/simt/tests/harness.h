@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/types.cuh"
+#include "simt/runner.h"
 
 namespace locas::test {
 

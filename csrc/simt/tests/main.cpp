@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "simt/tests/harness.h"
+#include "simt/warp.h"
 
 namespace locas::test {
 

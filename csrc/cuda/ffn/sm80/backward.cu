@@ -16,6 +16,7 @@
 #include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 namespace {

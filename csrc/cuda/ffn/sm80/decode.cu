@@ -16,6 +16,12 @@
 #include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/thread.cuh"
+#include "cuda/ptx/types.cuh"
 
 namespace locas::cuda {
 namespace {

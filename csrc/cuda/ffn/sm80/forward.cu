@@ -14,6 +14,10 @@
 #include "common/activations.h"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 namespace {

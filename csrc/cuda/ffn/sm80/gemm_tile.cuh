@@ -15,7 +15,11 @@
 #pragma once
 
 #include "cuda/common/elements.cuh"
-#include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
 

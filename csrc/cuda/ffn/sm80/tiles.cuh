@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cuda/ffn/sm80/gemm_tile.cuh"
+#include "cuda/ptx/thread.cuh"
+#include "cuda/ptx/types.cuh"
 
 namespace locas::cuda {
 
