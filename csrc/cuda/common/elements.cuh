@@ -1,4 +1,4 @@
-// Storage types and vectors of them: what the row and elementwise kernels share.
+// Storage types and vectors of them: what the kernels share.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,8 @@
 #include "cuda/ptx/types.cuh"
 
 namespace locas::cuda {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Neighbouring elements that move in one access.
 template <class T, int count>
@@ -54,6 +56,18 @@ LOCAS_DEVICE void store_vector(const float (&from)[kVector], T* to, int count, b
   }
 }
 
+constexpr int kPiece = kVector;  // 16 bytes of a half type
+
+// Eight neighbouring elements, 16-byte aligned, of global or shared memory.
+template <class T>
+LOCAS_DEVICE void load_piece(const T* from, float (&to)[kPiece]) {
+  load_vector(from, to, kPiece, true);
+}
+template <class T>
+LOCAS_DEVICE void store_piece(const float (&from)[kPiece], T* to) {
+  store_vector(from, to, kPiece, true);
+}
+
 // Whether every row of m takes 16-byte accesses; a matrix that is not there does.
 template <class T>
 bool is_aligned(const Rows& m) {
@@ -69,6 +83,13 @@ void with_type(DType dtype, F&& f) {
     case DType::bf16: return f.template operator()<bf16>();
     default: return f.template operator()<f16>();
   }
+}
+
+// The same for the fused kernels, which take the half types only.
+template <class F>
+void with_half_type(DType dtype, F&& f) {
+  if (dtype == DType::bf16) return f.template operator()<bf16>();
+  return f.template operator()<f16>();
 }
 
 }  // namespace locas::cuda

@@ -11,7 +11,7 @@
 //           rows   [kSlots][d]    gradient, then the new row: 4 kVectors floats a thread and slot, in registers
 //
 // The tokens and the norm are added up in a fixed order: the result repeats bit for bit.
-#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"

@@ -14,6 +14,7 @@
 //
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
 #include "common/activations.h"
+#include "cuda/ffn/add_slices.cuh"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/thread.cuh"

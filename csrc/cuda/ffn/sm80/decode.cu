@@ -14,7 +14,7 @@
 //
 // The warps' sums are added in their order: the result repeats bit for bit.
 #include "common/activations.h"
-#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"

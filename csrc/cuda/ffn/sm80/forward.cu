@@ -12,6 +12,7 @@
 //
 // No atomics, and nothing depends on the device: the result repeats bit for bit.
 #include "common/activations.h"
+#include "cuda/ffn/add_slices.cuh"
 #include "cuda/ffn/sm80/tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"

@@ -23,10 +23,7 @@
 
 namespace locas::cuda {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int kBlockK = 64;
-constexpr int kPiece = kVector;  // 16 bytes of a half type
 
 enum class Major { k, mn };
 
@@ -85,16 +82,6 @@ LOCAS_DEVICE void load_b(uint32_t (&b)[4], const T* tile, int n, int k) {
     ptx::ldmatrix_x4(b, tile + swizzled<kBlockK / kPiece>(n + lane % 8 + lane / 16 * 8, k / kPiece + lane / 8 % 2));
   else
     ptx::ldmatrix_x4_trans(b, tile + swizzled<kN / kPiece>(k + lane % 16, n / kPiece + lane / 16));
-}
-
-// Eight neighbouring elements, 16-byte aligned, of global or shared memory.
-template <class T>
-LOCAS_DEVICE void load_piece(const T* from, float (&to)[kPiece]) {
-  load_vector(from, to, kPiece, true);
-}
-template <class T>
-LOCAS_DEVICE void store_piece(const float (&from)[kPiece], T* to) {
-  store_vector(from, to, kPiece, true);
 }
 
 template <class T_, int M, int N, int WarpsM, int WarpsN, int Stages>
