@@ -1,5 +1,8 @@
 // Bindings of the kernels between matrix products: activations, importance, loss and norms.
-#include "bindings/arguments.h"
+#include "bindings/checks.h"
+#include "bindings/dispatch.h"
+#include "bindings/module.h"
+#include "common/elementwise_params.h"
 
 namespace locas {
 namespace {

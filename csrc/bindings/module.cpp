@@ -1,6 +1,13 @@
-// The Python module locas_ext._C. csrc/bindings/ has its functions: each checks its arguments once, fills the launch
-// parameters and picks the device.
-#include "bindings/arguments.h"
+// The Python module locas_ext._C. The other files of this folder have its functions: each checks its arguments once,
+// fills the launch parameters and picks the device.
+#include "bindings/module.h"
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/kernels.h"
+#ifdef LOCAS_WITH_CUDA
+#include "cuda/api.h"
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -8,6 +15,8 @@
 
 namespace locas {
 namespace {
+
+namespace py = pybind11;
 
 py::dict build_info() {
   py::dict info;
@@ -37,8 +46,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of locas_ext; use them through locas_ext.ops.";
   bind_elementwise(m);
-  bind_ffn(m);
-  bind_update(m);
+  bind_ffn_cuda(m);
+  bind_ffn_cpu(m);
+  bind_update_slots(m);
+  bind_write_slots(m);
   m.def("build_info", &build_info);
 }
 

@@ -1,23 +1,16 @@
-// Bindings of what changes slots: AdamW and SGD with the row clip, from a gradient or from its factors, and closed-form
-// writing.
+// Bindings of the slots' update: AdamW and SGD with the row clip, from a gradient or from its factors.
 #include <array>
 #include <cmath>
 #include <vector>
 
-#include "bindings/arguments.h"
+#include "bindings/checks.h"
+#include "bindings/dispatch.h"
+#include "bindings/module.h"
+#include "bindings/slot_checks.h"
+#include "common/slot_params.h"
 
 namespace locas {
 namespace {
-
-// An fp32 contiguous tensor of the slots' shape on the slots' device.
-float* slot_state(const char* op, const Named& t, const TensorRef& slots) {
-  if (!t.tensor.same_shape(slots))
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + slots.shape_text());
-  if (t.tensor.dtype != DType::f32) fail(op, t, "must be float32");
-  if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
-  if (!t.tensor.contiguous()) fail(op, t, "must be contiguous");
-  return static_cast<float*>(t.tensor.data);
-}
 
 DeviceScalar scalar(const char* op, const Named& t, const TensorRef& slots) {
   if (t.tensor.numel() != 1) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected a 0-d tensor");
@@ -25,17 +18,6 @@ DeviceScalar scalar(const char* op, const Named& t, const TensorRef& slots) {
     fail(op, t, "must be float32, float64 or int64");
   if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
   return {t.tensor.data, t.tensor.dtype};
-}
-
-// The rounded copy of the slots, in a half dtype; returns null for None.
-void* compute_copy(const char* op, const std::optional<TensorRef>& t, const TensorRef& slots) {
-  if (!t) return nullptr;
-  const Named named{"compute", *t};
-  if (!t->same_shape(slots)) fail(op, named, "has shape " + t->shape_text() + "; expected " + slots.shape_text());
-  if (t->dtype == DType::f64 || t->dtype == DType::i64) fail(op, named, "must be float32, bfloat16 or float16");
-  if (t->device != slots.device) fail(op, named, "lies on another device than slots");
-  if (!t->contiguous()) fail(op, named, "must be contiguous");
-  return t->data;
 }
 
 void slot_rows(const char* op, const TensorRef& slots, int64_t& rows, int64_t& d) {
@@ -167,50 +149,9 @@ void sgd_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer
   LOCAS_LAUNCH_CUDA(sgd_from_factors, slots, stream, p, layers);
 }
 
-// A contiguous tensor of `size` elements on the slots' device.
-void* buffer(const char* op, const Named& t, int64_t size, DType dtype, const TensorRef& slots) {
-  if (t.tensor.numel() != size || t.tensor.dtype != dtype || !t.tensor.contiguous() || t.tensor.device != slots.device)
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + std::to_string(size) +
-                    " contiguous elements of the right dtype, on slots' device");
-  return t.tensor.data;
-}
-
-void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs, const TensorRef& gradients,
-                 double epsilon, const MaybeTensor& compute, const MaybeTensor& gradient_norm, const TensorRef& norms,
-                 const TensorRef& workspace, uintptr_t stream) {
-  constexpr const char* op = "write_slots_";
-  WriteSlotsParams p{};
-  p.slots = slot_state(op, {"slots", slots}, slots);
-  p.compute = compute_copy(op, compute, slots);
-  p.compute_dtype = compute ? compute->dtype : DType::f32;
-  if (slots.ndim != 4 || slots.shape[1] != 2)
-    fail(op, {"slots", slots}, "has shape " + slots.shape_text() + "; expected [L, 2, capacity, d]");
-  if (inputs.ndim != 3 || inputs.shape[0] != slots.shape[0] || inputs.shape[2] != slots.shape[3])
-    fail(op, {"inputs", inputs}, "has shape " + inputs.shape_text() + "; expected [L, n, d] of the slots' L and d");
-  if (inputs.dtype == DType::f64 || inputs.dtype == DType::i64)
-    fail(op, {"inputs", inputs}, "must be float32, bfloat16 or float16");
-  p.layers = slots.shape[0];
-  p.capacity = slots.shape[2];
-  p.d = slots.shape[3];
-  p.tokens = inputs.shape[1];
-  p.start = start;
-  if (start < 0 || start > p.capacity - p.tokens)
-    throw py::value_error("write_slots_: start is " + std::to_string(start) + "; the rows do not fit");
-  p.dtype = inputs.dtype;
-  p.epsilon = epsilon;
-  p.inputs = buffer(op, {"inputs", inputs}, inputs.numel(), p.dtype, slots);
-  p.gradients = buffer(op, {"gradients", gradients}, inputs.numel(), p.dtype, slots);
-  if (gradient_norm)
-    p.gradient_norms = static_cast<const float*>(
-        buffer(op, {"gradient_norm", *gradient_norm}, p.tokens, DType::f32, slots));
-  p.norms = static_cast<float*>(buffer(op, {"norms", norms}, p.tokens, DType::f32, slots));
-  p.workspace = static_cast<double*>(buffer(op, {"workspace", workspace}, p.workspace_size(), DType::f64, slots));
-  LOCAS_DISPATCH(write_slots, p, slots.device, stream);
-}
-
 }  // namespace
 
-void bind_update(py::module_& m) {
+void bind_update_slots(py::module_& m) {
   m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
@@ -224,9 +165,6 @@ void bind_update(py::module_& m) {
   m.def("sgd_from_factors", &sgd_from_factors, py::arg("slots"), py::arg("momentum_buffer"), py::arg("learning_rate"),
         py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
         py::arg("factors"), py::arg("factor_scale"), py::arg("stream"));
-  m.def("write_slots", &write_slots, py::arg("slots"), py::arg("start"), py::arg("inputs"), py::arg("gradients"),
-        py::arg("epsilon"), py::arg("compute"), py::arg("gradient_norm"), py::arg("norms"), py::arg("workspace"),
-        py::arg("stream"));
 }
 
 }  // namespace locas

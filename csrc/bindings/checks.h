@@ -1,6 +1,5 @@
-// What every binding file uses: checks of one argument each, and the choice of the device.
-//
-// A check names the op, the argument, what is wrong with it and what is expected; it throws ValueError.
+// Checks of one argument each: they name the op, the argument, what is wrong with it and what is expected, and throw
+// ValueError.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,12 +9,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu/kernels.h"
-#include "common/types.h"
 #include "bindings/tensor_ref.h"
-#ifdef LOCAS_WITH_CUDA
-#include "cuda/api.h"
-#endif
+#include "common/types.h"
 
 namespace locas {
 
@@ -79,47 +74,5 @@ inline void* cpu_vector(const char* op, const Named& t, int64_t size, DType dtyp
     fail(op, t, "must be a contiguous vector of " + std::to_string(size) + " elements on the CPU, of the right dtype");
   return t.tensor.data;
 }
-
-// Runs the CPU or the CUDA kernel of one op with the interpreter released.
-#ifdef LOCAS_WITH_CUDA
-#define LOCAS_DISPATCH(kernel, params, device_index, stream)                       \
-  do {                                                                             \
-    const py::gil_scoped_release released;                                         \
-    if ((device_index) < 0) cpu::kernels().kernel(params);                         \
-    else cuda::kernel(params, {device_index, reinterpret_cast<void*>(stream)});    \
-  } while (0)
-#else
-#define LOCAS_DISPATCH(kernel, params, device_index, stream)                                        \
-  do {                                                                                              \
-    (void)(stream);                                                                                 \
-    if ((device_index) >= 0)                                                                        \
-      throw std::runtime_error(#kernel ": this build has no CUDA kernels; rebuild with LOCAS_CUDA=1 " \
-                               "where nvcc is found");                                              \
-    const py::gil_scoped_release released;                                                          \
-    cpu::kernels().kernel(params);                                                                  \
-  } while (0)
-#endif
-
-// Launches a kernel that exists on CUDA only, on the device of `like`.
-#ifdef LOCAS_WITH_CUDA
-#define LOCAS_LAUNCH_CUDA(kernel, like, stream, ...)                                                              \
-  do {                                                                                                            \
-    if ((like).device < 0) throw py::value_error(#kernel ": the tensors are on the CPU; this kernel needs CUDA"); \
-    const py::gil_scoped_release released;                                                                        \
-    cuda::kernel(__VA_ARGS__, {(like).device, reinterpret_cast<void*>(stream)});                                  \
-  } while (0)
-#else
-#define LOCAS_LAUNCH_CUDA(kernel, like, stream, ...)                                                    \
-  do {                                                                                                  \
-    (void)(stream), (void)sizeof(__VA_ARGS__);                                                          \
-    throw std::runtime_error(#kernel ": this build has no CUDA kernels; rebuild with LOCAS_CUDA=1 "     \
-                             "where nvcc is found");                                                    \
-  } while (0)
-#endif
-
-// Each file adds its functions to the module.
-void bind_elementwise(py::module_&);
-void bind_ffn(py::module_&);
-void bind_update(py::module_&);
 
 }  // namespace locas
