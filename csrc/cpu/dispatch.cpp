@@ -2,7 +2,7 @@
 
 namespace locas::cpu {
 
-// One definition per compilation of kernels.cpp and ffn.cpp; CMakeLists.txt names them.
+// One definition per compilation of table.cpp and ffn.cpp; CMakeLists.txt names them.
 #define LOCAS_DECLARE(isa) \
   namespace isa {          \
   extern const Kernels table; \
