@@ -1,5 +1,5 @@
-// What the CPU kernels share: rows go through in blocks of kBlock floats that stay in the first-level cache; plain loops
-// over a block are what the compiler vectorises.
+// What the CPU kernels share: rows go through in blocks of kBlock floats that stay in the first-level cache; plain
+// loops over a block are what the compiler vectorises.
 #pragma once
 
 #include <algorithm>

@@ -12,11 +12,13 @@ namespace locas::ptx {
 #ifdef __CUDACC__
 template <int bytes>
 struct Word;
+// clang-format off
 template <> struct Word<1> { using type = uint8_t; };
 template <> struct Word<2> { using type = uint16_t; };
 template <> struct Word<4> { using type = uint32_t; };
 template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
+// clang-format on
 
 template <class T>
 LOCAS_DEVICE T load(const T* from) {

@@ -1,10 +1,9 @@
 // One optimizer step and the row clip over all slots of all layers in one launch.
 //
 //      slots [rows, d]    CTA b owns row b. Where d is a multiple of 4 and at most 128 * 4 * 8, a thread holds its part
-//      of
-//                         the row, kVectors times four floats that lie 128 * 4 apart, in registers: all loads are under
-//                         way before the first is used, and each byte moves once. Other widths go through a strided
-//                         loop, twice: to step, then to clip and write the rounded copy.
+//                         of the row, kVectors times four floats that lie 128 * 4 apart, in registers: all loads are
+//                         under way before the first is used, and each byte moves once. Other widths go through a
+//                         strided loop, twice: to step, then to clip and write the rounded copy.
 //
 // The norm is added up in a fixed order: the result repeats bit for bit.
 #include <initializer_list>

@@ -4,8 +4,7 @@
 //      row (layer, kind, slot)      gradient = sum over tokens of coefficient[token] * source[token, :]
 //                                   gate, key: d_gate, d_key with x;   value: hidden with dy
 //
-//      a CTA owns kSlots neighbouring slots of one kind, whole rows, so that one load of a source row serves all of
-//      them:
+//      a CTA owns kSlots neighbouring slots of one kind, whole rows: one load of a source row serves them all
 //
 //           source [tokens, d]    thread t reads columns 4 (t + 256 k), k < kVectors, token after token
 //           rows   [kSlots][d]    gradient, then the new row: 4 kVectors floats a thread and slot, in registers

@@ -106,8 +106,7 @@ struct RowSum {
   }
 };
 
-// ---- The same sums by a producer warp that issues bulk copies and two consumer warps
-// ---------------------------------
+// ---- The same sums by a producer warp that issues bulk copies and two consumer warps -------------------------------
 template <Bug bug>
 struct BulkRowSum {
   using Params = RowSumParams;
@@ -200,8 +199,7 @@ LOCAS_TEST(planted_bugs, "runner: planted bugs") {
   return counts + " of 10 seeds";
 }
 
-// ---- One broken kernel a rule
-// ----------------------------------------------------------------------------------------
+// ---- One broken kernel per rule -------------------------------------------------------------------------------------
 using Body = void (*)(float* data, float* shared);  // 64 floats each, of ones and of poison
 struct MisuseParams {
   float* data;
