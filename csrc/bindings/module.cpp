@@ -24,8 +24,9 @@ py::dict build_info() {
   info["compiler"] = LOCAS_COMPILER;
   info["cpu_isa"] = cpu::kernels().isa;
   const cpu::FfnKernels* ffn = cpu::ffn_kernels();
-  info["cpu_ffn"] = !ffn ? py::list() : ffn->bf16 ? py::list(py::make_tuple("float32", "bfloat16"))
-                                                  : py::list(py::make_tuple("float32"));
+  info["cpu_ffn"] = !ffn        ? py::list()
+                    : ffn->bf16 ? py::list(py::make_tuple("float32", "bfloat16"))
+                                : py::list(py::make_tuple("float32"));
 #ifdef _OPENMP
   info["openmp_threads"] = omp_get_max_threads();
 #else

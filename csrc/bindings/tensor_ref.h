@@ -123,8 +123,9 @@ struct type_caster<locas::TensorRef> {
 
     if (attribute(torch.is_cpu).ptr() == Py_True) value.device = -1;
     else if (attribute(torch.is_cuda).ptr() == Py_True) value.device = call(torch.get_device).cast<int>();
-    else throw value_error("a tensor on device " + str(source.attr("device")).cast<std::string>() +
-                           "; the kernels take cpu and cuda tensors");
+    else
+      throw value_error("a tensor on device " + str(source.attr("device")).cast<std::string>() +
+                        "; the kernels take cpu and cuda tensors");
     value.data = reinterpret_cast<void*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(call(torch.data_ptr).ptr())));
     if (PyErr_Occurred()) throw error_already_set();
     return true;

@@ -110,8 +110,9 @@ LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRe
     fail(op, {"x", x},
          "has shape " + x.shape_text() + "; expected 1 to " + std::to_string(LayerFactors::kMostTokens) + " tokens");
   if (d % 8 != 0 || d > LayerFactors::kMostWidth)
-    fail(op, {"slots", slots}, "has rows of " + std::to_string(d) + "; expected a multiple of 8, at most " +
-                                   std::to_string(LayerFactors::kMostWidth));
+    fail(op, {"slots", slots},
+         "has rows of " + std::to_string(d) + "; expected a multiple of 8, at most " +
+             std::to_string(LayerFactors::kMostWidth));
   for (size_t layer = 0; layer < layers.size(); ++layer) {
     const auto& [d_gate, d_key, hidden, layer_x, dy] = layers[layer];
     const auto coefficients = [&](const char* name, const TensorRef& t) {
@@ -152,9 +153,9 @@ void sgd_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer
 }  // namespace
 
 void bind_update_slots(py::module_& m) {
-  m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-        py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
+  m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("step"),
+        py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+        py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
   m.def("sgd", &sgd, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("learning_rate"),
         py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
         py::arg("stream"));

@@ -11,8 +11,9 @@ namespace {
 // A contiguous tensor of `size` elements on the slots' device.
 void* buffer(const char* op, const Named& t, int64_t size, DType dtype, const TensorRef& slots) {
   if (t.tensor.numel() != size || t.tensor.dtype != dtype || !t.tensor.contiguous() || t.tensor.device != slots.device)
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + std::to_string(size) +
-                    " contiguous elements of the right dtype, on slots' device");
+    fail(op, t,
+         "has shape " + t.tensor.shape_text() + "; expected " + std::to_string(size) +
+             " contiguous elements of the right dtype, on slots' device");
   return t.tensor.data;
 }
 
@@ -42,8 +43,8 @@ void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs,
   p.inputs = buffer(op, {"inputs", inputs}, inputs.numel(), p.dtype, slots);
   p.gradients = buffer(op, {"gradients", gradients}, inputs.numel(), p.dtype, slots);
   if (gradient_norm)
-    p.gradient_norms = static_cast<const float*>(
-        buffer(op, {"gradient_norm", *gradient_norm}, p.tokens, DType::f32, slots));
+    p.gradient_norms =
+        static_cast<const float*>(buffer(op, {"gradient_norm", *gradient_norm}, p.tokens, DType::f32, slots));
   p.norms = static_cast<float*>(buffer(op, {"norms", norms}, p.tokens, DType::f32, slots));
   p.workspace = static_cast<double*>(buffer(op, {"workspace", workspace}, p.workspace_size(), DType::f64, slots));
   LOCAS_DISPATCH(write_slots, p, slots.device, stream);

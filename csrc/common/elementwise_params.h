@@ -18,10 +18,10 @@ struct GluForwardParams {
 // From d_hidden, the gradient of scale * act(gate) * up, to the gradients of gate and up.
 // d_hidden may be the same memory as d_gate: every element is read before it is written.
 struct GluBackwardParams {
-  Rows d_hidden;       // [rows, cols]
-  Rows gate, up;       // [rows, cols] saved pre-activations; up's data may be null, as in the forward
-  Rows d_gate, d_up;   // [rows, cols] out; d_up's data is null where up's is
-  Rows hidden;         // [rows, cols] out: scale * act(gate) * up once more; data may be null
+  Rows d_hidden;      // [rows, cols]
+  Rows gate, up;      // [rows, cols] saved pre-activations; up's data may be null, as in the forward
+  Rows d_gate, d_up;  // [rows, cols] out; d_up's data is null where up's is
+  Rows hidden;        // [rows, cols] out: scale * act(gate) * up once more; data may be null
   int64_t rows, cols;
   float scale;
   Activation activation;

@@ -7,10 +7,10 @@ namespace locas {
 
 // A host FFN in Hugging Face layout and one layer's slots, all of FfnForwardParams::dtype.
 struct FfnWeights {
-  Rows gate, up;                                 // [m, d]
-  Rows down;                                     // [d, m]
-  const void *gate_bias, *up_bias, *down_bias;   // [m], [m], [d]; may be null
-  Rows memory_gate, memory_key, memory_value;    // [r, d]
+  Rows gate, up;                                // [m, d]
+  Rows down;                                    // [d, m]
+  const void *gate_bias, *up_bias, *down_bias;  // [m], [m], [d]; may be null
+  Rows memory_gate, memory_key, memory_value;   // [r, d]
   int64_t d, m, r;
 
   // r rounded up to 8: the memory's columns [m, m + padded_r()) stand behind the host's in the buffers below.
@@ -21,11 +21,11 @@ struct FfnWeights {
 // d and m are multiples of 8, every pointer and row stride of 16 bytes.
 struct FfnForwardParams {
   FfnWeights weights;
-  Rows x;              // [tokens, d]
-  Rows hidden;         // [tokens, m + padded_r] out; the memory's part holds scale * act(gate) * key
-  Rows gate, up;       // [tokens, m + padded_r] out, pre-activations for the backward; data may be null
-  Rows y;              // [tokens, d] out
-  float* workspace;    // ffn_forward_workspace() floats
+  Rows x;            // [tokens, d]
+  Rows hidden;       // [tokens, m + padded_r] out; the memory's part holds scale * act(gate) * key
+  Rows gate, up;     // [tokens, m + padded_r] out, pre-activations for the backward; data may be null
+  Rows y;            // [tokens, d] out
+  float* workspace;  // ffn_forward_workspace() floats
   int64_t tokens;
   float scale;
   Activation activation;
@@ -34,13 +34,13 @@ struct FfnForwardParams {
 
 struct FfnBackwardParams {
   FfnWeights weights;
-  Rows dy, x;            // [tokens, d]
-  Rows gate, up;         // [tokens, m + padded_r] as the forward saved them
-  Rows d_gate, d_up;     // [tokens, m + padded_r] out; without dx only the memory's columns are written
-  Rows memory_hidden;    // [tokens, padded_r] out: the memory's part of `hidden` once more
-  Rows dx;               // [tokens, d] out; data may be null
-  float* slots_grad;     // [3, r, d] is added to; may be null
-  float* workspace;      // ffn_backward_workspace() floats
+  Rows dy, x;          // [tokens, d]
+  Rows gate, up;       // [tokens, m + padded_r] as the forward saved them
+  Rows d_gate, d_up;   // [tokens, m + padded_r] out; without dx only the memory's columns are written
+  Rows memory_hidden;  // [tokens, padded_r] out: the memory's part of `hidden` once more
+  Rows dx;             // [tokens, d] out; data may be null
+  float* slots_grad;   // [3, r, d] is added to; may be null
+  float* workspace;    // ffn_backward_workspace() floats
   int64_t tokens;
   float scale;
   Activation activation;
@@ -62,7 +62,7 @@ struct CpuFfnForwardParams {
 
 struct CpuFfnBackwardParams {
   FfnWeights weights;
-  Rows dy, x;         // [tokens, d]
+  Rows dy, x;  // [tokens, d]
   const void* saved;
   Rows dx;            // [tokens, d] out; data may be null
   float* slots_grad;  // [3, r, d] is added to

@@ -12,8 +12,8 @@ namespace locas {
 // What one AdamW step needs besides the element itself; computed once a launch.
 struct AdamWFactors {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
-  float decay;        // 1 - learning_rate * weight_decay
-  float step_size;    // learning_rate / (1 - beta1^t)
+  float decay;            // 1 - learning_rate * weight_decay
+  float step_size;        // learning_rate / (1 - beta1^t)
   float sqrt_correction;  // 1 / sqrt(1 - beta2^t)
 };
 

@@ -15,15 +15,15 @@ struct DeviceScalar {
 
 // One AdamW step over rows of d elements, then every row longer than 1 is scaled back to length 1.
 struct AdamWParams {
-  float* slots;              // [rows, d] fp32 master, in place
-  const float* grad;         // [rows, d]
-  float* exp_avg;            // [rows, d] in place
-  float* exp_avg_sq;         // [rows, d] in place
-  void* compute;             // [rows, d] rounded copy of the new slots; may be null
+  float* slots;       // [rows, d] fp32 master, in place
+  const float* grad;  // [rows, d]
+  float* exp_avg;     // [rows, d] in place
+  float* exp_avg_sq;  // [rows, d] in place
+  void* compute;      // [rows, d] rounded copy of the new slots; may be null
   int64_t rows, d;
   DType compute_dtype;
   DeviceScalar step, learning_rate;
-  double beta1, beta2;          // double: 1 - beta2 loses half its digits in float
+  double beta1, beta2;         // double: 1 - beta2 loses half its digits in float
   float log_beta1, log_beta2;  // their natural logarithms
   float eps, weight_decay;
   bool clip;

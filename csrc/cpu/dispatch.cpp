@@ -3,9 +3,9 @@
 namespace locas::cpu {
 
 // One definition per compilation of table.cpp and ffn.cpp; CMakeLists.txt names them.
-#define LOCAS_DECLARE(isa) \
-  namespace isa {          \
-  extern const Kernels table; \
+#define LOCAS_DECLARE(isa)           \
+  namespace isa {                    \
+  extern const Kernels table;        \
   extern const FfnKernels ffn_table; \
   }
 LOCAS_DECLARE(baseline)

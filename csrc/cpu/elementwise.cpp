@@ -84,9 +84,8 @@ void importance_typed(const ImportanceParams& p) {
 }  // namespace
 
 void glu_forward(const GluForwardParams& p) {
-  with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { glu_forward_typed<T, act>(p); });
-  });
+  with_type(p.dtype,
+            [&]<class T>() { with_activation(p.activation, [&]<Activation act>() { glu_forward_typed<T, act>(p); }); });
 }
 
 void glu_backward(const GluBackwardParams& p) {
@@ -96,9 +95,8 @@ void glu_backward(const GluBackwardParams& p) {
 }
 
 void importance(const ImportanceParams& p) {
-  with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { importance_typed<T, act>(p); });
-  });
+  with_type(p.dtype,
+            [&]<class T>() { with_activation(p.activation, [&]<Activation act>() { importance_typed<T, act>(p); }); });
 }
 
 }  // namespace locas::cpu::LOCAS_ISA

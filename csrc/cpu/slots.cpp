@@ -80,8 +80,8 @@ void write_slots_typed(const WriteSlotsParams& p) {
   if (!token_norms(p)) return;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t row = 0; row < p.rows(); ++row) {
-    const double factor = p.is_value(row) ? p.epsilon * inverse_norm(p.norms[row % p.tokens])
-                                          : inverse_norm(std::sqrt(p.workspace[row]));
+    const double factor =
+        p.is_value(row) ? p.epsilon * inverse_norm(p.norms[row % p.tokens]) : inverse_norm(std::sqrt(p.workspace[row]));
     const int64_t slot_row = p.slot_row(row);
     float* w = p.slots + slot_row * p.d;
     for_each_block_of_source<T>(p, row, [&](const float* x, int64_t col, int n) {

@@ -71,8 +71,7 @@ LOCAS_DEVICE void store_piece(const float (&from)[kPiece], T* to) {
 // Whether every row of m takes 16-byte accesses; a matrix that is not there does.
 template <class T>
 bool is_aligned(const Rows& m) {
-  return m.data == nullptr ||
-         (reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * sizeof(T) % 16 == 0);
+  return m.data == nullptr || (reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * sizeof(T) % 16 == 0);
 }
 
 // Calls f with the storage type as a template argument.

@@ -34,14 +34,15 @@ LOCAS_DEVICE T load_once(const T* from) {
   typename Word<sizeof(T)>::type word;
   if constexpr (sizeof(T) == 16)
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w) : "l"(__cvta_generic_to_global(from)));
+        : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+        : "l"(__cvta_generic_to_global(from)));
   else if constexpr (sizeof(T) == 8)
     asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(word.x), "=r"(word.y) : "l"(__cvta_generic_to_global(from)));
+        : "=r"(word.x), "=r"(word.y)
+        : "l"(__cvta_generic_to_global(from)));
   else if constexpr (sizeof(T) == 4)
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
-  else
-    return load(from);
+  else return load(from);
   return __builtin_bit_cast(T, word);
 }
 // The address that PTX wants where an instruction takes shared memory.

@@ -50,7 +50,10 @@ struct UpdateFromFactors {
     const GradientFactors& factors = p.factors.layers[layer];
 
     Float4 rows[kSlots][kVectors] = {};
-    add_products(p, shared, kind == 0 ? factors.d_gate : kind == 1 ? factors.d_key : factors.hidden,
+    add_products(p, shared,
+                 kind == 0   ? factors.d_gate
+                 : kind == 1 ? factors.d_key
+                             : factors.hidden,
                  kind == 2 ? factors.dy : factors.x, first_slot, slots, rows);
 
     float sums_of_squares[kSlots] = {};

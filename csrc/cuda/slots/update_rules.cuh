@@ -28,8 +28,8 @@ struct AdamWRule {
   float* __restrict__ exp_avg_sq;
 
   LOCAS_DEVICE AdamWRule(const AdamWParams& p, int64_t first)
-      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))),
-        exp_avg(p.exp_avg + first), exp_avg_sq(p.exp_avg_sq + first) {}
+      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))), exp_avg(p.exp_avg + first),
+        exp_avg_sq(p.exp_avg_sq + first) {}
 
   struct States {
     Float4 exp_avg, exp_avg_sq;

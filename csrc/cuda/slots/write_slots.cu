@@ -115,8 +115,8 @@ void write_slots(const WriteSlotsParams& p, Queue queue) {
         return is_aligned<Element>({const_cast<Element*>(data), p.d});
       };
       const WriteLaunch parameters{p, takes_vectors(static_cast<const T*>(p.inputs)) &&
-                                          takes_vectors(static_cast<const T*>(p.gradients)) &&
-                                          takes_vectors(p.slots) && takes_vectors(static_cast<const Copy*>(p.compute))};
+                                          takes_vectors(static_cast<const T*>(p.gradients)) && takes_vectors(p.slots) &&
+                                          takes_vectors(static_cast<const Copy*>(p.compute))};
       launch<SlotNorms<T>>(p.rows(), sizeof(typename SlotNorms<T>::Shared), queue, parameters);
       launch<TokenNorms>(1, 0, queue, p);
       launch<SlotRows<T, Copy>>(p.rows(), 0, queue, parameters);

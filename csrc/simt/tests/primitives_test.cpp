@@ -57,7 +57,7 @@ LOCAS_TEST(conversions, "runner: bf16 and f16") {
 // out [16, 8] = a [16, 16] b [16, 8] by one warp, from row-major shared memory, or from the transposes of both.
 template <class T>
 struct MmaParams {
-  const T *a, *b;  // [16, 16], and [8, 16] as mma wants it (n, k); transposed: [16, 16] (k, m) and [16, 8] (k, n)
+  const T *a, *b;     // [16, 16], and [8, 16] as mma wants it (n, k); transposed: [16, 16] (k, m) and [16, 8] (k, n)
   float *out, *sums;  // [16, 8]; [32] its sum, in every lane
 };
 

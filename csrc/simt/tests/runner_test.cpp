@@ -242,9 +242,8 @@ LOCAS_TEST(misuse, "runner: rules") {
     uint32_t r[4];
     ptx::ldmatrix_x4(r, shared + 1);
   });
-  expect_abort("misaligned cp.async", "must be aligned to 16", [](float* data, float* shared) {
-    ptx::cp_async_16(shared + 1, data, true);
-  });
+  expect_abort("misaligned cp.async", "must be aligned to 16",
+               [](float* data, float* shared) { ptx::cp_async_16(shared + 1, data, true); });
 
   // Warps and barriers
   expect_abort("divergent collective", "divergent collective", [](float*, float*) {
@@ -258,9 +257,8 @@ LOCAS_TEST(misuse, "runner: rules") {
                [](float*, float*) {
                  if (warp_index() == 0) ptx::sync_threads();
                });
-  expect_abort("two counts at a barrier", "where others wait for", [](float*, float*) {
-    simt::barrier("named_barrier", 1, lane_index() % 2 == 0 ? 32 : 64);
-  });
+  expect_abort("two counts at a barrier", "where others wait for",
+               [](float*, float*) { simt::barrier("named_barrier", 1, lane_index() % 2 == 0 ? 32 : 64); });
   expect_abort("half a warp", "expected whole warps", [](float*, float*) { simt::barrier("named_barrier", 1, 48); });
   expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { simt::barrier("named_barrier", 16, 64); });
 
@@ -307,13 +305,16 @@ LOCAS_TEST(misuse, "runner: rules") {
     ptx::load(shared + (thread_index() + 1) % 64);
     ptx::store(shared + thread_index(), 2.0f);
   });
-  expect_abort("two blocks write one element", "of the same launch wrote", [](float* data, float*) {
-    ptx::store(data + thread_index(), 2.0f);
-  }, 2);
-  expect_abort("a block writes what another reads", "of the same launch", [](float* data, float*) {
-    if (ptx::block_index() == 0) ptx::load(data + thread_index());
-    else ptx::store(data + thread_index(), 2.0f);
-  }, 2);
+  expect_abort(
+      "two blocks write one element", "of the same launch wrote",
+      [](float* data, float*) { ptx::store(data + thread_index(), 2.0f); }, 2);
+  expect_abort(
+      "a block writes what another reads", "of the same launch",
+      [](float* data, float*) {
+        if (ptx::block_index() == 0) ptx::load(data + thread_index());
+        else ptx::store(data + thread_index(), 2.0f);
+      },
+      2);
   expect_abort("load_once of what the launch wrote", "by the read-only path", [](float* data, float*) {
     ptx::store(data + thread_index(), 2.0f);
     ptx::load_once(data + thread_index());

@@ -93,7 +93,7 @@ template <class Tile>
 struct DxWeightGrad {
   struct Params {
     FfnBackwardParams ffn;
-    int tiles_m, tiles_n, splits;  // of dx; tiles_m is 0 without dx
+    int tiles_m, tiles_n, splits;    // of dx; tiles_m is 0 without dx
     int slot_tiles_m, slot_tiles_n;  // of one of the three gradients
   };
   static constexpr const char* name = "K4 dx_weight_grad";
@@ -214,7 +214,10 @@ void ffn_backward(const FfnBackwardParams& p, Queue queue) {
     with_tile<T>(kind, [&]<class Tile>() {
       using Kernel = DxWeightGrad<Tile>;
       const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens, Tile::kM)) : 0;
-      const typename Kernel::Params params{p, tiles_m, static_cast<int>(divide_up(w.d, Tile::kN)), splits,
+      const typename Kernel::Params params{p,
+                                           tiles_m,
+                                           static_cast<int>(divide_up(w.d, Tile::kN)),
+                                           splits,
                                            static_cast<int>(divide_up(w.r, Kernel::Slots::kM)),
                                            static_cast<int>(divide_up(w.d, Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;

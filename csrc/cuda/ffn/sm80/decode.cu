@@ -81,7 +81,7 @@ struct DecodeGlu {
     }
 
     float sums[kTokenBlocks][kGroups][4] = {};
-#pragma unroll (kTokenBlocks > 2 ? 1 : 4 / kGroups)  // loads in flight, as registers allow
+#pragma unroll(kTokenBlocks > 2 ? 1 : 4 / kGroups)  // loads in flight, as registers allow
     for (int64_t k0 = warp * kStep; k0 < w.d; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       Vec16 gates[kGroups], ups[kGroups];
@@ -188,7 +188,7 @@ struct DecodeDown {
       return row < w.d ? static_cast<const T*>(w.down.data) + row * w.down.stride : nullptr;
     };
     const T *low = row_of(channel), *high = row_of(channel + 8);
-#pragma unroll (kTokenBlocks > 2 ? 2 : 4)
+#pragma unroll(kTokenBlocks > 2 ? 2 : 4)
     for (int64_t k0 = warp * kStep; k0 < w.m; k0 += kWarps * kStep) {
       const int64_t k = k0 + lane % 4 * kPiece;
       const Vec16 lows = load_weight(low, k, w.m), highs = load_weight(high, k, w.m);

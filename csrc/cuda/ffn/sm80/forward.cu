@@ -88,7 +88,7 @@ struct GluForward {
           hidden[i] = scale * activate<act>(g[i]).value * u[i];
           magnitudes[i] += hidden[i] < 0.0f ? -hidden[i] : hidden[i];
         }
-        const auto store = [&](const Rows& to, const float(&piece)[kPiece]) {
+        const auto store = [&](const Rows& to, const float (&piece)[kPiece]) {
           if (to.data) store_piece(piece, static_cast<T*>(to.data) + token * to.stride + before + neuron);
         };
         store(ffn.gate, g);

@@ -59,8 +59,8 @@ LOCAS_DEVICE void load_tile(T* tile, const Operand<T>& from, int mn, int k) {
     const int row = i / kPieces, piece = i % kPieces;
     const int from_row = first_row + row, from_col = first_col + piece * kPiece;
     const bool inside = from_row < from.rows && from_col < from.cols;
-    ptx::cp_async_16(tile + swizzled<kPieces>(row, piece),
-                     from.data + (inside ? from_row * from.stride + from_col : 0), inside);
+    ptx::cp_async_16(tile + swizzled<kPieces>(row, piece), from.data + (inside ? from_row * from.stride + from_col : 0),
+                     inside);
   }
 }
 
@@ -70,8 +70,7 @@ LOCAS_DEVICE void load_a(uint32_t (&a)[4], const T* tile, int m, int k) {
   const int lane = ptx::lane_index();
   if constexpr (major == Major::k)
     ptx::ldmatrix_x4(a, tile + swizzled<kBlockK / kPiece>(m + lane % 16, k / kPiece + lane / 16));
-  else
-    ptx::ldmatrix_x4_trans(a, tile + swizzled<kM / kPiece>(k + lane % 8 + lane / 16 * 8, m / kPiece + lane / 8 % 2));
+  else ptx::ldmatrix_x4_trans(a, tile + swizzled<kM / kPiece>(k + lane % 8 + lane / 16 * 8, m / kPiece + lane / 8 % 2));
 }
 
 // Two k16n8 fragments of B at (k, n) of its tile: columns n..n+7 in b[0], b[1], the next eight in b[2], b[3].
@@ -80,8 +79,7 @@ LOCAS_DEVICE void load_b(uint32_t (&b)[4], const T* tile, int n, int k) {
   const int lane = ptx::lane_index();
   if constexpr (major == Major::k)
     ptx::ldmatrix_x4(b, tile + swizzled<kBlockK / kPiece>(n + lane % 8 + lane / 16 * 8, k / kPiece + lane / 8 % 2));
-  else
-    ptx::ldmatrix_x4_trans(b, tile + swizzled<kN / kPiece>(k + lane % 16, n / kPiece + lane / 16));
+  else ptx::ldmatrix_x4_trans(b, tile + swizzled<kN / kPiece>(k + lane % 16, n / kPiece + lane / 16));
 }
 
 template <class T_, int M, int N, int WarpsM, int WarpsN, int Stages>
