@@ -1,5 +1,8 @@
 // Bindings of the kernels between matrix products: activations, importance, loss and norms.
-#include "arguments.h"
+#include "bindings/checks.h"
+#include "bindings/dispatch.h"
+#include "bindings/module.h"
+#include "common/elementwise_params.h"
 
 namespace locas {
 namespace {
@@ -55,8 +58,8 @@ void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out
   LOCAS_DISPATCH(importance, p, gate.device, stream);
 }
 
-void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll,
-                   const MaybeTensor& d_logits, uintptr_t stream) {
+void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
+                   uintptr_t stream) {
   constexpr const char* op = "cross_entropy";
   CrossEntropyParams p;
   p.logits = matrix(op, {"logits", logits}, logits);
@@ -66,8 +69,9 @@ void cross_entropy(const TensorRef& logits, const TensorRef& targets, const Tens
   const auto vector_of = [&](const Named& t, DType dtype) {
     if (t.tensor.ndim != 1 || t.tensor.shape[0] != p.rows || t.tensor.dtype != dtype || !t.tensor.contiguous() ||
         t.tensor.device != logits.device)
-      fail(op, t, std::string("must be a contiguous ") + (dtype == DType::i64 ? "int64" : "float32") +
-                      " vector of one element per row, on logits' device");
+      fail(op, t,
+           std::string("must be a contiguous ") + (dtype == DType::i64 ? "int64" : "float32") +
+               " vector of one element per row, on logits' device");
     return t.tensor.data;
   };
   p.targets = static_cast<const int64_t*>(vector_of({"targets", targets}, DType::i64));
@@ -76,8 +80,8 @@ void cross_entropy(const TensorRef& logits, const TensorRef& targets, const Tens
   LOCAS_DISPATCH(cross_entropy, p, logits.device, stream);
 }
 
-void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out,
-              const MaybeTensor& inverse_rms, float eps) {
+void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out, const MaybeTensor& inverse_rms,
+              float eps) {
   constexpr const char* op = "rms_norm";
   RmsNormParams p;
   p.x = matrix(op, {"x", x}, x);
@@ -85,8 +89,8 @@ void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out,
   p.rows = x.shape[0];
   p.cols = x.shape[1];
   p.weight = cpu_vector(op, {"weight", weight}, p.cols, x.dtype);
-  p.inverse_rms = inverse_rms ? static_cast<float*>(cpu_vector(op, {"inverse_rms", *inverse_rms}, p.rows, DType::f32))
-                              : nullptr;
+  p.inverse_rms =
+      inverse_rms ? static_cast<float*>(cpu_vector(op, {"inverse_rms", *inverse_rms}, p.rows, DType::f32)) : nullptr;
   p.eps = eps;
   p.dtype = x.dtype;
   const py::gil_scoped_release released;
@@ -120,8 +124,7 @@ void bind_elementwise(py::module_& m) {
         py::arg("stream"));
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
         py::arg("stream"));
-  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"),
-        py::arg("eps"));
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"), py::arg("eps"));
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("d_out"), py::arg("x"), py::arg("weight"),
         py::arg("inverse_rms"), py::arg("dx"));
 }

@@ -1,11 +1,11 @@
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace locas::cpu {
 
-// One definition per compilation of kernels.cpp and ffn.cpp; CMakeLists.txt names them.
-#define LOCAS_DECLARE(isa) \
-  namespace isa {          \
-  extern const Kernels table; \
+// One definition per compilation of table.cpp and ffn.cpp; CMakeLists.txt names them.
+#define LOCAS_DECLARE(isa)           \
+  namespace isa {                    \
+  extern const Kernels table;        \
   extern const FfnKernels ffn_table; \
   }
 LOCAS_DECLARE(baseline)

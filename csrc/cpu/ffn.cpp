@@ -18,9 +18,9 @@
 #include <memory>
 #include <new>
 
-#include "../glu_math.h"
-#include "gemm.h"
-#include "kernels.h"
+#include "common/activations.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
 
 namespace locas::cpu::LOCAS_ISA {
 namespace {
@@ -72,8 +72,8 @@ struct Sizes {
 
   template <class Params>
   explicit Sizes(const Params& p)
-      : d(p.weights.d), m(p.weights.m), r(p.weights.r), tokens(p.tokens), saved_m(p.saved_m),
-        d_words(words_of<T>(d)), hidden_words(words_of<T>(m) + words_of<T>(r)) {}
+      : d(p.weights.d), m(p.weights.m), r(p.weights.r), tokens(p.tokens), saved_m(p.saved_m), d_words(words_of<T>(d)),
+        hidden_words(words_of<T>(m) + words_of<T>(r)) {}
 
   int64_t chunk() const {  // equal chunks, none of them small
     const int64_t chunks = std::max<int64_t>(1, (tokens + kChunk - 1) / kChunk);
@@ -120,7 +120,7 @@ void pack_tokens(const Rows& from, int64_t begin, int64_t tokens, const Panels& 
       const int64_t word = piece * kPiece;
       const T* rows = static_cast<const T*>(from.data) + (begin + panel * kPanel) * from.stride + word * kPerWord<T>;
       pack_panel<T>(rows, from.stride, tokens - panel * kPanel, width, std::min(kPiece, to.words - word),
-                 to.at(panel, width, word));
+                    to.at(panel, width, word));
     }
 }
 

@@ -22,8 +22,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../params.h"
-#include "half.h"
+#include "cpu/half.h"
 
 namespace locas::cpu::LOCAS_ISA {
 
@@ -156,8 +155,7 @@ void pack_columns(const T* from, int64_t stride, int64_t k, int64_t columns, int
       for (int64_t column = 0; column < columns; column += 64 / static_cast<int>(sizeof(T)))
         _mm_prefetch(reinterpret_cast<const char*>(row + (kAhead * kPerWord<T> + i) * stride + column), _MM_HINT_T1);
     for (int64_t column = 0; column < columns; column += kVector) {
-      const __m512i vector =
-          load_words(row + column, next ? next + column : nullptr, first_lanes(columns - column));
+      const __m512i vector = load_words(row + column, next ? next + column : nullptr, first_lanes(columns - column));
       const auto place = [&](int64_t c) {
         return reinterpret_cast<__m256i*>(to + c / group * group_stride + word * group + c % group);
       };
@@ -172,8 +170,8 @@ template <class T>
 inline __m512 load_values(const T* from) {
   if constexpr (std::is_same_v<T, float>) return _mm512_loadu_ps(from);
   else
-    return _mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 }
 
 template <class T>

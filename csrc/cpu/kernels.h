@@ -1,8 +1,11 @@
-// The CPU kernels as a table of functions. kernels.cpp is compiled once per instruction set; dispatch.cpp picks the
-// best table that this processor can run, so one build serves every machine of its architecture.
+// The CPU kernels as a table of functions. There is one table per instruction set (table.h), compiled from the same
+// files; dispatch.cpp picks the best one that this processor can run, so one build serves every machine of its
+// architecture.
 #pragma once
 
-#include "../params.h"
+#include "common/elementwise_params.h"
+#include "common/ffn_params.h"
+#include "common/slot_params.h"
 
 namespace locas::cpu {
 

@@ -1,5 +1,5 @@
 // What `locas info` says about the CUDA side.
-#include "launch.cuh"
+#include "cuda/launch.cuh"
 
 #ifndef LOCAS_CUDA_ARCH_LIST
 #error "CMakeLists.txt defines LOCAS_CUDA_ARCH_LIST"

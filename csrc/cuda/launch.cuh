@@ -15,8 +15,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
-#include "ptx.cuh"
+#include "cuda/api.h"
+#include "cuda/ptx/device.cuh"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>

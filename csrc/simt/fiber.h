@@ -25,9 +25,9 @@ class Fiber {
   static void entry();
 
   void (*body_)() = nullptr;
-  char* stack_ = nullptr;         // for AddressSanitizer and to free it
+  char* stack_ = nullptr;  // for AddressSanitizer and to free it
   size_t stack_bytes_ = 0;
-  void* fake_stack_ = nullptr;    // AddressSanitizer's own state of a stopped fiber
+  void* fake_stack_ = nullptr;  // AddressSanitizer's own state of a stopped fiber
 #ifdef LOCAS_FIBER_UCONTEXT
   ucontext_t context_;
 #else

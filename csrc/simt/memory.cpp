@@ -1,8 +1,8 @@
-#include "memory.h"
+#include "simt/memory.h"
 
 #include <algorithm>
 
-#include "runner.h"
+#include "simt/runner.h"
 
 namespace locas::simt {
 namespace {

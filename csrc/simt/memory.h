@@ -16,12 +16,8 @@ namespace locas::simt {
 
 // ---- Global memory -------------------------------------------------------------------------------------------
 // Blocks of one launch cannot wait for each other: none may read or write what another one writes. Bytes are watched in
-// pairs.
-enum class Access {
-  read,
-  read_once,
-  write
-};  // read_once: by the read-only path, so nobody may write it in this launch
+// pairs. read_once: by the read-only path, so nobody may write it in this launch.
+enum class Access { read, read_once, write };
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);

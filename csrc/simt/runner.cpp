@@ -1,11 +1,11 @@
-#include "runner.h"
+#include "simt/runner.h"
 
 #include <cstdarg>
 #include <cstdio>
 #include <deque>
 #include <memory>
 
-#include "fiber.h"
+#include "simt/fiber.h"
 
 namespace locas::simt {
 namespace {
@@ -22,7 +22,7 @@ struct Thread {
   int index;
   bool exited = true;
   const char* waits_in = nullptr;
-  std::vector<AsyncCopy> open_copies;                  // not committed yet
+  std::vector<AsyncCopy> open_copies;                    // not committed yet
   std::vector<std::vector<AsyncCopy>> committed_copies;  // oldest first
 };
 
@@ -41,9 +41,9 @@ struct Barrier {
 };
 
 struct MBarrier {
-  int count, pending;       // arrivals of a phase, and those still missing
-  int64_t bytes = 0;        // announced less landed
-  uint32_t parity = 0;      // of the phase that is under way
+  int count, pending;            // arrivals of a phase, and those still missing
+  int64_t bytes = 0;             // announced less landed
+  uint32_t parity = 0;           // of the phase that is under way
   Clock gathered{}, released{};  // what the arriving warps knew, in this phase and in the one before
   std::vector<Thread*> waiting;
 };

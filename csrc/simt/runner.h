@@ -2,14 +2,14 @@
 // aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
 // the tour.
 //
-// Only csrc/cuda/ptx.cuh and launch.cuh call this.
+// Of the kernels only csrc/cuda/ptx/ includes this.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 
-#include "memory.h"
+#include "simt/memory.h"
 
 namespace locas::simt {
 
@@ -46,7 +46,10 @@ void copy_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_for_copies(size_t pending_groups);
 
-// mbarrier and cp.async.bulk
+// An mbarrier counts the arrivals of a phase and the bytes of bulk copies that the arrivals announced. wait(parity)
+// returns when the phase of that parity is complete; the first phase has parity 0, so waiting for 1 on a fresh mbarrier
+// returns at once. One thread initialises, and a barrier tells the others.
+// bulk_copy (cp.async.bulk): addresses and size are multiples of 16; its bytes count on the mbarrier.
 void mbarrier_init(uint64_t* barrier, int count);
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);

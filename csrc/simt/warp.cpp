@@ -1,9 +1,9 @@
-#include "warp.h"
+#include "simt/warp.h"
 
 #include <algorithm>
 
-#include "numbers.h"
-#include "runner.h"
+#include "simt/numbers.h"
+#include "simt/runner.h"
 
 namespace locas::simt {
 
@@ -40,7 +40,7 @@ template double shuffle(const char*, double, int);
 namespace {
 
 struct LdmatrixLane {
-  uint32_t* registers;  // [matrices]
+  uint32_t* registers;  // [4]
   const void* row;      // lane 8 i + j names row j of matrix i
 };
 
@@ -49,8 +49,8 @@ struct LdmatrixLane {
 uint64_t conflicts = 0;
 
 // The eight rows of a matrix are read at once where they lie in different eighths of 128 bytes.
-void count_conflicts(void* const* lanes, int matrices) {
-  for (int matrix = 0; matrix < matrices; ++matrix) {
+void count_conflicts(void* const* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
     int rows[8] = {}, most = 0;
     for (int row = 0; row < 8; ++row) {
       const void* address = static_cast<LdmatrixLane*>(lanes[matrix * 8 + row])->row;
@@ -60,10 +60,10 @@ void count_conflicts(void* const* lanes, int matrices) {
   }
 }
 
-template <int matrices, bool transposed>
+template <bool transposed>
 void ldmatrix_lanes(void* const* lanes) {
-  count_conflicts(lanes, matrices);
-  for (int matrix = 0; matrix < matrices; ++matrix)
+  count_conflicts(lanes);
+  for (int matrix = 0; matrix < 4; ++matrix)
     for (int lane = 0; lane < 32; ++lane) {
       const auto element = [&](int row, int col) -> uint32_t {
         return static_cast<const uint16_t*>(static_cast<LdmatrixLane*>(lanes[matrix * 8 + row])->row)[col];
@@ -77,16 +77,12 @@ void ldmatrix_lanes(void* const* lanes) {
 
 }  // namespace
 
-template <int matrices>
-void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed) {
-  // Rows of lanes past the last matrix are not used.
-  if (thread_index() % 32 < 8 * matrices) touch(row, 16, Access::read, Space::shared);
+void ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed) {
+  touch(row, 16, Access::read, Space::shared);
   LdmatrixLane lane{registers, row};
-  if (transposed) warp_collective("ldmatrix_trans", &lane, &ldmatrix_lanes<matrices, true>);
-  else warp_collective("ldmatrix", &lane, &ldmatrix_lanes<matrices, false>);
+  if (transposed) warp_collective("ldmatrix_trans", &lane, &ldmatrix_lanes<true>);
+  else warp_collective("ldmatrix", &lane, &ldmatrix_lanes<false>);
 }
-template void ldmatrix(uint32_t (&)[2], const void*, bool);
-template void ldmatrix(uint32_t (&)[4], const void*, bool);
 
 uint64_t ldmatrix_conflicts() { return conflicts; }
 

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together. ptx.cuh says what each returns.
+// What the lanes of a warp do together. csrc/cuda/ptx/ says what each returns.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace locas::simt {
 template <class T>
 T shuffle(const char* name, T value, int source_lane);
 
-template <int matrices>  // 2 or 4
-void ldmatrix(uint32_t (&registers)[matrices], const void* row, bool transposed);
+// Four matrices.
+void ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed);
 
 // How many times more than once shared memory had to be read for a matrix, of all ldmatrix so far: bank conflicts.
 uint64_t ldmatrix_conflicts();

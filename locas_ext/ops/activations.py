@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-# The index is the kernels' enum (csrc/params.h). Several transformers names mean one function.
+# The index is the kernels' enum (csrc/common/types.h). Several transformers names mean one function.
 INDEX = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 
 _FUNCTIONS = (

@@ -1,5 +1,5 @@
 // cross_entropy against log-sum-exp in float64. The peer computes in float and rounds the gradient.
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {

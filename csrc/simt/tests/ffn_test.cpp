@@ -4,7 +4,7 @@
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
@@ -88,13 +88,13 @@ struct Ffn {
   simt::Buffer<float> slots_grad;
 
   Ffn(const Shape& s, double scale, const std::function<std::vector<T>(int64_t, int64_t)>& draw)
-      : s(s), width(s.m + (s.r + 7) / 8 * 8), scale(scale),
-        x("x", draw(s.tokens * s.d, 1)), dy("dy", draw(s.tokens * s.d, 1)),
-        gate_weight("gate_weight", draw(s.m * s.d, s.d)), up_weight("up_weight", draw(s.m * s.d, s.d)),
-        down_weight("down_weight", draw(s.d * s.m, s.m)), slots("slots", draw(3 * s.r * s.d, s.d)),
-        gate_bias("gate_bias", draw(s.m, 1)), up_bias("up_bias", draw(s.m, 1)), down_bias("down_bias", draw(s.d, 1)),
-        hidden("hidden", s.tokens * width), gate("gate", s.tokens * width), up("up", s.tokens * width),
-        y("y", s.tokens * s.d), d_gate("d_gate", s.tokens * width), d_up("d_up", s.tokens * width),
+      : s(s), width(s.m + (s.r + 7) / 8 * 8), scale(scale), x("x", draw(s.tokens * s.d, 1)),
+        dy("dy", draw(s.tokens * s.d, 1)), gate_weight("gate_weight", draw(s.m * s.d, s.d)),
+        up_weight("up_weight", draw(s.m * s.d, s.d)), down_weight("down_weight", draw(s.d * s.m, s.m)),
+        slots("slots", draw(3 * s.r * s.d, s.d)), gate_bias("gate_bias", draw(s.m, 1)),
+        up_bias("up_bias", draw(s.m, 1)), down_bias("down_bias", draw(s.d, 1)), hidden("hidden", s.tokens * width),
+        gate("gate", s.tokens * width), up("up", s.tokens * width), y("y", s.tokens * s.d),
+        d_gate("d_gate", s.tokens * width), d_up("d_up", s.tokens * width),
         memory_hidden("memory_hidden", s.tokens * (width - s.m)), dx("dx", s.tokens * s.d),
         slots_grad("slots_grad", 3 * s.r * s.d) {
     std::fill(slots_grad.data(), slots_grad.data() + slots_grad.size(), 1.0f);  // is added to
@@ -103,10 +103,18 @@ struct Ffn {
   FfnWeights weights() {
     const auto rows = [](T* data, int64_t stride) { return Rows{data, stride}; };
     const auto bias = [&](simt::Buffer<T>& buffer) { return s.biases ? buffer.data() : nullptr; };
-    return {rows(gate_weight.data(), s.d), rows(up_weight.data(), s.d), rows(down_weight.data(), s.m),
-            bias(gate_bias), bias(up_bias), bias(down_bias),
-            rows(slots.data(), s.d), rows(slots.data() + s.r * s.d, s.d), rows(slots.data() + 2 * s.r * s.d, s.d),
-            s.d, s.m, s.r};
+    return {rows(gate_weight.data(), s.d),
+            rows(up_weight.data(), s.d),
+            rows(down_weight.data(), s.m),
+            bias(gate_bias),
+            bias(up_bias),
+            bias(down_bias),
+            rows(slots.data(), s.d),
+            rows(slots.data() + s.r * s.d, s.d),
+            rows(slots.data() + 2 * s.r * s.d, s.d),
+            s.d,
+            s.m,
+            s.r};
   }
 
   void forward(void (*launch)(const FfnForwardParams&, cuda::Queue), bool save) {
@@ -210,8 +218,16 @@ Expected<T> expected(const Ffn<T>& f, bool rounds) {
   dx = keep(mapped(dx, product(d_up, w_up, Order::plain), plus));
   dx = keep(mapped(dx, product(d_memory_gate, g, Order::plain), plus));
   dx = keep(mapped(dx, product(d_memory_up, k, Order::plain), plus));
-  return {gate, up, memory_gate, memory_up, hidden, memory_hidden, y, dx,
-          keep(product(d_memory_gate, x, Order::left)), keep(product(d_memory_up, x, Order::left)),
+  return {gate,
+          up,
+          memory_gate,
+          memory_up,
+          hidden,
+          memory_hidden,
+          y,
+          dx,
+          keep(product(d_memory_gate, x, Order::left)),
+          keep(product(d_memory_up, x, Order::left)),
           keep(product(memory_hidden, dy, Order::left))};
 }
 
@@ -280,10 +296,10 @@ void exact_case(const Shape& s, Forward forward, Random& random) {
     return values;
   });
   const Expected<T> exact = expected(f, false);
-  const auto check = [&](const char* what, const std::vector<T>& ours, Matrix Expected<T>::*member) {
+  const auto check = [&](const char* what, const std::vector<T>& ours, Matrix Expected<T>::* member) {
     expect_equal(what, ours, typed<T>(exact.*member));
   };
-  const auto check_float = [&](const char* what, const std::vector<float>& ours, Matrix Expected<T>::*member) {
+  const auto check_float = [&](const char* what, const std::vector<float>& ours, Matrix Expected<T>::* member) {
     expect_equal(what, ours, typed<float>(exact.*member));
   };
   const bool save = random.integer(0, 3) > 0;
@@ -301,7 +317,7 @@ void rounded_case(const Shape& s, Forward forward, Random& random) {
     return random.normals<T>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
   });
   const Expected<T> exact = expected(f, false), peer = expected(f, true);
-  const auto check = [&](const char* what, const auto& ours, Matrix Expected<T>::*member) {
+  const auto check = [&](const char* what, const auto& ours, Matrix Expected<T>::* member) {
     expect_as_good_as(what, ours, (exact.*member).values, (peer.*member).values, kRounding<T>);
   };
   f.forward(forward, true);
@@ -312,8 +328,12 @@ void rounded_case(const Shape& s, Forward forward, Random& random) {
 
 // Fresh sizes for every seed: d and m are multiples of 8, r and the tokens are not.
 Shape draw_shape(Random& random, int64_t least_tokens, int64_t most_tokens, Activation activation) {
-  return {random.integer(least_tokens, most_tokens), 8 * random.integer(1, 20), 8 * random.integer(1, 24),
-          random.integer(1, 40), activation, random.integer(0, 1) == 1};
+  return {random.integer(least_tokens, most_tokens),
+          8 * random.integer(1, 20),
+          8 * random.integer(1, 24),
+          random.integer(1, 40),
+          activation,
+          random.integer(0, 1) == 1};
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 // what torch computes: each operation in float, its result rounded to the storage type.
 #include <array>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
@@ -35,7 +35,7 @@ ValueAndSlope<Real> activation(Activation activation, Real x) {
 struct Case {
   Activation activation;
   int64_t rows, cols, stride;
-  size_t offset = 0;     // elements before each matrix
+  size_t offset = 0;      // elements before each matrix
   bool in_place = false;  // d_hidden is d_gate
 };
 

@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/launch.cuh"
-#include "../../params.h"
+#include "cuda/launch.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/types.cuh"
+#include "simt/runner.h"
 
 namespace locas::test {
 
@@ -25,8 +27,8 @@ struct Test {
 std::vector<Test>& tests();
 
 // LOCAS_TEST(update, "U update_slots_") { ...; return count + " cases"; }
-#define LOCAS_TEST(function, name)                                                       \
-  static std::string function();                                                         \
+#define LOCAS_TEST(function, name)                                                                   \
+  static std::string function();                                                                     \
   static const bool function##_listed = (::locas::test::tests().push_back({name, &function}), true); \
   static std::string function()
 
@@ -38,10 +40,14 @@ void for_each_seed(const std::function<void()>& body);
 
 // ---- Data ------------------------------------------------------------------------------------------------------
 template <class T>
-constexpr DType kDType = std::is_same_v<T, bf16> ? DType::bf16 : std::is_same_v<T, f16> ? DType::f16 : DType::f32;
-// One rounding to the storage type; for float, what a few operations and glu_math.h's exp (2e-7) add up to.
+constexpr DType kDType = std::is_same_v<T, bf16>  ? DType::bf16
+                         : std::is_same_v<T, f16> ? DType::f16
+                                                  : DType::f32;
+// One rounding to the storage type; for float, what a few operations and fast_exp (2e-7) add up to.
 template <class T>
-constexpr double kRounding = std::is_same_v<T, bf16> ? 0x1p-8 : std::is_same_v<T, f16> ? 0x1p-11 : 0x1p-21;
+constexpr double kRounding = std::is_same_v<T, bf16>  ? 0x1p-8
+                             : std::is_same_v<T, f16> ? 0x1p-11
+                                                      : 0x1p-21;
 
 class Random {
  public:

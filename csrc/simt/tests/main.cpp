@@ -6,7 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
+#include "simt/warp.h"
 
 namespace locas::test {
 

@@ -4,7 +4,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "harness.h"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shuffle.cuh"
+#include "cuda/ptx/thread.cuh"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
@@ -100,8 +106,7 @@ struct RowSum {
   }
 };
 
-// ---- The same sums by a producer warp that issues bulk copies and two consumer warps
-// ---------------------------------
+// ---- The same sums by a producer warp that issues bulk copies and two consumer warps -------------------------------
 template <Bug bug>
 struct BulkRowSum {
   using Params = RowSumParams;
@@ -118,9 +123,9 @@ struct BulkRowSum {
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, first = step * kStage;
       const uint32_t bytes = sizeof(float) * (p.cols - first < kStage ? p.cols - first : kStage);
-      if (bug != Bug::no_empty_wait) ptx::mbarrier_wait(&shared.empty[stage], (step / kStages & 1) ^ 1);
-      ptx::mbarrier_arrive_expect(&shared.full[stage], bytes);
-      ptx::bulk_copy_to_shared(shared.stage[stage], row + first, bytes, &shared.full[stage]);
+      if (bug != Bug::no_empty_wait) simt::mbarrier_wait(&shared.empty[stage], (step / kStages & 1) ^ 1);
+      simt::mbarrier_arrive(&shared.full[stage], bytes);
+      simt::bulk_copy(shared.stage[stage], row + first, bytes, &shared.full[stage]);
     }
   }
 
@@ -128,10 +133,10 @@ struct BulkRowSum {
     float sum = 0.0f;
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, left = p.cols - step * kStage;
-      if (bug != Bug::no_full_wait) ptx::mbarrier_wait(&shared.full[stage], step / kStages & 1);
+      if (bug != Bug::no_full_wait) simt::mbarrier_wait(&shared.full[stage], step / kStages & 1);
       for (int i = ptx::thread_index(); i < kStage && i < left; i += kConsumers)
         sum += ptx::load(&shared.stage[stage][i]);
-      ptx::mbarrier_arrive(&shared.empty[stage]);
+      simt::mbarrier_arrive(&shared.empty[stage], 0);
     }
     return sum;
   }
@@ -141,10 +146,9 @@ struct BulkRowSum {
     const int steps = (p.cols + kStage - 1) / kStage, thread = ptx::thread_index();
     if (thread == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        ptx::mbarrier_init(&shared.full[stage], 1);
-        ptx::mbarrier_init(&shared.empty[stage], kConsumers);
+        simt::mbarrier_init(&shared.full[stage], 1);
+        simt::mbarrier_init(&shared.empty[stage], kConsumers);
       }
-      ptx::fence_mbarrier_init();
     }
     ptx::sync_threads();
     if (thread >= kConsumers) {
@@ -154,7 +158,7 @@ struct BulkRowSum {
     float sum = consume(p, shared, steps);
     for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
     if (ptx::lane_index() == 0) ptx::store(&shared.warp_sums[ptx::warp_index()], sum);
-    ptx::named_barrier(1, kConsumers);
+    simt::barrier("named_barrier", 1, kConsumers);
     if (thread == 0)
       ptx::store(p.out + ptx::block_index(), ptx::load(&shared.warp_sums[0]) + ptx::load(&shared.warp_sums[1]));
   }
@@ -195,8 +199,7 @@ LOCAS_TEST(planted_bugs, "runner: planted bugs") {
   return counts + " of 10 seeds";
 }
 
-// ---- One broken kernel a rule
-// ----------------------------------------------------------------------------------------
+// ---- One broken kernel per rule -------------------------------------------------------------------------------------
 using Body = void (*)(float* data, float* shared);  // 64 floats each, of ones and of poison
 struct MisuseParams {
   float* data;
@@ -239,53 +242,51 @@ LOCAS_TEST(misuse, "runner: rules") {
     uint32_t r[4];
     ptx::ldmatrix_x4(r, shared + 1);
   });
-  expect_abort("misaligned cp.async", "must be aligned to 16", [](float* data, float* shared) {
-    ptx::cp_async_16(shared + 1, data, true);
-  });
+  expect_abort("misaligned cp.async", "must be aligned to 16",
+               [](float* data, float* shared) { ptx::cp_async_16(shared + 1, data, true); });
 
   // Warps and barriers
   expect_abort("divergent collective", "divergent collective", [](float*, float*) {
-    if (lane_index() == 3) ptx::sync_warp();
+    if (lane_index() == 3) simt::sync_warp();
     else ptx::shuffle_xor(1.0f, 1);
   });
   expect_abort("a lane has exited", "exit", [](float*, float*) {
-    if (thread_index() != 3) ptx::sync_warp();
+    if (thread_index() != 3) simt::sync_warp();
   });
   expect_abort("a warp skips a barrier", "deadlock: 32 threads have exited, 32 threads wait in sync_threads",
                [](float*, float*) {
                  if (warp_index() == 0) ptx::sync_threads();
                });
-  expect_abort("two counts at a barrier", "where others wait for", [](float*, float*) {
-    ptx::named_barrier(1, lane_index() % 2 == 0 ? 32 : 64);
-  });
-  expect_abort("half a warp", "expected whole warps", [](float*, float*) { ptx::named_barrier(1, 48); });
-  expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { ptx::named_barrier(16, 64); });
+  expect_abort("two counts at a barrier", "where others wait for",
+               [](float*, float*) { simt::barrier("named_barrier", 1, lane_index() % 2 == 0 ? 32 : 64); });
+  expect_abort("half a warp", "expected whole warps", [](float*, float*) { simt::barrier("named_barrier", 1, 48); });
+  expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { simt::barrier("named_barrier", 16, 64); });
 
   // mbarriers
   expect_abort("no init", "nobody initialised",
-               [](float*, float* shared) { ptx::mbarrier_arrive(reinterpret_cast<uint64_t*>(shared)); });
+               [](float*, float* shared) { simt::mbarrier_arrive(reinterpret_cast<uint64_t*>(shared), 0); });
   expect_abort("over-arrival", "over-arrival", [](float*, float* shared) {
     auto* barrier = reinterpret_cast<uint64_t*>(shared);
     if (thread_index() == 0) {
-      ptx::mbarrier_init(barrier, 2);
-      ptx::mbarrier_arrive_expect(barrier, 16);
-      ptx::mbarrier_arrive(barrier);  // the phase now lacks 16 bytes, but no arrival
-      ptx::mbarrier_arrive(barrier);
+      simt::mbarrier_init(barrier, 2);
+      simt::mbarrier_arrive(barrier, 16);
+      simt::mbarrier_arrive(barrier, 0);  // the phase now lacks 16 bytes, but no arrival
+      simt::mbarrier_arrive(barrier, 0);
     }
   });
   expect_abort("bytes that never come", "deadlock: 63 threads have exited, 1 threads wait in mbarrier_wait",
                [](float* data, float* shared) {
                  auto* barrier = reinterpret_cast<uint64_t*>(shared);
                  if (thread_index() == 0) {
-                   ptx::mbarrier_init(barrier, 1);
-                   ptx::mbarrier_arrive_expect(barrier, 32);
-                   ptx::bulk_copy_to_shared(shared + 16, data, 16, barrier);
-                   ptx::mbarrier_wait(barrier, 0);
+                   simt::mbarrier_init(barrier, 1);
+                   simt::mbarrier_arrive(barrier, 32);
+                   simt::bulk_copy(shared + 16, data, 16, barrier);
+                   simt::mbarrier_wait(barrier, 0);
                  }
                });
   expect_abort("an mbarrier read as data", "which is in an mbarrier", [](float*, float* shared) {
     if (thread_index() == 0) {
-      ptx::mbarrier_init(reinterpret_cast<uint64_t*>(shared), 1);
+      simt::mbarrier_init(reinterpret_cast<uint64_t*>(shared), 1);
       ptx::load(shared);
     }
   });
@@ -295,7 +296,7 @@ LOCAS_TEST(misuse, "runner: rules") {
                [](float*, float* shared) { ptx::store(shared + thread_index() / 2, 1.0f); });
   expect_abort("sync_warp between warps", "race", [](float*, float* shared) {
     ptx::store(shared + thread_index(), 1.0f);
-    ptx::sync_warp();
+    simt::sync_warp();
     ptx::load(shared + (thread_index() + 32) % 64);
   });
   expect_abort("a write over what others read", "race", [](float*, float* shared) {
@@ -304,13 +305,16 @@ LOCAS_TEST(misuse, "runner: rules") {
     ptx::load(shared + (thread_index() + 1) % 64);
     ptx::store(shared + thread_index(), 2.0f);
   });
-  expect_abort("two blocks write one element", "of the same launch wrote", [](float* data, float*) {
-    ptx::store(data + thread_index(), 2.0f);
-  }, 2);
-  expect_abort("a block writes what another reads", "of the same launch", [](float* data, float*) {
-    if (ptx::block_index() == 0) ptx::load(data + thread_index());
-    else ptx::store(data + thread_index(), 2.0f);
-  }, 2);
+  expect_abort(
+      "two blocks write one element", "of the same launch wrote",
+      [](float* data, float*) { ptx::store(data + thread_index(), 2.0f); }, 2);
+  expect_abort(
+      "a block writes what another reads", "of the same launch",
+      [](float* data, float*) {
+        if (ptx::block_index() == 0) ptx::load(data + thread_index());
+        else ptx::store(data + thread_index(), 2.0f);
+      },
+      2);
   expect_abort("load_once of what the launch wrote", "by the read-only path", [](float* data, float*) {
     ptx::store(data + thread_index(), 2.0f);
     ptx::load_once(data + thread_index());

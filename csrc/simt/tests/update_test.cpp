@@ -1,7 +1,7 @@
 // U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's
 // test: a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that
-// draws its data, launches through cuda/launch.h in every seed and compares, and LOCAS_TEST functions that list cases.
-#include "harness.h"
+// draws its data, launches through cuda/api.h in every seed and compares, and LOCAS_TEST functions that list cases.
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
@@ -111,8 +111,15 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
 
 LOCAS_TEST(adamw, "U update_slots_ (AdamW)") {
   // Each of the kernels' widths, its bounds, and fresh ones.
-  const std::vector<Shape> shapes = {{3, 1},    {3, 36},    {2, 512},   {1, 1000}, {2, 2048},
-                                     {1, 4096}, {1, 4100}, {2, 260, 1}, {2, fresh().integer(2, 4096)},
+  const std::vector<Shape> shapes = {{3, 1},
+                                     {3, 36},
+                                     {2, 512},
+                                     {1, 1000},
+                                     {2, 2048},
+                                     {1, 4096},
+                                     {1, 4100},
+                                     {2, 260, 1},
+                                     {2, fresh().integer(2, 4096)},
                                      {2, 4 * fresh().integer(2, 1024)}};
   for (const Shape& shape : shapes) check_adamw<bf16>(shape, true, true);
   check_adamw<f16>({3, 516}, true, true);
@@ -201,7 +208,7 @@ struct FactorShape {
 template <class T>
 struct Factors {
   FactorShape s;
-  int64_t stride;  // of the coefficients: r and some columns that belong to others
+  int64_t stride;                                // of the coefficients: r and some columns that belong to others
   simt::Buffer<T> d_gate, d_key, hidden, x, dy;  // all layers, one behind the other
 
   Factors(const FactorShape& s, Random& random)

@@ -2,7 +2,7 @@
 // finite.
 #include <optional>
 
-#include "harness.h"
+#include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
@@ -122,8 +122,12 @@ void check_writing(const Case& c) {
 LOCAS_TEST(write_slots, "write_slots_") {
   const int64_t capacity = fresh().integer(1, 12), tokens = fresh().integer(1, capacity);
   const std::vector<Shape> shapes = {
-      {2, 3, 40, 7, 2},       {1, 1, 1, 1, 0},  {3, 1, 13, 4, 3},
-      {1, 2, 1032, 2, 0},     {1, 1, 1029, 3, 1}, {2, 5, 64, 9, 4, 1},
+      {2, 3, 40, 7, 2},
+      {1, 1, 1, 1, 0},
+      {3, 1, 13, 4, 3},
+      {1, 2, 1032, 2, 0},
+      {1, 1, 1029, 3, 1},
+      {2, 5, 64, 9, 4, 1},
       {fresh().integer(1, 4), tokens, fresh().integer(1, 300), capacity, fresh().integer(0, capacity - tokens)}};
   for (const Shape& shape : shapes) {
     check_writing<bf16, bf16>({shape});

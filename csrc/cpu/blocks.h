@@ -1,0 +1,64 @@
+// What the CPU kernels share: rows go through in blocks of kBlock floats that stay in the first-level cache; plain
+// loops over a block are what the compiler vectorises.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/types.h"
+#include "cpu/half.h"
+
+namespace locas::cpu::LOCAS_ISA {
+
+constexpr int kBlock = 256;
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kParallelElements = 1 << 15;
+
+// A block of T seen as floats: in place for float, through a small buffer for the half types.
+template <class T>
+struct Block {
+  alignas(64) float buffer[std::is_same_v<T, float> ? 1 : kBlock];
+
+  const float* load(const T* from, int n) {
+    if constexpr (std::is_same_v<T, float>) {
+      return from;
+    } else {
+      load_block(from, buffer, n);
+      return buffer;
+    }
+  }
+  float* begin_store(T* to) {
+    if constexpr (std::is_same_v<T, float>) return to;
+    else return buffer;
+  }
+  void end_store(T* to, int n) {
+    if constexpr (!std::is_same_v<T, float>) store_block(buffer, to, n);
+  }
+};
+
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::bf16: return f.template operator()<bf16>();
+    default: return f.template operator()<f16>();
+  }
+}
+
+// Calls f(row, first column, columns) for every block, over the threads when there is enough to do.
+template <class F>
+void for_each_block(int64_t rows, int64_t cols, F&& f) {
+  const int64_t blocks = (cols + kBlock - 1) / kBlock;
+#pragma omp parallel for collapse(2) schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t block = 0; block < blocks; ++block)
+      f(row, block * kBlock, static_cast<int>(std::min<int64_t>(kBlock, cols - block * kBlock)));
+}
+
+template <class T>
+T* at(const Rows& m, int64_t row, int64_t col) {
+  return static_cast<T*>(m.data) + row * m.stride + col;
+}
+
+}  // namespace locas::cpu::LOCAS_ISA
