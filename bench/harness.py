@@ -41,9 +41,6 @@ def machine() -> dict:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = f"{names[0]}, {len(names)} cores" if names else cpu
-    commit = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     gpu = {}
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
@@ -55,8 +52,14 @@ def machine() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "locas_ext": locas_ext.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of(Path(__file__).parent),
     }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of a git working tree is at, or None; "-dirty" if files differ from it."""
+    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _driver() -> str | None:
