@@ -58,7 +58,7 @@ def check(name: str, arm: Arm, outputs: list, operands: Operands, slots_grad: to
         ours.append(slots_grad)
         ffn, trained = peer.build(operands)
         theirs.append(torch.autograd.grad(ffn(operands.x), trained, operands.dy)[0])
-    for what, mine, other, truth in zip(("y", "dx", "the slots' gradient"), ours, theirs, exact):
+    for what, mine, other, truth in zip(("y", "dx", "the slots' gradient"), ours, theirs, exact, strict=True):
         error, allowed = relative_error(mine, truth), 2 * relative_error(other, truth) + 1e-6
         if not error <= allowed:
             raise SystemExit(f"{name}, {mode}: {what} is wrong: relative error {error:.2e}, allowed {allowed:.2e}")
@@ -84,9 +84,7 @@ def time_on_cpu(operands: Operands, chosen: dict, mode: str, rounds: int) -> dic
 def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, calls: int) -> dict[str, list[float]]:
     repeats = -(-calls // len(sets))
     pool = torch.cuda.graph_pool_handle()
-    graphs = {
-        name: Graph([arm.make(operands, mode) for operands in sets] * repeats, pool) for name, arm in chosen.items()
-    }
+    graphs = {name: Graph([arm.make(operands, mode) for operands in sets] * repeats, pool) for name, arm in chosen.items()}
     seconds = {name: [] for name in graphs}
     for warmup in (True, True, *[False] * rounds):
         for operands in sets:
@@ -129,15 +127,25 @@ def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> lis
             seconds = time_on_cpu(sets[0], chosen, mode, arguments.rounds)
         for name, values in seconds.items():
             parts = floors(tokens, d, m, arguments.rank if chosen[name].memory else 0, mode)
-            flop, size = (sum(part) for part in zip(*parts))
+            flop, size = (sum(part) for part in zip(*parts, strict=True))
             floor = sum(max(f / arguments.tflops / 1e12, b / arguments.terabytes / 1e12) for f, b in parts)
             median = statistics.median(values)
-            records.append({
-                "dtype": str(dtype).removeprefix("torch."), "d": d, "m": m, "tokens": tokens, "rank": arguments.rank,
-                "mode": mode, "arm": name, **summary(values), "tflops": flop / median / 1e12,
-                "gigabytes_per_second": size / median / 1e9, "percent_of_floor": 100 * floor / median,
-                **{f"ratio to {peer}": ratio(values, seconds[peer]) for peer in PEERS if peer in seconds},
-            })
+            records.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "d": d,
+                    "m": m,
+                    "tokens": tokens,
+                    "rank": arguments.rank,
+                    "mode": mode,
+                    "arm": name,
+                    **summary(values),
+                    "tflops": flop / median / 1e12,
+                    "gigabytes_per_second": size / median / 1e9,
+                    "percent_of_floor": 100 * floor / median,
+                    **{f"ratio to {peer}": ratio(values, seconds[peer]) for peer in PEERS if peer in seconds},
+                }
+            )
     return records
 
 
@@ -148,8 +156,14 @@ def overhead(rounds: int) -> dict:
     import locas_ext as locas
 
     config = Qwen3Config(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
     )
     model = Qwen3ForCausalLM(config).eval()
     memory = locas.attach(model, locas.LocasConfig(rank=8))
@@ -187,8 +201,9 @@ def main() -> None:
     parser.add_argument("--d", type=int, nargs="+", help="hidden sizes (CPU: 256 1024 2048; CUDA: 1024 2048 4096)")
     parser.add_argument("--m", type=int, help="intermediate size; default 3 d")
     parser.add_argument("--tokens", type=int, nargs="+", help="(CPU: 128 512 2048; CUDA: 1 64 512 2048)")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"],
-                        help="(CPU: float32 bfloat16; CUDA: bfloat16)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="(CPU: float32 bfloat16; CUDA: bfloat16)"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, help="(CPU: without the training forward; CUDA: all)")
     parser.add_argument("--arms", nargs="+", help="only these besides the eager ones, by name; default: all")
     parser.add_argument("--rank", type=int, default=64)
@@ -222,12 +237,20 @@ def main() -> None:
                 for record in measured:
                     print(_line(record), flush=True)
     calls = {} if cuda else overhead(max(50, arguments.rounds))
-    report("FFN, every arm", _COLUMNS, [_row(record, cuda) for record in records], {"records": records, "call_us": calls},
-           arguments.out)
+    report(
+        "FFN, every arm",
+        _COLUMNS,
+        [_row(record, cuda) for record in records],
+        {"records": records, "call_us": calls},
+        arguments.out,
+    )
     peers = [name for name in PEERS if any(record["arm"] == name for record in records)]
     ours = [record for record in records if record["arm"].startswith("ours")]
-    print_table("FFN with memory: time over each peer's", [*_COLUMNS[:3], "us", "% floor", *peers, "noise"],
-                [_compact_row(record, records, peers, cuda) for record in ours])
+    print_table(
+        "FFN with memory: time over each peer's",
+        [*_COLUMNS[:3], "us", "% floor", *peers, "noise"],
+        [_compact_row(record, records, peers, cuda) for record in ours],
+    )
     if calls:
         print("a call at T = 1, d = 16, in us:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()))
 
@@ -237,21 +260,39 @@ _COLUMNS = ["dtype d T", "", "arm", "us", "p10", "p90", "TFLOP/s", "GB/s", "% fl
 
 def _line(record: dict) -> str:
     """For the log of a run that may be cut short."""
-    return (f"{record['dtype']} {record['d']} {record['tokens']} {record['mode']}, {record['arm']}: "
-            f"{record['median_us']:.1f} us, {record['ratio to eager']:.3f} of eager")
+    return (
+        f"{record['dtype']} {record['d']} {record['tokens']} {record['mode']}, {record['arm']}: "
+        f"{record['median_us']:.1f} us, {record['ratio to eager']:.3f} of eager"
+    )
 
 
 def _row(record: dict, cuda: bool) -> list:
-    return [f"{record['dtype']} {record['d']} {record['tokens']}", record["mode"], record["arm"], record["median_us"],
-            record["p10_us"], record["p90_us"], record["tflops"], record["gigabytes_per_second"],
-            record["percent_of_floor"] if cuda else "", record["ratio to eager"], record["ratio to eager + sideway"]]
+    return [
+        f"{record['dtype']} {record['d']} {record['tokens']}",
+        record["mode"],
+        record["arm"],
+        record["median_us"],
+        record["p10_us"],
+        record["p90_us"],
+        record["tflops"],
+        record["gigabytes_per_second"],
+        record["percent_of_floor"] if cuda else "",
+        record["ratio to eager"],
+        record["ratio to eager + sideway"],
+    ]
 
 
 def _compact_row(record: dict, records: list[dict], peers: list[str], cuda: bool) -> list:
     same = {r["arm"]: r for r in records if all(r[key] == record[key] for key in ("dtype", "d", "tokens", "mode"))}
-    return [f"{record['dtype']} {record['d']} {record['tokens']}", record["mode"], record["arm"], record["median_us"],
-            record["percent_of_floor"] if cuda else "", *[record.get(f"ratio to {peer}", "") for peer in peers],
-            same["eager again"]["ratio to eager"]]
+    return [
+        f"{record['dtype']} {record['d']} {record['tokens']}",
+        record["mode"],
+        record["arm"],
+        record["median_us"],
+        record["percent_of_floor"] if cuda else "",
+        *[record.get(f"ratio to {peer}", "") for peer in peers],
+        same["eager again"]["ratio to eager"],
+    ]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,12 @@ SHAPES = {1024: 3072, 2048: 6144, 2560: 9728, 4096: 12288}
 def products(tokens: int, d: int, m: int) -> dict[str, tuple[int, int, bool]]:
     """name -> (input width, output width, whether the weight is used transposed)."""
     return {
-        "gate": (d, m, True), "up": (d, m, True), "down": (m, d, True),
-        "d_hidden": (d, m, False), "dx gate": (m, d, False), "dx up": (m, d, False),
+        "gate": (d, m, True),
+        "up": (d, m, True),
+        "down": (m, d, True),
+        "d_hidden": (d, m, False),
+        "dx gate": (m, d, False),
+        "dx up": (m, d, False),
     }
 
 
@@ -50,7 +54,7 @@ def main() -> None:
                 outputs = [x.new_empty(tokens, width_out) for x in inputs]
                 calls = [
                     lambda x=x, w=w, y=y: torch.mm(x, w.T if transposed else w, out=y)
-                    for x, w, y in zip(inputs, weights, outputs)
+                    for x, w, y in zip(inputs, weights, outputs, strict=True)
                 ]
                 calls *= -(-20 // sets)
                 record[name] = 1e6 * graph_seconds(calls, arguments.replays)
@@ -61,8 +65,18 @@ def main() -> None:
             floors = [sum(record[f"{name} floor"] for name in part) for part in (names[:3], names[3:])]
             records.append({**record, "forward": forward, "backward": backward})
             tflops = 6 * tokens * d * m / forward / 1e6
-            rows.append([f"{d}, {m}", str(tokens), *[f"{record[name]:.1f}" for name in names], f"{forward:.1f}",
-                         f"{forward / floors[0]:.2f}", f"{backward:.1f}", f"{backward / floors[1]:.2f}", f"{tflops:.0f}"])
+            rows.append(
+                [
+                    f"{d}, {m}",
+                    str(tokens),
+                    *[f"{record[name]:.1f}" for name in names],
+                    f"{forward:.1f}",
+                    f"{forward / floors[0]:.2f}",
+                    f"{backward:.1f}",
+                    f"{backward / floors[1]:.2f}",
+                    f"{tflops:.0f}",
+                ]
+            )
     columns = ["d, m", "T", *products(1, 1, 1), "forward", "/ floor", "backward", "/ floor", "TFLOP/s fwd"]
     report("Bare bf16 products through cuBLAS, us", columns, rows, {"records": records}, arguments.out)
 

@@ -99,7 +99,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 def ratio(seconds: list[float], reference: list[float]) -> float:
     """Median of the ratios round by round."""
-    return statistics.median(a / b for a, b in zip(seconds, reference))
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
 
 
 def summary(seconds: list[float]) -> dict:

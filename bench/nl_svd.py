@@ -64,7 +64,8 @@ def main() -> None:
         "nl_svd, float32": (lambda: nl_svd(key, value, rank), None),
         "product and eigh, float32": (lambda: norms_by_eigh(weighted), lambda: norms_by_eigh(weighted)),
         "product and eigh, float64 (nl_svd's)": (
-            lambda: norms_by_eigh(weighted.double()), lambda: norms_by_eigh(weighted.double())
+            lambda: norms_by_eigh(weighted.double()),
+            lambda: norms_by_eigh(weighted.double()),
         ),
         "thin SVD, float32": (lambda: norms_by_svd(weighted), lambda: norms_by_svd(weighted)),
     }
@@ -73,12 +74,26 @@ def main() -> None:
     rows, records = [], []
     for name, (_, norms) in arms.items():
         record = {
-            "device": device.type, "slots": m, "d": d, "rank": rank, "arm": name, **summary(seconds[name]),
-            "ratio": ratio(seconds[name], seconds[reference]), "resolved": resolved(norms(), exact) if norms else None,
+            "device": device.type,
+            "slots": m,
+            "d": d,
+            "rank": rank,
+            "arm": name,
+            **summary(seconds[name]),
+            "ratio": ratio(seconds[name], seconds[reference]),
+            "resolved": resolved(norms(), exact) if norms else None,
         }
         records.append(record)
-        rows.append([name, record["median_us"] / 1e3, record["p10_us"] / 1e3, record["p90_us"] / 1e3, record["ratio"],
-                     f"{record['resolved']:.1e}" if norms else ""])
+        rows.append(
+            [
+                name,
+                record["median_us"] / 1e3,
+                record["p10_us"] / 1e3,
+                record["p90_us"] / 1e3,
+                record["ratio"],
+                f"{record['resolved']:.1e}" if norms else "",
+            ]
+        )
     title = f"NL-SVD of {m} slots to {rank} at d = {d} on {device}"
     columns = ["arm", "ms", "p10", "p90", "/ eigh", "resolved"]
     report(title, columns, rows, {"records": records}, arguments.out)

@@ -36,13 +36,20 @@ def host(variant: str, dtype: str, device: str):
     """A random model with two layers; the same in every process."""
     from transformers import OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=2 * WINDOW)
+    sizes = dict(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2 * WINDOW
+    )
     torch.manual_seed(0)
     if variant == "glu":
-        model = Qwen3ForCausalLM(Qwen3Config(
-            **sizes, intermediate_size=192, num_key_value_heads=2, head_dim=16, initializer_range=0.1,
-        ))
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                **sizes,
+                intermediate_size=192,
+                num_key_value_heads=2,
+                head_dim=16,
+                initializer_range=0.1,
+            )
+        )
     else:
         model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=256, word_embed_proj_dim=64, init_std=0.1))
     return model.to(device, getattr(torch, dtype)).eval()
@@ -83,12 +90,15 @@ def run_checkout(arguments) -> None:
         if memory.version < arguments.chunks:
             sys.exit(f"{label}{memory.version} updates in {arguments.chunks} chunks; expected one per chunk at least")
         memory.save_pretrained(folder / "memory", optimizer=True)
-        save_file({
-            "slots": memory.slots.detach().cpu().contiguous(),
-            "nll per token": torch.tensor([chunk.nll / chunk.tokens for chunk in report.chunks], dtype=torch.float64),
-            "updates": torch.tensor(memory.version),
-            **{f"saved {name}": x for name, x in load_file(folder / "memory" / "locas_memory.safetensors").items()},
-        }, folder / f"{number}.safetensors")
+        save_file(
+            {
+                "slots": memory.slots.detach().cpu().contiguous(),
+                "nll per token": torch.tensor([chunk.nll / chunk.tokens for chunk in report.chunks], dtype=torch.float64),
+                "updates": torch.tensor(memory.version),
+                **{f"saved {name}": x for name, x in load_file(folder / "memory" / "locas_memory.safetensors").items()},
+            },
+            folder / f"{number}.safetensors",
+        )
         print(f"{label}{memory.version} updates, {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -107,7 +117,7 @@ def distance(name: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 def compare(number: int, old: Path, new: Path) -> dict:
     """What one case came to: each tensor's difference, and whether the case fails."""
-    record = dict(zip(("variant", "backend", "dtype"), CASES[number]))
+    record = dict(zip(("variant", "backend", "dtype"), CASES[number], strict=True))
     reasons = {side: (path / f"{number}.txt") for side, path in (("OLD", old), ("NEW", new))}
     reasons = {side: path.read_text() for side, path in reasons.items() if path.exists()}
     if reasons:
@@ -121,9 +131,13 @@ def compare(number: int, old: Path, new: Path) -> dict:
     unequal = {name: value for name, value in differences.items() if value is not None}
     worst = max(unequal, key=unequal.get, default=None)
     return {
-        **record, "updates": int(b["updates"]), "largest_slots_difference": unequal.get("slots", 0.0),
-        "largest_difference": unequal.get(worst, 0.0), "fails": any(value > TOLERANCE for value in unequal.values()),
-        "verdict": "equal" if worst is None else f"differs, most in {worst}", "differences": json.dumps(unequal),
+        **record,
+        "updates": int(b["updates"]),
+        "largest_slots_difference": unequal.get("slots", 0.0),
+        "largest_difference": unequal.get(worst, 0.0),
+        "fails": any(value > TOLERANCE for value in unequal.values()),
+        "verdict": "equal" if worst is None else f"differs, most in {worst}",
+        "differences": json.dumps(unequal),
     }
 
 
@@ -155,7 +169,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / side for side in ("OLD", "NEW")]
-        for tree, folder in zip(checkouts, folders):
+        for tree, folder in zip(checkouts, folders, strict=True):
             folder.mkdir()
             print(f"{folder.name}: {tree}, commit {commit_of(tree)}", flush=True)
             command = [sys.executable, __file__, *checkouts, "--worker", folder, "--device", arguments.device]
@@ -166,15 +180,22 @@ def main() -> None:
                 sys.exit(f"{folder.name} ({tree}) ended with status {status} before all cases were run")
         records = [compare(number, *folders) for number in range(len(CASES))]
     rows = [
-        [f"{record['variant']}, {record['backend']}, {record['dtype']}",
-         *(f"{record[name]:.2g}" if name in record else "" for name in ("largest_slots_difference", "largest_difference")),
-         ("FAILS: " if record["fails"] else "") + record["verdict"]]
+        [
+            f"{record['variant']}, {record['backend']}, {record['dtype']}",
+            *(f"{record[name]:.2g}" if name in record else "" for name in ("largest_slots_difference", "largest_difference")),
+            ("FAILS: " if record["fails"] else "") + record["verdict"],
+        ]
         for record in records
     ]
-    about = {side.lower(): f"{tree}, commit {commit_of(tree)}" for side, tree in zip(("OLD", "NEW"), checkouts)}
+    about = {side.lower(): f"{tree}, commit {commit_of(tree)}" for side, tree in zip(("OLD", "NEW"), checkouts, strict=True)}
     about |= {"device": arguments.device, "threads": arguments.threads, "chunks": arguments.chunks}
-    report(f"{arguments.chunks} chunks on {arguments.device}: the largest difference of OLD and NEW",
-           ["case", "slots", "all", "verdict"], rows, {"settings": about, "records": records}, arguments.out)
+    report(
+        f"{arguments.chunks} chunks on {arguments.device}: the largest difference of OLD and NEW",
+        ["case", "slots", "all", "verdict"],
+        rows,
+        {"settings": about, "records": records},
+        arguments.out,
+    )
     compared = sum("updates" in record for record in records)
     if failed := sum(record["fails"] for record in records):
         sys.exit(f"{failed} of {len(records)} cases fail: a difference over {TOLERANCE:g}, or something is missing on one side")

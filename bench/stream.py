@@ -30,8 +30,14 @@ def load(arguments):
         return model.to(arguments.device).eval()
     d, layers = arguments.random
     config = Qwen3Config(
-        vocab_size=32768, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=layers, num_attention_heads=d // 128,
-        num_key_value_heads=max(1, d // 256), head_dim=128, max_position_embeddings=32768,
+        vocab_size=32768,
+        hidden_size=d,
+        intermediate_size=3 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=d // 128,
+        num_key_value_heads=max(1, d // 256),
+        head_dim=128,
+        max_position_embeddings=32768,
     )
     torch.manual_seed(0)
     with torch.device(arguments.device):
@@ -87,8 +93,13 @@ def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--random", type=int, nargs=2, metavar=("D", "LAYERS"),
-                        help="a random Qwen3 host of this size and random tokens instead of --model and --text")
+    parser.add_argument(
+        "--random",
+        type=int,
+        nargs=2,
+        metavar=("D", "LAYERS"),
+        help="a random Qwen3 host of this size and random tokens instead of --model and --text",
+    )
     parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
     parser.add_argument("--tokens", type=int, default=8000, help="how much of the text is read")
     parser.add_argument("--window", type=int, default=512)
@@ -113,16 +124,26 @@ def main() -> None:
         for record in measured:
             record = {**record, "arm": record["arm"] + suffix, "cuda_graph": said}
             records.append(record)
-            rows.append([record["arm"], record["median_ms"], record["p10_ms"], record["p90_ms"],
-                         record["tokens_per_second"], record["ratio_truncation"],
-                         f"{record['perplexity']:.2f}" if "perplexity" in record else ""])
+            rows.append(
+                [
+                    record["arm"],
+                    record["median_ms"],
+                    record["p10_ms"],
+                    record["p90_ms"],
+                    record["tokens_per_second"],
+                    record["ratio_truncation"],
+                    f"{record['perplexity']:.2f}" if "perplexity" in record else "",
+                ]
+            )
         if arguments.device == "cuda":
             print(f"CUDA graph: {said}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
-        f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk in a full window",
-        ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"], rows,
-        {"settings": settings, "records": records}, arguments.out,
+        f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: a chunk in a full window",
+        ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"],
+        rows,
+        {"settings": settings, "records": records},
+        arguments.out,
     )
 
 

@@ -49,26 +49,28 @@ def main() -> None:
 
     states = [fresh() for _ in range(sets)]
     arms = {
-        "adamw": (30, [
-            lambda s=s: matmul.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states
-        ]),
+        "adamw": (
+            30,
+            [lambda s=s: matmul.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states],
+        ),
         "sgd": (14, [lambda s=s: matmul.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
     }
-    buffers = [(torch.randn(15 * parameters // 4, device=device), torch.empty(15 * parameters // 4, device=device))
-               for _ in range(sets)]
+    buffers = [
+        (torch.randn(15 * parameters // 4, device=device), torch.empty(15 * parameters // 4, device=device))
+        for _ in range(sets)
+    ]
     arms["copy of 30 bytes a parameter"] = (30, [lambda a=a, b=b: b.copy_(a) for a, b in buffers])
     rows, records = [], []
     for name, (bytes_each, calls) in arms.items():
         taken = seconds(calls * (-(-20 // sets) if device.type == "cuda" else 1), arguments.rounds)
         speed = bytes_each * parameters / taken / 1e9
-        records.append(
-            {"layers": layers, "rank": rank, "d": d, "arm": name, "us": 1e6 * taken, "gigabytes_per_second": speed}
-        )
+        records.append({"layers": layers, "rank": rank, "d": d, "arm": name, "us": 1e6 * taken, "gigabytes_per_second": speed})
     copy = records[-1]["gigabytes_per_second"]
     for record in records:
         record["share_of_copy"] = record["gigabytes_per_second"] / copy
-        rows.append([record["arm"], f"{record['us']:.1f}", f"{record['gigabytes_per_second']:,.0f}",
-                     f"{record['share_of_copy']:.2f}"])
+        rows.append(
+            [record["arm"], f"{record['us']:.1f}", f"{record['gigabytes_per_second']:,.0f}", f"{record['share_of_copy']:.2f}"]
+        )
     title = f"Update of {parameters:,} parameters ({layers} layers x 3 x {rank} x {d}) on {device}"
     report(title, ["arm", "us", "GB/s", "/ copy"], rows, {"records": records}, arguments.out)
 

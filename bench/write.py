@@ -40,8 +40,13 @@ def load(arguments):
     else:
         d = arguments.hidden_size
         config = OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=d, word_embed_proj_dim=d, ffn_dim=4 * d,
-            num_hidden_layers=arguments.layers, num_attention_heads=max(1, d // 64), max_position_embeddings=2048,
+            vocab_size=VOCABULARY,
+            hidden_size=d,
+            word_embed_proj_dim=d,
+            ffn_dim=4 * d,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=max(1, d // 64),
+            max_position_embeddings=2048,
         )
         torch.manual_seed(0)
         model = OPTForCausalLM(config).to(dtype)
@@ -174,8 +179,12 @@ def records(seconds: dict[str, list[float]], tokens: dict[str, int], reference: 
     each = {name: [value / tokens[name] for value in values] for name, values in seconds.items()}
     return [
         {
-            **settings, "arm": name, "tokens": tokens[name], "median_ms": 1e3 * statistics.median(values),
-            "p10_ms": 1e3 * percentile(values, 10), "p90_ms": 1e3 * percentile(values, 90),
+            **settings,
+            "arm": name,
+            "tokens": tokens[name],
+            "median_ms": 1e3 * statistics.median(values),
+            "p10_ms": 1e3 * percentile(values, 10),
+            "p90_ms": 1e3 * percentile(values, 90),
             "tokens_per_second": 1 / statistics.median(each[name]),
             f"ratio to {reference}": ratio(each[name], each[reference]),
         }
@@ -193,13 +202,12 @@ _COLUMNS = ["W", "arm", "tokens", "ms", "p10", "p90", "tokens/s"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.write", description=__doc__)
-    parser.add_argument("--model", type=Path,
-                        help="a two-layer host and the shipped novel; default: a random OPT, random tokens")
-    parser.add_argument("--hidden-size", type=int, default=1024,
-                        help="of the random host, whose FFN is 4 times as wide")
+    parser.add_argument(
+        "--model", type=Path, help="a two-layer host and the shipped novel; default: a random OPT, random tokens"
+    )
+    parser.add_argument("--hidden-size", type=int, default=1024, help="of the random host, whose FFN is 4 times as wide")
     parser.add_argument("--layers", type=int, default=4, help="of the random host")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512],
-                        help="W, of a segment and of a chunk's window")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="W, of a segment and of a chunk's window")
     parser.add_argument("--stride", type=int, default=64, help="S, the tokens of a chunk")
     parser.add_argument("--slots", type=int, default=256, help="to how many NL-SVD compresses, the hidden size at most")
     parser.add_argument("--rank", type=int, default=64, help="the slots that backprop trains")
@@ -212,12 +220,17 @@ def main() -> None:
 
     segments = [record for tokens in arguments.tokens for record in one_segment(arguments, tokens)]
     print_table("One segment of W tokens", [*_COLUMNS, "/ host f + b"], rows(segments, "host forward + backward"))
-    chunks = [] if arguments.segments_only else [
-        record for tokens in arguments.tokens for record in one_chunk(arguments, tokens)
-    ]
+    chunks = (
+        [] if arguments.segments_only else [record for tokens in arguments.tokens for record in one_chunk(arguments, tokens)]
+    )
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
-    report(f"One chunk of S = {arguments.stride} tokens in a window of W", [*_COLUMNS, "/ truncation"],
-           rows(chunks, "truncation"), {"settings": settings, "records": segments + chunks}, arguments.out)
+    report(
+        f"One chunk of S = {arguments.stride} tokens in a window of W",
+        [*_COLUMNS, "/ truncation"],
+        rows(chunks, "truncation"),
+        {"settings": settings, "records": segments + chunks},
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ Setting = dict  # of one row: "arm", and for writing the other columns
 def settings(arguments) -> list[Setting]:
     writing = itertools.product(arguments.scale, arguments.rank, arguments.capacity, arguments.epsilon)
     grid = [
-        {"arm": "write", "scale": scale, "rank": rank, "capacity": capacity, "compress_to": capacity // 2,
-         "epsilon": epsilon}
+        {"arm": "write", "scale": scale, "rank": rank, "capacity": capacity, "compress_to": capacity // 2, "epsilon": epsilon}
         for scale, rank, capacity, epsilon in writing
     ]
     return [{"arm": "truncation"}, {"arm": "backprop"}, *grid]
@@ -47,8 +46,12 @@ def measure(job: tuple[Setting, list[int], argparse.Namespace]) -> dict:
     else:
         config = locas.LocasConfig(variant="mlp", rank=setting["rank"], scale=setting["scale"])
         measured = locas.attach(model, config).memorize(
-            ids, update="write", epsilon=setting["epsilon"], capacity=setting["capacity"],
-            compress_to=setting["compress_to"], **protocol,
+            ids,
+            update="write",
+            epsilon=setting["epsilon"],
+            capacity=setting["capacity"],
+            compress_to=setting["compress_to"],
+            **protocol,
         )
     result = {**setting, "perplexity": measured.perplexity, "seconds": time.perf_counter() - started}
     print(result, flush=True)  # for the log of a run that may be cut short

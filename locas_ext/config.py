@@ -34,8 +34,8 @@ class LocasConfig:
             hosts with two-layer FFNs
         rank: r, the number of slots a layer, at least 1; Locas-MLP begins with so many and grows when slots are written
         layers: which decoder layers get a memory, as indices (negative ones count from the end); None: all
-        init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones the host neurons that the
-            first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws directions;
+        init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
+            the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws directions;
             "activation" takes the FFN inputs of random tokens
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it
             such as "16x", "host" (the mean norm without 1/r) or a number
@@ -68,9 +68,7 @@ class LocasConfig:
         object.__setattr__(self, "rank", int(self.rank))
         if isinstance(self.scale, str):
             if self.scale not in SCALES and paper_multiple(self.scale) is None:
-                raise ValueError(
-                    f"scale is {self.scale!r}; expected paper, a multiple of it such as '16x', host or a number"
-                )
+                raise ValueError(f"scale is {self.scale!r}; expected paper, a multiple of it such as '16x', host or a number")
         elif isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
             raise TypeError(f"scale is {self.scale!r}; expected 'paper', 'host' or a number")
         elif not math.isfinite(self.scale) or self.scale == 0:

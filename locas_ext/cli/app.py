@@ -65,4 +65,3 @@ def main(arguments: list[str] | None = None) -> int:
     if status == 130:
         _complain("interrupted: nothing was kept")
     return status
-

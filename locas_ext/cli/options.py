@@ -35,9 +35,7 @@ ResultsFolder = Annotated[
 ]
 
 # ---- how a text is read --------------------------------------------------------------------------------------
-Window = Annotated[
-    int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")
-]
+Window = Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")]
 HeldOut = Annotated[
     list[Path] | None,
@@ -51,9 +49,7 @@ Scale = Annotated[
     str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
 ]
 Init = Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")]
-Variant = Annotated[
-    str, typer.Option(help="Locas: glu for hosts with a gated FFN, mlp for those with a two-layer one.")
-]
+Variant = Annotated[str, typer.Option(help="Locas: glu for hosts with a gated FFN, mlp for those with a two-layer one.")]
 LearningRate = Annotated[float, typer.Option(help="Locas: of the optimizer.")]
 Epochs = Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")]
 Clip = Annotated[bool, typer.Option("--clip/--no-clip", help="Locas: whether no row grows longer than 1.")]

@@ -25,7 +25,7 @@ def local_gain(before: list[Chunk], after: list[Chunk], width: int) -> list[tupl
     for index in range(width, len(before) + 1):
         part = slice(index - width, index)
         tokens = sum(chunk.tokens for chunk in before[part])
-        change = sum(a.nll - b.nll for a, b in zip(after[part], before[part])) / tokens
+        change = sum(a.nll - b.nll for a, b in zip(after[part], before[part], strict=True)) / tokens
         middle = (before[index - width].start + before[index - 1].end) / 2
         gain.append((middle, 100 * (1 - math.exp(change))))
     return gain

@@ -45,7 +45,7 @@ def _differences(name: str, before, wanted) -> Iterator[str]:
         for key in dict.fromkeys([*before, *wanted]):
             yield from _differences(f"{name}.{key}".lstrip("."), before.get(key), wanted.get(key))
     elif _is_table(before) and _is_table(wanted) and len(before) == len(wanted):
-        for index, pair in enumerate(zip(before, wanted)):
+        for index, pair in enumerate(zip(before, wanted, strict=False)):
             yield from _differences(f"{name}[{index}]", *pair)
     elif before != wanted:
         yield f"{name} was {_brief(before)}, is {_brief(wanted)}"

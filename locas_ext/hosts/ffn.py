@@ -37,7 +37,7 @@ class HostFFN(ABC):
 
     def obstacle(self) -> str | None:
         """Why the weights cannot be used directly, or None."""
-        for name, projection in zip(self.names, self.projections()):
+        for name, projection in zip(self.names, self.projections(), strict=True):
             if problem := linear_obstacle(projection, self.plain):
                 return f"{name} {problem}"
         return None
@@ -71,9 +71,7 @@ class GatedFFN(HostFFN):
     def weights(self) -> HostWeights:
         """The host's own tensors, not copies; meaningful where obstacle() is None."""
         gate, up, down = (projection._parameters for projection in self.projections())
-        return HostWeights(
-            gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
-        )
+        return HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """gate and up [..., m] from the projections as they are, whatever they are."""
@@ -91,15 +89,28 @@ class GatedFFN(HostFFN):
     def pack(self, weights: HostWeights) -> Packed:
         """Parameters for the projections that hold these weights, not yet put in."""
         gate, up, down = self.projections()
-        return _packed([(gate, "weight", weights.gate), (up, "weight", weights.up), (down, "weight", weights.down),
-                        (gate, "bias", weights.gate_bias), (up, "bias", weights.up_bias), (down, "bias", weights.down_bias)])
+        return _packed(
+            [
+                (gate, "weight", weights.gate),
+                (up, "weight", weights.up),
+                (down, "weight", weights.down),
+                (gate, "bias", weights.gate_bias),
+                (up, "bias", weights.up_bias),
+                (down, "bias", weights.down_bias),
+            ]
+        )
 
     def resized(self, rows: Callable, columns: Callable) -> Packed:
         old = self.weights()
-        return self.pack(HostWeights(
-            rows(old.gate, 0), rows(old.up, 1), columns(old.down),
-            *(None if bias is None else rows(bias, None) for bias in (old.gate_bias, old.up_bias)), old.down_bias,
-        ))
+        return self.pack(
+            HostWeights(
+                rows(old.gate, 0),
+                rows(old.up, 1),
+                columns(old.down),
+                *(None if bias is None else rows(bias, None) for bias in (old.gate_bias, old.up_bias)),
+                old.down_bias,
+            )
+        )
 
 
 class FusedGatedFFN(GatedFFN):
@@ -122,8 +133,14 @@ class FusedGatedFFN(GatedFFN):
     def pack(self, weights: HostWeights) -> Packed:
         gate_up, down = self.projections()
         bias = None if weights.gate_bias is None else torch.cat([weights.gate_bias, weights.up_bias])
-        return _packed([(gate_up, "weight", torch.cat([weights.gate, weights.up])), (down, "weight", weights.down),
-                        (gate_up, "bias", bias), (down, "bias", weights.down_bias)])
+        return _packed(
+            [
+                (gate_up, "weight", torch.cat([weights.gate, weights.up])),
+                (down, "weight", weights.down),
+                (gate_up, "bias", bias),
+                (down, "bias", weights.down_bias),
+            ]
+        )
 
 
 class TwoLayerFFN(HostFFN):
@@ -155,13 +172,21 @@ class Conv1DFFN(TwoLayerFFN):
 
     def resized(self, rows: Callable, columns: Callable) -> Packed:
         first, last = self.projections()
-        return _packed([(first, "weight", rows(first.weight.T, 0).T.contiguous()), (first, "bias", rows(first.bias, None)),
-                        (last, "weight", columns(last.weight.T).T.contiguous())])
+        return _packed(
+            [
+                (first, "weight", rows(first.weight.T, 0).T.contiguous()),
+                (first, "bias", rows(first.bias, None)),
+                (last, "weight", columns(last.weight.T).T.contiguous()),
+            ]
+        )
 
 
 def _packed(named: list[tuple[nn.Module, str, Tensor | None]]) -> Packed:
-    return [(module, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
-            for module, name, tensor in named if tensor is not None]
+    return [
+        (module, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
+        for module, name, tensor in named
+        if tensor is not None
+    ]
 
 
 def put_in(packed: Packed) -> None:

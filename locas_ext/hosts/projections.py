@@ -31,12 +31,7 @@ def linear_obstacle(linear: nn.Module, plain: type = nn.Linear) -> str | None:
         return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain {plain.__name__}"
     if "forward" in linear.__dict__ and not _is_its_own(linear, plain):
         return "has a forward of its own (a hook of another library)"
-    if (
-        linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-    ):
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "has hooks"
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     if type(weight) is not nn.Parameter:
@@ -81,8 +76,7 @@ def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
         zero = linear(like.new_zeros(1, size))
         block = 1024
         columns = [
-            linear(torch.eye(min(block, size - start), size,
-                             dtype=like.dtype, device=like.device).roll(start, dims=1)) - zero
+            linear(torch.eye(min(block, size - start), size, dtype=like.dtype, device=like.device).roll(start, dims=1)) - zero
             for start in range(0, size, block)
         ]
     finally:

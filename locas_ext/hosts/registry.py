@@ -33,15 +33,17 @@ HOSTS: dict[str, HostFamily] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "glm4": _PHI3,
-    "gpt2": HostFamily(layers="h", kind=partial(Conv1DFFN, names=("c_fc", "c_proj")),
-                       activation_key="activation_function", width_key="n_inner"),
+    "gpt2": HostFamily(
+        layers="h", kind=partial(Conv1DFFN, names=("c_fc", "c_proj")), activation_key="activation_function", width_key="n_inner"
+    ),
     "gpt_neox": HostFamily(kind=partial(TwoLayerFFN, names=("dense_h_to_4h", "dense_4h_to_h"))),
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "olmo2": _LLAMA,
-    "opt": HostFamily(ffn=None, kind=partial(TwoLayerFFN, names=("fc1", "fc2")),
-                      activation_key="activation_function", width_key="ffn_dim"),
+    "opt": HostFamily(
+        ffn=None, kind=partial(TwoLayerFFN, names=("fc1", "fc2")), activation_key="activation_function", width_key="ffn_dim"
+    ),
     "phi": HostFamily(kind=partial(TwoLayerFFN, names=("fc1", "fc2"))),
     "phi3": _PHI3,
     "qwen2": _LLAMA,

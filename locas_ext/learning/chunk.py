@@ -97,9 +97,7 @@ class NoContext(DynamicCache):
 
 def may_end_early(model) -> bool:
     """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
-    return not any(
-        hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules()
-    )
+    return not any(hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules())
 
 
 def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
@@ -108,9 +106,7 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
     context, inputs = window.context.to(device)[None], window.inputs.to(device)[None]
     if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
-        logits = model(
-            input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]
-        ).logits
+        logits = model(input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]).logits
     else:
         cache = ContextCache(model, device)
         cache.fill(model, context, ends_early)

@@ -102,9 +102,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         and others.get("position_bias") is None
     )
     if not plain:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = ChunkAttentionFunction.apply(query, key, value, _additive(attention_mask, query.dtype), scaling)
     return out.transpose(1, 2).contiguous(), None

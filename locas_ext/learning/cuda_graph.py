@@ -89,7 +89,7 @@ def _as_in_a_capture():
     try:
         yield
     finally:
-        for module, original in zip(modules, originals):
+        for module, original in zip(modules, originals, strict=True):
             module.is_tracing = original
 
 
@@ -178,9 +178,7 @@ class MemorizeStep:
             self.replay = capture(self._work, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
-            warnings.warn(
-                f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=5
-            )
+            warnings.warn(f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=5)
         finally:
             self._undo_python(captured=self.replay is not None)
         return self.replay is not None

@@ -40,9 +40,7 @@ def initial_rows(
     if config.init == "activation":
         tokens = ffn_input.shape[0]
         if rank > tokens:
-            raise ValueError(
-                f"init='activation' takes one token a slot: rank is {rank}, but the chunk has {tokens} tokens"
-            )
+            raise ValueError(f"init='activation' takes one token a slot: rank is {rank}, but the chunk has {tokens} tokens")
         chosen = torch.randperm(tokens, generator=generator)[:rank].to(ffn_input.device)
         return [_unit_rows(ffn_input[chosen])] * len(host_rows)
     if config.init == "random":

@@ -28,8 +28,7 @@ def token_ids(input_ids, vocab_size: int, at_least: int) -> Tensor:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, "
-            "the host's vocabulary"
+            f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the host's vocabulary"
         )
     return ids
 

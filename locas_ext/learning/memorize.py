@@ -65,8 +65,14 @@ def memorize(
 
     state.zero_grad()
     bar = StreamProgress(len(ids), stream.position, report) if progress else nullcontext()
-    with bar, interrupt_between_chunks() as check_interrupt, quiet_host(host.model), \
-            fast_norms(host.model), torch.inference_mode(False), torch.enable_grad():
+    with (
+        bar,
+        interrupt_between_chunks() as check_interrupt,
+        quiet_host(host.model),
+        fast_norms(host.model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         for start in range(stream.position, len(ids), settings.stride):
             end = min(start + settings.stride, len(ids))
             place = f"chunk {len(report.chunks)} (tokens {start} to {end - 1})"

@@ -67,8 +67,18 @@ def adamw_step(
         arena.step += 1 if finite is None else finite
         update, *gradient = _gradient(arena, gradient_scale, slot_updates.update_slots_, slot_updates.adamw_from_factors_)
         update(
-            arena.slots, *gradient, arena.exp_avg, arena.exp_avg_sq, arena.step,
-            _learning_rate_tensor(learning_rate, arena), *betas, eps, weight_decay, clip, _kernel_copy(arena), finite,
+            arena.slots,
+            *gradient,
+            arena.exp_avg,
+            arena.exp_avg_sq,
+            arena.step,
+            _learning_rate_tensor(learning_rate, arena),
+            *betas,
+            eps,
+            weight_decay,
+            clip,
+            _kernel_copy(arena),
+            finite,
         )
     if finite is None:
         _finish(state)
@@ -91,8 +101,15 @@ def sgd_step(
         buffer = arena.momentum_buffer if momentum else None
         update, *gradient = _gradient(arena, gradient_scale, slot_updates.sgd_slots_, slot_updates.sgd_from_factors_)
         update(
-            arena.slots, *gradient, _learning_rate_tensor(learning_rate, arena), buffer, momentum, weight_decay, clip,
-            _kernel_copy(arena), finite,
+            arena.slots,
+            *gradient,
+            _learning_rate_tensor(learning_rate, arena),
+            buffer,
+            momentum,
+            weight_decay,
+            clip,
+            _kernel_copy(arena),
+            finite,
         )
     if finite is None:
         _finish(state)
@@ -142,7 +159,7 @@ class _SlotOptimizer(torch.optim.Optimizer):
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
         state.load_optimizer(tensors)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
 

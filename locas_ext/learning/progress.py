@@ -24,9 +24,7 @@ class StreamProgress:
             TextColumn("left"),
             console=console,
         )
-        self.task = self.progress.add_task(
-            title, total=total, completed=position, rate=0.0, perplexity=self._perplexity()
-        )
+        self.task = self.progress.add_task(title, total=total, completed=position, rate=0.0, perplexity=self._perplexity())
 
     def _perplexity(self) -> float:
         return math.exp(self._nll / self._tokens) if self._tokens else math.nan

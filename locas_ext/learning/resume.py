@@ -28,8 +28,10 @@ def take_up(attachment: Attachment, ids: Tensor, settings: Settings, resume: str
     """Loads the memory of a saved run; ValueError if that was not over this text with these settings."""
     # layers are checked by load(); the backend may be another one, as on another machine
     configs = [config.to_dict() for config in (checkpoint.read_config(resume), attachment.config)]
-    before, wanted = ({**config, "layers": None, "backend": None, **run}
-                      for config, run in zip(configs, (stream.settings, asdict(settings))))
+    before, wanted = (
+        {**config, "layers": None, "backend": None, **run}
+        for config, run in zip(configs, (stream.settings, asdict(settings)), strict=True)
+    )
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)

@@ -34,6 +34,8 @@ def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
         limit = f">= {low}" if high == math.inf else f"from {low} to {int(high)}"
         raise ValueError(f"{name} is {value}; expected an integer {limit}{why}")
     return int(value)
+
+
 UPDATES = ("backprop", "write")
 
 
@@ -63,8 +65,15 @@ def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stre
     if settings.bos and bos_token(host) is None:
         raise ValueError("bos is True, but the host's config has no bos_token_id")
     return Settings(
-        window, stride, float(rate), epochs, settings.optimizer, settings.update, bool(settings.context_gradient),
-        bool(settings.bos), _resolve_writing(settings, state, stride, resumed),
+        window,
+        stride,
+        float(rate),
+        epochs,
+        settings.optimizer,
+        settings.update,
+        bool(settings.context_gradient),
+        bool(settings.bos),
+        _resolve_writing(settings, state, stride, resumed),
     )
 
 
@@ -77,9 +86,7 @@ def _resolve_writing(settings: Settings, state: MemoryState, stride: int, resume
             raise ValueError(f"{unused[0]} is given, but update is {settings.update!r}; expected update='write'")
         return None
     if not state.grows:
-        raise ValueError(
-            "update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written"
-        )
+        raise ValueError("update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
     if settings.epochs != 1:
         raise ValueError(f"epochs is {settings.epochs}, but update is 'write', which writes each token once; expected 1")
     if write.when_full is None:

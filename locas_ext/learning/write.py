@@ -1,10 +1,10 @@
 """Closed-form writing of a Locas-MLP memory: one slot a token a layer, without training (docs/method.md, "Writing").
 
-      tokens -> forward -> log-likelihood of the chosen ones -> backward, as far as the FFNs' outputs
-                  |                                                 |
-        A, the FFN's input where the token is predicted    G, the gradient there
-                  |                                                 |
-        key = A / ||A||                                    value = epsilon G / ||G||
+tokens -> forward -> log-likelihood of the chosen ones -> backward, as far as the FFNs' outputs
+            |                                                 |
+  A, the FFN's input where the token is predicted    G, the gradient there
+            |                                                 |
+  key = A / ||A||                                    value = epsilon G / ||G||
 """
 
 import math
@@ -108,14 +108,12 @@ def _of_arenas(state: MemoryState, layers: Sequence[Tensor], targets: int, indic
     return result
 
 
-def _ask(
-    attachment: Attachment, window: Window, tokens, exact: bool, context_gradient: bool, ends_early: bool
-) -> Asked:
+def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gradient: bool, ends_early: bool) -> Asked:
     """One forward, and one backward to the FFNs' outputs (exact: one a token). Waits for the device only to choose."""
     state, taps = attachment.state, [_Tap() for _ in attachment.ffns]
     window = window.to(attachment.host.input_device())
     try:
-        for ffn, tap in zip(attachment.ffns, taps):
+        for ffn, tap in zip(attachment.ffns, taps, strict=True):
             ffn.tap = tap
         # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
         with torch.compiler.set_stance("force_eager"):
@@ -143,7 +141,7 @@ def _ask(
         chosen,
         nll.detach(),
         _of_arenas(state, [tap.input for tap in taps], len(targets), chosen),
-        [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked)],
+        [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked, strict=True)],
     )
 
 
@@ -156,7 +154,7 @@ def _new_slots(asked: Asked, epsilon: float) -> tuple[list[Tensor], list[Tensor]
         squares = [gradients.double().square().sum((0, 2)).to(device) for gradients in asked.gradients]
         joint = torch.stack(squares).sum(0).sqrt().float()
     slots, norms = [], []
-    for inputs, gradients in zip(asked.inputs, asked.gradients):
+    for inputs, gradients in zip(asked.inputs, asked.gradients, strict=True):
         dtype = torch.float32 if gradients.dtype == torch.float64 else gradients.dtype
         layers, n, d = gradients.shape
         slots.append(torch.empty(layers, 2, n, d, device=gradients.device))
@@ -166,8 +164,13 @@ def _new_slots(asked: Asked, epsilon: float) -> tuple[list[Tensor], list[Tensor]
 
 
 def _write(
-    attachment: Attachment, window: Window, settings: WriteSettings, place: str, exact: bool = False,
-    context_gradient: bool = False, ends_early: bool = False,
+    attachment: Attachment,
+    window: Window,
+    settings: WriteSettings,
+    place: str,
+    exact: bool = False,
+    context_gradient: bool = False,
+    ends_early: bool = False,
 ) -> tuple[WriteReport, float]:
     """Writes a slot for each chosen target behind the slots there are: one update if any is chosen.
 
@@ -222,8 +225,12 @@ class WriteStep:
 
     def __call__(self, window: Window, place: str) -> float:
         return _write(
-            self.attachment, window, self.settings.write, place,
-            context_gradient=self.settings.context_gradient, ends_early=self.ends_early,
+            self.attachment,
+            window,
+            self.settings.write,
+            place,
+            context_gradient=self.settings.context_gradient,
+            ends_early=self.ends_early,
         )[1]
 
     def report(self) -> str:
@@ -240,8 +247,12 @@ def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: boo
             f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions: a longer text is "
             "for memorize(update='write')"
         )
-    with interrupt_between_chunks() as check_interrupt, quiet_host(host.model), torch.inference_mode(False), \
-            torch.enable_grad():
+    with (
+        interrupt_between_chunks() as check_interrupt,
+        quiet_host(host.model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         report = write_tokens(attachment, ids, settings, exact)
         check_interrupt()
         return report

@@ -56,9 +56,7 @@ def _resolve_tokens(tokens, text: int | None):
         raise ValueError("tokens is empty; expected at least one position")
     if positions[0] < 1 or positions[-1] >= text:
         wrong = positions[0] if positions[0] < 1 else positions[-1]
-        raise ValueError(
-            f"tokens holds {wrong}; expected positions from 1 to {text - 1}: the first token is never predicted"
-        )
+        raise ValueError(f"tokens holds {wrong}; expected positions from 1 to {text - 1}: the first token is never predicted")
     if len(set(positions)) != len(positions):
         raise ValueError(f"tokens names position {next(p for p in positions if positions.count(p) > 1)} twice")
     return tuple(positions)
@@ -85,9 +83,7 @@ def resolve(settings: WriteSettings, hidden_size: int, used: int, text: int | No
     if capacity is not None:
         capacity = _positive_integer("capacity", capacity, math.inf, "slots a layer")
         if capacity < used:
-            raise ValueError(
-                f"capacity is {capacity}; expected at least {used}, the slots used, or compress() first"
-            )
+            raise ValueError(f"capacity is {capacity}; expected at least {used}, the slots used, or compress() first")
     if when_full == "compress":
         if capacity < 2:
             raise ValueError(f"capacity is {capacity}; expected at least 2 with when_full='compress'")

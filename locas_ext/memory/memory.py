@@ -171,8 +171,14 @@ class Memory:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
         settings = Settings(
-            window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer,
-            update=update, context_gradient=context_gradient, bos=bos,
+            window=window,
+            stride=stride,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            optimizer=optimizer,
+            update=update,
+            context_gradient=context_gradient,
+            bos=bos,
             write=WriteSettings(epsilon, tokens, capacity, when_full, compress_to),
         )
         return memorize(self._attachment, input_ids, settings, progress, callback, resume)
@@ -207,7 +213,8 @@ class Memory:
 
         Returns a WriteReport; the version is one more, two if the memory was compressed. Raises ValueError or TypeError for
         arguments that do not fit (a memory without room for the tokens is one), and LocasError where a gradient is not
-        finite; nothing is written then. Ctrl-C takes effect once the tokens are written. Source: docs/method.md, "Writing" (the paper's Locas-MLP).
+        finite; nothing is written then. Ctrl-C takes effect once the tokens are written. Source: docs/method.md, "Writing"
+        (the paper's Locas-MLP).
         """
         self._require_attached("write")
         if not self.state.grows:

@@ -32,12 +32,22 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
     state.sync()
     norms = state.tensors(optimizer=False)["slots"].norm(dim=-1).mean(-1).tolist()  # [L, planes]
     result = []
-    for ffn, layer, scale, layer_norms in zip(attachment.ffns, state.layers, state.scales, norms):
+    for ffn, layer, scale, layer_norms in zip(attachment.ffns, state.layers, state.scales, norms, strict=True):
         path, reason = ffn.path()
         place = ffn.arena.compute
         result.append(
-            LayerStatus(layer, str(place.device), str(place.dtype), f"{ffn.backend_name()}, {path}", reason, state.used,
-                        state.capacity, scale, None if state.grows else layer_norms[GATE], layer_norms[KEY],
-                        layer_norms[VALUE])
+            LayerStatus(
+                layer,
+                str(place.device),
+                str(place.dtype),
+                f"{ffn.backend_name()}, {path}",
+                reason,
+                state.used,
+                state.capacity,
+                scale,
+                None if state.grows else layer_norms[GATE],
+                layer_norms[KEY],
+                layer_norms[VALUE],
+            )
         )
     return result

@@ -14,5 +14,3 @@ __all__ = [
     "update_slots_",
     "write_slots_",
 ]
-
-

@@ -1,4 +1,4 @@
-"""The kernels as autograd Functions on [T, d] matrices: what eager code calls; `functional.py` puts the argument checks before them."""
+"""The kernels as autograd Functions on [T, d] matrices: what eager code calls, behind the checks of `functional.py`."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -54,9 +54,7 @@ class SidewayGluFunction(torch.autograd.Function):
         x, memory_gate_key, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
-        d_gate_key, d_slots = matmul.sideway_backward(
-            dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad
-        )
+        d_gate_key, d_slots = matmul.sideway_backward(dy, x, memory_gate_key, views, ctx.scale, ctx.activation, ctx.slots_grad)
         dx = d_gate_key @ views.gate_key if needs_dx else None
         if d_slots is not None:
             d_slots = d_slots.to(ctx.slots_dtype) if needs_slots else None
@@ -85,9 +83,7 @@ class SidewayMlpFunction(torch.autograd.Function):
         x, pre, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
-        d_pre, d_slots = matmul.sideway_mlp_backward(
-            dy, x, pre, views, ctx.scale, ctx.activation, needs_slots, ctx.slots_grad
-        )
+        d_pre, d_slots = matmul.sideway_mlp_backward(dy, x, pre, views, ctx.scale, ctx.activation, needs_slots, ctx.slots_grad)
         dx = d_pre @ views.gate_key if needs_dx else None
         if d_slots is not None:
             unused = ctx.capacity - len(views.value)

@@ -13,7 +13,7 @@ def expect(op: str, name: str, tensor: Tensor, shape: tuple, like: Tensor, dtype
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
     fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape)
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=False)
     )
     if not fits:
         expected = ", ".join(str(size) for size in shape)
@@ -35,14 +35,10 @@ def check_x(op: str, x: Tensor, backend: str) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{op}: x is {x.dtype}; expected a float dtype")
     elif x.dtype not in KERNEL_DTYPES:
-        raise ValueError(
-            f"{op}: x is {x.dtype}; expected float32, bfloat16 or float16 (backend='reference' takes float64 too)"
-        )
+        raise ValueError(f"{op}: x is {x.dtype}; expected float32, bfloat16 or float16 (backend='reference' takes float64 too)")
 
 
-def check_host(
-    op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple, has_down: bool = True
-) -> None:
+def check_host(op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple, has_down: bool = True) -> None:
     d, same = x.shape[-1], (x.dtype,)
     expect(op, "gate_weight", gate_weight, ("m", d), x, same)
     m = gate_weight.shape[0]
@@ -51,7 +47,7 @@ def check_host(
     if has_down:
         expect(op, "down_weight", down_weight, (d, m), x, same)
         named.append(("down_weight", down_weight))
-    for name, bias, size in zip(("gate_bias", "up_bias", "down_bias"), biases, (m, m, d)):
+    for name, bias, size in zip(("gate_bias", "up_bias", "down_bias"), biases, (m, m, d), strict=False):
         if bias is not None:
             expect(op, name, bias, (size,), x, same)
             named.append((name, bias))

@@ -96,7 +96,14 @@ def glu_ffn(
 
 
 def _sideway(
-    op: str, function: type, parts: int, why_not_fused: str, x: Tensor, slots: Tensor, scale: float, activation: str,
+    op: str,
+    function: type,
+    parts: int,
+    why_not_fused: str,
+    x: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The memory alone, for slots of `parts` planes: the operation `op` of every module, `function` in eager code."""
@@ -118,9 +125,7 @@ def _sideway(
     return function.apply(x2d, slots, views, scale, index, None).view_as(x)
 
 
-def sideway_glu(
-    x: Tensor, slots: Tensor, scale: float, activation: str = "silu", backend: str = "auto"
-) -> Tensor:
+def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu", backend: str = "auto") -> Tensor:
     """The memory alone: scale * [act(x G^T) * (x K^T)] V.
 
     For hosts whose own FFN cannot be fused (quantized, LoRA-wrapped, mixture of experts). Arguments as in `glu_ffn`.
@@ -131,9 +136,7 @@ def sideway_glu(
     return _sideway("sideway_glu", SidewayGluFunction, 3, why_not_fused, x, slots, scale, activation, backend)
 
 
-def sideway_mlp(
-    x: Tensor, slots: Tensor, scale: float, activation: str = "relu", backend: str = "auto"
-) -> Tensor:
+def sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str = "relu", backend: str = "auto") -> Tensor:
     """A Locas-MLP memory's output: scale * act(x K^T) V, to be added to a two-layer host's FFN.
 
     Args as in `glu_ffn`, but slots: [2, r, d] = (key K, value V).

@@ -123,17 +123,13 @@ def sgd_slots_(
     """
     op = "sgd_slots_"
     if torch.compiler.is_compiling():
-        torch.ops.locas.sgd_slots_(
-            slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
-        )
+        torch.ops.locas.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite)
         return
     learning_rate = _scalar_tensor(op, "learning_rate", learning_rate, slots)
     _check_update(op, slots, learning_rate, {"grad": grad, "momentum_buffer": momentum_buffer})
     if momentum != 0.0 and momentum_buffer is None:
         raise ValueError(f"{op}: momentum is {momentum} but momentum_buffer is None; pass a float32 tensor of zeros")
-    slot_updates.sgd_slots_(
-        slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite
-    )
+    slot_updates.sgd_slots_(slots, grad, learning_rate, momentum_buffer, momentum, weight_decay, clip, compute, finite)
     torch.autograd.graph.increment_version([t for t in (slots, momentum_buffer, compute) if t is not None])
 
 

@@ -45,9 +45,7 @@ def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[in
 
 def _glu_ffn(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
-    y, saved = _BACKENDS[backend].glu_ffn_forward(
-        x, host, SlotViews.of(slots), scale, activation_index(activation), save=True
-    )
+    y, saved = _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=True)
     return (y, *[x.new_empty(0, 0) if tensor is None else tensor for tensor in saved])
 
 
@@ -64,13 +62,9 @@ _define(
 )
 
 
-def _glu_ffn_inference(
-    x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None
-):
+def _glu_ffn_inference(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
-    return _BACKENDS[backend].glu_ffn_forward(
-        x, host, SlotViews.of(slots), scale, activation_index(activation), save=False
-    )[0]
+    return _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=False)[0]
 
 
 _define(
@@ -80,12 +74,17 @@ _define(
 )
 
 
-def _glu_ffn_backward(
-    dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx
-):
+def _glu_ffn_backward(dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx):
     dx, d_slots = _BACKENDS[backend].glu_ffn_backward(
-        dy.contiguous(), x, (saved_gate, saved_up, saved_memory), HostWeights(gate, up, down), SlotViews.of(slots), scale,
-        activation_index(activation), needs_dx, None,
+        dy.contiguous(),
+        x,
+        (saved_gate, saved_up, saved_memory),
+        HostWeights(gate, up, down),
+        SlotViews.of(slots),
+        scale,
+        activation_index(activation),
+        needs_dx,
+        None,
     )
     return x.new_empty(0) if dx is None else dx, d_slots.to(slots.dtype)
 
@@ -95,7 +94,9 @@ _define(
     f" {_HOST}, Tensor slots, float scale, str activation, str backend, bool needs_dx) -> (Tensor, Tensor)",
     _glu_ffn_backward,
     lambda dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx: (
-        x.new_empty(x.shape if needs_dx else 0), slots.new_empty(slots.shape)),
+        x.new_empty(x.shape if needs_dx else 0),
+        slots.new_empty(slots.shape),
+    ),
 )
 
 
@@ -106,9 +107,7 @@ def _glu_ffn_setup(ctx, inputs, output):
 
 def _glu_ffn_autograd(ctx, dy, *_):
     needs_dx = ctx.needs_input_grad[0]
-    dx, d_slots = torch.ops.locas.glu_ffn_backward(
-        dy, *ctx.saved_tensors, ctx.scale, ctx.activation, ctx.backend, needs_dx
-    )
+    dx, d_slots = torch.ops.locas.glu_ffn_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, ctx.backend, needs_dx)
     return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 6)
 
 
@@ -139,8 +138,7 @@ _define(
     "sideway_glu_backward(Tensor dy, Tensor x, Tensor memory_gate_key, Tensor slots, float scale, str activation)"
     " -> (Tensor, Tensor)",
     _sideway_glu_backward,
-    lambda dy, x, memory_gate_key, slots, scale, activation: (
-        x.new_empty(x.shape), slots.new_empty(slots.shape)),
+    lambda dy, x, memory_gate_key, slots, scale, activation: (x.new_empty(x.shape), slots.new_empty(slots.shape)),
 )
 
 
@@ -154,9 +152,7 @@ def _sideway_glu_autograd(ctx, dy, _):
     return dx, d_slots, None, None
 
 
-torch.library.register_autograd(
-    "locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_glu_setup, lib=_library
-)
+torch.library.register_autograd("locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_glu_setup, lib=_library)
 
 
 # ---- sideway_mlp --------------------------------------------------------------------------------------------
@@ -184,7 +180,9 @@ _define(
     " -> (Tensor, Tensor)",
     _sideway_mlp_backward,
     lambda dy, x, pre, slots, scale, activation, needs_slots: (
-        x.new_empty(x.shape), slots.new_empty(slots.shape if needs_slots else 0)),
+        x.new_empty(x.shape),
+        slots.new_empty(slots.shape if needs_slots else 0),
+    ),
 )
 
 
@@ -199,9 +197,7 @@ def _sideway_mlp_autograd(ctx, dy, _):
     return dx, d_slots if needs_slots else None, None, None
 
 
-torch.library.register_autograd(
-    "locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_mlp_setup, lib=_library
-)
+torch.library.register_autograd("locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_mlp_setup, lib=_library)
 
 
 # ---- neuron_importance, the updates and writing ---------------------------------------------------------------

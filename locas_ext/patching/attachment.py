@@ -102,13 +102,18 @@ class Attachment:
         self.backend = _resolve_backend(host, config, like.to(devices[layers[0]]), rehome)
         scales = [self._scale(ffn, like) for ffn in ffns]
         self.state = MemoryState(
-            layers, PLANES[config.variant], config.rank, host.hidden_size, scales, [devices[layer] for layer in layers],
+            layers,
+            PLANES[config.variant],
+            config.rank,
+            host.hidden_size,
+            scales,
+            [devices[layer] for layer in layers],
             like.dtype,
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         kind = PatchedGluFFN if config.variant == "glu" else PatchedMlpFFN
         binding = Binding(self.state, self.backend, host, self.relocate)
-        self.ffns = [kind(binding, ffn, *place) for ffn, place in zip(ffns, places)]
+        self.ffns = [kind(binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
 
         self.cache_guard = StaleCacheGuard(model, self.state)
@@ -128,10 +133,10 @@ class Attachment:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
         homes = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in self.ffns]
-        for home, layer in zip(homes, self.state.layers):
+        for home, layer in zip(homes, self.state.layers, strict=True):
             if (problem := obstacle(home.ffn, users)) is not None:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
-        for ffn, home in zip(self.ffns, homes):
+        for ffn, home in zip(self.ffns, homes, strict=True):
             ffn.home = home  # before it moves in, so that detach() finds it
             home.move_in(users)
 
@@ -144,8 +149,9 @@ class Attachment:
 
     def relocate(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
-        devices = {projection_device(projection) for ffn in self.ffns if ffn.arena is arena
-                   for projection in ffn.ffn.projections()}
+        devices = {
+            projection_device(projection) for ffn in self.ffns if ffn.arena is arena for projection in ffn.ffn.projections()
+        }
         if len(devices) > 1:
             names = " and ".join(sorted(str(device) for device in devices))
             raise ValueError(

@@ -30,7 +30,6 @@ class Binding:
     relocate: Callable[[SlotArena, torch.device, torch.dtype], None]
 
 
-
 class PatchedFFN(ABC):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 

@@ -45,7 +45,7 @@ def obstacle(ffn: GatedFFN, users: Counter) -> str | None:
     if (problem := ffn.obstacle()) is not None:
         return problem
     weights = ffn.weights()
-    for name, weight in zip(weights._fields, weights):
+    for name, weight in zip(weights._fields, weights, strict=True):
         if weight is None:
             continue
         if users[_storage(weight)] > 1 or weight.untyped_storage().nbytes() != weight.numel() * weight.itemsize:
@@ -86,9 +86,14 @@ class RehomedFFN:
         with torch.inference_mode(False), torch.no_grad():
             gate_up, down = host.gate.new_zeros(2, n, d), host.gate.new_zeros(d, n)
             bias = None if host.gate_bias is None and host.up_bias is None else host.gate.new_zeros(2, n)
-            homes = [gate_up[0, :m], gate_up[1, :m], down[:, :m],
-                     None if host.gate_bias is None else bias[0, :m], None if host.up_bias is None else bias[1, :m]]
-            for parameter, home in zip(host, homes):
+            homes = [
+                gate_up[0, :m],
+                gate_up[1, :m],
+                down[:, :m],
+                None if host.gate_bias is None else bias[0, :m],
+                None if host.up_bias is None else bias[1, :m],
+            ]
+            for parameter, home in zip(host, homes, strict=True):
                 if home is not None:
                     home.copy_(parameter)
                     parameter.data = home
@@ -99,7 +104,7 @@ class RehomedFFN:
 
     def move_out(self) -> None:
         """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
-        for parameter, address in zip(self.parameters, self._addresses):
+        for parameter, address in zip(self.parameters, self._addresses, strict=True):
             if parameter is not None and parameter.data_ptr() == address:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.away, self.parameters, self._addresses = "detached", (), ()
@@ -170,8 +175,15 @@ def rehomed_forward(x: Tensor, home: RehomedFFN, down_bias: Tensor | None, activ
 
 
 def rehomed_backward(
-    dy: Tensor, x: Tensor, gate_up: Tensor, gate_up_weight: Tensor, down: Tensor, memory: slice, factors: Tensor,
-    activation: int, needs_dx: bool,
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_weight: Tensor,
+    down: Tensor,
+    memory: slice,
+    factors: Tensor,
+    activation: int,
+    needs_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """-> dx [T, d] or None, the products [2, r, d] that times `factors` are the gradient of G and K, and that of V [r, d].
 

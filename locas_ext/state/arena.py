@@ -31,9 +31,7 @@ class SlotArena:
         exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
     """
 
-    def __init__(
-        self, positions: list[int], planes: int, capacity: int, hidden_size: int, scale: list[float], device, dtype
-    ):
+    def __init__(self, positions: list[int], planes: int, capacity: int, hidden_size: int, scale: list[float], device, dtype):
         self.positions, self.used = positions, 0
         self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
         self.accumulates, self.factors = False, None
@@ -55,7 +53,7 @@ class SlotArena:
         self.record_versions()
 
     def _bind_grads(self) -> None:
-        for parameter, grad in zip(self.parameters, self.grads):
+        for parameter, grad in zip(self.parameters, self.grads, strict=False):
             parameter.grad = grad
 
     @property
@@ -110,7 +108,7 @@ class SlotArena:
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in tensors.items():
                 setattr(self, name, tensor)
-            for parameter, layer in zip(self.parameters, self.slots):
+            for parameter, layer in zip(self.parameters, self.slots, strict=False):
                 parameter.grad = None
                 parameter.data = layer
             self.used = min(self.used, self.capacity)
@@ -123,10 +121,7 @@ class SlotArena:
 
     def is_current(self, index: int) -> bool:
         """Whether the compute copy of a layer still is what its slots say."""
-        return (
-            self.slots._version == self._seen
-            and self.parameters[index]._version == self._seen_parameters[index]
-        )
+        return self.slots._version == self._seen and self.parameters[index]._version == self._seen_parameters[index]
 
     def refresh(self) -> bool:
         """Takes over a change of the slots made from outside. Returns whether there was one."""
@@ -164,7 +159,7 @@ class SlotArena:
     def gather_grad(self) -> None:
         """Brings back gradients that a `zero_grad(set_to_none=True)` moved out of the arena."""
         with torch.no_grad():
-            for parameter, grad in zip(self.parameters, self.grads):
+            for parameter, grad in zip(self.parameters, self.grads, strict=False):
                 if parameter.grad is None:
                     grad.zero_()
                 elif parameter.grad is not grad:
@@ -204,7 +199,7 @@ class SlotArena:
                 elif name not in ("parameters", "views", "grads"):
                     setattr(copy, name, value)
             copy.parameters = [nn.Parameter(layer) for layer in copy.slots]
-            memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters)})
+            memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters, strict=False)})
             copy._bind(self.compute.dtype)
         return copy
 

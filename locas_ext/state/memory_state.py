@@ -42,8 +42,14 @@ class MemoryState:
     """
 
     def __init__(
-        self, layers: tuple[int, ...], planes: int, rank: int, hidden_size: int, scale: list[float],
-        devices: list[torch.device], dtype: torch.dtype,
+        self,
+        layers: tuple[int, ...],
+        planes: int,
+        rank: int,
+        hidden_size: int,
+        scale: list[float],
+        devices: list[torch.device],
+        dtype: torch.dtype,
     ):
         """layers, scale, devices: one entry a layer; dtype: what the layers compute in."""
         self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
@@ -103,13 +109,13 @@ class MemoryState:
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` slots a layer; what is in the first ones stays."""
         resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
-        for arena, tensors in zip(self.arenas, resized):
+        for arena, tensors in zip(self.arenas, resized, strict=True):
             arena.take(tensors, arena.compute.dtype)
 
     def append(self, slots: list[Tensor]) -> None:
         """Writes new slots, [l, planes, n, d] an arena, behind those used. One update."""
         used = self.used + slots[0].shape[2]
-        for arena, rows in zip(self.arenas, slots):
+        for arena, rows in zip(self.arenas, slots, strict=True):
             arena.put(rows, self.used)
         self.use(used)
         self.finish_update()
@@ -125,7 +131,7 @@ class MemoryState:
         """`of_arena` gives one item for each of an arena's layers; -> those of all arenas, [L]."""
         items = [None] * len(self.layers)
         for arena in self.arenas:
-            for position, item in zip(arena.positions, of_arena(arena)):
+            for position, item in zip(arena.positions, of_arena(arena), strict=True):
                 items[position] = item
         return items
 

@@ -33,9 +33,18 @@ CONFIG_NAME = "locas_config.json"
 MEMORY_NAME = "locas_memory.safetensors"
 PREVIOUS_NAME = MEMORY_NAME + ".previous"
 _RECORD = {
-    "format_version": int, "locas_ext_version": str, "config": dict, "layers": list, "host": dict,
-    "memory_version": int, "initialized": bool, "slots_used": int, "tokens_seen": int, "stream": dict | None,
-    "memory_sha256": str, "config_sha256": str,
+    "format_version": int,
+    "locas_ext_version": str,
+    "config": dict,
+    "layers": list,
+    "host": dict,
+    "memory_version": int,
+    "initialized": bool,
+    "slots_used": int,
+    "tokens_seen": int,
+    "stream": dict | None,
+    "memory_sha256": str,
+    "config_sha256": str,
 }
 
 
@@ -54,9 +63,7 @@ def check_folder(folder: Path) -> None:
     ours = (folder / CONFIG_NAME).exists() or (folder / MEMORY_NAME).exists()
     foreign = next((entry.name for entry in folder.iterdir()), None)
     if foreign and not ours:
-        raise FileExistsError(
-            f"{folder} holds something else ({foreign}) and no memory; expected an empty or new folder"
-        )
+        raise FileExistsError(f"{folder} holds something else ({foreign}) and no memory; expected an empty or new folder")
 
 
 def _keep_previous(folder: Path) -> None:
@@ -76,9 +83,7 @@ def _keep_previous(folder: Path) -> None:
             shutil.copyfile(memory_file, previous)
 
 
-def save(
-    state: MemoryState, config: LocasConfig, host: Host, stream: Stream | None, path: str | Path, optimizer: bool
-) -> None:
+def save(state: MemoryState, config: LocasConfig, host: Host, stream: Stream | None, path: str | Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`."""
     folder = Path(path)
     state.sync()
@@ -219,7 +224,9 @@ def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) 
     saved_host, attached_host = record["host"], fingerprint(host)
     different = [name for name in attached_host if saved_host.get(name) != attached_host[name]]
     if different:
-        details = ", ".join(f"{name} {_short(saved_host.get(name))} there, {_short(attached_host[name])} here" for name in different)
+        details = ", ".join(
+            f"{name} {_short(saved_host.get(name))} there, {_short(attached_host[name])} here" for name in different
+        )
         raise LocasError(f"{folder} is a memory of another host: {details}")
     if record["layers"] != list(state.layers):
         raise LocasError(f"{folder} has slots in layers {record['layers']}; attached are {list(state.layers)}")
@@ -239,8 +246,7 @@ def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) 
         dtype = torch.int64 if name == "step" else torch.float32
         if tensor.shape != shape or tensor.dtype != dtype:
             raise LocasError(
-                f"{folder / MEMORY_NAME}: {name} is {tensor.dtype} {list(tensor.shape)}; "
-                f"expected {dtype} {list(shape)}"
+                f"{folder / MEMORY_NAME}: {name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")

@@ -39,7 +39,7 @@ def compress_slots(state: MemoryState, activation: str, rank: int, threshold: fl
     compressed = [nl_svd(slots[KEY], slots[VALUE], rank, activation, threshold) for slots in layers]
     device = state.arenas[0].slots.device
     slots = torch.zeros(len(layers), state.planes, state.capacity, state.hidden_size, device=device)
-    for layer, small in zip(slots, compressed):
+    for layer, small in zip(slots, compressed, strict=True):
         layer[KEY, : len(small.key)], layer[VALUE, : len(small.key)] = small.key.to(device), small.value.to(device)
     used = max(1, *(len(small.key) for small in compressed))
     state.set_slots(slots, state.version + 1, used)
@@ -48,7 +48,7 @@ def compress_slots(state: MemoryState, activation: str, rank: int, threshold: fl
         slots_before=before,
         slots_used=used,
         kept_energy=[kept / whole if whole else 1.0 for kept, whole in energies],
-        error_bound=[abs(scale) * small.error_bound for scale, small in zip(state.scales, compressed)],
+        error_bound=[abs(scale) * small.error_bound for scale, small in zip(state.scales, compressed, strict=True)],
         dtype="float64",
     )
 

@@ -26,7 +26,7 @@ def _resize(host: Host, packed: list[Packed], width: int) -> None:
 
     All parameters are made before the first is put in: what can fail, fails while the model is still whole.
     """
-    for ffn, parameters in zip(host.ffns, packed):
+    for ffn, parameters in zip(host.ffns, packed, strict=True):
         put_in(parameters)
         if hasattr(ffn.module, "intermediate_size"):
             ffn.module.intermediate_size = width
@@ -50,7 +50,7 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int):
     rank = state.shape[2]
     width = -(-(host.intermediate_size + rank) // pad_to_multiple_of) * pad_to_multiple_of
     layer_slots = state.in_layer_order(lambda arena: arena.slots[:, :, :rank])
-    memory_of = dict(zip(state.layers, zip(layer_slots, state.scales)))
+    memory_of = dict(zip(state.layers, zip(layer_slots, state.scales, strict=True), strict=True))
 
     def widened(layer: int) -> Packed:
         slots, scale = memory_of.get(layer, (None, 0.0))

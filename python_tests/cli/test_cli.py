@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from locas_ext.cli.tasks.selftest import self_test
 
 import locas_ext
 from locas_ext.cli import main
+from locas_ext.cli.tasks.selftest import self_test
 from locas_ext.evaluation.assets import load_model, read_book
 from locas_ext.evaluation.curve import local_gain, running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
@@ -74,8 +74,12 @@ def test_demo_takes_its_settings(tmp_path):
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------
 def test_interrupt_keeps_what_was_learned(tmp_path):
     with open(tmp_path / "stderr", "w+") as stderr:
-        process = subprocess.Popen([LOCAS, "demo", "--out", tmp_path], stdout=subprocess.PIPE, stderr=stderr,
-                                   env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"})
+        process = subprocess.Popen(
+            [LOCAS, "demo", "--out", tmp_path],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"},
+        )
         deadline = time.monotonic() + 240
         # The bar is redrawn on a forced terminal, so it shows when the first chunks are learned.
         while not re.search(r"\b[1-9][\d,]*/50,000 tokens", _plain(tmp_path / "stderr")):
@@ -191,8 +195,10 @@ def test_truncation_scores_the_windows_of_memorize():
         spans = [[(chunk.start, chunk.end, chunk.tokens) for chunk in report.chunks] for report in (alone, learned)]
         assert spans[0] == spans[1]
         torch.testing.assert_close(
-            torch.tensor([c.nll for c in alone.chunks]), torch.tensor([c.nll for c in learned.chunks]),
-            rtol=1e-5, atol=0,
+            torch.tensor([c.nll for c in alone.chunks]),
+            torch.tensor([c.nll for c in learned.chunks]),
+            rtol=1e-5,
+            atol=0,
         )
 
 

@@ -61,8 +61,20 @@ def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsy
     )
     assert status == 2 and "rank was 4, is 64" in err
     status, _, err = run(
-        capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--window", 64, "--stride", 16,
-        "--rank", 4,
+        capsys,
+        "memorize",
+        page,
+        "--model",
+        MODEL,
+        "--out",
+        memory_folder,
+        "--resume",
+        "--window",
+        64,
+        "--stride",
+        16,
+        "--rank",
+        4,
     )
     assert status == 2 and "stride was 32, is 16" in err
     status, _, err = run(
@@ -79,7 +91,9 @@ def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
         resume = ["--resume"] if (out / "locas_config.json").exists() else []
         process = subprocess.Popen(
             [sys.executable, "-m", "locas_ext", *command, *resume],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if kill:
             first = (out / "locas_config.json").stat().st_mtime_ns if resume else 0
@@ -174,14 +188,17 @@ def two_layer_host(tmp_path_factory):
     return save_host(tiny_opt(vocab_size, positions=128), tmp_path_factory.mktemp("host"))
 
 
-@pytest.mark.parametrize("options, arguments", [
-    ([], {}),
-    (["--update", "write", "--epsilon", 0.5, "--capacity", 80, "--compress-to", 20],
-     dict(update="write", epsilon=0.5, capacity=80, compress_to=20)),
-])
-def test_memorize_on_a_two_layer_host_equals_the_python_call(
-    page, two_layer_host, tmp_path, capsys, options, arguments
-):
+@pytest.mark.parametrize(
+    "options, arguments",
+    [
+        ([], {}),
+        (
+            ["--update", "write", "--epsilon", 0.5, "--capacity", 80, "--compress-to", 20],
+            dict(update="write", epsilon=0.5, capacity=80, compress_to=20),
+        ),
+    ],
+)
+def test_memorize_on_a_two_layer_host_equals_the_python_call(page, two_layer_host, tmp_path, capsys, options, arguments):
     out = tmp_path / "memory"
     command = ["memorize", page, "--model", two_layer_host, "--out", out, "--variant", "mlp", *WINDOW, *options]
     status, _, _ = run(capsys, *command)
@@ -196,11 +213,26 @@ def test_memorize_on_a_two_layer_host_equals_the_python_call(
 
 
 def test_a_two_layer_hosts_memory_is_used_and_merged(page, two_layer_host, tmp_path, capsys):
-    status, _, _ = run(capsys, "memorize", page, "--model", two_layer_host, "--out", tmp_path / "m", "--variant", "mlp",
-                       *WINDOW, "--update", "write", "--epsilon", 0.5)
+    status, _, _ = run(
+        capsys,
+        "memorize",
+        page,
+        "--model",
+        two_layer_host,
+        "--out",
+        tmp_path / "m",
+        "--variant",
+        "mlp",
+        *WINDOW,
+        "--update",
+        "write",
+        "--epsilon",
+        0.5,
+    )
     assert status == 0
-    status, out, _ = run(capsys, "generate", "--model", two_layer_host, "--memory", tmp_path / "m", "--prompt", "The",
-                         "--max-new-tokens", 3)
+    status, out, _ = run(
+        capsys, "generate", "--model", two_layer_host, "--memory", tmp_path / "m", "--prompt", "The", "--max-new-tokens", 3
+    )
     assert status == 0 and out.startswith("The")
     status, out, _ = run(capsys, "merge", "--model", two_layer_host, "--memory", tmp_path / "m", "--out", tmp_path / "merged")
     assert status == 0 and "FFN width 40 -> 128" in out

@@ -32,8 +32,15 @@ def test_kernels_on_the_simt_runner(record_property):
     shapes, *lines = report.splitlines()
     assert shapes.startswith("shape seed")
     assert all(": ok (" in line for line in lines)
-    for kernel in ["K1 K2 K3 K4", "D1 D2", "K1 importance", "U update_slots_ (AdamW)", "U update_slots_ (SGD)",
-                   "glu_forward", "write_slots_"]:
+    for kernel in [
+        "K1 K2 K3 K4",
+        "D1 D2",
+        "K1 importance",
+        "U update_slots_ (AdamW)",
+        "U update_slots_ (SGD)",
+        "glu_forward",
+        "write_slots_",
+    ]:
         assert any(line.startswith(kernel) for line in lines), f"{kernel} did not run"
     (planted,) = [line for line in lines if line.startswith("runner: planted bugs")]
     for bug in ["no sync_threads", "no cp.async wait", "no mbarrier wait", "no bound"]:

@@ -211,9 +211,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_state_and_place(saved)
         held_out.measure(model, folder, ids, 8)
 
 
-@pytest.mark.parametrize(
-    "ids, window", [(random_ids(1), 8), (random_ids(8)[None], 8), (random_ids(8), 1), (random_ids(8), 65)]
-)
+@pytest.mark.parametrize("ids, window", [(random_ids(1), 8), (random_ids(8)[None], 8), (random_ids(8), 1), (random_ids(8), 65)])
 def test_texts_and_windows_that_do_not_fit_are_refused(saved, ids, window):
     family, folder = saved
     with pytest.raises(ValueError, match="expected"):
@@ -285,8 +283,7 @@ def test_the_command_writes_results_and_report_and_takes_up_where_it_was(files, 
     records = results["records"]
     assert records[:4] == first
     assert [(r["text"], r["state"]) for r in records] == [
-        (text, state) for text in ("a.txt", "b.txt", "all texts")
-        for state in ("host", "attached", "merged", "detached")
+        (text, state) for text in ("a.txt", "b.txt", "all texts") for state in ("host", "attached", "merged", "detached")
     ]
     assert results["settings"]["command"] == "capability" and results["settings"]["memory_version"] > 0
     for state in range(4):
@@ -400,8 +397,11 @@ def local_tasks(tmp_path, monkeypatch):
     words = ["red", "green", "blue", "silver", "white", "gold"]
     for name, count in (("locas_hills", 9), ("locas_rivers", 5)):
         questions = [
-            {"question": f"Number {index} of the {name[6:]} was", "answer": int(generator.integers(3)),
-             "choices": [str(word) for word in generator.choice(words, 3, replace=False)]}
+            {
+                "question": f"Number {index} of the {name[6:]} was",
+                "answer": int(generator.integers(3)),
+                "choices": [str(word) for word in generator.choice(words, 3, replace=False)],
+            }
             for index in range(count)
         ]
         file = folder / f"{name}.jsonl"
@@ -444,7 +444,7 @@ def test_lm_evals_tasks_are_answered_by_every_state(files, local_tasks, tmp_path
     host = accuracy_by_hand(model, tokenizer, local_tasks)
     locas.load(model, files / "memory")
     attached = accuracy_by_hand(model, tokenizer, local_tasks)
-    for record, expected in zip(records, (host, attached, attached, host)):
+    for record, expected in zip(records, (host, attached, attached, host), strict=False):
         assert sorted(record["per_question"]) == sorted(expected)
         assert record["value"] == pytest.approx(np.mean(expected))
         assert record["difference"] == pytest.approx(np.mean(expected) - np.mean(host))

@@ -31,7 +31,7 @@ class Letters:
     """A tokenizer of single characters, a third of them line breaks or blanks, so that answers end at all places."""
 
     eos_token_id = 2
-    characters = ["", "", "<end>", *("\n" if i % 5 == 0 else " " if i % 7 == 0 else chr(60 + i) for i in range(58))]
+    characters = ("", "", "<end>", *("\n" if i % 5 == 0 else " " if i % 7 == 0 else chr(60 + i) for i in range(58)))
 
     def decode(self, tokens, skip_special_tokens):
         return "".join(self.characters[token] for token in tokens if not (skip_special_tokens and token < 3))
@@ -41,8 +41,11 @@ def plain_answer(model, tokenizer, prompt, max_new_tokens):
     """One question by transformers' own greedy generate; the line is cut out afterwards."""
     with torch.inference_mode():
         output = model.generate(
-            input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=max_new_tokens,
-            do_sample=False, pad_token_id=0,
+            input_ids=prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
     return tokenizer.decode(output[0, len(prompt) :].tolist(), skip_special_tokens=True).strip().split("\n")[0].strip()
 
@@ -66,10 +69,20 @@ def data(tmp_path_factory):
 
 
 def run(capsys, data, host_folder, out, methods, *more):
-    status = main([
-        "locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods", methods, *OPTIONS,
-        *map(str, more),
-    ])
+    status = main(
+        [
+            "locomo",
+            str(data),
+            "--model",
+            str(host_folder),
+            "--out",
+            str(out),
+            "--methods",
+            methods,
+            *OPTIONS,
+            *map(str, more),
+        ]
+    )
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -102,7 +115,7 @@ def test_answers_on_a_shared_context_equal_plain_generate(batch_size, context, w
 
 def test_a_context_that_does_not_fit_loses_its_first_turns_only(tokenizer, data):
     dialogue = read_dialogues([data])[1]
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     longest = max(len(encode(question_text(dialogue, question))) for question in dialogue.questions)
     texts = [encode(dialogue_text(dialogue, skip)) for skip in range(41)]
     for positions in (longest + 8 + len(texts[0]), longest + 8 + len(texts[0]) - 1, 300, longest + 8 + len(texts[39])):
@@ -140,8 +153,9 @@ def test_a_bos_token_comes_first_where_the_tokenizer_puts_one(tokenizer, data):
 @pytest.fixture(scope="module")
 def finished(data, host_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "run"
-    status = main(["locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods",
-                   ",".join(command.METHODS), *OPTIONS])
+    status = main(
+        ["locomo", str(data), "--model", str(host_folder), "--out", str(out), "--methods", ",".join(command.METHODS), *OPTIONS]
+    )
     assert status == 0
     return out
 
@@ -173,13 +187,17 @@ def test_every_method_answers_as_generate_does_after_the_same_reading(method, fi
         whole = torch.tensor(tokenizer(dialogue_text(dialogue), add_special_tokens=False)["input_ids"])
         with having_read(model, whole, memory_name):
             answers = [
-                plain_answer(model, tokenizer, torch.cat([prompts.context, ids]), NEW_TOKENS)
-                for ids in prompts.questions
+                plain_answer(model, tokenizer, torch.cat([prompts.context, ids]), NEW_TOKENS) for ids in prompts.questions
             ]
-        for index, (question, prediction) in enumerate(zip(dialogue.questions, answers)):
+        for index, (question, prediction) in enumerate(zip(dialogue.questions, answers, strict=False)):
             expected = {
-                "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
-                "gold": question.answer, "prediction": prediction, "cut_tokens": prompts.cut_tokens,
+                "dialogue": dialogue.name,
+                "index": index,
+                "category": question.category,
+                "question": question.text,
+                "gold": question.answer,
+                "prediction": prediction,
+                "cut_tokens": prompts.cut_tokens,
                 "f1": scoring.official_score(question, prediction),
             }
             if question.category == 5:
@@ -221,8 +239,12 @@ def test_the_report_has_a_row_a_category_and_the_prompts(finished, tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| category | n | " + " | ".join([*command.METHODS, "all-refuse"]) + " |"
     assert [row.split(" | ")[:2] for row in rows[2:8]] == [
-        ["| 1 multi-hop", "2"], ["| 2 temporal", "1"], ["| 3 open-domain", "1"], ["| 4 single-hop", "2"],
-        ["| 5 adversarial", "3"], ["| 5, minus trap F1", "3"],
+        ["| 1 multi-hop", "2"],
+        ["| 2 temporal", "1"],
+        ["| 3 open-domain", "1"],
+        ["| 4 single-hop", "2"],
+        ["| 5 adversarial", "3"],
+        ["| 5, minus trap F1", "3"],
     ]
     assert rows[6].endswith("| 100.0 |")
     cut = results.read(finished)["records"][-1]["cut_tokens"] or next(
@@ -265,10 +287,8 @@ def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_fold
     assert len(calls) == count + 2 + count  # the second dialogue's once more: one unrecorded, one ended
     for method in (*command.METHODS, "all-refuse"):
         assert predictions(out, method) == predictions(finished, method)
-    key = lambda record: (record["method"], record["dialogue"])  # noqa: E731
-    strip = lambda folder: sorted(  # noqa: E731
-        ({**record, "seconds": 0} for record in results.read(folder)["records"]), key=key
-    )
+    key = lambda record: (record["method"], record["dialogue"])
+    strip = lambda folder: sorted(({**record, "seconds": 0} for record in results.read(folder)["records"]), key=key)
     assert strip(out) == strip(finished)
 
 
@@ -301,6 +321,7 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
     monkeypatch.setattr(command, "load_host", lambda *arguments: (model, tokenizer))
     memories = [method for method in command.METHODS if method.startswith("no-context+")]
     if fail:
+
         def broken(*arguments):
             raise KeyboardInterrupt
 
@@ -328,9 +349,7 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
         ("full-context,no-context+temp-lora", ["--temp-lora-alpha", 0], "temp-lora-alpha is 0"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(
-    methods, options, message, data, host_folder, tmp_path, capsys
-):
+def test_bad_arguments_are_refused_before_anything_is_written(methods, options, message, data, host_folder, tmp_path, capsys):
     status, _, err = run(capsys, data, host_folder, tmp_path / "run", methods, *options)
     assert status == 2 and message in err, err
     assert not (tmp_path / "run").exists()

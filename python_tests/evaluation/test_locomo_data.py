@@ -19,7 +19,9 @@ def test_the_flat_shape(tmp_path):
     (dialogue,) = read_dialogues([write(tmp_path / "kites.json", KITES)])
     assert dialogue.name == "kites" and dialogue.speakers == ("Ada", "Bo")
     assert [session.date for session in dialogue.sessions] == [
-        "9:05 am on 1 May, 2020", "8:00 pm on 3 May, 2020", "7:00 am on 9 June, 2020",  # by number: 10 is after 2
+        "9:05 am on 1 May, 2020",
+        "8:00 pm on 3 May, 2020",
+        "7:00 am on 9 June, 2020",  # by number: 10 is after 2
     ]
     assert dialogue.sessions[1] == Session("8:00 pm on 3 May, 2020", (Turn("Bo", "Did it fly?", "an image"),))
     assert dialogue.sessions[0].turns[1].caption == "a photo of a {brown} dog"
@@ -118,9 +120,7 @@ def test_no_session_is_an_error(tmp_path):
         read_dialogues([write(tmp_path / "bad.json", content)])
 
 
-@pytest.mark.parametrize(
-    "text, message", [("{", "is not JSON"), ("[]", "empty list"), ("3", "is int; expected an object")]
-)
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[]", "empty list"), ("3", "is int; expected an object")])
 def test_a_file_of_something_else(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -148,8 +148,10 @@ DAYS = [
     "\nDATE: 7:00 am on 9 June, 2020\nCONVERSATION:\n",
 ]
 TURNS = [
-    "Ada: I bought a red kite yesterday.\n", "Bo: Here is my dog. [shares a photo of a {brown} dog]\n",
-    "Bo: Did it fly? [shares an image]\n", "Ada: High above the lake.\n",
+    "Ada: I bought a red kite yesterday.\n",
+    "Bo: Here is my dog. [shares a photo of a {brown} dog]\n",
+    "Bo: Did it fly? [shares an image]\n",
+    "Ada: High above the lake.\n",
 ]
 
 
@@ -169,7 +171,7 @@ def test_the_text_of_a_dialogue(tmp_path):
 def test_the_text_of_a_question(tmp_path):
     (dialogue,) = read_dialogues([write(tmp_path / "kites.json", KITES)])
     texts = [question_text(dialogue, question) for question in dialogue.questions]
-    for question, text in zip(dialogue.questions, texts):
+    for question, text in zip(dialogue.questions, texts, strict=False):
         assert f"Question: {question.text}" in text and text.endswith("\nShort answer:")
         assert "Ada and Bo" in text
     assert ["DATE" in text for text in texts] == [False, True, False, False, False, False]

@@ -14,9 +14,15 @@ SHAPES = {"fits": (40, 64, 8), "just": (41, 41, 7), "scrolls": (61, 30, 7), "str
 
 @pytest.mark.parametrize("method", [truncation, long_context])
 @pytest.mark.parametrize("length, window, stride", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("family, settings", [
-    ("qwen3", {}), ("llama", {}), ("mistral", dict(sliding_window=9)),
-], ids=["qwen3", "llama", "sliding window"])
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("qwen3", {}),
+        ("llama", {}),
+        ("mistral", dict(sliding_window=9)),
+    ],
+    ids=["qwen3", "llama", "sliding window"],
+)
 def test_every_chunk_has_the_loss_of_one_plain_forward(method, length, window, stride, family, settings):
     model, ids = tiny_model(family, **settings), random_ids(length)
     plain = copy.deepcopy(model).double()
@@ -46,8 +52,9 @@ def test_bos_stands_before_every_window(method, length, window, stride):
 
 def test_while_the_text_fits_every_token_is_read_once():
     model, read = tiny_model("llama"), []
-    model.model.register_forward_hook(lambda module, args, kwargs, y: read.append(kwargs["input_ids"].shape[1]),
-                                      with_kwargs=True)
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, y: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     long_context(model, random_ids(40), 40, 8, progress=False)
     assert sum(read) == 39
     read.clear()
@@ -56,10 +63,15 @@ def test_while_the_text_fits_every_token_is_read_once():
 
 
 @pytest.mark.parametrize("method", [truncation, long_context])
-@pytest.mark.parametrize("window, stride, bos, complaint", [
-    (8, 9, False, "window is 8 and stride is 9"), (8, 8, True, "<= 7"), (1, 1, False, "window is 1"),
-    (8, 0, False, "stride is 0"),
-])
+@pytest.mark.parametrize(
+    "window, stride, bos, complaint",
+    [
+        (8, 9, False, "window is 8 and stride is 9"),
+        (8, 8, True, "<= 7"),
+        (1, 1, False, "window is 1"),
+        (8, 0, False, "stride is 0"),
+    ],
+)
 def test_windows_that_do_not_fit_are_refused(method, window, stride, bos, complaint):
     with pytest.raises(ValueError, match=complaint):
         method(tiny_model("llama"), random_ids(20), window, stride, progress=False, bos=bos)

@@ -22,7 +22,12 @@ from locas_ext.evaluation.report.tables import MISSING, ArmResults, collect_arms
 
 MACHINE = {"processor": "a processor", "gpus": ["a GPU", "a GPU"], "threads": 2, "torch": "2.6.0"}
 SETTINGS = {
-    "command": "perplexity", "model": "models/some-host", "window": 2048, "stride": 512, "ablate": None, "seed": 3,
+    "command": "perplexity",
+    "model": "models/some-host",
+    "window": 2048,
+    "stride": 512,
+    "ablate": None,
+    "seed": 3,
 }
 METHODS = ("truncation", "locas", "temp-lora", "long-context")
 
@@ -33,13 +38,25 @@ def record(method="locas", arm=None, book="Nostromo", settings=None, perplexity=
     perplexity = perplexity or numbers.uniform(15, 60)
     curve = [[n * 2000, perplexity * (1 + 3 / n)] for n in range(1, 31)]
     return {
-        "method": method, "arm": arm or method, "arm_settings": settings or {}, "book": book, "tokens": 59_999,
-        "nll": 59_999 * math.log(perplexity), "perplexity": perplexity, "perplexity_per_word": perplexity**1.3,
-        "perplexity_per_byte": perplexity**0.25, "seconds": numbers.uniform(10, 90),
-        "relative_time": numbers.uniform(1, 5), "extra_parameters": numbers.randrange(10**6, 10**8), "curve": curve,
+        "method": method,
+        "arm": arm or method,
+        "arm_settings": settings or {},
+        "book": book,
+        "tokens": 59_999,
+        "nll": 59_999 * math.log(perplexity),
+        "perplexity": perplexity,
+        "perplexity_per_word": perplexity**1.3,
+        "perplexity_per_byte": perplexity**0.25,
+        "seconds": numbers.uniform(10, 90),
+        "relative_time": numbers.uniform(1, 5),
+        "extra_parameters": numbers.randrange(10**6, 10**8),
+        "curve": curve,
         "milestones": {"50000": perplexity * 1.1, "54321": perplexity * 1.05},
-        "held_out_perplexity": numbers.uniform(40, 50), "held_out_perplexity_before": 39.0, "error": None,
-        "peak_memory_bytes": 2**31, **fields,
+        "held_out_perplexity": numbers.uniform(40, 50),
+        "held_out_perplexity_before": 39.0,
+        "error": None,
+        "peak_memory_bytes": 2**31,
+        **fields,
     }
 
 
@@ -70,7 +87,7 @@ def tables(markdown):
                 found[heading] = []
             elif set(line) - set("|:- "):
                 assert len(cells) == len(titles)
-                found[heading].append(dict(zip(titles, cells)))
+                found[heading].append(dict(zip(titles, cells, strict=False)))
     return found
 
 
@@ -107,7 +124,7 @@ def test_the_main_table_holds_the_geometric_means_and_each_books_table_its_own_f
         assert "books" not in row
     for book in books:
         assert [row["arm"] for row in found[book]] == list(METHODS)
-        for row, method in zip(found[book], METHODS):
+        for row, method in zip(found[book], METHODS, strict=False):
             one = next(one for one in records if (one["method"], one["book"]) == (method, book))
             assert (row["end"], row["50K"]) == (f"{one['perplexity']:.2f}", f"{one['milestones']['50000']:.2f}")
             assert (row["tokens"], row["seconds"]) == ("59,999", f"{one['seconds']:.1f}")
@@ -187,8 +204,9 @@ def init_run(book="Nostromo"):
         record("locas", f"locas init={init}", book, {"init": init, "rank": 64, "learning_rate": 4e-3})
         for init in reversed(INITS[1:])
     ]
-    slow = record("locas", "locas init=activation learning_rate=1e-06", book,
-                  {"init": "activation", "rank": 64, "learning_rate": 1e-6})
+    slow = record(
+        "locas", "locas init=activation learning_rate=1e-06", book, {"init": "activation", "rank": 64, "learning_rate": 1e-6}
+    )
     return [*arms, slow, record("truncation", book=book)]
 
 
@@ -201,8 +219,13 @@ def test_the_init_table_has_the_papers_rows_and_its_figures_for_the_same_host_on
     assert rows[-1]["end"] == f"{mean(topk, 'perplexity'):.2f}"
     theirs = [tuple(row[f"paper {n}"] for n in ("50K", "100K", "200K")) for row in rows]
     assert theirs == [
-        ("20.60", "20.38", "20.50"), ("20.44", "20.09", "19.90"), (MISSING,) * 3, ("20.58", "20.17", "19.93"),
-        ("20.02", "19.51", "19.06"), ("20.04", "19.53", "19.08"), ("20.00", "19.49", "19.04"),
+        ("20.60", "20.38", "20.50"),
+        ("20.44", "20.09", "19.90"),
+        (MISSING,) * 3,
+        ("20.58", "20.17", "19.93"),
+        ("20.02", "19.51", "19.06"),
+        ("20.04", "19.53", "19.08"),
+        ("20.00", "19.49", "19.04"),
     ]
     assert [row["learning rate"] for row in rows[2:4]] == ["0.004", "1e-06"]
     for model in ("Qwen/Qwen3-1.7B", "models/tiny-glu"):
@@ -224,16 +247,15 @@ def test_the_rank_table_has_both_methods_with_their_parameters_and_the_papers(tm
         one = next(one for one in records if one["arm"] == f"{row['method']} rank={row['rank']}")
         assert row["end"] == f"{one['perplexity']:.2f}"
         assert row["extra parameters"] == f"{one['extra_parameters'] / 1e6:.1f}M"
-    assert [row["paper 200K"] for row in rows] == [
-        "19.14", "19.10", "19.04", "19.02", "19.39", MISSING, "19.13", "19.10"
-    ]
+    assert [row["paper 200K"] for row in rows] == ["19.14", "19.10", "19.04", "19.02", "19.39", MISSING, "19.13", "19.10"]
     assert [row["paper parameters"] for row in rows][3:6] == ["22.0M", "18.4M", MISSING]
 
 
 def test_the_learning_rate_table_ascends(tmp_path):
     records = [
         record(method, f"{method} {rate}", settings={"learning_rate": rate})
-        for method in ("temp-lora", "locas") for rate in (1e-2, 5e-5, 4e-3)
+        for method in ("temp-lora", "locas")
+        for rate in (1e-2, 5e-5, 4e-3)
     ]
     rows = tables(report(tmp_path, records, ablate="learning-rate"))["Learning rate"]
     assert [row["learning rate"] for row in rows] == ["5e-05", "0.004", "0.01"] * 2
@@ -245,9 +267,7 @@ def test_the_papers_figures_stand_beside_the_methods_on_the_same_host(tmp_path):
     records = [record(method, settings=settings.get(method)) for method in METHODS]
     rows = tables(text := report(tmp_path, records, model="Qwen/Qwen3-0.6B-Base"))["Perplexity"]
     theirs = [(row["paper 200K"], row["paper parameters"], row["paper time"]) for row in rows]
-    assert theirs == [
-        (MISSING,) * 3, ("25.00", "5.5M", "1.4x"), ("25.22", "36.7M", "4.3x"), ("24.57", MISSING, "13.9x")
-    ]
+    assert theirs == [(MISSING,) * 3, ("25.00", "5.5M", "1.4x"), ("25.22", "36.7M", "4.3x"), ("24.57", MISSING, "13.9x")]
     assert f"Paper: {paper_figures.SOURCE}, host Qwen3-0.6B-Base." in text
     assert "Paper:" not in report(tmp_path, [record(arm="locas scale=paper")], model="Qwen/Qwen3-0.6B-Base")
     records[1]["arm_settings"]["rank"] = 32
@@ -255,11 +275,17 @@ def test_the_papers_figures_stand_beside_the_methods_on_the_same_host(tmp_path):
     assert rows[1]["paper 200K"] == MISSING
 
 
-@pytest.mark.parametrize("model, host", [
-    ("Qwen/Qwen3-1.7B-Base", "Qwen3-1.7B-Base"), ("/a/models--Qwen--Qwen3-1.7B/snapshots/ab12", "Qwen3-1.7B"),
-    ("C:\\models\\qwen3-0.6b-base", "Qwen3-0.6B-Base"), ("Qwen/Qwen3-1.7B-Base-v2", None), ("tiny-glu", None),
-    (None, None),
-])
+@pytest.mark.parametrize(
+    "model, host",
+    [
+        ("Qwen/Qwen3-1.7B-Base", "Qwen3-1.7B-Base"),
+        ("/a/models--Qwen--Qwen3-1.7B/snapshots/ab12", "Qwen3-1.7B"),
+        ("C:\\models\\qwen3-0.6b-base", "Qwen3-0.6B-Base"),
+        ("Qwen/Qwen3-1.7B-Base-v2", None),
+        ("tiny-glu", None),
+        (None, None),
+    ],
+)
 def test_a_host_is_the_papers_only_by_its_whole_name(model, host):
     assert paper_figures.same_host(model) == host
 
@@ -269,10 +295,7 @@ def test_the_front_is_what_nothing_dominates():
     numbers = np.random.default_rng()
     values = numbers.integers(0, 12, (60, 2))  # few values, so that ties are among them
     points = [Point(f"{i}", "locas", float(x), float(y)) for i, (x, y) in enumerate(values)]
-    expected = [
-        f"{i}" for i, (x, y) in enumerate(values)
-        if not any(a <= x and b <= y and (a < x or b < y) for a, b in values)
-    ]
+    expected = [f"{i}" for i, (x, y) in enumerate(values) if not any(a <= x and b <= y and (a < x or b < y) for a, b in values)]
     assert [point.label for point in pareto_front(points)] == expected
 
 
@@ -287,8 +310,13 @@ def frontier_run(points):
 
 def test_the_frontier_says_who_dominates_whom(tmp_path):
     points = {
-        "truncation": (46, 40), "temp-lora a": (38, 52), "temp-lora b": (42, 44), "temp-lora c": (45, 43),
-        "locas a": (37.5, 48), "locas b": (41, 45), "locas c": (44, 42),
+        "truncation": (46, 40),
+        "temp-lora a": (38, 52),
+        "temp-lora b": (42, 44),
+        "temp-lora c": (45, 43),
+        "locas a": (37.5, 48),
+        "locas b": (41, 45),
+        "locas c": (44, 42),
     }
     text = report(tmp_path, frontier_run(points))
     rows = tables(text)["Learning against forgetting"]
@@ -298,8 +326,12 @@ def test_the_frontier_says_who_dominates_whom(tmp_path):
     numbers = {row["no."]: row["arm"] for row in rows}
     by = {row["arm"]: [numbers.get(n, n) for n in row["dominated by"].split(", ")] for row in rows}
     assert by == {
-        "temp-lora a": ["locas a"], "temp-lora b": ["on the front"], "temp-lora c": ["locas c"],
-        "locas a": ["on the front"], "locas b": ["on the front"], "locas c": ["on the front"],
+        "temp-lora a": ["locas a"],
+        "temp-lora b": ["on the front"],
+        "temp-lora c": ["locas c"],
+        "locas a": ["on the front"],
+        "locas b": ["on the front"],
+        "locas c": ["on the front"],
     }
     assert "On the Pareto front: locas a (37.50, 48.00), locas b (41.00, 45.00), temp-lora b (42.00, 44.00), " in text
     assert "temp-lora a (38.00, 52.00), is dominated by 1 locas arm: locas a (37.50, 48.00)." in text
@@ -316,7 +348,8 @@ def test_the_frontier_compares_over_the_books_that_all_have_finished(tmp_path):
     assert "over one book that all these arms read" in text
     records[1]["held_out_perplexity"] = math.nan
     assert [row["arm"] for row in tables(report(tmp_path, records))["Learning against forgetting"]] == [
-        "temp-lora a", "locas b"
+        "temp-lora a",
+        "locas b",
     ]
 
 
@@ -338,15 +371,14 @@ def count(image, color):
 
 
 def has_ink_at_the_border(image):
-    border = np.concatenate([image[:4].reshape(-1, 3), image[-4:].reshape(-1, 3), image[:, :4].reshape(-1, 3),
-                             image[:, -4:].reshape(-1, 3)])
+    border = np.concatenate(
+        [image[:4].reshape(-1, 3), image[-4:].reshape(-1, 3), image[:, :4].reshape(-1, 3), image[:, -4:].reshape(-1, 3)]
+    )
     return bool((border != border[0]).any())
 
 
 def curves(number, label="locas rank={}", method="locas"):
-    return [
-        Curve(label.format(i), method, [(n * 500, 20 + i / 4 + 10 / n) for n in range(1, 80)]) for i in range(number)
-    ]
+    return [Curve(label.format(i), method, [(n * 500, 20 + i / 4 + 10 / n) for n in range(1, 80)]) for i in range(number)]
 
 
 TRUNCATION = Curve("truncation", "truncation", [(n * 500, 32 + 10 / n) for n in range(1, 80)])
@@ -370,8 +402,9 @@ def test_curves_go_where_their_numbers_are(tmp_path):
     flat = {"truncation": 30.0, "locas": 20.0}
     plot_curves(tmp_path / "a.png", "t", "s", [Curve(m, m, [(n, y) for n in range(1, 100)]) for m, y in flat.items()])
     image = pixels(tmp_path / "a.png")[140:, 200:900]  # under the heading, between the labels at both sides
-    rows = {m: np.median(np.nonzero((image == [int(METHOD_COLORS[m][i : i + 2], 16) for i in (1, 3, 5)]).all(-1))[0])
-            for m in flat}
+    rows = {
+        m: np.median(np.nonzero((image == [int(METHOD_COLORS[m][i : i + 2], 16) for i in (1, 3, 5)]).all(-1))[0]) for m in flat
+    }
     # Margins of 8% above and below: the lines are 1 / 1.16 of the axes' 3.9 inches apart.
     assert rows["locas"] - rows["truncation"] == pytest.approx(3.9 * 160 / 1.16, abs=3)
 
@@ -396,7 +429,8 @@ def test_the_frontier_is_drawn_with_both_families_and_nothing_is_cut_off(tmp_pat
     numbers = random.Random(number)
     points = [
         Point(f"{method} scale=host learning_rate={i / 1000} epochs=2", method, numbers.uniform(38, 45), held_out)
-        for i in range(number // 2) for method, held_out in (("locas", 47 + i / 9), ("temp-lora", 52 - i / 9))
+        for i in range(number // 2)
+        for method, held_out in (("locas", 47 + i / 9), ("temp-lora", 52 - i / 9))
     ]
     plot_frontier(tmp_path / "a.png", "Learning", "a subtitle", points, Point("truncation", "truncation", 46, 46.9))
     image = pixels(tmp_path / "a.png")
@@ -455,7 +489,10 @@ def test_runs_are_merged_with_their_settings_and_machines(tmp_path):
     text = merge_reports([a, b], tmp_path / "c").read_text()
     content = json.loads((tmp_path / "c" / "results.json").read_text())
     assert [(one["run"], one["arm"]) for one in content["records"]] == [
-        ("a", "truncation"), ("a", "a: locas"), ("b", "b: locas"), ("b", "temp-lora")
+        ("a", "truncation"),
+        ("a", "a: locas"),
+        ("b", "b: locas"),
+        ("b", "temp-lora"),
     ]
     for name, folder in (("a", a), ("b", b)):
         original = json.loads((folder / "results.json").read_text())
@@ -518,7 +555,7 @@ def test_the_command_rebuilds_and_merges(tmp_path, capsys):
 
 
 def test_bad_folders_and_arguments_are_one_line_and_a_status(tmp_path, capsys):
-    a, b = save(tmp_path / "a", [record()]), save(tmp_path / "b", [record()], command="locomo")
+    a, _b = save(tmp_path / "a", [record()]), save(tmp_path / "b", [record()], command="locomo")
     empty, new = tmp_path / "empty", tmp_path / "new"
     empty.mkdir()
     status, line = complaint(capsys, empty)
@@ -550,16 +587,26 @@ def test_runs_of_different_commands_are_not_merged(tmp_path, capsys, monkeypatch
     assert write_report(b).read_text().endswith("\nother\n")
 
 
-@pytest.mark.parametrize("content, words", [
-    ("{", "is damaged"), ('{"settings": {}}', "lacks machine, records"),
-    ('{"settings": [], "machine": {}, "records": []}', "settings or machine"),
-    ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [1]}', "records is no list of objects"),
-    ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas"}]}', "'method'"),
-    ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
-     '"book": "b", "perplexity": "high"}]}', "cannot be read"),
-    ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
-     '"book": "b", "perplexity": 2, "curve": [[1, null]]}]}', "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "is damaged"),
+        ('{"settings": {}}', "lacks machine, records"),
+        ('{"settings": [], "machine": {}, "records": []}', "settings or machine"),
+        ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [1]}', "records is no list of objects"),
+        ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas"}]}', "'method'"),
+        (
+            '{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
+            '"book": "b", "perplexity": "high"}]}',
+            "cannot be read",
+        ),
+        (
+            '{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
+            '"book": "b", "perplexity": 2, "curve": [[1, null]]}]}',
+            "cannot be read",
+        ),
+    ],
+)
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, capsys, content, words):
     (tmp_path / "results.json").write_text(content)
     status, line = complaint(capsys, tmp_path)

@@ -100,9 +100,7 @@ def test_the_fused_ffn_is_the_host_plus_the_memory(family):
     with torch.no_grad():
         from locas_ext import reference
 
-        expected = ffn.original(x) + reference.sideway_glu(
-            x, memory.slots[0], memory.scale[0].item(), ffn.activation
-        )
+        expected = ffn.original(x) + reference.sideway_glu(x, memory.slots[0], memory.scale[0].item(), ffn.activation)
         torch.testing.assert_close(ffn.ffn.module(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -122,12 +120,30 @@ def test_other_families_are_refused_by_name(model_type):
     if model_type in ("mixtral", "qwen3_moe"):
         small |= dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16)
     if model_type == "deepseek_v3":
-        small |= dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
-                      q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+        small |= dict(
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
     if model_type == "gemma3n_text":
-        small |= dict(vocab_size_per_layer_input=61, intermediate_size=48, num_key_value_heads=2, head_dim=8,
-                      hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
-                      activation_sparsity_pattern=[0.5], layer_types=["full_attention"])
+        small |= dict(
+            vocab_size_per_layer_input=61,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            head_dim=8,
+            hidden_size_per_layer_input=8,
+            laurel_rank=4,
+            num_kv_shared_layers=0,
+            activation_sparsity_pattern=[0.5],
+            layer_types=["full_attention"],
+        )
     if model_type == "glm":
         small |= dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **small))
@@ -169,10 +185,17 @@ def test_generate_with_beams_and_left_padding_sees_the_memory():
 QUANTO = dict(backend="quanto", nbits=4, q_group_size=16, residual_length=64, axis_key=0, axis_value=0)
 
 
-@pytest.mark.parametrize("family, cache, settings", [
-    ("llama", "dynamic", None), ("llama", "static", None), ("llama", "quantized", QUANTO),
-    ("gemma2", "dynamic", None), ("gemma2", "static", None),  # these have sliding layers
-], ids=lambda value: None if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    "family, cache, settings",
+    [
+        ("llama", "dynamic", None),
+        ("llama", "static", None),
+        ("llama", "quantized", QUANTO),
+        ("gemma2", "dynamic", None),
+        ("gemma2", "static", None),  # these have sliding layers
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
 def test_generate_with_every_cache_class_gives_the_same_text(family, cache, settings):
     """The offloaded ones need a GPU and are in test_cuda.py."""
     if cache == "quantized":

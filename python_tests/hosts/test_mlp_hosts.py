@@ -13,7 +13,7 @@ import locas_ext as locas
 def hooked_twin(model, memory):
     """A float64 copy of the host to which forward hooks add the memory as docs/method.md has it."""
     twin = copy.deepcopy(model).double()
-    for (first, last), slots, tau in zip(projections(twin), memory.slots.double(), memory.scale.tolist()):
+    for (first, last), slots, tau in zip(projections(twin), memory.slots.double(), memory.scale.tolist(), strict=False):
         seen = {}
         first.register_forward_hook(lambda module, args, y, seen=seen: seen.update(x=args[0]))
 
@@ -44,7 +44,7 @@ def test_topk_clones_the_most_active_neurons(family):
     logits_of(twin, TEXT[:20])
     memory = locas.attach(model, config_for(family))
     memory.initialize(TEXT[:20])
-    for (first, _), pre, slots in zip(projections(twin), inputs, memory.slots):
+    for (first, _), pre, slots in zip(projections(twin), inputs, memory.slots, strict=False):
         importance = act_formula(pre, activation_of(twin)).abs().mean(0)
         rows = first.weight.T if family == "gpt2" else first.weight
         expected = rows[importance.topk(4).indices]
@@ -57,7 +57,7 @@ def test_topk_clones_the_most_active_neurons(family):
 def test_the_scale_is_the_mean_length_of_the_output_columns_over_the_rank(family):
     model = tiny(family)
     memory = locas.attach(model, locas.LocasConfig(rank=3, variant="mlp"))
-    for (_, last), tau in zip(projections(model), memory.scale):
+    for (_, last), tau in zip(projections(model), memory.scale, strict=False):
         columns = last.weight.T if family == "gpt2" else last.weight
         columns = columns.T if columns.shape[0] != 32 else columns
         assert tau.item() == pytest.approx(columns.double().norm(dim=0).mean().item() / 3, rel=1e-6)
@@ -95,7 +95,7 @@ def test_beside_a_gated_host_with_a_warning():
     twin = copy.deepcopy(model)
     locas.memory_of(twin).detach()
     twin = twin.double()
-    for layer, slots, tau in zip(twin.model.layers, memory.slots.double(), memory.scale.tolist()):
+    for layer, slots, tau in zip(twin.model.layers, memory.slots.double(), memory.scale.tolist(), strict=False):
         layer.mlp.register_forward_hook(
             lambda module, args, y, slots=slots, tau=tau: y + tau * act_formula(args[0] @ slots[0].T, "silu") @ slots[1]
         )
@@ -106,10 +106,13 @@ def test_beside_a_gated_host_with_a_warning():
     assert torch.equal(logits_of(model, TEXT), before)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(config=dict(backend="fused")), "backend is 'fused', which computes a gated FFN"),
-    (dict(rehome=True), "rehome is True, but the variant is 'mlp'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(config=dict(backend="fused")), "backend is 'fused', which computes a gated FFN"),
+        (dict(rehome=True), "rehome is True, but the variant is 'mlp'"),
+    ],
+)
 def test_what_only_gated_ffns_have_is_refused(arguments, message):
     model = tiny("opt")
     before = snapshot(model)

@@ -23,7 +23,7 @@ def observed(model, ids):
         layer.mlp.register_forward_hook(lambda module, args, y: inputs.append(args[0][0]))
     with torch.no_grad():
         plain(input_ids=ids[None])
-    for x, layer in zip(inputs, plain.model.layers):
+    for x, layer in zip(inputs, plain.model.layers, strict=False):
         gate, up, down = (getattr(layer.mlp, name).weight.detach() for name in ("gate_proj", "up_proj", "down_proj"))
         hidden = act_formula(x @ gate.T, plain.config.hidden_act) * (x @ up.T)
         yield x, gate, up, down, hidden.abs().mean(0)
@@ -42,7 +42,7 @@ def neurons_of(slots, gate, up):
 def test_topk_and_bottomk_clone_the_most_and_least_used_neurons(family, init):
     model, memory = attached(family, rank=6, init=init)
     memory.initialize(CHUNK)
-    for slots, (_, gate, up, _, importance) in zip(memory.slots, observed(model, CHUNK)):
+    for slots, (_, gate, up, _, importance) in zip(memory.slots, observed(model, CHUNK), strict=False):
         order = importance.argsort(descending=init == "topk")
         assert set(neurons_of(slots, gate, up).tolist()) == set(order[:6].tolist())
 
@@ -54,7 +54,10 @@ def test_random_clones_different_neurons_by_seed():
         memory.detach()
         memory = locas.attach(model, locas.LocasConfig(rank=6, init="random", seed=seed))
         memory.initialize(CHUNK)
-        layers = [neurons_of(s, gate, up).tolist() for s, (_, gate, up, _, _) in zip(memory.slots, observed(model, CHUNK))]
+        layers = [
+            neurons_of(s, gate, up).tolist()
+            for s, (_, gate, up, _, _) in zip(memory.slots, observed(model, CHUNK), strict=False)
+        ]
         assert all(len(set(layer)) == 6 for layer in layers) and layers[0] != layers[1]
         chosen.append(layers)
     assert chosen[0] == chosen[1] != chosen[2]
@@ -75,7 +78,7 @@ def test_gaussian_rows_are_random_directions():
 def test_activation_takes_ffn_inputs_of_different_tokens():
     model, memory = attached(rank=6, init="activation")
     memory.initialize(CHUNK)
-    for slots, (x, *_) in zip(memory.slots, observed(model, CHUNK)):
+    for slots, (x, *_) in zip(memory.slots, observed(model, CHUNK), strict=False):
         assert torch.equal(slots[0], slots[1])
         best = (slots[0].double() @ unit(x).T).max(-1)
         assert (best.values > 1 - 1e-5).all() and len(set(best.indices.tolist())) == 6
@@ -131,7 +134,7 @@ def test_initialization_does_not_depend_on_the_training_mode():
 def test_scale(scale, dtype):
     model = tiny_model(num_hidden_layers=3, dtype=dtype)
     memory = locas.attach(model, locas.LocasConfig(rank=6, scale=scale, layers=[2, 0]))
-    for layer, tau in zip((0, 2), memory.scale.tolist()):
+    for layer, tau in zip((0, 2), memory.scale.tolist(), strict=False):
         down = model.model.layers[layer].mlp.down_proj.weight.double()
         mean = sum(down[:, j].square().sum().sqrt() for j in range(down.shape[1])) / down.shape[1]
         expected = {"paper": mean / 6, "host": mean}.get(scale, scale)

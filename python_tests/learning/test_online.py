@@ -55,16 +55,12 @@ def memorize(memory, ids, **changes):
 @pytest.mark.parametrize("context_gradient", [False, True])
 @pytest.mark.parametrize("initialized", [False, True], ids=["fresh", "initialized"])
 @pytest.mark.parametrize("length, window, stride", WINDOWS.values(), ids=WINDOWS)
-def test_without_learning_every_chunk_has_the_loss_of_the_truncated_host(
-    length, window, stride, initialized, context_gradient
-):
+def test_without_learning_every_chunk_has_the_loss_of_the_truncated_host(length, window, stride, initialized, context_gradient):
     model, memory = attached()
     plain, ids = double_host(tiny_model()), random_ids(length)
     if initialized:
         memory.initialize(ids)
-    report = memorize(
-        memory, ids, window=window, stride=stride, learning_rate=0.0, context_gradient=context_gradient
-    )
+    report = memorize(memory, ids, window=window, stride=stride, learning_rate=0.0, context_gradient=context_gradient)
     scored = [bounds for bounds in chunk_bounds(length, stride) if bounds != (0, 1)]
     assert [(c.start, c.end) for c in report.chunks] == scored
     for chunk in report.chunks:
@@ -85,10 +81,13 @@ def test_every_family_is_scored_as_its_plain_self(family):
         assert chunk.nll == pytest.approx(truncated_nll(plain, ids, chunk.start, chunk.end, 24).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("family, settings", [
-    ("mistral", dict(sliding_window=6)),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
-])
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("mistral", dict(sliding_window=6)),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    ],
+)
 def test_hosts_with_sliding_attention(family, settings):
     model, memory = attached(family, model_settings=settings)
     plain, ids = double_host(tiny_model(family, **settings)), random_ids(60)
@@ -172,7 +171,7 @@ def test_tokens_from_t_on_change_no_score_that_ends_before(family, t):
     other[t:] = (ids[t:] - 3 + random_ids(64 - t, seed=1)) % 58 + 3
     assert (other[t:] != ids[t:]).any()
     (chunks, slots), (other_chunks, other_slots) = run(ids), run(other)
-    for chunk, other_chunk, after, other_after in zip(chunks, other_chunks, slots, other_slots):
+    for chunk, other_chunk, after, other_after in zip(chunks, other_chunks, slots, other_slots, strict=False):
         if chunk.end <= t:
             assert chunk == other_chunk and torch.equal(after, other_after)
     assert chunks[-1] != other_chunks[-1]
@@ -191,23 +190,25 @@ def test_a_longer_text_begins_like_its_beginning():
 
 # ---- learning -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("arguments", [
-    dict(optimizer="sgd", learning_rate=0.5),
-    dict(optimizer="sgd", learning_rate=0.5, context_gradient=True),
-    dict(optimizer="sgd", learning_rate=0.5, epochs=3),
-    dict(optimizer="adamw", learning_rate=1e-2),
-    dict(optimizer="adamw", learning_rate=1e-2, epochs=2, context_gradient=True),
-    dict(optimizer="sgd", learning_rate=0.5, bos=True),
-], ids=lambda arguments: " ".join(f"{k}={v}" for k, v in arguments.items()))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(optimizer="sgd", learning_rate=0.5),
+        dict(optimizer="sgd", learning_rate=0.5, context_gradient=True),
+        dict(optimizer="sgd", learning_rate=0.5, epochs=3),
+        dict(optimizer="adamw", learning_rate=1e-2),
+        dict(optimizer="adamw", learning_rate=1e-2, epochs=2, context_gradient=True),
+        dict(optimizer="sgd", learning_rate=0.5, bos=True),
+    ],
+    ids=lambda arguments: " ".join(f"{k}={v}" for k, v in arguments.items()),
+)
 def test_memorizing_is_the_protocol_written_down_in_plain_torch(family, arguments):
     """Scores and slots of a whole run against float64, torch.autograd and torch.optim."""
     model, memory = attached(family)
     ids = TEXT[:50]
     memory.initialize(ids[:8])
     names = {"optimizer", "learning_rate"}
-    plain = PlainMemory(
-        tiny_model(family), memory.slots, memory.scale, **{k: v for k, v in arguments.items() if k in names}
-    )
+    plain = PlainMemory(tiny_model(family), memory.slots, memory.scale, **{k: v for k, v in arguments.items() if k in names})
     rest = {k: v for k, v in arguments.items() if k not in names}
     start = memory.slots.clone()
     report = memorize(memory, ids, **arguments)
@@ -252,7 +253,13 @@ def test_context_gradient_is_the_gradient_through_the_whole_window():
 
         before = memory.slots.clone()
         memorize(
-            memory, ids, window=24, stride=8, optimizer="sgd", learning_rate=0.5, context_gradient=context_gradient,
+            memory,
+            ids,
+            window=24,
+            stride=8,
+            optimizer="sgd",
+            learning_rate=0.5,
+            context_gradient=context_gradient,
             callback=after_chunk,
         )
         distance = relative_distance((before - memory.slots) / 0.5, gradient)
@@ -279,11 +286,20 @@ def test_runs_repeat_bit_for_bit():
 
 
 # ---- forms of the input ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form", [
-    lambda ids: ids.tolist(), lambda ids: tuple(ids.tolist()), lambda ids: ids[None], lambda ids: ids.to(torch.int32),
-    lambda ids: ids.to(torch.uint8), lambda ids: ids.numpy(), lambda ids: [ids.tolist()],
-    lambda ids: ids.repeat_interleave(2)[::2],
-], ids=["list", "tuple", "[1, n]", "int32", "uint8", "numpy", "list of list", "strided"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda ids: ids.tolist(),
+        lambda ids: tuple(ids.tolist()),
+        lambda ids: ids[None],
+        lambda ids: ids.to(torch.int32),
+        lambda ids: ids.to(torch.uint8),
+        lambda ids: ids.numpy(),
+        lambda ids: [ids.tolist()],
+        lambda ids: ids.repeat_interleave(2)[::2],
+    ],
+    ids=["list", "tuple", "[1, n]", "int32", "uint8", "numpy", "list of list", "strided"],
+)
 def test_every_form_of_input_ids_means_the_same(form):
     _, memory = attached()
     memorize(memory, form(TEXT))

@@ -25,6 +25,7 @@ from support.writing import (
 
 import locas_ext as locas
 from locas_ext.state import memory_state as slots_module
+import itertools
 
 STEPS = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
 
@@ -52,10 +53,10 @@ def test_the_rise_is_the_gradients_prediction_to_first_order(family):
     inputs, gradients, _ = twin.ask(IDS, [1])
     fires = act_formula(inputs.norm(dim=-1), twin.activation)[:, 0]
     slope = (SCALE * fires * gradients.square().sum(-1)[:, 0] / gradients.norm()).sum().item()
-    residuals = [rise - slope * epsilon for rise, epsilon in zip(measured, epsilons)]
+    residuals = [rise - slope * epsilon for rise, epsilon in zip(measured, epsilons, strict=False)]
     assert slope > 0 and all(rise > 0 for rise in measured)
     assert abs(residuals[-1]) < 0.1 * slope * epsilons[-1]
-    for larger, smaller in zip(residuals, residuals[1:]):
+    for larger, smaller in itertools.pairwise(residuals):
         assert smaller / larger == pytest.approx(1 / 4, rel=0.15)
 
 
@@ -71,7 +72,7 @@ def test_further_on_the_slot_fires_at_earlier_positions_too(family):
     slots, _ = expected_slots(inputs[:, position - 1 : position], everywhere[:, position - 1 : position], 1.0)
     fires = act_formula(inputs @ slots[:, 0].mT, twin.activation)  # [L, T, 1]
     slope = (SCALE * fires * (everywhere * slots[:, 1])).sum().item()
-    residuals = [rise - slope * epsilon for rise, epsilon in zip(measured, epsilons)]
+    residuals = [rise - slope * epsilon for rise, epsilon in zip(measured, epsilons, strict=False)]
     assert abs(residuals[1]) < 0.05 * abs(slope) * epsilons[1]
     assert residuals[1] / residuals[0] == pytest.approx(1 / 4, rel=0.2)
 
@@ -81,7 +82,7 @@ def test_every_layers_change_is_collinear_with_its_gradient_and_of_the_right_len
     model, memory = writable(family)
     inputs, gradients, _ = PlainWriter(model).ask(IDS, [7])
     memory.write(IDS, epsilon=0.03, tokens=[7])
-    for ffn, x, g in zip(memory._attachment.ffns, inputs, gradients):
+    for ffn, x, g in zip(memory._attachment.ffns, inputs, gradients, strict=False):
         change = ffn.memory(x.float())[0].double()
         expected = SCALE * 0.03 * act_formula(x.norm(), activation_of(model)) * g[0] / gradients.norm()
         assert torch.cosine_similarity(change, g[0], dim=0) > 1 - 1e-6
@@ -98,14 +99,19 @@ def test_a_slot_fires_on_its_own_token_more_than_on_others(family):
     ids = torch.arange(3, 16)
     inputs, _, _ = PlainWriter(model).ask(ids)
     memory.write(ids)
-    for x, slots in zip(inputs, written(memory)):
+    for x, slots in zip(inputs, written(memory), strict=False):
         assert torch.equal((slots[0].double() @ x.T).argmax(1), torch.arange(len(ids) - 1))
 
 
 # ---- what is written ------------------------------------------------------------------------------------------
 CHOICES = {
-    "positions": ([9, 2, 5], [2, 5, 9]), "tensor": (torch.tensor([4, 12]), [4, 12]), "range": (range(3, 6), [3, 4, 5]),
-    "all": ("all", list(range(1, 13))), "none": (None, list(range(1, 13))), "top": (4, None), "threshold": (None, None),
+    "positions": ([9, 2, 5], [2, 5, 9]),
+    "tensor": (torch.tensor([4, 12]), [4, 12]),
+    "range": (range(3, 6), [3, 4, 5]),
+    "all": ("all", list(range(1, 13))),
+    "none": (None, list(range(1, 13))),
+    "top": (4, None),
+    "threshold": (None, None),
     "more than there are": (99, list(range(1, 13))),
 }
 
@@ -514,11 +520,14 @@ def test_compressing_when_full():
     assert not memory.slots[:, :, 10:].any()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(capacity=12, when_full="drop_oldest"), "up to 13 tokens.*capacity is 12; expected a capacity of at least 13"),
-    (dict(capacity=16, compress_to=8), "capacity is 16 and compress_to 8; expected a capacity of at least 21"),
-    (dict(capacity=16, when_full="compress", tokens=list(range(1, 10)), compress_to=9), "at least 18"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(capacity=12, when_full="drop_oldest"), "up to 13 tokens.*capacity is 12; expected a capacity of at least 13"),
+        (dict(capacity=16, compress_to=8), "capacity is 16 and compress_to 8; expected a capacity of at least 21"),
+        (dict(capacity=16, when_full="compress", tokens=list(range(1, 10)), compress_to=9), "at least 18"),
+    ],
+)
 def test_more_tokens_than_can_ever_fit(arguments, message):
     _, memory = writable()
     memory.write(IDS)
@@ -646,12 +655,15 @@ def test_a_capacity_of_one_cannot_be_compressed():
         writable()[1].write(IDS, capacity=1, when_full="compress")
 
 
-@pytest.mark.parametrize("ids, error, message", [
-    ([5], ValueError, "holds 1 tokens; expected at least 2"),
-    (random_ids(65), ValueError, "holds 65 tokens; expected at most 64, the host's positions"),
-    ([3, 61], ValueError, "token 61"),
-    (torch.rand(4), TypeError, "expected integers"),
-])
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        ([5], ValueError, "holds 1 tokens; expected at least 2"),
+        (random_ids(65), ValueError, "holds 65 tokens; expected at most 64, the host's positions"),
+        ([3, 61], ValueError, "token 61"),
+        (torch.rand(4), TypeError, "expected integers"),
+    ],
+)
 def test_bad_ids(five, ids, error, message):
     with pytest.raises(error, match=message):
         five.write(ids)
@@ -680,7 +692,7 @@ def test_a_gradient_that_is_not_finite_writes_drops_and_compresses_nothing(polic
     model, memory = grown(dtype=dtype)
     memory.state.resize(room)
     hook, before = breaking_gradient(model), everything(memory)
-    for factor in (float("nan"), float("inf")):
+    for _factor in (float("nan"), float("inf")):
         with pytest.raises(locas.LocasError, match="not finite.*nothing was written.*version 2"):
             memory.write(IDS, exact=exact, **policy)
         assert_unchanged(memory, before)

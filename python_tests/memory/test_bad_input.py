@@ -14,18 +14,32 @@ SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_h
 
 
 # ---- hosts ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("thing", [
-    None, "a/checkpoint", 3, torch.nn.Linear(4, 4), torch.nn.Sequential(), locas.LocasConfig(), {},
-], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing",
+    [
+        None,
+        "a/checkpoint",
+        3,
+        torch.nn.Linear(4, 4),
+        torch.nn.Sequential(),
+        locas.LocasConfig(),
+        {},
+    ],
+    ids=lambda thing: type(thing).__name__,
+)
 def test_not_a_language_model(thing):
     with pytest.raises(TypeError, match=f"model is {type(thing).__name__}; expected a transformers causal language"):
         locas.attach(thing)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: transformers.LlamaModel(tiny_model().config),
-    lambda: transformers.LlamaForSequenceClassification(tiny_model().config),
-], ids=["base model", "classifier"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transformers.LlamaModel(tiny_model().config),
+        lambda: transformers.LlamaForSequenceClassification(tiny_model().config),
+    ],
+    ids=["base model", "classifier"],
+)
 def test_a_model_without_a_language_model_head(make):
     model = make()
     before = snapshot(model)
@@ -34,14 +48,24 @@ def test_a_model_without_a_language_model_head(make):
     assert_same_host(model, before)
 
 
-@pytest.mark.parametrize("name, make, hint", [
-    ("bert", lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=40)), "llama"),
-    ("bloom", lambda: transformers.BloomForCausalLM(
-        transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)), "llama"),
-    ("mixtral", lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SMALL, intermediate_size=40, num_key_value_heads=2, num_local_experts=2)),
-        "mixture of experts"),
-])
+@pytest.mark.parametrize(
+    "name, make, hint",
+    [
+        ("bert", lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=40)), "llama"),
+        (
+            "bloom",
+            lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)),
+            "llama",
+        ),
+        (
+            "mixtral",
+            lambda: transformers.MixtralForCausalLM(
+                transformers.MixtralConfig(**SMALL, intermediate_size=40, num_key_value_heads=2, num_local_experts=2)
+            ),
+            "mixture of experts",
+        ),
+    ],
+)
 def test_an_unknown_host_is_refused_by_name_with_what_would_work(name, make, hint):
     model = make()
     before = snapshot(model)
@@ -66,16 +90,37 @@ def test_a_host_on_the_meta_device():
 
 
 # ---- configs --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("setting, error", [
-    (dict(rank=0), ValueError), (dict(rank=-3), ValueError), (dict(rank=1.5), TypeError), (dict(rank="64"), TypeError),
-    (dict(rank=None), TypeError), (dict(rank=True), TypeError), (dict(variant="lora"), ValueError),
-    (dict(init="best"), ValueError), (dict(init=None), ValueError), (dict(scale="big"), ValueError),
-    (dict(scale=math.nan), ValueError), (dict(scale=math.inf), ValueError), (dict(scale=None), TypeError),
-    (dict(scale=True), TypeError), (dict(clip="yes"), TypeError), (dict(clip=None), TypeError),
-    (dict(backend="cuda"), ValueError), (dict(seed="1"), TypeError), (dict(seed=0.5), TypeError),
-    (dict(layers=3), TypeError), (dict(layers="all"), TypeError), (dict(layers=[0.5]), TypeError),
-    (dict(layers=[True]), TypeError), (dict(layers=[]), ValueError), (dict(layers=[None]), TypeError),
-], ids=str)
+@pytest.mark.parametrize(
+    "setting, error",
+    [
+        (dict(rank=0), ValueError),
+        (dict(rank=-3), ValueError),
+        (dict(rank=1.5), TypeError),
+        (dict(rank="64"), TypeError),
+        (dict(rank=None), TypeError),
+        (dict(rank=True), TypeError),
+        (dict(variant="lora"), ValueError),
+        (dict(init="best"), ValueError),
+        (dict(init=None), ValueError),
+        (dict(scale="big"), ValueError),
+        (dict(scale=math.nan), ValueError),
+        (dict(scale=math.inf), ValueError),
+        (dict(scale=None), TypeError),
+        (dict(scale=True), TypeError),
+        (dict(clip="yes"), TypeError),
+        (dict(clip=None), TypeError),
+        (dict(backend="cuda"), ValueError),
+        (dict(seed="1"), TypeError),
+        (dict(seed=0.5), TypeError),
+        (dict(layers=3), TypeError),
+        (dict(layers="all"), TypeError),
+        (dict(layers=[0.5]), TypeError),
+        (dict(layers=[True]), TypeError),
+        (dict(layers=[]), ValueError),
+        (dict(layers=[None]), TypeError),
+    ],
+    ids=str,
+)
 def test_bad_settings(setting, error):
     (name,) = setting
     with pytest.raises(error, match=name):
@@ -89,15 +134,19 @@ def test_a_config_that_is_none(config):
         locas.attach(model, config)
 
 
-@pytest.mark.parametrize("config, error, message", [
-    (dict(layers=[2]), IndexError, "layers holds 2, but the host has 2 layers"),
-    (dict(layers=[0, -3]), IndexError, "layers holds -3"),
-    (dict(layers=[0, 0]), ValueError, "layer 0 twice"),
-    (dict(layers=[1, -1]), ValueError, "layer 1 twice"),
-    (dict(rank=41), ValueError, "rank is 41, but the host's FFN has only 40 neurons"),
-    (dict(rank=41, init="bottomk"), ValueError, "rank is 41"),
-    (dict(rank=41, init="random"), ValueError, "rank is 41"),
-], ids=str)
+@pytest.mark.parametrize(
+    "config, error, message",
+    [
+        (dict(layers=[2]), IndexError, "layers holds 2, but the host has 2 layers"),
+        (dict(layers=[0, -3]), IndexError, "layers holds -3"),
+        (dict(layers=[0, 0]), ValueError, "layer 0 twice"),
+        (dict(layers=[1, -1]), ValueError, "layer 1 twice"),
+        (dict(rank=41), ValueError, "rank is 41, but the host's FFN has only 40 neurons"),
+        (dict(rank=41, init="bottomk"), ValueError, "rank is 41"),
+        (dict(rank=41, init="random"), ValueError, "rank is 41"),
+    ],
+    ids=str,
+)
 def test_a_config_that_does_not_fit_the_host_changes_nothing(config, error, message):
     model = tiny_model()
     before = snapshot(model)
@@ -167,25 +216,36 @@ def test_one_token_is_too_few_to_learn_from():
     memory.initialize([5])  # but enough to see which neurons fire
 
 
-@pytest.mark.parametrize("setting, error, message", [
-    (dict(window=24, stride=25), ValueError, "stride is 25; expected an integer from 1 to 24"),
-    (dict(window=65), ValueError, "window is 65; expected an integer from 2 to 64.*positions"),
-    (dict(window=1), ValueError, "window is 1"), (dict(window=0), ValueError, "window is 0"),
-    (dict(window=-5), ValueError, "window is -5"), (dict(window=24.0), TypeError, "window is 24.0"),
-    (dict(window="24"), TypeError, "window"), (dict(window=True), TypeError, "window"),
-    (dict(stride=0), ValueError, "stride is 0"), (dict(stride=-1), ValueError, "stride is -1"),
-    (dict(stride=2.5), TypeError, "stride is 2.5"),
-    (dict(learning_rate=-1e-3), ValueError, "learning_rate is -0.001; expected a finite number >= 0"),
-    (dict(learning_rate=math.nan), ValueError, "learning_rate is nan"),
-    (dict(learning_rate=math.inf), ValueError, "learning_rate is inf"),
-    (dict(learning_rate="fast"), TypeError, "learning_rate is 'fast'"), (dict(learning_rate=None), TypeError, "learning_rate"),
-    (dict(epochs=0), ValueError, "epochs is 0"), (dict(epochs=-1), ValueError, "epochs is -1"),
-    (dict(epochs=1.5), TypeError, "epochs is 1.5"),
-    (dict(optimizer="adam"), ValueError, "optimizer is 'adam'; expected one of adamw, sgd"),
-    (dict(optimizer=None), ValueError, "optimizer is None"), (dict(optimizer=["adamw"]), (ValueError, TypeError), "optimizer"),
-    (dict(update="prayer"), ValueError, "update is 'prayer'"),
-    (dict(callback=3), TypeError, "callback"),
-], ids=str)
+@pytest.mark.parametrize(
+    "setting, error, message",
+    [
+        (dict(window=24, stride=25), ValueError, "stride is 25; expected an integer from 1 to 24"),
+        (dict(window=65), ValueError, "window is 65; expected an integer from 2 to 64.*positions"),
+        (dict(window=1), ValueError, "window is 1"),
+        (dict(window=0), ValueError, "window is 0"),
+        (dict(window=-5), ValueError, "window is -5"),
+        (dict(window=24.0), TypeError, "window is 24.0"),
+        (dict(window="24"), TypeError, "window"),
+        (dict(window=True), TypeError, "window"),
+        (dict(stride=0), ValueError, "stride is 0"),
+        (dict(stride=-1), ValueError, "stride is -1"),
+        (dict(stride=2.5), TypeError, "stride is 2.5"),
+        (dict(learning_rate=-1e-3), ValueError, "learning_rate is -0.001; expected a finite number >= 0"),
+        (dict(learning_rate=math.nan), ValueError, "learning_rate is nan"),
+        (dict(learning_rate=math.inf), ValueError, "learning_rate is inf"),
+        (dict(learning_rate="fast"), TypeError, "learning_rate is 'fast'"),
+        (dict(learning_rate=None), TypeError, "learning_rate"),
+        (dict(epochs=0), ValueError, "epochs is 0"),
+        (dict(epochs=-1), ValueError, "epochs is -1"),
+        (dict(epochs=1.5), TypeError, "epochs is 1.5"),
+        (dict(optimizer="adam"), ValueError, "optimizer is 'adam'; expected one of adamw, sgd"),
+        (dict(optimizer=None), ValueError, "optimizer is None"),
+        (dict(optimizer=["adamw"]), (ValueError, TypeError), "optimizer"),
+        (dict(update="prayer"), ValueError, "update is 'prayer'"),
+        (dict(callback=3), TypeError, "callback"),
+    ],
+    ids=str,
+)
 def test_bad_arguments_of_memorize(setting, error, message):
     model, memory = attached()
     before = snapshot(model)

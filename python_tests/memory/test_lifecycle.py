@@ -77,9 +77,7 @@ def test_learning_lowers_the_loss_on_a_repeated_text(family, dtype):
     model, memory = attached(family, dtype=dtype)
     # one repetition does not fit into the window: what is gained is the memory's
     report = memory.memorize(TEXT.repeat(4), window=12, stride=8, learning_rate=2e-2, progress=False)
-    plain = attached(family, dtype=dtype)[1].memorize(
-        TEXT.repeat(4), window=12, stride=8, learning_rate=0.0, progress=False
-    )
+    plain = attached(family, dtype=dtype)[1].memorize(TEXT.repeat(4), window=12, stride=8, learning_rate=0.0, progress=False)
     last = slice(-4, None)
     mean = lambda chunks: sum(c.nll for c in chunks) / sum(c.tokens for c in chunks)
     assert mean(report.chunks[last]) < mean(plain.chunks[last]) - 0.1
@@ -185,7 +183,7 @@ def test_what_a_learned_memory_adds_is_the_formula(family):
     logits_of(model, IDS)
     for hook in hooks:
         hook.remove()
-    for (ffn, x, y), (gate, key, value), tau in zip(seen, memory.slots, memory.scale):
+    for (ffn, x, y), (gate, key, value), tau in zip(seen, memory.slots, memory.scale, strict=False):
         expected = type(ffn).forward(ffn, x) + tau * (torch.nn.functional.silu(x @ gate.T) * (x @ key.T)) @ value
         torch.testing.assert_close(y, expected)
         assert not torch.equal(y, type(ffn).forward(ffn, x))
@@ -196,7 +194,7 @@ def test_status():
     fresh = memory.status()
     assert [s.layer for s in fresh] == [0, 1] and all(s.slots_used == 0 and s.value_norm == 0 for s in fresh)
     memory.memorize(TEXT, **SETTINGS)
-    for status, slots in zip(memory.status(), memory.slots):
+    for status, slots in zip(memory.status(), memory.slots, strict=False):
         assert (status.device, status.dtype, status.slots_used, status.scale) == ("cpu", "torch.float32", 5, 0.25)
         norms = slots.norm(dim=-1).mean(-1).tolist()
         assert [status.gate_norm, status.key_norm, status.value_norm] == pytest.approx(norms)
@@ -321,5 +319,5 @@ def test_a_batch_of_texts():
     batch = torch.stack([random_ids(10, seed) for seed in range(3)])
     with torch.no_grad():
         together = model(input_ids=batch).logits
-    for row, ids in zip(together, batch):
+    for row, ids in zip(together, batch, strict=False):
         torch.testing.assert_close(row, logits_of(model, ids), rtol=1e-4, atol=1e-5)

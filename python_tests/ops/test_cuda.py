@@ -29,8 +29,7 @@ def assert_as_good_as_torch(ours, torch_same_dtype, exact, dtype):
     allowed = 2 * torch_error + ROUNDING[dtype] * exact.abs().max()
     worst = ours_error.flatten().argmax().item()
     assert not ours_error.isnan().any() and ours_error.max() <= allowed, (
-        f"worst at flat index {worst}: {ours.flatten()[worst]} instead of {exact.flatten()[worst]}, "
-        f"allowed error {allowed}"
+        f"worst at flat index {worst}: {ours.flatten()[worst]} instead of {exact.flatten()[worst]}, allowed error {allowed}"
     )
 
 
@@ -60,7 +59,7 @@ def test_glu_ffn_forward_and_backward(dtype, activation, d, m, rank, tokens):
     ours = run(ops.glu_ffn, lambda t: t)
     plain = run(reference.glu_ffn, lambda t: t)
     exact = run(reference.glu_ffn, lambda t: t.double().cpu())
-    for a, b, c in zip(ours, plain, exact):
+    for a, b, c in zip(ours, plain, exact, strict=False):
         assert_as_good_as_torch(a, b, c, dtype)
 
 
@@ -100,10 +99,15 @@ def test_updates_match_the_reference(shape, copy_dtype):
         grad = torch.randn(shape) * 1e-3
         reference.update_slots_(exact[0], grad.double(), exact[1], exact[2], torch.tensor(step), torch.tensor(0.02))
         ops.update_slots_(
-            ours[0], grad.cuda(), ours[1], ours[2],
-            torch.tensor(step, device="cuda"), torch.tensor(0.02, device="cuda"), compute=copy,
+            ours[0],
+            grad.cuda(),
+            ours[1],
+            ours[2],
+            torch.tensor(step, device="cuda"),
+            torch.tensor(0.02, device="cuda"),
+            compute=copy,
         )
-    for a, b in zip(ours, exact):
+    for a, b in zip(ours, exact, strict=False):
         torch.testing.assert_close(a.cpu().double(), b, rtol=2e-5, atol=1e-7)
     assert ours[0].norm(dim=-1).max() <= 1 + 1e-6
     if copy is not None:
@@ -152,8 +156,14 @@ def test_another_device_is_an_error_that_names_the_tensor():
 def test_a_model_memorizes_on_the_gpu(dtype):
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
     )
     model = Qwen3ForCausalLM(config).to("cuda", dtype).eval()
     ids = torch.randint(0, 128, (40,)).repeat(20)
@@ -167,8 +177,12 @@ def test_a_model_memorizes_on_the_gpu(dtype):
         attached = model(ids[None, :64].cuda()).logits
         model.to("cpu")
         moved = model(ids[None, :64]).logits
-    torch.testing.assert_close(moved.float(), attached.cpu().float(), rtol=0.1 if dtype == torch.bfloat16 else 1e-3,
-                               atol=0.1 if dtype == torch.bfloat16 else 1e-3)
+    torch.testing.assert_close(
+        moved.float(),
+        attached.cpu().float(),
+        rtol=0.1 if dtype == torch.bfloat16 else 1e-3,
+        atol=0.1 if dtype == torch.bfloat16 else 1e-3,
+    )
     memory.detach()
     assert torch.equal(model.to("cuda")(ids[None, :64].cuda()).logits, before)
 
@@ -191,10 +205,24 @@ def test_token_nll(tokens, vocab, dtype):
 
 def test_generate_with_a_cache_that_is_kept_on_the_cpu():
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=None, pad_token_id=0,
-    )).cuda().eval()
+    model = (
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=128,
+                hidden_size=64,
+                intermediate_size=160,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                max_position_embeddings=128,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        )
+        .cuda()
+        .eval()
+    )
     memory = locas.attach(model, locas.LocasConfig(rank=16, scale=0.5))
     ids = torch.randint(0, 128, (40,)).repeat(5)
     memory.memorize(ids, window=64, stride=32, learning_rate=2e-2, progress=False)
@@ -211,13 +239,35 @@ def test_a_host_on_two_gpus(dtype, tmp_path):
 
     def host():
         torch.manual_seed(0)
-        return Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, max_position_embeddings=128, eos_token_id=None, pad_token_id=0,
-        )).to(dtype).eval()
+        return (
+            Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=128,
+                    hidden_size=64,
+                    intermediate_size=160,
+                    num_hidden_layers=4,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=16,
+                    max_position_embeddings=128,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            )
+            .to(dtype)
+            .eval()
+        )
 
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 0,
-              "model.layers.2": 1, "model.layers.3": 1, "model.norm": 1, "lm_head": 1}
+    places = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 0,
+        "model.layers.2": 1,
+        "model.layers.3": 1,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
     spread, single = accelerate.dispatch_model(host(), places), host().to("cuda:0")
     ids = torch.randint(0, 128, (40,)).repeat(12)
     prompt = ids[None, :32].to("cuda:0")

@@ -10,14 +10,28 @@ from locas_ext.ops.types import HostWeights, SlotFactors, SlotViews
 
 on_gpu = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available() or not cuda.BUILT, reason="needs a CUDA device and a build with CUDA kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not cuda.BUILT, reason="needs a CUDA device and a build with CUDA kernels"
+    ),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # tokens, d, m, rank: every tile and every decode width, sizes that fill none of them.
-SHAPES = [(1, 64, 128, 5), (7, 264, 520, 16), (8, 1024, 3072, 64), (13, 136, 200, 1), (16, 2048, 6144, 64), (31, 72, 1000, 33),
-          (64, 1024, 3072, 64), (65, 256, 768, 64), (100, 1032, 264, 130), (257, 512, 1544, 40), (512, 1024, 3072, 64),
-          (1000, 2048, 6144, 64), (2048, 1024, 3072, 512)]
+SHAPES = [
+    (1, 64, 128, 5),
+    (7, 264, 520, 16),
+    (8, 1024, 3072, 64),
+    (13, 136, 200, 1),
+    (16, 2048, 6144, 64),
+    (31, 72, 1000, 33),
+    (64, 1024, 3072, 64),
+    (65, 256, 768, 64),
+    (100, 1032, 264, 130),
+    (257, 512, 1544, 40),
+    (512, 1024, 3072, 64),
+    (1000, 2048, 6144, 64),
+    (2048, 1024, 3072, 512),
+]
 
 
 class Case:
@@ -163,7 +177,7 @@ class TestPlumbing:
             y = f(x, slots)
             y.backward(case.dy)
             results.append((y.detach(), x.grad, slots.grad))
-        assert all(torch.equal(a, b) for a, b in zip(*results))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=False))
 
     def test_two_thousand_steps_follow_the_reference(self):
         """The same toy task learned by both: the losses stay together to the end."""
@@ -229,9 +243,7 @@ class TestFactors:
             used.clear()
             _, memory = a_learning_memory("fused", dtype)
             rate = 0.02 if optimizer == "adamw" else 0.5
-            report = memory.memorize(
-                TEXT, window=24, stride=7, learning_rate=rate, optimizer=optimizer, progress=False
-            )
+            report = memory.memorize(TEXT, window=24, stride=7, learning_rate=rate, optimizer=optimizer, progress=False)
             assert bool(used) == factors and memory.slots.norm(dim=-1).max() <= 1 + 1e-5
             results[factors] = report.perplexity, memory.slots.clone()
         assert results[True][0] == pytest.approx(results[False][0], rel=2e-2)
@@ -245,7 +257,13 @@ class TestFactors:
         factors = []
         gradient = torch.empty(layers, 3, rank, d, device="cuda", dtype=torch.float64)
         for layer in range(layers):
-            parts = make(tokens, 16)[:, :rank], make(tokens, 16)[:, 2 : 2 + rank], make(tokens, rank), make(tokens, d), make(tokens, d)
+            parts = (
+                make(tokens, 16)[:, :rank],
+                make(tokens, 16)[:, 2 : 2 + rank],
+                make(tokens, rank),
+                make(tokens, d),
+                make(tokens, d),
+            )
             factors.append(SlotFactors())
             factors[-1].keep(*parts)
             d_gate, d_key, hidden, x, dy = (t.double() for t in parts)
@@ -256,7 +274,7 @@ class TestFactors:
         copy, states = torch.empty_like(slots, dtype=torch.bfloat16), [torch.zeros_like(slots) for _ in range(2)]
         step, rate = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
         slot_updates.adamw_from_factors_(slots, factors, 0.25, *states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, copy)
-        for ours, truth in zip((slots, *states), exact):
+        for ours, truth in zip((slots, *states), exact, strict=False):
             torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-6)
         assert torch.equal(copy, slots.bfloat16())
         bound = sum(layer.norm_bound() for layer in factors)
@@ -297,9 +315,9 @@ def test_a_float16_host_on_the_cpu_is_refused_at_attach():
 
 
 def test_the_binding_checks_its_arguments():
-    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    x, hidden = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 24).bfloat16()
     gate, down, slots = torch.zeros(16, 8).bfloat16(), torch.zeros(8, 16).bfloat16(), torch.zeros(3, 4, 8).bfloat16()
-    call = lambda x=x, gate=gate, hidden=torch.zeros(2, 24).bfloat16(): _C.ffn_forward(
+    call = lambda x=x, gate=gate, hidden=hidden: _C.ffn_forward(
         x, gate, gate, down, None, None, None, *SlotViews.of(slots), hidden, None, None, torch.zeros_like(x), None, 0, 1.0, 0
     )
     with pytest.raises(ValueError, match="ffn_forward: x must be bfloat16 or float16"):

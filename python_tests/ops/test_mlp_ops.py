@@ -13,8 +13,16 @@ from locas_ext.ops.backends import matmul
 from locas_ext.ops.types import SlotViews
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
-    not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU"),
+        ],
+    ),
+]
 # tokens, d, r
 SHAPES = {
     "one token": (1, 16, 4),
@@ -53,7 +61,7 @@ class Case:
         exact = self.run(formula(act_formula), torch.float64, **which)
         peer = self.run(formula(act_torch), self.dtype, **which)
         mine = self.run(ours, **which)
-        for name, a, b, c in zip(("y", "dx", "d_slots"), mine, peer, exact):
+        for name, a, b, c in zip(("y", "dx", "d_slots"), mine, peer, exact, strict=False):
             assert (a is None) == (c is None), name
             if a is not None:
                 assert_as_exact_as_torch(name, a, b, c, torch.finfo(self.dtype).eps)
@@ -139,7 +147,7 @@ def test_reference_is_the_formula_in_float64(activation):
     case = Case((7, 13, 3), torch.float64, seed=6)
     mine = case.run(lambda x, slots: ops.sideway_mlp(x, slots, 0.5, activation, backend="reference"))
     exact = case.run(lambda x, slots: plain_sideway_mlp(x, slots, 0.5, activation, act_formula))
-    for a, b in zip(mine, exact):
+    for a, b in zip(mine, exact, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -264,7 +272,12 @@ def written(inputs, gradients, epsilon):
 
 
 WRITINGS = [
-    (1, 1, 1, 1, 0), (2, 3, 16, 8, 4), (3, 5, 13, 5, 0), (2, 1, 300, 4, 3), (4, 17, 72, 40, 22), (1, 2, 2051, 3, 1),
+    (1, 1, 1, 1, 0),
+    (2, 3, 16, 8, 4),
+    (3, 5, 13, 5, 0),
+    (2, 1, 300, 4, 3),
+    (4, 17, 72, 40, 22),
+    (1, 2, 2051, 3, 1),
 ]
 
 
@@ -297,16 +310,25 @@ def test_the_rounded_copy_is_torchs(copy, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, magnitude", [
-    (torch.float32, 1e-30), (torch.float32, 1e-37), (torch.float32, 1e36), (torch.bfloat16, 1e-30),
-    (torch.bfloat16, 1e36), (torch.float16, 2e4), (torch.float16, 1e-6),
-])
+@pytest.mark.parametrize(
+    "dtype, magnitude",
+    [
+        (torch.float32, 1e-30),
+        (torch.float32, 1e-37),
+        (torch.float32, 1e36),
+        (torch.bfloat16, 1e-30),
+        (torch.bfloat16, 1e36),
+        (torch.float16, 2e4),
+        (torch.float16, 1e-6),
+    ],
+)
 def test_any_magnitude_of_inputs_and_gradients(dtype, magnitude, device):
     """Squares of these leave the range of float32, or the values are the ends of float16's."""
     slots, inputs, gradients = draw_writing(3, 4, 33, 4, device=device)
     limit = torch.finfo(dtype).max
-    inputs, gradients = ((t.clamp(-3, 3) * s).clamp(-limit, limit).to(dtype) for t, s in (
-        (inputs, magnitude), (gradients * 1e3, 10 * magnitude)))
+    inputs, gradients = (
+        (t.clamp(-3, 3) * s).clamp(-limit, limit).to(dtype) for t, s in ((inputs, magnitude), (gradients * 1e3, 10 * magnitude))
+    )
     norms = ops.write_slots_(slots, 0, inputs, gradients, 0.5)
     rows, exact_norms = written(inputs, gradients, 0.5)
     torch.testing.assert_close(norms.cpu().double(), exact_norms, rtol=1e-6, atol=0)
@@ -361,7 +383,8 @@ def test_a_norm_from_outside(device):
         part = slots[layers].clone()
         given = norms.clone()
         assert torch.equal(
-            ops.write_slots_(part, 1, inputs[layers].clone(), gradients[layers].clone(), 0.25, None, given), norms)
+            ops.write_slots_(part, 1, inputs[layers].clone(), gradients[layers].clone(), 0.25, None, given), norms
+        )
         assert torch.equal(part, whole[layers]) and torch.equal(given, norms)
 
 
@@ -476,36 +499,44 @@ def test_sideway_mlp_arguments_are_checked():
 
 def writing_arguments(**changes):
     arguments = dict(
-        slots=torch.full((2, 2, 6, D), 0.25), start=1, inputs=torch.randn(2, T, D), gradients=torch.randn(2, T, D),
-        epsilon=0.1, compute=None, gradient_norm=None,
+        slots=torch.full((2, 2, 6, D), 0.25),
+        start=1,
+        inputs=torch.randn(2, T, D),
+        gradients=torch.randn(2, T, D),
+        epsilon=0.1,
+        compute=None,
+        gradient_norm=None,
     )
     return {**arguments, **changes}
 
 
-@pytest.mark.parametrize("changes, problem", [
-    (dict(slots=torch.zeros(2, 3, 6, D)), r"slots must be a float32 tensor \[L, 2, capacity, d\]"),
-    (dict(slots=torch.zeros(2, 6, D)), r"slots must be a float32 tensor \[L, 2, capacity, d\]"),
-    (dict(slots=torch.zeros(2, 2, 6, D, dtype=torch.bfloat16)), "slots must be a float32 tensor"),
-    (dict(slots=torch.zeros(2, 2, D, 6).mT), "slots must be contiguous"),
-    (dict(inputs=torch.zeros(3, T, D)), rf"inputs has shape \[3, {T}, {D}\]; expected \[2, n, {D}\]"),
-    (dict(inputs=torch.zeros(2, T, D + 1)), rf"inputs has shape \[2, {T}, {D + 1}\]; expected \[2, n, {D}\]"),
-    (dict(inputs=torch.zeros(2, T, D).double()), "inputs is torch.float64; expected torch.float32 or torch.bfloat16"),
-    (dict(inputs=torch.zeros(2, T, D, device="meta")), "inputs is on meta; expected cpu"),
-    (dict(gradients=torch.zeros(2, T + 1, D)), rf"gradients has shape .*; expected \[2, {T}, {D}\]"),
-    (dict(gradients=torch.zeros(2, T, D).half()), "gradients is torch.float16; expected torch.float32"),
-    (dict(compute=torch.zeros(2, 2, 5, D)), rf"compute has shape .*; expected \[2, 2, 6, {D}\]"),
-    (dict(compute=torch.zeros(2, 2, 6, D).double()), "compute is torch.float64; expected torch.float32 or"),
-    (dict(compute=torch.zeros(2, 2, D, 6).mT), "compute must be contiguous"),
-    (dict(gradient_norm=torch.ones(T + 1)), rf"gradient_norm has shape .*; expected \[{T}\]"),
-    (dict(gradient_norm=torch.ones(T).double()), "gradient_norm is torch.float64; expected torch.float32"),
-    (dict(start=-1), rf"start is -1; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
-    (dict(start=3), rf"start is 3; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
-    (dict(epsilon=0.0), "epsilon is 0.0; expected a finite number > 0"),
-    (dict(epsilon=-1.0), "epsilon is -1.0; expected a finite number > 0"),
-    (dict(epsilon=math.nan), "epsilon is nan; expected a finite number > 0"),
-    (dict(epsilon=math.inf), "epsilon is inf; expected a finite number > 0"),
-    (dict(epsilon=1e39), "epsilon is 1e[+]39; expected a finite number > 0, in float32's range"),
-])
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        (dict(slots=torch.zeros(2, 3, 6, D)), r"slots must be a float32 tensor \[L, 2, capacity, d\]"),
+        (dict(slots=torch.zeros(2, 6, D)), r"slots must be a float32 tensor \[L, 2, capacity, d\]"),
+        (dict(slots=torch.zeros(2, 2, 6, D, dtype=torch.bfloat16)), "slots must be a float32 tensor"),
+        (dict(slots=torch.zeros(2, 2, D, 6).mT), "slots must be contiguous"),
+        (dict(inputs=torch.zeros(3, T, D)), rf"inputs has shape \[3, {T}, {D}\]; expected \[2, n, {D}\]"),
+        (dict(inputs=torch.zeros(2, T, D + 1)), rf"inputs has shape \[2, {T}, {D + 1}\]; expected \[2, n, {D}\]"),
+        (dict(inputs=torch.zeros(2, T, D).double()), "inputs is torch.float64; expected torch.float32 or torch.bfloat16"),
+        (dict(inputs=torch.zeros(2, T, D, device="meta")), "inputs is on meta; expected cpu"),
+        (dict(gradients=torch.zeros(2, T + 1, D)), rf"gradients has shape .*; expected \[2, {T}, {D}\]"),
+        (dict(gradients=torch.zeros(2, T, D).half()), "gradients is torch.float16; expected torch.float32"),
+        (dict(compute=torch.zeros(2, 2, 5, D)), rf"compute has shape .*; expected \[2, 2, 6, {D}\]"),
+        (dict(compute=torch.zeros(2, 2, 6, D).double()), "compute is torch.float64; expected torch.float32 or"),
+        (dict(compute=torch.zeros(2, 2, D, 6).mT), "compute must be contiguous"),
+        (dict(gradient_norm=torch.ones(T + 1)), rf"gradient_norm has shape .*; expected \[{T}\]"),
+        (dict(gradient_norm=torch.ones(T).double()), "gradient_norm is torch.float64; expected torch.float32"),
+        (dict(start=-1), rf"start is -1; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
+        (dict(start=3), rf"start is 3; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
+        (dict(epsilon=0.0), "epsilon is 0.0; expected a finite number > 0"),
+        (dict(epsilon=-1.0), "epsilon is -1.0; expected a finite number > 0"),
+        (dict(epsilon=math.nan), "epsilon is nan; expected a finite number > 0"),
+        (dict(epsilon=math.inf), "epsilon is inf; expected a finite number > 0"),
+        (dict(epsilon=1e39), "epsilon is 1e[+]39; expected a finite number > 0, in float32's range"),
+    ],
+)
 def test_writing_arguments_are_checked_and_nothing_is_changed(changes, problem):
     arguments = writing_arguments(**changes)
     before = arguments["slots"].clone()
@@ -515,7 +546,10 @@ def test_writing_arguments_are_checked_and_nothing_is_changed(changes, problem):
 
 
 def test_writing_arguments_of_another_type():
-    for changes, problem in ((dict(inputs=None), "inputs is NoneType"), (dict(gradients=3), "gradients is int"),
-                             (dict(start=1.0), "start is float; expected an int")):
+    for changes, problem in (
+        (dict(inputs=None), "inputs is NoneType"),
+        (dict(gradients=3), "gradients is int"),
+        (dict(start=1.0), "start is float; expected an int"),
+    ):
         with pytest.raises(TypeError, match=f"write_slots_: {problem}"):
             ops.write_slots_(**writing_arguments(**changes))

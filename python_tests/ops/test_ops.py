@@ -130,7 +130,7 @@ def test_no_tokens(ours, shape):
 def test_results_repeat_bit_for_bit(dtype, two_threads):
     case = Case((130, 64, 300, 17), dtype, seed=11)
     first, second = (case.run(fused(0.5, "silu")) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=False))
     importance = lambda: ops.neuron_importance(case.x, *case.host[:2])
     assert torch.equal(importance(), importance())
 
@@ -148,7 +148,7 @@ def test_inputs_are_left_alone():
     before = [t.clone() for t in operands]
     x, slots = case.x.requires_grad_(), case.slots.requires_grad_()
     fused(0.5, "silu")(x, case.host, slots).backward(case.dy)
-    assert all(torch.equal(a.detach(), b) for a, b in zip(operands, before))
+    assert all(torch.equal(a.detach(), b) for a, b in zip(operands, before, strict=False))
 
 
 def test_the_backward_is_once_differentiable_and_says_so():
@@ -207,7 +207,7 @@ def test_reference_is_the_formula_in_float64(activation):
     for ours, formula in ((fused, fused_formula), (alone, alone_formula)):
         mine = case.run(ours(0.5, activation, backend="reference"))
         exact = case.run(lambda *a: formula(0.5, activation)(*a, act_formula))
-        for a, b in zip(mine, exact):
+        for a, b in zip(mine, exact, strict=False):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -267,7 +267,7 @@ def test_large_inputs_stay_right(activation, magnitude):
         case.slots, case.dy = torch.ones(3, 1, 1), torch.ones(1, 1)
         mine = case.run(fused(0.5, activation))
         exact = case.run(lambda *a: fused_formula(0.5, activation)(*a, act_torch), torch.float64)
-        for name, a, b in zip(("y", "dx", "d_slots"), mine, exact):
+        for name, a, b in zip(("y", "dx", "d_slots"), mine, exact, strict=False):
             torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6, msg=f"{name} at {sign * magnitude}")
 
 

@@ -49,17 +49,13 @@ def samples():
             (x, mlp_slots, 0.5, "gelu"),
             (plain_x, mlp_slots, 0.5, "relu"),
         ],
-        "sideway_mlp_backward": [
-            (dy, plain_x, pre, mlp_slots, 0.5, "gelu", needs_slots) for needs_slots in (True, False)
-        ],
+        "sideway_mlp_backward": [(dy, plain_x, pre, mlp_slots, 0.5, "gelu", needs_slots) for needs_slots in (True, False)],
         "write_slots_": [
             (torch.randn(2, 2, 7, D), 1, *torch.randn(2, 2, 5, D), 0.1, compute, norm)
             for compute, norm in ((torch.zeros(2, 2, 7, D).half(), torch.ones(5)), (None, None))
         ],
         "neuron_importance": [(plain_x, host[0], host[1], "silu", host[3], host[4])],
-        "update_slots_": [
-            (*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)
-        ],
+        "update_slots_": [(*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)],
         "sgd_slots_": [
             (states[0], states[1], rate, buffer, momentum, 0.1, True, copy)
             for buffer, momentum in ((states[2], 0.9), (None, 0.0))
@@ -87,7 +83,7 @@ def run(function, x, host, slots):
 def assert_compiles_like_eager(function, backend, *arguments, exactly=True):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend)
-    for mine, eager in zip(run(compiled, *arguments), run(function, *arguments)):
+    for mine, eager in zip(run(compiled, *arguments), run(function, *arguments), strict=False):
         if exactly:
             assert torch.equal(mine, eager)
         else:
@@ -123,15 +119,18 @@ def test_compiled_inference_and_importance():
     function = lambda x: (ops.glu_ffn(x, *host[:3], slots, 0.5), ops.neuron_importance(x, *host[:2]))
     with torch.no_grad():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for mine, eager in zip(compiled(x), function(x)):
+        for mine, eager in zip(compiled(x), function(x), strict=False):
             assert torch.equal(mine, eager)
 
 
 @pytest.mark.slow
 def test_compiled_with_inductor():
     def function(x, host, slots):
-        return ops.glu_ffn(x, *host[:3], slots, 0.5, "silu", *host[3:]) + ops.sideway_glu(x, slots, 0.25) + (
-            ops.sideway_mlp(x, slots[1:], 0.25))
+        return (
+            ops.glu_ffn(x, *host[:3], slots, 0.5, "silu", *host[3:])
+            + ops.sideway_glu(x, slots, 0.25)
+            + (ops.sideway_mlp(x, slots[1:], 0.25))
+        )
 
     assert_compiles_like_eager(function, "inductor", *operands(), exactly=False)
 
@@ -154,7 +153,7 @@ def test_compiled_updates(optimizer):
     compiled, eager = ([t.clone() for t in start] for _ in range(2))
     doubled = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
     assert torch.equal(doubled, function(*eager))
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=False))
     assert not torch.equal(compiled[0], start[0]) and torch.equal(compiled[4], compiled[0].bfloat16())
 
 
@@ -169,7 +168,7 @@ def test_compiled_writing():
     compiled, eager = ([slots.clone(), torch.zeros(2, 2, 7, D, dtype=torch.bfloat16)] for _ in range(2))
     product = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
     assert torch.equal(product, function(*eager))
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager)) and not torch.equal(eager[0], slots)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=False)) and not torch.equal(eager[0], slots)
 
 
 def test_a_compiled_model_computes_with_what_its_memory_has_learned():

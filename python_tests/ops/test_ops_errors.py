@@ -10,8 +10,12 @@ T, D, M, R = 4, 8, 12, 3
 
 def glu_arguments(**changes):
     arguments = dict(
-        x=torch.randn(T, D), gate_weight=torch.randn(M, D), up_weight=torch.randn(M, D),
-        down_weight=torch.randn(D, M), slots=torch.randn(3, R, D), scale=0.5,
+        x=torch.randn(T, D),
+        gate_weight=torch.randn(M, D),
+        up_weight=torch.randn(M, D),
+        down_weight=torch.randn(D, M),
+        slots=torch.randn(3, R, D),
+        scale=0.5,
     )
     return {**arguments, **changes}
 
@@ -26,8 +30,13 @@ WRONG_SHAPES = {
     "down_bias": [(M,), (D + 1,)],
 }
 EXPECTED = {
-    "gate_weight": f"[m, {D}]", "up_weight": f"[{M}, {D}]", "down_weight": f"[{D}, {M}]", "slots": f"[3, r, {D}]",
-    "gate_bias": f"[{M}]", "up_bias": f"[{M}]", "down_bias": f"[{D}]",
+    "gate_weight": f"[m, {D}]",
+    "up_weight": f"[{M}, {D}]",
+    "down_weight": f"[{D}, {M}]",
+    "slots": f"[3, r, {D}]",
+    "gate_bias": f"[{M}]",
+    "up_bias": f"[{M}]",
+    "down_bias": f"[{D}]",
 }
 
 
@@ -42,8 +51,15 @@ def test_glu_ffn_names_the_tensor_of_a_wrong_shape(name, shape, backend):
 
 @pytest.mark.parametrize("name", WRONG_SHAPES)
 def test_glu_ffn_names_the_tensor_of_a_wrong_dtype(name):
-    shape = {"slots": (3, R, D), "gate_weight": (M, D), "up_weight": (M, D), "down_weight": (D, M),
-             "gate_bias": (M,), "up_bias": (M,), "down_bias": (D,)}[name]
+    shape = {
+        "slots": (3, R, D),
+        "gate_weight": (M, D),
+        "up_weight": (M, D),
+        "down_weight": (D, M),
+        "gate_bias": (M,),
+        "up_bias": (M,),
+        "down_bias": (D,),
+    }[name]
     with pytest.raises(ValueError, match=f"glu_ffn: {name} is torch.bfloat16; expected torch.float32"):
         ops.glu_ffn(**glu_arguments(**{name: torch.zeros(shape, dtype=torch.bfloat16)}))
 

@@ -43,7 +43,7 @@ def test_adamw_is_torch_adamw(shape, clip, settings):
     slots = torch.randn(shape)
     peer = TorchUpdates(slots, clip, torch.optim.AdamW, lr=0.05, **settings)
     exp_avg, exp_avg_sq, rate = torch.zeros(shape), torch.zeros(shape), torch.tensor(0.05)
-    mine = dict(zip(("beta1", "beta2"), settings.get("betas", (0.9, 0.999))))
+    mine = dict(zip(("beta1", "beta2"), settings.get("betas", (0.9, 0.999)), strict=False))
     mine |= {name: settings[name] for name in ("eps", "weight_decay") if name in settings}
     for step, grad in enumerate(gradients(shape, 8), start=1):
         ops.update_slots_(slots, grad, exp_avg, exp_avg_sq, torch.tensor(step), rate, clip=clip, **mine)
@@ -184,12 +184,20 @@ def test_threads_change_nothing(two_threads):
         copy = torch.zeros(400, 300, dtype=torch.bfloat16)
         ops.update_slots_(slots, grad, torch.zeros(400, 300), torch.zeros(400, 300), 1, 0.1, compute=copy)
         results.append((slots, copy))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=False))
 
 
 # ---- the flag that refuses a gradient ----------------------------------------------------------------------------
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
-    not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU"),
+        ],
+    ),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -208,14 +216,18 @@ def test_where_finite_is_0_nothing_is_written(shape, dtype, device):
         return before, tensors
 
     before, after = updates(torch.zeros((), dtype=dtype, device=device))
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
     _, after = updates(torch.ones((), dtype=dtype, device=device))
-    assert all(torch.equal(a, b) for a, b in zip(updates(None)[1], after))
+    assert all(torch.equal(a, b) for a, b in zip(updates(None)[1], after, strict=False))
 
 
-@pytest.mark.parametrize("finite, message", [
-    (torch.ones(2), r"finite has shape \[2\]"), (torch.ones((), dtype=torch.float16), "finite must be float32"),
-])
+@pytest.mark.parametrize(
+    "finite, message",
+    [
+        (torch.ones(2), r"finite has shape \[2\]"),
+        (torch.ones((), dtype=torch.float16), "finite must be float32"),
+    ],
+)
 def test_a_flag_that_does_not_fit_is_an_error(finite, message):
     slots = torch.zeros(3, 8)
     with pytest.raises(ValueError, match=message):

@@ -41,9 +41,7 @@ def check_life(model, tmp_path, obstacle, layer=0):
 
 def test_a_lora_wrapped_host(tmp_path):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "up_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False
-    )
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], lora_dropout=0.2, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(), lora).eval()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     check_life(model, tmp_path, "up_proj is a peft")
@@ -136,10 +134,15 @@ def test_an_offloaded_host(where, tmp_path):
 def test_a_host_with_a_device_map(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-              "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload",
-                                      force_hooks=True)
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload", force_hooks=True)
     check_life(model, tmp_path, "has a forward of its own", layer=1)
 
 

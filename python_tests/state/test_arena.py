@@ -149,7 +149,7 @@ def test_a_stock_optimizers_step_is_seen_and_counts_as_an_update(dtype, foreach)
     assert losses[-1] < losses[0] and not torch.equal(logits_of(model, TEXT[:20]), host)
     assert memory.version == 4
     assert torch.equal(memory.state.arenas[0].compute, memory.slots.to(dtype))
-    for view, layer in zip(memory.state.arenas[0].views, memory.slots.to(dtype)):
+    for view, layer in zip(memory.state.arenas[0].views, memory.slots.to(dtype), strict=False):
         assert torch.equal(view.gate_key, layer[:2].flatten(0, 1)) and torch.equal(view.value, layer[2])
 
 
@@ -213,7 +213,7 @@ def test_the_memory_follows_the_hosts_dtype(dtype):
     assert relative_distance(after, before) < (0.1 if dtype != torch.float64 else 1e-5)
     assert relative_distance(after, before_host) > relative_distance(after, before)
     assert memory.slots.dtype == torch.float32 and torch.equal(memory.slots, slots)
-    assert all(a is b for a, b in zip(memory.parameters(), parameters))
+    assert all(a is b for a, b in zip(memory.parameters(), parameters, strict=False))
 
     if dtype != torch.float64:
         memory.memorize(TEXT, **SETTINGS)

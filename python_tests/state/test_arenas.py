@@ -228,9 +228,7 @@ def test_a_layer_or_an_arena_torn_apart_is_an_error(monkeypatch):
     memory = locas.attach(model, locas.LocasConfig(rank=4))
     memory.memorize(TEXT, **SETTINGS)
     second = [*model.model.layers[1].mlp.children()]
-    monkeypatch.setattr(
-        patch_module, "projection_device", lambda p: torch.device("cuda:1" if p in second else "cpu")
-    )
+    monkeypatch.setattr(patch_module, "projection_device", lambda p: torch.device("cuda:1" if p in second else "cpu"))
     slots = memory.slots.clone()
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="spread over cpu and cuda:1 after the memory was attached"):

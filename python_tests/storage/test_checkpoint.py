@@ -164,14 +164,17 @@ def test_a_changed_slot_by_hand_is_what_is_saved(tmp_path):
 
 
 # ---- the wrong thing ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family, settings, difference", [
-    ("llama", dict(seed=1), "weights_sha256"),
-    ("mistral", {}, "model_type 'llama' there, 'mistral' here"),
-    ("llama", dict(num_hidden_layers=3), "num_hidden_layers 2 there, 3 here"),
-    ("llama", dict(intermediate_size=48), "intermediate_size 40 there, 48 here"),
-    ("llama", dict(hidden_size=64, num_attention_heads=8), "hidden_size 32 there, 64 here"),
-    ("llama", dict(vocab_size=70), "vocab_size 61 there, 70 here"),
-])
+@pytest.mark.parametrize(
+    "family, settings, difference",
+    [
+        ("llama", dict(seed=1), "weights_sha256"),
+        ("mistral", {}, "model_type 'llama' there, 'mistral' here"),
+        ("llama", dict(num_hidden_layers=3), "num_hidden_layers 2 there, 3 here"),
+        ("llama", dict(intermediate_size=48), "intermediate_size 40 there, 48 here"),
+        ("llama", dict(hidden_size=64, num_attention_heads=8), "hidden_size 32 there, 64 here"),
+        ("llama", dict(vocab_size=70), "vocab_size 61 there, 70 here"),
+    ],
+)
 def test_a_memory_of_another_host(saved, family, settings, difference):
     model = tiny_model(family, **settings)
     with pytest.raises(locas.LocasError, match=f"another host.*{difference}"):
@@ -182,9 +185,13 @@ def test_a_memory_of_another_host(saved, family, settings, difference):
     assert memory.version == 0 and not memory.slots.any()
 
 
-@pytest.mark.parametrize("config, problem", [
-    (dict(rank=5), "rank 4; attached is 5"), (dict(rank=4, layers=[0]), r"layers \[0, 1\]; attached are \[0\]"),
-])
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        (dict(rank=5), "rank 4; attached is 5"),
+        (dict(rank=4, layers=[0]), r"layers \[0, 1\]; attached are \[0\]"),
+    ],
+)
 def test_a_memory_of_other_slots(saved, config, problem):
     memory = locas.attach(tiny_model(), locas.LocasConfig(**config))
     with pytest.raises(locas.LocasError, match=problem):
@@ -284,15 +291,22 @@ def test_numbers_that_are_not_finite(folder, name, value):
     assert_refused(folder, match=f"{name} holds numbers that are not finite")
 
 
-@pytest.mark.parametrize("change, problem", [
-    (lambda t: t.pop("slots") is None, "lacks slots"),
-    (lambda t: t.pop("scale") is None, "lacks scale"),
-    (lambda t: t.update(extra=torch.zeros(1)), "unknown tensors: extra"),
-    (lambda t: t.update(slots=t["slots"][:, :, :3].contiguous()), r"slots is .* \[2, 3, 3, 32\]; expected .* \[2, 3, 4, 32\]"),
-    (lambda t: t.update(slots=t["slots"].half()), "slots is torch.float16"),
-    (lambda t: t.update(scale=t["scale"][:1].contiguous()), "scale is"),
-    (lambda t: t.update(step=torch.tensor(1.0)), "step is torch.float32"),
-], ids=["no slots", "no scale", "extra", "shape", "dtype", "scale", "step"])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda t: t.pop("slots") is None, "lacks slots"),
+        (lambda t: t.pop("scale") is None, "lacks scale"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown tensors: extra"),
+        (
+            lambda t: t.update(slots=t["slots"][:, :, :3].contiguous()),
+            r"slots is .* \[2, 3, 3, 32\]; expected .* \[2, 3, 4, 32\]",
+        ),
+        (lambda t: t.update(slots=t["slots"].half()), "slots is torch.float16"),
+        (lambda t: t.update(scale=t["scale"][:1].contiguous()), "scale is"),
+        (lambda t: t.update(step=torch.tensor(1.0)), "step is torch.float32"),
+    ],
+    ids=["no slots", "no scale", "extra", "shape", "dtype", "scale", "step"],
+)
 def test_strict_tensors(folder, change, problem):
     rewrite(folder, change_tensors=lambda tensors: change(tensors) and None)
     assert_refused(folder, match=problem)
@@ -303,23 +317,53 @@ def test_an_unknown_format_version(folder):
     assert_refused(folder, match="format version 99")
 
 
-@pytest.mark.parametrize("key", [
-    "format_version", "config", "layers", "host", "memory_version", "initialized", "stream", "memory_sha256",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "format_version",
+        "config",
+        "layers",
+        "host",
+        "memory_version",
+        "initialized",
+        "stream",
+        "memory_sha256",
+    ],
+)
 def test_a_missing_key_in_the_config(folder, key):
     rewrite(folder, lambda record: record.pop(key) and None)
     assert_refused(folder)
 
 
-@pytest.mark.parametrize("change", [
-    lambda record: record["config"].update(rank=0), lambda record: record["config"].update(colour="blue"),
-    lambda record: record["config"].update(init="best"), lambda record: record["config"].pop("rank"),
-    lambda record: record.update(memory_version="many"), lambda record: record.update(memory_version=-1),
-    lambda record: record.update(host=[]), lambda record: record.update(layers="all"),
-    lambda record: record.update(config=7), lambda record: record.update(stream={"position": 3}),
-    lambda record: record.update(memory_version=1.5),
-], ids=["rank 0", "unknown setting", "unknown init", "no rank", "version text", "version -1", "host", "layers",
-        "config", "stream", "version 1.5"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["config"].update(rank=0),
+        lambda record: record["config"].update(colour="blue"),
+        lambda record: record["config"].update(init="best"),
+        lambda record: record["config"].pop("rank"),
+        lambda record: record.update(memory_version="many"),
+        lambda record: record.update(memory_version=-1),
+        lambda record: record.update(host=[]),
+        lambda record: record.update(layers="all"),
+        lambda record: record.update(config=7),
+        lambda record: record.update(stream={"position": 3}),
+        lambda record: record.update(memory_version=1.5),
+    ],
+    ids=[
+        "rank 0",
+        "unknown setting",
+        "unknown init",
+        "no rank",
+        "version text",
+        "version -1",
+        "host",
+        "layers",
+        "config",
+        "stream",
+        "version 1.5",
+    ],
+)
 def test_nonsense_in_the_config(folder, change):
     rewrite(folder, lambda record: change(record) and None)
     assert_refused(folder)

@@ -20,9 +20,19 @@ def tiny_model(family="llama", seed=0, dtype=torch.float32, **settings):
     """A random causal language model small enough for a test, in eval mode."""
     config_class, model_class = FAMILIES[family]
     fields = dict(
-        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.25,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        tie_word_embeddings=False,
     )
     if family == "mistral":
         fields["sliding_window"] = None
@@ -35,8 +45,15 @@ def tiny_opt(vocab_size=61, positions=64):
     """A random OPT: a host whose FFNs have two layers."""
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=vocab_size, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=32, max_position_embeddings=positions, init_std=0.25, dropout=0.0,
+        vocab_size=vocab_size,
+        hidden_size=32,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=positions,
+        init_std=0.25,
+        dropout=0.0,
     )
     return transformers.OPTForCausalLM(config).eval()
 
@@ -173,10 +190,11 @@ class PlainMemory:
             self.optimizer = torch.optim.AdamW(self.slots, lr=learning_rate, weight_decay=0.0, foreach=False)
         else:
             self.optimizer = torch.optim.SGD(self.slots, lr=learning_rate, foreach=False)
-        for ffn, layer, tau in zip(self.ffns, self.slots, self.scale):
+        for ffn, layer, tau in zip(self.ffns, self.slots, self.scale, strict=False):
             ffn.register_forward_hook(
-                lambda module, args, y, layer=layer, tau=tau: y
-                + plain_sideway(args[0], layer, tau, self.activation, act_formula)
+                lambda module, args, y, layer=layer, tau=tau: (
+                    y + plain_sideway(args[0], layer, tau, self.activation, act_formula)
+                )
             )
 
     def step(self, loss):

@@ -26,14 +26,28 @@ HOST_SETTINGS = {
 }
 TWO_LAYER = ("gpt2", "gpt_neox", "opt", "phi")
 LEARN = dict(window=32, stride=16, learning_rate=2e-2, progress=False)
-PROJECTION_NAMES = {"gpt2": ("c_fc", "c_proj"), "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"), "opt": ("fc1", "fc2"), "phi": ("fc1", "fc2")}
+PROJECTION_NAMES = {
+    "gpt2": ("c_fc", "c_proj"),
+    "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"),
+    "opt": ("fc1", "fc2"),
+    "phi": ("fc1", "fc2"),
+}
 
 
 def tiny(model_type, seed=0, **settings):
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(
-        model_type, vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        model_type,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
         **{"num_hidden_layers": 2, **HOST_SETTINGS.get(model_type, {}), **settings},
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -9,7 +9,11 @@ KITES = {
     "session_1": [
         {"speaker": "Ada", "dia_id": "D1:1", "text": "I bought a red kite yesterday."},
         {
-            "speaker": "Bo", "dia_id": "D1:2", "text": "Here is\nmy dog.", "img_url": ["x"], "query": "dog",
+            "speaker": "Bo",
+            "dia_id": "D1:2",
+            "text": "Here is\nmy dog.",
+            "img_url": ["x"],
+            "query": "dog",
             "blip_caption": "a photo of a {brown} dog",
         },
     ],

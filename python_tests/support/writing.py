@@ -1,4 +1,4 @@
-"""Locas-MLP memories to write into, and the oracle of what is written: a float64 host with hooks, of torch and transformers alone."""
+"""Locas-MLP memories to write into, and the oracle: a float64 host with hooks, of torch and transformers alone."""
 
 import copy
 import warnings
@@ -62,7 +62,7 @@ class PlainWriter:
         asked = [nll[t : t + 1] for t in own] if exact else [nll[own]]
         gradients = [self.rows(torch.autograd.grad(-a.sum(), self.outputs, retain_graph=True)) for a in asked]
         if exact:
-            gradient = torch.stack([g[:, t] for g, t in zip(gradients, own)], dim=1)
+            gradient = torch.stack([g[:, t] for g, t in zip(gradients, own, strict=False)], dim=1)
         else:
             gradient = gradients[0][:, own]
         return self.rows(self.inputs)[:, own].detach(), gradient, nll.detach()
@@ -70,9 +70,7 @@ class PlainWriter:
 
 def expected_slots(inputs, gradients, epsilon):
     norm = gradients.square().sum((0, 2)).sqrt()
-    return torch.stack([
-        inputs / inputs.norm(dim=-1, keepdim=True), epsilon * gradients / norm[:, None]
-    ], dim=1), norm
+    return torch.stack([inputs / inputs.norm(dim=-1, keepdim=True), epsilon * gradients / norm[:, None]], dim=1), norm
 
 
 def written(memory, start=0):
@@ -88,7 +86,7 @@ def everything(memory):
 def assert_unchanged(memory, before):
     now = everything(memory)
     assert now[:3] == before[:3]
-    assert torch.equal(now[3], before[3]) and all(torch.equal(a, b) for a, b in zip(now[4], before[4]))
+    assert torch.equal(now[3], before[3]) and all(torch.equal(a, b) for a, b in zip(now[4], before[4], strict=False))
 
 
 def breaking_gradient(model, factor=float("nan")):

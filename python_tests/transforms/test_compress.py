@@ -34,6 +34,7 @@ from support.writing import (
 )
 
 import locas_ext as locas
+import itertools
 
 WRITE = dict(window=16, stride=6, update="write", epsilon=0.05, progress=False)
 CYCLE = dict(**WRITE, capacity=16, compress_to=7)
@@ -52,7 +53,7 @@ def f(x, slots, activation):
 
 def energy_matrix(slots):
     key, value = slots.double()
-    return ((key * value.norm(dim=1, keepdim=True)).T @ (key * value.norm(dim=1, keepdim=True)))
+    return (key * value.norm(dim=1, keepdim=True)).T @ (key * value.norm(dim=1, keepdim=True))
 
 
 # ---- compress -------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_as_many_as_there_are_keeps_what_the_text_does():
     old = written(memory).clone()
     report = memory.compress(12)
     assert report.slots_used == 12 and report.kept_energy == pytest.approx([1.0, 1.0])
-    for before, after in zip(old, memory.slots):
+    for before, after in zip(old, memory.slots, strict=False):
         projected = before[0] @ after[0].T @ after[0]
         torch.testing.assert_close(projected, before[0], rtol=0, atol=1e-5)
 
@@ -154,16 +155,20 @@ def test_a_half_precision_host_is_told(dtype):
     assert torch.equal(memory.state.arenas[0].compute, memory.slots.to(dtype))
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ((0,), ValueError, "rank is 0; expected 1 to 12"),
-    ((13,), ValueError, "rank is 13; expected 1 to 12, no more than the 12 slots there are"),
-    ((True,), TypeError, "rank is True"),
-    ((3.0,), TypeError, "rank is 3.0"),
-    ((3, -1.0), ValueError, "threshold is -1.0"),
-    ((3, float("nan")), ValueError, "threshold is nan"),
-    ((3, "0"), TypeError, "threshold is '0'"),
-    ((3, True), TypeError, "threshold is True"),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((0,), ValueError, "rank is 0; expected 1 to 12"),
+        ((13,), ValueError, "rank is 13; expected 1 to 12, no more than the 12 slots there are"),
+        ((True,), TypeError, "rank is True"),
+        ((3.0,), TypeError, "rank is 3.0"),
+        ((3, -1.0), ValueError, "threshold is -1.0"),
+        ((3, float("nan")), ValueError, "threshold is nan"),
+        ((3, "0"), TypeError, "threshold is '0'"),
+        ((3, True), TypeError, "threshold is True"),
+    ],
+    ids=str,
+)
 def test_bad_arguments(arguments, error, message):
     _, memory = writable()
     memory.write(IDS, capacity=20)
@@ -203,9 +208,7 @@ def plain_nl_svd(slots, rank, activation):
     return torch.stack([probes, f(probes, slots, activation) / one])
 
 
-def plain_loop(
-    model, ids, window, stride, epsilon, capacity, compress_to, context_gradient=False, bos=None, tokens=None
-):
+def plain_loop(model, ids, window, stride, epsilon, capacity, compress_to, context_gradient=False, bos=None, tokens=None):
     """-> each chunk's NLL and the slots at the end; score a chunk, then write its tokens, compress when full."""
     twin, nlls = PlainWriter(model), []
     for start, end in chunk_bounds(len(ids), stride):
@@ -248,7 +251,7 @@ def test_chunk_losses_are_those_of_a_plain_loop(family, changes):
     assert report.tokens == 39 and report.perplexity == pytest.approx(math.exp(sum(nlls) / 39), rel=1e-5)
     assert report.cuda_graph == "not used: slots are written in closed form"
     versions = [chunk.memory_version for chunk in report.chunks]
-    assert versions[0] == 0 and {b - a for a, b in zip(versions, versions[1:])} == {1, 2}  # 2: compressed
+    assert versions[0] == 0 and {b - a for a, b in itertools.pairwise(versions)} == {1, 2}  # 2: compressed
     assert memory.state.used == slots.shape[2] and memory.state.capacity == 16
     x = torch.randn(50, 32, dtype=torch.float64)  # eigenvectors of near eigenvalues may differ; what they do, less so
     expected, activation = outputs(slots, activation_of(model), x), activation_of(model)
@@ -288,9 +291,16 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5])
-@pytest.mark.parametrize("settings", [
-    CYCLE, WRITE, dict(WRITE, when_full="error"), dict(WRITE, capacity=9, when_full="drop_oldest"),
-], ids=["cycle", "default", "grows", "drops"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CYCLE,
+        WRITE,
+        dict(WRITE, when_full="error"),
+        dict(WRITE, capacity=9, when_full="drop_oldest"),
+    ],
+    ids=["cycle", "default", "grows", "drops"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, settings, dtype):
     _, whole = writable(dtype=dtype)
@@ -390,21 +400,25 @@ def test_a_gradient_that_is_not_finite_leaves_the_memory_of_the_last_chunk(chunk
     assert torch.equal(written(memory), written(expected)) and memory.version == expected.version
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (dict(WRITE, epochs=2), ValueError, "epochs is 2, but update is 'write'"),
-    (dict(WRITE, epsilon=0.0), ValueError, "epsilon is 0.0"),
-    (dict(WRITE, tokens=[1, 2]), ValueError, "tokens holds positions, which only write"),
-    (dict(WRITE, tokens=torch.tensor([1, 2])), ValueError, "tokens holds positions"),
-    (dict(WRITE, tokens="some"), TypeError, "tokens is 'some'"),
-    (dict(WRITE, capacity=5, when_full="drop_oldest"), ValueError, "up to 6 tokens.*at least 6"),
-    (dict(WRITE, capacity=10, compress_to=5), ValueError, "capacity is 10 and compress_to 5.*at least 11"),
-    (dict(WRITE, capacity=10, compress_to=10), ValueError, "compress_to is 10"),
-    (dict(WRITE, update="wrote"), ValueError, "update is 'wrote'; expected one of backprop, write"),
-    (dict(stride=6, window=16, epsilon=0.5), ValueError, "epsilon is given, but update is 'backprop'"),
-    (dict(stride=6, window=16, capacity=9), ValueError, "capacity is given, but update is 'backprop'"),
-    (dict(stride=6, window=16, tokens=3), ValueError, "tokens is given, but update is 'backprop'"),
-    (dict(stride=6, window=16, compress_to=3), ValueError, "compress_to is given, but update is 'backprop'"),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(WRITE, epochs=2), ValueError, "epochs is 2, but update is 'write'"),
+        (dict(WRITE, epsilon=0.0), ValueError, "epsilon is 0.0"),
+        (dict(WRITE, tokens=[1, 2]), ValueError, "tokens holds positions, which only write"),
+        (dict(WRITE, tokens=torch.tensor([1, 2])), ValueError, "tokens holds positions"),
+        (dict(WRITE, tokens="some"), TypeError, "tokens is 'some'"),
+        (dict(WRITE, capacity=5, when_full="drop_oldest"), ValueError, "up to 6 tokens.*at least 6"),
+        (dict(WRITE, capacity=10, compress_to=5), ValueError, "capacity is 10 and compress_to 5.*at least 11"),
+        (dict(WRITE, capacity=10, compress_to=10), ValueError, "compress_to is 10"),
+        (dict(WRITE, update="wrote"), ValueError, "update is 'wrote'; expected one of backprop, write"),
+        (dict(stride=6, window=16, epsilon=0.5), ValueError, "epsilon is given, but update is 'backprop'"),
+        (dict(stride=6, window=16, capacity=9), ValueError, "capacity is given, but update is 'backprop'"),
+        (dict(stride=6, window=16, tokens=3), ValueError, "tokens is given, but update is 'backprop'"),
+        (dict(stride=6, window=16, compress_to=3), ValueError, "compress_to is given, but update is 'backprop'"),
+    ],
+    ids=str,
+)
 def test_wrong_combinations(arguments, error, message):
     _, memory = writable()
     before = everything(memory)

@@ -42,9 +42,19 @@ def test_the_merged_model_computes_what_the_attached_one_did(family, pad):
     assert (merged - attached_logits).abs().max() <= 1e-5 * attached_logits.abs().max()
 
 
-@pytest.mark.parametrize("rank, pad, width", [
-    (4, 1, 44), (4, 4, 44), (4, 8, 48), (5, 8, 48), (8, 8, 48), (9, 8, 56), (4, 128, 128), (40, 16, 80),
-])
+@pytest.mark.parametrize(
+    "rank, pad, width",
+    [
+        (4, 1, 44),
+        (4, 4, 44),
+        (4, 8, 48),
+        (5, 8, 48),
+        (8, 8, 48),
+        (9, 8, 56),
+        (4, 128, 128),
+        (40, 16, 80),
+    ],
+)
 def test_widths_are_rounded_up_and_every_attribute_follows(rank, pad, width):
     model, memory = attached(rank=rank)
     memory.merge_and_unload(pad_to_multiple_of=pad)

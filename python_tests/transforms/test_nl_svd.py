@@ -11,7 +11,15 @@ from locas_ext.transforms.nl_svd import nl_svd
 
 # m, d, rank: more slots than dimensions, fewer, as many; full rank and rank 1.
 SHAPES = [
-    (37, 11, 5), (40, 13, 13), (12, 29, 7), (9, 31, 9), (17, 17, 8), (16, 16, 16), (23, 10, 1), (6, 14, 1), (1, 5, 1),
+    (37, 11, 5),
+    (40, 13, 13),
+    (12, 29, 7),
+    (9, 31, 9),
+    (17, 17, 8),
+    (16, 16, 16),
+    (23, 10, 1),
+    (6, 14, 1),
+    (1, 5, 1),
 ]
 LIPSCHITZ = {"relu": 1.0, "silu": 1.09984, "gelu": 1.12891, "gelu_pytorch_tanh": 1.129, "gelu_new": 1.129}
 

@@ -17,8 +17,10 @@ def capability(
     window: Annotated[int, typer.Option(help="Tokens seen at once; a memory is judged window by window.")] = 128,
     merged: Annotated[
         bool | None,
-        typer.Option(help="Whether the merged model is measured, which needs a second copy of the FFNs; "
-                     "left out: on texts, not on --tasks."),
+        typer.Option(
+            help="Whether the merged model is measured, which needs a second copy of the FFNs; "
+            "left out: on texts, not on --tasks."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -26,9 +28,7 @@ def capability(
             parser=names, metavar="NAME,...", help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval."
         ),
     ] = None,
-    few_shot: Annotated[
-        int | None, typer.Option(help="Examples before each question; left out: what the task says.")
-    ] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; left out: what the task says.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
     batch_size: BatchSize = 8,
     include_path: Annotated[

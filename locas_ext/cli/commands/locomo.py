@@ -36,8 +36,12 @@ def locomo(
     model: Model,
     out: ResultsFolder,
     methods: Annotated[
-        str, typer.Option(parser=names, metavar="NAME,...", help="full-context, no-context, and both with +locas or "
-                          "+temp-lora: a memory that has read the dialogue.")
+        str,
+        typer.Option(
+            parser=names,
+            metavar="NAME,...",
+            help="full-context, no-context, and both with +locas or +temp-lora: a memory that has read the dialogue.",
+        ),
     ] = "full-context,no-context,full-context+locas,no-context+locas",
     window: Window = None,
     stride: Stride = None,
@@ -62,13 +66,15 @@ def locomo(
     from locas_ext.evaluation.locomo.command import LocomoTask, run_locomo
 
     locas = dict(
-        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs,
+        variant=variant,
+        rank=rank,
+        init=init,
+        scale=scale,
+        clip=clip,
+        learning_rate=learning_rate,
+        epochs=epochs,
         seed=seed,
     )
-    temp_lora = dict(
-        rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed
-    )
-    task = LocomoTask(
-        data, model, methods, out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device
-    )
+    temp_lora = dict(rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed)
+    task = LocomoTask(data, model, methods, out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device)
     run_locomo(task, console())

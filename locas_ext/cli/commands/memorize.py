@@ -39,9 +39,7 @@ def memorize(
     clip: Clip = True,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     seed: Seed = 0,
-    update: Annotated[
-        str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")
-    ] = "backprop",
+    update: Annotated[str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")] = "backprop",
     epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
     capacity: Annotated[
         int | None,
@@ -60,8 +58,15 @@ def memorize(
     from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
 
     settings = dict(
-        window=window, stride=stride, learning_rate=learning_rate, epochs=epochs, optimizer=optimizer, update=update,
-        epsilon=epsilon, capacity=capacity, compress_to=compress_to,
+        window=window,
+        stride=stride,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        optimizer=optimizer,
+        update=update,
+        epsilon=epsilon,
+        capacity=capacity,
+        compress_to=compress_to,
     )
     config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, clip=clip, seed=seed)
     run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), console())

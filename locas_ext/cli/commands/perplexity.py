@@ -37,8 +37,11 @@ def perplexity(
     out: ResultsFolder,
     methods: Annotated[
         str | None,
-        typer.Option(parser=names, metavar="NAME,...", help="Of truncation, long-context, temp-lora, locas; left out: "
-                     "truncation,locas, or all of the ablation."),
+        typer.Option(
+            parser=names,
+            metavar="NAME,...",
+            help="Of truncation, long-context, temp-lora, locas; left out: truncation,locas, or all of the ablation.",
+        ),
     ] = None,
     ablate: Annotated[
         str | None,
@@ -75,14 +78,33 @@ def perplexity(
     from locas_ext.evaluation.perplexity.study import PerplexityTask
 
     locas = dict(
-        variant=variant, rank=rank, init=init, scale=scale, clip=clip, learning_rate=learning_rate, epochs=epochs,
+        variant=variant,
+        rank=rank,
+        init=init,
+        scale=scale,
+        clip=clip,
+        learning_rate=learning_rate,
+        epochs=epochs,
         seed=seed,
     )
-    temp_lora = dict(
-        rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed
-    )
+    temp_lora = dict(rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed)
     task = PerplexityTask(
-        books, model, out, methods, ablate, locas, temp_lora, long_context, window, stride, max_tokens, held_out or [],
-        held_out_tokens, bos, processes, dtype, device,
+        books,
+        model,
+        out,
+        methods,
+        ablate,
+        locas,
+        temp_lora,
+        long_context,
+        window,
+        stride,
+        max_tokens,
+        held_out or [],
+        held_out_tokens,
+        bos,
+        processes,
+        dtype,
+        device,
     )
     run_perplexity(task, console())

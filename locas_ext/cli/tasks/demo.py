@@ -86,7 +86,11 @@ def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport
     finished = []
     try:
         report = memory.memorize(
-            book.ids, window=WINDOW, stride=STRIDE, learning_rate=settings.learning_rate, epochs=settings.epochs,
+            book.ids,
+            window=WINDOW,
+            stride=STRIDE,
+            learning_rate=settings.learning_rate,
+            epochs=settings.epochs,
             callback=finished.append,
         )
     except KeyboardInterrupt:
@@ -126,8 +130,14 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
         raise Interrupted(f"the memory of {len(book.ids):,} tokens is kept in {settings.memory_folder}") from None
     host_parameters = sum(parameter.numel() for parameter in model.parameters())
     return DemoResult(
-        alone, memorized, extra_parameters, host_parameters, Sides(unrelated_before, unrelated_with),
-        unrelated_after, host_unchanged, reread,
+        alone,
+        memorized,
+        extra_parameters,
+        host_parameters,
+        Sides(unrelated_before, unrelated_with),
+        unrelated_after,
+        host_unchanged,
+        reread,
     )
 
 
@@ -148,8 +158,9 @@ def _table(result: DemoResult, book: Book, other: Book) -> Table:
     host_rate = len(book.ids) / result.truncation.seconds
     memory_rate = len(book.ids) / result.memorized.seconds
     table.add_row("tokens/s", f"{host_rate:,.0f}", f"{memory_rate:,.0f}", "")
-    table.add_row("time", f"{result.truncation.seconds:.1f} s", f"{result.memorized.seconds:.1f} s",
-                  f"{host_rate / memory_rate:.2f}x")
+    table.add_row(
+        "time", f"{result.truncation.seconds:.1f} s", f"{result.memorized.seconds:.1f} s", f"{host_rate / memory_rate:.2f}x"
+    )
     share = 100 * result.extra_parameters / result.host_parameters
     table.add_row("extra parameters", "0", f"{result.extra_parameters:,}", f"+{share:.1f}%")
     table.add_section()

@@ -43,7 +43,10 @@ def run_generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.inference_mode():
         output = host.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            **sampling,
         )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

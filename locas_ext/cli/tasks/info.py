@@ -8,9 +8,9 @@ import transformers
 from rich.console import Console
 
 from locas_ext import _C
-from locas_ext.version import __version__
 from locas_ext.evaluation.machine import processor
 from locas_ext.hosts.registry import HOSTS
+from locas_ext.version import __version__
 
 from .selftest import self_test
 

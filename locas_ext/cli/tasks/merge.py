@@ -10,9 +10,7 @@ from locas_ext.evaluation.inputs import load_host
 from locas_ext.hosts.registry import inspect_host
 
 
-def run_merge(
-    model: str, memory: Path, out: Path, pad_to_multiple_of: int, dtype: str | None, console: Console
-) -> None:
+def run_merge(model: str, memory: Path, out: Path, pad_to_multiple_of: int, dtype: str | None, console: Console) -> None:
     """Writes the merged model and its tokenizer to `out`, a new or empty folder: whole or not at all.
 
     Raises ValueError, FileNotFoundError or OSError for arguments that do not fit.

@@ -75,7 +75,7 @@ def _write_slots_(module, slots, inputs, gradients) -> list[Tensor]:
 
 
 def _relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
-    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(results, exact)]
+    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(results, exact, strict=True)]
     return torch.stack(errors).max().item()
 
 

@@ -100,11 +100,14 @@ def _pooled(records: list[dict], seed: int) -> list[dict]:
     for state in dict.fromkeys(record["state"] for record in records):
         those = [record for record in records if record["state"] == state]
         windows = [row for record in those for row in record["per_window"]]
-        result.append(_summary(state, ALL, windows, seed) | {
-            "same_bits_as_host": all(record["same_bits_as_host"] for record in those),
-            "seconds": sum(record["seconds"] for record in those),
-            "pooled": True,
-        })
+        result.append(
+            _summary(state, ALL, windows, seed)
+            | {
+                "same_bits_as_host": all(record["same_bits_as_host"] for record in those),
+                "seconds": sum(record["seconds"] for record in those),
+                "pooled": True,
+            }
+        )
     return result
 
 
@@ -135,7 +138,9 @@ def _probe(model, memory_folder: Path) -> dict:
     """
     memory = locas.load(copy_sharing_weights(model), memory_folder)
     return {
-        "memory_config": memory.config.to_dict(), "memory_version": memory.version, "tokens_seen": memory.tokens_seen,
+        "memory_config": memory.config.to_dict(),
+        "memory_version": memory.version,
+        "tokens_seen": memory.tokens_seen,
         "memory_sha256": digest(memory.slots).hex(),
     }
 
@@ -144,10 +149,18 @@ def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
     """Everything that decides the numbers."""
     tasks = task.tasks
     return {
-        "command": "capability", "model": task.model, "memory": task.memory,
-        "held_out": [text.fingerprint for text in texts], "window": task.window, "merged": task.merged,
-        "tasks": tasks and tasks.names, "few_shot": tasks and tasks.few_shot, "limit": tasks and tasks.limit,
-        "seed": task.seed, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        "command": "capability",
+        "model": task.model,
+        "memory": task.memory,
+        "held_out": [text.fingerprint for text in texts],
+        "window": task.window,
+        "merged": task.merged,
+        "tasks": tasks and tasks.names,
+        "few_shot": tasks and tasks.few_shot,
+        "limit": tasks and tasks.limit,
+        "seed": task.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
         **_probe(model, task.memory),
     }
 
@@ -165,9 +178,7 @@ def _states(model, memory_folder: Path, merged: bool) -> Iterator[tuple[str, obj
     yield "detached", model
 
 
-def _run_texts(
-    task: CapabilityTask, model, texts: dict[str, Text], records: list[dict], keep: Callable[[], None]
-) -> None:
+def _run_texts(task: CapabilityTask, model, texts: dict[str, Text], records: list[dict], keep: Callable[[], None]) -> None:
     done = {record.get("text") for record in records}
     for name, text in texts.items():
         if name not in done:
@@ -179,9 +190,7 @@ def _run_texts(
         keep()
 
 
-def _run_tasks(
-    task: CapabilityTask, harness: Harness, model, tokenizer, records: list[dict], keep: Callable[[], None]
-) -> None:
+def _run_tasks(task: CapabilityTask, harness: Harness, model, tokenizer, records: list[dict], keep: Callable[[], None]) -> None:
     earlier = [record for record in records if "task" in record]
     done = {record["state"] for record in earlier}
     hosts = {(record["task"], record["metric"]): record for record in earlier if record["state"] == "host"}
@@ -206,7 +215,7 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     harness = Harness(task.tasks) if task.tasks else None
     model, tokenizer = load_host(task.model, task.dtype, task.device)
     read = [read_text(path, tokenizer, task.held_out_tokens) for path in task.held_out]
-    texts = dict(zip(_names(task.held_out), read))
+    texts = dict(zip(_names(task.held_out), read, strict=True))
     for text in read:
         check(model, text.ids, task.window)
     settings = _settings(task, model, read)

@@ -11,14 +11,14 @@ _BLOCK = 1 << 22  # float64 numbers at once
 def _blocks(*logits: Tensor):
     """The rows of tensors [n, vocab_size] in float64, a few at a time."""
     rows = max(1, _BLOCK // logits[0].shape[-1])
-    for block in zip(*(tensor.split(rows) for tensor in logits)):
+    for block in zip(*(tensor.split(rows) for tensor in logits), strict=True):
         yield [tensor.double() for tensor in block]
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Summed over the targets [n], in nats; logits [n, vocab_size]."""
     taken = targets[:, None].split(max(1, _BLOCK // logits.shape[-1]))
-    parts = [block.log_softmax(-1).gather(1, column) for (block,), column in zip(_blocks(logits), taken)]
+    parts = [block.log_softmax(-1).gather(1, column) for (block,), column in zip(_blocks(logits), taken, strict=True)]
     return -torch.cat(parts).sum().item()
 
 

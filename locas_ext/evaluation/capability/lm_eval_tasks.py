@@ -59,7 +59,10 @@ class Harness:
         tasks, started = self.tasks, time.perf_counter()
         found = self._lm_eval.simple_evaluate(
             model=self._wrapper(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size),
-            tasks=list(tasks.names), num_fewshot=tasks.few_shot, limit=tasks.limit, task_manager=self._manager,
+            tasks=list(tasks.names),
+            num_fewshot=tasks.few_shot,
+            limit=tasks.limit,
+            task_manager=self._manager,
             bootstrap_iters=1000,
         )
         seconds = time.perf_counter() - started
@@ -75,12 +78,20 @@ class Harness:
                 if not filter_name or metric.endswith("_stderr"):
                     continue
                 asked = [sample for sample in samples if sample["filter"] == filter_name]
-                records.append({
-                    "state": state, "task": name, "metric": key, "value": float(value),
-                    "stderr": _number(figures.get(f"{metric}_stderr,{filter_name}")), "questions": len(asked),
-                    "per_question": _mean_of(metric, asked, value), "responses_sha256": _digest(asked),
-                    "seconds": seconds, "lm_eval": found["lm_eval_version"],
-                })
+                records.append(
+                    {
+                        "state": state,
+                        "task": name,
+                        "metric": key,
+                        "value": float(value),
+                        "stderr": _number(figures.get(f"{metric}_stderr,{filter_name}")),
+                        "questions": len(asked),
+                        "per_question": _mean_of(metric, asked, value),
+                        "responses_sha256": _digest(asked),
+                        "seconds": seconds,
+                        "lm_eval": found["lm_eval_version"],
+                    }
+                )
         return records
 
 

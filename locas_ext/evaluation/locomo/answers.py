@@ -86,7 +86,7 @@ def answer(
     for batch in _batches(prompts.questions, batch_size):
         inputs = torch.stack([prompts.questions[index] for index in batch]).to(model.device)
         lines = _continue(model, tokenizer, inputs, _copies(cache, len(batch)), max_new_tokens)
-        for index, (line, _) in zip(batch, lines):
+        for index, (line, _) in zip(batch, lines, strict=True):
             answers[index] = line
         callback(len(batch), sum(tokens for _, tokens in lines))
     return answers

@@ -86,9 +86,12 @@ def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]
     """A bar of questions with tokens/s, on standard error. Yields the callback of `answer`."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=max(4, min(40, console.width - 76))),
-        TextColumn("{task.completed}/{task.total} questions"), TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(), TextColumn("left"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=max(4, min(40, console.width - 76))),
+        TextColumn("{task.completed}/{task.total} questions"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console) as progress:
         bar, written = progress.add_task(title, total=questions, rate=0.0), 0
@@ -101,9 +104,7 @@ def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]
         yield advance
 
 
-def _answer_dialogue(
-    host, tokenizer, dialogue: Dialogue, task: LocomoTask, protocol: Protocol, output: Output
-) -> None:
+def _answer_dialogue(host, tokenizer, dialogue: Dialogue, task: LocomoTask, protocol: Protocol, output: Output) -> None:
     """Every method that is not in `output` yet; methods with the same memory share one reading."""
     if not output.has(ALL_REFUSE, dialogue.name):
         output.add(ALL_REFUSE, dialogue, [REFUSAL] * len(dialogue.questions), cut_tokens=0, seconds=0.0)
@@ -140,11 +141,19 @@ def _check(task: LocomoTask) -> None:
 
 def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Protocol) -> dict:
     return {
-        "command": "locomo", "model": task.model, "dtype": str(host.dtype).removeprefix("torch."),
-        "methods": task.methods, "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
-        "positions": positions(host), "window": protocol.window, "stride": protocol.stride, "seed": task.locas["seed"],
+        "command": "locomo",
+        "model": task.model,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "methods": task.methods,
+        "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
+        "positions": positions(host),
+        "window": protocol.window,
+        "stride": protocol.stride,
+        "seed": task.locas["seed"],
         "memories": {name: arm.settings for name, arm in _arms(task).items()},
-        "max_new_tokens": task.max_new_tokens, "batch_size": task.batch_size, "prompts": PROMPTS,
+        "max_new_tokens": task.max_new_tokens,
+        "batch_size": task.batch_size,
+        "prompts": PROMPTS,
     }
 
 

@@ -20,8 +20,13 @@ def _predictions(dialogue: Dialogue, answers: list[str], cut_tokens: int) -> lis
     lines = []
     for index, (question, prediction) in enumerate(zip(dialogue.questions, answers, strict=True)):
         line = {
-            "dialogue": dialogue.name, "index": index, "category": question.category, "question": question.text,
-            "gold": question.answer, "prediction": prediction, "f1": official_score(question, prediction),
+            "dialogue": dialogue.name,
+            "index": index,
+            "category": question.category,
+            "question": question.text,
+            "gold": question.answer,
+            "prediction": prediction,
+            "f1": official_score(question, prediction),
             "cut_tokens": cut_tokens,
         }
         if question.category == ADVERSARIAL:
@@ -49,10 +54,16 @@ class Output:
         kept = [line for line in _read_lines(file) if self.has(method, line["dialogue"])]
         lines = [*kept, *_predictions(dialogue, answers, cut_tokens)]
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.records.append({
-            "method": method, "dialogue": dialogue.name, "questions": len(answers), "cut_tokens": cut_tokens,
-            "seconds": seconds, "scores": summarize(dialogue.questions, answers),
-        })
+        self.records.append(
+            {
+                "method": method,
+                "dialogue": dialogue.name,
+                "questions": len(answers),
+                "cut_tokens": cut_tokens,
+                "seconds": seconds,
+                "scores": summarize(dialogue.questions, answers),
+            }
+        )
         results.write(self.folder, self.settings, self.records)
 
 

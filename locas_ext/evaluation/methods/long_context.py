@@ -41,7 +41,9 @@ def long_context(
             cache = None
         unread = before if cache is None else before[cache.get_seq_length() :]
         logits = model(
-            input_ids=torch.cat([unread, inputs])[None], past_key_values=cache, use_cache=cache is not None,
+            input_ids=torch.cat([unread, inputs])[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
             logits_to_keep=len(targets),
         ).logits
         return F.cross_entropy(logits[0].float(), targets, reduction="sum").item(), 0

@@ -43,9 +43,7 @@ class Measurement:
 
 def held_out_perplexity(host, texts: list[Text], protocol: Protocol) -> float | None:
     """exp(sum NLL / tokens) over all texts, read in windows side by side by the model as it is; None without texts."""
-    reports = [
-        truncation(host, text.ids, protocol.window, protocol.room, progress=False, bos=protocol.bos) for text in texts
-    ]
+    reports = [truncation(host, text.ids, protocol.window, protocol.room, progress=False, bos=protocol.bos) for text in texts]
     tokens = sum(report.tokens for report in reports)
     return math.exp(math.fsum(report.nll for report in reports) / tokens) if tokens else None
 
@@ -80,9 +78,7 @@ def _long_context(host, settings: dict) -> Iterator[Reader]:
 def _temp_lora(host, settings: dict) -> Iterator[Reader]:
     learning = {name: settings[name] for name in ("learning_rate", "epochs")}
     with lora(host, settings["rank"], settings["alpha"], settings["seed"]) as parameters:
-        yield Reader(
-            partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters)
-        )
+        yield Reader(partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters))
 
 
 def locas_config(settings: dict) -> LocasConfig:

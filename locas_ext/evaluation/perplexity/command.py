@@ -42,8 +42,11 @@ def _spawned_worker(index: int, task: PerplexityTask) -> None:
 def _table(records: list[dict]) -> Table:
     rows = [
         [
-            record["book"], record["arm"], record["error"] or perplexity_text(record["perplexity"]),
-            perplexity_text(record["held_out_perplexity"]), times_text(record["relative_time"]),
+            record["book"],
+            record["arm"],
+            record["error"] or perplexity_text(record["perplexity"]),
+            perplexity_text(record["held_out_perplexity"]),
+            times_text(record["relative_time"]),
             parameters_text(record["extra_parameters"]),
         ]
         for record in records
@@ -68,9 +71,7 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
             _work(study, jobs, progress=processes == 1 == world_size())
     except KeyboardInterrupt:
         done = sum(job.done for job in jobs)
-        raise Interrupted(
-            f"{done} of {len(jobs)} records are kept in {task.out}; the same command goes on"
-        ) from None
+        raise Interrupted(f"{done} of {len(jobs)} records are kept in {task.out}; the same command goes on") from None
     if not all(job.done for job in jobs):
         return  # other processes are still at it; the last one reports
     publish(study, jobs)

@@ -67,8 +67,14 @@ class Job:
             log.truncate(0)
             study, before = self.study, self.study.held_out_before
             measurement = measure(
-                study.host, self.arm, self.book, study.protocol, study.held_out, self.path("memories"),
-                lambda chunk: log.write(json.dumps(asdict(chunk)) + "\n"), progress,
+                study.host,
+                self.arm,
+                self.book,
+                study.protocol,
+                study.held_out,
+                self.path("memories"),
+                lambda chunk: log.write(json.dumps(asdict(chunk)) + "\n"),
+                progress,
             )
             record = _record(self, measurement, before)
             write_atomically(self.record_file, json.dumps(record).encode())
@@ -86,8 +92,13 @@ def _record(job: Job, measurement: Measurement, held_out_before: float | None) -
     curve = running_perplexity(chunks)
     task = job.study.task
     return {
-        "method": job.arm.method, "arm": job.arm.label, "arm_settings": job.arm.settings, "book": book.name,
-        "tokens": tokens, "words": book.words, "bytes": book.bytes,
+        "method": job.arm.method,
+        "arm": job.arm.label,
+        "arm_settings": job.arm.settings,
+        "book": book.name,
+        "tokens": tokens,
+        "words": book.words,
+        "bytes": book.bytes,
         "nll": nll if whole else None,
         "perplexity": math.exp(nll / tokens) if whole else None,
         "perplexity_per_word": math.exp(nll / book.words) if whole and book.words else None,
@@ -99,7 +110,8 @@ def _record(job: Job, measurement: Measurement, held_out_before: float | None) -
         "seconds": measurement.seconds,
         "peak_memory_bytes": measurement.peak_memory_bytes,
         "error": measurement.error,
-        "device": str(job.study.host.device), "threads": torch.get_num_threads(),
+        "device": str(job.study.host.device),
+        "threads": torch.get_num_threads(),
         "processes": max(task.processes, world_size()),
         "curve": curve,
     }
@@ -118,8 +130,9 @@ def milestones(curve: list[tuple[int, float]]) -> dict[str, float]:
 def assemble(jobs: list[Job]) -> list[dict]:
     """The records there are, each with its time relative to truncation on the same book."""
     records = [record for job in jobs if (record := job.record()) is not None]
-    baseline = {record["book"]: record["seconds"] for record in records
-                if record["method"] == "truncation" and record["error"] is None}
+    baseline = {
+        record["book"]: record["seconds"] for record in records if record["method"] == "truncation" and record["error"] is None
+    }
     for record in records:
         truncation = baseline.get(record["book"])
         record["relative_time"] = None if truncation is None else record["seconds"] / truncation

@@ -59,7 +59,7 @@ def _check(task: PerplexityTask) -> None:
     if task.processes > 1 and world_size() > 1:
         raise ValueError(f"--processes is {task.processes}, but {world_size()} processes were started already")
     names = [slug(book.stem) for book in task.books]
-    if twice := [book for book, name in zip(task.books, names) if names.count(name) > 1]:
+    if twice := [book for book, name in zip(task.books, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; records are named after their books")
     for path in (*task.books, *task.held_out):
         path.open("rb").close()
@@ -91,7 +91,7 @@ class Study:
         for arm in self.arms:
             check_arm(self.host, arm, self.protocol)
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]
-        for path, book in zip(task.books, self.books):
+        for path, book in zip(task.books, self.books, strict=True):
             if len(book.ids) < self.protocol.window:
                 raise ValueError(
                     f"{path}: {len(book.ids)} tokens to read are fewer than the window, {self.protocol.window}; "
@@ -104,11 +104,18 @@ class Study:
         """Everything that decides the numbers."""
         task = self.task
         return {
-            "command": "perplexity", "model": task.model, "model_type": self.host.config.model_type,
-            "dtype": str(self.host.dtype).removeprefix("torch."), "seed": task.locas["seed"],
-            "window": self.protocol.window, "stride": self.protocol.stride, "bos": self.protocol.bos,
-            "max_tokens": task.max_tokens, "books": [book.fingerprint for book in self.books],
-            "held_out": [text.fingerprint for text in self.held_out], "ablate": task.ablate,
+            "command": "perplexity",
+            "model": task.model,
+            "model_type": self.host.config.model_type,
+            "dtype": str(self.host.dtype).removeprefix("torch."),
+            "seed": task.locas["seed"],
+            "window": self.protocol.window,
+            "stride": self.protocol.stride,
+            "bos": self.protocol.bos,
+            "max_tokens": task.max_tokens,
+            "books": [book.fingerprint for book in self.books],
+            "held_out": [text.fingerprint for text in self.held_out],
+            "ablate": task.ablate,
             "arms": [{"arm": arm.label, "method": arm.method, **arm.settings} for arm in self.arms],
         }
 

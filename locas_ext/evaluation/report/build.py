@@ -20,7 +20,9 @@ from .tables import escape
 NAME = "report.md"
 # A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
 SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {
-    "capability": capability_sections, "locomo": locomo_sections, "perplexity": perplexity_sections,
+    "capability": capability_sections,
+    "locomo": locomo_sections,
+    "perplexity": perplexity_sections,
 }
 FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
 FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")
@@ -73,9 +75,17 @@ def _settings(settings: dict) -> list[str]:
     everything = json.dumps(settings, indent=1, ensure_ascii=False)
     different = differing(settings)
     return [
-        f"Settings: {', '.join(first)}." if first else "Settings:", "",
+        f"Settings: {', '.join(first)}." if first else "Settings:",
+        "",
         *([f"The runs differ in {', '.join(different)}.", ""] if different else []),
-        "<details><summary>All settings</summary>", "", "```json", everything, "```", "", "</details>", "",
+        "<details><summary>All settings</summary>",
+        "",
+        "```json",
+        everything,
+        "```",
+        "",
+        "</details>",
+        "",
     ]
 
 
@@ -108,7 +118,7 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     """
     _check_out(out)
     names = _run_names(folders)
-    runs = dict(zip(names, (_read(folder) for folder in folders)))
+    runs = dict(zip(names, (_read(folder) for folder in folders), strict=True))
     commands = {name: run["settings"]["command"] for name, run in runs.items()}
     if len(set(commands.values())) > 1:
         details = ", ".join(f"{name} is of {command}" for name, command in commands.items())
@@ -116,8 +126,10 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
     if merged := next((name for name, run in runs.items() if "runs" in run["settings"]), None):
         raise ValueError(f"{merged} holds merged runs already; name the folders it was made from")
     content = {
-        "settings": {**shared_settings([run["settings"] for run in runs.values()]),
-                     "runs": {name: run["settings"] for name, run in runs.items()}},
+        "settings": {
+            **shared_settings([run["settings"] for run in runs.values()]),
+            "runs": {name: run["settings"] for name, run in runs.items()},
+        },
         "machine": {"runs": {name: run["machine"] for name, run in runs.items()}},
         "records": merged_records(runs),
     }
@@ -137,7 +149,7 @@ def _check_out(out: Path) -> None:
 def _run_names(folders: list[Path]) -> list[str]:
     """A folder's own name, or all of its path where two have the same."""
     places = [folder.resolve() for folder in folders]
-    if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
+    if twice := next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None):
         raise ValueError(f"{twice} is given twice; expected each run once")
     names = [place.name for place in places]
-    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names)]
+    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]

@@ -95,7 +95,8 @@ def capability_sections(results: dict, folder: Path) -> list[str]:
         "Each state reads the same windows. Ratio: perplexity against the host's. Top-1 agreement: the share of "
         "positions whose likeliest token is the host's. "
         "KL: the mean of KL(host, state) over the positions. In brackets: 95% "
-        "intervals, by a paired bootstrap over the windows (tasks: over the questions).", "",
+        "intervals, by a paired bootstrap over the windows (tasks: over the questions).",
+        "",
     ]
     for key, group in _groups(records).items():
         titles, rows = _table(group)

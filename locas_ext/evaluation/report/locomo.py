@@ -12,7 +12,9 @@ from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TR
 from .tables import MISSING, console_table, escape, markdown_table
 
 _LABELS = {
-    **{name: f"{number} {name}" for number, name in CATEGORIES.items()}, TRAP: "5, minus trap F1", OVERALL: "1 to 5",
+    **{name: f"{number} {name}" for number, name in CATEGORIES.items()},
+    TRAP: "5, minus trap F1",
+    OVERALL: "1 to 5",
     ANSWERABLE: "1 to 4",
 }
 
@@ -44,7 +46,7 @@ def _title(content: dict) -> str:
 def table(content: dict) -> Table:
     columns = _columns(content)
     titles = [name.replace("-", "-\n").replace("+", "\n+") for name in columns]  # six methods fit into 80 columns
-    return console_table(titles, list(zip(*columns.values())), _title(content))
+    return console_table(titles, list(zip(*columns.values(), strict=True)), _title(content))
 
 
 def locomo_sections(content: dict, folder: Path) -> list[str]:
@@ -54,7 +56,8 @@ def locomo_sections(content: dict, folder: Path) -> list[str]:
         "Scored by LoCoMo's official rules; the numbers of the categories are its own. Adversarial questions have two "
         "scores: the share of refusals, which counts in 1 to 5, and minus the F1 against their trap. "
         f'`{ALL_REFUSE}` is the control that answers "{REFUSAL}" to everything. '
-        "With `+` a memory read the whole dialogue first; its time counts.", "",
+        "With `+` a memory read the whole dialogue first; its time counts.",
+        "",
     ]
     for run, settings in runs.items():
         records = [record for record in content["records"] if record.get("run") == run]
@@ -66,13 +69,19 @@ def _run_section(run: str | None, content: dict) -> list[str]:
     settings, columns = content["settings"], _columns(content)
     where = "the run's folder" if run else "this folder"
     return [
-        f"## {_title(content)}" + (f" ({escape(run)})" if run else ""), "",
-        *markdown_table(list(columns), list(zip(*columns.values()))), "",
-        *_cuts(content["records"]), "",
+        f"## {_title(content)}" + (f" ({escape(run)})" if run else ""),
+        "",
+        *markdown_table(list(columns), list(zip(*columns.values(), strict=True))),
+        "",
+        *_cuts(content["records"]),
+        "",
         f"Dialogues: {', '.join(map(escape, settings['dialogues']))}. "
-        f"Every answer is in {where}, in `{predictions_file(Path(), 'METHOD')}`.", "",
-        "Prompts:", "",
-        *(f"- {name}: `{json.dumps(prompt)}`" for name, prompt in settings["prompts"].items()), "",
+        f"Every answer is in {where}, in `{predictions_file(Path(), 'METHOD')}`.",
+        "",
+        "Prompts:",
+        "",
+        *(f"- {name}: `{json.dumps(prompt)}`" for name, prompt in settings["prompts"].items()),
+        "",
     ]
 
 
@@ -80,7 +89,8 @@ def _cuts(records: list[dict]) -> list[str]:
     cuts = [record for record in records if record["cut_tokens"]]
     if not cuts:
         return ["Every dialogue fitted into the window as a whole."]
-    return ["Turns at the beginning that did not fit into the window were cut:", "", *(
-        f"- {record['method']}, dialogue {escape(record['dialogue'])}: {record['cut_tokens']:,} tokens"
-        for record in cuts
-    )]
+    return [
+        "Turns at the beginning that did not fit into the window were cut:",
+        "",
+        *(f"- {record['method']}, dialogue {escape(record['dialogue'])}: {record['cut_tokens']:,} tokens" for record in cuts),
+    ]

@@ -70,10 +70,7 @@ def _paper_columns(table: str, arms: list[ArmResults], host: str | None) -> list
 
     tokens = sorted({tokens for arm in arms if (found := figure(arm)) for tokens in found.perplexity})
     return [
-        *(
-            column(f"paper {tokens_text(n)}", lambda found, n=n: perplexity_text(found.perplexity.get(n)))
-            for n in tokens
-        ),
+        *(column(f"paper {tokens_text(n)}", lambda found, n=n: perplexity_text(found.perplexity.get(n))) for n in tokens),
         column("paper parameters", lambda found: parameters_text(found.extra_parameters)),
         column("paper time", lambda found: MISSING if (time := found.relative_time) is None else f"{time:g}x"),
     ]
@@ -115,7 +112,7 @@ def _init_table(arms: list[ArmResults], host: str | None) -> list[str]:
 
     rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
     columns = [LEARNING_RATE, *perplexity_columns(rows), *_paper_columns("initialization", rows, host)]
-    return ["## Initialization", ""] + _paper_note(arm_table(rows, columns, Column("init", init)), host)
+    return ["## Initialization", "", *_paper_note(arm_table(rows, columns, Column("init", init)), host)]
 
 
 def _by_method(arms: list[ArmResults], setting: str) -> list[ArmResults]:
@@ -127,10 +124,12 @@ def _by_method(arms: list[ArmResults], setting: str) -> list[ArmResults]:
 def _rank_table(arms: list[ArmResults], host: str | None) -> list[str]:
     rows = _by_method(arms, "rank")
     columns = [
-        Column("rank", lambda arm: f"{arm.settings['rank']}"), PARAMETERS, *perplexity_columns(rows),
+        Column("rank", lambda arm: f"{arm.settings['rank']}"),
+        PARAMETERS,
+        *perplexity_columns(rows),
         *_paper_columns("width", rows, host),
     ]
-    return ["## Rank", ""] + _paper_note(arm_table(rows, columns, METHOD), host)
+    return ["## Rank", "", *_paper_note(arm_table(rows, columns, METHOD), host)]
 
 
 def _learning_rate_table(arms: list[ArmResults]) -> list[str]:
@@ -158,25 +157,32 @@ def _frontier(settings: dict, arms: list[ArmResults], folder: Path) -> list[str]
         return [*heading, f"The runs differ in {', '.join(different)}: their arms are not comparable.", ""]
     over = f"{len(books)} books" if len(books) > 1 else "one book"
     subtitle = f"{len(points)} arms over {over}; towards the lower left is better"
-    plot_frontier(
-        folder / "frontier.png", "Learning against forgetting", subtitle, points, _host_point(arms, points, books)
-    )
+    plot_frontier(folder / "frontier.png", "Learning against forgetting", subtitle, points, _host_point(arms, points, books))
     numbers = {point.label: str(number) for number, point in enumerate(points, start=1)}
     front = pareto_front(points)
     rows = [
         [
-            escape(point.label), numbers[point.label], perplexity_text(point.learned), perplexity_text(point.held_out),
+            escape(point.label),
+            numbers[point.label],
+            perplexity_text(point.learned),
+            perplexity_text(point.held_out),
             ", ".join(numbers[other.label] for other in dominators(point, points)) or "on the front",
         ]
         for point in points
     ]
     return [
         *heading,
-        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms read.", "",
-        "![Learning against forgetting](frontier.png)", "",
-        f"On the Pareto front: {', '.join(_name(point) for point in front)}.", "",
-        *_verdict(points, "temp-lora", "locas"), *_verdict(points, "locas", "temp-lora"), "",
-        *markdown_table(["arm", "no.", "on the book", "held out, after", "dominated by"], rows), "",
+        f"Perplexity on the book against held-out perplexity after it, over {over} that all these arms read.",
+        "",
+        "![Learning against forgetting](frontier.png)",
+        "",
+        f"On the Pareto front: {', '.join(_name(point) for point in front)}.",
+        "",
+        *_verdict(points, "temp-lora", "locas"),
+        *_verdict(points, "locas", "temp-lora"),
+        "",
+        *markdown_table(["arm", "no.", "on the book", "held out, after", "dominated by"], rows),
+        "",
     ]
 
 
@@ -186,8 +192,11 @@ def _name(point: Point) -> str:
 
 def _some(points: list[Point], method: str) -> str:
     count = f"{len(points)} {method} arm{'s' * (len(points) > 1)}"
-    return f"{count}, among them {', '.join(map(_name, points[:3]))}" if len(points) > 3 else (
-        f"{count}: {', '.join(map(_name, points))}")
+    return (
+        f"{count}, among them {', '.join(map(_name, points[:3]))}"
+        if len(points) > 3
+        else (f"{count}: {', '.join(map(_name, points))}")
+    )
 
 
 def _verdict(points: list[Point], method: str, other: str) -> list[str]:

@@ -103,8 +103,7 @@ def perplexity_columns(arms: list[ArmResults]) -> list[Column]:
     """One column a milestone, then the end of the book."""
     # `tokens=tokens` keeps each column's own.
     columns = [
-        Column(tokens_text(tokens), lambda arm, tokens=tokens: perplexity_text(arm.at(tokens)))
-        for tokens in milestones(arms)
+        Column(tokens_text(tokens), lambda arm, tokens=tokens: perplexity_text(arm.at(tokens))) for tokens in milestones(arms)
     ]
     return [*columns, Column("end", lambda arm: perplexity_text(arm.mean("perplexity")))]
 

@@ -1,8 +1,8 @@
 """The backends of the FFN with memory, and which one computes. Each module has the same functions:
 
-    matmul     torch's matrix products between native kernels: any device
-    cuda       hand-written CUDA kernels ("fused" on a GPU)
-    cpu        matrix products of our own on the CPU ("fused" on the CPU)
+matmul     torch's matrix products between native kernels: any device
+cuda       hand-written CUDA kernels ("fused" on a GPU)
+cpu        matrix products of our own on the CPU ("fused" on the CPU)
 """
 
 from types import ModuleType

@@ -15,7 +15,7 @@ from . import matmul
 
 DTYPES = tuple(getattr(torch, name) for name in _C.build_info()["cpu_ffn"])
 # From how many tokens it beats torch's products. On 2 cores of an EPYC 9004 the forward takes 0.3 to 1.02 of their time for 2
-# to 64 tokens (d 256 to 2048, both dtypes); a single one, which fills a lane of 16, takes 0.5 to 1.5. More tokens: bench/RESULTS.md.
+# to 64 tokens (d 256 to 2048, both dtypes); a single one, which fills a lane of 16, takes 0.5 to 1.5. More: bench/RESULTS.md.
 LEAST_TOKENS = 2
 
 
@@ -83,8 +83,17 @@ def glu_ffn_backward(
     rank, d = slots.value.shape
     d_slots = torch.zeros(3, rank, d, dtype=torch.float32) if slots_grad is None else slots_grad
     _C.cpu_ffn_backward(
-        _rows(dy), _rows(x), saved[0], _rows(host.gate), _rows(host.up), _rows(host.down), *slots, dx, d_slots,
-        activation, scale,
+        _rows(dy),
+        _rows(x),
+        saved[0],
+        _rows(host.gate),
+        _rows(host.up),
+        _rows(host.down),
+        *slots,
+        dx,
+        d_slots,
+        activation,
+        scale,
     )
     return dx, d_slots if slots_grad is None else None
 

@@ -107,7 +107,20 @@ def glu_ffn_backward(
     if tokens:
         workspace = _workspace(x, _C.ffn_backward_workspace(tokens, d, m, rank))
         _C.ffn_backward(
-            dy, x, *host, *slots, gate, up, d_gate, d_up, memory_hidden, dx, d_slots, workspace, activation, scale,
+            dy,
+            x,
+            *host,
+            *slots,
+            gate,
+            up,
+            d_gate,
+            d_up,
+            memory_hidden,
+            dx,
+            d_slots,
+            workspace,
+            activation,
+            scale,
             stream_of(x),
         )
     if isinstance(slots_grad, SlotFactors):
@@ -121,7 +134,5 @@ def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
     m = host.gate.shape[0]
     importance = torch.empty(m, dtype=torch.float32, device=x.device)
     workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
-    _C.neuron_importance(
-        x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x)
-    )
+    _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
     return importance

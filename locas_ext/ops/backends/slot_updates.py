@@ -1,4 +1,4 @@
-"""The updates of all slots as native kernels, one call each, without checks: what locas_ext/ops/slot_updates.py puts checks around."""
+"""The updates of all slots as native kernels, one call each, without the checks of locas_ext/ops/slot_updates.py."""
 
 import torch
 from torch import Tensor
@@ -27,8 +27,20 @@ def update_slots_(
 ) -> None:
     """One AdamW step over rows of the last dimension, then the row clip; in place."""
     _C.adamw(
-        slots, grad, exp_avg, exp_avg_sq, step, learning_rate,
-        beta1, beta2, eps, weight_decay, clip, compute, finite, stream_of(slots),
+        slots,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        clip,
+        compute,
+        finite,
+        stream_of(slots),
     )
 
 
@@ -44,9 +56,7 @@ def sgd_slots_(
     finite: Tensor | None = None,
 ) -> None:
     """One SGD step over rows of the last dimension, then the row clip; in place."""
-    _C.sgd(
-        slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots)
-    )
+    _C.sgd(slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots))
 
 
 def write_slots_(
@@ -65,7 +75,15 @@ def write_slots_(
     if gradient_norm is not None:
         gradient_norm = gradient_norm.contiguous()
     _C.write_slots(
-        slots, start, inputs.contiguous(), gradients.contiguous(), epsilon, compute, gradient_norm, norms, workspace,
+        slots,
+        start,
+        inputs.contiguous(),
+        gradients.contiguous(),
+        epsilon,
+        compute,
+        gradient_norm,
+        norms,
+        workspace,
         stream_of(slots),
     )
     return norms
@@ -93,8 +111,21 @@ def adamw_from_factors_(
     `update_slots_`.
     """
     _C.adamw_from_factors(
-        slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite,
-        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
+        slots,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        learning_rate,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        clip,
+        compute,
+        finite,
+        [layer.tensors for layer in factors],
+        factor_scale,
+        stream_of(slots),
     )
 
 
@@ -112,6 +143,15 @@ def sgd_from_factors_(
 ) -> None:
     """One SGD step as `adamw_from_factors_`."""
     _C.sgd_from_factors(
-        slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite,
-        [layer.tensors for layer in factors], factor_scale, stream_of(slots),
+        slots,
+        momentum_buffer,
+        learning_rate,
+        momentum,
+        weight_decay,
+        clip,
+        compute,
+        finite,
+        [layer.tensors for layer in factors],
+        factor_scale,
+        stream_of(slots),
     )

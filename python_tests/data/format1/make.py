@@ -34,8 +34,13 @@ CASES = {
 def make_hosts() -> None:
     """Random models of two layers, as transformers' own folders."""
     sizes = dict(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     torch.manual_seed(0)
     qwen3 = Qwen3Config(
@@ -91,7 +96,9 @@ def make(name: str, case: dict, ids: torch.Tensor) -> tuple[dict, dict]:
     report, slots = run_to_the_end(name, case, ids)
     known = {**case, "version": memory.version}
     tensors = {
-        "saved_slots": used_slots(memory), "logits": logits, "slots": slots,
+        "saved_slots": used_slots(memory),
+        "logits": logits,
+        "slots": slots,
         "nll": torch.tensor([chunk.nll for chunk in report.chunks], dtype=torch.float64),
     }
     return known, {f"{name}.{key}": tensor for key, tensor in tensors.items()}

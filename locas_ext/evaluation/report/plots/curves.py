@@ -39,10 +39,10 @@ def _colors(curves: list[Curve]) -> dict[str, str]:
     colors = {
         label: color
         for method, labels in methods.items()
-        for label, color in zip(labels, shades(METHOD_COLORS.get(method, INK), len(labels)))
+        for label, color in zip(labels, shades(METHOD_COLORS.get(method, INK), len(labels)), strict=False)
     }
     if len(several) == 1 and len(several[0]) <= len(HUES):
-        colors.update(zip(several[0], HUES))
+        colors.update(zip(several[0], HUES, strict=False))
     return colors
 
 
@@ -110,17 +110,29 @@ def _label_ends(axes, curves: list[Curve], colors: dict[str, str], limits: tuple
     heights = [(text.count("\n") + 1) * LINE_HEIGHT + GAP for text in texts]
     ends = [min(max((c.end - low) / (high - low), 0), 1) if math.isfinite(c.end) else 1.0 for c in curves]
     centres = spread([end * height for end in ends], heights, 0, height)
-    for curve, text, end, centre in zip(curves, texts, ends, centres):
+    for curve, text, end, centre in zip(curves, texts, ends, centres, strict=False):
         color, position = colors[curve.label], curve.points[-1][0]
         if math.isfinite(curve.end) and low <= curve.end <= high:
             axes.plot([position], [curve.end], "o", color=color, markersize=4.5, clip_on=False, zorder=4)
         axes.annotate(
-            "", (position, low + end * (high - low)), xytext=(1 + 0.26 / inches, centre / height),
-            textcoords="axes fraction", annotation_clip=False,
+            "",
+            (position, low + end * (high - low)),
+            xytext=(1 + 0.26 / inches, centre / height),
+            textcoords="axes fraction",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
         )
-        axes.text(1 + 0.31 / inches, centre / height, text, transform=axes.transAxes, va="center", fontsize=9,
-                  color=text_color(color), linespacing=1.15, parse_math=False)
+        axes.text(
+            1 + 0.31 / inches,
+            centre / height,
+            text,
+            transform=axes.transAxes,
+            va="center",
+            fontsize=9,
+            color=text_color(color),
+            linespacing=1.15,
+            parse_math=False,
+        )
 
 
 def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> None:
@@ -142,7 +154,9 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
     for curve in curves:
         named = curve in labelled
         axes.plot(
-            *zip(*curve.points), color=colors[curve.label] if named else FAINT, zorder=3 if named else 2,
+            *zip(*curve.points, strict=True),
+            color=colors[curve.label] if named else FAINT,
+            zorder=3 if named else 2,
             linestyle=METHOD_LINES.get(curve.method, "-"),
             linewidth=(2.2 if curve.method == "locas" else 1.7) if named else 0.7,
         )

@@ -24,7 +24,7 @@ def _range(values: list[float], host: float) -> tuple[float, float]:
 def _draw_front(axes, front: list[Point], right: float, top: float) -> None:
     """The edge of what is dominated: steps through the front's points."""
     x, y = [front[0].learned], [top]
-    for point, following in zip(front, [*front[1:], None]):
+    for point, following in zip(front, [*front[1:], None], strict=True):
         x += [point.learned, following.learned if following else right]
         y += [point.held_out, point.held_out]
     axes.fill_between(x, y, top, color=FAINT, alpha=0.16, linewidth=0, zorder=1)
@@ -60,8 +60,9 @@ def _list_beside(figure, axes, height: float, key, numbered: list[tuple[int, Poi
     y -= 0.12 / height
     for number, point in numbered:
         text, color = _entry(point), text_color(METHOD_COLORS[point.method])
-        canvas.text(RIGHT + 0.040, y, f"{number}", va="top", ha="right", fontsize=8.5, color=color,
-                    weight="bold", linespacing=1.2)
+        canvas.text(
+            RIGHT + 0.040, y, f"{number}", va="top", ha="right", fontsize=8.5, color=color, weight="bold", linespacing=1.2
+        )
         canvas.text(RIGHT + 0.05, y, text, va="top", fontsize=8.5, color=color, linespacing=1.2, parse_math=False)
         y -= ((text.count("\n") + 1) * LINE_HEIGHT + GAP) / height
 
@@ -80,8 +81,8 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
     front = pareto_front(points)
     numbered = [(n, p) for n, p in enumerate(points, start=1) if len(points) <= NUMBERED or p in front]
     key = _key(points, host)
-    list_height = 0.08 + 0.21 * len(key) + 0.12 + sum(
-        (_entry(point).count("\n") + 1) * LINE_HEIGHT + GAP for _, point in numbered
+    list_height = (
+        0.08 + 0.21 * len(key) + 0.12 + sum((_entry(point).count("\n") + 1) * LINE_HEIGHT + GAP for _, point in numbered)
     )
     axes_height = max(4.4, list_height)
     height = axes_height + TOP + BOTTOM
@@ -91,8 +92,7 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
     axes.grid(axis="x", color=FAINT, linewidth=0.5, alpha=0.5)
     everything = [*points, host] if host else points
     (left, right), (low, top) = (
-        _range([getattr(p, name) for p in everything], getattr(host, name) if host else 0.0)
-        for name in ("learned", "held_out")
+        _range([getattr(p, name) for p in everything], getattr(host, name) if host else 0.0) for name in ("learned", "held_out")
     )
     axes.set_xlim(left, right)
     axes.set_ylim(low, top)
@@ -101,18 +101,36 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
     _draw_front(axes, front, right, top)
     if host:
         _draw_host(axes, host)
-    shown = dict(zip((point.label for _, point in numbered), (number for number, _ in numbered)))
+    shown = dict(zip((point.label for _, point in numbered), (number for number, _ in numbered), strict=True))
     for point in points:
         x, y = min(point.learned, right), min(point.held_out, top)
         outside = (x, y) != (point.learned, point.held_out)
         color, number = METHOD_COLORS[point.method], shown.get(point.label)
-        axes.plot([x], [y], METHOD_MARKERS[point.method], color=color, markerfacecolor=PAPER if outside else color,
-                  markeredgecolor=color if outside else PAPER, markeredgewidth=1.2 if outside else 0.7,
-                  markersize=11.5 if number else 7, alpha=1 if number else 0.75, zorder=5 if number else 3,
-                  clip_on=False)
+        axes.plot(
+            [x],
+            [y],
+            METHOD_MARKERS[point.method],
+            color=color,
+            markerfacecolor=PAPER if outside else color,
+            markeredgecolor=color if outside else PAPER,
+            markeredgewidth=1.2 if outside else 0.7,
+            markersize=11.5 if number else 7,
+            alpha=1 if number else 0.75,
+            zorder=5 if number else 3,
+            clip_on=False,
+        )
         if number:
-            axes.annotate(f"{number}", (x, y), ha="center", va="center_baseline", fontsize=7, weight="bold",
-                          color=color if outside else PAPER, zorder=6, annotation_clip=False)
+            axes.annotate(
+                f"{number}",
+                (x, y),
+                ha="center",
+                va="center_baseline",
+                fontsize=7,
+                weight="bold",
+                color=color if outside else PAPER,
+                zorder=6,
+                annotation_clip=False,
+            )
     axes.set_xlabel("perplexity on the book  (lower: learned more)", color=INK, fontsize=9.5)
     axes.set_ylabel("held-out perplexity after it  (lower: forgot less)", color=INK, fontsize=9.5)
     _list_beside(figure, axes, height, key, numbered)

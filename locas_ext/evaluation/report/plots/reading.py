@@ -15,16 +15,32 @@ SMOOTHING = 16  # chunks
 def _label_end(axes, curve, text: str, color: str, above: bool) -> None:
     position, value = curve[-1]
     axes.plot([position], [value], "o", color=color, markersize=4.5, clip_on=False)
-    axes.annotate(f"{text}\n{value:.2f}", (position, value), xytext=(9, 0), textcoords="offset points",
-                  va="bottom" if above else "top", color=color, fontsize=10, annotation_clip=False)
+    axes.annotate(
+        f"{text}\n{value:.2f}",
+        (position, value),
+        xytext=(9, 0),
+        textcoords="offset points",
+        va="bottom" if above else "top",
+        color=color,
+        fontsize=10,
+        annotation_clip=False,
+    )
 
 
 def _mark_chapters(axes, chapters: list[int], label: bool) -> None:
     for number, position in enumerate(chapters, start=1):
         axes.axvline(position, color=FAINT, linewidth=0.7, linestyle=(0, (1, 3)))
         if label:
-            axes.annotate(f"ch. {number}", (position, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
-                          textcoords="offset points", va="top", fontsize=7.5, color=WITHOUT)
+            axes.annotate(
+                f"ch. {number}",
+                (position, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -3),
+                textcoords="offset points",
+                va="top",
+                fontsize=7.5,
+                color=WITHOUT,
+            )
 
 
 def _draw_perplexity(axes, truncation: MemorizeReport, memorized: MemorizeReport) -> None:
@@ -48,7 +64,7 @@ def _draw_perplexity(axes, truncation: MemorizeReport, memorized: MemorizeReport
 def _draw_gain(axes, truncation: MemorizeReport, memorized: MemorizeReport) -> None:
     width = min(SMOOTHING, max(1, len(truncation.chunks) // 4))
     gain = local_gain(truncation.chunks, memorized.chunks, width)
-    positions, percent = zip(*gain)
+    positions, percent = zip(*gain, strict=True)
     axes.fill_between(positions, 0, percent, color=WITH, alpha=0.30, linewidth=0)
     axes.plot(positions, percent, color=WITH, linewidth=1.1)
     axes.axhline(0, color=FAINT, linewidth=0.8)

@@ -57,7 +57,7 @@ def text_color(color: str) -> str:
 
 
 def _towards(color: str, other: str, share: float) -> str:
-    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other))])
+    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True)])
 
 
 def save(figure: Figure, path: Path) -> None:

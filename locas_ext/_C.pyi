@@ -1,0 +1,185 @@
+"""Native kernels of locas_ext, with and without CUDA. Written by csrc/bindings/generate_stub.py: do not edit."""
+
+import collections.abc
+import torch
+
+def adamw(
+    slots: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: bool,
+    compute: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    stream: int,
+) -> None: ...
+def adamw_from_factors(
+    slots: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: bool,
+    compute: torch.Tensor,
+    finite: torch.Tensor | None,
+    factors: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor]],
+    factor_scale: float,
+    stream: int,
+) -> None: ...
+def build_info() -> dict: ...
+def cpu_ffn_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    saved: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_key: torch.Tensor,
+    value: torch.Tensor,
+    dx: torch.Tensor | None,
+    slots_grad: torch.Tensor,
+    activation: int,
+    scale: float,
+) -> None: ...
+def cpu_ffn_forward(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_key: torch.Tensor,
+    value: torch.Tensor,
+    y: torch.Tensor,
+    saved: torch.Tensor | None,
+    activation: int,
+    scale: float,
+) -> None: ...
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, d_logits: torch.Tensor | None, stream: int
+) -> None: ...
+def ffn_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_key: torch.Tensor,
+    value: torch.Tensor,
+    gate_saved: torch.Tensor,
+    up_saved: torch.Tensor,
+    d_gate: torch.Tensor,
+    d_up: torch.Tensor,
+    memory_hidden: torch.Tensor,
+    dx: torch.Tensor | None,
+    slots_grad: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    activation: int,
+    scale: float,
+    stream: int,
+) -> None: ...
+def ffn_backward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
+def ffn_forward(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate_key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor,
+    gate_out: torch.Tensor | None,
+    up_out: torch.Tensor | None,
+    y: torch.Tensor,
+    workspace: torch.Tensor | None,
+    activation: int,
+    scale: float,
+    stream: int,
+) -> None: ...
+def ffn_forward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
+def glu_backward(
+    d_hidden: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    d_gate: torch.Tensor,
+    d_up: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    activation: int,
+    scale: float,
+    stream: int,
+) -> None: ...
+def glu_forward(
+    gate: torch.Tensor, up: torch.Tensor | None, out: torch.Tensor, activation: int, scale: float, stream: int
+) -> None: ...
+def importance(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: int, stream: int) -> None: ...
+def neuron_importance(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None,
+    activation: int,
+    stream: int,
+) -> None: ...
+def neuron_importance_workspace(tokens: int, m: int) -> int: ...
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, inverse_rms: torch.Tensor | None, eps: float
+) -> None: ...
+def rms_norm_backward(
+    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, dx: torch.Tensor
+) -> None: ...
+def sgd(
+    slots: torch.Tensor,
+    grad: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    learning_rate: torch.Tensor,
+    momentum: float,
+    weight_decay: float,
+    clip: bool,
+    compute: torch.Tensor | None,
+    finite: torch.Tensor | None,
+    stream: int,
+) -> None: ...
+def sgd_from_factors(
+    slots: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    learning_rate: torch.Tensor,
+    momentum: float,
+    weight_decay: float,
+    clip: bool,
+    compute: torch.Tensor,
+    finite: torch.Tensor | None,
+    factors: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor]],
+    factor_scale: float,
+    stream: int,
+) -> None: ...
+def write_slots(
+    slots: torch.Tensor,
+    start: int,
+    inputs: torch.Tensor,
+    gradients: torch.Tensor,
+    epsilon: float,
+    compute: torch.Tensor | None,
+    gradient_norm: torch.Tensor | None,
+    norms: torch.Tensor,
+    workspace: torch.Tensor,
+    stream: int,
+) -> None: ...
