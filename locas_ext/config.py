@@ -35,7 +35,8 @@ class LocasConfig:
         rank: r, the number of slots a layer, at least 1; Locas-MLP begins with so many and grows when slots are written
         layers: which decoder layers get a memory, as indices (negative ones count from the end); None: all
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
-            the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws directions;
+            the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
+            directions;
             "activation" takes the FFN inputs of random tokens
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it
             such as "16x", "host" (the mean norm without 1/r) or a number

@@ -4,6 +4,7 @@ The oracle (`PlainWriter`) uses torch and transformers alone.
 """
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -25,7 +26,6 @@ from support.writing import (
 
 import locas_ext as locas
 from locas_ext.state import memory_state as slots_module
-import itertools
 
 STEPS = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
 
@@ -691,12 +691,13 @@ POLICIES = [dict(), dict(capacity=16, when_full="drop_oldest"), dict(capacity=20
 def test_a_gradient_that_is_not_finite_writes_drops_and_compresses_nothing(policy, room, exact, dtype):
     model, memory = grown(dtype=dtype)
     memory.state.resize(room)
-    hook, before = breaking_gradient(model), everything(memory)
-    for _factor in (float("nan"), float("inf")):
+    before = everything(memory)
+    for factor in (float("nan"), float("inf")):
+        hook = breaking_gradient(model, factor)
         with pytest.raises(locas.LocasError, match="not finite.*nothing was written.*version 2"):
             memory.write(IDS, exact=exact, **policy)
         assert_unchanged(memory, before)
-    hook.remove()
+        hook.remove()
     memory.write(IDS, **policy)
     assert memory.version in (3, 4)
 

@@ -1,5 +1,6 @@
 """memory.compress and memorize(update="write"), end to end, against a plain float64 loop with an NL-SVD of its own."""
 
+import itertools
 import math
 import os
 import signal
@@ -34,7 +35,6 @@ from support.writing import (
 )
 
 import locas_ext as locas
-import itertools
 
 WRITE = dict(window=16, stride=6, update="write", epsilon=0.05, progress=False)
 CYCLE = dict(**WRITE, capacity=16, compress_to=7)
