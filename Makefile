@@ -1,6 +1,8 @@
-# make demo    a small model memorizes a novel: a table, a plot and a memory folder
-# make test    all tests
-# make bench   how fast it is on this machine
+# make demo         a small model memorizes a novel: a table, a plot and a memory folder
+# make test         all tests
+# make lint         style, types, layers, spelling, and whether the compiled module's stub is up to date
+# make sdist-test   an sdist, a wheel from it without torch, and `locas info` from that wheel
+# make bench        how fast it is on this machine
 #
 # Each sets up what it needs in .venv first. Python edits take effect at once; C++ edits rebuild.
 
@@ -15,13 +17,25 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench clean
+.PHONY: demo test lint sdist-test bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/locas demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --cov=locas_ext
+
+lint: $(VENV)/.lint $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell --toml pyproject.toml $(shell git ls-files)
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/python csrc/bindings/generate_stub.py --check
+
+sdist-test: $(VENV)/.built
+	$(BIN)/python .ci/sdist_test.py
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench.ffn
@@ -35,6 +49,10 @@ $(VENV)/.torch: Makefile
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.lint: .ci/lint-requirements.txt $(VENV)/.built
+	$(INSTALL) --requirement .ci/lint-requirements.txt
 	touch $@
 
 clean:

@@ -18,7 +18,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} LOCAS_CUDA=1
 # Without its caching allocator torch does not hide an access that is out of bounds.
 sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all"
 command -v compute-sanitizer >/dev/null || PATH=$PATH:/usr/local/cuda/bin
-small="python_tests/test_update.py python_tests/test_cuda.py python_tests/test_fused.py -q -m cuda"
+small="python_tests/ops/test_update.py python_tests/ops/test_cuda*.py python_tests/ops/test_fused*.py -q -m cuda"
 some="where_finite or updates_match or token_nll or importance or strided or (test_forward_and_backward and bfloat16 and (264 or 1000 or 1544))"
 
 step() { # NAME SECONDS COMMAND...

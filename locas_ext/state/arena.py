@@ -24,7 +24,7 @@ class SlotArena:
         grad: as slots
         parameters: l nn.Parameters [planes, capacity, d], views of slots; their .grad are views of grad
         accumulates: whether backwards add the gradient here, as while memorizing, instead of handing it to autograd
-        factors: l SlotFactors where the gradient is kept unformed for the update (fused.py), else None
+        factors: l SlotFactors where the gradient is kept unformed for the update, else None
         compute, views: the slots in the host's dtype, and per layer the used ones as (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
         step: [] int64, the number of AdamW updates so far

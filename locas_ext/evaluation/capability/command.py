@@ -1,7 +1,7 @@
 """`locas capability`: what a memory does to everything else the host can do.
 
 Host, attached, merged and detached model read held-out texts (held_out.py) and, where asked for, answer lm-eval's
-tasks (harness.py). Each difference from the host comes with a paired bootstrap interval (docs/method.md,
+tasks (lm_eval_tasks.py). Each difference from the host comes with a paired bootstrap interval (docs/method.md,
 "Forgetting").
 """
 
