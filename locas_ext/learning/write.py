@@ -113,7 +113,7 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
     state, taps = attachment.state, [_Tap() for _ in attachment.ffns]
     window = window.to(attachment.host.input_device())
     try:
-        for ffn, tap in zip(attachment.ffns, taps, strict=True):
+        for ffn, tap in zip(attachment.ffns, taps, strict=False):
             ffn.tap = tap
         # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
         with torch.compiler.set_stance("force_eager"):
@@ -141,7 +141,7 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
         chosen,
         nll.detach(),
         _of_arenas(state, [tap.input for tap in taps], len(targets), chosen),
-        [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked, strict=True)],
+        [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked, strict=False)],
     )
 
 
@@ -154,7 +154,7 @@ def _new_slots(asked: Asked, epsilon: float) -> tuple[list[Tensor], list[Tensor]
         squares = [gradients.double().square().sum((0, 2)).to(device) for gradients in asked.gradients]
         joint = torch.stack(squares).sum(0).sqrt().float()
     slots, norms = [], []
-    for inputs, gradients in zip(asked.inputs, asked.gradients, strict=True):
+    for inputs, gradients in zip(asked.inputs, asked.gradients, strict=False):
         dtype = torch.float32 if gradients.dtype == torch.float64 else gradients.dtype
         layers, n, d = gradients.shape
         slots.append(torch.empty(layers, 2, n, d, device=gradients.device))

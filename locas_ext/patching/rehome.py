@@ -45,7 +45,7 @@ def obstacle(ffn: GatedFFN, users: Counter) -> str | None:
     if (problem := ffn.obstacle()) is not None:
         return problem
     weights = ffn.weights()
-    for name, weight in zip(weights._fields, weights, strict=True):
+    for name, weight in zip(weights._fields, weights, strict=False):
         if weight is None:
             continue
         if users[_storage(weight)] > 1 or weight.untyped_storage().nbytes() != weight.numel() * weight.itemsize:
@@ -93,7 +93,7 @@ class RehomedFFN:
                 None if host.gate_bias is None else bias[0, :m],
                 None if host.up_bias is None else bias[1, :m],
             ]
-            for parameter, home in zip(host, homes, strict=True):
+            for parameter, home in zip(host, homes, strict=False):
                 if home is not None:
                     home.copy_(parameter)
                     parameter.data = home
@@ -104,7 +104,7 @@ class RehomedFFN:
 
     def move_out(self) -> None:
         """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
-        for parameter, address in zip(self.parameters, self._addresses, strict=True):
+        for parameter, address in zip(self.parameters, self._addresses, strict=False):
             if parameter is not None and parameter.data_ptr() == address:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.away, self.parameters, self._addresses = "detached", (), ()
