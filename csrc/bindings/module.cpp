@@ -1,10 +1,9 @@
 // The Python module locas_ext._C. The other files of this folder have its functions: each checks its arguments once,
 // fills the launch parameters and picks the device.
-#include <pybind11/stl.h>
-
 #include "bindings/module.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 #ifdef LOCAS_WITH_CUDA
