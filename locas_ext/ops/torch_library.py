@@ -199,7 +199,7 @@ _define(
 )
 
 
-def _sideway_glu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _sideway_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, slots, ctx.scale, ctx.activation = inputs
     ctx.save_for_backward(x, output[1], slots)
 
@@ -209,7 +209,7 @@ def _sideway_glu_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | Non
     return dx, d_slots, None, None
 
 
-torch.library.register_autograd("locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_glu_setup, lib=_library)
+torch.library.register_autograd("locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_setup, lib=_library)
 
 
 # ---- sideway_mlp --------------------------------------------------------------------------------------------
@@ -245,18 +245,13 @@ _define(
 )
 
 
-def _sideway_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, slots, ctx.scale, ctx.activation = inputs
-    ctx.save_for_backward(x, output[1], slots)
-
-
 def _sideway_mlp_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs_slots = ctx.needs_input_grad[1]
     dx, d_slots = torch.ops.locas.sideway_mlp_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, needs_slots)
     return dx, d_slots if needs_slots else None, None, None
 
 
-torch.library.register_autograd("locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_mlp_setup, lib=_library)
+torch.library.register_autograd("locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_setup, lib=_library)
 
 
 # ---- neuron_importance, the updates and writing ---------------------------------------------------------------
