@@ -7,7 +7,7 @@ layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots`
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,10 @@ class MemoryState:
         """[L, planes, r, d] of what tensors() gives: r is the slots used, or the rank while none is."""
         return torch.Size((len(self.layers), self.planes, self.used or self.rank, self.hidden_size))
 
+    @overload
+    def whole(self, name: Literal["slots", "grad", "scale", "step"]) -> Tensor: ...
+    @overload
+    def whole(self, name: str) -> Tensor | None: ...
     def whole(self, name: str) -> Tensor | None:
         """`slots`, `grad`, `scale`, `step` or an optimizer state (None if it is not in use) of all layers.
 

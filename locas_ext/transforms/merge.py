@@ -1,5 +1,7 @@
 """Making a memory permanent: the host's FFNs become r neurons wider (docs/method.md, "Merging"), and back."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,9 @@ def _resize(host: Host, packed: list[Packed], width: int) -> None:
     """
     for ffn, parameters in zip(host.ffns, packed, strict=True):
         put_in(parameters)
-        if hasattr(ffn.module, "intermediate_size"):
-            ffn.module.intermediate_size = width
+        module: Any = ffn.module  # of a class of the host's
+        if hasattr(module, "intermediate_size"):
+            module.intermediate_size = width
     setattr(host.config, host.width_key, width)
 
 
@@ -94,5 +97,5 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _text_config(model):
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
