@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from locas_ext.config import LocasConfig
 from locas_ext.learning.initialization import initialize
@@ -279,7 +280,7 @@ class Memory:
             self._attachment.detach()
             del self.model._locas_memory
 
-    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> nn.Module:
+    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> PreTrainedModel:
         """Makes the memory part of the host's own FFNs, which become wider, and detaches.
 
         pad_to_multiple_of: the new width is rounded up to a multiple of this.

@@ -123,7 +123,11 @@ class Attachment:
         binding = Binding(self.state, self.backend, host, self.relocate)
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
+        self._bind(rehome)
 
+    def _bind(self, rehome: bool) -> None:
+        """Freezes the host and puts the memory's forwards in place."""
+        model = self.host.model
         self.cache_guard = StaleCacheGuard(model, self.state)
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from locas_ext.hosts.ffn import Packed, put_in
 from locas_ext.hosts.registry import Host, inspect_host
@@ -37,7 +38,7 @@ def _resize(host: Host, packed: list[Packed], width: int) -> None:
 
 
 @torch.no_grad()
-def merge(host: Host, state: MemoryState, pad_to_multiple_of: int):
+def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrainedModel:
     """See `Memory.merge_and_unload`."""
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
