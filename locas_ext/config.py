@@ -5,6 +5,7 @@ import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
@@ -12,12 +13,12 @@ SCALES = ("paper", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
 
 
-def _choice(name: str, value, choices: tuple) -> None:
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def paper_multiple(scale) -> float | None:
+def paper_multiple(scale: object) -> float | None:
     """16.0 for "16x", 1.0 for "paper"; None for a scale that is no multiple of the paper's."""
     if scale == "paper":
         return 1.0
@@ -58,7 +59,7 @@ class LocasConfig:
     backend: str = "auto"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choice("variant", self.variant, VARIANTS)
         _choice("init", self.init, INITS)
         _choice("backend", self.backend, BACKENDS)
@@ -104,7 +105,7 @@ class LocasConfig:
             raise ValueError(f"layers names layer {twice} twice: {list(self.layers)}")
         return tuple(sorted(resolved))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that LocasConfig(**it) takes back."""
         fields = asdict(self)
         fields["layers"] = None if self.layers is None else list(self.layers)

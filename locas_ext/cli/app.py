@@ -3,6 +3,8 @@
 Exit status: 0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 ended by Ctrl-C.
 """
 
+from typing import Any
+
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -12,7 +14,7 @@ from locas_ext.errors import Interrupted, LocasError
 from .commands import capability, demo, generate, info, locomo, memorize, merge, perplexity, report
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-UsageError = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
+UsageError: Any = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
 
 app = typer.Typer(
     add_completion=False,

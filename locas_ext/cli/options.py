@@ -18,7 +18,7 @@ def _scale(text: str) -> str | float:
 
 
 def names(text: str) -> list[str]:
-    """The parser of options that take NAME,..."""
+    """What an option that takes NAME,... names."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

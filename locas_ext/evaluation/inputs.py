@@ -107,7 +107,7 @@ def read_texts(paths: list[Path], tokenizer) -> torch.Tensor:
     Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or is empty, and for a
     single token in all.
     """
-    ids = []
+    ids: list[int] = []
     for path in paths:
         tokens = tokenizer(_read(path), add_special_tokens=False)["input_ids"]
         if not tokens:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from locas_ext.ops.types import HostWeights
 
 from .projections import dense_weight, linear_obstacle
 
+# A module that acts as a linear layer; which class it is of is the host's affair.
+Projection = Any
 # A projection's new parameters: (the module, "weight" or "bias", the parameter).
-Packed = list[tuple[nn.Module, str, nn.Parameter]]
+Packed = list[tuple[Projection, str, nn.Parameter]]
 
 
 class HostFFN(ABC):
@@ -25,13 +28,13 @@ class HostFFN(ABC):
     """
 
     names: tuple[str, ...]  # of the projections inside the module, the output projection last
-    plain: type = nn.Linear  # what a projection is whose weights can be used directly
+    plain: type[nn.Module] = nn.Linear  # what a projection is whose weights can be used directly
 
     def __init__(self, module: nn.Module, activation: str):
         self.module = module
         self.activation = activation
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Projection]:
         modules = self.module._modules
         return [modules[name] for name in self.names]
 
@@ -66,7 +69,7 @@ class HostFFN(ABC):
 class GatedFFN(HostFFN):
     """An FFN with separate gate, up and down projections."""
 
-    names = ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     def weights(self) -> HostWeights:
         """The host's own tensors, not copies; meaningful where obstacle() is None."""
@@ -107,7 +110,8 @@ class GatedFFN(HostFFN):
                 rows(old.gate, 0),
                 rows(old.up, 1),
                 columns(old.down),
-                *(None if bias is None else rows(bias, None) for bias in (old.gate_bias, old.up_bias)),
+                None if old.gate_bias is None else rows(old.gate_bias, None),
+                None if old.up_bias is None else rows(old.up_bias, None),
                 old.down_bias,
             )
         )
@@ -125,14 +129,19 @@ class FusedGatedFFN(GatedFFN):
         return HostWeights(gate, up, down["weight"], gate_bias, up_bias, down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.projections()[0](x).chunk(2, dim=-1)
+        gate, up = self.projections()[0](x).chunk(2, dim=-1)
+        return gate, up
 
     def input_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return dense_weight(self.projections()[0], like).chunk(2)
+        gate, up = dense_weight(self.projections()[0], like).chunk(2)
+        return gate, up
 
     def pack(self, weights: HostWeights) -> Packed:
         gate_up, down = self.projections()
-        bias = None if weights.gate_bias is None else torch.cat([weights.gate_bias, weights.up_bias])
+        bias = None
+        if weights.gate_bias is not None:
+            assert weights.up_bias is not None, "the two are halves of one bias"
+            bias = torch.cat([weights.gate_bias, weights.up_bias])
         return _packed(
             [
                 (gate_up, "weight", torch.cat([weights.gate, weights.up])),
@@ -159,7 +168,10 @@ class TwoLayerFFN(HostFFN):
 
     def resized(self, rows: Callable, columns: Callable) -> Packed:
         first, last = self.projections()
-        named = [(first, "weight", rows(first.weight, 0)), (last, "weight", columns(last.weight))]
+        named: list[tuple[Projection, str, Tensor | None]] = [
+            (first, "weight", rows(first.weight, 0)),
+            (last, "weight", columns(last.weight)),
+        ]
         if first.bias is not None:
             named.append((first, "bias", rows(first.bias, None)))
         return _packed(named)
@@ -181,7 +193,7 @@ class Conv1DFFN(TwoLayerFFN):
         )
 
 
-def _packed(named: list[tuple[nn.Module, str, Tensor | None]]) -> Packed:
+def _packed(named: list[tuple[Projection, str, Tensor | None]]) -> Packed:
     return [
         (module, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
         for module, name, tensor in named

@@ -1,19 +1,21 @@
 """One projection of a host's FFN, whatever it is: whether its weight can be used directly, where it lies, what it is."""
 
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-def _is_its_own(linear: nn.Module, plain: type) -> bool:
+def _is_its_own(linear: nn.Module, plain: type[nn.Module]) -> bool:
     """Whether the forward in an instance's dict is its class's, behind what a memory or accelerate has put before it.
 
     accelerate's hook of a device_map brings the input to the weight. The FFN's own hook has then brought it already, so
     the weight may be used directly.
     """
-    forward, hook = linear.__dict__["forward"], linear.__dict__.get("_hf_hook")
+    forward: Any = linear.__dict__["forward"]
+    hook: Any = linear.__dict__.get("_hf_hook")
     patches = getattr(getattr(forward, "__self__", None), "patches", ())  # a patched FFN's
     if any(patch.module is linear and patch.replaced is None for patch in patches):
         return True
@@ -25,7 +27,7 @@ def _is_its_own(linear: nn.Module, plain: type) -> bool:
     )
 
 
-def linear_obstacle(linear: nn.Module, plain: type = nn.Linear) -> str | None:
+def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not plain:
         return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain {plain.__name__}"

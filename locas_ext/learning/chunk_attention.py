@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from locas_ext.hosts.registry import Host
 
 NAME = "locas_chunk"
+_ADDITIVE = "_locas_additive"  # a boolean mask's attribute: itself as numbers
 # Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.
 _KEPT, _PIECE = 1 << 19, 1 << 22
 
@@ -84,10 +85,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as 0 and -inf, made once for all layers that share it."""
     if mask.dtype != torch.bool:
         return mask
-    additive = getattr(mask, "_locas_additive", None)
+    additive = getattr(mask, _ADDITIVE, None)
     if additive is None:
         additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        mask._locas_additive = additive
+        setattr(mask, _ADDITIVE, additive)
     return additive
 
 

@@ -24,7 +24,7 @@ from locas_ext.patching.attachment import Attachment
 
 from .chunk import Window
 from .optimizers import OPTIMIZERS
-from .settings import Settings
+from .settings import ResolvedSettings
 from .step import check_gradient, check_loss, eager_step, gradient, loss_scale
 
 
@@ -120,7 +120,7 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 class MemorizeStep:
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, settings: Settings, ends_early: bool):
+    def __init__(self, attachment: Attachment, settings: ResolvedSettings, ends_early: bool):
         self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
         self.why_not = obstacle(attachment)
         self.updates = self.replayed = 0
@@ -129,12 +129,13 @@ class MemorizeStep:
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
-        if not (self._takes(window) and self._captured(window)):
+        replay = self._captured(window) if self._takes(window) else None
+        if replay is None:
             return eager_step(self.attachment, window, self.settings, self.ends_early, place)
         state = self.attachment.state
         state.sync()  # changes from outside, which a forward would have noticed
         self.ids.copy_(torch.cat(window))
-        self.replay()
+        replay()
         loss, finite = self.outcome.tolist()
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
@@ -167,9 +168,10 @@ class MemorizeStep:
         return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]
 
     # ---- capturing -------------------------------------------------------------------------------------------
-    def _captured(self, window: Window) -> bool:
+    def _captured(self, window: Window) -> Callable[[], None] | None:
+        """The step's replay, captured anew where something has moved; None where it cannot be captured."""
         if self.replay is not None and self._signature() == self.captured_at:
-            return True
+            return self.replay
         self.replay = None  # its memory is free for the new one
         try:
             self._prepare(window)
@@ -178,10 +180,10 @@ class MemorizeStep:
             self.replay = capture(self._work, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
-            warnings.warn(f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=5)
+            warnings.warn(f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=6)
         finally:
             self._undo_python(captured=self.replay is not None)
-        return self.replay is not None
+        return self.replay
 
     def _prepare(self, window: Window) -> None:
         (arena,) = self.attachment.state.arenas

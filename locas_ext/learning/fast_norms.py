@@ -6,6 +6,7 @@ gives what its own forward gives; everything is bound to instances and taken off
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,10 @@ class RMSNormFunction(torch.autograd.Function):
 class FastNorm:
     """Stands in for the forward of one norm module."""
 
-    def __init__(self, module: nn.Module):
-        self.weight = module.weight
-        self.eps = getattr(module, "variance_epsilon", None) or module.eps
+    def __init__(self, module: Any):
+        """module: a norm as `_is_plain` finds it, of a class of the host's"""
+        self.weight: nn.Parameter = module.weight
+        self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -61,7 +63,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, fast: FastNorm) -> bool:
+def _agrees(module: Any, fast: FastNorm) -> bool:
     """Whether the kernel computes this module's formula (Gemma's, with 1 + weight, is another one)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, module.weight.shape[0], generator=generator).to(module.weight.dtype)

@@ -12,7 +12,7 @@ from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 
 from .chunk import Window
-from .inputs import token_ids
+from .inputs import TokenIds, token_ids
 from .run_guards import quiet_host
 
 
@@ -51,7 +51,7 @@ def initial_rows(
 
 
 @contextmanager
-def _observe(attachment: Attachment, rows: list):
+def _observe(attachment: Attachment, rows: list[list[Tensor]]):
     """Collects each layer's initial rows during one forward."""
     generator = torch.Generator().manual_seed(attachment.config.seed)
 
@@ -73,7 +73,8 @@ def _observe(attachment: Attachment, rows: list):
 
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
-    state, rows = attachment.state, []
+    state = attachment.state
+    rows: list[list[Tensor]] = []
     device = attachment.host.input_device()
     state.disabled += 1
     try:
@@ -92,7 +93,7 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
     return result
 
 
-def initialize(attachment: Attachment, input_ids) -> None:
+def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
     ids = token_ids(input_ids, host.vocab_size, at_least=1)

@@ -1,12 +1,15 @@
 """A text as token ids: checked, identified, and what stands before it."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]  # [n] or [1, n]
 
-def token_ids(input_ids, vocab_size: int, at_least: int) -> Tensor:
+
+def token_ids(input_ids: TokenIds, vocab_size: int, at_least: int) -> Tensor:
     """[n] int64 on the CPU from a list or an integer tensor [n] or [1, n]; ValueError or TypeError names what is off."""
     if not isinstance(input_ids, Tensor):
         try:

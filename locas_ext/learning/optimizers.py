@@ -1,7 +1,9 @@
 """The fused updates: one launch steps and clips the slots of all layers on a device."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -115,7 +117,21 @@ def sgd_step(
         _finish(state)
 
 
-OPTIMIZERS = {"adamw": adamw_step, "sgd": sgd_step}
+class Update(Protocol):
+    """What memorizing asks of an optimizer."""
+
+    def __call__(
+        self,
+        state: MemoryState,
+        learning_rate: float | torch.Tensor,
+        *,
+        clip: bool,
+        gradient_scale: float,
+        finite: torch.Tensor | None = None,
+    ) -> None: ...
+
+
+OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step}
 
 
 def _check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -123,7 +139,13 @@ def _check_range(name: str, value: float, low: float, high: float = math.inf) ->
         raise ValueError(f"{name} is {value}; expected a number in [{low}, {high})")
 
 
-class _SlotOptimizer(torch.optim.Optimizer):
+class _SlotOptimizer(torch.optim.Optimizer, ABC):
+    _states: ClassVar[tuple[str, ...]]  # the tensors of a MemoryState that are this optimizer's
+
+    @abstractmethod
+    def _update(self, state: MemoryState, group: dict) -> None:
+        """One step of all slots with the settings of a parameter group."""
+
     def __init__(self, memory, defaults: dict):
         for name in ("lr", "eps", "weight_decay"):
             _check_range(name, defaults.get(name, 0.0), 0.0)

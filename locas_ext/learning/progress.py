@@ -6,6 +6,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class NoProgress:
+    """Stands where a StreamProgress would, and shows nothing."""
+
+    def __enter__(self) -> "NoProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def advance(self, position: int) -> None:
+        pass
+
+
 class StreamProgress:
     """A context manager; `advance(position)` after every chunk. `report` has growing `tokens` and `nll`."""
 

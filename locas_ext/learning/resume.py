@@ -11,7 +11,7 @@ from locas_ext.state.stream import Stream
 from locas_ext.storage import checkpoint
 
 from .inputs import text_digest
-from .settings import Settings
+from .settings import ResolvedSettings
 
 
 def saved_stream(resume: str | Path) -> Stream:
@@ -24,7 +24,7 @@ def saved_stream(resume: str | Path) -> Stream:
     return stream
 
 
-def take_up(attachment: Attachment, ids: Tensor, settings: Settings, resume: str | Path, stream: Stream) -> None:
+def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, resume: str | Path, stream: Stream) -> None:
     """Loads the memory of a saved run; ValueError if that was not over this text with these settings."""
     # layers are checked by load(); the backend may be another one, as on another machine
     configs = [config.to_dict() for config in (checkpoint.read_config(resume), attachment.config)]

@@ -27,10 +27,25 @@ class Settings:
     write: WriteSettings | None = None  # with update="write"
 
 
-def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """Settings that were checked, with what was None filled in. Saved memories hold them: the names are those of Settings."""
+
+    window: int
+    stride: int
+    learning_rate: float
+    epochs: int
+    optimizer: str
+    update: str
+    context_gradient: bool
+    bos: bool
+    write: WriteSettings | None
+
+
+def _integer(name: str, value: object, low: int, high: float, why: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; expected an integer")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         limit = f">= {low}" if high == math.inf else f"from {low} to {int(high)}"
         raise ValueError(f"{name} is {value}; expected an integer {limit}{why}")
     return int(value)
@@ -39,7 +54,7 @@ def _integer(name: str, value, low: int, high: float, why: str = "") -> int:
 UPDATES = ("backprop", "write")
 
 
-def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stream | None = None) -> Settings:
+def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stream | None = None) -> ResolvedSettings:
     """The settings with what is None filled in; ValueError or TypeError for one out of range.
 
     resumed: where the run that is taken up again stood; what it filled in holds for the rest too.
@@ -64,7 +79,7 @@ def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stre
         raise ValueError(f"update is {settings.update!r}; expected one of {', '.join(UPDATES)}")
     if settings.bos and bos_token(host) is None:
         raise ValueError("bos is True, but the host's config has no bos_token_id")
-    return Settings(
+    return ResolvedSettings(
         window,
         stride,
         float(rate),

@@ -12,7 +12,7 @@ from locas_ext.state.memory_state import MemoryState
 
 from .chunk import Window, chunk_loss
 from .optimizers import OPTIMIZERS
-from .settings import Settings
+from .settings import ResolvedSettings
 
 # Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
 FP16_LOSS_SCALE = 1024.0
@@ -26,7 +26,7 @@ def loss_scale(state: MemoryState) -> float:
 def gradient(
     attachment: Attachment,
     window: Window,
-    settings: Settings,
+    settings: ResolvedSettings,
     ends_early: bool,
     check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -57,7 +57,7 @@ def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
         raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {state.version}")
 
 
-def eager_step(attachment: Attachment, window: Window, settings: Settings, ends_early: bool, place: str) -> float:
+def eager_step(attachment: Attachment, window: Window, settings: ResolvedSettings, ends_early: bool, place: str) -> float:
     """Learns a window's targets. Returns their summed negative log-likelihood before the update.
 
     LocasError, with the memory unchanged, if loss or gradient is not finite.

@@ -19,13 +19,14 @@ from torch import Tensor
 from locas_ext.errors import LocasError
 from locas_ext.ops import token_nll, write_slots_
 from locas_ext.patching.attachment import Attachment
+from locas_ext.patching.mlp import PatchedMlpFFN
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.transforms.compress import compress_slots
 
 from .chunk import Window, chunk_logits
-from .inputs import token_ids
+from .inputs import TokenIds, token_ids
 from .run_guards import interrupt_between_chunks, quiet_host
-from .settings import Settings
+from .settings import ResolvedSettings
 from .step import check_loss, loss_scale
 from .write_settings import WriteSettings, check_room, resolve
 
@@ -53,6 +54,7 @@ def _make_room(attachment: Attachment, count: int, settings: WriteSettings) -> N
     needed = state.used + count
     if settings.capacity is not None and needed > settings.capacity:
         if settings.when_full == "compress":
+            assert settings.compress_to is not None, "resolve() fills it in for when_full='compress'"
             compress_slots(state, attachment.ffns[0].activation, settings.compress_to)
         else:
             state.drop_oldest(needed - settings.capacity)
@@ -110,16 +112,18 @@ def _of_arenas(state: MemoryState, layers: Sequence[Tensor], targets: int, indic
 
 def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gradient: bool, ends_early: bool) -> Asked:
     """One forward, and one backward to the FFNs' outputs (exact: one a token). Waits for the device only to choose."""
-    state, taps = attachment.state, [_Tap() for _ in attachment.ffns]
+    state = attachment.state
+    ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
+    taps = [_Tap() for _ in ffns]
     window = window.to(attachment.host.input_device())
     try:
-        for ffn, tap in zip(attachment.ffns, taps, strict=False):
+        for ffn, tap in zip(ffns, taps, strict=False):
             ffn.tap = tap
         # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
         with torch.compiler.set_stance("force_eager"):
             logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
     finally:
-        for ffn in attachment.ffns:
+        for ffn in ffns:
             ffn.tap = None
     targets = window.targets.to(logits.device)
     if exact:  # token_nll gives its gradient once
@@ -179,9 +183,9 @@ def _write(
     """
     state = attachment.state
     asked = _ask(attachment, window, settings.tokens, exact, context_gradient, ends_early)
-    slots, norms = _new_slots(asked, settings.epsilon)
+    slots, norms_of_arenas = _new_slots(asked, settings.epsilon)
     # One read of all the numbers, as each read waits for the device; float64 holds indices too.
-    numbers = [asked.chosen, asked.nll, *(of_arena.to(asked.nll.device) for of_arena in norms)]
+    numbers = [asked.chosen, asked.nll, *(norms.to(asked.nll.device) for norms in norms_of_arenas)]
     values = torch.cat([tensor.double() for tensor in numbers]).tolist()
     count, targets = len(asked.chosen), len(asked.nll)
     chosen = [int(index) for index in values[:count]]
@@ -220,14 +224,15 @@ def write_tokens(attachment: Attachment, input_ids: Tensor, settings: WriteSetti
 class WriteStep:
     """A chunk's turn in memorize(update="write"): step(window, place) -> the summed loss, before it is written."""
 
-    def __init__(self, attachment: Attachment, settings: Settings, ends_early: bool):
-        self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
+    def __init__(self, attachment: Attachment, settings: ResolvedSettings, ends_early: bool):
+        assert settings.write is not None, "resolve_settings() fills it in for update='write'"
+        self.attachment, self.settings, self.write, self.ends_early = attachment, settings, settings.write, ends_early
 
     def __call__(self, window: Window, place: str) -> float:
         return _write(
             self.attachment,
             window,
-            self.settings.write,
+            self.write,
             place,
             context_gradient=self.settings.context_gradient,
             ends_early=self.ends_early,
@@ -238,7 +243,7 @@ class WriteStep:
         return "not used: slots are written in closed form"
 
 
-def write(attachment: Attachment, input_ids, settings: WriteSettings, exact: bool) -> WriteReport:
+def write(attachment: Attachment, input_ids: TokenIds, settings: WriteSettings, exact: bool) -> WriteReport:
     """See `Memory.write`."""
     host = attachment.host
     ids = token_ids(input_ids, host.vocab_size, at_least=2)

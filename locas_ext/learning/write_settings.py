@@ -10,22 +10,24 @@ from torch import Tensor
 
 WHEN_FULL = ("error", "drop_oldest", "compress")
 
+Tokens = str | float | int | Sequence[int] | Tensor  # which tokens get a slot; once resolved a str, float, int or tuple
+
 
 @dataclass(frozen=True)
 class WriteSettings:
     """The arguments of `Memory.write` and `Memory.memorize` that decide what is written and where."""
 
     epsilon: float = 1e-2
-    tokens: str | float | int | tuple[int, ...] = "all"
+    tokens: Tokens = "all"
     capacity: int | None = None
     when_full: str | None = None
     compress_to: int | None = None
 
 
-def _positive_integer(name: str, value, at_most: float, why: str) -> int:
+def _positive_integer(name: str, value: object, at_most: float, why: str) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; expected an integer, {why}")
-    if not 1 <= value <= at_most:
+    if not 1 <= int(value) <= at_most:
         limit = ">= 1" if at_most == math.inf else f"from 1 to {at_most}"
         raise ValueError(f"{name} is {value}; expected an integer {limit}, {why}")
     return int(value)
@@ -98,7 +100,8 @@ def resolve(settings: WriteSettings, hidden_size: int, used: int, text: int | No
 
 def check_fits(count: int, settings: WriteSettings) -> None:
     """ValueError if `count` slots at once find no room even in a memory that was compressed or emptied for them."""
-    kept = settings.compress_to if settings.when_full == "compress" else 0
+    kept = settings.compress_to or 0  # None unless when_full is "compress"
+    assert settings.capacity is not None, "a memory without a limit is never full"
     if kept + count > settings.capacity:
         beside = f" and compress_to {kept}" if kept else ""
         raise ValueError(

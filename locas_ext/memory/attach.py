@@ -1,6 +1,7 @@
 """A model gets a memory: a new one, or a saved one."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,8 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
     memory = Memory(Attachment(model, config or LocasConfig(), rehome))
-    memory.model._locas_memory = memory
+    host: Any = memory.model
+    host._locas_memory = memory
     return memory
 
 

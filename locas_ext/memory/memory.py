@@ -3,16 +3,19 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from locas_ext.config import LocasConfig
 from locas_ext.learning.initialization import initialize
+from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.memorize import memorize
 from locas_ext.learning.report import MemorizeReport
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.write import WriteReport, write
-from locas_ext.learning.write_settings import WriteSettings
+from locas_ext.learning.write_settings import Tokens, WriteSettings
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Chunk
@@ -109,7 +112,7 @@ class Memory:
         finally:
             self.state.disabled -= 1
 
-    def initialize(self, input_ids) -> None:
+    def initialize(self, input_ids: TokenIds) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
 
         input_ids: [n] or [1, n] integers, no more than the host has positions. `memorize` does this with its first
@@ -120,7 +123,7 @@ class Memory:
 
     def memorize(
         self,
-        input_ids,
+        input_ids: TokenIds,
         window: int | None = None,
         stride: int | None = None,
         learning_rate: float = 4e-3,
@@ -170,24 +173,15 @@ class Memory:
             raise ValueError("memorize: the memory is disabled here, so nothing can be learned; leave the disabled() block")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
-        settings = Settings(
-            window=window,
-            stride=stride,
-            learning_rate=learning_rate,
-            epochs=epochs,
-            optimizer=optimizer,
-            update=update,
-            context_gradient=context_gradient,
-            bos=bos,
-            write=WriteSettings(epsilon, tokens, capacity, when_full, compress_to),
-        )
+        writing = WriteSettings(epsilon, tokens, capacity, when_full, compress_to)
+        settings = Settings(window, stride, learning_rate, epochs, optimizer, update, context_gradient, bos, writing)
         return memorize(self._attachment, input_ids, settings, progress, callback, resume)
 
     def write(
         self,
-        input_ids,
+        input_ids: TokenIds,
         epsilon: float = 1e-2,
-        tokens="all",
+        tokens: Tokens = "all",
         exact: bool = False,
         capacity: int | None = None,
         when_full: str | None = None,
@@ -276,7 +270,8 @@ class Memory:
 
         The two models share the host's weights, so a fork costs the memory's size only.
         """
-        return snapshot.copy_sharing_weights(self.model)._locas_memory
+        model: Any = snapshot.copy_sharing_weights(self.model)
+        return model._locas_memory
 
     # ---- ending it -------------------------------------------------------------------------------------------
     def detach(self) -> None:
@@ -285,7 +280,7 @@ class Memory:
             self._attachment.detach()
             del self.model._locas_memory
 
-    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> nn.Module:
+    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> PreTrainedModel:
         """Makes the memory part of the host's own FFNs, which become wider, and detaches.
 
         pad_to_multiple_of: the new width is rounded up to a multiple of this.

@@ -1,10 +1,14 @@
 """The kernels as autograd Functions on [T, d] matrices: what eager code calls, behind the checks of `functional.py`."""
 
+from types import ModuleType
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import elementwise, matmul
-from .types import SlotViews
+from .types import HostWeights, SlotFactors, SlotViews
 
 
 class GluFFNFunction(torch.autograd.Function):
@@ -16,7 +20,17 @@ class GluFFNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, slots, views, host, scale, activation, slots_grad, backend):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slots: Tensor,
+        views: SlotViews,
+        host: HostWeights,
+        scale: float,
+        activation: int,
+        slots_grad: Tensor | SlotFactors | None,
+        backend: ModuleType,
+    ) -> Tensor:
         needs_dx = ctx.needs_input_grad[0]
         y, saved = backend.glu_ffn_forward(x, host, views, scale, activation, save=True, needs_dx=needs_dx)
         ctx.save_for_backward(x, *saved, *views)
@@ -26,7 +40,7 @@ class GluFFNFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved, gate_key, value = ctx.saved_tensors
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
         dx, d_slots = ctx.backend.glu_ffn_backward(
@@ -41,7 +55,15 @@ class SidewayGluFunction(torch.autograd.Function):
     """apply(x [T, d], slots, views, scale, activation index, slots_grad) -> the memory's own output [T, d]."""
 
     @staticmethod
-    def forward(ctx, x, slots, views, scale, activation, slots_grad):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slots: Tensor,
+        views: SlotViews,
+        scale: float,
+        activation: int,
+        slots_grad: Tensor | None,
+    ) -> Tensor:
         y, memory_gate_key = matmul.sideway_forward(x, views, scale, activation)
         ctx.save_for_backward(x, memory_gate_key, *views)
         ctx.scale, ctx.activation = scale, activation
@@ -50,7 +72,7 @@ class SidewayGluFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, memory_gate_key, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
@@ -70,7 +92,15 @@ class SidewayMlpFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, slots, views, scale, activation, slots_grad):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slots: Tensor,
+        views: SlotViews,
+        scale: float,
+        activation: int,
+        slots_grad: Tensor | None,
+    ) -> Tensor:
         y, pre = matmul.sideway_mlp_forward(x, views, scale, activation)
         ctx.save_for_backward(x, pre, *views)
         ctx.scale, ctx.activation = scale, activation
@@ -79,7 +109,7 @@ class SidewayMlpFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, *views = ctx.saved_tensors
         views = SlotViews(*views)
         needs_dx, needs_slots = ctx.needs_input_grad[:2]
@@ -98,13 +128,13 @@ class TokenNLLFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         nll, ctx.d_logits = elementwise.cross_entropy(logits, targets, gradient=ctx.needs_input_grad[0])
         return nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_nll):
+    def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         d_logits, ctx.d_logits = ctx.d_logits, None
         if d_logits is None:
             raise RuntimeError("token_nll: the gradient was already taken once; call it again for another")

@@ -8,7 +8,9 @@ from locas_ext.config import BACKENDS
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def expect(op: str, name: str, tensor: Tensor, shape: tuple, like: Tensor, dtypes: tuple) -> None:
+def expect(
+    op: str, name: str, tensor: object, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
     """`shape` may hold letters for sizes that are free."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
@@ -38,12 +40,20 @@ def check_x(op: str, x: Tensor, backend: str) -> None:
         raise ValueError(f"{op}: x is {x.dtype}; expected float32, bfloat16 or float16 (backend='reference' takes float64 too)")
 
 
-def check_host(op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: tuple, has_down: bool = True) -> None:
+def check_host(
+    op: str,
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor | None,
+    biases: tuple[Tensor | None, ...],
+    has_down: bool = True,
+) -> None:
     d, same = x.shape[-1], (x.dtype,)
     expect(op, "gate_weight", gate_weight, ("m", d), x, same)
     m = gate_weight.shape[0]
     expect(op, "up_weight", up_weight, (m, d), x, same)
-    named = [("gate_weight", gate_weight), ("up_weight", up_weight)]
+    named: list[tuple[str, Tensor | None]] = [("gate_weight", gate_weight), ("up_weight", up_weight)]
     if has_down:
         expect(op, "down_weight", down_weight, (d, m), x, same)
         named.append(("down_weight", down_weight))
@@ -53,13 +63,20 @@ def check_host(op: str, x: Tensor, gate_weight, up_weight, down_weight, biases: 
             named.append((name, bias))
     if torch.is_grad_enabled():
         for name, weight in named:
-            if weight.requires_grad:
+            if weight is not None and weight.requires_grad:
                 raise ValueError(
                     f"{op}: {name} requires a gradient; the host is frozen here: call {name}.requires_grad_(False)"
                 )
 
 
-def plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases) -> bool:
+def plainly_fits(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    slots: Tensor,
+    biases: tuple[Tensor | None, ...],
+) -> bool:
     """Whether all is as it should be in the common case, in a few microseconds; if not, the checks above say why."""
     if not isinstance(x, Tensor) or x.dim() == 0 or biases != (None, None, None):
         return False

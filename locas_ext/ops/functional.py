@@ -11,6 +11,8 @@ All raise ValueError for a shape, dtype, device or setting that does not fit, na
 argument of another type. The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ from .activations import activation_index
 from .autograd import GluFFNFunction, SidewayGluFunction, SidewayMlpFunction, TokenNLLFunction
 from .backends import native_backend
 from .checks import KERNEL_DTYPES, check_host, check_slots, check_x, expect, plainly_fits
-from .types import HostWeights, SlotViews
+from .types import HostWeights, InputProjections, SlotViews
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -28,6 +32,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
         return None  # check_x says so
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _cast(tensor: _MaybeTensor, dtype: torch.dtype) -> _MaybeTensor:
+    return tensor if tensor is None else tensor.to(dtype)
 
 
 # ---- public operations --------------------------------------------------------------------------------------
@@ -64,10 +72,12 @@ def glu_ffn(
     """
     index, biases = activation_index(activation), (gate_bias, up_bias, down_bias)
     if (dtype := _autocast_dtype(x)) is not None:
-        cast = [t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight, down_weight)]
-        biases = [t if t is None else t.to(dtype) for t in biases]
+        x, gate_weight, up_weight, down_weight = (_cast(t, dtype) for t in (x, gate_weight, up_weight, down_weight))
+        gate_bias, up_bias, down_bias = (_cast(t, dtype) for t in biases)
         with torch.autocast(x.device.type, enabled=False):
-            return glu_ffn(*cast, slots, scale, activation, *biases, backend=backend)
+            return glu_ffn(
+                x, gate_weight, up_weight, down_weight, slots, scale, activation, gate_bias, up_bias, down_bias, backend
+            )
     if backend not in ("auto", "fused", "matmul") or not plainly_fits(x, gate_weight, up_weight, down_weight, slots, biases):
         check_x("glu_ffn", x, backend)
         check_host("glu_ffn", x, gate_weight, up_weight, down_weight, biases)
@@ -97,7 +107,7 @@ def glu_ffn(
 
 def _sideway(
     op: str,
-    function: type,
+    function: type[torch.autograd.Function],
     parts: int,
     why_not_fused: str,
     x: Tensor,
@@ -174,7 +184,7 @@ def neuron_importance(
     module = native_backend("neuron_importance", x, gate_weight, backend)
     if torch.compiler.is_compiling():
         return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
-    host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
+    host = InputProjections(gate_weight, up_weight, gate_bias, up_bias)
     return module.neuron_importance(x2d, host, index)
 
 

@@ -7,7 +7,7 @@ from .backends import slot_updates
 from .checks import KERNEL_DTYPES, expect
 
 
-def _scalar_tensor(op: str, name: str, value, like: Tensor) -> Tensor:
+def _scalar_tensor(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-d tensor on `like`'s device; plain numbers are taken too."""
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64, device=like.device)
@@ -30,7 +30,14 @@ def _check_update(op: str, slots: Tensor, learning_rate: Tensor, named: dict[str
 
 
 def _check_writing(
-    op: str, slots: Tensor, start: int, inputs: Tensor, gradients: Tensor, epsilon: float, compute, gradient_norm
+    op: str,
+    slots: Tensor,
+    start: int,
+    inputs: Tensor,
+    gradients: Tensor,
+    epsilon: float,
+    compute: Tensor | None,
+    gradient_norm: Tensor | None,
 ) -> None:
     if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() != 4 or slots.shape[1] != 2:
         raise ValueError(f"{op}: slots must be a float32 tensor [L, 2, capacity, d]")

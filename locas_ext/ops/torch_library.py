@@ -4,16 +4,21 @@ Eager code calls the autograd Functions of `autograd.py` instead: they cost abou
 kernels and autograd formulas stand together for each operator.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .activations import activation_index
 from .backends import cpu, cuda, matmul, slot_updates
-from .types import HostWeights, SlotViews
+from .types import HostWeights, InputProjections, SlotViews
 
 _library = torch.library.Library("locas", "DEF")
 
 
-def _define(schema: str, implementation, fake) -> None:
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.needs_exact_strides)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -25,10 +30,10 @@ _BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
 
 
 # ---- glu_ffn: y, and what the backward needs ----------------------------------------------------------------
-_BACKENDS = {"matmul": matmul, "fused": cuda, "fused_cpu": cpu}
+_BACKENDS: dict[str, ModuleType] = {"matmul": matmul, "fused": cuda, "fused_cpu": cpu}
 
 
-def name_of(backend) -> str:
+def name_of(backend: ModuleType) -> str:
     """What the operators call the module that computes."""
     return next(name for name, module in _BACKENDS.items() if module is backend)
 
@@ -43,13 +48,36 @@ def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[in
     return [(tokens, m), (tokens, m), (tokens, 2 * rank)]
 
 
-def _glu_ffn(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
+def _glu_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str,
+    backend: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
     y, saved = _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=True)
     return (y, *[x.new_empty(0, 0) if tensor is None else tensor for tensor in saved])
 
 
-def _glu_ffn_fake(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
+def _glu_ffn_fake(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str,
+    backend: str,
+    *_: Tensor | None,
+    **__: Tensor | None,
+) -> tuple[Tensor, ...]:
     shapes = _saved_shapes(x.shape[0], gate.shape[0], slots.shape[1], backend)
     return (x.new_empty(x.shape), *[x.new_empty(shape) for shape in shapes])
 
@@ -62,7 +90,19 @@ _define(
 )
 
 
-def _glu_ffn_inference(x, gate, up, down, slots, scale, activation, backend, gate_bias=None, up_bias=None, down_bias=None):
+def _glu_ffn_inference(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str,
+    backend: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
     return _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=False)[0]
 
@@ -74,7 +114,21 @@ _define(
 )
 
 
-def _glu_ffn_backward(dy, x, saved_gate, saved_up, saved_memory, gate, up, down, slots, scale, activation, backend, needs_dx):
+def _glu_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved_gate: Tensor,
+    saved_up: Tensor,
+    saved_memory: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slots: Tensor,
+    scale: float,
+    activation: str,
+    backend: str,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor]:
     dx, d_slots = _BACKENDS[backend].glu_ffn_backward(
         dy.contiguous(),
         x,
@@ -100,12 +154,12 @@ _define(
 )
 
 
-def _glu_ffn_setup(ctx, inputs, output):
+def _glu_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate, up, down, slots, ctx.scale, ctx.activation, ctx.backend = inputs[:8]
     ctx.save_for_backward(x, *output[1:], gate, up, down, slots)
 
 
-def _glu_ffn_autograd(ctx, dy, *_):
+def _glu_ffn_autograd(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx = ctx.needs_input_grad[0]
     dx, d_slots = torch.ops.locas.glu_ffn_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, ctx.backend, needs_dx)
     return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 6)
@@ -115,7 +169,7 @@ torch.library.register_autograd("locas::glu_ffn", _glu_ffn_autograd, setup_conte
 
 
 # ---- sideway_glu --------------------------------------------------------------------------------------------
-def _sideway_glu(x, slots, scale, activation):
+def _sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     return matmul.sideway_forward(x, SlotViews.of(slots), scale, activation_index(activation))
 
 
@@ -126,11 +180,14 @@ _define(
 )
 
 
-def _sideway_glu_backward(dy, x, memory_gate_key, slots, scale, activation):
+def _sideway_glu_backward(
+    dy: Tensor, x: Tensor, memory_gate_key: Tensor, slots: Tensor, scale: float, activation: str
+) -> tuple[Tensor, Tensor]:
     views = SlotViews.of(slots)
     d_gate_key, d_slots = matmul.sideway_backward(
         dy.contiguous(), x, memory_gate_key, views, scale, activation_index(activation), None
     )
+    assert d_slots is not None, "without a place to add the gradient to, it comes back"
     return d_gate_key @ views.gate_key, d_slots
 
 
@@ -142,21 +199,21 @@ _define(
 )
 
 
-def _sideway_glu_setup(ctx, inputs, output):
+def _sideway_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, slots, ctx.scale, ctx.activation = inputs
     ctx.save_for_backward(x, output[1], slots)
 
 
-def _sideway_glu_autograd(ctx, dy, _):
+def _sideway_glu_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dx, d_slots = torch.ops.locas.sideway_glu_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation)
     return dx, d_slots, None, None
 
 
-torch.library.register_autograd("locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_glu_setup, lib=_library)
+torch.library.register_autograd("locas::sideway_glu", _sideway_glu_autograd, setup_context=_sideway_setup, lib=_library)
 
 
 # ---- sideway_mlp --------------------------------------------------------------------------------------------
-def _sideway_mlp(x, slots, scale, activation):
+def _sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     return matmul.sideway_mlp_forward(x, SlotViews.of(slots), scale, activation_index(activation))
 
 
@@ -167,12 +224,14 @@ _define(
 )
 
 
-def _sideway_mlp_backward(dy, x, pre, slots, scale, activation, needs_slots):
+def _sideway_mlp_backward(
+    dy: Tensor, x: Tensor, pre: Tensor, slots: Tensor, scale: float, activation: str, needs_slots: bool
+) -> tuple[Tensor, Tensor]:
     views = SlotViews.of(slots)
     d_pre, d_slots = matmul.sideway_mlp_backward(
         dy.contiguous(), x, pre, views, scale, activation_index(activation), needs_slots, None
     )
-    return d_pre @ views.gate_key, d_slots if needs_slots else slots.new_empty(0)
+    return d_pre @ views.gate_key, slots.new_empty(0) if d_slots is None else d_slots
 
 
 _define(
@@ -186,23 +245,25 @@ _define(
 )
 
 
-def _sideway_mlp_setup(ctx, inputs, output):
-    x, slots, ctx.scale, ctx.activation = inputs
-    ctx.save_for_backward(x, output[1], slots)
-
-
-def _sideway_mlp_autograd(ctx, dy, _):
+def _sideway_mlp_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs_slots = ctx.needs_input_grad[1]
     dx, d_slots = torch.ops.locas.sideway_mlp_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.activation, needs_slots)
     return dx, d_slots if needs_slots else None, None, None
 
 
-torch.library.register_autograd("locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_mlp_setup, lib=_library)
+torch.library.register_autograd("locas::sideway_mlp", _sideway_mlp_autograd, setup_context=_sideway_setup, lib=_library)
 
 
 # ---- neuron_importance, the updates and writing ---------------------------------------------------------------
-def _neuron_importance(x, gate_weight, up_weight, activation, gate_bias=None, up_bias=None):
-    host = HostWeights(gate_weight, up_weight, None, gate_bias, up_bias)
+def _neuron_importance(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    host = InputProjections(gate_weight, up_weight, gate_bias, up_bias)
     return matmul.neuron_importance(x, host, activation_index(activation))
 
 

@@ -1,6 +1,6 @@
 """What the backends pass to each other: a host's weights, a layer's slots, a gradient that nobody has formed yet."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ class HostWeights(NamedTuple):
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+
+class InputProjections(NamedTuple):
+    """Of a host FFN what its neurons take in: gate and up [m, d], biases [m] or None."""
+
+    gate: Tensor
+    up: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+
+# What a backend's forward keeps for its own backward; of no meaning to anyone between.
+Saved = tuple[Any, ...]
 
 
 class SlotViews(NamedTuple):
@@ -49,7 +62,7 @@ class SlotFactors:
     d_gate, d_key, hidden: [T, r] in the compute dtype (of their rows r' >= r columns may exist); x, dy: [T, d].
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] | None = None
 
     def keep(self, *tensors: Tensor) -> None:
@@ -57,7 +70,12 @@ class SlotFactors:
             raise RuntimeError("a layer ran twice in one step; its slots' gradient cannot be kept as factors")
         self.tensors = tensors
 
+    def kept(self) -> tuple[Tensor, ...]:
+        if self.tensors is None:
+            raise RuntimeError("a layer did not run in this step; its slots have no gradient")
+        return self.tensors
+
     def norm_bound(self) -> Tensor:
         """[] float32, at least the gradient's norm; not finite if a factor is not, or if their product may not be."""
-        d_gate, d_key, hidden, x, dy = torch._foreach_norm(self.tensors, dtype=torch.float32)
+        d_gate, d_key, hidden, x, dy = torch._foreach_norm(self.kept(), dtype=torch.float32)
         return (d_gate + d_key) * x + hidden * dy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.config import LocasConfig, check_rank, paper_multiple
-from locas_ext.hosts.ffn import HostFFN
+from locas_ext.hosts.ffn import GatedFFN, HostFFN
 from locas_ext.hosts.projections import projection_device, value_norm_mean
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.ops.backends import fused_backend, slot_updates
@@ -80,6 +80,15 @@ def _devices(host: Host) -> list[torch.device]:
     return result
 
 
+def _patched(
+    config: LocasConfig, binding: Binding, ffn: HostFFN, arena: SlotArena, index: int
+) -> PatchedGluFFN | PatchedMlpFFN:
+    if config.variant == "mlp":
+        return PatchedMlpFFN(binding, ffn, arena, index)
+    assert isinstance(ffn, GatedFFN), "_check_variant refuses the others"
+    return PatchedGluFFN(binding, ffn, arena, index)
+
+
 class Attachment:
     """A host, its memory's state and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
 
@@ -111,11 +120,14 @@ class Attachment:
             like.dtype,
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
-        kind = PatchedGluFFN if config.variant == "glu" else PatchedMlpFFN
         binding = Binding(self.state, self.backend, host, self.relocate)
-        self.ffns = [kind(binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
+        self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
+        self._bind(rehome)
 
+    def _bind(self, rehome: bool) -> None:
+        """Freezes the host and puts the memory's forwards in place."""
+        model = self.host.model
         self.cache_guard = StaleCacheGuard(model, self.state)
         self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
@@ -132,11 +144,12 @@ class Attachment:
     def _rehome(self) -> None:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
-        homes = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in self.ffns]
+        ffns = [ffn for ffn in self.ffns if isinstance(ffn, PatchedGluFFN)]  # all: _resolve_backend refuses the others
+        homes = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
         for home, layer in zip(homes, self.state.layers, strict=True):
             if (problem := obstacle(home.ffn, users)) is not None:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
-        for ffn, home in zip(self.ffns, homes, strict=True):
+        for ffn, home in zip(ffns, homes, strict=True):
             ffn.home = home  # before it moves in, so that detach() finds it
             home.move_in(users)
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from locas_ext.state.memory_state import MemoryState
 
 from .forward_patch import ForwardPatch
 from .rehome import RehomedFFN
+
+FFN = TypeVar("FFN", bound=HostFFN)
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Binding:
     relocate: Callable[[SlotArena, torch.device, torch.dtype], None]
 
 
-class PatchedFFN(ABC):
+class PatchedFFN(ABC, Generic[FFN]):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 
-    def __init__(self, binding: Binding, ffn: HostFFN, arena: SlotArena, index: int):
+    def __init__(self, binding: Binding, ffn: FFN, arena: SlotArena, index: int):
         """index: the layer's place in its arena."""
         self.binding, self.ffn, self.arena, self.index = binding, ffn, arena, index
         self.state, self.backend = binding.state, binding.backend
@@ -41,7 +44,7 @@ class PatchedFFN(ABC):
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
         self.home: RehomedFFN | None = None  # with attach(rehome=True)
-        self.observer = None  # called with the FFN input [..., d] during initialization
+        self.observer: Callable[[Tensor], None] | None = None  # called with the FFN input [..., d] during initialization
         self.attached = False
         self.patches: list[ForwardPatch] = []
 

@@ -3,8 +3,11 @@
 Every forward stamps its cache with the state of the memory that filled it; `generate` compares.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from locas_ext.state.memory_state import MemoryState
 
@@ -14,13 +17,13 @@ _STAMP = "_locas_memory_state"
 class StaleCacheGuard:
     """Binds a forward hook and a `generate` to a model; unbind() takes both away."""
 
-    def __init__(self, model: nn.Module, state: MemoryState):
+    def __init__(self, model: PreTrainedModel, state: MemoryState):
         self.model, self.state = model, state
 
     def bind(self) -> None:
         self.handle = self.model.register_forward_hook(self._stamp)
         self.replaced = self.model.__dict__.get("generate")
-        self.original = getattr(self.model, "generate", None)
+        self.original: Callable[..., Any] | None = getattr(self.model, "generate", None)
         if self.original is not None:
             self.model.generate = self._generate
 
@@ -54,4 +57,5 @@ class StaleCacheGuard:
                     "past_key_values was filled before the memory changed, so the text in it was read with another "
                     "memory; start from a fresh cache, or pass allow_stale_cache=True to go on with it"
                 )
+        assert self.original is not None, "bind() puts this in the place of an original only"
         return self.original(*args, **kwargs)

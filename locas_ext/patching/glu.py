@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext import ops
+from locas_ext.hosts.ffn import GatedFFN
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFFNFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, native_backend
 from locas_ext.ops.backends.matmul import sideway_forward
+from locas_ext.ops.types import SlotViews
 
 from .base import PatchedFFN
 from .rehome import RehomedFunction, rehomed_forward
 
 
-class PatchedGluFFN(PatchedFFN):
+class PatchedGluFFN(PatchedFFN[GatedFFN]):
     """Locas-GLU in a gated FFN: host and memory as one op where the host's projections are plain."""
 
     def forwards(self) -> list[tuple[nn.Module, Callable]]:
@@ -46,28 +48,28 @@ class PatchedGluFFN(PatchedFFN):
         if views.value.dtype != dtype or views.value.device != device:
             self.binding.relocate(arena, device, dtype)
             views = arena.views[index]
-        scale, activation = arena.scales[index], self.activation_index
-        x2d = x.reshape(-1, x.shape[-1])
-        rehomed = not alone and self.home is not None and self.home.ready()
-        if not alone and not rehomed:
-            host = self.ffn.weights()
-            backend = native_backend("patched FFN", x2d, host.gate, self.backend)
-        if gradients and (learns or x.requires_grad):
-            grad = arena.sink(index)
-            if rehomed:
-                y = RehomedFunction.apply(x2d, parameter, self.home, self.ffn.weights().down_bias, activation, grad)
-            elif alone:
-                y = SidewayGluFunction.apply(x2d, parameter, views, scale, activation, grad)
-            else:
-                y = GluFFNFunction.apply(x2d, parameter, views, host, scale, activation, grad, backend)
-        elif rehomed:
-            y = rehomed_forward(x2d, self.home, self.ffn.weights().down_bias, activation, save=False)[0]
-        elif alone:
-            y = sideway_forward(x2d, views, scale, activation)[0]
-        else:
-            y = backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0]
-        y = y.view_as(x)
+        with_graph = gradients and (learns or x.requires_grad)
+        y = self._forward_native(x.reshape(-1, x.shape[-1]), parameter, views, alone, with_graph).view_as(x)
         return self.original(x) + y if alone else y
+
+    def _forward_native(self, x: Tensor, parameter: Tensor, views: SlotViews, alone: bool, with_graph: bool) -> Tensor:
+        """The memory's output for x [T, d] and, unless it is `alone`, the host's in one."""
+        scale, activation = self.arena.scales[self.index], self.activation_index
+        home, grad = self.home, self.arena.sink(self.index)
+        if alone:
+            if with_graph:
+                return SidewayGluFunction.apply(x, parameter, views, scale, activation, grad)
+            return sideway_forward(x, views, scale, activation)[0]
+        if home is not None and home.ready():
+            bias = self.ffn.weights().down_bias
+            if with_graph:
+                return RehomedFunction.apply(x, parameter, home, bias, activation, grad)
+            return rehomed_forward(x, home, bias, activation, save=False)[0]
+        host = self.ffn.weights()
+        backend = native_backend("patched FFN", x, host.gate, self.backend)
+        if with_graph:
+            return GluFFNFunction.apply(x, parameter, views, host, scale, activation, grad, backend)
+        return backend.glu_ffn_forward(x, host, views, scale, activation, save=False)[0]
 
     def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
         """The reference backend, and any backend under autocast: public ops with all their checks."""
@@ -85,8 +87,9 @@ class PatchedGluFFN(PatchedFFN):
             return self.original(x)
         if not state.learned or self.path()[0] == "sideway":
             return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.beside)
-        gate, up, down, *biases = self.ffn.weights()
-        return ops.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases, backend=self.backend)
+        host = self.ffn.weights()
+        biases = (host.gate_bias, host.up_bias, host.down_bias)
+        return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, self.backend)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class PatchedGluFFN(PatchedFFN):
         gate, up, _, gate_bias, up_bias, _ = self.ffn.weights()
         return ops.neuron_importance(x, gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
 
-    def host_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         return self.ffn.input_rows(like)
 
     def backend_name(self) -> str:

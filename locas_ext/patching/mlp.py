@@ -1,21 +1,23 @@
 """Locas-MLP beside an FFN: the forwards that stand in for the host's."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locas_ext import ops
-from locas_ext.hosts.ffn import TwoLayerFFN
+from locas_ext.hosts.ffn import HostFFN, TwoLayerFFN
 from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
+from locas_ext.ops.types import SlotFactors
 
 from .base import PatchedFFN
 
 
-class PatchedMlpFFN(PatchedFFN):
+class PatchedMlpFFN(PatchedFFN[HostFFN]):
     """Locas-MLP beside an FFN.
 
     Of a two-layer FFN both projections are bound: the first one's forward keeps its input, the last one's adds the memory,
@@ -36,7 +38,8 @@ class PatchedMlpFFN(PatchedFFN):
         return self.patches[0].original(x)
 
     def leave(self, hidden: Tensor) -> Tensor:
-        x, self.input = self.input, None
+        x = cast(Tensor, self.input)  # the first projection ran, or the memory has learned nothing and reads no x
+        self.input = None
         return self.with_memory(x, self.patches[1].original(hidden))
 
     def around(self, x: Tensor) -> Tensor:
@@ -74,6 +77,7 @@ class PatchedMlpFFN(PatchedFFN):
         x2d = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and (learns or x.requires_grad):
             sink = arena.sink(index)
+            assert not isinstance(sink, SlotFactors), "factors are kept only where all FFNs run on the CUDA kernels"
             sink = None if sink is None else sink[:, : arena.used]
             y = SidewayMlpFunction.apply(x2d, parameter, views, scale, self.activation_index, sink)
         else:
@@ -86,7 +90,7 @@ class PatchedMlpFFN(PatchedFFN):
         self.input = None  # what the first projection's forward kept just now
         return hidden.abs().float().mean(0)
 
-    def host_rows(self, like: Tensor) -> tuple[Tensor]:
+    def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to
 
     def path(self) -> tuple[str, str]:

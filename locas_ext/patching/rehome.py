@@ -59,18 +59,25 @@ class RehomedFFN:
     """One host FFN's weights in buffers of their own.
 
     Attributes: gate_up [2, n, d], down [d, n], bias [2, n] or None, all in the host's dtype; memory, the slice of the n
-    that is the memory's; None of them while the weights are not at home.
+    that is the memory's; factors, 1 for the gate rows and tau for the key rows, [2, 1, 1] float32. None of them is there
+    while the weights are not at home.
     """
+
+    gate_up: Tensor
+    down: Tensor
+    bias: Tensor | None
+    memory: slice
+    factors: Tensor
 
     def __init__(self, ffn: GatedFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
         """index: the layer's place in its arena."""
         self.ffn, self.state, self.arena, self.index, self.model = ffn, state, arena, index, model
         self.away: str | None = "not moved in yet"  # why the buffers are not used
         self.shared = False  # whether the weights are at home in another memory's buffers
-        self.parameters: tuple[nn.Parameter | None, ...] = ()
+        self.parameters: tuple[Tensor | None, ...] = ()
         self._addresses: tuple[int, ...] = ()
         self._refused: tuple[int, ...] | None = None  # where the weights lay when they could not move in
-        self.scale = self.factors = None  # tau; 1 for the gate rows and tau for the key rows, [2, 1, 1] float32
+        self.scale: float | None = None  # tau, as in factors
         self.generation = 0  # of the slots that the memory's rows were written from
 
     # ---- moving ----------------------------------------------------------------------------------------------
@@ -90,11 +97,11 @@ class RehomedFFN:
                 gate_up[0, :m],
                 gate_up[1, :m],
                 down[:, :m],
-                None if host.gate_bias is None else bias[0, :m],
-                None if host.up_bias is None else bias[1, :m],
+                None if bias is None or host.gate_bias is None else bias[0, :m],
+                None if bias is None or host.up_bias is None else bias[1, :m],
             ]
             for parameter, home in zip(host, homes, strict=False):
-                if home is not None:
+                if parameter is not None and home is not None:
                     home.copy_(parameter)
                     parameter.data = home
         self.gate_up, self.down, self.bias, self.memory = gate_up, down, bias, slice(m, m + rank)
@@ -108,7 +115,9 @@ class RehomedFFN:
             if parameter is not None and parameter.data_ptr() == address:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.away, self.parameters, self._addresses = "detached", (), ()
-        self.gate_up = self.down = self.bias = self.scale = self.factors = None
+        self.scale = None
+        for buffer in ("gate_up", "down", "bias", "factors"):
+            self.__dict__.pop(buffer, None)
 
     @staticmethod
     def _where(parameters) -> tuple[int, ...]:
@@ -156,8 +165,8 @@ class RehomedFFN:
     def __deepcopy__(self, memo):
         """Of a copied model: the copied weights move in at the next forward. Of a fork: they stay where they are."""
         new = memo[id(self)] = object.__new__(RehomedFFN)
-        ffn, state, arena, model = (copy.deepcopy(p, memo) for p in (self.ffn, self.state, self.arena, self.model))
-        new.__init__(ffn, state, arena, self.index, model)
+        parts = self.ffn, self.state, self.arena, self.index, self.model
+        RehomedFFN.__init__(new, *copy.deepcopy(parts, memo))
         gate = self.ffn.weights().gate
         new.shared = memo.get(id(gate)) is gate
         return new

@@ -33,8 +33,11 @@ class SlotArena:
 
     def __init__(self, positions: list[int], planes: int, capacity: int, hidden_size: int, scale: list[float], device, dtype):
         self.positions, self.used = positions, 0
-        self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
-        self.accumulates, self.factors = False, None
+        self.exp_avg: Tensor | None = None
+        self.exp_avg_sq: Tensor | None = None
+        self.momentum_buffer: Tensor | None = None
+        self.accumulates = False
+        self.factors: list[SlotFactors] | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, device=device)
             self.grad = torch.zeros_like(self.slots)

@@ -5,8 +5,9 @@ layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots`
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .arena import OPTIMIZER_STATES, SlotArena
 # Where the planes of slots [..., planes, r, d] are, counted from the end: Locas-MLP has no gate.
 GATE, KEY, VALUE = -3, -2, -1
 PLANES = {"glu": 3, "mlp": 2}
+_Item = TypeVar("_Item")
 _generations = itertools.count(1)  # one number for every state that any memory has been in
 
 
@@ -127,13 +129,12 @@ class MemoryState:
         self.use(self.used - count)
 
     # ---- all layers, in their order --------------------------------------------------------------------------
-    def in_layer_order(self, of_arena: Callable[[SlotArena], Sequence]) -> list:
+    def in_layer_order(self, of_arena: Callable[[SlotArena], Iterable[_Item]]) -> list[_Item]:
         """`of_arena` gives one item for each of an arena's layers; -> those of all arenas, [L]."""
-        items = [None] * len(self.layers)
+        items: dict[int, _Item] = {}
         for arena in self.arenas:
-            for position, item in zip(arena.positions, of_arena(arena), strict=True):
-                items[position] = item
-        return items
+            items.update(zip(arena.positions, of_arena(arena), strict=True))
+        return [items[position] for position in range(len(self.layers))]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -149,6 +150,10 @@ class MemoryState:
         """[L, planes, r, d] of what tensors() gives: r is the slots used, or the rank while none is."""
         return torch.Size((len(self.layers), self.planes, self.used or self.rank, self.hidden_size))
 
+    @overload
+    def whole(self, name: Literal["slots", "grad", "scale", "step"]) -> Tensor: ...
+    @overload
+    def whole(self, name: str) -> Tensor | None: ...
     def whole(self, name: str) -> Tensor | None:
         """`slots`, `grad`, `scale`, `step` or an optimizer state (None if it is not in use) of all layers.
 

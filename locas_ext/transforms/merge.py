@@ -1,7 +1,10 @@
 """Making a memory permanent: the host's FFNs become r neurons wider (docs/method.md, "Merging"), and back."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from locas_ext.hosts.ffn import Packed, put_in
 from locas_ext.hosts.registry import Host, inspect_host
@@ -28,13 +31,14 @@ def _resize(host: Host, packed: list[Packed], width: int) -> None:
     """
     for ffn, parameters in zip(host.ffns, packed, strict=True):
         put_in(parameters)
-        if hasattr(ffn.module, "intermediate_size"):
-            ffn.module.intermediate_size = width
+        module: Any = ffn.module  # of a class of the host's
+        if hasattr(module, "intermediate_size"):
+            module.intermediate_size = width
     setattr(host.config, host.width_key, width)
 
 
 @torch.no_grad()
-def merge(host: Host, state: MemoryState, pad_to_multiple_of: int):
+def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrainedModel:
     """See `Memory.merge_and_unload`."""
     if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
@@ -94,5 +98,5 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _text_config(model):
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

@@ -24,9 +24,7 @@ def capability(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            parser=names, metavar="NAME,...", help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval."
-        ),
+        typer.Option(metavar="NAME,...", help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval."),
     ] = None,
     few_shot: Annotated[int | None, typer.Option(help="Examples before each question; left out: what the task says.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
@@ -47,11 +45,12 @@ def capability(
     """
     from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
-    if not tasks and (tasks, few_shot, limit, include_path) != (None, None, None, None):
+    wanted = None if tasks is None else names(tasks)
+    if not wanted and (wanted, few_shot, limit, include_path) != (None, None, None, None):
         raise ValueError(
             "--tasks is empty; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
         )
-    asked = HarnessTasks(tuple(tasks), few_shot, limit, batch_size, include_path) if tasks else None
+    asked = HarnessTasks(tuple(wanted), few_shot, limit, batch_size, include_path) if wanted else None
     task = CapabilityTask(
         model, memory, held_out or [DEFAULT_TEXT], held_out_tokens, window, merged, asked, seed, out, dtype, device
     )

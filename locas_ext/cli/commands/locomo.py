@@ -38,7 +38,6 @@ def locomo(
     methods: Annotated[
         str,
         typer.Option(
-            parser=names,
             metavar="NAME,...",
             help="full-context, no-context, and both with +locas or +temp-lora: a memory that has read the dialogue.",
         ),
@@ -76,5 +75,7 @@ def locomo(
         seed=seed,
     )
     temp_lora = dict(rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed)
-    task = LocomoTask(data, model, methods, out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device)
+    task = LocomoTask(
+        data, model, names(methods), out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device
+    )
     run_locomo(task, console())

@@ -38,7 +38,6 @@ def perplexity(
     methods: Annotated[
         str | None,
         typer.Option(
-            parser=names,
             metavar="NAME,...",
             help="Of truncation, long-context, temp-lora, locas; left out: truncation,locas, or all of the ablation.",
         ),
@@ -92,7 +91,7 @@ def perplexity(
         books,
         model,
         out,
-        methods,
+        None if methods is None else names(methods),
         ablate,
         locas,
         temp_lora,

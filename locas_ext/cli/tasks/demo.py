@@ -17,7 +17,7 @@ from locas_ext.evaluation.assets import Book, load_model, read_book
 from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
-from locas_ext.memory import MemorizeReport, Memory
+from locas_ext.memory import Chunk, MemorizeReport, Memory
 from locas_ext.storage.checkpoint import check_folder
 
 WINDOW, STRIDE = 512, 128  # the model was trained on 512 tokens
@@ -83,7 +83,7 @@ def _digest(model) -> str:
 
 def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport:
     """Memorizes the book and saves the memory, also that of a run ended by Ctrl-C."""
-    finished = []
+    finished: list[Chunk] = []
     try:
         report = memory.memorize(
             book.ids,
@@ -143,8 +143,9 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
 
 def _table(result: DemoResult, book: Book, other: Book) -> Table:
     table = Table(title=f"{book.title}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
-    for name, justify in (("", "left"), ("window only", "right"), ("with memory", "right"), ("change", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in ("window only", "with memory", "change"):
+        table.add_column(name, justify="right")
 
     def perplexity_row(name: str, host: float, memory: float) -> None:
         table.add_row(name, f"{host:.2f}", f"{memory:.2f}", f"{100 * (memory / host - 1):+.1f}%")

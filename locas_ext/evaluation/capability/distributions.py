@@ -35,4 +35,4 @@ def divergence(host_logits: Tensor, logits: Tensor) -> float:
 
 def digest(logits: Tensor) -> bytes:
     """SHA-256 over every bit of the logits."""
-    return hashlib.sha256(logits.contiguous().cpu().view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(logits.contiguous().cpu().view(torch.uint8).numpy().data).digest()

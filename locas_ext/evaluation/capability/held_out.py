@@ -5,7 +5,7 @@ All states read the same windows, and the logits of one window at a time are all
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ def _timed(scores: StateScores) -> Iterator[None]:
     scores.seconds += time.perf_counter() - started
 
 
-def _each(bounds: list, state: str) -> Iterator:
+def _each(bounds: list, state: str) -> Iterable:
     """The windows one by one, with a progress bar on standard error."""
     return track(bounds, description=f"{state:<10}", console=Console(stderr=True))
 

@@ -107,10 +107,11 @@ def _number(value) -> float | None:
 
 def _mean_of(metric: str, samples: list[dict], value: float) -> list[float] | None:
     values = [sample.get(metric) for sample in samples]
-    if not values or not all(isinstance(each, int | float) for each in values):
+    numbers = [float(each) for each in values if isinstance(each, int | float)]
+    if not values or len(numbers) < len(values):
         return None
     # A group weighted otherwise, or a metric like perplexity, is no mean over its questions.
-    return [float(each) for each in values] if math.isclose(sum(values) / len(values), value, rel_tol=1e-9) else None
+    return numbers if math.isclose(sum(numbers) / len(numbers), value, rel_tol=1e-9) else None
 
 
 def _digest(samples: list[dict]) -> str:

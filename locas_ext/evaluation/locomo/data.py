@@ -161,9 +161,10 @@ class Place:
         return [Place(f"{self.name}[{index}]", item) for index, item in enumerate(self.content)]
 
     def child(self, key: str) -> "Place":
-        if key not in self.need_object():
+        content = self.need_object()
+        if key not in content:
             raise ValueError(f"{self.name}: {key} is missing")
-        return Place(f"{self.name}: {key}", self.content[key])
+        return Place(f"{self.name}: {key}", content[key])
 
     def get(self, key: str, kind):
         """The value of `key`, which must be of `kind`, a type or a union; a bool is no int here."""

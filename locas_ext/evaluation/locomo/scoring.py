@@ -56,6 +56,7 @@ def official_score(question: Question, prediction: str) -> float:
     """F1 against the answer, 0 to 1; for an adversarial question 1 if the prediction refuses to answer, else 0."""
     if question.category == ADVERSARIAL:
         return float(any(refusal in prediction.lower() for refusal in _REFUSALS))
+    assert question.answer is not None, "only adversarial questions may have none"
     if question.category == _MULTI_HOP:
         return _multi_part_f1(prediction, question.answer)
     if question.category == _OPEN_DOMAIN:
@@ -65,6 +66,7 @@ def official_score(question: Question, prediction: str) -> float:
 
 def trap_score(question: Question, prediction: str) -> float:
     """-1 to 0: minus the F1 against an adversarial question's trap, as the Locas paper scores these."""
+    assert question.trap is not None, "an adversarial question has one"
     return 0.0 - token_f1(prediction, question.trap)
 
 

@@ -137,7 +137,7 @@ def measure(
     protocol: Protocol,
     held_out: list[Text],
     memory_folder: Path,
-    on_chunk: Callable[[Chunk], None],
+    on_chunk: Callable[[Chunk], object],
     progress: bool,
 ) -> Measurement:
     """Reads a text with one arm; the host afterwards is as before.

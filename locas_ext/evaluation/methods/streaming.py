@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
 from locas_ext.learning.chunk import Window
-from locas_ext.learning.progress import StreamProgress
+from locas_ext.learning.progress import NoProgress, StreamProgress
 from locas_ext.memory import Chunk, MemorizeReport
 
 
@@ -50,8 +49,7 @@ def stream(
     """
     ids, token = _check(model, input_ids, window, stride, bos)
     report, started = MemorizeReport(), time.perf_counter()
-    bar = StreamProgress(len(ids), 0, report, title) if progress else nullcontext()
-    with bar:
+    with StreamProgress(len(ids), 0, report, title) if progress else NoProgress() as bar:
         for start in range(0, len(ids), stride):
             end = min(start + stride, len(ids))
             if end == 1:  # the first token of a text is never scored
@@ -60,8 +58,7 @@ def stream(
             nll, version = read_chunk(part, start, end)
             report.chunks.append(Chunk(start, end, len(part.targets), nll, version))
             report.seconds = time.perf_counter() - started
-            if progress:
-                bar.advance(end)
+            bar.advance(end)
             if callback is not None:
                 callback(report.chunks[-1])
     report.seconds = time.perf_counter() - started

@@ -51,7 +51,11 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     attributes = set(model.__dict__)
     config = LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, bias="none", target_modules="all-linear"
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="all-linear",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an old way

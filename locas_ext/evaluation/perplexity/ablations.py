@@ -3,6 +3,8 @@
 What a preset does not vary is as the command line says.
 """
 
+from typing import Any
+
 from locas_ext.config import INITS
 from locas_ext.evaluation.methods.arm import Arm, make_arm
 
@@ -39,7 +41,7 @@ def _scale(base: dict[str, dict]) -> list[Arm]:
     Locas from the paper's scale to the host's, which is 64 times as large at rank 64, at rates that fit; then epochs,
     rank and clip around what learns most without forgetting. Temp-LoRA over learning rate and rank.
     """
-    points = [
+    points: list[dict[str, Any]] = [
         *(dict(scale="paper", learning_rate=rate) for rate in (4e-3, 1e-2)),
         dict(scale="2x", learning_rate=4e-3),
         *(dict(scale="4x", learning_rate=rate) for rate in (4e-3, 1e-2)),

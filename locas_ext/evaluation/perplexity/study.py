@@ -71,6 +71,7 @@ def _arms(task: PerplexityTask, context: int) -> list[Arm]:
         return [make_arm(base, method) for method in task.methods or ("truncation", "locas")]
     arms = [arm for arm in PRESETS[task.ablate](base) if task.methods is None or arm.method in task.methods]
     if not arms:
+        assert task.methods is not None, "a preset has arms unless methods leave them out"
         raise ValueError(f"--ablate {task.ablate} has no arm with the methods {', '.join(task.methods)}")
     return arms
 

@@ -45,7 +45,11 @@ def collect_points(arms: list[ArmResults]) -> tuple[list[Point], set[str]]:
     ]
     books = shared_books(learning)
     shared = [arm.on(books) for arm in learning] if books else []
-    points = [Point(arm.label, arm.method, arm.mean("perplexity"), arm.mean("held_out_perplexity")) for arm in shared]
+    points = []
+    for arm in shared:
+        learned, held_out = arm.mean("perplexity"), arm.mean("held_out_perplexity")
+        assert learned is not None and held_out is not None, "known on all books of the arm, so on some"
+        points.append(Point(arm.label, arm.method, learned, held_out))
     return sorted(points, key=lambda point: (point.learned, point.held_out)), books
 
 

@@ -107,8 +107,8 @@ def _preset(name: str | None, arms: list[ArmResults], host: str | None) -> list[
 
 
 def _init_table(arms: list[ArmResults], host: str | None) -> list[str]:
-    def init(arm: ArmResults) -> str | None:
-        return "none" if arm.method == "truncation" else arm.settings.get("init") if arm.method == "locas" else None
+    def init(arm: ArmResults) -> str:
+        return "none" if arm.method == "truncation" else arm.settings.get("init", "") if arm.method == "locas" else ""
 
     rows = sorted((arm for arm in arms if init(arm) in INITS), key=lambda arm: INITS.index(init(arm)))
     columns = [LEARNING_RATE, *perplexity_columns(rows), *_paper_columns("initialization", rows, host)]
@@ -145,7 +145,8 @@ def _host_point(arms: list[ArmResults], points: list[Point], books: set[str]) ->
         return None
     learned = next(arm for arm in arms if arm.label == points[0].label).on(books)
     held_out = learned.mean("held_out_perplexity_before") or alone.mean("held_out_perplexity")
-    return None if held_out is None else Point(alone.label, alone.method, alone.mean("perplexity"), held_out)
+    perplexity = alone.mean("perplexity")
+    return None if held_out is None or perplexity is None else Point(alone.label, alone.method, perplexity, held_out)
 
 
 def _frontier(settings: dict, arms: list[ArmResults], folder: Path) -> list[str]:

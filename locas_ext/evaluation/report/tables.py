@@ -1,7 +1,7 @@
 """From records to tables: an arm is summed up over its books, a column knows how to print it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -42,9 +42,10 @@ class ArmResults:
 
 def geometric_mean(values: list[float | None]) -> float | None:
     """None for no values, or if one is None; inf or nan if one of them is."""
-    if not values or None in values:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+    return math.exp(sum(math.log(value) for value in known) / len(known))
 
 
 def collect_arms(records: list[dict]) -> list[ArmResults]:
@@ -101,11 +102,11 @@ class Column:
 
 def perplexity_columns(arms: list[ArmResults]) -> list[Column]:
     """One column a milestone, then the end of the book."""
-    # `tokens=tokens` keeps each column's own.
-    columns = [
-        Column(tokens_text(tokens), lambda arm, tokens=tokens: perplexity_text(arm.at(tokens))) for tokens in milestones(arms)
-    ]
-    return [*columns, Column("end", lambda arm: perplexity_text(arm.mean("perplexity")))]
+
+    def at(tokens: int) -> Column:
+        return Column(tokens_text(tokens), lambda arm: perplexity_text(arm.at(tokens)))
+
+    return [*map(at, milestones(arms)), Column("end", lambda arm: perplexity_text(arm.mean("perplexity")))]
 
 
 PARAMETERS = Column("extra parameters", lambda arm: parameters_text(arm.largest("extra_parameters")))
@@ -133,13 +134,13 @@ def arm_table(arms: list[ArmResults], columns: list[Column], first: Column = LAB
     return markdown_table([first.title, *(columns[index].title for index in known)], rows)
 
 
-def markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(titles: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column left-aligned, the others right-aligned. Cells are taken as they are."""
-    lines = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
+    lines: list[Sequence[str]] = [titles, [":--", *["--:"] * (len(titles) - 1)], *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def console_table(titles: list[str], rows: list[list[str]], title: str | None = None, left: int = 1) -> Table:
+def console_table(titles: list[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
     """The same for the console, with the first `left` columns left-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, name in enumerate(titles):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from locas_ext import _C
-from locas_ext.ops.types import HostWeights, SlotViews
+from locas_ext.ops.types import HostWeights, Saved, SlotViews
 
 from . import matmul
 
@@ -54,20 +54,32 @@ def saved_shape(tokens: int, m: int, rank: int) -> tuple[int, int, int]:
 
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
-) -> tuple[Tensor, tuple | None]:
+) -> tuple[Tensor, Saved | None]:
     """-> y [T, d] and, with `save`, the pre-activations that the backward needs, in an order of the kernels' own."""
     tokens, d = x.shape
     y = x.new_empty(tokens, d)
     saved = x.new_empty(saved_shape(tokens, len(host.gate) if needs_dx else 0, len(slots.value))) if save else None
-    gate, up, down, *biases = host
-    _C.cpu_ffn_forward(_rows(x), _rows(gate), _rows(up), _rows(down), *biases, *slots, y, saved, activation, scale)
+    _C.cpu_ffn_forward(
+        _rows(x),
+        _rows(host.gate),
+        _rows(host.up),
+        _rows(host.down),
+        host.gate_bias,
+        host.up_bias,
+        host.down_bias,
+        *slots,
+        y,
+        saved,
+        activation,
+        scale,
+    )
     return y, (saved, None, None) if save else None
 
 
 def glu_ffn_backward(
     dy: Tensor,
     x: Tensor,
-    saved: tuple,
+    saved: Saved,
     host: HostWeights,
     slots: SlotViews,
     scale: float,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from locas_ext import _C
-from locas_ext.ops.types import HostWeights, SlotFactors, SlotViews, stream_of
+from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotFactors, SlotViews, stream_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 BUILT = _C.build_info()["cuda_architectures"] is not None
@@ -61,7 +61,7 @@ def _workspace(x: Tensor, floats: int) -> Tensor | None:
 
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
-) -> tuple[Tensor, tuple | None]:
+) -> tuple[Tensor, Saved | None]:
     """-> y [T, d] and, with `save`, the pre-activations gate and up [T, m + r'], host then memory.
 
     r' is r rounded up to 8.
@@ -81,7 +81,7 @@ def glu_ffn_forward(
 def glu_ffn_backward(
     dy: Tensor,
     x: Tensor,
-    saved: tuple,
+    saved: Saved,
     host: HostWeights,
     slots: SlotViews,
     scale: float,
@@ -100,6 +100,7 @@ def glu_ffn_backward(
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     memory_hidden = x.new_empty(tokens, gate.shape[1] - m)
     dx = x.new_empty(tokens, d) if needs_dx else None
+    d_slots: Tensor | None
     if slots_grad is None:
         d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device)
     else:
@@ -128,7 +129,7 @@ def glu_ffn_backward(
     return dx, d_slots if slots_grad is None else None
 
 
-def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
+def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activation: int) -> Tensor:
     """Mean over the tokens of |act(gate) * up|: [m] float32."""
     x = _rows(x)
     m = host.gate.shape[0]

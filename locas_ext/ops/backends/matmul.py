@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locas_ext import _C
-from locas_ext.ops.types import HostWeights, SlotViews, stream_of
+from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotViews, stream_of
 
 
 def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Tensor:
@@ -28,7 +28,7 @@ def sideway_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) 
 
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
-) -> tuple[Tensor, tuple | None]:
+) -> tuple[Tensor, Saved | None]:
     """-> y [T, d] and, with `save`, what the backward needs: the host's pre-activations gate and up [T, m] (None unless
     `needs_dx`) and the memory's [T, 2r]."""
     gate = F.linear(x, host.gate, host.gate_bias)
@@ -109,7 +109,7 @@ def sideway_mlp_backward(
     d_pre = dy @ slots.value.T  # the gradient of hidden, until the kernel replaces it
     hidden = torch.empty_like(pre) if needs_slots else None
     _C.glu_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
-    if not needs_slots:
+    if hidden is None:
         return d_pre, None
     if slots_grad is None:
         d_slots = dy.new_empty(2, *slots.value.shape)
@@ -124,7 +124,7 @@ def sideway_mlp_backward(
 def glu_ffn_backward(
     dy: Tensor,
     x: Tensor,
-    saved: tuple,
+    saved: Saved,
     host: HostWeights,
     slots: SlotViews,
     scale: float,
@@ -148,7 +148,7 @@ def glu_ffn_backward(
     return dx.addmm_(d_up, host.up).addmm_(d_gate_key, slots.gate_key), d_slots
 
 
-def neuron_importance(x: Tensor, host: HostWeights, activation: int) -> Tensor:
+def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activation: int) -> Tensor:
     """Mean over the tokens of |act(gate) * up|: [m] float32."""
     gate = F.linear(x, host.gate, host.gate_bias)
     up = F.linear(x, host.up, host.up_bias)

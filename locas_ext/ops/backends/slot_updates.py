@@ -123,7 +123,7 @@ def adamw_from_factors_(
         clip,
         compute,
         finite,
-        [layer.tensors for layer in factors],
+        [layer.kept() for layer in factors],
         factor_scale,
         stream_of(slots),
     )
@@ -151,7 +151,7 @@ def sgd_from_factors_(
         clip,
         compute,
         finite,
-        [layer.tensors for layer in factors],
+        [layer.kept() for layer in factors],
         factor_scale,
         stream_of(slots),
     )

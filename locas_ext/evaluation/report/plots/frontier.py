@@ -31,6 +31,38 @@ def _draw_front(axes, front: list[Point], right: float, top: float) -> None:
     axes.plot(x, y, color=INK, linewidth=1.0, alpha=0.55, zorder=2)
 
 
+def _draw_point(axes, point: Point, number: int | None, right: float, top: float) -> None:
+    """At the edge and hollow if it lies beyond."""
+    x, y = min(point.learned, right), min(point.held_out, top)
+    outside = (x, y) != (point.learned, point.held_out)
+    color = METHOD_COLORS[point.method]
+    axes.plot(
+        [x],
+        [y],
+        METHOD_MARKERS[point.method],
+        color=color,
+        markerfacecolor=PAPER if outside else color,
+        markeredgecolor=color if outside else PAPER,
+        markeredgewidth=1.2 if outside else 0.7,
+        markersize=11.5 if number else 7,
+        alpha=1 if number else 0.75,
+        zorder=5 if number else 3,
+        clip_on=False,
+    )
+    if number:
+        axes.annotate(
+            f"{number}",
+            (x, y),
+            ha="center",
+            va="center_baseline",
+            fontsize=7,
+            weight="bold",
+            color=color if outside else PAPER,
+            zorder=6,
+            annotation_clip=False,
+        )
+
+
 def _draw_host(axes, host: Point) -> None:
     axes.plot([host.learned], [host.held_out], METHOD_MARKERS["truncation"], color=WITHOUT, markersize=7, zorder=4)
     axes.axhline(host.held_out, color=WITHOUT, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
@@ -103,34 +135,7 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
         _draw_host(axes, host)
     shown = dict(zip((point.label for _, point in numbered), (number for number, _ in numbered), strict=True))
     for point in points:
-        x, y = min(point.learned, right), min(point.held_out, top)
-        outside = (x, y) != (point.learned, point.held_out)
-        color, number = METHOD_COLORS[point.method], shown.get(point.label)
-        axes.plot(
-            [x],
-            [y],
-            METHOD_MARKERS[point.method],
-            color=color,
-            markerfacecolor=PAPER if outside else color,
-            markeredgecolor=color if outside else PAPER,
-            markeredgewidth=1.2 if outside else 0.7,
-            markersize=11.5 if number else 7,
-            alpha=1 if number else 0.75,
-            zorder=5 if number else 3,
-            clip_on=False,
-        )
-        if number:
-            axes.annotate(
-                f"{number}",
-                (x, y),
-                ha="center",
-                va="center_baseline",
-                fontsize=7,
-                weight="bold",
-                color=color if outside else PAPER,
-                zorder=6,
-                annotation_clip=False,
-            )
+        _draw_point(axes, point, shown.get(point.label), right, top)
     axes.set_xlabel("perplexity on the book  (lower: learned more)", color=INK, fontsize=9.5)
     axes.set_ylabel("held-out perplexity after it  (lower: forgot less)", color=INK, fontsize=9.5)
     _list_beside(figure, axes, height, key, numbered)

@@ -57,7 +57,8 @@ def text_color(color: str) -> str:
 
 
 def _towards(color: str, other: str, share: float) -> str:
-    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True)])
+    red, green, blue = ((1 - share) * a + share * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True))
+    return to_hex((red, green, blue))
 
 
 def save(figure: Figure, path: Path) -> None:
