@@ -1,7 +1,6 @@
 """Runs that are stopped after some chunks."""
 
 
-
 class Stop(Exception):
     pass
 
