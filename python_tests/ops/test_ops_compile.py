@@ -24,6 +24,7 @@ def registered_operators():
 
 def samples():
     """Arguments for every registered operator; x and slots require a gradient where it has an autograd formula."""
+    # One table: the arguments of all operators are read side by side, from the same few tensors.
     x, host, slots = operands()
     for t in (x, slots):
         t.requires_grad_()
