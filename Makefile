@@ -28,6 +28,7 @@ test: $(VENV)/.built
 lint: $(VENV)/.lint $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell --toml pyproject.toml $(shell git ls-files)
 	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
