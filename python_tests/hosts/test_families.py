@@ -197,7 +197,7 @@ QUANTO = dict(backend="quanto", nbits=4, q_group_size=16, residual_length=64, ax
     ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_generate_with_every_cache_class_gives_the_same_text(family, cache, settings):
-    """The offloaded ones need a GPU and are in test_cuda.py."""
+    """The offloaded ones need a GPU and are in test_cuda_model.py."""
     if cache == "quantized":
         pytest.importorskip("optimum.quanto")
     model = tiny(family)

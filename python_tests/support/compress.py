@@ -1,4 +1,4 @@
-"""What the tests of compress share: full memories."""
+"""What the tests of compress share: the formula of a memory, and the energy of its slots."""
 
 from support.helpers import (
     act_formula,

@@ -1,4 +1,4 @@
-"""What the tests of sideway_mlp and write_slots_ share: devices, dtypes and inputs."""
+"""What the tests of sideway_mlp and write_slots_ share: devices and dtypes."""
 
 import pytest
 import torch
