@@ -90,7 +90,7 @@ class Arm:
             y = ffn(x)
             return [y.detach(), torch.autograd.grad(y, [x, *trained], dy)[0]]
 
-        return dict(zip(MODES, (inference, training, forward_backward), strict=True))[mode]
+        return dict(zip(MODES, (inference, training, forward_backward), strict=False))[mode]
 
 
 MODES = ("forward", "training forward", "forward + backward")

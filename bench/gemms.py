@@ -28,7 +28,25 @@ def products(tokens: int, d: int, m: int) -> dict[str, tuple[int, int, bool]]:
     }
 
 
-def main() -> None:
+def measure(tokens: int, width_in: int, width_out: int, transposed: bool, arguments: argparse.Namespace) -> tuple[float, float]:
+    """-> microseconds of one product, and of its floor."""
+    size = 2 * (tokens * (width_in + width_out) + width_in * width_out)
+    sets = sets_for(size)
+    shape = (width_out, width_in) if transposed else (width_in, width_out)
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * width_in**-0.5 for _ in range(sets)]
+    inputs = [torch.randn(tokens, width_in, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    outputs = [x.new_empty(tokens, width_out) for x in inputs]
+    calls = [
+        lambda x=x, w=w, y=y: torch.mm(x, w.T if transposed else w, out=y)
+        for x, w, y in zip(inputs, weights, outputs, strict=True)
+    ]
+    calls *= -(-20 // sets)
+    taken = 1e6 * graph_seconds(calls, arguments.replays)
+    flop = 2 * tokens * width_in * width_out
+    return taken, 1e6 * max(flop / arguments.tflops / 1e12, size / arguments.terabytes / 1e12)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gemms", description=__doc__)
     parser.add_argument("--d", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 512, 2048, 8192])
@@ -39,6 +57,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
     torch.manual_seed(0)
     rows, records = [], []
     for d in arguments.d:
@@ -46,20 +69,7 @@ def main() -> None:
         for tokens in arguments.tokens:
             record = {"d": d, "m": m, "tokens": tokens, "gpu": torch.cuda.get_device_name()}
             for name, (width_in, width_out, transposed) in products(tokens, d, m).items():
-                size = 2 * (tokens * (width_in + width_out) + width_in * width_out)
-                sets = sets_for(size)
-                shape = (width_out, width_in) if transposed else (width_in, width_out)
-                weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * width_in**-0.5 for _ in range(sets)]
-                inputs = [torch.randn(tokens, width_in, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
-                outputs = [x.new_empty(tokens, width_out) for x in inputs]
-                calls = [
-                    lambda x=x, w=w, y=y: torch.mm(x, w.T if transposed else w, out=y)
-                    for x, w, y in zip(inputs, weights, outputs, strict=True)
-                ]
-                calls *= -(-20 // sets)
-                record[name] = 1e6 * graph_seconds(calls, arguments.replays)
-                flop = 2 * tokens * width_in * width_out
-                record[f"{name} floor"] = 1e6 * max(flop / arguments.tflops / 1e12, size / arguments.terabytes / 1e12)
+                record[name], record[f"{name} floor"] = measure(tokens, width_in, width_out, transposed, arguments)
             names = list(products(tokens, d, m))
             forward, backward = (sum(record[name] for name in part) for part in (names[:3], names[3:]))
             floors = [sum(record[f"{name} floor"] for name in part) for part in (names[:3], names[3:])]

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 from locas_ext.learning.chunk import ContextCache, Window
-from locas_ext.learning.memorize import resolve_settings
-from locas_ext.learning.settings import Settings
+from locas_ext.learning.settings import Settings, resolve_settings
 from locas_ext.learning.step import eager_step
 
 from .harness import report
@@ -49,7 +48,7 @@ def main() -> None:
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank))
     memory.memorize(ids, window=arguments.window, stride=arguments.stride, progress=False)
     attachment = memory._attachment
-    settings = resolve_settings(Settings(arguments.window, arguments.stride), attachment.host)
+    settings = resolve_settings(Settings(arguments.window, arguments.stride), attachment.host, attachment.state)
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():

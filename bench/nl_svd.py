@@ -29,7 +29,16 @@ def resolved(norms: torch.Tensor, exact: torch.Tensor) -> float:
     return float(exact[right - 1] / exact[0]) if right else float("nan")
 
 
-def main() -> None:
+def slots(m: int, d: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [m, d] whose energies fall over five orders of magnitude."""
+    directions = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=device)).Q
+    scales = torch.logspace(0, -5, d, dtype=torch.float64, device=device)
+    key = (torch.randn(m, d, dtype=torch.float64, device=device) * scales @ directions).float()
+    value = F.normalize(torch.randn(m, d, device=device), dim=-1)
+    return key, value
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.nl_svd", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden-size", type=int, default=2048)
@@ -38,14 +47,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
-    m, d, rank, device = arguments.slots, arguments.hidden_size, arguments.rank, torch.device(arguments.device)
+    m, d, rank = arguments.slots, arguments.hidden_size, arguments.rank
     if not 1 <= rank <= min(m, d):
         parser.error(f"--rank is {rank}; expected 1 to {min(m, d)}, no more than --slots and --hidden-size")
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
+    m, d, rank, device = arguments.slots, arguments.hidden_size, arguments.rank, torch.device(arguments.device)
     torch.manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, device=device)).Q
-    scales = torch.logspace(0, -5, d, dtype=torch.float64, device=device)
-    key = (torch.randn(m, d, dtype=torch.float64, device=device) * scales @ directions).float()
-    value = F.normalize(torch.randn(m, d, device=device), dim=-1)
+    key, value = slots(m, d, device)
     weighted = value.norm(dim=1, keepdim=True) * key
     square = weighted.T @ weighted
 
@@ -73,27 +85,12 @@ def main() -> None:
     exact = norms_by_svd(weighted.double())
     rows, records = [], []
     for name, (_, norms) in arms.items():
-        record = {
-            "device": device.type,
-            "slots": m,
-            "d": d,
-            "rank": rank,
-            "arm": name,
-            **summary(seconds[name]),
-            "ratio": ratio(seconds[name], seconds[reference]),
-            "resolved": resolved(norms(), exact) if norms else None,
-        }
+        record = {"device": device.type, "slots": m, "d": d, "rank": rank, "arm": name, **summary(seconds[name])}
+        record["ratio"] = ratio(seconds[name], seconds[reference])
+        record["resolved"] = resolved(norms(), exact) if norms else None
         records.append(record)
-        rows.append(
-            [
-                name,
-                record["median_us"] / 1e3,
-                record["p10_us"] / 1e3,
-                record["p90_us"] / 1e3,
-                record["ratio"],
-                f"{record['resolved']:.1e}" if norms else "",
-            ]
-        )
+        times = [record[key] / 1e3 for key in ("median_us", "p10_us", "p90_us")]
+        rows.append([name, *times, record["ratio"], f"{record['resolved']:.1e}" if norms else ""])
     title = f"NL-SVD of {m} slots to {rank} at d = {d} on {device}"
     columns = ["arm", "ms", "p10", "p90", "/ eigh", "resolved"]
     report(title, columns, rows, {"records": records}, arguments.out)

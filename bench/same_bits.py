@@ -141,7 +141,7 @@ def compare(number: int, old: Path, new: Path) -> dict:
     }
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.same_bits", description=__doc__)
     parser.add_argument("old", type=Path, metavar="OLD", help="a checkout with its extension built in place")
     parser.add_argument("new", type=Path, metavar="NEW", help="another one")
@@ -153,18 +153,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads < 1:
         parser.error(f"--threads is {arguments.threads}; expected at least 1")
-    torch.set_num_threads(arguments.threads)
-    arguments.old, arguments.new = checkouts = arguments.old.resolve(), arguments.new.resolve()
-    if arguments.worker is not None:
-        return run_checkout(arguments)
-    for path in checkouts:
+    arguments.old, arguments.new = arguments.old.resolve(), arguments.new.resolve()
+    for path in (arguments.old, arguments.new):
         if not any((path / "locas_ext" / f"_C{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
             parser.error(f"{path} holds no built locas_ext; run there: python setup.py build_ext --inplace")
     if arguments.chunks < 2 or arguments.chunks % 2:
         parser.error(f"--chunks is {arguments.chunks}; expected an even number, at least 2")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch sees no CUDA device")
+    return arguments
 
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    checkouts = arguments.old, arguments.new
+    if arguments.worker is not None:
+        return run_checkout(arguments)
     from .harness import commit_of, report  # imports locas_ext, which a worker takes from its own checkout
 
     with tempfile.TemporaryDirectory() as temporary:

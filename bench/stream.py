@@ -44,6 +44,17 @@ def load(arguments):
         return Qwen3ForCausalLM(config).to(dtype).eval()
 
 
+def _record(arm: str, seconds: list[float], truncation: list[float], stride: int) -> dict:
+    return {
+        "arm": arm,
+        "median_ms": 1e3 * statistics.median(seconds),
+        "p10_ms": 1e3 * percentile(seconds, 10),
+        "p90_ms": 1e3 * percentile(seconds, 90),
+        "tokens_per_second": stride / statistics.median(seconds),
+        "ratio_truncation": ratio(seconds, truncation),
+    }
+
+
 def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
     """Memorizes the text once. -> one record an arm, and what the report says of the CUDA graph."""
     window, stride = arguments.window, arguments.stride
@@ -76,21 +87,14 @@ def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
     report_ = memory.memorize(ids, window=window, stride=stride, progress=False, callback=read_with_truncation)
     records = []
     for name, values in seconds.items():
-        record = {
-            "arm": name,
-            "median_ms": 1e3 * statistics.median(values),
-            "p10_ms": 1e3 * percentile(values, 10),
-            "p90_ms": 1e3 * percentile(values, 90),
-            "tokens_per_second": stride / statistics.median(values),
-            "ratio_truncation": ratio(values, seconds["truncation"]),
-        }
+        record = _record(name, values, seconds["truncation"], stride)
         if name in nll and arguments.random is None:
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
     return records, report_.cuda_graph
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument(
@@ -109,7 +113,11 @@ def main() -> None:
     arguments = parse(parser)
     if arguments.tokens < arguments.window + arguments.stride:
         parser.error(f"--tokens is {arguments.tokens}; expected at least --window + --stride, for a full window")
+    return arguments
 
+
+def main() -> None:
+    arguments = _arguments()
     if arguments.random is None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
         ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from locas_ext.ops.backends import matmul
+from locas_ext.ops.backends import slot_updates
 
 from .graphs import graph_seconds, sets_for
 from .harness import report
@@ -28,13 +28,18 @@ def cpu_seconds(calls: list, rounds: int) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.update", description=__doc__)
     parser.add_argument("--shape", type=int, nargs=3, default=[28, 64, 2048], metavar=("L", "R", "D"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     arguments = parser.parse_args()
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
     layers, rank, d = arguments.shape
     shape, device = (layers, 3, rank, d), torch.device(arguments.device)
     parameters = layers * 3 * rank * d
@@ -51,9 +56,9 @@ def main() -> None:
     arms = {
         "adamw": (
             30,
-            [lambda s=s: matmul.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states],
+            [lambda s=s: slot_updates.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states],
         ),
-        "sgd": (14, [lambda s=s: matmul.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
+        "sgd": (14, [lambda s=s: slot_updates.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
     }
     buffers = [
         (torch.randn(15 * parameters // 4, device=device), torch.empty(15 * parameters // 4, device=device))

@@ -22,8 +22,7 @@ from locas_ext.hosts.registry import inspect_host
 from locas_ext.learning.chunk import Window, may_end_early
 from locas_ext.learning.cuda_graph import MemorizeStep
 from locas_ext.learning.fast_norms import fast_norms
-from locas_ext.learning.memorize import resolve_settings
-from locas_ext.learning.settings import Settings
+from locas_ext.learning.settings import Settings, resolve_settings
 from locas_ext.learning.write import WriteSettings, WriteStep
 
 from .harness import interleaved, parse, percentile, print_table, ratio, report

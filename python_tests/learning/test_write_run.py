@@ -114,6 +114,7 @@ def test_beneath_accelerates_hooks():
 
 @pytest.mark.parametrize("groups", [[[0], [1], [2]], [[0, 2], [1]]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:compress. computed in float64")
 def test_several_arenas_are_written_as_one(groups, dtype, monkeypatch):
     memories = []
     for arenas in (None, groups):
