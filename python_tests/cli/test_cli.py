@@ -76,7 +76,7 @@ def test_interrupt_keeps_what_was_learned(tmp_path):
     with open(tmp_path / "stderr", "w+") as stderr:
         process = subprocess.Popen(
             [LOCAS, "demo", "--out", tmp_path],
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=stderr,
             env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"},
         )

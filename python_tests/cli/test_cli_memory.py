@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
                 time.sleep(0.005)
             time.sleep(draw.uniform(0, 0.2))
             os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
         else:
             _, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
