@@ -44,7 +44,7 @@ step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"
 step decode 150 "$python" -m bench.ffn --device cuda --tokens 1 8 64 --out "$out/decode.json"
 step train 200 "$python" -m bench.ffn --device cuda --tokens 512 2048 --calls 10 --out "$out/train.json"
 step long 120 "$python" -m bench.ffn --device cuda --tokens 8192 --calls 4 --rounds 15 --out "$out/long.json"
-step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --random 1024 28 --tokens 24000 --window 2048 \
+step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --shape 0.6B --tokens 24000 --window 2048 \
   --stride 512 --out "$out/stream.json"
 step write 120 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
   --out "$out/write.json"

@@ -1,9 +1,9 @@
 """Memorizing a text against reading it with context truncation, chunk by chunk in one run.
 
-After each chunk that the memory has learned, the truncation baseline scores the same chunk with a second, unpatched
-copy of the host: the same window, dtype and attention, torch.inference_mode, logits for the scored tokens only. So
-whatever disturbs the machine disturbs both. On CUDA the text is memorized twice, with the step as a CUDA graph and
-without.
+After each chunk in a full window, every baseline (baselines.py) runs once on the same window with a second,
+unpatched copy of the host, so whatever disturbs the machine disturbs all arms. On CUDA the baselines run eagerly and in
+CUDA graphs, and the text is memorized twice: with the step as a CUDA graph and without. The ratios are to the faster kind of
+truncation: in a graph where there is one.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -19,29 +21,72 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 
+from .baselines import HostStep, Truncation, eager, graphed
 from .harness import parse, percentile, ratio, report
+
+
+class Shape(NamedTuple):
+    """A random Qwen3 host of a known model's shape, with that model's vocabulary."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+
+
+SHAPES = {
+    "135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
+    "0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),  # Qwen3
+    "1.7B": Shape(2048, 6144, 28, 16, 8, 128, 151936, True),
+    "8B": Shape(4096, 12288, 36, 32, 8, 128, 151936, False),
+}
 
 
 def load(arguments):
     """A new copy of the host."""
     dtype = getattr(torch, arguments.dtype)
-    if arguments.random is None:
+    if arguments.shape is None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, local_files_only=True)
         return model.to(arguments.device).eval()
-    d, layers = arguments.random
+    shape = SHAPES[arguments.shape]
     config = Qwen3Config(
-        vocab_size=32768,
-        hidden_size=d,
-        intermediate_size=3 * d,
-        num_hidden_layers=layers,
-        num_attention_heads=d // 128,
-        num_key_value_heads=max(1, d // 256),
-        head_dim=128,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=32768,
     )
     torch.manual_seed(0)
-    with torch.device(arguments.device):
-        return Qwen3ForCausalLM(config).to(dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # an 8B host in float32 first would not fit beside its copy
+    try:
+        with torch.device(arguments.device):
+            return Qwen3ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
+    """Arm -> a function from a full window's ids to their summed loss; the first is what ratios are to."""
+    window, stride, plain = arguments.window, arguments.stride, load(arguments)
+    truncation = Truncation(plain, window, stride)
+    if arguments.device == "cpu":
+        return {"truncation": eager(truncation), "host step": eager(HostStep(load(arguments), window, stride))}
+    arms = {}
+    if arguments.shape is not None:
+        arms["truncation, graph, no mask"] = graphed(Truncation(plain, window, stride, causal_flag=True))
+    arms["truncation, graph"] = graphed(truncation)
+    arms["truncation, eager"] = eager(truncation)
+    arms["host step, graph"] = graphed(HostStep(load(arguments), window, stride))
+    return arms
 
 
 def _record(arm: str, seconds: list[float], truncation: list[float], stride: int) -> dict:
@@ -55,40 +100,35 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
     }
 
 
-def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
-    """Memorizes the text once. -> one record an arm, and what the report says of the CUDA graph."""
+def run(arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]) -> tuple[list[dict], str]:
+    """Memorizes the text once. -> one record per arm, and what the report says of the CUDA graph."""
     window, stride = arguments.window, arguments.stride
-    plain, host = load(arguments), load(arguments)
-    memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
-    seconds = {"truncation": [], "memorizing": [], "truncation again": []}
-    nll = {"truncation": 0.0, "memorizing": 0.0}
+    memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+    first, *others = baselines
+    seconds: dict[str, list[float]] = {name: [] for name in (first, "memorizing", *others, first + " again")}
+    nll = dict.fromkeys(seconds, 0.0)
     scored = 0
     resumed = time.perf_counter()
 
-    def read_with_truncation(chunk) -> None:
+    def run_baselines(chunk) -> None:
         nonlocal resumed, scored
         learned = time.perf_counter() - resumed
-        # The last chunk of a text that ends with this chunk, in its whole window: one forward.
-        begin = max(0, chunk.end - window)
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            one = _score_last(plain, ids[begin : chunk.end].to(arguments.device), chunk)
-            times.append(time.perf_counter() - start)
-        nll["truncation"] += one
-        nll["memorizing"] += chunk.nll
-        scored += chunk.tokens
         if chunk.end >= window and chunk.end - chunk.start == stride:  # full windows only
             seconds["memorizing"].append(learned)
-            seconds["truncation"].append(times[0])
-            seconds["truncation again"].append(times[1])
+            nll["memorizing"] += chunk.nll
+            scored += chunk.tokens
+            part = ids[chunk.end - window : chunk.end].to(arguments.device)
+            for name in (first, *others, first + " again"):
+                start = time.perf_counter()
+                nll[name] += baselines[name.removesuffix(" again")](part)
+                seconds[name].append(time.perf_counter() - start)
         resumed = time.perf_counter()
 
-    report_ = memory.memorize(ids, window=window, stride=stride, progress=False, callback=read_with_truncation)
+    report_ = memory.memorize(ids, window=window, stride=stride, progress=False, callback=run_baselines)
     records = []
     for name, values in seconds.items():
-        record = _record(name, values, seconds["truncation"], stride)
-        if name in nll and arguments.random is None:
+        record = _record(name, values, seconds[first], stride)
+        if arguments.shape is None and not name.endswith(" again"):
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
     return records, report_.cuda_graph
@@ -98,11 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument(
-        "--random",
-        type=int,
-        nargs=2,
-        metavar=("D", "LAYERS"),
-        help="a random Qwen3 host of this size and random tokens instead of --model and --text",
+        "--shape", choices=SHAPES, help="a random Qwen3 host of this shape and random tokens instead of --model and --text"
     )
     parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
     parser.add_argument("--tokens", type=int, default=8000, help="how much of the text is read")
@@ -118,17 +154,19 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.random is None:
+    if arguments.shape is None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
         ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
         ids = torch.tensor(ids)
     else:
-        ids = torch.randint(0, 32768, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
-    runs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", no graph": "0"}
+        vocabulary = SHAPES[arguments.shape].vocab_size
+        ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    runs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
+    baselines = _baselines(arguments)
     rows, records = [], []
     for suffix, graph in runs.items():
         os.environ["LOCAS_CUDA_GRAPH"] = graph
-        measured, said = run(arguments, ids)
+        measured, said = run(arguments, ids, baselines)
         for record in measured:
             record = {**record, "arm": record["arm"] + suffix, "cuda_graph": said}
             records.append(record)
@@ -147,20 +185,12 @@ def main() -> None:
             print(f"CUDA graph: {said}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
-        f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: a chunk in a full window",
+        f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",
         ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"],
         rows,
         {"settings": settings, "records": records},
         arguments.out,
     )
-
-
-@torch.inference_mode()
-def _score_last(model, ids: torch.Tensor, chunk) -> float:
-    """Summed NLL of the last chunk.tokens tokens of ids [n], in one forward of the whole window."""
-    inputs, targets = ids[None, :-1], ids[len(ids) - chunk.tokens :]
-    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=chunk.tokens).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
 
 
 if __name__ == "__main__":

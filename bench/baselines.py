@@ -1,0 +1,85 @@
+"""What memorizing a full window is compared with, as work on static tensors: run eagerly, or captured in a CUDA graph.
+
+truncation     one forward of the plain host over the window, without gradient; logits of the last S tokens
+host step      context forward into a cache, then forward and backward of the last S tokens, without a memory:
+               what every method that learns from the chunk pays
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from locas_ext.hosts.registry import inspect_host
+from locas_ext.learning.chunk import Window, chunk_loss, may_end_early
+from locas_ext.learning.cuda_graph import capture, rehearse
+
+
+class Truncation:
+    """Scores the last `stride` tokens of a window of ids [window].
+
+    causal_flag: passes no attention mask, so that SDPA takes its causal kernel also where transformers, while a graph is
+        captured, would make a mask. For hosts whose layers all attend to the whole window.
+    """
+
+    def __init__(self, model, window: int, stride: int, causal_flag: bool = False):
+        self.model, self.stride = model, stride
+        self.mask = {"attention_mask": {"full_attention": None}} if causal_flag else {}
+        self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
+        self.nll = torch.zeros((), device=model.device)
+
+    @torch.no_grad()
+    def work(self) -> None:
+        logits = self.model(input_ids=self.ids[None, :-1], use_cache=False, logits_to_keep=self.stride, **self.mask).logits[0]
+        targets = self.ids[-self.stride :]
+        self.nll.copy_(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
+class HostStep:
+    """The forward and backward that learning from the last `stride` tokens of ids [window] takes, down to the embeddings."""
+
+    def __init__(self, model, window: int, stride: int):
+        self.host, self.early = inspect_host(model), may_end_early(model)
+        self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
+        self.window = Window.of(self.ids, window - stride, window, window, None)
+        self.nll = torch.zeros((), device=model.device)
+        self.embedded: Tensor | None = None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(self._need_gradient)
+
+    def _need_gradient(self, module, inputs, output: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.embedded = output.requires_grad_()
+        return output
+
+    @torch.enable_grad()
+    def work(self) -> None:
+        loss = chunk_loss(self.host, self.window, False, self.early)
+        torch.autograd.grad(loss / self.window.targets.numel(), [self.embedded])
+        self.nll.copy_(loss.detach())
+
+
+def eager(baseline) -> Callable[[Tensor], float]:
+    """-> a function from ids [window] to their summed loss."""
+
+    def score(ids: Tensor) -> float:
+        baseline.ids.copy_(ids)
+        baseline.work()
+        return baseline.nll.item()
+
+    return score
+
+
+def graphed(baseline) -> Callable[[Tensor], float]:
+    """As `eager`, with the work replayed from a CUDA graph."""
+    device = baseline.ids.device
+    rehearse(baseline.work, device)
+    replay = capture(baseline.work, device)
+
+    def score(ids: Tensor) -> float:
+        baseline.ids.copy_(ids)
+        replay()
+        return baseline.nll.item()
+
+    return score
