@@ -32,7 +32,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not isinstance(x, Tensor):
         return None  # check_x says so
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def _cast(tensor: _MaybeTensor, dtype: torch.dtype) -> _MaybeTensor:

@@ -39,9 +39,10 @@ def by_address(*tensors: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether the code runs in a transform of torch.func (vmap, grad, jvp, ...) or in forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether the code runs in a transform of torch.func (vmap, grad, jvp, ...) or in forward-mode AD.
+
+    torch.compile knows both conditions, so a compiled function may ask too.
+    """
     return _transforms_active() or forward_ad._current_level >= 0
 
 

@@ -86,7 +86,9 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         state, arena = self.state, self.arena
         if not torch.compiler.is_compiling() and not arena.is_current(self.index):
             state.sync()
-        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
+        # torch.jit.trace takes no constants that require a gradient
+        parameter = arena.slots[self.index] if torch.jit.is_tracing() else arena.parameters[self.index]
+        scale = arena.scales[self.index]
         if not (state.learned or (torch.is_grad_enabled() and state.initialized)):
             return self.original(x)
         if not state.learned or self.path()[0] == "sideway":

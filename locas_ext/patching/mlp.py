@@ -66,6 +66,8 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         scale, dtype = arena.scales[index], x.dtype
         backend = "reference" if dtype == torch.float64 else self.beside
         if not by_address(x):  # with the empty slots, so that the number of used ones is no part of a graph
+            if torch.jit.is_tracing():  # which takes no constants that require a gradient
+                parameter = arena.slots[index]
             return ops.sideway_mlp(x, parameter, scale, self.activation, backend)
         if backend == "reference" or torch.is_autocast_enabled(x.device.type):
             return ops.sideway_mlp(x, parameter[:, : arena.used], scale, self.activation, backend)
