@@ -19,13 +19,20 @@ def _expected(kind: str, bounds: Sequence[str], why: str) -> str:
 
 
 def integer(name: str, value: object, low: float = -math.inf, high: float = math.inf, why: str = "") -> int:
-    """The value as an int from low to high, both included; TypeError for another type, ValueError out of range.
+    """The value as an int from low to high, both included.
 
     Args:
         name: how the caller knows the argument, such as "window" or "--window"
         value: int, or a numpy scalar or 0-d array or tensor of an integer dtype
         low, high: the smallest and the largest value that is taken
         why: where the range comes from, in a few words: "the host's positions"
+
+    Returns:
+        The same number as an int.
+
+    Raises:
+        TypeError: not an integer
+        ValueError: out of range
 
     >>> integer("window", 8, 2, 512)
     8
@@ -55,7 +62,7 @@ def number(
     below: float = math.inf,
     why: str = "",
 ) -> float:
-    """The value as a finite float; TypeError for another type, ValueError for NaN, infinity and out of range.
+    """The value as a finite float in a range.
 
     Args:
         name: how the caller knows the argument, such as "learning_rate"
@@ -63,6 +70,13 @@ def number(
         low, high: the smallest and the largest value that is taken
         above, below: bounds that are not taken themselves
         why: where the range comes from, in a few words
+
+    Returns:
+        The same number as a float.
+
+    Raises:
+        TypeError: not a number
+        ValueError: NaN, infinite or out of range
 
     >>> number("learning_rate", 1, low=0)
     1.0
@@ -85,7 +99,17 @@ def number(
 
 
 def boolean(name: str, value: object) -> bool:
-    """The value as a bool (numpy's count too); TypeError for anything else, so also for 0, 1 and None.
+    """The value as a bool.
+
+    Args:
+        name: how the caller knows the argument
+        value: True or False, numpy's and a 0-d tensor's too; 0, 1 and None are something else
+
+    Returns:
+        The same value as a bool.
+
+    Raises:
+        TypeError: anything else
 
     >>> boolean("clip", True)
     True
@@ -97,7 +121,18 @@ def boolean(name: str, value: object) -> bool:
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> str:
-    """The value where it is one of these names; ValueError for anything else.
+    """The value where it is one of these names.
+
+    Args:
+        name: how the caller knows the argument
+        value: a string, numpy's too
+        choices: the names that are taken
+
+    Returns:
+        The name as it stands in `choices`.
+
+    Raises:
+        ValueError: anything else
 
     >>> one_of("backend", "fast", ("auto", "matmul"))
     Traceback (most recent call last):
@@ -109,7 +144,19 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> str:
 
 
 def integers(name: str, values: object, low: float = -math.inf, high: float = math.inf, why: str = "") -> tuple[int, ...]:
-    """A sequence, or a 1-d array or tensor, as a tuple of ints; errors as of `integer`, for the first wrong item.
+    """A sequence, or a 1-d array or tensor, as a tuple of ints, each in a range.
+
+    Args:
+        name: how the caller knows the argument
+        values: a sequence of what `integer` takes, or a 1-d array or tensor of an integer dtype
+        low, high, why: as in `integer`, for each item
+
+    Returns:
+        The same numbers as ints.
+
+    Raises:
+        TypeError: not a sequence, or an item is not an integer
+        ValueError: an item is out of range
 
     >>> integers("layers", range(3))
     (0, 1, 2)

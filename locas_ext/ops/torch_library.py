@@ -4,7 +4,6 @@ Eager code calls the autograd Functions of `autograd.py` instead: they cost abou
 kernels and autograd formulas stand together for each operator. An operator without a formula refuses a gradient.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,31 +12,8 @@ from torch import Tensor
 from .activations import activation_index
 from .backends import cpu, cuda, matmul, slot_updates
 from .backends.base import Backend
+from .registration import define
 from .types import SGD, AdamW, HostWeights, InputProjections, SlotViews
-
-_library = torch.library.Library("locas", "DEF")
-
-
-def _define(
-    schema: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup: Callable[..., None] | None = None,
-) -> None:
-    """backward, setup: the autograd formula of an operator that has one."""
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=torch.Tag.needs_exact_strides)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"locas::{name}", fake, lib=_library)
-    if "!" in schema:
-        return  # works in place on tensors without a gradient
-
-    def refuse(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(f"locas::{name} has no gradient; trace with gradients enabled to record an operator that has one")
-
-    torch.library.register_autograd(f"locas::{name}", backward or refuse, setup_context=setup, lib=_library)
-
 
 _HOST = "Tensor gate_weight, Tensor up_weight, Tensor down_weight"
 _BIASES = "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
@@ -97,7 +73,7 @@ def _glu_ffn_autograd(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     return (dx if needs_dx else None, None, None, None, d_slots, *[None] * 6)
 
 
-_define(
+define(
     f"glu_ffn(Tensor x, {_HOST}, Tensor slots, float scale, str activation, str backend, {_BIASES})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _glu_ffn,
@@ -124,7 +100,7 @@ def _glu_ffn_inference(
     return _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=False)[0]
 
 
-_define(
+define(
     f"glu_ffn_inference(Tensor x, {_HOST}, Tensor slots, float scale, str activation, str backend, {_BIASES}) -> Tensor",
     _glu_ffn_inference,
     lambda x, *_, **__: x.new_empty(x.shape),
@@ -160,7 +136,7 @@ def _glu_ffn_backward(
     return _given(dx, x), _given(d_slots, slots).to(slots.dtype)
 
 
-_define(
+define(
     "glu_ffn_backward(Tensor dy, Tensor x, Tensor saved_gate, Tensor saved_up, Tensor saved_memory,"
     f" {_HOST}, Tensor slots, float scale, str activation, str backend, bool needs_dx) -> (Tensor, Tensor)",
     _glu_ffn_backward,
@@ -187,7 +163,7 @@ def _sideway_glu_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | Non
     return dx, d_slots, None, None
 
 
-_define(
+define(
     "sideway_glu(Tensor x, Tensor slots, float scale, str activation) -> (Tensor, Tensor)",
     _sideway_glu,
     lambda x, slots, scale, activation: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2 * slots.shape[1])),
@@ -206,7 +182,7 @@ def _sideway_glu_backward(
     return _given(gradients[0], x), _given(gradients[1], slots)
 
 
-_define(
+define(
     "sideway_glu_backward(Tensor dy, Tensor x, Tensor memory_gate_key, Tensor slots, float scale, str activation)"
     " -> (Tensor, Tensor)",
     _sideway_glu_backward,
@@ -226,7 +202,7 @@ def _sideway_mlp_autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | Non
     return dx, d_slots if needs_slots else None, None, None
 
 
-_define(
+define(
     "sideway_mlp(Tensor x, Tensor slots, float scale, str activation) -> (Tensor, Tensor)",
     _sideway_mlp,
     lambda x, slots, scale, activation: (x.new_empty(x.shape), x.new_empty(x.shape[0], slots.shape[1])),
@@ -245,7 +221,7 @@ def _sideway_mlp_backward(
     return _given(gradients[0], x), _given(gradients[1], slots)
 
 
-_define(
+define(
     "sideway_mlp_backward(Tensor dy, Tensor x, Tensor pre, Tensor slots, float scale, str activation, bool needs_slots)"
     " -> (Tensor, Tensor)",
     _sideway_mlp_backward,
@@ -269,7 +245,7 @@ def _neuron_importance(
     return matmul.neuron_importance(x, host, activation_index(activation))
 
 
-_define(
+define(
     "neuron_importance(Tensor x, Tensor gate_weight, Tensor up_weight, str activation, Tensor? gate_bias=None,"
     " Tensor? up_bias=None) -> Tensor",
     _neuron_importance,
@@ -289,20 +265,20 @@ def _sgd_slots_(slots: Tensor, grad: Tensor, momentum_buffer: Tensor | None, lea
     slot_updates.sgd_slots_(slots, grad, momentum_buffer, learning_rate, sgd, *copies)
 
 
-_define(
+define(
     "adamw_slots_(Tensor(a!) slots, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor step,"
     " Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool clip,"
     " Tensor(d!)? compute=None, Tensor? finite=None) -> ()",
     _adamw_slots_,
     lambda *_, **__: None,
 )
-_define(
+define(
     "sgd_slots_(Tensor(a!) slots, Tensor grad, Tensor(b!)? momentum_buffer, Tensor learning_rate, float momentum,"
     " float weight_decay, bool clip, Tensor(c!)? compute=None, Tensor? finite=None) -> ()",
     _sgd_slots_,
     lambda *_, **__: None,
 )
-_define(
+define(
     "write_slots_(Tensor(a!) slots, SymInt start, Tensor inputs, Tensor gradients, float epsilon,"
     " Tensor(b!)? compute=None, Tensor? gradient_norm=None) -> Tensor",
     slot_updates.write_slots_,
