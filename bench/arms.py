@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from locas_ext import reference
 from locas_ext.hosts.ffn import GatedFFN
-from locas_ext.ops.autograd import GluFFNFunction
+from locas_ext.ops.autograd import GluFfnFunction
 from locas_ext.ops.backends import fused_backend, matmul
 from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
 from locas_ext.state.memory_state import PLANES, MemoryState
@@ -184,7 +184,7 @@ def _ours(backend):
 
         def ffn(x):
             if torch.is_grad_enabled():
-                return GluFFNFunction.apply(x, slots, views, operands.host, SCALE, 0, grad, backend)
+                return GluFfnFunction.apply(x, slots, views, operands.host, SCALE, 0, grad, backend)
             return backend.glu_ffn_forward(x, operands.host, views, SCALE, 0, save=False)[0]
 
         return ffn, []

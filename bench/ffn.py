@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from locas_ext import ops
-from locas_ext.ops.backends import native_backend
+from locas_ext.ops.backends import glu_ffn_backend
 
 from .arms import MODES, SCALE, Arm, Operands, arms
 from .graphs import Graph, sets_for
@@ -173,7 +173,7 @@ def overhead(rounds: int) -> dict:
     patched, mlp = memory._attachment.ffns[0], model.model.layers[0].mlp
     x = torch.randn(1, 1, 16)
     x2d, host, views = x[0], patched.ffn.weights(), memory.state.arenas[0].views[0]
-    backend = native_backend("bench.ffn", x, host.gate, "auto")
+    backend = glu_ffn_backend("bench.ffn", x, host.gate, "auto")
 
     def repeat(call, times=50):
         def run():

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from locas_ext.ops.backends import slot_updates
+from locas_ext.ops.types import SGD, AdamW
 
 from .graphs import graph_seconds, sets_for
 from .harness import report
@@ -56,9 +57,9 @@ def main() -> None:
     arms = {
         "adamw": (
             30,
-            [lambda s=s: slot_updates.update_slots_(*s[:4], step, rate, 0.9, 0.999, 1e-8, 0.0, True, s[4]) for s in states],
+            [lambda s=s: slot_updates.adamw_slots_(*s[:4], step, rate, AdamW(), s[4]) for s in states],
         ),
-        "sgd": (14, [lambda s=s: slot_updates.sgd_slots_(s[0], s[1], rate, None, 0.0, 0.0, True, s[4]) for s in states]),
+        "sgd": (14, [lambda s=s: slot_updates.sgd_slots_(s[0], s[1], None, rate, SGD(), s[4]) for s in states]),
     }
     buffers = [
         (torch.randn(15 * parameters // 4, device=device), torch.empty(15 * parameters // 4, device=device))

@@ -1,6 +1,7 @@
 """The operations of `locas_ext.ops` in plain torch: what locas_ext/ops/reference.py defines, under its public name."""
 
 from locas_ext.ops.reference import (
+    adamw_slots_,
     glu_ffn,
     neuron_importance,
     sgd_slots_,
@@ -11,6 +12,7 @@ from locas_ext.ops.reference import (
 )
 
 __all__ = [
+    "adamw_slots_",
     "glu_ffn",
     "neuron_importance",
     "sgd_slots_",

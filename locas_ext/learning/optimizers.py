@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from locas_ext.ops.backends import slot_updates
+from locas_ext.ops.types import SGD, AdamW
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 
@@ -67,7 +68,7 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-        update, *gradient = _gradient(arena, gradient_scale, slot_updates.update_slots_, slot_updates.adamw_from_factors_)
+        update, *gradient = _gradient(arena, gradient_scale, slot_updates.adamw_slots_, slot_updates.adamw_slots_from_factors_)
         update(
             arena.slots,
             *gradient,
@@ -75,10 +76,7 @@ def adamw_step(
             arena.exp_avg_sq,
             arena.step,
             _learning_rate_tensor(learning_rate, arena),
-            *betas,
-            eps,
-            weight_decay,
-            clip,
+            AdamW(*betas, eps, weight_decay, clip),
             _kernel_copy(arena),
             finite,
         )
@@ -101,15 +99,13 @@ def sgd_step(
         _allocate(state, "momentum_buffer")
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
-        update, *gradient = _gradient(arena, gradient_scale, slot_updates.sgd_slots_, slot_updates.sgd_from_factors_)
+        update, *gradient = _gradient(arena, gradient_scale, slot_updates.sgd_slots_, slot_updates.sgd_slots_from_factors_)
         update(
             arena.slots,
             *gradient,
-            _learning_rate_tensor(learning_rate, arena),
             buffer,
-            momentum,
-            weight_decay,
-            clip,
+            _learning_rate_tensor(learning_rate, arena),
+            SGD(momentum, weight_decay, clip),
             _kernel_copy(arena),
             finite,
         )

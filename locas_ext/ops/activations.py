@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 # The index is the kernels' enum (csrc/common/types.h). Several transformers names mean one function.
 INDEX = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
+NAMES = ("silu", "gelu_pytorch_tanh", "gelu", "relu")  # one name of each index
 
 _FUNCTIONS = (
     F.silu,

@@ -1,19 +1,40 @@
-"""Checks of the operations' arguments: each names the operation, the tensor, what it is and what was expected."""
+"""Checks of the operations' tensors: each names the operation, the tensor, what it is and what was expected."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from locas_ext.checks import number, one_of
 from locas_ext.config import BACKENDS
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def expect(
-    op: str, name: str, tensor: object, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """`shape` may hold letters for sizes that are free."""
+def finite_float(name: str, value: object) -> float:
+    """The number as a float, in a fraction of a microsecond where it is one."""
+    if type(value) is float and math.isfinite(value):
+        return value
+    return value if torch.compiler.is_compiling() else number(name, value)  # type: ignore[return-value]  # may be symbolic
+
+
+def is_tensor(op: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
+
+
+def expect(
+    op: str,
+    name: str,
+    tensor: object,
+    shape: tuple[int | str, ...],
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    like_name: str = "x",
+) -> None:
+    """`shape` may hold letters for sizes that are free; the tensor has to be where `like` is."""
+    is_tensor(op, name, tensor)
+    assert isinstance(tensor, Tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=False)
     )
@@ -23,14 +44,13 @@ def expect(
     if tensor.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {tensor.dtype}; expected {' or '.join(str(d) for d in dtypes)}")
     if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}; expected {like.device} as x")
+        raise ValueError(f"{op}: {name} is on {tensor.device}; expected {like.device} as {like_name}")
 
 
+# ---- x, the host's weights, slots, logits ---------------------------------------------------------------------
 def check_x(op: str, x: Tensor, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x is {type(x).__name__}; expected a torch.Tensor")
+    one_of(f"{op}: backend", backend, BACKENDS)
+    is_tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has no dimensions; expected [..., d]")
     if backend == "reference":
@@ -102,5 +122,58 @@ def plainly_fits(
     )
 
 
-def check_slots(op: str, x: Tensor, slots: Tensor, parts: int) -> None:
-    expect(op, "slots", slots, (parts, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
+def check_slots(op: str, x: Tensor, slots: Tensor, planes: int) -> None:
+    expect(op, "slots", slots, (planes, "r", x.shape[-1]), x, tuple({x.dtype, torch.float32}))
+
+
+def check_logits(op: str, logits: Tensor, targets: Tensor) -> None:
+    is_tensor(op, "logits", logits)
+    is_tensor(op, "targets", targets)
+    if logits.dim() == 0 or not logits.is_floating_point():
+        raise ValueError(f"{op}: logits is {logits.dtype} of shape {list(logits.shape)}; expected a float dtype and [..., V]")
+    tokens = logits.numel() // max(1, logits.shape[-1])
+    if targets.numel() != tokens:
+        raise ValueError(f"{op}: targets has shape {list(targets.shape)}; expected {list(logits.shape[:-1])}")
+    expect(op, "targets", targets, tuple(targets.shape), logits, (torch.int64,), "logits")
+
+
+# ---- updates ----------------------------------------------------------------------------------------------------
+def scalar_tensor(op: str, name: str, value: object, like: Tensor) -> Tensor:
+    """A 0-d tensor on `like`'s device; numbers are taken too."""
+    if not isinstance(value, Tensor):
+        plain = value if torch.compiler.is_compiling() else number(f"{op}: {name}", value)
+        return torch.tensor(plain, dtype=torch.float64, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}; expected a 0-d tensor")
+    return value
+
+
+def check_update(op: str, slots: Tensor, named: dict[str, Tensor | None]) -> None:
+    """`named`: tensors of the slots' shape and dtype."""
+    if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() < 1:
+        raise ValueError(f"{op}: slots must be a float32 tensor [..., d]")
+    for name, tensor in {"slots": slots, **named}.items():
+        if tensor is None:
+            continue
+        expect(op, name, tensor, tuple(slots.shape), slots, (torch.float32,), "slots")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous")
+
+
+def check_writing(
+    op: str, slots: Tensor, inputs: Tensor, gradients: Tensor, compute: Tensor | None, gradient_norm: Tensor | None
+) -> None:
+    if not isinstance(slots, Tensor) or slots.dtype != torch.float32 or slots.dim() != 4 or slots.shape[1] != 2:
+        raise ValueError(f"{op}: slots must be a float32 tensor [L, 2, capacity, d]")
+    layers, _, capacity, d = slots.shape
+    expect(op, "inputs", inputs, (layers, "n", d), slots, KERNEL_DTYPES, "slots")
+    expect(op, "gradients", gradients, tuple(inputs.shape), slots, (inputs.dtype,), "slots")
+    if compute is not None:
+        expect(op, "compute", compute, tuple(slots.shape), slots, KERNEL_DTYPES, "slots")
+    for name, tensor in (("slots", slots), ("compute", compute)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous")
+    if gradient_norm is not None:
+        expect(op, "gradient_norm", gradient_norm, (inputs.shape[1],), slots, (torch.float32,), "slots")
+    if inputs.shape[1] > capacity:
+        raise ValueError(f"{op}: inputs holds {inputs.shape[1]} tokens; expected at most {capacity}, the capacity of slots")

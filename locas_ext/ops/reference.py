@@ -91,6 +91,9 @@ def update_slots_(
         compute.copy_(slots)
 
 
+adamw_slots_ = update_slots_
+
+
 @torch.no_grad()
 def sgd_slots_(
     slots: Tensor,
@@ -127,7 +130,7 @@ def write_slots_(
     compute: Tensor | None = None,
     gradient_norm: Tensor | None = None,
 ) -> Tensor:
-    """Closed-form slots, one a token a layer, in place: see `locas_ext.ops.write_slots_`."""
+    """Closed-form slots, one per token and layer, in place: see `locas_ext.ops.write_slots_`."""
     inputs, gradients = inputs.double(), gradients.double()
     norm = gradients.square().sum((0, 2)).sqrt() if gradient_norm is None else gradient_norm
     norm = norm.to(slots.dtype)

@@ -26,6 +26,24 @@ class InputProjections(NamedTuple):
     up_bias: Tensor | None = None
 
 
+class AdamW(NamedTuple):
+    """The hyper-parameters of an AdamW step, and whether it clips rows; in the order in which the kernels take them."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: bool = True
+
+
+class SGD(NamedTuple):
+    """The hyper-parameters of an SGD step, and whether it clips rows; in the order in which the kernels take them."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: bool = True
+
+
 # What a backend's forward keeps for its own backward; of no meaning to anyone between.
 Saved = tuple[Any, ...]
 

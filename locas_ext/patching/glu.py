@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from locas_ext import ops
 from locas_ext.hosts.ffn import GatedFFN
 from locas_ext.ops import reference
-from locas_ext.ops.autograd import GluFFNFunction, SidewayGluFunction
-from locas_ext.ops.backends import cuda, fused_backend, native_backend
-from locas_ext.ops.backends.matmul import sideway_forward
+from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
+from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
+from locas_ext.ops.backends.matmul import sideway_glu_forward
+from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotViews
 
 from .base import PatchedFFN
@@ -29,8 +30,8 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
             self.observer(x)
         if not self.attached or state.disabled:
             return self.original(x)
-        if torch.compiler.is_compiling():
-            return self._forward_compiled(x)
+        if not by_address(x):
+            return self._forward_traced(x)
         index = self.index
         if not arena.is_current(index):
             state.sync()
@@ -59,16 +60,16 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         if alone:
             if with_graph:
                 return SidewayGluFunction.apply(x, parameter, views, scale, activation, grad)
-            return sideway_forward(x, views, scale, activation)[0]
+            return sideway_glu_forward(x, views, scale, activation)[0]
         if home is not None and home.ready():
             bias = self.ffn.weights().down_bias
             if with_graph:
                 return RehomedFunction.apply(x, parameter, home, bias, activation, grad)
             return rehomed_forward(x, home, bias, activation, save=False)[0]
         host = self.ffn.weights()
-        backend = native_backend("patched FFN", x, host.gate, self.backend)
+        backend = glu_ffn_backend("patched FFN", x, host.gate, self.backend)
         if with_graph:
-            return GluFFNFunction.apply(x, parameter, views, host, scale, activation, grad, backend)
+            return GluFfnFunction.apply(x, parameter, views, host, scale, activation, grad, backend)
         return backend.glu_ffn_forward(x, host, views, scale, activation, save=False)[0]
 
     def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
@@ -80,16 +81,22 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         gate, up, down, *biases = self.ffn.weights()
         return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
 
-    def _forward_compiled(self, x: Tensor) -> Tensor:
+    def _forward_traced(self, x: Tensor) -> Tensor:
+        """The public ops, which are what a compiler, a tracer or a transform can see."""
         state, arena = self.state, self.arena
-        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
+        if not torch.compiler.is_compiling() and not arena.is_current(self.index):
+            state.sync()
+        # torch.jit.trace takes no constants that require a gradient
+        parameter = arena.slots[self.index] if torch.jit.is_tracing() else arena.parameters[self.index]
+        scale = arena.scales[self.index]
         if not (state.learned or (torch.is_grad_enabled() and state.initialized)):
             return self.original(x)
         if not state.learned or self.path()[0] == "sideway":
-            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.beside)
-        host = self.ffn.weights()
+            beside = "reference" if x.dtype == torch.float64 else self.beside
+            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, beside)
+        host, backend = self.ffn.weights(), "reference" if x.dtype == torch.float64 else self.backend
         biases = (host.gate_bias, host.up_bias, host.down_bias)
-        return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, self.backend)
+        return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from locas_ext.hosts.ffn import HostFFN, TwoLayerFFN
 from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
+from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotFactors
 
 from .base import PatchedFFN
@@ -56,18 +57,19 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
     def memory(self, x: Tensor) -> Tensor | None:
         """The memory's own output [..., d], or None where that is exactly 0 and nothing is to be learned."""
         state, arena, index = self.state, self.arena, self.index
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not arena.is_current(index):
+        if not torch.compiler.is_compiling() and not arena.is_current(index):
             state.sync()
         parameter = arena.parameters[index] if self.tap is None else arena.parameters[index].detach()
         learns = torch.is_grad_enabled() and state.initialized and parameter.requires_grad
         if not state.learned and not learns:
             return None
         scale, dtype = arena.scales[index], x.dtype
-        if compiling:  # with the empty slots, so that the number of used ones is no part of the graph
-            return ops.sideway_mlp(x, parameter, scale, self.activation, self.beside)
-        if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
-            backend = "reference" if dtype == torch.float64 else self.beside
+        backend = "reference" if dtype == torch.float64 else self.beside
+        if not by_address(x):  # with the empty slots, so that the number of used ones is no part of a graph
+            if torch.jit.is_tracing():  # which takes no constants that require a gradient
+                parameter = arena.slots[index]
+            return ops.sideway_mlp(x, parameter, scale, self.activation, backend)
+        if backend == "reference" or torch.is_autocast_enabled(x.device.type):
             return ops.sideway_mlp(x, parameter[:, : arena.used], scale, self.activation, backend)
         if arena.views[index].value.dtype != dtype or arena.views[index].value.device != x.device:
             self.binding.relocate(arena, x.device, dtype)

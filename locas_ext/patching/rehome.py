@@ -213,7 +213,7 @@ def rehomed_backward(
 
 
 class RehomedFunction(torch.autograd.Function):
-    """apply(x [T, d], slots, home, down_bias, activation index, slots_grad) -> y [T, d]; as autograd.GluFFNFunction."""
+    """apply(x [T, d], slots, home, down_bias, activation index, slots_grad) -> y [T, d]; as autograd.GluFfnFunction."""
 
     @staticmethod
     def forward(ctx, x, slots, home, down_bias, activation, slots_grad):

@@ -7,7 +7,7 @@ from support.helpers import random_ids, tiny_model
 
 import locas_ext as locas
 from locas_ext import _C
-from locas_ext.ops.backends import cpu, matmul, native_backend
+from locas_ext.ops.backends import cpu, glu_ffn_backend, matmul
 from locas_ext.ops.types import HostWeights, SlotViews
 
 DTYPES = [
@@ -99,9 +99,9 @@ def test_reading_and_learning_give_the_same_output():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_takes_it_from_two_tokens(dtype):
     weight = torch.zeros(16, 8, dtype=dtype)
-    assert native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "auto") is cpu
-    assert native_backend("glu_ffn", torch.zeros(1, 8, dtype=dtype), weight, "auto") is matmul
-    assert native_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "matmul") is matmul
+    assert glu_ffn_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "auto") is cpu
+    assert glu_ffn_backend("glu_ffn", torch.zeros(1, 8, dtype=dtype), weight, "auto") is matmul
+    assert glu_ffn_backend("glu_ffn", torch.zeros(2, 8, dtype=dtype), weight, "matmul") is matmul
 
 
 def test_a_memory_says_which_backend_it_uses():
@@ -123,16 +123,16 @@ def test_a_memory_learns_the_same_through_both_backends():
 @pytest.mark.skipif(torch.bfloat16 not in cpu.DTYPES, reason="needs AVX-512 BF16")
 def test_odd_sizes_in_bfloat16_are_refused_or_left_to_matmul():
     x, weight = torch.zeros(4, 9, dtype=torch.bfloat16), torch.zeros(16, 9, dtype=torch.bfloat16)
-    assert native_backend("glu_ffn", x, weight, "auto") is matmul
+    assert glu_ffn_backend("glu_ffn", x, weight, "auto") is matmul
     with pytest.raises(ValueError, match="even sizes in bfloat16; here hidden_size is 9 and intermediate_size 16"):
-        native_backend("glu_ffn", x, weight, "fused")
+        glu_ffn_backend("glu_ffn", x, weight, "fused")
     assert cpu.choice(x, 9, 16) == "matmul"
 
 
 def test_another_dtype_is_refused():
     x, weight = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(16, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="glu_ffn: backend is 'fused', but on "):
-        native_backend("glu_ffn", x, weight, "fused")
+        glu_ffn_backend("glu_ffn", x, weight, "fused")
 
 
 @pytest.mark.skipif(not cpu.DTYPES, reason="needs AVX-512")

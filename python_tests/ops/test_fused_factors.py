@@ -7,7 +7,7 @@ from support.fused import DTYPES, on_gpu
 import locas_ext as locas
 from locas_ext import reference
 from locas_ext.ops.backends import slot_updates
-from locas_ext.ops.types import SlotFactors
+from locas_ext.ops.types import AdamW, SlotFactors
 
 
 def a_learning_memory(backend, dtype=torch.bfloat16, layers=None):
@@ -28,7 +28,7 @@ class TestFactors:
         from support.helpers import TEXT
 
         used, results = [], {}
-        for name in ("adamw_from_factors_", "sgd_from_factors_"):
+        for name in ("adamw_slots_from_factors_", "sgd_slots_from_factors_"):
             original = getattr(slot_updates, name)
             monkeypatch.setattr(slot_updates, name, lambda *a, original=original, **k: (used.append(1), original(*a, **k)))
         for factors in (True, False):
@@ -66,7 +66,7 @@ class TestFactors:
         reference.update_slots_(exact[0], gradient * 0.25, exact[1], exact[2], torch.tensor(1), torch.tensor(0.01))
         copy, states = torch.empty_like(slots, dtype=torch.bfloat16), [torch.zeros_like(slots) for _ in range(2)]
         step, rate = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
-        slot_updates.adamw_from_factors_(slots, factors, 0.25, *states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, copy)
+        slot_updates.adamw_slots_from_factors_(slots, factors, 0.25, *states, step, rate, AdamW(), copy)
         for ours, truth in zip((slots, *states), exact, strict=False):
             torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-6)
         assert torch.equal(copy, slots.bfloat16())

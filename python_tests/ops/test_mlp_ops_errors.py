@@ -57,13 +57,17 @@ def writing_arguments(**changes):
         (dict(compute=torch.zeros(2, 2, D, 6).mT), "compute must be contiguous"),
         (dict(gradient_norm=torch.ones(T + 1)), rf"gradient_norm has shape .*; expected \[{T}\]"),
         (dict(gradient_norm=torch.ones(T).double()), "gradient_norm is torch.float64; expected torch.float32"),
-        (dict(start=-1), rf"start is -1; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
-        (dict(start=3), rf"start is 3; expected 0 <= start <= 2 \({T} tokens, capacity 6\)"),
+        (dict(start=-1), rf"start is -1; expected an integer from 0 to 2 \({T} tokens, capacity 6\)"),
+        (dict(start=3), rf"start is 3; expected an integer from 0 to 2 \({T} tokens, capacity 6\)"),
         (dict(epsilon=0.0), "epsilon is 0.0; expected a finite number > 0"),
         (dict(epsilon=-1.0), "epsilon is -1.0; expected a finite number > 0"),
         (dict(epsilon=math.nan), "epsilon is nan; expected a finite number > 0"),
         (dict(epsilon=math.inf), "epsilon is inf; expected a finite number > 0"),
-        (dict(epsilon=1e39), "epsilon is 1e[+]39; expected a finite number > 0, in float32's range"),
+        (dict(epsilon=1e39), r"epsilon is 1e[+]39; expected a finite number > 0 and <= 3.4.*e[+]38 \(the slots are float32\)"),
+        (
+            dict(start=0, inputs=torch.zeros(2, 7, D), gradients=torch.zeros(2, 7, D)),
+            "inputs holds 7 tokens; expected at most 6",
+        ),
     ],
 )
 def test_writing_arguments_are_checked_and_nothing_is_changed(changes, problem):
@@ -78,7 +82,7 @@ def test_writing_arguments_of_another_type():
     for changes, problem in (
         (dict(inputs=None), "inputs is NoneType"),
         (dict(gradients=3), "gradients is int"),
-        (dict(start=1.0), "start is float; expected an int"),
+        (dict(start=1.0), "start is 1.0; expected an integer from 0 to 2"),
     ):
         with pytest.raises(TypeError, match=f"write_slots_: {problem}"):
             ops.write_slots_(**writing_arguments(**changes))

@@ -56,9 +56,9 @@ def samples():
             for compute, norm in ((torch.zeros(2, 2, 7, D).half(), torch.ones(5)), (None, None))
         ],
         "neuron_importance": [(plain_x, host[0], host[1], "silu", host[3], host[4])],
-        "update_slots_": [(*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)],
+        "adamw_slots_": [(*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)],
         "sgd_slots_": [
-            (states[0], states[1], rate, buffer, momentum, 0.1, True, copy)
+            (states[0], states[1], buffer, rate, momentum, 0.1, True, copy)
             for buffer, momentum in ((states[2], 0.9), (None, 0.0))
         ],
     }

@@ -11,18 +11,21 @@ from torch import Tensor
 from locas_ext import _C
 from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotFactors, SlotViews, stream_of
 
+from . import matmul
+
+NAME = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 BUILT = _C.build_info()["cuda_architectures"] is not None
 
 
-def obstacle(x: Tensor, d: int, m: int) -> str | None:
-    """Why the kernels cannot take an FFN of these sizes on tensors like x, or None."""
-    if not x.is_cuda:
-        return f"the fused kernels need a CUDA device; this is {x.device.type}"
+def obstacle(like: Tensor, d: int, m: int) -> str | None:
+    """Why the kernels cannot take an FFN of these sizes on tensors like this one, or None."""
+    if not like.is_cuda:
+        return f"the fused kernels need a CUDA device; this is {like.device.type}"
     if not BUILT:
         return "this build has no CUDA kernels"
-    if x.dtype not in DTYPES:
-        return f"the fused kernels take bfloat16 and float16; this is {x.dtype}"
+    if like.dtype not in DTYPES:
+        return f"the fused kernels take bfloat16 and float16; this is {like.dtype}"
     if d % 8 or m % 8:
         return f"the fused kernels need sizes that are multiples of 8; here hidden_size is {d} and intermediate_size {m}"
     return None
@@ -55,27 +58,29 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
+def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
+    """Of what the backward needs: gate and up, host then memory, whose slots are rounded up to 8."""
+    return [(tokens, m + -(-rank // 8) * 8)] * 2
+
+
 def _workspace(x: Tensor, floats: int) -> Tensor | None:
     return torch.empty(floats, dtype=torch.float32, device=x.device) if floats else None
 
 
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
-) -> tuple[Tensor, Saved | None]:
-    """-> y [T, d] and, with `save`, the pre-activations gate and up [T, m + r'], host then memory.
-
-    r' is r rounded up to 8.
-    """
+) -> tuple[Tensor, Saved]:
+    """-> y [T, d] and, with `save`, the pre-activations gate and up."""
     x = _rows(x)
     tokens, d = x.shape
     m, rank = host.gate.shape[0], slots.value.shape[0]
-    hidden = x.new_empty(tokens, m + -(-rank // 8) * 8)
+    hidden = x.new_empty(saved_shapes(tokens, m, rank)[0])
     gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
     y = x.new_empty(tokens, d)
     if tokens:
         workspace = _workspace(x, _C.ffn_forward_workspace(tokens, d, m, rank))
         _C.ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
-    return y, (gate, up, None) if save else None
+    return y, (gate, up) if save else ()
 
 
 def glu_ffn_backward(
@@ -89,12 +94,9 @@ def glu_ffn_backward(
     needs_dx: bool,
     slots_grad: Tensor | SlotFactors | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d] float32.
-
-    With `slots_grad` the latter is added there (float32, [3, r, d]) or kept there (SlotFactors), and None comes back.
-    """
+    """-> dx [T, d] and the slots' gradient [3, r, d] in float32. SlotFactors keep its factors instead."""
     x, dy = _rows(x), _rows(dy)
-    gate, up, _ = saved
+    gate, up, *_ = saved  # a registered operator has a third, empty one
     tokens, d = x.shape
     m, rank = host.gate.shape[0], slots.value.shape[0]
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
@@ -137,3 +139,8 @@ def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activatio
     workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
     _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
     return importance
+
+
+# Without a host's products there is nothing to fuse.
+sideway_glu_forward, sideway_glu_backward = matmul.sideway_glu_forward, matmul.sideway_glu_backward
+sideway_mlp_forward, sideway_mlp_backward = matmul.sideway_mlp_forward, matmul.sideway_mlp_backward

@@ -1,7 +1,7 @@
-"""The forward and backward of the FFN with memory on [T, d] matrices, without autograd: the `matmul` backend.
+"""The `matmul` backend: GEMMs are torch's (cuBLAS, oneDNN, MKL), everything between them is native code from `locas_ext._C`.
 
-GEMMs are torch's (cuBLAS, oneDNN, MKL); everything between them is native code from `locas_ext._C`. `functional.py` puts
-checks around these functions, `autograd.py` autograd, `torch_library.py` registers them for torch.compile.
+The interface is base.py's. `functional.py` puts checks around these functions, `autograd.py` autograd, `torch_library.py`
+registers them as operators.
 """
 
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor
 
 from locas_ext import _C
 from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotViews, stream_of
+
+NAME = "matmul"
+
+
+def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
+    """Of what the backward needs: the host's gate and up, the memory's gate and key side by side."""
+    return [(tokens, m), (tokens, m), (tokens, 2 * rank)]
 
 
 def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Tensor:
@@ -20,17 +27,17 @@ def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Ten
     return hidden
 
 
-def sideway_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Tensor]:
-    """-> y [T, d] and the pre-activations [T, 2r] that the backward needs."""
+def sideway_glu_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
+    """-> y [T, d] and the pre-activations [T, 2r]."""
     memory_gate_key = F.linear(x, slots.gate_key)
-    return memory_hidden(memory_gate_key, scale, activation) @ slots.value, memory_gate_key
+    return memory_hidden(memory_gate_key, scale, activation) @ slots.value, (memory_gate_key,)
 
 
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
-) -> tuple[Tensor, Saved | None]:
-    """-> y [T, d] and, with `save`, what the backward needs: the host's pre-activations gate and up [T, m] (None unless
-    `needs_dx`) and the memory's [T, 2r]."""
+) -> tuple[Tensor, Saved]:
+    """-> y [T, d] and, with `save`, the host's pre-activations gate and up [T, m] (None unless `needs_dx`) and the
+    memory's [T, 2r]."""
     gate = F.linear(x, host.gate, host.gate_bias)
     up = F.linear(x, host.up, host.up_bias)
     keep = save and needs_dx
@@ -41,7 +48,7 @@ def glu_ffn_forward(
     memory_gate_key = F.linear(x, slots.gate_key)
     y.addmm_(memory_hidden(memory_gate_key, scale, activation), slots.value)
     if not save:
-        return y, None
+        return y, ()
     return y, (gate, up, memory_gate_key) if keep else (None, None, memory_gate_key)
 
 
@@ -53,7 +60,7 @@ def _add_product(grad: Tensor, coefficients: Tensor, rows: Tensor) -> None:
         grad.add_(coefficients.T @ rows)
 
 
-def sideway_backward(
+def _pre_activation_gradient(
     dy: Tensor,
     x: Tensor,
     memory_gate_key: Tensor,
@@ -62,10 +69,7 @@ def sideway_backward(
     activation: int,
     slots_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> the gradient of the memory's pre-activations [T, 2r] and that of the slots [3, r, d].
-
-    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
-    """
+    """-> the gradient of the memory's pre-activations [T, 2r] and that of the slots, as `sideway_glu_backward`."""
     gate, key = memory_gate_key.tensor_split(2, dim=1)
     d_gate_key = torch.empty_like(memory_gate_key)
     d_gate, d_key = d_gate_key.tensor_split(2, dim=1)
@@ -84,41 +88,56 @@ def sideway_backward(
     return d_gate_key, None
 
 
-def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Tensor]:
-    """-> y [T, d] and the pre-activations x K^T [T, r] that the backward needs."""
+def sideway_glu_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: Saved,
+    slots: SlotViews,
+    scale: float,
+    activation: int,
+    needs_dx: bool,
+    slots_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx [T, d] and the slots' gradient [3, r, d] in dy's dtype."""
+    d_gate_key, d_slots = _pre_activation_gradient(dy, x, saved[0], slots, scale, activation, slots_grad)
+    return d_gate_key @ slots.gate_key if needs_dx else None, d_slots
+
+
+def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
+    """-> y [T, d] and the pre-activations x K^T [T, r]."""
     key = F.linear(x, slots.gate_key)
     hidden = torch.empty_like(key)
     _C.glu_forward(key, None, hidden, activation, scale, stream_of(x))
-    return hidden @ slots.value, key
+    return hidden @ slots.value, (key,)
 
 
 def sideway_mlp_backward(
     dy: Tensor,
     x: Tensor,
-    pre: Tensor,
+    saved: Saved,
     slots: SlotViews,
     scale: float,
     activation: int,
+    needs_dx: bool,
     needs_slots: bool,
     slots_grad: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """-> the gradient of the pre-activations [T, r] and that of the slots [2, r, d] (None unless `needs_slots`).
-
-    With `slots_grad` (float32, [2, r, d], each row contiguous) the latter is added there and None comes back.
-    """
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx [T, d] and the slots' gradient [2, r, d] in dy's dtype; slots_grad needs contiguous rows only."""
+    (pre,) = saved
     d_pre = dy @ slots.value.T  # the gradient of hidden, until the kernel replaces it
     hidden = torch.empty_like(pre) if needs_slots else None
     _C.glu_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
+    dx = d_pre @ slots.gate_key if needs_dx else None
     if hidden is None:
-        return d_pre, None
+        return dx, None
     if slots_grad is None:
         d_slots = dy.new_empty(2, *slots.value.shape)
         torch.mm(d_pre.T, x, out=d_slots[0])
         torch.mm(hidden.T, dy, out=d_slots[1])
-        return d_pre, d_slots
+        return dx, d_slots
     _add_product(slots_grad[0], d_pre, x)
     _add_product(slots_grad[1], hidden, dy)
-    return d_pre, None
+    return dx, None
 
 
 def glu_ffn_backward(
@@ -132,12 +151,9 @@ def glu_ffn_backward(
     needs_dx: bool,
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """-> dx [T, d] (None unless `needs_dx`) and the slots' gradient [3, r, d]; the host's weights are frozen.
-
-    With `slots_grad` (float32, [3, r, d]) the latter is added there and None comes back.
-    """
+    """-> dx [T, d] and the slots' gradient [3, r, d] in dy's dtype."""
     gate, up, memory_gate_key = saved
-    d_gate_key, d_slots = sideway_backward(dy, x, memory_gate_key, slots, scale, activation, slots_grad)
+    d_gate_key, d_slots = _pre_activation_gradient(dy, x, memory_gate_key, slots, scale, activation, slots_grad)
     if not needs_dx:
         return None, d_slots
     d_gate = dy @ host.down
