@@ -20,6 +20,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Chunk
 from locas_ext.storage import checkpoint, snapshot
+from locas_ext.storage.checkpoint import Saved
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
@@ -254,8 +255,12 @@ class Memory:
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
+        self._take(checkpoint.read(path))
+
+    def _take(self, saved: Saved) -> None:
         attachment = self._attachment
-        attachment.stream = checkpoint.load(attachment.state, attachment.config, attachment.host, path)
+        saved.put_into(attachment.state, attachment.config, attachment.host)
+        attachment.stream = saved.stream
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
@@ -280,7 +285,7 @@ class Memory:
             self._attachment.detach()
             del self.model._locas_memory
 
-    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> PreTrainedModel:
+    def merge_and_unload(self, pad_to_multiple_of: int = 256) -> PreTrainedModel:
         """Makes the memory part of the host's own FFNs, which become wider, and detaches.
 
         pad_to_multiple_of: the new width is rounded up to a multiple of this.

@@ -28,6 +28,7 @@ class Stream:
     position: int
     text_digest: str  # of the tokens before `position`
     chunks: list[Chunk]
+    tail: list[int] | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

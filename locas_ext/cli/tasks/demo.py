@@ -18,7 +18,7 @@ from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
 from locas_ext.memory import Chunk, MemorizeReport, Memory
-from locas_ext.storage.checkpoint import check_folder
+from locas_ext.storage.folder import check_folder
 
 WINDOW, STRIDE = 512, 128  # the model was trained on 512 tokens
 REREAD = 3 * STRIDE

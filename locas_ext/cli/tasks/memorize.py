@@ -15,7 +15,8 @@ from locas_ext.evaluation.arguments import at_least
 from locas_ext.evaluation.inputs import load_host, read_texts
 from locas_ext.evaluation.results import differences
 from locas_ext.memory import Chunk, MemorizeReport
-from locas_ext.storage.checkpoint import CONFIG_NAME, check_folder, read_config
+from locas_ext.storage.checkpoint import read_config
+from locas_ext.storage.folder import CONFIG_NAME, check_folder
 
 
 @dataclass(frozen=True)
