@@ -19,16 +19,19 @@ def encode_beginning(tokenizer, file: TextFile, count: int | None) -> tuple[list
 
     The offsets are None for a tokenizer that has none.
     """
-    size, shorter = None if count is None else max(_CHARACTERS, _PER_TOKEN * count), None
+    if count is None:
+        file.read_to(None)
+        return _encode(tokenizer, file.text)
+    size, shorter = max(_CHARACTERS, _PER_TOKEN * count), None
     while True:
         file.read_to(size)
-        encoded = tokenizer(file.text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-        ids = encoded["input_ids"]
-        if size is None or file.ended:
-            break
-        if len(ids) >= count + MARGIN:
-            if ids[:count] == shorter:
-                break
-            shorter = ids[:count]
+        ids, offsets = _encode(tokenizer, file.text)
+        if file.ended or (len(ids) >= count + MARGIN and ids[:count] == shorter):
+            return ids[:count], offsets and offsets[:count]
+        shorter = ids[:count] if len(ids) >= count + MARGIN else None
         size *= 2
-    return ids[:count], encoded["offset_mapping"][:count] if tokenizer.is_fast else None
+
+
+def _encode(tokenizer, text: str) -> tuple[list[int], Offsets | None]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    return encoded["input_ids"], encoded["offset_mapping"] if tokenizer.is_fast else None

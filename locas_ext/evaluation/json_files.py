@@ -1,22 +1,24 @@
 """JSON from strangers: one reader that either returns plain values or raises a LocasError naming the file."""
 
 import json
-import math
 import os
+import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from locas_ext.errors import LocasError
+from locas_ext.storage.config_file import strict_json
 from locas_ext.storage.schema import Kind, Wrong
 
 MOST_BYTES = 1 << 27
+_SUSPICIOUS = re.compile(rb"\\u[dD]|[0-9][eE]\+?[0-9]{3}")  # what half a character, or a number beyond all floats, begins with
 
 
 def read_json(path: Path, kind: Kind, most_bytes: int = MOST_BYTES) -> Any:
     """The content of a JSON file that is of this kind.
 
-    Raises OSError for a file that cannot be opened, LocasError for one that is too large, no JSON or not of the kind.
+    Raises OSError for a file that cannot be opened, LocasError for one that is too large, not JSON or not of the kind.
     """
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
@@ -27,51 +29,16 @@ def read_json(path: Path, kind: Kind, most_bytes: int = MOST_BYTES) -> Any:
     return parse_json(raw, str(path), kind)
 
 
-def parse_json(raw: bytes | str, source: str, kind: Kind) -> Any:
-    """The same for a text that is read already; `source` is how messages call it."""
+def parse_json(raw: bytes, source: str, kind: Kind) -> Any:
+    """The same for bytes that are read already; `source` is how messages call them."""
     try:
-        content = json.loads(
-            raw, object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
-        )
-        _check_characters(content, raw)
-    except RecursionError:
-        raise LocasError(f"{source} is damaged: it is nested too deeply") from None
+        content = strict_json(raw)
+        if _SUSPICIOUS.search(raw):
+            json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise LocasError(f"{source} is damaged: {error}") from None
+        raise LocasError(f"{source} is damaged: not valid JSON ({error})") from None
     try:
         kind(content, "")
     except Wrong as wrong:
         raise LocasError(f"{source} is damaged: {wrong}") from None
-    except RecursionError:
-        raise LocasError(f"{source} is damaged: it is nested too deeply") from None
     return content
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return content
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits} is too large for a number")
-    return value
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"{digits[:20]}... is too large for an integer")
-    return int(digits)
-
-
-def _check_characters(content: Any, raw: bytes | str) -> None:
-    """ValueError for half a character: an escape such as \\ud800 alone, which no file or terminal can take."""
-    if (b"\\ud" if isinstance(raw, bytes) else "\\ud") in raw.lower():
-        json.dumps(content, ensure_ascii=False).encode()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from locas_ext.errors import LocasError
 from locas_ext.storage.schema import Wrong, either, integer, list_of, nullable
 
-from .display import printable
+from .display import one_line
 from .hub import CONFIG, hub_file
 from .json_files import read_json
 from .schemas import json_object
@@ -64,7 +64,7 @@ def _refuse_code(file: Path, content: dict) -> None:
     wanted = content.get("auto_map")
     if wanted:
         classes = wanted.values() if isinstance(wanted, dict) else [wanted]
-        names = ", ".join(printable(str(name)) for name in classes)
+        names = ", ".join(one_line(name) for name in classes)
         raise LocasError(
             f"{file} asks to run Python code that comes with the model ({names}, named by auto_map), which is never done here: "
             "read that code, load the model in Python with trust_remote_code=True and attach a memory there"

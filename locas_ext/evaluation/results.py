@@ -16,7 +16,7 @@ from .schemas import results as schema
 NAME = "results.json"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists, paths are text; a number that is not finite, which JSON has not, is None."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
@@ -87,7 +87,7 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
             raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")
         write(folder, settings, [])
         return []
-    before, wanted = read(folder), _plain(settings)
+    before, wanted = read(folder), plain(settings)
     if different := differences(before["settings"], wanted):
         raise ValueError(f"--out: {folder} holds a run with other settings: {different}; choose another folder")
     return before["records"]
@@ -95,5 +95,5 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
 
 def write(folder: Path, settings: dict, records: list[dict]) -> None:
     """Replaces results.json, atomically."""
-    content = _plain({"settings": settings, "machine": machine(), "records": records})
+    content = plain({"settings": settings, "machine": machine(), "records": records})
     write_atomically(folder / NAME, json.dumps(content, indent=1).encode())

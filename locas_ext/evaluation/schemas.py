@@ -68,28 +68,28 @@ def row_of(*kinds: Kind) -> Kind:
 
 
 _count = integer(0, MOST)
-_positive = number(5e-324, 1.7e308)  # what a logarithm can be taken of
-_not_negative = number(0, 1.7e308)
-_any_number = number(-1.7e308, 1.7e308)
+_positive = number(1e-12, 1e308)  # what a logarithm can be taken of
+_not_negative = number(0, 1e308)
+_any_number = number(-1e308, 1e308)
 _interval = nullable(row_of(_any_number, _any_number))
 
 # ---- records -------------------------------------------------------------------------------------------------
-PERPLEXITY_RECORD = fields(
-    {"method": text, "arm": text, "book": text},
-    {
-        "run": text,
-        "error": nullable(text),
-        "arm_settings": nullable(
-            fields({}, {"rank": integer(1, MOST), "learning_rate": _not_negative, "init": text}),
-        ),
-        **dict.fromkeys(("tokens", "words", "bytes", "extra_parameters", "peak_memory_bytes"), nullable(_count)),
-        **dict.fromkeys(("perplexity", "perplexity_per_word", "perplexity_per_byte", "relative_time"), nullable(_positive)),
-        **dict.fromkeys(("held_out_perplexity", "held_out_perplexity_before"), nullable(_positive)),
-        **dict.fromkeys(("nll", "seconds"), nullable(_not_negative)),
-        "milestones": nullable(mapping(nullable(_positive), "[1-9][0-9]{0,14}")),
-        "curve": nullable(list_of(row_of(_count, nullable(_positive)))),
-    },
-)
+_COMMON: dict[str, Kind] = {"run": text, "arm": text, "book": text}
+_PERPLEXITY_NAMES: dict[str, Kind] = {"method": text, "arm": text, "book": text}
+_PERPLEXITY: dict[str, Kind] = {
+    "error": nullable(text),
+    "arm_settings": nullable(
+        fields({}, {"rank": integer(1, MOST), "learning_rate": _not_negative, "init": text}),
+    ),
+    **dict.fromkeys(("tokens", "words", "bytes", "extra_parameters", "peak_memory_bytes"), nullable(_count)),
+    **dict.fromkeys(("perplexity", "perplexity_per_word", "perplexity_per_byte"), nullable(_positive)),
+    **dict.fromkeys(("held_out_perplexity", "held_out_perplexity_before"), nullable(_positive)),
+    **dict.fromkeys(("nll", "seconds"), nullable(_any_number)),
+    "milestones": nullable(mapping(nullable(_positive), "[1-9][0-9]{0,14}")),
+    "curve": nullable(list_of(row_of(_count, nullable(_positive)))),
+}
+PERPLEXITY_RECORD = fields(_PERPLEXITY_NAMES, _PERPLEXITY | {"run": text, "relative_time": nullable(_positive)})
+JOB_RECORD = fields(_PERPLEXITY_NAMES | _PERPLEXITY | {"seconds": _positive})  # what the same version has just written
 LOCOMO_RECORD = fields(
     {
         "method": text,
@@ -98,7 +98,7 @@ LOCOMO_RECORD = fields(
         "seconds": _not_negative,
         "scores": mapping(fields({"count": integer(1, MOST), "f1": number(-1, 1)})),
     },
-    {"run": text, "questions": _count},
+    _COMMON | {"questions": _count},
 )
 PREDICTION = fields({"dialogue": text})
 _CAPABILITY_TEXT = fields(
@@ -113,13 +113,9 @@ _CAPABILITY_TEXT = fields(
         "same_bits_as_host": boolean,
         "seconds": _not_negative,
     },
-    {
-        "run": text,
-        "pooled": boolean,
-        "first_difference": nullable(row_of(_count, _count)),
-        "per_window": list_of(row_of(_positive, _any_number, _any_number, _not_negative, nullable(_any_number))),
-    },
+    _COMMON | {"pooled": boolean},
 )
+_WINDOW = row_of(integer(1, MOST), _any_number, _any_number, _not_negative, nullable(_any_number))
 _CAPABILITY_TASK = fields(
     {
         "state": text,
@@ -134,13 +130,21 @@ _CAPABILITY_TASK = fields(
         "per_question": nullable(list_of(_any_number)),
         "responses_sha256": text,
     },
-    {"run": text},
+    _COMMON,
 )
 
 
 def _capability_record(value: Any, place: str) -> None:
+    """Of a task, of a text, or of all texts together: `pooled`."""
     json_object(value, place)
-    (_CAPABILITY_TASK if "task" in value else _CAPABILITY_TEXT)(value, place)
+    if "task" in value:
+        return _CAPABILITY_TASK(value, place)
+    _CAPABILITY_TEXT(value, place)
+    if value.get("pooled"):
+        return
+    fields({"per_window": list_of(_WINDOW)}, {"first_difference": nullable(row_of(_count, _count))})(value, place)
+    if not value["same_bits_as_host"] and value.get("first_difference") is None:
+        raise Wrong(f"{place}.first_difference is missing; expected the tokens at which the bits differ")
 
 
 # ---- settings and machine ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Text files as token ids: each file is read once, and its fingerprint is of the bytes that were read."""
 
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,16 @@ class Text:
         return {"name": self.name, "sha256": self.sha256, "tokens": len(self.ids)}
 
 
+def check_readable(path: Path, processes: int = 1) -> None:
+    """OSError or ValueError, before anything is loaded, for a text that these processes cannot all read."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        if processes > 1 and not path.is_dir():
+            raise ValueError(f"{path} can be read once only, but {processes} processes read it; expected a regular file")
+        if not path.is_dir():
+            return  # a pipe whose reader leaves is closed to its writer
+    path.open("rb").close()
+
+
 def read_text(path: Path, tokenizer, max_tokens: int | None, name: str | None = None) -> Text:
     """At most `max_tokens` tokens of a text file; None: all.
 
@@ -49,16 +60,16 @@ def read_text(path: Path, tokenizer, max_tokens: int | None, name: str | None = 
         if len(ids) < 2:
             raise ValueError(f"{path} holds {'1 token' if ids else 'no text'}; {_LEAST}")
         if offsets is None:
-            scored, chapters = tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False), ()
+            scored = tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
         else:
-            scored, chapters = file.text[offsets[0][1] : offsets[-1][1]], _chapters(file.text, offsets)
+            scored = file.text[offsets[0][1] : offsets[-1][1]]
         return Text(
             name=path.stem if name is None else name,
             sha256=file.digest(),
             ids=torch.tensor(ids),
             words=len(scored.split()),
             bytes=len(scored.encode()),
-            chapters=chapters,
+            chapters=_chapters(file.text, offsets or []),
         )
 
 

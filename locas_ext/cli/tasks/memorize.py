@@ -12,8 +12,9 @@ from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation.arguments import at_least
-from locas_ext.evaluation.inputs import load_host, read_texts
+from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
+from locas_ext.evaluation.texts import read_texts
 from locas_ext.memory import Chunk, MemorizeReport
 from locas_ext.storage.checkpoint import read_config
 from locas_ext.storage.folder import CONFIG_NAME, check_folder

@@ -14,8 +14,9 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
-from locas_ext.evaluation.inputs import Text, positions
+from locas_ext.evaluation.inputs import positions
 from locas_ext.evaluation.protocol import Protocol
+from locas_ext.evaluation.texts import Text
 from locas_ext.memory import Chunk, MemorizeReport
 
 from .arm import Arm
