@@ -7,23 +7,23 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
-# Control characters, and the marks that turn the direction of what stands around them.
-_HARMFUL = {"Cc", "Cs"}
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_KEPT = "\n\t\u200c\u200d"  # the joiners hold letters of some scripts, and emoji, together
 
 
 def _shown(character: str) -> str:
-    if character in "\n\t" or (unicodedata.category(character) not in _HARMFUL and character not in _DIRECTIONS):
+    if character.isprintable() or character in _KEPT or unicodedata.category(character) == "Zs":
         return character
     code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def neutral(text: str) -> str:
-    """The text with a visible sign in the place of each character that a terminal would obey; newlines and tabs stay.
+    r"""The text with escapes in the place of what a terminal would obey or what turns the reading direction.
 
-    >>> neutral("red \\x1b[31m")
-    'red ␛[31m'
+    Newlines and tabs stay.
+
+    >>> neutral("red \x1b[31m")
+    'red \\u001b[31m'
     """
     return text if text.isprintable() else "".join(map(_shown, text))
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from locas_ext.terminal import Terminal
 from locas_ext.version import __version__
 
 from .commands import capability, demo, generate, info, locomo, memorize, merge, perplexity, report
-from .config_file import SETTINGS_FILE
+from .config_file import origin
 from .examples import examples
 from .failures import Failure, failure
 from .grouped import grouped
@@ -60,7 +61,7 @@ def run(arguments: list[str] | None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        ended = failure(error, context.meta.get(SETTINGS_FILE) if context else None)
+        ended = failure(error, partial(origin, context)) if context else failure(error)
     _complain(ended)
     return ended.status
 

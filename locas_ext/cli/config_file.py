@@ -10,7 +10,7 @@ import typer
 
 from .values import BadValue, Kind, brief, path
 
-SETTINGS_FILE = "locas.settings_file"  # the context's key for (file, names of the options it sets)
+_META = "locas.config_file"  # the key in the contexts' common meta
 _NOT_IN_A_FILE = ("config", "help", "version")
 
 
@@ -73,7 +73,14 @@ def _take(context: typer.Context, file: Path | None) -> None:
     except OSError as error:
         raise ValueError(f"--config: {file}: {error.strerror}") from None
     context.default_map = {**(context.default_map or {}), **settings}
-    context.meta[SETTINGS_FILE] = (file, frozenset(settings))
+    context.meta[_META] = (file, context)
+
+
+def origin(root: typer.Context, name: str) -> Path | None:
+    """The file that the option `name` of the command comes from; None where it is the command line's or a default."""
+    file, context = root.meta.get(_META, (None, None))
+    source = context and context.get_parameter_source(name)
+    return file if source and source.name == "DEFAULT_MAP" else None
 
 
 ConfigFile = Annotated[

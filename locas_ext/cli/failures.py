@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ class Failure:
     line: str = ""
 
 
-def failure(error: BaseException, settings_file: tuple[Path, frozenset[str]] | None) -> Failure:
+def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda name: None) -> Failure:
     """The exit status and the line for what a command raised.
 
-    settings_file: a --config file and the names of the options that come from it, so that a complaint can name it
+    origin: the --config file that an option comes from, or None, so that a complaint about its value can name it
     """
     if isinstance(error, Interrupted):
         return Failure(130, f"interrupted: {error}")
@@ -48,7 +49,7 @@ def failure(error: BaseException, settings_file: tuple[Path, frozenset[str]] | N
     if isinstance(error, LocasError):
         return Failure(1, str(error))
     if isinstance(error, (ValueError, TypeError, IndexError)) and _raised_here(error):
-        return Failure(2, _named(str(error), settings_file))
+        return Failure(2, _with_origin(str(error), origin))
     if _is_out_of_memory(error):
         return Failure(1, f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}")
     return Failure(1, _unexpected(error))
@@ -65,12 +66,11 @@ def _raised_here(error: BaseException) -> bool:
     return code.co_filename.startswith(_PACKAGE) and code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _named(message: str, settings_file: tuple[Path, frozenset[str]] | None) -> str:
-    """The message, after the --config file's name where the option it begins with came from there."""
+def _with_origin(message: str, origin: Callable[[str], Path | None]) -> str:
+    """The message, after the name of the --config file that the option it begins with came from."""
     match = re.match(r"(?:--)?([a-z][\w-]*)(?: |:|=)", message)
-    if settings_file is not None and match and match[1].replace("-", "_") in settings_file[1]:
-        return f"{settings_file[0]}: {message}"
-    return message
+    file = origin(match[1].replace("-", "_")) if match else None
+    return f"{file}: {message}" if file else message
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

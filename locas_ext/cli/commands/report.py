@@ -20,7 +20,7 @@ def report(
     """Tables and plots of a run, or of several runs in one report."""
     with importing():
         from locas_ext.evaluation.report.build import run_report
-        from locas_ext.storage.checkpoint import CONFIG_NAME
+        from locas_ext.storage.folder import CONFIG_NAME
 
     for folder in folders:
         if (folder / CONFIG_NAME).exists():
