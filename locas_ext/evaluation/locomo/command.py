@@ -13,7 +13,7 @@ from torch import Tensor
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
-from locas_ext.evaluation.inputs import load_host
+from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
 from locas_ext.evaluation.methods.registry import check_arm, reader
 from locas_ext.evaluation.report.build import write_report
@@ -30,7 +30,7 @@ from .scoring import REFUSAL, check_installed
 CONTEXTS = ("full-context", "no-context")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocomoTask:
     """The arguments of the command.
 
@@ -144,6 +144,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
     return {
         "command": "locomo",
         "model": task.model,
+        "weights_sha256": weights_digest(host),
         "dtype": str(host.dtype).removeprefix("torch."),
         "methods": task.methods,
         "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
@@ -174,7 +175,15 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
         _prompts(host, tokenizer, dialogue, "no-context", task)  # raises if a question does not fit
     for arm in _arms(task).values():
         check_arm(host, arm, protocol)
-    output = Output(task.out, _settings(task, dialogues, host, protocol))
+    settings = _settings(task, dialogues, host, protocol)
+    with results.only_run(task.out):
+        return _run(task, dialogues, host, tokenizer, protocol, settings, console)
+
+
+def _run(
+    task: LocomoTask, dialogues: list[Dialogue], host, tokenizer, protocol: Protocol, settings: dict, console: Console
+) -> dict:
+    output = Output(task.out, settings)
     try:
         for dialogue in dialogues:
             _answer_dialogue(host, tokenizer, dialogue, task, protocol, output)
@@ -186,5 +195,6 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
         ) from None
     content = results.read(task.out)
     console.print(table(content))
-    console.print(f"report: {write_report(task.out)}\npredictions: {predictions_file(task.out, 'METHOD')}")
+    report = write_report(task.out)
+    console.print(f"report: {report}\npredictions: {predictions_file(task.out, 'METHOD')}", markup=False)
     return content
