@@ -14,21 +14,41 @@ if TYPE_CHECKING:
     from locas_ext.config import LocasConfig
     from locas_ext.errors import LocasError
     from locas_ext.learning.optimizers import SlotAdamW, SlotSGD
-    from locas_ext.memory import Chunk, CompressReport, LayerStatus, MemorizeReport, Memory, Snapshot, WriteReport
+    from locas_ext.memory import (
+        Backprop,
+        Chunk,
+        CompressReport,
+        GraphReport,
+        LayerStatus,
+        LossAbove,
+        MemorizeReport,
+        Memory,
+        Snapshot,
+        TextRecord,
+        TopLoss,
+        Write,
+        WriteReport,
+    )
     from locas_ext.memory.attach import attach, load, memory_of
     from locas_ext.transforms.merge import unmerge
 
 __all__ = [
+    "Backprop",
     "Chunk",
     "CompressReport",
+    "GraphReport",
     "LayerStatus",
     "LocasConfig",
     "LocasError",
+    "LossAbove",
     "MemorizeReport",
     "Memory",
     "SlotAdamW",
     "SlotSGD",
     "Snapshot",
+    "TextRecord",
+    "TopLoss",
+    "Write",
     "WriteReport",
     "__version__",
     "attach",
@@ -44,12 +64,18 @@ _FROM = {
     "errors": ("LocasError",),
     "learning.optimizers": ("SlotAdamW", "SlotSGD"),
     "memory": (
+        "Backprop",
         "Chunk",
         "CompressReport",
+        "GraphReport",
         "LayerStatus",
+        "LossAbove",
         "MemorizeReport",
         "Memory",
         "Snapshot",
+        "TextRecord",
+        "TopLoss",
+        "Write",
         "WriteReport",
         "attach",
         "load",

@@ -107,11 +107,6 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
-def positions(host) -> int:
-    """The most tokens a host can see at once."""
-    return host.config.get_text_config(decoder=True).max_position_embeddings
-
-
 def weights_digest(host) -> str:
     """Tells checkpoints of one name apart: SHA-256 over samples of every parameter, rounded to bfloat16."""
     digest = hashlib.sha256()

@@ -7,7 +7,8 @@ import torch
 from transformers import TextStreamer
 
 from locas_ext import memory as locas
-from locas_ext.evaluation.inputs import load_host, positions
+from locas_ext.evaluation.inputs import load_host
+from locas_ext.hosts.text_config import max_positions
 from locas_ext.terminal import neutral
 
 
@@ -43,7 +44,7 @@ def run_generate(task: GenerateTask) -> str:
     """
     host, tokenizer = load_host(task.model, task.dtype, task.device)
     inputs = tokenizer(task.prompt, return_tensors="pt", add_special_tokens=False).to(host.device)
-    length, most = inputs["input_ids"].shape[1], positions(host)
+    length, most = inputs["input_ids"].shape[1], max_positions(host)
     if length == 0:
         raise ValueError("--prompt is empty; expected some text to continue")
     if length + task.max_new_tokens > most:
