@@ -77,7 +77,7 @@ def places(value, at=()):
 @st.composite
 def mutated(draw, command):
     own, records = copy.deepcopy(WHOLE[command])
-    content = {"settings": {**own, "command": command}, "machine": dict(MACHINE), "records": records}
+    content = {"settings": {**own, "command": command}, "machine": copy.deepcopy(MACHINE), "records": records}
     for _ in range(draw(st.integers(1, 3))):
         *way, last = draw(st.sampled_from(list(places(content))[1:]))
         parent = content
@@ -113,7 +113,7 @@ def test_what_is_whole_is_reported(tmp_path, command):
 
 
 @pytest.mark.parametrize("command", WHOLE)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_field_may_hold_anything(tmp_path, command, data):
     content = data.draw(mutated(command))
