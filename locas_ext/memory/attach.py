@@ -1,11 +1,14 @@
 """A model gets a memory: a new one, or a saved one."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from locas_ext.config import LocasConfig
+from locas_ext.hosts.registry import inspect_host
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 
@@ -37,15 +40,31 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     """Attaches the memory saved in the folder `path`; rehome as in `attach`.
 
-    Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
+    Returns the Memory; a backend that is not available here gives way to "auto", with a warning. Raises as `attach` and
+    `Memory.load` do; the model then is as it was.
     """
-    memory = attach(model, checkpoint.read_config(path), rehome)
+    saved = checkpoint.read(path)
+    saved.check_host(inspect_host(model))
+    saved.check_room()
+    memory, obstacle = _attach_saved(model, saved.config, rehome)
     try:
-        memory.load(path)
+        if obstacle is not None:
+            warnings.warn(f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=2)
+        memory._take(saved)
     except BaseException:
         memory.detach()
         raise
     return memory
+
+
+def _attach_saved(model: nn.Module, config: LocasConfig, rehome: bool) -> tuple[Memory, str | None]:
+    """Attaches with the config of a file, whose backend is a preference; also returns what stood against it, or None."""
+    try:
+        return attach(model, config, rehome), None
+    except ValueError as error:
+        if config.backend == "auto":
+            raise
+        return attach(model, replace(config, backend="auto"), rehome), str(error)
 
 
 def memory_of(model: nn.Module) -> Memory:

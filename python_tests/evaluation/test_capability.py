@@ -110,7 +110,7 @@ def test_a_broken_detach_is_exit_status_1(files, capsys, monkeypatch):
         ([], "nowhere", 2, "is not a folder"),
         (["--held-out", "{files}/letter.txt"], "memory", 2, "letter.txt holds 1 token; expected at least 2"),
         (["--held-out", "{files}/none.txt"], "memory", 2, "No such file"),
-        (["--window", "1"], "memory", 2, "window is 1; expected an integer from 2 to"),
+        (["--window", "1"], "memory", 2, "--window is 1; expected an integer >= 2"),
         (["--window", "99999"], "memory", 2, "window is 99999; expected an integer from 2 to"),
         (["--out", "{files}/a.txt"], "memory", 2, "is a file"),
         (["--out", "{files}"], "memory", 2, "holds something else"),

@@ -245,7 +245,7 @@ def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, m
         ("no-context", ["--batch-size", 0], "--batch-size is 0; expected an integer >= 1"),
         ("no-context", ["--max-new-tokens", 290], "300 positions"),
         ("full-context,no-context+locas", ["--window", 301], "window is 301; expected an integer from 2 to 300"),
-        ("full-context,no-context+locas", ["--stride", 0], "stride is 0; expected an integer from 1 to 64"),
+        ("full-context,no-context+locas", ["--stride", 0], "--stride is 0; expected an integer >= 1"),
         ("full-context,no-context+locas", ["--rank", 41], "rank is 41"),
         ("full-context,no-context+locas", ["--learning-rate", -1], "--learning-rate is -1"),
         ("full-context,no-context+temp-lora", ["--temp-lora-rank", 0], "temp-lora-rank is 0"),

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import shutil
+import threading
 
 import pytest
 import torch
@@ -212,6 +215,39 @@ def test_a_job_another_process_works_on_is_left_to_it(texts, tmp_path, capsys):
         assert not (out / "records" / "one-locas.json").exists()
     assert perplexity(texts[:1], out, *options) == 0
     assert "not yours" not in log.read_text() and len(results_of(out)["records"]) == 2
+
+
+def test_another_text_from_a_pipe_is_noticed(texts, tmp_path, capsys):
+    pipe, out = tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(pipe)
+
+    def run(content):
+        feeding = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+        feeding.start()
+        status = perplexity([pipe], out, "--methods", "truncation")
+        feeding.join(10)
+        return status
+
+    contents = [text.read_bytes() for text in texts[:2]]
+    assert run(contents[0]) == 0
+    first = results_of(out)["records"]
+    assert run(contents[1]) == 2
+    assert "books[0].sha256 was" in capsys.readouterr().err and results_of(out)["records"] == first
+    assert run(contents[0]) == 0
+    assert perplexity([pipe], tmp_path / "two", "--processes", 2) == 2
+    assert "can be read once only" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_noticed(texts, tmp_path, capsys):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    options = ["--methods", "truncation", "--model", model]
+    assert perplexity(texts[:1], tmp_path / "out", *options) == 0
+    host = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        host.model.norm.weight.mul_(1.5)
+    host.save_pretrained(model)
+    assert perplexity(texts[:1], tmp_path / "out", *options) == 2
+    assert "weights_sha256 was" in capsys.readouterr().err
 
 
 def test_ranks_of_a_launcher_share_the_devices(monkeypatch):

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import locas_ext as locas
 from locas_ext.config import INITS
 from locas_ext.evaluation.assets import MODEL
-from locas_ext.evaluation.inputs import read_text
 from locas_ext.evaluation.methods import registry
 from locas_ext.evaluation.methods.arm import METHODS
 from locas_ext.evaluation.perplexity import jobs
 from locas_ext.evaluation.perplexity.ablations import PRESETS
+from locas_ext.evaluation.texts import read_text
 from locas_ext.memory import Chunk
 
 
@@ -43,13 +43,13 @@ def test_an_arm_that_fails_is_a_record_and_the_others_go_on(error, said, texts, 
     assert whole["error"] is None and whole["tokens"] == 299
 
 
-def test_a_fault_of_the_program_is_no_result(texts, tmp_path, monkeypatch):
+def test_a_fault_of_the_program_is_no_result(texts, tmp_path, monkeypatch, capsys):
     def faulty(*arguments, **options):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(registry, "truncation", faulty)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        perplexity(texts[:1], tmp_path, "--methods", "truncation")
+    assert perplexity(texts[:1], tmp_path, "--methods", "truncation") == 1
+    assert "this should not have happened (RuntimeError: shape mismatch)" in capsys.readouterr().err
     assert results_of(tmp_path)["records"] == []
 
 
@@ -135,10 +135,10 @@ def test_a_scale_may_be_a_multiple_of_the_papers(multiple):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--methods", "truncation,lora"], f"--methods is 'lora'; expected {', '.join(METHODS)}"),
+        (["--methods", "truncation,lora"], f"--methods is 'lora'; expected one of {', '.join(METHODS)}"),
         (["--methods", "locas,locas"], "names locas twice"),
         (["--methods", ","], "--methods is empty"),
-        (["--ablate", "width"], "--ablate is 'width'; expected init, rank, learning-rate, scale"),
+        (["--ablate", "width"], "--ablate is 'width'; expected one of init, rank, learning-rate, scale"),
         (["--ablate", "scale"], "needs --held-out"),
         (["--ablate", "init", "--methods", "temp-lora"], "has no arm with the methods temp-lora"),
         (["--window", "9999"], "--window is 9999; expected an integer from 2 to 2048"),
@@ -154,8 +154,8 @@ def test_a_scale_may_be_a_multiple_of_the_papers(multiple):
         (["--init", "best"], "init is 'best'"),
         (["--init", "activation", "--rank", "33"], "use a --stride of at least the rank"),
         (["--variant", "moe"], "variant is 'moe'"),
-        (["--scale", "big"], "expected paper, a multiple such as 16x"),
-        (["--scale", "0x"], "expected paper, a multiple such as 16x"),
+        (["--scale", "big"], "expected paper, a multiple of it such as 16x"),
+        (["--scale", "0x"], "expected paper, a multiple of it such as 16x"),
         (["--temp-lora-rank", "0"], "--temp-lora-rank is 0"),
         (["--temp-lora-lr", "nan"], "--temp-lora-lr is nan"),
         (["--temp-lora-alpha", "0"], "--temp-lora-alpha is 0"),

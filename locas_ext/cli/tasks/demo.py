@@ -13,19 +13,20 @@ from rich.table import Table
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
-from locas_ext.evaluation.assets import Book, load_model, read_book
+from locas_ext.evaluation.assets import load_model, read_book
 from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
+from locas_ext.evaluation.texts import Text
 from locas_ext.memory import Chunk, MemorizeReport, Memory
-from locas_ext.storage.checkpoint import check_folder
+from locas_ext.storage.folder import check_folder
 
 WINDOW, STRIDE = 512, 128  # the model was trained on 512 tokens
 REREAD = 3 * STRIDE
 UNRELATED = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """The options of `locas demo`; all but `out` and `max_tokens` as in LocasConfig and Memory.memorize."""
 
@@ -45,7 +46,7 @@ class DemoSettings:
         return self.out / "locas-demo.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sides:
     """One measurement, perplexity unless said otherwise: by the host alone and with the memory."""
 
@@ -53,7 +54,7 @@ class Sides:
     memory: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoResult:
     """Everything the table shows.
 
@@ -81,7 +82,7 @@ def _digest(model) -> str:
     return digest.hexdigest()
 
 
-def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport:
+def _learn(memory: Memory, book: Text, settings: DemoSettings) -> MemorizeReport:
     """Memorizes the book and saves the memory, also that of a run ended by Ctrl-C."""
     finished: list[Chunk] = []
     try:
@@ -104,7 +105,7 @@ def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport
     return report
 
 
-def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResult:
+def _measure(model, book: Text, other: Text, settings: DemoSettings) -> DemoResult:
     def perplexity(ids) -> float:
         return truncation(model, ids, WINDOW, WINDOW, progress=False).perplexity
 
@@ -124,25 +125,25 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
         first = book.ids[:REREAD]
         host_first = perplexity(first)
         reloaded = locas.load(model, settings.memory_folder)
-        reread = Sides(host_first, perplexity(first))
+        reread = Sides(host=host_first, memory=perplexity(first))
         reloaded.detach()
     except KeyboardInterrupt:
         raise Interrupted(f"the memory of {len(book.ids):,} tokens is kept in {settings.memory_folder}") from None
     host_parameters = sum(parameter.numel() for parameter in model.parameters())
     return DemoResult(
-        alone,
-        memorized,
-        extra_parameters,
-        host_parameters,
-        Sides(unrelated_before, unrelated_with),
-        unrelated_after,
-        host_unchanged,
-        reread,
+        truncation=alone,
+        memorized=memorized,
+        extra_parameters=extra_parameters,
+        host_parameters=host_parameters,
+        unrelated=Sides(host=unrelated_before, memory=unrelated_with),
+        unrelated_after=unrelated_after,
+        host_unchanged=host_unchanged,
+        reread=reread,
     )
 
 
-def _table(result: DemoResult, book: Book, other: Book) -> Table:
-    table = Table(title=f"{book.title}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
+def _table(result: DemoResult, book: Text, other: Text) -> Table:
+    table = Table(title=f"{book.name}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("window only", "with memory", "change"):
         table.add_column(name, justify="right")
@@ -166,7 +167,7 @@ def _table(result: DemoResult, book: Book, other: Book) -> Table:
     table.add_row("extra parameters", "0", f"{result.extra_parameters:,}", f"+{share:.1f}%")
     table.add_section()
     perplexity_row(f"reloaded, first {REREAD} tokens again", result.reread.host, result.reread.memory)
-    perplexity_row(f"unrelated: {other.title}", result.unrelated.host, result.unrelated.memory)
+    perplexity_row(f"unrelated: {other.name}", result.unrelated.host, result.unrelated.memory)
     after = result.unrelated_after
     same = "same bits" if after == result.unrelated.host else f"was {result.unrelated.host:.2f}"
     table.add_row("  after detach()", f"{after:.2f}", "", same)
