@@ -7,10 +7,10 @@
 namespace locas {
 namespace {
 
-void glu_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation, float scale,
-                 uintptr_t stream) {
-  constexpr const char* op = "glu_forward";
-  GluForwardParams p;
+void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation,
+                            float scale, uintptr_t stream) {
+  constexpr const char* op = "glu_activation_forward";
+  GluActivationForwardParams p;
   p.gate = matrix(op, {"gate", gate}, gate);
   p.up = matrix_or_null(op, "up", up, gate);
   p.out = matrix(op, {"out", out}, gate);
@@ -19,31 +19,34 @@ void glu_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& 
   p.scale = scale;
   p.activation = activation_of(op, activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(glu_forward, p, gate.device, stream);
+  LOCAS_DISPATCH(glu_activation_forward, p, gate.device, stream);
 }
 
-void glu_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up, const TensorRef& d_gate,
-                  const MaybeTensor& d_up, const MaybeTensor& hidden, int activation, float scale, uintptr_t stream) {
-  constexpr const char* op = "glu_backward";
-  GluBackwardParams p;
+void glu_activation_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up,
+                             const TensorRef& d_gate, const MaybeTensor& d_up, const MaybeTensor& hidden,
+                             int activation, float scale, uintptr_t stream) {
+  constexpr const char* op = "glu_activation_backward";
+  GluActivationBackwardParams p;
   p.gate = matrix(op, {"gate", gate}, gate);
   p.up = matrix_or_null(op, "up", up, gate);
   p.d_hidden = matrix(op, {"d_hidden", d_hidden}, gate);
   p.d_gate = matrix(op, {"d_gate", d_gate}, gate);
   p.d_up = matrix_or_null(op, "d_up", d_up, gate);
-  if (up.has_value() != d_up.has_value()) throw py::value_error("glu_backward: up and d_up must be given together");
+  if (up.has_value() != d_up.has_value())
+    throw py::value_error("glu_activation_backward: up and d_up must be given together");
   p.hidden = matrix_or_null(op, "hidden", hidden, gate);
   p.rows = gate.shape[0];
   p.cols = gate.shape[1];
   p.scale = scale;
   p.activation = activation_of(op, activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(glu_backward, p, gate.device, stream);
+  LOCAS_DISPATCH(glu_activation_backward, p, gate.device, stream);
 }
 
-void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation, uintptr_t stream) {
-  constexpr const char* op = "importance";
-  ImportanceParams p;
+void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation,
+                                   uintptr_t stream) {
+  constexpr const char* op = "neuron_importance_of_products";
+  NeuronImportanceOfProductsParams p;
   p.gate = matrix(op, {"gate", gate}, gate);
   p.up = matrix(op, {"up", up}, gate);
   p.rows = gate.shape[0];
@@ -55,13 +58,13 @@ void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out
   p.importance = static_cast<float*>(out.data);
   p.activation = activation_of(op, activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(importance, p, gate.device, stream);
+  LOCAS_DISPATCH(neuron_importance_of_products, p, gate.device, stream);
 }
 
-void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
-                   uintptr_t stream) {
-  constexpr const char* op = "cross_entropy";
-  CrossEntropyParams p;
+void token_nll(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
+               uintptr_t stream) {
+  constexpr const char* op = "token_nll";
+  TokenNllParams p;
   p.logits = matrix(op, {"logits", logits}, logits);
   p.d_logits = matrix_or_null(op, "d_logits", d_logits, logits);
   p.rows = logits.shape[0];
@@ -77,7 +80,7 @@ void cross_entropy(const TensorRef& logits, const TensorRef& targets, const Tens
   p.targets = static_cast<const int64_t*>(vector_of({"targets", targets}, DType::i64));
   p.nll = static_cast<float*>(vector_of({"nll", nll}, DType::f32));
   p.dtype = logits.dtype;
-  LOCAS_DISPATCH(cross_entropy, p, logits.device, stream);
+  LOCAS_DISPATCH(token_nll, p, logits.device, stream);
 }
 
 void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out, const MaybeTensor& inverse_rms,
@@ -116,13 +119,14 @@ void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorR
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
-  m.def("glu_forward", &glu_forward, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
-        py::arg("scale"), py::arg("stream"));
-  m.def("glu_backward", &glu_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"), py::arg("d_gate"),
-        py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"), py::arg("stream"));
-  m.def("importance", &importance, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
+  m.def("glu_activation_forward", &glu_activation_forward, py::arg("gate"), py::arg("up"), py::arg("out"),
+        py::arg("activation"), py::arg("scale"), py::arg("stream"));
+  m.def("glu_activation_backward", &glu_activation_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"),
+        py::arg("d_gate"), py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"),
         py::arg("stream"));
-  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
+  m.def("neuron_importance_of_products", &neuron_importance_of_products, py::arg("gate"), py::arg("up"), py::arg("out"),
+        py::arg("activation"), py::arg("stream"));
+  m.def("token_nll", &token_nll, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
         py::arg("stream"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"), py::arg("eps"));
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("d_out"), py::arg("x"), py::arg("weight"),

@@ -20,7 +20,7 @@ Rows cpu_matrix(const char* op, const Named& t, int64_t rows, int64_t cols, cons
 }
 
 FfnWeights cpu_weights_of(const char* op, const FfnTensors& t, const TensorRef& x) {
-  const cpu::FfnKernels* kernels = cpu::ffn_kernels();
+  const cpu::GluFfnKernels* kernels = cpu::glu_ffn_kernels();
   if (!kernels) throw std::runtime_error(std::string(op) + ": needs a processor with AVX-512");
   if (x.dtype != DType::f32 && !(x.dtype == DType::bf16 && kernels->bf16))
     fail(op, {"x", x},
@@ -61,12 +61,12 @@ int64_t saved_neurons(const char* op, const TensorRef& saved, const FfnWeights& 
   return saved.shape[2] - w.r;
 }
 
-void cpu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
-                     const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
-                     const TensorRef& gate_key, const TensorRef& value, const TensorRef& y, const MaybeTensor& saved,
-                     int activation, float scale) {
-  constexpr const char* op = "cpu_ffn_forward";
-  CpuFfnForwardParams p;
+void cpu_glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
+                         const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
+                         const TensorRef& gate_key, const TensorRef& value, const TensorRef& y,
+                         const MaybeTensor& saved, int activation, float scale) {
+  constexpr const char* op = "cpu_glu_ffn_forward";
+  CpuGluFfnForwardParams p;
   p.weights = cpu_weights_of(op, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
   p.tokens = x.shape[0];
   p.x = cpu_matrix(op, {"x", x}, p.tokens, p.weights.d, x);
@@ -77,14 +77,14 @@ void cpu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef&
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   const py::gil_scoped_release released;
-  cpu::ffn_kernels()->forward(p);
+  cpu::glu_ffn_kernels()->forward(p);
 }
 
-void cpu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& saved, const TensorRef& gate,
-                      const TensorRef& up, const TensorRef& down, const TensorRef& gate_key, const TensorRef& value,
-                      const MaybeTensor& dx, const TensorRef& slots_grad, int activation, float scale) {
-  constexpr const char* op = "cpu_ffn_backward";
-  CpuFfnBackwardParams p;
+void cpu_glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& saved, const TensorRef& gate,
+                          const TensorRef& up, const TensorRef& down, const TensorRef& gate_key, const TensorRef& value,
+                          const MaybeTensor& dx, const TensorRef& slots_grad, int activation, float scale) {
+  constexpr const char* op = "cpu_glu_ffn_backward";
+  CpuGluFfnBackwardParams p;
   const MaybeTensor none;
   p.weights = cpu_weights_of(op, {gate, up, down, none, none, none, gate_key, value}, x);
   const FfnWeights& w = p.weights;
@@ -103,16 +103,16 @@ void cpu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& 
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   const py::gil_scoped_release released;
-  cpu::ffn_kernels()->backward(p);
+  cpu::glu_ffn_kernels()->backward(p);
 }
 
 }  // namespace
 
 void bind_ffn_cpu(py::module_& m) {
-  m.def("cpu_ffn_forward", &cpu_ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
+  m.def("cpu_glu_ffn_forward", &cpu_glu_ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
         py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
         py::arg("y"), py::arg("saved"), py::arg("activation"), py::arg("scale"));
-  m.def("cpu_ffn_backward", &cpu_ffn_backward, py::arg("dy"), py::arg("x"), py::arg("saved"), py::arg("gate"),
+  m.def("cpu_glu_ffn_backward", &cpu_glu_ffn_backward, py::arg("dy"), py::arg("x"), py::arg("saved"), py::arg("gate"),
         py::arg("up"), py::arg("down"), py::arg("gate_key"), py::arg("value"), py::arg("dx"), py::arg("slots_grad"),
         py::arg("activation"), py::arg("scale"));
 }

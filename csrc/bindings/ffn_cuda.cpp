@@ -54,26 +54,26 @@ FfnWeights sizes(int64_t d, int64_t m, int64_t r) {
   w.d = d, w.m = m, w.r = r;
   return w;
 }
-int64_t ffn_forward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
-  return cuda::ffn_forward_workspace(tokens, sizes(d, m, r));
+int64_t glu_ffn_forward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
+  return cuda::glu_ffn_forward_workspace(tokens, sizes(d, m, r));
 }
-int64_t ffn_backward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
-  return cuda::ffn_backward_workspace(tokens, sizes(d, m, r));
+int64_t glu_ffn_backward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
+  return cuda::glu_ffn_backward_workspace(tokens, sizes(d, m, r));
 }
 int64_t neuron_importance_workspace(int64_t tokens, int64_t m) { return cuda::neuron_importance_workspace(tokens, m); }
 #else
-int64_t ffn_forward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
-int64_t ffn_backward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t glu_ffn_forward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t glu_ffn_backward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
 int64_t neuron_importance_workspace(int64_t, int64_t) { return 0; }
 #endif
 
-void ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
-                 const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
-                 const TensorRef& gate_key, const TensorRef& value, const TensorRef& hidden,
-                 const MaybeTensor& gate_out, const MaybeTensor& up_out, const TensorRef& y,
-                 const MaybeTensor& workspace, int activation, float scale, uintptr_t stream) {
-  constexpr const char* op = "ffn_forward";
-  FfnForwardParams p;
+void glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
+                     const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
+                     const TensorRef& gate_key, const TensorRef& value, const TensorRef& hidden,
+                     const MaybeTensor& gate_out, const MaybeTensor& up_out, const TensorRef& y,
+                     const MaybeTensor& workspace, int activation, float scale, uintptr_t stream) {
+  constexpr const char* op = "glu_ffn_forward";
+  GluFfnForwardParams p;
   p.weights = weights_of(op, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
   p.tokens = x.shape[0];
   const int64_t width = p.weights.m + p.weights.padded_r();
@@ -82,23 +82,24 @@ void ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up,
   p.gate = pieces_or_null(op, "gate_out", gate_out, p.tokens, width, x);
   p.up = pieces_or_null(op, "up_out", up_out, p.tokens, width, x);
   p.y = pieces(op, {"y", y}, p.tokens, p.weights.d, x);
-  p.workspace = workspace_of(op, workspace, ffn_forward_workspace(p.tokens, p.weights.d, p.weights.m, p.weights.r), x);
+  p.workspace =
+      workspace_of(op, workspace, glu_ffn_forward_workspace(p.tokens, p.weights.d, p.weights.m, p.weights.r), x);
   p.scale = scale;
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   if (p.tokens == 0) return;
-  LOCAS_LAUNCH_CUDA(ffn_forward, x, stream, p);
+  LOCAS_LAUNCH_CUDA(glu_ffn_forward, x, stream, p);
 }
 
-void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate, const TensorRef& up,
-                  const TensorRef& down, const MaybeTensor& gate_bias, const MaybeTensor& up_bias,
-                  const MaybeTensor& down_bias, const TensorRef& gate_key, const TensorRef& value,
-                  const TensorRef& gate_saved, const TensorRef& up_saved, const TensorRef& d_gate,
-                  const TensorRef& d_up, const TensorRef& memory_hidden, const MaybeTensor& dx,
-                  const MaybeTensor& slots_grad, const MaybeTensor& workspace, int activation, float scale,
-                  uintptr_t stream) {
-  constexpr const char* op = "ffn_backward";
-  FfnBackwardParams p;
+void glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate, const TensorRef& up,
+                      const TensorRef& down, const MaybeTensor& gate_bias, const MaybeTensor& up_bias,
+                      const MaybeTensor& down_bias, const TensorRef& gate_key, const TensorRef& value,
+                      const TensorRef& gate_saved, const TensorRef& up_saved, const TensorRef& d_gate,
+                      const TensorRef& d_up, const TensorRef& memory_hidden, const MaybeTensor& dx,
+                      const MaybeTensor& slots_grad, const MaybeTensor& workspace, int activation, float scale,
+                      uintptr_t stream) {
+  constexpr const char* op = "glu_ffn_backward";
+  GluFfnBackwardParams p;
   p.weights = weights_of(op, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
   const FfnWeights& w = p.weights;
   p.tokens = x.shape[0];
@@ -119,12 +120,12 @@ void ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& gate
       fail(op, {"slots_grad", *slots_grad}, "must be contiguous float32 [3, r, d] on x's device");
     p.slots_grad = static_cast<float*>(slots_grad->data);
   }
-  p.workspace = workspace_of(op, workspace, dx ? ffn_backward_workspace(p.tokens, w.d, w.m, w.r) : 0, x);
+  p.workspace = workspace_of(op, workspace, dx ? glu_ffn_backward_workspace(p.tokens, w.d, w.m, w.r) : 0, x);
   p.scale = scale;
   p.activation = activation_of(op, activation);
   p.dtype = x.dtype;
   if (p.tokens == 0) return;
-  LOCAS_LAUNCH_CUDA(ffn_backward, x, stream, p);
+  LOCAS_LAUNCH_CUDA(glu_ffn_backward, x, stream, p);
 }
 
 void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const MaybeTensor& gate_bias,
@@ -156,19 +157,21 @@ void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRe
 }  // namespace
 
 void bind_ffn_cuda(py::module_& m) {
-  m.def("ffn_forward", &ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
+  m.def("glu_ffn_forward", &glu_ffn_forward, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
         py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
         py::arg("hidden"), py::arg("gate_out"), py::arg("up_out"), py::arg("y"), py::arg("workspace"),
         py::arg("activation"), py::arg("scale"), py::arg("stream"));
-  m.def("ffn_backward", &ffn_backward, py::arg("dy"), py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
-        py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"), py::arg("value"),
-        py::arg("gate_saved"), py::arg("up_saved"), py::arg("d_gate"), py::arg("d_up"), py::arg("memory_hidden"),
-        py::arg("dx"), py::arg("slots_grad"), py::arg("workspace"), py::arg("activation"), py::arg("scale"),
-        py::arg("stream"));
+  m.def("glu_ffn_backward", &glu_ffn_backward, py::arg("dy"), py::arg("x"), py::arg("gate"), py::arg("up"),
+        py::arg("down"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("gate_key"),
+        py::arg("value"), py::arg("gate_saved"), py::arg("up_saved"), py::arg("d_gate"), py::arg("d_up"),
+        py::arg("memory_hidden"), py::arg("dx"), py::arg("slots_grad"), py::arg("workspace"), py::arg("activation"),
+        py::arg("scale"), py::arg("stream"));
   m.def("neuron_importance", &neuron_importance, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("gate_bias"),
         py::arg("up_bias"), py::arg("out"), py::arg("workspace"), py::arg("activation"), py::arg("stream"));
-  m.def("ffn_forward_workspace", &ffn_forward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"), py::arg("r"));
-  m.def("ffn_backward_workspace", &ffn_backward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"), py::arg("r"));
+  m.def("glu_ffn_forward_workspace", &glu_ffn_forward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"),
+        py::arg("r"));
+  m.def("glu_ffn_backward_workspace", &glu_ffn_backward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"),
+        py::arg("r"));
   m.def("neuron_importance_workspace", &neuron_importance_workspace, py::arg("tokens"), py::arg("m"));
 }
 

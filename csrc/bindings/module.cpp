@@ -24,7 +24,7 @@ py::dict build_info() {
   info["version"] = LOCAS_VERSION;
   info["compiler"] = LOCAS_COMPILER;
   info["cpu_isa"] = cpu::kernels().isa;
-  const cpu::FfnKernels* ffn = cpu::ffn_kernels();
+  const cpu::GluFfnKernels* ffn = cpu::glu_ffn_kernels();
   info["cpu_ffn"] = !ffn        ? py::list()
                     : ffn->bf16 ? py::list(py::make_tuple("float32", "bfloat16"))
                                 : py::list(py::make_tuple("float32"));

@@ -27,10 +27,11 @@ void slot_rows(const char* op, const TensorRef& slots, int64_t& rows, int64_t& d
 }
 
 // Everything of an AdamW step but the gradient.
-AdamWParams adamw_params(const char* op, const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
-                         const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-                         float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite) {
-  AdamWParams p{};
+AdamwSlotsParams adamw_params(const char* op, const TensorRef& slots, const TensorRef& exp_avg,
+                              const TensorRef& exp_avg_sq, const TensorRef& step, const TensorRef& learning_rate,
+                              double beta1, double beta2, float eps, float weight_decay, bool clip,
+                              const MaybeTensor& compute, const MaybeTensor& finite) {
+  AdamwSlotsParams p{};
   p.slots = slot_state(op, {"slots", slots}, slots);
   p.exp_avg = slot_state(op, {"exp_avg", exp_avg}, slots);
   p.exp_avg_sq = slot_state(op, {"exp_avg_sq", exp_avg_sq}, slots);
@@ -50,10 +51,10 @@ AdamWParams adamw_params(const char* op, const TensorRef& slots, const TensorRef
   return p;
 }
 
-SgdParams sgd_params(const char* op, const TensorRef& slots, const MaybeTensor& momentum_buffer,
-                     const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
-                     const MaybeTensor& compute, const MaybeTensor& finite) {
-  SgdParams p{};
+SgdSlotsParams sgd_params(const char* op, const TensorRef& slots, const MaybeTensor& momentum_buffer,
+                          const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
+                          const MaybeTensor& compute, const MaybeTensor& finite) {
+  SgdSlotsParams p{};
   p.slots = slot_state(op, {"slots", slots}, slots);
   p.momentum_buffer = momentum_buffer ? slot_state(op, {"momentum_buffer", *momentum_buffer}, slots) : nullptr;
   p.compute = compute_copy(op, compute, slots);
@@ -67,23 +68,25 @@ SgdParams sgd_params(const char* op, const TensorRef& slots, const MaybeTensor& 
   return p;
 }
 
-void adamw(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
-           const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-           float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite, uintptr_t stream) {
-  constexpr const char* op = "update_slots_";
-  AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps, weight_decay,
-                               clip, compute, finite);
+void adamw_slots(const TensorRef& slots, const TensorRef& grad, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+                 const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
+                 float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite,
+                 uintptr_t stream) {
+  constexpr const char* op = "adamw_slots";
+  AdamwSlotsParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
+                                    weight_decay, clip, compute, finite);
   p.grad = slot_state(op, {"grad", grad}, slots);
-  LOCAS_DISPATCH(adamw, p, slots.device, stream);
+  LOCAS_DISPATCH(adamw_slots, p, slots.device, stream);
 }
 
-void sgd(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer,
-         const TensorRef& learning_rate, float momentum, float weight_decay, bool clip, const MaybeTensor& compute,
-         const MaybeTensor& finite, uintptr_t stream) {
-  constexpr const char* op = "sgd_slots_";
-  SgdParams p = sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
+void sgd_slots(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer,
+               const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
+               const MaybeTensor& compute, const MaybeTensor& finite, uintptr_t stream) {
+  constexpr const char* op = "sgd_slots";
+  SgdSlotsParams p =
+      sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   p.grad = slot_state(op, {"grad", grad}, slots);
-  LOCAS_DISPATCH(sgd, p, slots.device, stream);
+  LOCAS_DISPATCH(sgd_slots, p, slots.device, stream);
 }
 
 // The 5 tensors of each layer's SlotFactors: d_gate, d_key, hidden [tokens, r], x, dy [tokens, d].
@@ -129,43 +132,45 @@ LayerFactors layer_factors(const char* op, const std::vector<std::array<TensorRe
 
 using FactorTensors = std::vector<std::array<TensorRef, 5>>;
 
-void adamw_from_factors(const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
-                        const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
-                        float weight_decay, bool clip, const TensorRef& compute, const MaybeTensor& finite,
-                        const FactorTensors& factors, float factor_scale, uintptr_t stream) {
-  constexpr const char* op = "update_slots_";
-  const AdamWParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
-                                     weight_decay, clip, compute, finite);
+void adamw_slots_from_factors(const TensorRef& slots, const TensorRef& exp_avg, const TensorRef& exp_avg_sq,
+                              const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2,
+                              float eps, float weight_decay, bool clip, const TensorRef& compute,
+                              const MaybeTensor& finite, const FactorTensors& factors, float factor_scale,
+                              uintptr_t stream) {
+  constexpr const char* op = "adamw_slots_from_factors";
+  const AdamwSlotsParams p = adamw_params(op, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
+                                          weight_decay, clip, compute, finite);
   const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
-  LOCAS_LAUNCH_CUDA(adamw_from_factors, slots, stream, p, layers);
+  LOCAS_LAUNCH_CUDA(adamw_slots_from_factors, slots, stream, p, layers);
 }
 
-void sgd_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
-                      float momentum, float weight_decay, bool clip, const TensorRef& compute,
-                      const MaybeTensor& finite, const FactorTensors& factors, float factor_scale, uintptr_t stream) {
-  constexpr const char* op = "sgd_slots_";
-  const SgdParams p =
+void sgd_slots_from_factors(const TensorRef& slots, const MaybeTensor& momentum_buffer, const TensorRef& learning_rate,
+                            float momentum, float weight_decay, bool clip, const TensorRef& compute,
+                            const MaybeTensor& finite, const FactorTensors& factors, float factor_scale,
+                            uintptr_t stream) {
+  constexpr const char* op = "sgd_slots_from_factors";
+  const SgdSlotsParams p =
       sgd_params(op, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
-  LOCAS_LAUNCH_CUDA(sgd_from_factors, slots, stream, p, layers);
+  LOCAS_LAUNCH_CUDA(sgd_slots_from_factors, slots, stream, p, layers);
 }
 
 }  // namespace
 
 void bind_update_slots(py::module_& m) {
-  m.def("adamw", &adamw, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("step"),
-        py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-        py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
-  m.def("sgd", &sgd, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"), py::arg("learning_rate"),
-        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
-        py::arg("stream"));
-  m.def("adamw_from_factors", &adamw_from_factors, py::arg("slots"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+  m.def("adamw_slots", &adamw_slots, py::arg("slots"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
         py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("factors"),
-        py::arg("factor_scale"), py::arg("stream"));
-  m.def("sgd_from_factors", &sgd_from_factors, py::arg("slots"), py::arg("momentum_buffer"), py::arg("learning_rate"),
-        py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
+        py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"), py::arg("stream"));
+  m.def("sgd_slots", &sgd_slots, py::arg("slots"), py::arg("grad"), py::arg("momentum_buffer"),
+        py::arg("learning_rate"), py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"),
+        py::arg("finite"), py::arg("stream"));
+  m.def("adamw_slots_from_factors", &adamw_slots_from_factors, py::arg("slots"), py::arg("exp_avg"),
+        py::arg("exp_avg_sq"), py::arg("step"), py::arg("learning_rate"), py::arg("beta1"), py::arg("beta2"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"), py::arg("finite"),
         py::arg("factors"), py::arg("factor_scale"), py::arg("stream"));
+  m.def("sgd_slots_from_factors", &sgd_slots_from_factors, py::arg("slots"), py::arg("momentum_buffer"),
+        py::arg("learning_rate"), py::arg("momentum"), py::arg("weight_decay"), py::arg("clip"), py::arg("compute"),
+        py::arg("finite"), py::arg("factors"), py::arg("factor_scale"), py::arg("stream"));
 }
 
 }  // namespace locas

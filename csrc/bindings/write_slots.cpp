@@ -20,7 +20,7 @@ void* buffer(const char* op, const Named& t, int64_t size, DType dtype, const Te
 void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs, const TensorRef& gradients,
                  double epsilon, const MaybeTensor& compute, const MaybeTensor& gradient_norm, const TensorRef& norms,
                  const TensorRef& workspace, uintptr_t stream) {
-  constexpr const char* op = "write_slots_";
+  constexpr const char* op = "write_slots";
   WriteSlotsParams p{};
   p.slots = slot_state(op, {"slots", slots}, slots);
   p.compute = compute_copy(op, compute, slots);
@@ -37,7 +37,7 @@ void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs,
   p.tokens = inputs.shape[1];
   p.start = start;
   if (start < 0 || start > p.capacity - p.tokens)
-    throw py::value_error("write_slots_: start is " + std::to_string(start) + "; the rows do not fit");
+    throw py::value_error("write_slots: start is " + std::to_string(start) + "; the rows do not fit");
   p.dtype = inputs.dtype;
   p.epsilon = epsilon;
   p.inputs = buffer(op, {"inputs", inputs}, inputs.numel(), p.dtype, slots);

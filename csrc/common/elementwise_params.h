@@ -6,7 +6,7 @@
 namespace locas {
 
 // out = scale * act(gate) * up. A two-layer FFN has no up: its data is null then, and stands for ones.
-struct GluForwardParams {
+struct GluActivationForwardParams {
   Rows gate, up;  // [rows, cols] pre-activations; up's data may be null
   Rows out;       // [rows, cols]
   int64_t rows, cols;
@@ -17,7 +17,7 @@ struct GluForwardParams {
 
 // From d_hidden, the gradient of scale * act(gate) * up, to the gradients of gate and up.
 // d_hidden may be the same memory as d_gate: every element is read before it is written.
-struct GluBackwardParams {
+struct GluActivationBackwardParams {
   Rows d_hidden;      // [rows, cols]
   Rows gate, up;      // [rows, cols] saved pre-activations; up's data may be null, as in the forward
   Rows d_gate, d_up;  // [rows, cols] out; d_up's data is null where up's is
@@ -29,7 +29,7 @@ struct GluBackwardParams {
 };
 
 // importance[j] = mean over rows of |act(gate[:, j]) * up[:, j]|
-struct ImportanceParams {
+struct NeuronImportanceOfProductsParams {
   Rows gate, up;      // [rows, cols]
   float* importance;  // [cols]
   int64_t rows, cols;
@@ -38,7 +38,7 @@ struct ImportanceParams {
 };
 
 // nll[t] = log(sum_j exp(logits[t, j])) - logits[t, targets[t]], and its gradient softmax(logits[t]) - onehot.
-struct CrossEntropyParams {
+struct TokenNllParams {
   Rows logits;             // [rows, cols]
   Rows d_logits;           // [rows, cols] out; data may be null
   const int64_t* targets;  // [rows], each in [0, cols)

@@ -5,7 +5,7 @@
 
 namespace locas {
 
-// A host FFN in Hugging Face layout and one layer's slots, all of FfnForwardParams::dtype.
+// A host FFN in Hugging Face layout and one layer's slots, all of GluFfnForwardParams::dtype.
 struct FfnWeights {
   Rows gate, up;                                // [m, d]
   Rows down;                                    // [d, m]
@@ -19,20 +19,20 @@ struct FfnWeights {
 
 // y = [act(x W_gate^T) * (x W_up^T)] W_down^T + scale * [act(x G^T) * (x K^T)] V, the fused kernels; bf16 and f16.
 // d and m are multiples of 8, every pointer and row stride of 16 bytes.
-struct FfnForwardParams {
+struct GluFfnForwardParams {
   FfnWeights weights;
   Rows x;            // [tokens, d]
   Rows hidden;       // [tokens, m + padded_r] out; the memory's part holds scale * act(gate) * key
   Rows gate, up;     // [tokens, m + padded_r] out, pre-activations for the backward; data may be null
   Rows y;            // [tokens, d] out
-  float* workspace;  // ffn_forward_workspace() floats
+  float* workspace;  // glu_ffn_forward_workspace() floats
   int64_t tokens;
   float scale;
   Activation activation;
   DType dtype;
 };
 
-struct FfnBackwardParams {
+struct GluFfnBackwardParams {
   FfnWeights weights;
   Rows dy, x;          // [tokens, d]
   Rows gate, up;       // [tokens, m + padded_r] as the forward saved them
@@ -40,7 +40,7 @@ struct FfnBackwardParams {
   Rows memory_hidden;  // [tokens, padded_r] out: the memory's part of `hidden` once more
   Rows dx;             // [tokens, d] out; data may be null
   float* slots_grad;   // [3, r, d] is added to; may be null
-  float* workspace;    // ffn_backward_workspace() floats
+  float* workspace;    // glu_ffn_backward_workspace() floats
   int64_t tokens;
   float scale;
   Activation activation;
@@ -49,7 +49,7 @@ struct FfnBackwardParams {
 
 // The same FFN on the CPU (csrc/cpu/ffn.cpp), f32 and bf16. `saved` is for the backward: [2][tokens rounded up to 16]
 // [saved_m + r] pre-activations, in an order of its own; saved_m is m, or 0 where no dx will be asked for.
-struct CpuFfnForwardParams {
+struct CpuGluFfnForwardParams {
   FfnWeights weights;  // bf16: d and m are even
   Rows x;              // [tokens, d]
   Rows y;              // [tokens, d] out
@@ -60,7 +60,7 @@ struct CpuFfnForwardParams {
   DType dtype;
 };
 
-struct CpuFfnBackwardParams {
+struct CpuGluFfnBackwardParams {
   FfnWeights weights;
   Rows dy, x;  // [tokens, d]
   const void* saved;

@@ -14,7 +14,7 @@ struct DeviceScalar {
 };
 
 // One AdamW step over rows of d elements, then every row longer than 1 is scaled back to length 1.
-struct AdamWParams {
+struct AdamwSlotsParams {
   float* slots;       // [rows, d] fp32 master, in place
   const float* grad;  // [rows, d]
   float* exp_avg;     // [rows, d] in place
@@ -31,7 +31,7 @@ struct AdamWParams {
 };
 
 // One SGD step (momentum_buffer = momentum * momentum_buffer + grad), then the same clip.
-struct SgdParams {
+struct SgdSlotsParams {
   float* slots;            // [rows, d] fp32 master, in place
   const float* grad;       // [rows, d]
   float* momentum_buffer;  // [rows, d] in place; null when momentum is 0

@@ -17,7 +17,7 @@ struct Ones {
 constinit const Ones ones;
 
 template <class T, Activation act>
-void glu_forward_typed(const GluForwardParams& p) {
+void glu_activation_forward_typed(const GluActivationForwardParams& p) {
   for_each_block(p.rows, p.cols, [&](int64_t row, int64_t col, int n) {
     Block<T> gate_block, up_block, out_block;
     const float* gate = gate_block.load(at<T>(p.gate, row, col), n);
@@ -30,7 +30,7 @@ void glu_forward_typed(const GluForwardParams& p) {
 }
 
 template <class T, Activation act>
-void glu_backward_typed(const GluBackwardParams& p) {
+void glu_activation_backward_typed(const GluActivationBackwardParams& p) {
   for_each_block(p.rows, p.cols, [&](int64_t row, int64_t col, int n) {
     Block<T> d_hidden_block, gate_block, up_block, d_gate_block, d_up_block, hidden_block;
     const float* d_hidden = d_hidden_block.load(at<T>(p.d_hidden, row, col), n);
@@ -63,7 +63,7 @@ void glu_backward_typed(const GluBackwardParams& p) {
 
 // A block of columns belongs to one thread, which adds the rows up in their order: the same sum for any thread count.
 template <class T, Activation act>
-void importance_typed(const ImportanceParams& p) {
+void neuron_importance_of_products_typed(const NeuronImportanceOfProductsParams& p) {
   const int64_t blocks = (p.cols + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
   for (int64_t block = 0; block < blocks; ++block) {
@@ -83,20 +83,22 @@ void importance_typed(const ImportanceParams& p) {
 
 }  // namespace
 
-void glu_forward(const GluForwardParams& p) {
-  with_type(p.dtype,
-            [&]<class T>() { with_activation(p.activation, [&]<Activation act>() { glu_forward_typed<T, act>(p); }); });
-}
-
-void glu_backward(const GluBackwardParams& p) {
+void glu_activation_forward(const GluActivationForwardParams& p) {
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { glu_backward_typed<T, act>(p); });
+    with_activation(p.activation, [&]<Activation act>() { glu_activation_forward_typed<T, act>(p); });
   });
 }
 
-void importance(const ImportanceParams& p) {
-  with_type(p.dtype,
-            [&]<class T>() { with_activation(p.activation, [&]<Activation act>() { importance_typed<T, act>(p); }); });
+void glu_activation_backward(const GluActivationBackwardParams& p) {
+  with_type(p.dtype, [&]<class T>() {
+    with_activation(p.activation, [&]<Activation act>() { glu_activation_backward_typed<T, act>(p); });
+  });
+}
+
+void neuron_importance_of_products(const NeuronImportanceOfProductsParams& p) {
+  with_type(p.dtype, [&]<class T>() {
+    with_activation(p.activation, [&]<Activation act>() { neuron_importance_of_products_typed<T, act>(p); });
+  });
 }
 
 }  // namespace locas::cpu::LOCAS_ISA

@@ -159,7 +159,7 @@ T* saved_row(void* saved, const Sizes<T>& s, int64_t token, int width, const Neu
 }
 
 template <class T, Activation act>
-void forward_typed(const CpuFfnForwardParams& p) {
+void forward_typed(const CpuGluFfnForwardParams& p) {
   const Sizes<T> s(p);
   const int64_t chunk = s.chunk(), up_offset = (s.tokens + kVector - 1) / kVector * kVector * (s.saved_m + s.r);
   Carver carver;
@@ -232,7 +232,7 @@ void forward_typed(const CpuFfnForwardParams& p) {
 }
 
 template <class T, Activation act>
-void backward_typed(const CpuFfnBackwardParams& p) {
+void backward_typed(const CpuGluFfnBackwardParams& p) {
   const Sizes<T> s(p);
   const int64_t chunk = s.chunk(), up_offset = (s.tokens + kVector - 1) / kVector * kVector * (s.saved_m + s.r);
   const bool needs_dx = p.dx.data != nullptr;
@@ -353,21 +353,21 @@ void with_types(DType dtype, Activation activation, F&& f) {
   });
 }
 
-void forward(const CpuFfnForwardParams& p) {
+void forward(const CpuGluFfnForwardParams& p) {
   with_types(p.dtype, p.activation, [&]<class T, Activation act>() { forward_typed<T, act>(p); });
 }
 
-void backward(const CpuFfnBackwardParams& p) {
+void backward(const CpuGluFfnBackwardParams& p) {
   with_types(p.dtype, p.activation, [&]<class T, Activation act>() { backward_typed<T, act>(p); });
 }
 
 }  // namespace
 
-extern const FfnKernels ffn_table;
+extern const GluFfnKernels glu_ffn_table;
 #ifdef __AVX512BF16__
-const FfnKernels ffn_table = {true, forward, backward};
+const GluFfnKernels glu_ffn_table = {true, forward, backward};
 #else
-const FfnKernels ffn_table = {false, forward, backward};
+const GluFfnKernels glu_ffn_table = {false, forward, backward};
 #endif
 
 }  // namespace locas::cpu::LOCAS_ISA

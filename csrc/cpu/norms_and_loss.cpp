@@ -11,7 +11,7 @@ namespace {
 
 // A row belongs to one thread, which goes over it twice, three times with the gradient: maximum, sum, gradient.
 template <class T>
-void cross_entropy_typed(const CrossEntropyParams& p) {
+void token_nll_typed(const TokenNllParams& p) {
 #pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
   for (int64_t row = 0; row < p.rows; ++row) {
     Block<T> block;
@@ -122,8 +122,8 @@ void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyParams& p) {
-  with_type(p.dtype, [&]<class T>() { cross_entropy_typed<T>(p); });
+void token_nll(const TokenNllParams& p) {
+  with_type(p.dtype, [&]<class T>() { token_nll_typed<T>(p); });
 }
 
 void rms_norm(const RmsNormParams& p) {

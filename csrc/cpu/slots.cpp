@@ -94,9 +94,9 @@ void write_slots_typed(const WriteSlotsParams& p) {
 
 }  // namespace
 
-void adamw(const AdamWParams& p) {
+void adamw_slots(const AdamwSlotsParams& p) {
   if (p.finite.data && read(p.finite) == 0.0) return;
-  const AdamWFactors factors = adamw_factors(p, read(p.step), read(p.learning_rate));
+  const AdamwFactors factors = adamw_factors(p, read(p.step), read(p.learning_rate));
 #pragma omp parallel for schedule(static) if (p.rows * p.d >= kParallelElements)
   for (int64_t row = 0; row < p.rows; ++row) {
     float* w = p.slots + row * p.d;
@@ -109,7 +109,7 @@ void adamw(const AdamWParams& p) {
   }
 }
 
-void sgd(const SgdParams& p) {
+void sgd_slots(const SgdSlotsParams& p) {
   if (p.finite.data && read(p.finite) == 0.0) return;
   const float learning_rate = static_cast<float>(read(p.learning_rate));
   const float decay = 1.0f - learning_rate * p.weight_decay;

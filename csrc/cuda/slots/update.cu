@@ -1,4 +1,4 @@
-// One optimizer step and the row clip over all slots of all layers in one launch.
+// adamw_slots and sgd_slots (U): one optimizer step and the row clip over all slots of all layers in one launch.
 //
 //      slots [rows, d]    CTA b owns row b. Where d is a multiple of 4 and at most 128 * 4 * 8, a thread holds its part
 //                         of the row, kVectors times four floats that lie 128 * 4 apart, in registers: all loads are
@@ -24,9 +24,9 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 using Shared = WarpSums<float, kWarps>;
 
 template <class T, class Rule, int kVectors>
-struct UpdateInRegisters {
+struct UpdateSlots {
   using Params = typename Rule::Params;
-  static constexpr const char* name = Rule::name;
+  static constexpr const char* name = Rule::names.in_registers;
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
@@ -76,9 +76,9 @@ struct UpdateInRegisters {
 };
 
 template <class T, class Rule>
-struct UpdateAnyWidth {
+struct UpdateSlotsAnyWidth {
   using Params = typename Rule::Params;
-  static constexpr const char* name = Rule::name;
+  static constexpr const char* name = Rule::names.any_width;
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
@@ -109,22 +109,22 @@ void update(const typename Rule::Params& p, std::initializer_list<const void*> p
   for (const void* pointer : pointers) vectors = vectors && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   const int64_t per_thread = (p.d / 4 + kThreads - 1) / kThreads;
   with_type(p.compute_dtype, [&]<class T>() {
-    if (vectors && per_thread <= 1) launch<UpdateInRegisters<T, Rule, 1>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 2) launch<UpdateInRegisters<T, Rule, 2>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 4) launch<UpdateInRegisters<T, Rule, 4>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 8) launch<UpdateInRegisters<T, Rule, 8>>(p.rows, sizeof(Shared), queue, p);
-    else launch<UpdateAnyWidth<T, Rule>>(p.rows, sizeof(Shared), queue, p);
+    if (vectors && per_thread <= 1) launch<UpdateSlots<T, Rule, 1>>(p.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 2) launch<UpdateSlots<T, Rule, 2>>(p.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 4) launch<UpdateSlots<T, Rule, 4>>(p.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 8) launch<UpdateSlots<T, Rule, 8>>(p.rows, sizeof(Shared), queue, p);
+    else launch<UpdateSlotsAnyWidth<T, Rule>>(p.rows, sizeof(Shared), queue, p);
   });
 }
 
 }  // namespace
 
-void adamw(const AdamWParams& p, Queue queue) {
-  update<AdamWRule>(p, {p.slots, p.grad, p.exp_avg, p.exp_avg_sq, p.compute}, queue);
+void adamw_slots(const AdamwSlotsParams& p, Queue queue) {
+  update<AdamwSlots>(p, {p.slots, p.grad, p.exp_avg, p.exp_avg_sq, p.compute}, queue);
 }
 
-void sgd(const SgdParams& p, Queue queue) {
-  update<SgdRule>(p, {p.slots, p.grad, p.momentum_buffer, p.compute}, queue);
+void sgd_slots(const SgdSlotsParams& p, Queue queue) {
+  update<SgdSlots>(p, {p.slots, p.grad, p.momentum_buffer, p.compute}, queue);
 }
 
 }  // namespace locas::cuda

@@ -1,5 +1,6 @@
-// The per-token update: the slots' gradient is formed row by row in registers and used on the spot, so that no gradient
-// buffer is written, read or cleared. For at most 64 tokens; one launch after the backward, over all layers.
+// adamw_slots_from_factors and sgd_slots_from_factors: the per-token update. The slots' gradient is formed row by row
+// in registers and used on the spot, so that no gradient buffer is written, read or cleared. For at most 64 tokens; one
+// launch after the backward, over all layers.
 //
 //      row (layer, kind, slot)      gradient = sum over tokens of coefficient[token] * source[token, :]
 //                                   gate, key: d_gate, d_key with x;   value: hidden with dy
@@ -23,13 +24,13 @@ namespace locas::cuda {
 namespace {
 
 template <class T_, class Rule, int kVectors>
-struct UpdateFromFactors {
+struct UpdateSlotsFromFactors {
   using T = T_;
   struct Params {
     typename Rule::Params update;
     LayerFactors factors;
   };
-  static constexpr const char* name = "U update_slots_ from factors";
+  static constexpr const char* name = Rule::names.from_factors;
   static constexpr int threads = 256, min_blocks = 1;
   static constexpr int kWarps = threads / 32, kSlots = kVectors <= 4 ? 4 : 2;
   struct Shared {
@@ -149,7 +150,7 @@ template <class Rule>
 void update_from_factors(const typename Rule::Params& update, const LayerFactors& factors, Queue queue) {
   with_half_type(factors.dtype, [&]<class T>() {
     const auto launch_with = [&]<int kVectors>() {
-      using Kernel = UpdateFromFactors<T, Rule, kVectors>;
+      using Kernel = UpdateSlotsFromFactors<T, Rule, kVectors>;
       launch<Kernel>(Kernel::blocks(factors), sizeof(typename Kernel::Shared), queue, {update, factors});
     };
     if (update.d <= 1024) launch_with.template operator()<1>();
@@ -161,12 +162,12 @@ void update_from_factors(const typename Rule::Params& update, const LayerFactors
 
 }  // namespace
 
-void adamw_from_factors(const AdamWParams& p, const LayerFactors& factors, Queue queue) {
-  update_from_factors<AdamWRule>(p, factors, queue);
+void adamw_slots_from_factors(const AdamwSlotsParams& p, const LayerFactors& factors, Queue queue) {
+  update_from_factors<AdamwSlots>(p, factors, queue);
 }
 
-void sgd_from_factors(const SgdParams& p, const LayerFactors& factors, Queue queue) {
-  update_from_factors<SgdRule>(p, factors, queue);
+void sgd_slots_from_factors(const SgdSlotsParams& p, const LayerFactors& factors, Queue queue) {
+  update_from_factors<SgdSlots>(p, factors, queue);
 }
 
 }  // namespace locas::cuda

@@ -1,10 +1,10 @@
 // Closed-form slots of all layers and tokens, in three launches:
 //
-//      inputs, gradients [layers, tokens, d]   slot_norms: CTA b adds up the squares of row b, in double, as the
+//      inputs, gradients [layers, tokens, d]   write_slots_norms: CTA b adds up the squares of row b, in double, as the
 //                                              squares of floats leave their range
-//      norms [tokens]                          token_norms: one CTA; a thread adds up a token's layers, and all
-//                                              decide together whether anything is not finite
-//      slots [layers, 2, capacity, d]          slot_rows: CTA b scales row b into the slots, or ends if that is so
+//      norms [tokens]                          write_slots_token_norms: one CTA; a thread adds up a token's layers, and
+//                                              all decide together whether anything is not finite
+//      slots [layers, 2, capacity, d]          write_slots_rows: CTA b scales row b into the slots, or ends then
 //
 // Every sum has one owner and one order: the result repeats bit for bit.
 #include <cmath>
@@ -41,9 +41,9 @@ LOCAS_DEVICE void for_each_vector(const WriteLaunch& launch, int64_t row, F&& f)
 }
 
 template <class T>
-struct SlotNorms {
+struct WriteSlotsNorms {
   using Params = WriteLaunch;
-  static constexpr const char* name = "slot_norms";
+  static constexpr const char* name = "write_slots_norms";
   static constexpr int threads = kThreads, min_blocks = 1;
   using Shared = WarpSums<double, kThreads / 32>;
 
@@ -59,9 +59,9 @@ struct SlotNorms {
   }
 };
 
-struct TokenNorms {
+struct WriteSlotsTokenNorms {
   using Params = WriteSlotsParams;
-  static constexpr const char* name = "token_norms";
+  static constexpr const char* name = "write_slots_token_norms";
   static constexpr int threads = 512, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
@@ -84,9 +84,9 @@ struct TokenNorms {
 };
 
 template <class T, class Copy>
-struct SlotRows {
+struct WriteSlotsRows {
   using Params = WriteLaunch;
-  static constexpr const char* name = "slot_rows";
+  static constexpr const char* name = "write_slots_rows";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
@@ -117,9 +117,9 @@ void write_slots(const WriteSlotsParams& p, Queue queue) {
       const WriteLaunch parameters{p, takes_vectors(static_cast<const T*>(p.inputs)) &&
                                           takes_vectors(static_cast<const T*>(p.gradients)) && takes_vectors(p.slots) &&
                                           takes_vectors(static_cast<const Copy*>(p.compute))};
-      launch<SlotNorms<T>>(p.rows(), sizeof(typename SlotNorms<T>::Shared), queue, parameters);
-      launch<TokenNorms>(1, 0, queue, p);
-      launch<SlotRows<T, Copy>>(p.rows(), 0, queue, parameters);
+      launch<WriteSlotsNorms<T>>(p.rows(), sizeof(typename WriteSlotsNorms<T>::Shared), queue, parameters);
+      launch<WriteSlotsTokenNorms>(1, 0, queue, p);
+      launch<WriteSlotsRows<T, Copy>>(p.rows(), 0, queue, parameters);
     });
   });
 }

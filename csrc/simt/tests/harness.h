@@ -26,7 +26,7 @@ struct Test {
 };
 std::vector<Test>& tests();
 
-// LOCAS_TEST(update, "U update_slots_") { ...; return count + " cases"; }
+// LOCAS_TEST(adamw, "adamw_slots") { ...; return count + " cases"; }
 #define LOCAS_TEST(function, name)                                                                   \
   static std::string function();                                                                     \
   static const bool function##_listed = (::locas::test::tests().push_back({name, &function}), true); \

@@ -1,4 +1,4 @@
-// write_slots_: closed-form slots against the formula in float64, and that nothing is written where something is not
+// write_slots: closed-form slots against the formula in float64, and that nothing is written where something is not
 // finite.
 #include <optional>
 
@@ -119,7 +119,7 @@ void check_writing(const Case& c) {
   });
 }
 
-LOCAS_TEST(write_slots, "write_slots_") {
+LOCAS_TEST(write_slots, "write_slots") {
   const int64_t capacity = fresh().integer(1, 12), tokens = fresh().integer(1, capacity);
   const std::vector<Shape> shapes = {
       {2, 3, 40, 7, 2},

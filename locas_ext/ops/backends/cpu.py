@@ -59,7 +59,7 @@ def glu_ffn_forward(
     tokens, d = x.shape
     y = x.new_empty(tokens, d)
     saved = x.new_empty(saved_shape(tokens, len(host.gate) if needs_dx else 0, len(slots.value))) if save else None
-    _C.cpu_ffn_forward(
+    _C.cpu_glu_ffn_forward(
         _rows(x),
         _rows(host.gate),
         _rows(host.up),
@@ -94,7 +94,7 @@ def glu_ffn_backward(
     dx = x.new_empty(x.shape) if needs_dx else None
     rank, d = slots.value.shape
     d_slots = torch.zeros(3, rank, d, dtype=torch.float32) if slots_grad is None else slots_grad
-    _C.cpu_ffn_backward(
+    _C.cpu_glu_ffn_backward(
         _rows(dy),
         _rows(x),
         saved[0],

@@ -73,8 +73,8 @@ def glu_ffn_forward(
     gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
     y = x.new_empty(tokens, d)
     if tokens:
-        workspace = _workspace(x, _C.ffn_forward_workspace(tokens, d, m, rank))
-        _C.ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
+        workspace = _workspace(x, _C.glu_ffn_forward_workspace(tokens, d, m, rank))
+        _C.glu_ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
     return y, (gate, up, None) if save else None
 
 
@@ -106,8 +106,8 @@ def glu_ffn_backward(
     else:
         d_slots = None if isinstance(slots_grad, SlotFactors) else slots_grad
     if tokens:
-        workspace = _workspace(x, _C.ffn_backward_workspace(tokens, d, m, rank))
-        _C.ffn_backward(
+        workspace = _workspace(x, _C.glu_ffn_backward_workspace(tokens, d, m, rank))
+        _C.glu_ffn_backward(
             dy,
             x,
             *host,

@@ -26,7 +26,7 @@ def update_slots_(
     finite: Tensor | None = None,
 ) -> None:
     """One AdamW step over rows of the last dimension, then the row clip; in place."""
-    _C.adamw(
+    _C.adamw_slots(
         slots,
         grad,
         exp_avg,
@@ -56,7 +56,7 @@ def sgd_slots_(
     finite: Tensor | None = None,
 ) -> None:
     """One SGD step over rows of the last dimension, then the row clip; in place."""
-    _C.sgd(slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots))
+    _C.sgd_slots(slots, grad, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite, stream_of(slots))
 
 
 def write_slots_(
@@ -110,7 +110,7 @@ def adamw_from_factors_(
     At most MOST_FACTOR_TOKENS tokens and MOST_FACTOR_LAYERS layers, d at most MOST_FACTOR_WIDTH; else as
     `update_slots_`.
     """
-    _C.adamw_from_factors(
+    _C.adamw_slots_from_factors(
         slots,
         exp_avg,
         exp_avg_sq,
@@ -142,7 +142,7 @@ def sgd_from_factors_(
     finite: Tensor | None = None,
 ) -> None:
     """One SGD step as `adamw_from_factors_`."""
-    _C.sgd_from_factors(
+    _C.sgd_slots_from_factors(
         slots,
         momentum_buffer,
         learning_rate,

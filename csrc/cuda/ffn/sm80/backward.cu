@@ -1,15 +1,15 @@
-// K3 and K4: the backward of an FFN with memory. The host is frozen: gradients go to x and to the slots.
+// glu_ffn_backward (K3 and K4): the backward of an FFN with memory. The host is frozen: gradients go to x and to the
+// slots.
 //
-//      K3 dh_glu_backward      d_hidden = dy [W_down | scale * V^T] stays on chip; its tile becomes d_gate and d_up
+//      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip; its tile becomes d_gate and d_up
 //
 //           d_gate, d_up [tokens,  m host | r' memory ]     a CTA owns kM tokens x kN neurons of one part
 //           memory tiles also write memory_hidden, which dV needs
 //
-//      K4 dx_weight_grad       one grid, two kinds of CTA
+//      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of CTA
 //
-//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four K
-//           ranges;
-//                               where the tiles are few, K is cut into slices that AddSlices adds in their order
+//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges
+//                               of K; where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots' gradient     [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32
 //
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
@@ -23,19 +23,19 @@ namespace locas::cuda {
 namespace {
 
 template <class Tile>
-struct GluBackward {
+struct GluFfnHiddenGrad {
   struct Params {
-    FfnBackwardParams ffn;
+    GluFfnBackwardParams ffn;
     int tiles_m, host_tiles_n, tiles_n;
   };
-  static constexpr const char* name = "K3 dh_glu_backward";
+  static constexpr const char* name = "glu_ffn_hidden_grad";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const TileIndex tile = tile_index(ptx::block_index(), p.tiles_m, p.tiles_n);
     const bool memory = tile.n >= p.host_tiles_n;
@@ -90,13 +90,13 @@ struct GluBackward {
 };
 
 template <class Tile>
-struct DxWeightGrad {
+struct GluFfnInputAndSlotsGrad {
   struct Params {
-    FfnBackwardParams ffn;
+    GluFfnBackwardParams ffn;
     int tiles_m, tiles_n, splits;    // of dx; tiles_m is 0 without dx
     int slot_tiles_m, slot_tiles_n;  // of one of the three gradients
   };
-  static constexpr const char* name = "K4 dx_weight_grad";
+  static constexpr const char* name = "glu_ffn_input_and_slots_grad";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Slots = SmallTile<T>;  // M over slots
@@ -115,7 +115,7 @@ struct DxWeightGrad {
 
  private:
   static LOCAS_DEVICE void dx_tile(const Params& p, typename Tile::Shared& shared, int index) {
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int split = index % p.splits;
     const TileIndex tile = tile_index(index / p.splits, p.tiles_m, p.tiles_n);
@@ -154,7 +154,7 @@ struct DxWeightGrad {
   }
 
   static LOCAS_DEVICE void slot_tile(const Params& p, typename Slots::Shared& shared, int index) {
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int tiles = p.slot_tiles_m * p.slot_tiles_n, kind = index / tiles;  // 0 gate, 1 key, 2 value
     const int first_slot = (index % tiles / p.slot_tiles_n) * Slots::kM;
@@ -192,17 +192,17 @@ int dx_splits(TileKind kind, int64_t tokens, const FfnWeights& w) {
 
 }  // namespace
 
-int64_t ffn_backward_workspace(int64_t tokens, const FfnWeights& w) {
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnWeights& w) {
   const int splits = dx_splits(tile_kind(tokens, w.d, kMostSplits), tokens, w);
   return splits > 1 ? splits * tokens * w.d : 0;
 }
 
-void ffn_backward(const FfnBackwardParams& p, Queue queue) {
+void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const bool needs_dx = p.dx.data != nullptr;
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T>(tile_kind(p.tokens, w.m), [&]<class Tile>() {
-      using Kernel = GluBackward<Tile>;
+      using Kernel = GluFfnHiddenGrad<Tile>;
       const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m, Tile::kN)) : 0;
       const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens, Tile::kM)), host_tiles,
                                            host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
@@ -212,7 +212,7 @@ void ffn_backward(const FfnBackwardParams& p, Queue queue) {
     const TileKind kind = tile_kind(p.tokens, w.d, kMostSplits);
     const int splits = dx_splits(kind, p.tokens, w);
     with_tile<T>(kind, [&]<class Tile>() {
-      using Kernel = DxWeightGrad<Tile>;
+      using Kernel = GluFfnInputAndSlotsGrad<Tile>;
       const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens, Tile::kM)) : 0;
       const typename Kernel::Params params{p,
                                            tiles_m,

@@ -1,14 +1,15 @@
-// D1 and D2: the forward of an FFN with memory for at most 32 tokens, where streaming the weights is all that costs.
+// glu_ffn_forward (D1 and D2): the forward of an FFN with memory for at most 32 tokens, where streaming the weights is
+// all that costs.
 //
 //      The weights are the A operand of mma.sync, tokens its 8 columns, and weights go from global memory straight into
 //      registers: within 32 of k, lane l reads 16 bytes at k = 8 (l % 4), and both operands use k in that order.
 //
-//      D1 decode_glu_forward     A fragment [ 8 gate rows ]      c0, c1: gate of slot l / 4 for two tokens
+//      D1 glu_ffn_decode_hidden   A fragment [ 8 gate rows ]      c0, c1: gate of slot l / 4 for two tokens
 //                                           [ 8 up rows   ]      c2, c3: up of the same slot and tokens
 //
 //           a CTA owns kGroups times 8 neurons, of the host or of the memory; its 8 warps share k
 //
-//      D2 decode_down_forward    A fragment [ 16 rows of W_down ], then [ 16 columns of V ]
+//      D2 glu_ffn_decode_down    A fragment [ 16 rows of W_down ], then [ 16 columns of V ]
 //
 //           a CTA owns 16 channels; its 16 warps share k
 //
@@ -50,10 +51,10 @@ LOCAS_DEVICE Vec16 load_weight(const T* row, int64_t k, int64_t width) {
 }
 
 template <class T_, int kTokenBlocks>
-struct DecodeGlu {
+struct GluFfnDecodeHidden {
   using T = T_;
-  using Params = FfnForwardParams;
-  static constexpr const char* name = "D1 decode_glu_forward";
+  using Params = GluFfnForwardParams;
+  static constexpr const char* name = "glu_ffn_decode_hidden";
   static constexpr int threads = 256, min_blocks = 1;
   static constexpr int kWarps = threads / 32;
   static constexpr int kGroups = kTokenBlocks >= 2 ? 2 : 1;  // many tokens: more use of each of their loads
@@ -143,10 +144,10 @@ struct DecodeGlu {
 };
 
 template <class T_, int kTokenBlocks>
-struct DecodeDown {
+struct GluFfnDecodeDown {
   using T = T_;
-  using Params = FfnForwardParams;
-  static constexpr const char* name = "D2 decode_down_forward";
+  using Params = GluFfnForwardParams;
+  static constexpr const char* name = "glu_ffn_decode_down";
   static constexpr int threads = 512, min_blocks = 1;
   static constexpr int kWarps = threads / 32, kChannels = 16;
   struct Shared {
@@ -238,13 +239,13 @@ void with_token_blocks(int64_t tokens, F&& f) {
 
 }  // namespace
 
-void ffn_forward_decode(const FfnForwardParams& p, Queue queue) {
+void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   with_half_type(p.dtype, [&]<class T>() {
     with_token_blocks(p.tokens, [&]<int blocks>() {
-      using Glu = DecodeGlu<T, blocks>;
-      using Down = DecodeDown<T, blocks>;
-      launch<Glu>(divide_up(w.m + w.padded_r(), Glu::kGroups * 8), sizeof(typename Glu::Shared), queue, p);
+      using Hidden = GluFfnDecodeHidden<T, blocks>;
+      using Down = GluFfnDecodeDown<T, blocks>;
+      launch<Hidden>(divide_up(w.m + w.padded_r(), Hidden::kGroups * 8), sizeof(typename Hidden::Shared), queue, p);
       launch<Down>(divide_up(w.d, Down::kChannels), sizeof(typename Down::Shared), queue, p);
     });
   });

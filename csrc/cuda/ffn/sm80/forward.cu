@@ -1,11 +1,11 @@
-// K1 and K2: the forward of an FFN with memory, for many tokens.
+// glu_ffn_forward (K1 and K2): the forward of an FFN with memory, for many tokens.
 //
-//      K1 glu_forward     hidden = scale * act(x W_gate^T) * (x W_up^T)          one product, two weights side by side
+//      K1 glu_ffn_hidden  hidden = scale * act(x W_gate^T) * (x W_up^T)          one product, two weights side by side
 //
 //           B tile [ kN/2 gate rows | kN/2 up rows ]     a CTA owns kM tokens x kN/2 neurons, so it sees both
 //           hidden [tokens,  m host | r' memory ]        pre-activations of each; memory tiles read G and K instead
 //
-//      K2 down_forward    y = hidden [W_down^T ; V]                               one product, two K ranges
+//      K2 glu_ffn_down    y = hidden [W_down^T ; V]                               one product, two K ranges
 //
 //           K blocks [ m: W_down, K-major | r: V, along its columns ]
 //           Where the tiles are few, K is cut into slices; AddSlices adds them in their order.
@@ -24,13 +24,13 @@ namespace locas::cuda {
 namespace {
 
 template <class Tile>
-struct GluForward {
+struct GluFfnHidden {
   struct Params {
-    FfnForwardParams ffn;
+    GluFfnForwardParams ffn;
     int tiles_m, host_tiles_n, tiles_n;
     float* importance;  // [tiles_m, m] out: column sums of |hidden| over the tile's tokens; may be null
   };
-  static constexpr const char* name = "K1 glu_forward";
+  static constexpr const char* name = "glu_ffn_hidden";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   static constexpr int kNeurons = Tile::kN / 2;
@@ -39,7 +39,7 @@ struct GluForward {
     float column_sums[threads / (kNeurons / kPiece)][kNeurons];
   };
 
-  static Params params(const FfnForwardParams& ffn, float* importance) {
+  static Params params(const GluFfnForwardParams& ffn, float* importance) {
     const auto host_tiles = static_cast<int>(divide_up(ffn.weights.m, kNeurons));
     const auto memory_tiles = static_cast<int>(divide_up(ffn.weights.padded_r(), kNeurons));
     return {ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)), host_tiles, host_tiles + memory_tiles, importance};
@@ -47,7 +47,7 @@ struct GluForward {
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnForwardParams& ffn = p.ffn;
+    const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const TileIndex tile = tile_index(ptx::block_index(), p.tiles_m, p.tiles_n);
     const bool memory = tile.n >= p.host_tiles_n;
@@ -124,19 +124,19 @@ struct GluForward {
 };
 
 template <class Tile>
-struct DownForward {
+struct GluFfnDown {
   struct Params {
-    FfnForwardParams ffn;
+    GluFfnForwardParams ffn;
     int tiles_m, tiles_n, splits;
   };
-  static constexpr const char* name = "K2 down_forward";
+  static constexpr const char* name = "glu_ffn_down";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnForwardParams& ffn = p.ffn;
+    const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int split = ptx::block_index() % p.splits;
     const TileIndex tile = tile_index(ptx::block_index() / p.splits, p.tiles_m, p.tiles_n);
@@ -196,9 +196,9 @@ struct MeanParams {
   int64_t tiles, m, tokens;
 };
 
-struct ImportanceMean {
+struct NeuronImportanceMean {
   using Params = MeanParams;
-  static constexpr const char* name = "importance_mean";
+  static constexpr const char* name = "neuron_importance_mean";
   static constexpr int threads = 256, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
@@ -210,22 +210,22 @@ struct ImportanceMean {
   }
 };
 
-// K1 has no narrow tile: its neurons come in pairs of halves, and few tokens go to D1.
+// The hidden kernel has no narrow tile: its neurons come in pairs of halves, and few tokens go to decode.cu.
 TileKind forward_kind(int64_t tokens, int64_t columns, int most_splits = 1) {
   const TileKind kind = tile_kind(tokens, columns, most_splits);
   return kind == TileKind::narrow ? TileKind::small : kind;
 }
 
 template <class Tile>
-void glu_forward_tiles(const FfnForwardParams& ffn, float* importance, Queue queue) {
-  using Kernel = GluForward<Tile>;
+void hidden_tiles(const GluFfnForwardParams& ffn, float* importance, Queue queue) {
+  using Kernel = GluFfnHidden<Tile>;
   const auto p = Kernel::params(ffn, importance);
   launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n, sizeof(typename Kernel::Shared), queue, p);
 }
 
 template <class Tile>
-void down_forward_tiles(const FfnForwardParams& ffn, int splits, Queue queue) {
-  using Kernel = DownForward<Tile>;
+void down_tiles(const GluFfnForwardParams& ffn, int splits, Queue queue) {
+  using Kernel = GluFfnDown<Tile>;
   const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)),
                                   static_cast<int>(divide_up(ffn.weights.d, Tile::kN)), splits};
   launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p);
@@ -239,21 +239,21 @@ constexpr int kImportanceRows = 64;  // the small tile's: importance is asked fo
 
 }  // namespace
 
-int64_t ffn_forward_workspace(int64_t tokens, const FfnWeights& w) {
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnWeights& w) {
   const int splits = down_splits(forward_kind(tokens, w.d, kMostSplits), tokens, w);
   return splits > 1 ? splits * tokens * w.d : 0;
 }
 
-void ffn_forward_tiles(const FfnForwardParams& p, Queue queue) {
+void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T>(forward_kind(p.tokens, 2 * (w.m + w.padded_r())), [&]<class Tile>() {
-      if constexpr (Tile::kM > 16) glu_forward_tiles<Tile>(p, nullptr, queue);
+      if constexpr (Tile::kM > 16) hidden_tiles<Tile>(p, nullptr, queue);
     });
     const TileKind kind = forward_kind(p.tokens, w.d, kMostSplits);
     const int splits = down_splits(kind, p.tokens, w);
     with_tile<T>(kind, [&]<class Tile>() {
-      if constexpr (Tile::kM > 16) down_forward_tiles<Tile>(p, splits, queue);
+      if constexpr (Tile::kM > 16) down_tiles<Tile>(p, splits, queue);
     });
     if (splits > 1) {
       const SliceParams slices{p.workspace, splits, w.down_bias, p.y, p.tokens, w.d};
@@ -262,15 +262,15 @@ void ffn_forward_tiles(const FfnForwardParams& p, Queue queue) {
   });
 }
 
-void ffn_forward(const FfnForwardParams& p, Queue queue) {
-  if (p.tokens <= kMostDecodeTokens) ffn_forward_decode(p, queue);
-  else ffn_forward_tiles(p, queue);
+void glu_ffn_forward(const GluFfnForwardParams& p, Queue queue) {
+  if (p.tokens <= kMostDecodeTokens) glu_ffn_forward_decode(p, queue);
+  else glu_ffn_forward_tiles(p, queue);
 }
 
 int64_t neuron_importance_workspace(int64_t tokens, int64_t m) { return divide_up(tokens, kImportanceRows) * m; }
 
 void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
-  FfnForwardParams ffn{};  // hidden, gate and up stay null: nothing of [tokens, m] is written
+  GluFfnForwardParams ffn{};  // hidden, gate and up stay null: nothing of [tokens, m] is written
   ffn.weights = p.weights;
   ffn.x = p.x;
   ffn.tokens = p.tokens;
@@ -279,10 +279,10 @@ void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
   ffn.dtype = p.dtype;
   with_half_type(p.dtype, [&]<class T>() {
     static_assert(SmallTile<T>::kM == kImportanceRows);
-    glu_forward_tiles<SmallTile<T>>(ffn, p.workspace, queue);
+    hidden_tiles<SmallTile<T>>(ffn, p.workspace, queue);
   });
   const MeanParams mean{p.workspace, p.importance, divide_up(p.tokens, kImportanceRows), p.weights.m, p.tokens};
-  launch<ImportanceMean>(divide_up(mean.m, ImportanceMean::threads), 0, queue, mean);
+  launch<NeuronImportanceMean>(divide_up(mean.m, NeuronImportanceMean::threads), 0, queue, mean);
 }
 
 }  // namespace locas::cuda

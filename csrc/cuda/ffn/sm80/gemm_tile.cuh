@@ -1,5 +1,5 @@
-// The tile product that K1-K4 share: sums[kM, kN] = A B, with mma.sync on operands that cp.async brings to shared
-// memory.
+// The tile product that K1-K4 (forward.cu, backward.cu) share: sums[kM, kN] = A B, with mma.sync on operands that
+// cp.async brings to shared memory.
 //
 //      shared memory: kStages stages, each with the A and the B tile of one K-block of 64
 //

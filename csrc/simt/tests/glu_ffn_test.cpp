@@ -1,4 +1,5 @@
-// K1-K4, D1 and D2: the fused FFN with memory against float64, over shapes that fit no tile.
+// glu_ffn (K1-K4, D1 and D2) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
+// tile.
 //
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
@@ -117,9 +118,9 @@ struct Ffn {
             s.r};
   }
 
-  void forward(void (*launch)(const FfnForwardParams&, cuda::Queue), bool save) {
+  void forward(void (*launch)(const GluFfnForwardParams&, cuda::Queue), bool save) {
     const FfnWeights w = weights();
-    simt::Buffer<float> workspace("workspace", cuda::ffn_forward_workspace(s.tokens, w));
+    simt::Buffer<float> workspace("workspace", cuda::glu_ffn_forward_workspace(s.tokens, w));
     const auto saved = [&](simt::Buffer<T>& buffer) { return Rows{save ? buffer.data() : nullptr, width}; };
     launch({w,
             {x.data(), s.d},
@@ -137,23 +138,23 @@ struct Ffn {
 
   void backward(bool needs_dx) {
     const FfnWeights w = weights();
-    simt::Buffer<float> workspace("workspace", needs_dx ? cuda::ffn_backward_workspace(s.tokens, w) : 0);
-    cuda::ffn_backward({w,
-                        {dy.data(), s.d},
-                        {x.data(), s.d},
-                        {gate.data(), width},
-                        {up.data(), width},
-                        {d_gate.data(), width},
-                        {d_up.data(), width},
-                        {memory_hidden.data(), width - s.m},
-                        {needs_dx ? dx.data() : nullptr, s.d},
-                        slots_grad.data(),
-                        workspace.data(),
-                        s.tokens,
-                        static_cast<float>(scale),
-                        s.activation,
-                        kDType<T>},
-                       kQueue);
+    simt::Buffer<float> workspace("workspace", needs_dx ? cuda::glu_ffn_backward_workspace(s.tokens, w) : 0);
+    cuda::glu_ffn_backward({w,
+                            {dy.data(), s.d},
+                            {x.data(), s.d},
+                            {gate.data(), width},
+                            {up.data(), width},
+                            {d_gate.data(), width},
+                            {d_up.data(), width},
+                            {memory_hidden.data(), width - s.m},
+                            {needs_dx ? dx.data() : nullptr, s.d},
+                            slots_grad.data(),
+                            workspace.data(),
+                            s.tokens,
+                            static_cast<float>(scale),
+                            s.activation,
+                            kDType<T>},
+                           kQueue);
   }
 
   Matrix slot_rows(int kind) const {
@@ -282,7 +283,7 @@ void check_backward(const Ffn<T>& f, bool needs_dx, Check&& check, CheckFloat&& 
   check_float("d_value rows", without_start(f, 2), &Expected<T>::d_value_rows);
 }
 
-using Forward = void (*)(const FfnForwardParams&, cuda::Queue);
+using Forward = void (*)(const GluFfnForwardParams&, cuda::Queue);
 
 // -1, 0 or 1, mostly 0: with ReLU, every result is an integer that float holds exactly.
 template <class T>
@@ -355,22 +356,22 @@ std::string run_both(Forward forward, int64_t least_tokens, int64_t most_tokens,
   return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
 }
 
-LOCAS_TEST(narrow_tiles, "K1 K2 K3 K4 with narrow tiles") { return run_both(cuda::ffn_forward_tiles, 1, 16, 1); }
-LOCAS_TEST(small_tiles, "K1 K2 K3 K4 with small tiles") { return run_both(cuda::ffn_forward_tiles, 17, 100, 2); }
-LOCAS_TEST(large_tiles, "K1 K2 K3 K4 with large tiles") { return run_both(cuda::ffn_forward_tiles, 260, 300, 3); }
-LOCAS_TEST(decode, "D1 D2") { return run_both(cuda::ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
+LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(cuda::glu_ffn_forward_tiles, 1, 16, 1); }
+LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(cuda::glu_ffn_forward_tiles, 17, 100, 2); }
+LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(cuda::glu_ffn_forward_tiles, 260, 300, 3); }
+LOCAS_TEST(decode, "glu_ffn_decode") { return run_both(cuda::glu_ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
 
 // A memory larger than a tile, and a depth that is cut into slices.
-LOCAS_TEST(sizes, "K1 K2 K3 K4 with long sums") {
+LOCAS_TEST(sizes, "glu_ffn with long sums") {
   Random random(5);
   for_each_seed([&] {
-    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::ffn_forward_tiles, random);
-    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::ffn_forward_tiles, random);
+    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::glu_ffn_forward_tiles, random);
+    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::glu_ffn_forward_tiles, random);
   });
   return "2 shapes, 10 seeds";
 }
 
-LOCAS_TEST(importance, "K1 importance") {
+LOCAS_TEST(importance, "neuron_importance") {
   Random random(6);
   for_each_seed([&] {
     const Shape s{

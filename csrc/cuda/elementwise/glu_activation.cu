@@ -1,14 +1,14 @@
 // out = scale * act(gate) * up, its backward, and the neuron importance, as elementwise and column kernels: the
 // epilogues of the matmul backend.
 //
-// glu_forward, glu_backward, with up or without: a thread owns kVector neighbouring columns of one row; the grid
-// strides over all of them.
+// glu_activation_forward, glu_activation_backward, with up or without: a thread owns kVector neighbouring columns of
+// one row; the grid strides over all of them.
 //
 //      cols ->  [t0 | t1 | ... ]      one thread: 8 columns, 16-byte loads where pointers and strides allow
 //      rows     [ .    .   ... ]
 //
-// importance: a CTA owns 32 columns; its 8 warps walk down the rows, 8 at a time, and the 8 partial sums of a column
-// are added in a fixed order, so the result repeats bit for bit.
+// neuron_importance_of_products: a CTA owns 32 columns; its 8 warps walk down the rows, 8 at a time, and the 8 partial
+// sums of a column are added in a fixed order, so the result repeats bit for bit.
 #include <algorithm>
 #include <cmath>
 
@@ -54,18 +54,18 @@ LOCAS_DEVICE void load_up(const Rows& up, int64_t row, int64_t col, float (&to)[
 }
 
 struct ForwardLaunch {
-  GluForwardParams glu;
+  GluActivationForwardParams glu;
   bool aligned;  // every matrix takes 16-byte accesses
 };
 
 template <class T, Activation act>
-struct GluForward {
+struct GluActivationForward {
   using Params = ForwardLaunch;
-  static constexpr const char* name = "glu_forward";
+  static constexpr const char* name = "glu_activation_forward";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
-    const GluForwardParams& p = launch.glu;
+    const GluActivationForwardParams& p = launch.glu;
     for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], out[kVector];
       load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
@@ -78,18 +78,18 @@ struct GluForward {
 };
 
 struct BackwardLaunch {
-  GluBackwardParams glu;
+  GluActivationBackwardParams glu;
   bool aligned;
 };
 
 template <class T, Activation act>
-struct GluBackward {
+struct GluActivationBackward {
   using Params = BackwardLaunch;
-  static constexpr const char* name = "glu_backward";
+  static constexpr const char* name = "glu_activation_backward";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
-    const GluBackwardParams& p = launch.glu;
+    const GluActivationBackwardParams& p = launch.glu;
     for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], d_hidden[kVector], d_gate[kVector], d_up[kVector], hidden[kVector];
       load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
@@ -113,9 +113,9 @@ struct GluBackward {
 constexpr int kColumns = 32, kRowLanes = kThreads / kColumns;
 
 template <class T, Activation act>
-struct Importance {
-  using Params = ImportanceParams;
-  static constexpr const char* name = "importance";
+struct NeuronImportanceOfProducts {
+  using Params = NeuronImportanceOfProductsParams;
+  static constexpr const char* name = "neuron_importance_of_products";
   static constexpr int threads = kThreads, min_blocks = 1;
   struct Shared {
     float partial[kRowLanes][kColumns];
@@ -152,29 +152,29 @@ int64_t elementwise_grid(int64_t rows, int64_t cols, Queue queue) {
 
 }  // namespace
 
-void glu_forward(const GluForwardParams& p, Queue queue) {
+void glu_activation_forward(const GluActivationForwardParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
     const bool aligned = is_aligned<T>(p.gate) && is_aligned<T>(p.up) && is_aligned<T>(p.out);
     with_activation(p.activation, [&]<Activation act>() {
-      launch<GluForward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
+      launch<GluActivationForward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
     });
   });
 }
 
-void glu_backward(const GluBackwardParams& p, Queue queue) {
+void glu_activation_backward(const GluActivationBackwardParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
     const bool aligned = is_aligned<T>(p.d_hidden) && is_aligned<T>(p.gate) && is_aligned<T>(p.up) &&
                          is_aligned<T>(p.d_gate) && is_aligned<T>(p.d_up) && is_aligned<T>(p.hidden);
     with_activation(p.activation, [&]<Activation act>() {
-      launch<GluBackward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
+      launch<GluActivationBackward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
     });
   });
 }
 
-void importance(const ImportanceParams& p, Queue queue) {
+void neuron_importance_of_products(const NeuronImportanceOfProductsParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
     with_activation(p.activation, [&]<Activation act>() {
-      using Kernel = Importance<T, act>;
+      using Kernel = NeuronImportanceOfProducts<T, act>;
       launch<Kernel>((p.cols + kColumns - 1) / kColumns, sizeof(typename Kernel::Shared), queue, p);
     });
   });

@@ -35,9 +35,9 @@ struct Shared {
 };
 
 template <class T>
-struct CrossEntropy {
-  using Params = CrossEntropyParams;
-  static constexpr const char* name = "cross_entropy";
+struct TokenNll {
+  using Params = TokenNllParams;
+  static constexpr const char* name = "token_nll";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* memory) {
@@ -76,8 +76,8 @@ struct CrossEntropy {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyParams& p, Queue queue) {
-  with_type(p.dtype, [&]<class T>() { launch<CrossEntropy<T>>(p.rows, sizeof(Shared), queue, p); });
+void token_nll(const TokenNllParams& p, Queue queue) {
+  with_type(p.dtype, [&]<class T>() { launch<TokenNll<T>>(p.rows, sizeof(Shared), queue, p); });
 }
 
 }  // namespace locas::cuda
