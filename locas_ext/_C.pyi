@@ -3,6 +3,13 @@
 import collections.abc
 import torch
 
+ACTIVATIONS: tuple[str, str, str, str]
+CPU_TOKEN_MULTIPLE: int
+MOST_FACTOR_LAYERS: int
+MOST_FACTOR_TOKENS: int
+MOST_FACTOR_WIDTH: int
+PIECE_ELEMENTS: int
+
 def adamw_slots(
     slots: torch.Tensor,
     grad: torch.Tensor,
@@ -185,3 +192,4 @@ def write_slots(
     workspace: torch.Tensor,
     stream: int,
 ) -> None: ...
+def write_slots_workspace(layers: int, tokens: int) -> int: ...

@@ -38,8 +38,8 @@ void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
 void glu_ffn_backward(const GluFfnBackwardParams&, Queue);
 void neuron_importance(const NeuronImportanceParams&, Queue);
 // Floats of workspace that they need.
-int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnWeights&);
-int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnWeights&);
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes&);
 int64_t neuron_importance_workspace(int64_t tokens, int64_t m);
 
 // "80, 90a": what this build was compiled for.

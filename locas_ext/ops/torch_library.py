@@ -43,7 +43,7 @@ def _saved_shapes(tokens: int, m: int, rank: int, backend: str) -> list[tuple[in
     if backend == "fused_cpu":
         return [cpu.saved_shape(tokens, m, rank), (0, 0), (0, 0)]
     if backend == "fused":
-        width = m + -(-rank // 8) * 8
+        width = cuda.saved_width(m, rank)
         return [(tokens, width), (tokens, width), (0, 0)]
     return [(tokens, m), (tokens, m), (tokens, 2 * rank)]
 

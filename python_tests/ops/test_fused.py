@@ -234,11 +234,11 @@ def test_the_binding_checks_its_arguments():
     call = lambda x=x, gate=gate, hidden=hidden: _C.glu_ffn_forward(
         x, gate, gate, down, None, None, None, *SlotViews.of(slots), hidden, None, None, torch.zeros_like(x), None, 0, 1.0, 0
     )
-    with pytest.raises(ValueError, match="glu_ffn_forward: x must be bfloat16 or float16"):
+    with pytest.raises(ValueError, match="glu_ffn_forward: x has dtype float32; expected bfloat16 or float16"):
         call(x=x.float())
     with pytest.raises(ValueError, match=r"glu_ffn_forward: gate has shape \[12, 8\]; expected \[m, d\], multiples of 8"):
         call(gate=gate[:12])
     with pytest.raises(ValueError, match=r"glu_ffn_forward: hidden has shape \[2, 16\]; expected \[2, 24\]"):
         call(hidden=torch.zeros(2, 16).bfloat16())
-    with pytest.raises(ValueError, match="glu_ffn_forward: gate must be contiguous in its last dimension"):
+    with pytest.raises(ValueError, match=r"glu_ffn_forward: gate has strides \[1, 16\]; expected a contiguous last dimension"):
         call(gate=torch.zeros(8, 16).bfloat16().t())

@@ -37,16 +37,11 @@ LOCAS_DEVICE void for_each_vector(int64_t rows, int64_t cols, F&& f) {
   }
 }
 
-template <class T>
-LOCAS_DEVICE T* element(const Rows& m, int64_t row, int64_t col) {
-  return static_cast<T*>(m.data) + row * m.stride + col;
-}
-
 // The vector of `up` that this thread owns; ones where there is no up.
 template <class T>
-LOCAS_DEVICE void load_up(const Rows& up, int64_t row, int64_t col, float (&to)[kVector], int count, bool aligned) {
+LOCAS_DEVICE void load_up(const Matrix& up, int64_t row, int64_t col, float (&to)[kVector], int count, bool aligned) {
   if (up.data) {
-    load_vector(element<const T>(up, row, col), to, count, aligned);
+    load_vector(up.at<const T>(row, col), to, count, aligned);
   } else {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) to[j] = 1.0f;
@@ -66,13 +61,13 @@ struct GluActivationForward {
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
     const GluActivationForwardParams& p = launch.glu;
-    for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
+    for_each_vector(p.gate.rows, p.gate.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], out[kVector];
-      load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
+      load_vector(p.gate.at<const T>(row, col), gate, count, launch.aligned);
       load_up<T>(p.up, row, col, up, count, launch.aligned);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) out[j] = p.scale * activate<act>(gate[j]).value * up[j];
-      store_vector(out, element<T>(p.out, row, col), count, launch.aligned);
+      store_vector(out, p.out.at<T>(row, col), count, launch.aligned);
     });
   }
 };
@@ -90,11 +85,11 @@ struct GluActivationBackward {
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
     const GluActivationBackwardParams& p = launch.glu;
-    for_each_vector(p.rows, p.cols, [&](int64_t row, int64_t col, int count) {
+    for_each_vector(p.gate.rows, p.gate.cols, [&](int64_t row, int64_t col, int count) {
       float gate[kVector], up[kVector], d_hidden[kVector], d_gate[kVector], d_up[kVector], hidden[kVector];
-      load_vector(element<const T>(p.gate, row, col), gate, count, launch.aligned);
+      load_vector(p.gate.at<const T>(row, col), gate, count, launch.aligned);
       load_up<T>(p.up, row, col, up, count, launch.aligned);
-      load_vector(element<const T>(p.d_hidden, row, col), d_hidden, count, launch.aligned);
+      load_vector(p.d_hidden.at<const T>(row, col), d_hidden, count, launch.aligned);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const ValueAndSlope a = activate<act>(gate[j]);
@@ -103,9 +98,9 @@ struct GluActivationBackward {
         d_up[j] = d * a.value;
         hidden[j] = p.scale * a.value * up[j];
       }
-      store_vector(d_gate, element<T>(p.d_gate, row, col), count, launch.aligned);
-      if (p.d_up.data) store_vector(d_up, element<T>(p.d_up, row, col), count, launch.aligned);
-      if (p.hidden.data) store_vector(hidden, element<T>(p.hidden, row, col), count, launch.aligned);
+      store_vector(d_gate, p.d_gate.at<T>(row, col), count, launch.aligned);
+      if (p.d_up.data) store_vector(d_up, p.d_up.at<T>(row, col), count, launch.aligned);
+      if (p.hidden.data) store_vector(hidden, p.hidden.at<T>(row, col), count, launch.aligned);
     });
   }
 };
@@ -126,20 +121,20 @@ struct NeuronImportanceOfProducts {
     const int column = ptx::lane_index(), row_lane = ptx::warp_index();
     const int64_t col = static_cast<int64_t>(ptx::block_index()) * kColumns + column;
     float sum = 0.0f;
-    if (col < p.cols) {
-      for (int64_t row = row_lane; row < p.rows; row += kRowLanes) {
-        const float gate = ptx::to_float(ptx::load(element<const T>(p.gate, row, col)));
-        const float up = ptx::to_float(ptx::load(element<const T>(p.up, row, col)));
+    if (col < p.gate.cols) {
+      for (int64_t row = row_lane; row < p.gate.rows; row += kRowLanes) {
+        const float gate = ptx::to_float(ptx::load(p.gate.at<const T>(row, col)));
+        const float up = ptx::to_float(ptx::load(p.up.at<const T>(row, col)));
         sum += fabsf(activate<act>(gate).value * up);
       }
     }
     ptx::store(&shared.partial[row_lane][column], sum);
     ptx::sync_threads();
-    if (row_lane == 0 && col < p.cols) {
+    if (row_lane == 0 && col < p.gate.cols) {
       float total = 0.0f;
 #pragma unroll
       for (int lane = 0; lane < kRowLanes; ++lane) total += ptx::load(&shared.partial[lane][column]);
-      ptx::store(p.importance + col, total / static_cast<float>(p.rows));
+      ptx::store(p.importance + col, total / static_cast<float>(p.gate.rows));
     }
   }
 };
@@ -156,7 +151,7 @@ void glu_activation_forward(const GluActivationForwardParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
     const bool aligned = is_aligned<T>(p.gate) && is_aligned<T>(p.up) && is_aligned<T>(p.out);
     with_activation(p.activation, [&]<Activation act>() {
-      launch<GluActivationForward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
+      launch<GluActivationForward<T, act>>(elementwise_grid(p.gate.rows, p.gate.cols, queue), 0, queue, {p, aligned});
     });
   });
 }
@@ -166,7 +161,7 @@ void glu_activation_backward(const GluActivationBackwardParams& p, Queue queue) 
     const bool aligned = is_aligned<T>(p.d_hidden) && is_aligned<T>(p.gate) && is_aligned<T>(p.up) &&
                          is_aligned<T>(p.d_gate) && is_aligned<T>(p.d_up) && is_aligned<T>(p.hidden);
     with_activation(p.activation, [&]<Activation act>() {
-      launch<GluActivationBackward<T, act>>(elementwise_grid(p.rows, p.cols, queue), 0, queue, {p, aligned});
+      launch<GluActivationBackward<T, act>>(elementwise_grid(p.gate.rows, p.gate.cols, queue), 0, queue, {p, aligned});
     });
   });
 }
@@ -175,7 +170,7 @@ void neuron_importance_of_products(const NeuronImportanceOfProductsParams& p, Qu
   with_type(p.dtype, [&]<class T>() {
     with_activation(p.activation, [&]<Activation act>() {
       using Kernel = NeuronImportanceOfProducts<T, act>;
-      launch<Kernel>((p.cols + kColumns - 1) / kColumns, sizeof(typename Kernel::Shared), queue, p);
+      launch<Kernel>((p.gate.cols + kColumns - 1) / kColumns, sizeof(typename Kernel::Shared), queue, p);
     });
   });
 }

@@ -31,18 +31,18 @@ struct UpdateSlots {
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
     if (p.finite.data && read(p.finite) == 0.0) return;
-    const int64_t first = static_cast<int64_t>(ptx::block_index()) * p.d;
+    const int64_t first = static_cast<int64_t>(ptx::block_index()) * p.slots.cols;
     const Rule rule(p, first);
-    float* slots = p.slots + first;
+    float* slots = static_cast<float*>(p.slots.data) + first;
     Float4 w[kVectors];
     Float4 grad[kVectors];
     typename Rule::States states[kVectors];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int64_t i = 4 * (ptx::thread_index() + static_cast<int64_t>(k) * kThreads);
-      if (i < p.d) {
+      if (i < p.slots.cols) {
         w[k] = load4(slots + i);
-        grad[k] = load4(p.grad + first + i);
+        grad[k] = load4(static_cast<const float*>(p.grad.data) + first + i);
         states[k] = rule.load(i);
       }
     }
@@ -50,18 +50,18 @@ struct UpdateSlots {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int64_t i = 4 * (ptx::thread_index() + static_cast<int64_t>(k) * kThreads);
-      if (i < p.d) {
+      if (i < p.slots.cols) {
         w[k] = rule.step(i, w[k], grad[k], states[k]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum_of_squares += w[k].at[j] * w[k].at[j];
       }
     }
     const float factor = p.clip ? clip_factor(block_sum(sum_of_squares, *reinterpret_cast<Shared*>(shared))) : 1.0f;
-    T* copy = p.compute ? static_cast<T*>(p.compute) + first : nullptr;
+    T* copy = p.compute.data ? static_cast<T*>(p.compute.data) + first : nullptr;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int64_t i = 4 * (ptx::thread_index() + static_cast<int64_t>(k) * kThreads);
-      if (i < p.d) {
+      if (i < p.slots.cols) {
         Elements<T, 4> rounded;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -83,19 +83,20 @@ struct UpdateSlotsAnyWidth {
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
     if (p.finite.data && read(p.finite) == 0.0) return;
-    const int64_t first = static_cast<int64_t>(ptx::block_index()) * p.d;
+    const int64_t first = static_cast<int64_t>(ptx::block_index()) * p.slots.cols;
     const Rule rule(p, first);
-    float* slots = p.slots + first;
-    T* copy = p.compute ? static_cast<T*>(p.compute) + first : nullptr;
+    float* slots = static_cast<float*>(p.slots.data) + first;
+    T* copy = p.compute.data ? static_cast<T*>(p.compute.data) + first : nullptr;
     float sum_of_squares = 0.0f;
-    for (int64_t i = ptx::thread_index(); i < p.d; i += kThreads) {
-      const float value = rule.step(i, ptx::load(slots + i), ptx::load(p.grad + first + i));
+    for (int64_t i = ptx::thread_index(); i < p.slots.cols; i += kThreads) {
+      const float value =
+          rule.step(i, ptx::load(slots + i), ptx::load(static_cast<const float*>(p.grad.data) + first + i));
       ptx::store(slots + i, value);
       sum_of_squares += value * value;
     }
     const float factor = p.clip ? clip_factor(block_sum(sum_of_squares, *reinterpret_cast<Shared*>(shared))) : 1.0f;
     if (factor == 1.0f && copy == nullptr) return;
-    for (int64_t i = ptx::thread_index(); i < p.d; i += kThreads) {
+    for (int64_t i = ptx::thread_index(); i < p.slots.cols; i += kThreads) {
       const float value = ptx::load(slots + i) * factor;
       if (factor != 1.0f) ptx::store(slots + i, value);
       if (copy) ptx::store(copy + i, ptx::from_float<T>(value));
@@ -104,16 +105,16 @@ struct UpdateSlotsAnyWidth {
 };
 
 template <class Rule>
-void update(const typename Rule::Params& p, std::initializer_list<const void*> pointers, Queue queue) {
-  bool vectors = p.d % 4 == 0;
-  for (const void* pointer : pointers) vectors = vectors && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  const int64_t per_thread = (p.d / 4 + kThreads - 1) / kThreads;
+void update(const typename Rule::Params& p, std::initializer_list<Matrix> matrices, Queue queue) {
+  bool vectors = p.slots.cols % 4 == 0;
+  for (const Matrix& m : matrices) vectors = vectors && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  const int64_t per_thread = (p.slots.cols / 4 + kThreads - 1) / kThreads;
   with_type(p.compute_dtype, [&]<class T>() {
-    if (vectors && per_thread <= 1) launch<UpdateSlots<T, Rule, 1>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 2) launch<UpdateSlots<T, Rule, 2>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 4) launch<UpdateSlots<T, Rule, 4>>(p.rows, sizeof(Shared), queue, p);
-    else if (vectors && per_thread <= 8) launch<UpdateSlots<T, Rule, 8>>(p.rows, sizeof(Shared), queue, p);
-    else launch<UpdateSlotsAnyWidth<T, Rule>>(p.rows, sizeof(Shared), queue, p);
+    if (vectors && per_thread <= 1) launch<UpdateSlots<T, Rule, 1>>(p.slots.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 2) launch<UpdateSlots<T, Rule, 2>>(p.slots.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 4) launch<UpdateSlots<T, Rule, 4>>(p.slots.rows, sizeof(Shared), queue, p);
+    else if (vectors && per_thread <= 8) launch<UpdateSlots<T, Rule, 8>>(p.slots.rows, sizeof(Shared), queue, p);
+    else launch<UpdateSlotsAnyWidth<T, Rule>>(p.slots.rows, sizeof(Shared), queue, p);
   });
 }
 

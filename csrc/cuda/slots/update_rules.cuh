@@ -34,8 +34,9 @@ struct AdamwSlots {
   float* __restrict__ exp_avg_sq;
 
   LOCAS_DEVICE AdamwSlots(const AdamwSlotsParams& p, int64_t first)
-      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))), exp_avg(p.exp_avg + first),
-        exp_avg_sq(p.exp_avg_sq + first) {}
+      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))),
+        exp_avg(static_cast<float*>(p.exp_avg.data) + first),
+        exp_avg_sq(static_cast<float*>(p.exp_avg_sq.data) + first) {}
 
   struct States {
     Float4 exp_avg, exp_avg_sq;
@@ -66,7 +67,8 @@ struct SgdSlots {
 
   LOCAS_DEVICE SgdSlots(const SgdSlotsParams& p, int64_t first)
       : learning_rate(static_cast<float>(read(p.learning_rate))), decay(1.0f - learning_rate * p.weight_decay),
-        momentum(p.momentum), buffer(p.momentum_buffer ? p.momentum_buffer + first : nullptr) {}
+        momentum(p.momentum),
+        buffer(p.momentum_buffer.data ? static_cast<float*>(p.momentum_buffer.data) + first : nullptr) {}
 
   struct States {
     Float4 buffer;

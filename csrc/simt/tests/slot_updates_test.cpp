@@ -89,14 +89,12 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
     simt::Buffer<int64_t> step("step", std::vector{options.step});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
     AdamwSlotsParams p = adamw_params(options, clip, step, learning_rate);
-    p.slots = slots.data();
-    p.grad = grad.data();
-    p.exp_avg = exp_avg.data();
-    p.exp_avg_sq = exp_avg_sq.data();
-    p.compute = with_copy ? compute.data() : nullptr;
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.grad = rows_of(grad, shape.rows, shape.d);
+    p.exp_avg = rows_of(exp_avg, shape.rows, shape.d);
+    p.exp_avg_sq = rows_of(exp_avg_sq, shape.rows, shape.d);
+    if (with_copy) p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<Copy>;
-    p.rows = shape.rows;
-    p.d = shape.d;
     cuda::adamw_slots(p, kQueue);
 
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
@@ -166,12 +164,10 @@ void check_sgd(const Shape& shape, double momentum) {
     simt::Buffer<Copy> compute("compute", count, shape.offset);
     simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
     SgdSlotsParams p{};
-    p.slots = slots.data();
-    p.grad = grad.data();
-    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
-    p.compute = compute.data();
-    p.rows = shape.rows;
-    p.d = shape.d;
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.grad = rows_of(grad, shape.rows, shape.d);
+    if (momentum != 0.0) p.momentum_buffer = rows_of(buffer, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<Copy>;
     p.learning_rate = {learning_rate.data(), DType::f32};
     p.momentum = static_cast<float>(momentum);
@@ -220,14 +216,13 @@ struct Factors {
   LayerFactors params(float scale) {
     LayerFactors p{};
     for (int64_t layer = 0; layer < s.layers; ++layer) {
-      const auto rows = [&](simt::Buffer<T>& buffer, int64_t width) {
-        return Rows{buffer.data() + layer * s.tokens * width, width};
+      const auto rows = [&](simt::Buffer<T>& buffer, int64_t cols, int64_t width) {
+        return Matrix{buffer.data() + layer * s.tokens * width, s.tokens, cols, width};
       };
-      p.layers[layer] = {rows(d_gate, stride), rows(d_key, stride), rows(hidden, stride), rows(x, s.d), rows(dy, s.d)};
+      p.layers[layer] = {rows(d_gate, s.r, stride), rows(d_key, s.r, stride), rows(hidden, s.r, stride),
+                         rows(x, s.d, s.d), rows(dy, s.d, s.d)};
     }
     p.count = static_cast<int>(s.layers);
-    p.tokens = s.tokens;
-    p.r = s.r;
     p.scale = scale;
     p.dtype = kDType<T>;
     return p;
@@ -280,13 +275,11 @@ void check_adamw_from_factors(const FactorShape& s, bool clip) {
     simt::Buffer<int64_t> step("step", std::vector{options.step}), finite("finite", std::vector<int64_t>{0});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
     AdamwSlotsParams p = adamw_params(options, clip, step, learning_rate);
-    p.slots = slots.data();
-    p.exp_avg = exp_avg.data();
-    p.exp_avg_sq = exp_avg_sq.data();
-    p.compute = compute.data();
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.exp_avg = rows_of(exp_avg, shape.rows, shape.d);
+    p.exp_avg_sq = rows_of(exp_avg_sq, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<T>;
-    p.rows = shape.rows;
-    p.d = s.d;
     p.finite = {finite.data(), DType::i64};
     cuda::adamw_slots_from_factors(p, factors.params(kGradientScale), kQueue);
     expect_equal("slots where the gradient is not finite", slots.values(), slots_before);
@@ -318,11 +311,9 @@ void check_sgd_from_factors(const FactorShape& s, double momentum) {
     simt::Buffer<T> compute("compute", count);
     simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
     SgdSlotsParams p{};
-    p.slots = slots.data();
-    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
-    p.compute = compute.data();
-    p.rows = shape.rows;
-    p.d = s.d;
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    if (momentum != 0.0) p.momentum_buffer = rows_of(buffer, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<T>;
     p.learning_rate = {learning_rate.data(), DType::f32};
     p.momentum = static_cast<float>(momentum);

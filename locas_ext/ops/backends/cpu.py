@@ -49,7 +49,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def saved_shape(tokens: int, m: int, rank: int) -> tuple[int, int, int]:
     """Of what the backward needs: gate and up, tokens in whole vectors of 16, neurons of host and memory."""
-    return 2, -(-tokens // 16) * 16, m + rank
+    return 2, -(-tokens // _C.CPU_TOKEN_MULTIPLE) * _C.CPU_TOKEN_MULTIPLE, m + rank
 
 
 def glu_ffn_forward(

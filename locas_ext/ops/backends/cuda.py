@@ -23,8 +23,9 @@ def obstacle(x: Tensor, d: int, m: int) -> str | None:
         return "this build has no CUDA kernels"
     if x.dtype not in DTYPES:
         return f"the fused kernels take bfloat16 and float16; this is {x.dtype}"
-    if d % 8 or m % 8:
-        return f"the fused kernels need sizes that are multiples of 8; here hidden_size is {d} and intermediate_size {m}"
+    if d % _C.PIECE_ELEMENTS or m % _C.PIECE_ELEMENTS:
+        sizes = f"hidden_size is {d} and intermediate_size {m}"
+        return f"the fused kernels need sizes that are multiples of {_C.PIECE_ELEMENTS}; here {sizes}"
     return None
 
 
@@ -59,6 +60,11 @@ def _workspace(x: Tensor, floats: int) -> Tensor | None:
     return torch.empty(floats, dtype=torch.float32, device=x.device) if floats else None
 
 
+def saved_width(m: int, rank: int) -> int:
+    """Columns of what the backward needs: the host's neurons, then the memory's, rounded up to whole pieces of 16 bytes."""
+    return m + -(-rank // _C.PIECE_ELEMENTS) * _C.PIECE_ELEMENTS
+
+
 def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
 ) -> tuple[Tensor, Saved | None]:
@@ -69,7 +75,7 @@ def glu_ffn_forward(
     x = _rows(x)
     tokens, d = x.shape
     m, rank = host.gate.shape[0], slots.value.shape[0]
-    hidden = x.new_empty(tokens, m + -(-rank // 8) * 8)
+    hidden = x.new_empty(tokens, saved_width(m, rank))
     gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
     y = x.new_empty(tokens, d)
     if tokens:

@@ -7,7 +7,7 @@ from locas_ext import _C
 from locas_ext.ops.types import SlotFactors, stream_of
 
 # What the update can form the slots' gradient from.
-MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = 64, 32, 8192
+MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = _C.MOST_FACTOR_TOKENS, _C.MOST_FACTOR_LAYERS, _C.MOST_FACTOR_WIDTH
 
 
 def update_slots_(
@@ -71,7 +71,7 @@ def write_slots_(
     """Closed-form slots of all layers and tokens, in place. -> the gradient norms [n] float32."""
     layers, n, _ = inputs.shape
     norms = torch.empty(n, dtype=torch.float32, device=slots.device)
-    workspace = torch.empty(2 * layers * n + 1, dtype=torch.float64, device=slots.device)
+    workspace = torch.empty(_C.write_slots_workspace(layers, n), dtype=torch.float64, device=slots.device)
     if gradient_norm is not None:
         gradient_norm = gradient_norm.contiguous()
     _C.write_slots(

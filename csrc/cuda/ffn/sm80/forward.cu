@@ -40,9 +40,10 @@ struct GluFfnHidden {
   };
 
   static Params params(const GluFfnForwardParams& ffn, float* importance) {
-    const auto host_tiles = static_cast<int>(divide_up(ffn.weights.m, kNeurons));
+    const auto host_tiles = static_cast<int>(divide_up(ffn.weights.m(), kNeurons));
     const auto memory_tiles = static_cast<int>(divide_up(ffn.weights.padded_r(), kNeurons));
-    return {ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)), host_tiles, host_tiles + memory_tiles, importance};
+    return {ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)), host_tiles, host_tiles + memory_tiles,
+            importance};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
@@ -53,13 +54,13 @@ struct GluFfnHidden {
     const bool memory = tile.n >= p.host_tiles_n;
     const int first_token = tile.m * Tile::kM;
     const int first_neuron = (memory ? tile.n - p.host_tiles_n : tile.n) * kNeurons;
-    const int64_t rows = memory ? w.r : w.m, columns = memory ? w.padded_r() : w.m;
-    const auto x = operand<T>(ffn.x, ffn.tokens, w.d);
-    const auto gate = operand<T>(memory ? w.memory_gate : w.gate, rows, w.d);
-    const auto up = operand<T>(memory ? w.memory_key : w.up, rows, w.d);
+    const int64_t rows = memory ? w.r() : w.m(), columns = memory ? w.padded_r() : w.m();
+    const auto x = operand<T>(ffn.x, ffn.tokens(), w.d());
+    const auto gate = operand<T>(memory ? w.memory_gate : w.gate, rows, w.d());
+    const auto up = operand<T>(memory ? w.memory_key : w.up, rows, w.d());
 
     Tile::product(
-        shared.tile, 0, static_cast<int>(divide_up(w.d, kBlockK)),
+        shared.tile, 0, static_cast<int>(divide_up(w.d(), kBlockK)),
         [&](int block, typename Tile::Stage& stage) {
           const int k = block * kBlockK;
           load_tile<T, Major::k, Tile::kM, threads>(stage.a, x, first_token, k);
@@ -68,13 +69,13 @@ struct GluFfnHidden {
         },
         [&](int, auto& sums, const auto& stage) { Tile::template multiply<Major::k, Major::k>(sums, stage); });
 
-    const int64_t before = memory ? w.m : 0;  // columns of the buffers in front of this tile's part
+    const int64_t before = memory ? w.m() : 0;  // columns of the buffers in front of this tile's part
     const float scale = memory ? ffn.scale : 1.0f;
     float magnitudes[kPiece] = {};
     with_activation(ffn.activation, [&]<Activation act>() {
       Tile::template for_each_piece<kNeurons>([&](int row, int col) {
         const int token = first_token + row, neuron = first_neuron + col;
-        if (token >= ffn.tokens || neuron >= columns) return;
+        if (token >= ffn.tokens() || neuron >= columns) return;
         float g[kPiece], u[kPiece], hidden[kPiece];
         load_piece(&shared.tile.sums[row][col], g);
         load_piece(&shared.tile.sums[row][kNeurons + col], u);
@@ -88,7 +89,7 @@ struct GluFfnHidden {
           hidden[i] = scale * activate<act>(g[i]).value * u[i];
           magnitudes[i] += hidden[i] < 0.0f ? -hidden[i] : hidden[i];
         }
-        const auto store = [&](const Rows& to, const float (&piece)[kPiece]) {
+        const auto store = [&](const Matrix& to, const float (&piece)[kPiece]) {
           if (to.data) store_piece(piece, static_cast<T*>(to.data) + token * to.stride + before + neuron);
         };
         store(ffn.gate, g);
@@ -96,7 +97,7 @@ struct GluFfnHidden {
         store(ffn.hidden, hidden);
       });
     });
-    if (p.importance) add_columns(shared, magnitudes, p.importance + tile.m * w.m, first_neuron, w.m);
+    if (p.importance) add_columns(shared, magnitudes, p.importance + tile.m * w.m(), first_neuron, w.m());
   }
 
  private:
@@ -142,12 +143,12 @@ struct GluFfnDown {
     const TileIndex tile = tile_index(ptx::block_index() / p.splits, p.tiles_m, p.tiles_n);
     const int first_token = tile.m * Tile::kM;
     const int first_col = tile.n * Tile::kN;
-    const auto host_hidden = operand<T>(ffn.hidden, ffn.tokens, w.m);
-    const auto memory_hidden = operand<T>(ffn.hidden, ffn.tokens, w.padded_r(), w.m);
-    const auto down = operand<T>(w.down, w.d, w.m);
-    const auto value = operand<T>(w.memory_value, w.r, w.d);
-    const int host_blocks = static_cast<int>(divide_up(w.m, kBlockK));
-    const int blocks = host_blocks + static_cast<int>(divide_up(w.r, kBlockK));
+    const auto host_hidden = operand<T>(ffn.hidden, ffn.tokens(), w.m());
+    const auto memory_hidden = operand<T>(ffn.hidden, ffn.tokens(), w.padded_r(), w.m());
+    const auto down = operand<T>(w.down, w.d(), w.m());
+    const auto value = operand<T>(w.memory_value, w.r(), w.d());
+    const int host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
+    const int blocks = host_blocks + static_cast<int>(divide_up(w.r(), kBlockK));
     const int first = static_cast<int>(static_cast<int64_t>(blocks) * split / p.splits);
     const int last = static_cast<int>(static_cast<int64_t>(blocks) * (split + 1) / p.splits);
 
@@ -171,11 +172,11 @@ struct GluFfnDown {
 
     Tile::template for_each_piece<Tile::kN>([&](int row, int col) {
       const int token = first_token + row, channel = first_col + col;
-      if (token >= ffn.tokens || channel >= w.d) return;
+      if (token >= ffn.tokens() || channel >= w.d()) return;
       float sum[kPiece];
       load_piece(&shared.sums[row][col], sum);
       if (p.splits > 1) {
-        store_piece(sum, ffn.workspace + (split * ffn.tokens + token) * w.d + channel);
+        store_piece(sum, ffn.workspace + (split * ffn.tokens() + token) * w.d() + channel);
         return;
       }
       if (w.down_bias) {
@@ -191,9 +192,9 @@ struct GluFfnDown {
 
 // The mean over all tokens from the column sums of the tiles, added in their order.
 struct MeanParams {
-  const float* sums;  // [tiles, m]
-  float* mean;        // [m] out
-  int64_t tiles, m, tokens;
+  Matrix sums;  // float32 [tiles, m]
+  float* mean;  // [m] out
+  int64_t tokens;
 };
 
 struct NeuronImportanceMean {
@@ -203,9 +204,9 @@ struct NeuronImportanceMean {
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
     const int64_t neuron = static_cast<int64_t>(ptx::block_index()) * threads + ptx::thread_index();
-    if (neuron >= p.m) return;
+    if (neuron >= p.sums.cols) return;
     float sum = 0.0f;
-    for (int64_t tile = 0; tile < p.tiles; ++tile) sum += ptx::load(p.sums + tile * p.m + neuron);
+    for (int64_t tile = 0; tile < p.sums.rows; ++tile) sum += ptx::load(p.sums.at<const float>(tile, neuron));
     ptx::store(p.mean + neuron, sum / static_cast<float>(p.tokens));
   }
 };
@@ -226,44 +227,44 @@ void hidden_tiles(const GluFfnForwardParams& ffn, float* importance, Queue queue
 template <class Tile>
 void down_tiles(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using Kernel = GluFfnDown<Tile>;
-  const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)),
-                                  static_cast<int>(divide_up(ffn.weights.d, Tile::kN)), splits};
+  const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)),
+                                  static_cast<int>(divide_up(ffn.weights.d(), Tile::kN)), splits};
   launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p);
 }
 
-int down_splits(TileKind kind, int64_t tokens, const FfnWeights& w) {
-  return split_count(kind, tokens, w.d, w.m + w.padded_r());
+int down_splits(TileKind kind, int64_t tokens, const FfnSizes& sizes) {
+  return split_count(kind, tokens, sizes.d, sizes.m + sizes.padded_r());
 }
 
 constexpr int kImportanceRows = 64;  // the small tile's: importance is asked for once a memory
 
 }  // namespace
 
-int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnWeights& w) {
-  const int splits = down_splits(forward_kind(tokens, w.d, kMostSplits), tokens, w);
-  return splits > 1 ? splits * tokens * w.d : 0;
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int splits = down_splits(forward_kind(tokens, sizes.d, kMostSplits), tokens, sizes);
+  return splits > 1 ? splits * tokens * sizes.d : 0;
 }
 
 void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(forward_kind(p.tokens, 2 * (w.m + w.padded_r())), [&]<class Tile>() {
+    with_tile<T>(forward_kind(p.tokens(), 2 * (w.m() + w.padded_r())), [&]<class Tile>() {
       if constexpr (Tile::kM > 16) hidden_tiles<Tile>(p, nullptr, queue);
     });
-    const TileKind kind = forward_kind(p.tokens, w.d, kMostSplits);
-    const int splits = down_splits(kind, p.tokens, w);
+    const TileKind kind = forward_kind(p.tokens(), w.d(), kMostSplits);
+    const int splits = down_splits(kind, p.tokens(), w.sizes());
     with_tile<T>(kind, [&]<class Tile>() {
       if constexpr (Tile::kM > 16) down_tiles<Tile>(p, splits, queue);
     });
     if (splits > 1) {
-      const SliceParams slices{p.workspace, splits, w.down_bias, p.y, p.tokens, w.d};
+      const SliceParams slices{p.workspace, splits, w.down_bias, p.y};
       launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
     }
   });
 }
 
 void glu_ffn_forward(const GluFfnForwardParams& p, Queue queue) {
-  if (p.tokens <= kMostDecodeTokens) glu_ffn_forward_decode(p, queue);
+  if (p.tokens() <= kMostDecodeTokens) glu_ffn_forward_decode(p, queue);
   else glu_ffn_forward_tiles(p, queue);
 }
 
@@ -273,7 +274,6 @@ void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
   GluFfnForwardParams ffn{};  // hidden, gate and up stay null: nothing of [tokens, m] is written
   ffn.weights = p.weights;
   ffn.x = p.x;
-  ffn.tokens = p.tokens;
   ffn.scale = 1.0f;
   ffn.activation = p.activation;
   ffn.dtype = p.dtype;
@@ -281,8 +281,9 @@ void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
     static_assert(SmallTile<T>::kM == kImportanceRows);
     hidden_tiles<SmallTile<T>>(ffn, p.workspace, queue);
   });
-  const MeanParams mean{p.workspace, p.importance, divide_up(p.tokens, kImportanceRows), p.weights.m, p.tokens};
-  launch<NeuronImportanceMean>(divide_up(mean.m, NeuronImportanceMean::threads), 0, queue, mean);
+  const int64_t m = p.weights.m();
+  const MeanParams mean{{p.workspace, divide_up(p.tokens(), kImportanceRows), m, m}, p.importance, p.tokens()};
+  launch<NeuronImportanceMean>(divide_up(m, NeuronImportanceMean::threads), 0, queue, mean);
 }
 
 }  // namespace locas::cuda

@@ -36,7 +36,7 @@ struct Operand {
 };
 
 template <class T>
-LOCAS_DEVICE Operand<T> operand(const Rows& matrix, int64_t rows, int64_t cols, int64_t first_col = 0) {
+LOCAS_DEVICE Operand<T> operand(const Matrix& matrix, int64_t rows, int64_t cols, int64_t first_col = 0) {
   return {static_cast<const T*>(matrix.data) + first_col, matrix.stride, static_cast<int>(rows),
           static_cast<int>(cols)};
 }
