@@ -13,8 +13,11 @@
 namespace locas {
 namespace {
 
+// Errors bear the name of the public op, which leaves these checks to its kernels.
+constexpr const char *kAdamwOp = "update_slots_", *kSgdOp = "sgd_slots_";
+
 DeviceScalar scalar(const Checker& check, const Argument& a) {
-  if (a.tensor.numel() != 1) check.fail_shape(a, "a single element");
+  if (a.tensor.numel() != 1) check.fail_shape(a, "a 0-d tensor");
   check.has_dtype(a, {DType::f32, DType::f64, DType::i64});
   check.is_beside_like(a);
   return {a.tensor.data, a.tensor.dtype};
@@ -70,7 +73,7 @@ void adamw_slots(const TensorRef& slots, const TensorRef& grad, const TensorRef&
                  const TensorRef& step, const TensorRef& learning_rate, double beta1, double beta2, float eps,
                  float weight_decay, bool clip, const MaybeTensor& compute, const MaybeTensor& finite,
                  uintptr_t stream) {
-  const Checker check = slots_checker("adamw_slots", slots);
+  const Checker check = slots_checker(kAdamwOp, slots);
   AdamwSlotsParams p = adamw_params(check, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
                                     weight_decay, clip, compute, finite);
   p.grad = check.rows<float>({"grad", grad}, {"slots", slots});
@@ -80,7 +83,7 @@ void adamw_slots(const TensorRef& slots, const TensorRef& grad, const TensorRef&
 void sgd_slots(const TensorRef& slots, const TensorRef& grad, const MaybeTensor& momentum_buffer,
                const TensorRef& learning_rate, float momentum, float weight_decay, bool clip,
                const MaybeTensor& compute, const MaybeTensor& finite, uintptr_t stream) {
-  const Checker check = slots_checker("sgd_slots", slots);
+  const Checker check = slots_checker(kSgdOp, slots);
   SgdSlotsParams p =
       sgd_params(check, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   p.grad = check.rows<float>({"grad", grad}, {"slots", slots});
@@ -133,10 +136,9 @@ void adamw_slots_from_factors(const TensorRef& slots, const TensorRef& exp_avg, 
                               float eps, float weight_decay, bool clip, const TensorRef& compute,
                               const MaybeTensor& finite, const FactorTensors& factors, float factor_scale,
                               uintptr_t stream) {
-  constexpr const char* op = "adamw_slots_from_factors";
-  const AdamwSlotsParams p = adamw_params(slots_checker(op, slots), slots, exp_avg, exp_avg_sq, step, learning_rate,
-                                          beta1, beta2, eps, weight_decay, clip, compute, finite);
-  const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
+  const AdamwSlotsParams p = adamw_params(slots_checker(kAdamwOp, slots), slots, exp_avg, exp_avg_sq, step,
+                                          learning_rate, beta1, beta2, eps, weight_decay, clip, compute, finite);
+  const LayerFactors layers = layer_factors(kAdamwOp, factors, factor_scale, compute, slots);
   LOCAS_LAUNCH_CUDA(adamw_slots_from_factors, slots, stream, p, layers);
 }
 
@@ -144,10 +146,9 @@ void sgd_slots_from_factors(const TensorRef& slots, const MaybeTensor& momentum_
                             float momentum, float weight_decay, bool clip, const TensorRef& compute,
                             const MaybeTensor& finite, const FactorTensors& factors, float factor_scale,
                             uintptr_t stream) {
-  constexpr const char* op = "sgd_slots_from_factors";
-  const SgdSlotsParams p = sgd_params(slots_checker(op, slots), slots, momentum_buffer, learning_rate, momentum,
+  const SgdSlotsParams p = sgd_params(slots_checker(kSgdOp, slots), slots, momentum_buffer, learning_rate, momentum,
                                       weight_decay, clip, compute, finite);
-  const LayerFactors layers = layer_factors(op, factors, factor_scale, compute, slots);
+  const LayerFactors layers = layer_factors(kSgdOp, factors, factor_scale, compute, slots);
   LOCAS_LAUNCH_CUDA(sgd_slots_from_factors, slots, stream, p, layers);
 }
 

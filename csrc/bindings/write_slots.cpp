@@ -15,7 +15,7 @@ int64_t write_slots_workspace(int64_t layers, int64_t tokens) {
 void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs, const TensorRef& gradients,
                  double epsilon, const MaybeTensor& compute, const MaybeTensor& gradient_norm, const TensorRef& norms,
                  const TensorRef& workspace, uintptr_t stream) {
-  constexpr const char* op = "write_slots";
+  constexpr const char* op = "write_slots_";  // the public op, which leaves these checks to its kernels
   const Checker check = slots_checker(op, slots);
   if (slots.ndim != 4 || slots.shape[1] != 2) check.fail_shape({"slots", slots}, "[layers, 2, capacity, d]");
   WriteSlotsParams p{};

@@ -42,8 +42,8 @@ struct SgdSlotsParams {
   DeviceScalar finite = {nullptr, DType::f32};  // data may be null
 };
 
-// Closed-form slots, one per token and layer: key = A / ||A||, value = epsilon * G / ||G|| with ||G|| over all layers of
-// the token. Nothing is written unless all inputs, gradients and norms are finite. All matrices are contiguous.
+// Closed-form slots, one per token and layer: key = A / ||A||, value = epsilon * G / ||G|| with ||G|| over all layers
+// of the token. Nothing is written unless all inputs, gradients and norms are finite. All matrices are contiguous.
 struct WriteSlotsParams {
   Matrix inputs, gradients;     // A, G: [layers * tokens, d]
   Matrix slots;                 // float32 master [layers * 2 * capacity, d]: of each `capacity` rows those of

@@ -204,8 +204,8 @@ struct Forward {
   }
 };
 
-// scale * act(gate) * up of two neighbouring neurons (one in float32) and 16 tokens: from the sums at column t of a panel
-// to a word of `hidden`, and to `saved` where these neurons are saved.
+// scale * act(gate) * up of two neighbouring neurons (one in float32) and 16 tokens: from the sums at column t of a
+// panel to a word of `hidden`, and to `saved` where these neurons are saved.
 template <class T, Activation act>
 void activate_word(const Forward<T>& f, const Neurons& n, int64_t i, int64_t token, int width, int t,
                    const float* gate_sums, const float* up_sums, uint32_t* to) {
@@ -305,8 +305,8 @@ struct Backward {
   }
 };
 
-// The gradients of gate and up of two neighbouring neurons (one in float32) and 16 tokens, from that of hidden: to a word
-// of `d_gate` and one of `d_up`, and for the memory's neurons to `rows` at `column`, with hidden once more.
+// The gradients of gate and up of two neighbouring neurons (one in float32) and 16 tokens, from that of hidden: to a
+// word of `d_gate` and one of `d_up`, and for the memory's neurons to `rows` at `column`, with hidden once more.
 template <class T, Activation act>
 void activate_word_backward(const Backward<T>& b, const Neurons& n, int64_t i, int64_t token, int width, int t,
                             const float* d_hidden_sums, int64_t column, uint32_t* gate_to, uint32_t* up_to) {
@@ -368,8 +368,8 @@ void dx_block(const Backward<T>& b, const Chunk& c, int64_t block, const Scratch
   store_tokens<T>(scratch, row, rows, nullptr, b.p.dx, c);
 }
 
-// 48 columns of the slots' gradient, which are added to: those of gate and key rows, with x, or those of value rows, with
-// dy. Tokens are k, and `panel` holds the columns [words of the chunk's tokens][48].
+// 48 columns of the slots' gradient, which are added to: those of gate and key rows, with x, or those of value rows,
+// with dy. Tokens are k, and `panel` holds the columns [words of the chunk's tokens][48].
 template <class T>
 void slots_grad_columns(const Backward<T>& b, const Chunk& c, int64_t column, bool values, uint32_t* panel,
                         const Scratch& scratch) {

@@ -13,9 +13,9 @@ DRAWN = random.Random()
 ROWS, COLS = DRAWN.randint(2, 9), DRAWN.randint(3, 9)
 
 
-def refused(text, function, *arguments):
-    """The call is a ValueError that says exactly this behind the function's name."""
-    with pytest.raises(ValueError, match=rf"^{re.escape(f'{function.__name__}: {text}')}$"):
+def refused(text, function, *arguments, op=None):
+    """The call is a ValueError that says exactly this behind the function's name, or the op's."""
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{op or function.__name__}: {text}')}$"):
         function(*arguments)
 
 
@@ -86,7 +86,7 @@ def test_a_dtype_of_its_own_is_named():
         ("exp_avg", matrix(torch.bfloat16), "exp_avg has dtype bfloat16; expected float32"),
         ("exp_avg_sq", transposed(), f"has shape [{ROWS}, {COLS}] and strides [1, {ROWS}]; expected a contiguous tensor"),
         ("compute", matrix(torch.float64), "compute has dtype float64; expected float32, bfloat16 or float16"),
-        ("step", torch.ones(2), "step has shape [2]; expected a single element"),
+        ("step", torch.ones(2), "step has shape [2]; expected a 0-d tensor"),
         ("finite", torch.ones((), dtype=torch.bfloat16), "finite has dtype bfloat16; expected float32, float64 or int64"),
     ],
 )
@@ -96,7 +96,7 @@ def test_of_the_update(name, value, text):
         **{"step": torch.ones(()), "learning_rate": torch.ones(()), "compute": None, "finite": None, "stream": 0},
         **{"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip": True},
     }
-    with pytest.raises(ValueError, match=rf"^adamw_slots: .*{re.escape(text)}$"):
+    with pytest.raises(ValueError, match=rf"^update_slots_: .*{re.escape(text)}$"):
         _C.adamw_slots(**{**arguments, name: value})
 
 
@@ -108,15 +108,18 @@ def test_of_writing():
     def write(start=0, inputs=inputs, gradients=inputs, norms=norms, workspace=workspace):
         return slots, start, inputs, gradients, 1e-2, None, None, norms, workspace, 0
 
+    def refuses(text, **arguments):
+        refused(text, _C.write_slots, *write(**arguments), op="write_slots_")
+
     room = f"start is 3; expected at least 0, and room for {tokens} tokens in the capacity of {capacity}"
-    refused(room, _C.write_slots, *write(start=3))
-    refused("start is -1" + room[len("start is 3") :], _C.write_slots, *write(start=-1))
+    refuses(room, start=3)
+    refuses("start is -1" + room[len("start is 3") :], start=-1)
     half = inputs.half()
-    refused("gradients has dtype float16; expected float32, the dtype of inputs", _C.write_slots, *write(gradients=half))
-    refused(f"inputs has shape [2, 3]; expected [2, tokens, {COLS}]", _C.write_slots, *write(inputs=torch.zeros(2, 3)))
-    refused("norms has shape [4]; expected [3]", _C.write_slots, *write(norms=torch.zeros(4)))
+    refuses("gradients has dtype float16; expected float32, the dtype of inputs", gradients=half)
+    refuses(f"inputs has shape [2, 3]; expected [2, tokens, {COLS}]", inputs=torch.zeros(2, 3))
+    refuses("norms has shape [4]; expected [3]", norms=torch.zeros(4))
     size = len(workspace)
-    refused(f"workspace has shape [1]; expected [{size}]", _C.write_slots, *write(workspace=workspace[:1].clone()))
+    refuses(f"workspace has shape [1]; expected [{size}]", workspace=workspace[:1].clone())
 
 
 # ---- what both sides must agree on -------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ def factors_call(layers, tokens, width):
     ],
 )
 def test_the_limits_of_factors_are_those_exported(layers, tokens, width, text):
-    with pytest.raises(ValueError, match=rf"^sgd_slots_from_factors: .*{re.escape(text)}$"):
+    with pytest.raises(ValueError, match=rf"^sgd_slots_: .*{re.escape(text)}$"):
         _C.sgd_slots_from_factors(*factors_call(layers, tokens, width))
 
 
