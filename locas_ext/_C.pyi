@@ -3,7 +3,14 @@
 import collections.abc
 import torch
 
-def adamw(
+ACTIVATIONS: tuple[str, str, str, str]
+CPU_TOKEN_MULTIPLE: int
+MOST_FACTOR_LAYERS: int
+MOST_FACTOR_TOKENS: int
+MOST_FACTOR_WIDTH: int
+PIECE_ELEMENTS: int
+
+def adamw_slots(
     slots: torch.Tensor,
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
@@ -19,7 +26,7 @@ def adamw(
     finite: torch.Tensor | None,
     stream: int,
 ) -> None: ...
-def adamw_from_factors(
+def adamw_slots_from_factors(
     slots: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
@@ -37,7 +44,7 @@ def adamw_from_factors(
     stream: int,
 ) -> None: ...
 def build_info() -> dict: ...
-def cpu_ffn_backward(
+def cpu_glu_ffn_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     saved: torch.Tensor,
@@ -51,7 +58,7 @@ def cpu_ffn_backward(
     activation: int,
     scale: float,
 ) -> None: ...
-def cpu_ffn_forward(
+def cpu_glu_ffn_forward(
     x: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -66,10 +73,21 @@ def cpu_ffn_forward(
     activation: int,
     scale: float,
 ) -> None: ...
-def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, d_logits: torch.Tensor | None, stream: int
+def glu_activation_backward(
+    d_hidden: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    d_gate: torch.Tensor,
+    d_up: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    activation: int,
+    scale: float,
+    stream: int,
 ) -> None: ...
-def ffn_backward(
+def glu_activation_forward(
+    gate: torch.Tensor, up: torch.Tensor | None, out: torch.Tensor, activation: int, scale: float, stream: int
+) -> None: ...
+def glu_ffn_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -92,8 +110,8 @@ def ffn_backward(
     scale: float,
     stream: int,
 ) -> None: ...
-def ffn_backward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
-def ffn_forward(
+def glu_ffn_backward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
+def glu_ffn_forward(
     x: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -112,22 +130,7 @@ def ffn_forward(
     scale: float,
     stream: int,
 ) -> None: ...
-def ffn_forward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
-def glu_backward(
-    d_hidden: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor | None,
-    d_gate: torch.Tensor,
-    d_up: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-    activation: int,
-    scale: float,
-    stream: int,
-) -> None: ...
-def glu_forward(
-    gate: torch.Tensor, up: torch.Tensor | None, out: torch.Tensor, activation: int, scale: float, stream: int
-) -> None: ...
-def importance(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: int, stream: int) -> None: ...
+def glu_ffn_forward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
 def neuron_importance(
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -139,6 +142,9 @@ def neuron_importance(
     activation: int,
     stream: int,
 ) -> None: ...
+def neuron_importance_of_products(
+    gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: int, stream: int
+) -> None: ...
 def neuron_importance_workspace(tokens: int, m: int) -> int: ...
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, inverse_rms: torch.Tensor | None, eps: float
@@ -146,7 +152,7 @@ def rms_norm(
 def rms_norm_backward(
     d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, dx: torch.Tensor
 ) -> None: ...
-def sgd(
+def sgd_slots(
     slots: torch.Tensor,
     grad: torch.Tensor,
     momentum_buffer: torch.Tensor | None,
@@ -158,7 +164,7 @@ def sgd(
     finite: torch.Tensor | None,
     stream: int,
 ) -> None: ...
-def sgd_from_factors(
+def sgd_slots_from_factors(
     slots: torch.Tensor,
     momentum_buffer: torch.Tensor | None,
     learning_rate: torch.Tensor,
@@ -170,6 +176,9 @@ def sgd_from_factors(
     factors: collections.abc.Sequence[collections.abc.Sequence[torch.Tensor]],
     factor_scale: float,
     stream: int,
+) -> None: ...
+def token_nll(
+    logits: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, d_logits: torch.Tensor | None, stream: int
 ) -> None: ...
 def write_slots(
     slots: torch.Tensor,
@@ -183,3 +192,4 @@ def write_slots(
     workspace: torch.Tensor,
     stream: int,
 ) -> None: ...
+def write_slots_workspace(layers: int, tokens: int) -> int: ...

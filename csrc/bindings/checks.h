@@ -1,15 +1,20 @@
-// Checks of one argument each: they name the op, the argument, what is wrong with it and what is expected, and throw
-// ValueError.
+// What a tensor argument must be, said in one way: a ValueError names the op, the argument, its value and what was
+// expected.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "bindings/tensor_ref.h"
+#include "common/activations.h"
 #include "common/types.h"
 
 namespace locas {
@@ -17,62 +22,151 @@ namespace locas {
 namespace py = pybind11;
 using MaybeTensor = std::optional<TensorRef>;
 
-struct Named {
+struct Argument {
   const char* name;
   const TensorRef& tensor;
 };
 
-[[noreturn]] inline void fail(const char* op, const Named& t, const std::string& problem) {
-  throw py::value_error(std::string(op) + ": " + t.name + " " + problem);
-}
+// The checks of one call of an op, in which one tensor, `like`, gives the others dtype and device.
+//
+// A pointer's type says which dtype is expected: float, double and int64_t their own, void that of `like`.
+class Checker {
+ public:
+  Checker(const char* op, const Argument& like) : op_(op), like_(like) {}
 
-// A [rows, cols] matrix with a contiguous last dimension that matches `like` in shape, dtype and device.
-inline Rows matrix(const char* op, const Named& t, const TensorRef& like) {
-  if (t.tensor.ndim != 2) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected [rows, cols]");
-  if (!t.tensor.same_shape(like)) fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + like.shape_text());
-  if (t.tensor.dtype != like.dtype) fail(op, t, "has another dtype than gate");
-  if (t.tensor.device != like.device) fail(op, t, "lies on another device than gate");
-  if (t.tensor.dtype == DType::f64 || t.tensor.dtype == DType::i64)
-    fail(op, t, "has a dtype that the kernels do not take; expected float32, bfloat16 or float16");
-  if (t.tensor.shape[1] > 1 && t.tensor.stride[1] != 1) fail(op, t, "must be contiguous in its last dimension");
-  return {t.tensor.data, t.tensor.stride[0]};
-}
+  [[noreturn]] void fail(const char* argument, const std::string& problem) const {
+    throw py::value_error(std::string(op_) + ": " + argument + " " + problem);
+  }
+  [[noreturn]] void fail_shape(const Argument& a, const std::string& expected) const {
+    fail(a.name, "has shape " + a.tensor.shape_text() + "; expected " + expected);
+  }
 
-inline Rows matrix_or_null(const char* op, const char* name, const MaybeTensor& t, const TensorRef& like) {
-  return t ? matrix(op, {name, *t}, like) : Rows{nullptr, 0};
-}
+  void like_has_dtype(std::initializer_list<DType> accepted) const { has_dtype(like_, accepted); }
+  void like_is_on_cpu() const {
+    if (like_.tensor.device >= 0) fail(like_.name, "lies on " + like_.tensor.device_text() + "; expected cpu");
+  }
 
-inline Activation activation_of(const char* op, int index) {
-  if (index < 0 || index > static_cast<int>(Activation::relu))
-    throw py::value_error(std::string(op) + ": unknown activation index " + std::to_string(index));
-  return static_cast<Activation>(index);
-}
+  void has_dtype(const Argument& a, std::initializer_list<DType> accepted) const {
+    std::string names;  // "float32, bfloat16 or float16"
+    for (const DType& dtype : accepted) {
+      if (a.tensor.dtype == dtype) return;
+      const bool last = &dtype + 1 == accepted.end();
+      names += std::string(names.empty() ? "" : last ? " or " : ", ") + dtype_name(dtype);
+    }
+    fail(a.name, std::string("has dtype ") + dtype_name(a.tensor.dtype) + "; expected " + names);
+  }
 
-// A [rows, cols] half-precision matrix that the fused kernels can read in 16-byte pieces, of x's dtype and device.
-inline Rows pieces(const char* op, const Named& t, int64_t rows, int64_t cols, const TensorRef& x) {
-  if (t.tensor.ndim != 2 || t.tensor.shape[0] != rows || t.tensor.shape[1] != cols)
-    fail(op, t,
-         "has shape " + t.tensor.shape_text() + "; expected [" + std::to_string(rows) + ", " + std::to_string(cols) +
-             "]");
-  if (t.tensor.dtype != x.dtype) fail(op, t, "has another dtype than x");
-  if (t.tensor.device != x.device) fail(op, t, "lies on another device than x");
-  const int64_t stride = rows > 1 ? t.tensor.stride[0] : cols;
-  if (t.tensor.stride[1] != 1 || stride % 8 != 0 || reinterpret_cast<uintptr_t>(t.tensor.data) % 16 != 0)
-    fail(op, t, "must be contiguous in its last dimension, with rows that begin at multiples of 16 bytes");
-  return {t.tensor.data, stride};
-}
+  void is_beside_like(const Argument& a) const {
+    const TensorRef &t = a.tensor, &like = like_.tensor;
+    if (t.device != like.device)
+      fail(a.name,
+           "lies on " + t.device_text() + "; expected " + like.device_text() + ", where " + like_.name + " lies");
+  }
 
-inline Rows pieces_or_null(const char* op, const char* name, const MaybeTensor& t, int64_t rows, int64_t cols,
-                           const TensorRef& x) {
-  return t ? pieces(op, {name, *t}, rows, cols, x) : Rows{nullptr, 0};
-}
+  // [rows, cols] of like's dtype and device, each row contiguous.
+  Matrix matrix(const Argument& a, int64_t rows, int64_t cols) const {
+    const TensorRef& t = a.tensor;
+    has_shape(a, {rows, cols});
+    has_type<void>(a);
+    is_beside_like(a);
+    if (cols > 1 && t.stride[1] != 1)
+      fail(a.name, "has strides " + t.stride_text() + "; expected a contiguous last dimension, a stride of 1");
+    return {t.data, rows, cols, t.stride[0]};
+  }
+  // The same, of which every row can be read in pieces of 16 bytes.
+  Matrix pieces(const Argument& a, int64_t rows, int64_t cols) const {
+    Matrix m = matrix(a, rows, cols);
+    if (rows <= 1) m = {m.data, rows, cols, cols};  // the stride of a single row is anything
+    const int64_t bytes = m.stride * a.tensor.element_size();
+    if (rows * cols > 0 && (bytes % 16 != 0 || !begins_a_piece(a.tensor)))
+      fail(a.name, "has rows of " + std::to_string(bytes) + " bytes from " + a.tensor.address_text() +
+                       " on; expected rows that begin at multiples of 16 bytes");
+    return m;
+  }
 
-// A contiguous vector of `size` elements on the CPU.
-inline void* cpu_vector(const char* op, const Named& t, int64_t size, DType dtype) {
-  if (t.tensor.ndim != 1 || t.tensor.shape[0] != size || t.tensor.dtype != dtype || !t.tensor.contiguous() ||
-      t.tensor.device >= 0)
-    fail(op, t, "must be a contiguous vector of " + std::to_string(size) + " elements on the CPU, of the right dtype");
-  return t.tensor.data;
-}
+  // A contiguous tensor of this shape on like's device.
+  template <class T>
+  T* contiguous(const Argument& a, std::initializer_list<int64_t> shape) const {
+    has_shape(a, shape);
+    has_type<T>(a);
+    is_beside_like(a);
+    is_contiguous(a);
+    return static_cast<T*>(a.tensor.data);
+  }
+  template <class T>
+  T* vector(const Argument& a, int64_t size) const {
+    return contiguous<T>(a, {size});
+  }
+  // A contiguous tensor of another one's shape on like's device, as the rows of its last dimension.
+  Matrix rows_of_any_dtype(const Argument& a, const Argument& shape) const {
+    if (!a.tensor.same_shape(shape.tensor)) fail_shape(a, shape.tensor.shape_text() + ", the shape of " + shape.name);
+    is_beside_like(a);
+    is_contiguous(a);
+    return a.tensor.as_rows();
+  }
+  template <class T>
+  Matrix rows(const Argument& a, const Argument& shape) const {
+    has_type<T>(a);
+    return rows_of_any_dtype(a, shape);
+  }
+
+  // What may be None: the same, or null.
+  Matrix matrix_or_null(const char* name, const MaybeTensor& t, int64_t rows, int64_t cols) const {
+    return t ? matrix({name, *t}, rows, cols) : Matrix{};
+  }
+  Matrix pieces_or_null(const char* name, const MaybeTensor& t, int64_t rows, int64_t cols) const {
+    return t ? pieces({name, *t}, rows, cols) : Matrix{};
+  }
+  template <class T>
+  T* vector_or_null(const char* name, const MaybeTensor& t, int64_t size) const {
+    return t ? vector<T>({name, *t}, size) : nullptr;
+  }
+  // A kernel's scratch memory; None will do where it needs none.
+  float* workspace(const MaybeTensor& t, int64_t floats) const {
+    if (floats == 0) return nullptr;
+    if (!t) fail("workspace", "is None; expected a tensor of " + std::to_string(floats) + " float32");
+    return vector<float>({"workspace", *t}, floats);
+  }
+
+  void begins_at_a_piece(const Argument& a) const {
+    if (!begins_a_piece(a.tensor))
+      fail(a.name, "begins at " + a.tensor.address_text() + "; expected a multiple of 16 bytes");
+  }
+
+  Activation activation(int index) const {
+    constexpr int count = std::size(kActivationNames);
+    if (index < 0 || index >= count)
+      fail("activation", "is " + std::to_string(index) + "; expected 0 to " + std::to_string(count - 1));
+    return static_cast<Activation>(index);
+  }
+
+ private:
+  static bool begins_a_piece(const TensorRef& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; }
+
+  void has_shape(const Argument& a, std::initializer_list<int64_t> shape) const {
+    const TensorRef& t = a.tensor;
+    if (t.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), t.shape)) return;
+    fail_shape(a, TensorRef::list_text(shape.begin(), static_cast<int>(shape.size())));
+  }
+  void is_contiguous(const Argument& a) const {
+    if (!a.tensor.contiguous())
+      fail(a.name, "has shape " + a.tensor.shape_text() + " and strides " + a.tensor.stride_text() +
+                       "; expected a contiguous tensor");
+  }
+  template <class T>
+  void has_type(const Argument& a) const {
+    using Value = std::remove_const_t<T>;
+    const TensorRef &t = a.tensor, &like = like_.tensor;
+    if constexpr (std::is_same_v<Value, float>) has_dtype(a, {DType::f32});
+    else if constexpr (std::is_same_v<Value, double>) has_dtype(a, {DType::f64});
+    else if constexpr (std::is_same_v<Value, int64_t>) has_dtype(a, {DType::i64});
+    else if (t.dtype != like.dtype)
+      fail(a.name, std::string("has dtype ") + dtype_name(t.dtype) + "; expected " + dtype_name(like.dtype) +
+                       ", the dtype of " + like_.name);
+  }
+
+  const char* op_;
+  const Argument like_;
+};
 
 }  // namespace locas

@@ -7,90 +7,86 @@
 namespace locas {
 namespace {
 
-void glu_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation, float scale,
-                 uintptr_t stream) {
-  constexpr const char* op = "glu_forward";
-  GluForwardParams p;
-  p.gate = matrix(op, {"gate", gate}, gate);
-  p.up = matrix_or_null(op, "up", up, gate);
-  p.out = matrix(op, {"out", out}, gate);
-  p.rows = gate.shape[0];
-  p.cols = gate.shape[1];
+// A checker of one call over a matrix, which gives the others shape, dtype and device.
+Checker matrix_checker(const char* op, const Argument& like) {
+  const Checker check(op, like);
+  if (like.tensor.ndim != 2) check.fail_shape(like, "[rows, cols]");
+  check.like_has_dtype({DType::f32, DType::bf16, DType::f16});
+  return check;
+}
+
+void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation,
+                            float scale, uintptr_t stream) {
+  const Checker check = matrix_checker("glu_activation_forward", {"gate", gate});
+  const int64_t rows = gate.shape[0], cols = gate.shape[1];
+  GluActivationForwardParams p;
+  p.gate = check.matrix({"gate", gate}, rows, cols);
+  p.up = check.matrix_or_null("up", up, rows, cols);
+  p.out = check.matrix({"out", out}, rows, cols);
   p.scale = scale;
-  p.activation = activation_of(op, activation);
+  p.activation = check.activation(activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(glu_forward, p, gate.device, stream);
+  LOCAS_DISPATCH(glu_activation_forward, p, gate.device, stream);
 }
 
-void glu_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up, const TensorRef& d_gate,
-                  const MaybeTensor& d_up, const MaybeTensor& hidden, int activation, float scale, uintptr_t stream) {
-  constexpr const char* op = "glu_backward";
-  GluBackwardParams p;
-  p.gate = matrix(op, {"gate", gate}, gate);
-  p.up = matrix_or_null(op, "up", up, gate);
-  p.d_hidden = matrix(op, {"d_hidden", d_hidden}, gate);
-  p.d_gate = matrix(op, {"d_gate", d_gate}, gate);
-  p.d_up = matrix_or_null(op, "d_up", d_up, gate);
-  if (up.has_value() != d_up.has_value()) throw py::value_error("glu_backward: up and d_up must be given together");
-  p.hidden = matrix_or_null(op, "hidden", hidden, gate);
-  p.rows = gate.shape[0];
-  p.cols = gate.shape[1];
+void glu_activation_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up,
+                             const TensorRef& d_gate, const MaybeTensor& d_up, const MaybeTensor& hidden,
+                             int activation, float scale, uintptr_t stream) {
+  const Checker check = matrix_checker("glu_activation_backward", {"gate", gate});
+  const int64_t rows = gate.shape[0], cols = gate.shape[1];
+  GluActivationBackwardParams p;
+  p.gate = check.matrix({"gate", gate}, rows, cols);
+  p.up = check.matrix_or_null("up", up, rows, cols);
+  p.d_hidden = check.matrix({"d_hidden", d_hidden}, rows, cols);
+  p.d_gate = check.matrix({"d_gate", d_gate}, rows, cols);
+  p.d_up = check.matrix_or_null("d_up", d_up, rows, cols);
+  if (up.has_value() != d_up.has_value())
+    check.fail("d_up", up ? "is None, but up is given; expected both or none"
+                          : "is given, but up is None; expected both or none");
+  p.hidden = check.matrix_or_null("hidden", hidden, rows, cols);
   p.scale = scale;
-  p.activation = activation_of(op, activation);
+  p.activation = check.activation(activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(glu_backward, p, gate.device, stream);
+  LOCAS_DISPATCH(glu_activation_backward, p, gate.device, stream);
 }
 
-void importance(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation, uintptr_t stream) {
-  constexpr const char* op = "importance";
-  ImportanceParams p;
-  p.gate = matrix(op, {"gate", gate}, gate);
-  p.up = matrix(op, {"up", up}, gate);
-  p.rows = gate.shape[0];
-  p.cols = gate.shape[1];
-  if (p.rows == 0) fail(op, {"gate", gate}, "has no rows; the mean needs at least one");
-  if (out.ndim != 1 || out.shape[0] != p.cols || out.dtype != DType::f32 || !out.contiguous() ||
-      out.device != gate.device)
-    fail(op, {"out", out}, "must be a contiguous float32 vector of one element per column, on gate's device");
-  p.importance = static_cast<float*>(out.data);
-  p.activation = activation_of(op, activation);
+void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation,
+                                   uintptr_t stream) {
+  const Checker check = matrix_checker("neuron_importance_of_products", {"gate", gate});
+  const int64_t rows = gate.shape[0], cols = gate.shape[1];
+  if (rows == 0) check.fail_shape({"gate", gate}, "at least one row, of which the mean is taken");
+  NeuronImportanceOfProductsParams p;
+  p.gate = check.matrix({"gate", gate}, rows, cols);
+  p.up = check.matrix({"up", up}, rows, cols);
+  p.importance = check.vector<float>({"out", out}, cols);
+  p.activation = check.activation(activation);
   p.dtype = gate.dtype;
-  LOCAS_DISPATCH(importance, p, gate.device, stream);
+  LOCAS_DISPATCH(neuron_importance_of_products, p, gate.device, stream);
 }
 
-void cross_entropy(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
-                   uintptr_t stream) {
-  constexpr const char* op = "cross_entropy";
-  CrossEntropyParams p;
-  p.logits = matrix(op, {"logits", logits}, logits);
-  p.d_logits = matrix_or_null(op, "d_logits", d_logits, logits);
-  p.rows = logits.shape[0];
-  p.cols = logits.shape[1];
-  const auto vector_of = [&](const Named& t, DType dtype) {
-    if (t.tensor.ndim != 1 || t.tensor.shape[0] != p.rows || t.tensor.dtype != dtype || !t.tensor.contiguous() ||
-        t.tensor.device != logits.device)
-      fail(op, t,
-           std::string("must be a contiguous ") + (dtype == DType::i64 ? "int64" : "float32") +
-               " vector of one element per row, on logits' device");
-    return t.tensor.data;
-  };
-  p.targets = static_cast<const int64_t*>(vector_of({"targets", targets}, DType::i64));
-  p.nll = static_cast<float*>(vector_of({"nll", nll}, DType::f32));
+void token_nll(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
+               uintptr_t stream) {
+  const Checker check = matrix_checker("token_nll", {"logits", logits});
+  const int64_t rows = logits.shape[0], cols = logits.shape[1];
+  TokenNllParams p;
+  p.logits = check.matrix({"logits", logits}, rows, cols);
+  p.d_logits = check.matrix_or_null("d_logits", d_logits, rows, cols);
+  p.targets = check.vector<const int64_t>({"targets", targets}, rows);
+  p.nll = check.vector<float>({"nll", nll}, rows);
   p.dtype = logits.dtype;
-  LOCAS_DISPATCH(cross_entropy, p, logits.device, stream);
+  LOCAS_DISPATCH(token_nll, p, logits.device, stream);
 }
 
 void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out, const MaybeTensor& inverse_rms,
               float eps) {
-  constexpr const char* op = "rms_norm";
+  const Checker check = matrix_checker("rms_norm", {"x", x});
+  check.like_is_on_cpu();
+  const int64_t rows = x.shape[0], cols = x.shape[1];
   RmsNormParams p;
-  p.x = matrix(op, {"x", x}, x);
-  p.out = matrix(op, {"out", out}, x);
-  p.rows = x.shape[0];
-  p.cols = x.shape[1];
-  p.weight = cpu_vector(op, {"weight", weight}, p.cols, x.dtype);
-  p.inverse_rms =
-      inverse_rms ? static_cast<float*>(cpu_vector(op, {"inverse_rms", *inverse_rms}, p.rows, DType::f32)) : nullptr;
+  p.x = check.matrix({"x", x}, rows, cols);
+  p.weight = check.vector<const void>({"weight", weight}, cols);
+  p.out = check.matrix({"out", out}, rows, cols);
+  p.inverse_rms = check.vector_or_null<float>("inverse_rms", inverse_rms, rows);
   p.eps = eps;
   p.dtype = x.dtype;
   const py::gil_scoped_release released;
@@ -99,15 +95,15 @@ void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out,
 
 void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorRef& weight,
                        const TensorRef& inverse_rms, const TensorRef& dx) {
-  constexpr const char* op = "rms_norm_backward";
+  const Checker check = matrix_checker("rms_norm_backward", {"x", x});
+  check.like_is_on_cpu();
+  const int64_t rows = x.shape[0], cols = x.shape[1];
   RmsNormBackwardParams p;
-  p.x = matrix(op, {"x", x}, x);
-  p.d_out = matrix(op, {"d_out", d_out}, x);
-  p.dx = matrix(op, {"dx", dx}, x);
-  p.rows = x.shape[0];
-  p.cols = x.shape[1];
-  p.weight = cpu_vector(op, {"weight", weight}, p.cols, x.dtype);
-  p.inverse_rms = static_cast<const float*>(cpu_vector(op, {"inverse_rms", inverse_rms}, p.rows, DType::f32));
+  p.x = check.matrix({"x", x}, rows, cols);
+  p.d_out = check.matrix({"d_out", d_out}, rows, cols);
+  p.weight = check.vector<const void>({"weight", weight}, cols);
+  p.inverse_rms = check.vector<const float>({"inverse_rms", inverse_rms}, rows);
+  p.dx = check.matrix({"dx", dx}, rows, cols);
   p.dtype = x.dtype;
   const py::gil_scoped_release released;
   cpu::kernels().rms_norm_backward(p);
@@ -116,13 +112,14 @@ void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorR
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
-  m.def("glu_forward", &glu_forward, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
-        py::arg("scale"), py::arg("stream"));
-  m.def("glu_backward", &glu_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"), py::arg("d_gate"),
-        py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"), py::arg("stream"));
-  m.def("importance", &importance, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("activation"),
+  m.def("glu_activation_forward", &glu_activation_forward, py::arg("gate"), py::arg("up"), py::arg("out"),
+        py::arg("activation"), py::arg("scale"), py::arg("stream"));
+  m.def("glu_activation_backward", &glu_activation_backward, py::arg("d_hidden"), py::arg("gate"), py::arg("up"),
+        py::arg("d_gate"), py::arg("d_up"), py::arg("hidden"), py::arg("activation"), py::arg("scale"),
         py::arg("stream"));
-  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
+  m.def("neuron_importance_of_products", &neuron_importance_of_products, py::arg("gate"), py::arg("up"), py::arg("out"),
+        py::arg("activation"), py::arg("stream"));
+  m.def("token_nll", &token_nll, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
         py::arg("stream"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"), py::arg("eps"));
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("d_out"), py::arg("x"), py::arg("weight"),

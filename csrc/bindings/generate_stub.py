@@ -48,6 +48,8 @@ def declaration(name: str, member: object) -> str:
     """The stub's line for a function or a constant."""
     if isinstance(member, bool | int | float | str):
         return f"{name}: {type(member).__name__}"
+    if isinstance(member, tuple):
+        return f"{name}: tuple[{', '.join(type(item).__name__ for item in member)}]"
     signature = (member.__doc__ or "").partition("\n")[0]
     if not re.fullmatch(rf"{name}\(.*\) -> .+", signature):
         sys.exit(

@@ -5,6 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/activations.h"
+#include "common/ffn_params.h"
+#include "common/slot_params.h"
 #include "cpu/kernels.h"
 #ifdef LOCAS_WITH_CUDA
 #include "cuda/api.h"
@@ -24,7 +27,7 @@ py::dict build_info() {
   info["version"] = LOCAS_VERSION;
   info["compiler"] = LOCAS_COMPILER;
   info["cpu_isa"] = cpu::kernels().isa;
-  const cpu::FfnKernels* ffn = cpu::ffn_kernels();
+  const cpu::GluFfnKernels* ffn = cpu::glu_ffn_kernels();
   info["cpu_ffn"] = !ffn        ? py::list()
                     : ffn->bf16 ? py::list(py::make_tuple("float32", "bfloat16"))
                                 : py::list(py::make_tuple("float32"));
@@ -43,6 +46,18 @@ py::dict build_info() {
   return info;
 }
 
+// What Python must agree on with the kernels.
+void bind_constants(py::module_& m) {
+  py::list activations;
+  for (const char* name : kActivationNames) activations.append(name);
+  m.attr("ACTIVATIONS") = py::tuple(activations);
+  m.attr("CPU_TOKEN_MULTIPLE") = kCpuTokenMultiple;
+  m.attr("PIECE_ELEMENTS") = kPieceElements;
+  m.attr("MOST_FACTOR_LAYERS") = kMostFactorLayers;
+  m.attr("MOST_FACTOR_TOKENS") = kMostFactorTokens;
+  m.attr("MOST_FACTOR_WIDTH") = kMostFactorWidth;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   bind_update_slots(m);
   bind_write_slots(m);
   m.def("build_info", &build_info);
+  bind_constants(m);
 }
 
 }  // namespace locas

@@ -5,25 +5,21 @@
 
 namespace locas {
 
-// An fp32 contiguous tensor of the slots' shape on the slots' device.
-inline float* slot_state(const char* op, const Named& t, const TensorRef& slots) {
-  if (!t.tensor.same_shape(slots))
-    fail(op, t, "has shape " + t.tensor.shape_text() + "; expected " + slots.shape_text());
-  if (t.tensor.dtype != DType::f32) fail(op, t, "must be float32");
-  if (t.tensor.device != slots.device) fail(op, t, "lies on another device than slots");
-  if (!t.tensor.contiguous()) fail(op, t, "must be contiguous");
-  return static_cast<float*>(t.tensor.data);
+// A checker of one call over slots, a contiguous float32 tensor.
+inline Checker slots_checker(const char* op, const TensorRef& slots) {
+  const Checker check(op, {"slots", slots});
+  if (slots.ndim < 1) check.fail_shape({"slots", slots}, "[..., d]");
+  check.rows<float>({"slots", slots}, {"slots", slots});
+  return check;
 }
 
-// The rounded copy of the slots, in a half dtype; returns null for None.
-inline void* compute_copy(const char* op, const MaybeTensor& t, const TensorRef& slots) {
-  if (!t) return nullptr;
-  const Named named{"compute", *t};
-  if (!t->same_shape(slots)) fail(op, named, "has shape " + t->shape_text() + "; expected " + slots.shape_text());
-  if (t->dtype == DType::f64 || t->dtype == DType::i64) fail(op, named, "must be float32, bfloat16 or float16");
-  if (t->device != slots.device) fail(op, named, "lies on another device than slots");
-  if (!t->contiguous()) fail(op, named, "must be contiguous");
-  return t->data;
+// The rounded copy of the slots; of no rows for None.
+inline Matrix compute_copy(const Checker& check, const MaybeTensor& compute, const TensorRef& slots) {
+  if (!compute) return {};
+  check.has_dtype({"compute", *compute}, {DType::f32, DType::bf16, DType::f16});
+  return check.rows_of_any_dtype({"compute", *compute}, {"slots", slots});
 }
+
+inline DType dtype_of_copy(const MaybeTensor& compute) { return compute ? compute->dtype : DType::f32; }
 
 }  // namespace locas

@@ -10,6 +10,9 @@
 
 namespace locas {
 
+// By their transformers names, in the order of Activation. `_C` exports them as ACTIVATIONS.
+constexpr const char* kActivationNames[] = {"silu", "gelu_pytorch_tanh", "gelu", "relu"};
+
 // exp(x) without branches or library calls, so that loops over it vectorise. Relative error under 2e-7;
 // x is held in [-87.3, 88.3], where the result is a normal float; NaN stays NaN.
 LOCAS_INLINE float fast_exp(float x) {

@@ -10,14 +10,14 @@
 namespace locas {
 
 // What one AdamW step needs besides the element itself; computed once a launch.
-struct AdamWFactors {
+struct AdamwFactors {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
   float decay;            // 1 - learning_rate * weight_decay
   float step_size;        // learning_rate / (1 - beta1^t)
   float sqrt_correction;  // 1 / sqrt(1 - beta2^t)
 };
 
-LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, double learning_rate) {
+LOCAS_INLINE AdamwFactors adamw_factors(const AdamwSlotsParams& p, double step, double learning_rate) {
   // 1 - beta^t without the cancellation, so that float is enough: a double pow would hold up every CTA.
   const float correction1 = -expm1f(static_cast<float>(step) * p.log_beta1);
   const float correction2 = -expm1f(static_cast<float>(step) * p.log_beta2);
@@ -32,7 +32,7 @@ LOCAS_INLINE AdamWFactors adamw_factors(const AdamWParams& p, double step, doubl
 }
 
 // The new value of one slot element; its two states are updated in place.
-LOCAS_INLINE float adamw_element(const AdamWFactors& f, float w, float g, float& exp_avg, float& exp_avg_sq) {
+LOCAS_INLINE float adamw_element(const AdamwFactors& f, float w, float g, float& exp_avg, float& exp_avg_sq) {
   exp_avg = f.beta1 * exp_avg + f.one_minus_beta1 * g;
   exp_avg_sq = f.beta2 * exp_avg_sq + f.one_minus_beta2 * g * g;
   return w * f.decay - f.step_size * exp_avg / (sqrtf(exp_avg_sq) * f.sqrt_correction + f.eps);

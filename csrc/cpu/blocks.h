@@ -37,15 +37,6 @@ struct Block {
   }
 };
 
-template <class F>
-void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32: return f.template operator()<float>();
-    case DType::bf16: return f.template operator()<bf16>();
-    default: return f.template operator()<f16>();
-  }
-}
-
 // Calls f(row, first column, columns) for every block, over the threads when there is enough to do.
 template <class F>
 void for_each_block(int64_t rows, int64_t cols, F&& f) {
@@ -54,11 +45,6 @@ void for_each_block(int64_t rows, int64_t cols, F&& f) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t block = 0; block < blocks; ++block)
       f(row, block * kBlock, static_cast<int>(std::min<int64_t>(kBlock, cols - block * kBlock)));
-}
-
-template <class T>
-T* at(const Rows& m, int64_t row, int64_t col) {
-  return static_cast<T*>(m.data) + row * m.stride + col;
 }
 
 }  // namespace locas::cpu::LOCAS_ISA

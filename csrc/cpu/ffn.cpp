@@ -26,6 +26,7 @@ namespace locas::cpu::LOCAS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 11 * kPanel;
+static_assert(kVector == kCpuTokenMultiple, "the bindings size `saved` by it");
 
 // Memory that a thread keeps between calls, so that a steady state allocates nothing.
 class Workspace {
@@ -64,33 +65,51 @@ struct Carver {
   }
 };
 
-// One call: its sizes, and where a chunk's panels lie.
-template <class T>
-struct Sizes {
-  int64_t d, m, r, tokens, saved_m;
-  int64_t d_words, hidden_words;  // words of k of a panel over d and over the m + r neurons
-
-  template <class Params>
-  explicit Sizes(const Params& p)
-      : d(p.weights.d), m(p.weights.m), r(p.weights.r), tokens(p.tokens), saved_m(p.saved_m), d_words(words_of<T>(d)),
-        hidden_words(words_of<T>(m) + words_of<T>(r)) {}
-
-  int64_t chunk() const {  // equal chunks, none of them small
-    const int64_t chunks = std::max<int64_t>(1, (tokens + kChunk - 1) / kChunk);
-    return panels_of((tokens + chunks - 1) / chunks) * kPanel;
-  }
-  int64_t blocks_of(int64_t rows) const { return (rows + kBlock - 1) / kBlock; }
-};
-
 // Neurons [first, first + count) of the host or of the memory.
 struct Neurons {
   bool memory;
   int64_t first, count;
 };
 
+// The sizes of one call.
+template <class T>
+struct Sizes {
+  int64_t d, m, r, tokens, saved_m;
+  int64_t d_words, hidden_words;  // words of k of a panel over d and over the m + r neurons
+  int64_t chunk;                  // tokens of a chunk: all are equal, none is small
+  int64_t up_offset;              // of the saved up behind the saved gate, in elements
+
+  template <class Params>
+  explicit Sizes(const Params& p)
+      : d(p.weights.d()), m(p.weights.m()), r(p.weights.r()), tokens(p.x.rows), saved_m(p.saved_m),
+        d_words(words_of<T>(d)), hidden_words(words_of<T>(m) + words_of<T>(r)),
+        up_offset((tokens + kVector - 1) / kVector * kVector * (saved_m + r)) {
+    const int64_t chunks = std::max<int64_t>(1, (tokens + kChunk - 1) / kChunk);
+    chunk = panels_of((tokens + chunks - 1) / chunks) * kPanel;
+  }
+
+  int64_t host_blocks() const { return blocks_of(m); }
+  int64_t neuron_blocks() const { return blocks_of(m) + blocks_of(r); }
+  int64_t channel_blocks() const { return blocks_of(d); }
+  // Where neurons begin among the words of a panel over all of them.
+  int64_t first_word(const Neurons& n) const { return (n.memory ? words_of<T>(m) : 0) + n.first / kPerWord<T>; }
+
+ private:
+  static int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+};
+
+// Tokens [begin, begin + tokens).
+struct Chunk {
+  int64_t begin, tokens;
+};
+template <class T>
+Chunk chunk_at(const Sizes<T>& s, int64_t begin) {
+  return {begin, std::min(s.chunk, s.tokens - begin)};
+}
+
 template <class T>
 Neurons neurons_of_block(const Sizes<T>& s, int64_t block) {
-  const int64_t host = s.blocks_of(s.m);
+  const int64_t host = s.host_blocks();
   const bool memory = block >= host;
   const int64_t first = (memory ? block - host : block) * kBlock;
   return {memory, first, std::min<int64_t>(kBlock, (memory ? s.r : s.m) - first)};
@@ -110,16 +129,16 @@ Scratch thread_scratch(int64_t chunk, float** more_sums) {
 
 // Token-major rows [tokens, d] -> panels, split over the threads.
 template <class T>
-void pack_tokens(const Rows& from, int64_t begin, int64_t tokens, const Panels& to) {
+void pack_tokens(const Matrix& from, const Chunk& c, const Panels& to) {
   constexpr int64_t kPiece = 128;
   const int64_t pieces = (to.words + kPiece - 1) / kPiece;
 #pragma omp for schedule(static) collapse(2)
-  for (int64_t panel = 0; panel < panels_of(tokens); ++panel)
+  for (int64_t panel = 0; panel < panels_of(c.tokens); ++panel)
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int width = panel_width(tokens, panel);
+      const int width = panel_width(c.tokens, panel);
       const int64_t word = piece * kPiece;
-      const T* rows = static_cast<const T*>(from.data) + (begin + panel * kPanel) * from.stride + word * kPerWord<T>;
-      pack_panel<T>(rows, from.stride, tokens - panel * kPanel, width, std::min(kPiece, to.words - word),
+      const T* rows = from.at<const T>(c.begin + panel * kPanel, word * kPerWord<T>);
+      pack_panel<T>(rows, from.stride, c.tokens - panel * kPanel, width, std::min(kPiece, to.words - word),
                     to.at(panel, width, word));
     }
 }
@@ -133,11 +152,11 @@ __m512 bias_of(const void* bias, int64_t i) {
 
 // The sums of rows [row, row + rows) -> columns of a token-major matrix.
 template <class T>
-void store_tokens(const Scratch& scratch, int64_t row, int64_t rows, const void* bias, const Rows& to, int64_t begin,
-                  int64_t tokens) {
+void store_tokens(const Scratch& scratch, int64_t row, int64_t rows, const void* bias, const Matrix& to,
+                  const Chunk& c) {
   alignas(64) uint32_t words[kBlock * kPanel];
-  for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
-    const int width = panel_width(tokens, panel);
+  for (int64_t panel = 0; panel < panels_of(c.tokens); ++panel) {
+    const int width = panel_width(c.tokens, panel);
     for (int64_t i = 0; i < rows; i += kPerWord<T>) {
       const int64_t j = i + kPerWord<T> - 1;
       const float *sums = scratch.of(panel, width, i), *next = scratch.of(panel, width, j);
@@ -146,9 +165,9 @@ void store_tokens(const Scratch& scratch, int64_t row, int64_t rows, const void*
         store_words<T>(words + i / kPerWord<T> * width + t, _mm512_add_ps(_mm512_loadu_ps(sums + t), first_bias),
                        _mm512_add_ps(_mm512_loadu_ps(next + t), next_bias));
     }
-    T* out = static_cast<T*>(to.data) + (begin + panel * kPanel) * to.stride + row;
+    T* out = to.at<T>(c.begin + panel * kPanel, row);
     unpack_panel<T>(words, width, words_of<T>(rows), out, to.stride,
-                    std::min<int64_t>(kPanel, tokens - panel * kPanel));
+                    std::min<int64_t>(kPanel, c.tokens - panel * kPanel));
   }
 }
 
@@ -158,186 +177,243 @@ T* saved_row(void* saved, const Sizes<T>& s, int64_t token, int width, const Neu
   return static_cast<T*>(saved) + token * (s.saved_m + s.r) + (n.first + i + (n.memory ? s.saved_m : 0)) * width;
 }
 
-template <class T, Activation act>
-void forward_typed(const CpuFfnForwardParams& p) {
-  const Sizes<T> s(p);
-  const int64_t chunk = s.chunk(), up_offset = (s.tokens + kVector - 1) / kVector * kVector * (s.saved_m + s.r);
-  Carver carver;
-  Panels x, hidden;
-  const auto carve = [&] {
-    x = {carver.take<uint32_t>(chunk * s.d_words), s.d_words};
-    hidden = {carver.take<uint32_t>(chunk * s.hidden_words), s.hidden_words};
-  };
-  carve();
-  carver = {static_cast<char*>(call_workspace.reserve(carver.used)), 0};
-  carve();
-  void* saved_up = p.saved ? static_cast<T*>(p.saved) + up_offset : nullptr;
+Term term_of(const Matrix& a, bool transposed, int64_t k, const Panels& p, int64_t first_word) {
+  return {a.data, a.stride, transposed, k, p, first_word};
+}
 
+// ---- The forward: hidden from x, then y from hidden ----------------------------------------------------------------
+template <class T>
+struct Forward {
+  const CpuGluFfnForwardParams& p;
+  const Sizes<T> s;
+  Panels x, hidden;
+  void* saved_up;  // null where nothing is saved
+
+  explicit Forward(const CpuGluFfnForwardParams& p)
+      : p(p), s(p), saved_up(p.saved ? static_cast<T*>(p.saved) + s.up_offset : nullptr) {
+    Carver carver;
+    carve(carver);
+    carver = {static_cast<char*>(call_workspace.reserve(carver.used)), 0};
+    carve(carver);
+  }
+
+ private:
+  void carve(Carver& carver) {
+    x = {carver.take<uint32_t>(s.chunk * s.d_words), s.d_words};
+    hidden = {carver.take<uint32_t>(s.chunk * s.hidden_words), s.hidden_words};
+  }
+};
+
+// scale * act(gate) * up of two neighbouring neurons (one in float32) and 16 tokens: from the sums at column t of a
+// panel to a word of `hidden`, and to `saved` where these neurons are saved.
+template <class T, Activation act>
+void activate_word(const Forward<T>& f, const Neurons& n, int64_t i, int64_t token, int width, int t,
+                   const float* gate_sums, const float* up_sums, uint32_t* to) {
+  const bool saves = f.p.saved && (n.memory || f.s.saved_m);
+  const float scale = n.memory ? f.p.scale : 1.0f;
+  alignas(64) float h[2][kVector] = {};
+  for (int j = 0; j < kPerWord<T> && i + j < n.count; ++j) {
+    // Rounded first, so that reading, training and the backward see the same activations.
+    T gate_unsaved[kVector], up_unsaved[kVector];
+    T* gate_to = saves ? saved_row<T>(f.p.saved, f.s, token, width, n, i + j) + t : gate_unsaved;
+    T* up_to = saves ? saved_row<T>(f.saved_up, f.s, token, width, n, i + j) + t : up_unsaved;
+    const __m512 gate_bias = bias_of<T>(n.memory ? nullptr : f.p.weights.gate_bias, n.first + i + j);
+    const __m512 up_bias = bias_of<T>(n.memory ? nullptr : f.p.weights.up_bias, n.first + i + j);
+    store_values(gate_to, _mm512_add_ps(_mm512_loadu_ps(gate_sums + j * width), gate_bias));
+    store_values(up_to, _mm512_add_ps(_mm512_loadu_ps(up_sums + j * width), up_bias));
+    alignas(64) float g[kVector], u[kVector];
+    _mm512_store_ps(g, load_values(gate_to));
+    _mm512_store_ps(u, load_values(up_to));
+#pragma omp simd
+    for (int lane = 0; lane < kVector; ++lane) h[j][lane] = scale * activate<act>(g[lane]).value * u[lane];
+  }
+  store_words<T>(to, _mm512_load_ps(h[0]), _mm512_load_ps(h[1]));
+}
+
+// A block of neurons of `hidden`.
+template <class T, Activation act>
+void hidden_block(const Forward<T>& f, const Chunk& c, int64_t block, const Scratch& gates, const Scratch& ups) {
+  const FfnWeights& w = f.p.weights;
+  const Neurons n = neurons_of_block(f.s, block);
+  const Term gate = term_of(n.memory ? w.memory_gate : w.gate, false, f.s.d, f.x, 0);
+  const Term up = term_of(n.memory ? w.memory_key : w.up, false, f.s.d, f.x, 0);
+  multiply_block<T>(&gate, 1, n.first, n.count, c.tokens, gates);
+  multiply_block<T>(&up, 1, n.first, n.count, c.tokens, ups);
+  for (int64_t panel = 0; panel < panels_of(c.tokens); ++panel) {
+    const int width = panel_width(c.tokens, panel);
+    for (int64_t i = 0; i < n.count; i += kPerWord<T>) {
+      uint32_t* to = f.hidden.at(panel, width, f.s.first_word(n) + i / kPerWord<T>);
+      for (int t = 0; t < width; t += kVector)
+        activate_word<T, act>(f, n, i, c.begin + panel * kPanel, width, t, gates.of(panel, width, i) + t,
+                              ups.of(panel, width, i) + t, to + t);
+    }
+  }
+}
+
+// A block of channels of y.
+template <class T>
+void down_block(const Forward<T>& f, const Chunk& c, int64_t block, const Scratch& scratch) {
+  const FfnWeights& w = f.p.weights;
+  const int64_t row = block * kBlock, rows = std::min<int64_t>(kBlock, f.s.d - row);
+  const Term terms[] = {term_of(w.down, false, f.s.m, f.hidden, 0),
+                        term_of(w.memory_value, true, f.s.r, f.hidden, words_of<T>(f.s.m))};
+  multiply_block<T>(terms, 2, row, rows, c.tokens, scratch);
+  store_tokens<T>(scratch, row, rows, w.down_bias, f.p.y, c);
+}
+
+template <class T, Activation act>
+void forward_typed(const CpuGluFfnForwardParams& p) {
+  const Forward<T> f(p);
 #pragma omp parallel
   {
     float* up_sums;
-    const Scratch gates = thread_scratch(chunk, &up_sums), ups{up_sums, gates.packed};
-    for (int64_t begin = 0; begin < s.tokens; begin += chunk) {
-      const int64_t tokens = std::min(chunk, s.tokens - begin);
-      pack_tokens<T>(p.x, begin, tokens, x);
+    const Scratch gates = thread_scratch(f.s.chunk, &up_sums), ups{up_sums, gates.packed};
+    for (int64_t begin = 0; begin < f.s.tokens; begin += f.s.chunk) {
+      const Chunk c = chunk_at(f.s, begin);
+      pack_tokens<T>(p.x, c, f.x);
 #pragma omp for schedule(dynamic)
-      for (int64_t block = 0; block < s.blocks_of(s.m) + s.blocks_of(s.r); ++block) {
-        const Neurons n = neurons_of_block(s, block);
-        const bool saves = p.saved && (n.memory || s.saved_m);
-        const Rows gate = n.memory ? p.weights.memory_gate : p.weights.gate;
-        const Rows up = n.memory ? p.weights.memory_key : p.weights.up;
-        const Term gate_term{gate.data, gate.stride, false, s.d, x, 0}, up_term{up.data, up.stride, false, s.d, x, 0};
-        multiply_block<T>(&gate_term, 1, n.first, n.count, tokens, gates);
-        multiply_block<T>(&up_term, 1, n.first, n.count, tokens, ups);
-        const float scale = n.memory ? p.scale : 1.0f;
-        const int64_t first_word = (n.memory ? words_of<T>(s.m) : 0) + n.first / kPerWord<T>;
-        for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
-          const int width = panel_width(tokens, panel);
-          const int64_t token = begin + panel * kPanel;
-          for (int64_t i = 0; i < n.count; i += kPerWord<T>) {
-            uint32_t* to = hidden.at(panel, width, first_word + i / kPerWord<T>);
-            for (int t = 0; t < width; t += kVector) {
-              alignas(64) float h[2][kVector] = {};
-              for (int j = 0; j < kPerWord<T> && i + j < n.count; ++j) {
-                // Rounded first, so that reading, training and the backward see the same activations.
-                T gate_unsaved[kVector], up_unsaved[kVector];
-                T* gate_to = saves ? saved_row<T>(p.saved, s, token, width, n, i + j) + t : gate_unsaved;
-                T* up_to = saves ? saved_row<T>(saved_up, s, token, width, n, i + j) + t : up_unsaved;
-                const __m512 gate_bias = bias_of<T>(n.memory ? nullptr : p.weights.gate_bias, n.first + i + j);
-                const __m512 up_bias = bias_of<T>(n.memory ? nullptr : p.weights.up_bias, n.first + i + j);
-                store_values(gate_to, _mm512_add_ps(_mm512_loadu_ps(gates.of(panel, width, i + j) + t), gate_bias));
-                store_values(up_to, _mm512_add_ps(_mm512_loadu_ps(ups.of(panel, width, i + j) + t), up_bias));
-                alignas(64) float g[kVector], u[kVector];
-                _mm512_store_ps(g, load_values(gate_to));
-                _mm512_store_ps(u, load_values(up_to));
+      for (int64_t block = 0; block < f.s.neuron_blocks(); ++block) hidden_block<T, act>(f, c, block, gates, ups);
+#pragma omp for schedule(dynamic)
+      for (int64_t block = 0; block < f.s.channel_blocks(); ++block) down_block<T>(f, c, block, gates);
+    }
+  }
+}
+
+// ---- The backward: the gradients of the pre-activations from dy, then dx and the slots' gradient --------------------
+template <class T>
+struct Backward {
+  const CpuGluFfnBackwardParams& p;
+  const Sizes<T> s;
+  Panels dy, d_gate, d_up;
+  T* rows;  // [3r, chunk]: d gate, d key and hidden of the memory, contiguous along the tokens
+  void *saved_gate, *saved_up;
+
+  explicit Backward(const CpuGluFfnBackwardParams& p)
+      : p(p), s(p), saved_gate(const_cast<void*>(p.saved)), saved_up(static_cast<T*>(saved_gate) + s.up_offset) {
+    Carver carver;
+    carve(carver);
+    carver = {static_cast<char*>(call_workspace.reserve(carver.used)), 0};
+    carve(carver);
+  }
+
+ private:
+  void carve(Carver& carver) {
+    dy = {carver.take<uint32_t>(s.chunk * s.d_words), s.d_words};
+    d_gate = {carver.take<uint32_t>(s.chunk * s.hidden_words), s.hidden_words};
+    d_up = {carver.take<uint32_t>(s.chunk * s.hidden_words), s.hidden_words};
+    rows = carver.take<T>(3 * s.r * s.chunk);
+  }
+};
+
+// The gradients of gate and up of two neighbouring neurons (one in float32) and 16 tokens, from that of hidden: to a
+// word of `d_gate` and one of `d_up`, and for the memory's neurons to `rows` at `column`, with hidden once more.
+template <class T, Activation act>
+void activate_word_backward(const Backward<T>& b, const Neurons& n, int64_t i, int64_t token, int width, int t,
+                            const float* d_hidden_sums, int64_t column, uint32_t* gate_to, uint32_t* up_to) {
+  const float scale = n.memory ? b.p.scale : 1.0f;
+  alignas(64) float d_gates[2][kVector] = {}, d_ups[2][kVector] = {};
+  for (int j = 0; j < kPerWord<T> && i + j < n.count; ++j) {
+    alignas(64) float g[kVector], u[kVector], h[kVector];
+    _mm512_store_ps(g, load_values(saved_row<T>(b.saved_gate, b.s, token, width, n, i + j) + t));
+    _mm512_store_ps(u, load_values(saved_row<T>(b.saved_up, b.s, token, width, n, i + j) + t));
+    const float* d_hidden = d_hidden_sums + j * width;
 #pragma omp simd
-                for (int lane = 0; lane < kVector; ++lane) h[j][lane] = scale * activate<act>(g[lane]).value * u[lane];
-              }
-              store_words<T>(to + t, _mm512_load_ps(h[0]), _mm512_load_ps(h[1]));
-            }
-          }
-        }
-      }
-#pragma omp for schedule(dynamic)
-      for (int64_t block = 0; block < s.blocks_of(s.d); ++block) {
-        const int64_t row = block * kBlock, rows = std::min<int64_t>(kBlock, s.d - row);
-        const Rows down = p.weights.down, value = p.weights.memory_value;
-        const Term terms[] = {{down.data, down.stride, false, s.m, hidden, 0},
-                              {value.data, value.stride, true, s.r, hidden, words_of<T>(s.m)}};
-        multiply_block<T>(terms, 2, row, rows, tokens, gates);
-        store_tokens<T>(gates, row, rows, p.weights.down_bias, p.y, begin, tokens);
-      }
+    for (int lane = 0; lane < kVector; ++lane) {
+      const ValueAndSlope a = activate<act>(g[lane]);
+      const float d = scale * d_hidden[lane];
+      d_gates[j][lane] = d * u[lane] * a.slope;
+      d_ups[j][lane] = d * a.value;
+      h[lane] = scale * a.value * u[lane];
+    }
+    if (n.memory) {
+      const int64_t plane = b.s.r * b.s.chunk;
+      T* to = b.rows + (n.first + i + j) * b.s.chunk + column;
+      store_values(to, _mm512_load_ps(d_gates[j]));
+      store_values(to + plane, _mm512_load_ps(d_ups[j]));
+      store_values(to + 2 * plane, _mm512_load_ps(h));
+    }
+  }
+  store_words<T>(gate_to, _mm512_load_ps(d_gates[0]), _mm512_load_ps(d_gates[1]));
+  store_words<T>(up_to, _mm512_load_ps(d_ups[0]), _mm512_load_ps(d_ups[1]));
+}
+
+// A block of neurons of `d_gate` and `d_up`.
+template <class T, Activation act>
+void hidden_grad_block(const Backward<T>& b, const Chunk& c, int64_t block, const Scratch& scratch) {
+  const FfnWeights& w = b.p.weights;
+  const Neurons n = neurons_of_block(b.s, block);
+  const Term term = term_of(n.memory ? w.memory_value : w.down, !n.memory, b.s.d, b.dy, 0);
+  multiply_block<T>(&term, 1, n.first, n.count, c.tokens, scratch);
+  for (int64_t panel = 0; panel < panels_of(c.tokens); ++panel) {
+    const int width = panel_width(c.tokens, panel);
+    for (int64_t i = 0; i < n.count; i += kPerWord<T>) {
+      const int64_t word = b.s.first_word(n) + i / kPerWord<T>;
+      uint32_t *gate_to = b.d_gate.at(panel, width, word), *up_to = b.d_up.at(panel, width, word);
+      for (int t = 0; t < width; t += kVector)
+        activate_word_backward<T, act>(b, n, i, c.begin + panel * kPanel, width, t, scratch.of(panel, width, i) + t,
+                                       panel * kPanel + t, gate_to + t, up_to + t);
+    }
+  }
+}
+
+// A block of channels of dx.
+template <class T>
+void dx_block(const Backward<T>& b, const Chunk& c, int64_t block, const Scratch& scratch) {
+  const FfnWeights& w = b.p.weights;
+  const int64_t row = block * kBlock, rows = std::min<int64_t>(kBlock, b.s.d - row), memory = words_of<T>(b.s.m);
+  const Term terms[] = {term_of(w.gate, true, b.s.m, b.d_gate, 0), term_of(w.up, true, b.s.m, b.d_up, 0),
+                        term_of(w.memory_gate, true, b.s.r, b.d_gate, memory),
+                        term_of(w.memory_key, true, b.s.r, b.d_up, memory)};
+  multiply_block<T>(terms, 4, row, rows, c.tokens, scratch);
+  store_tokens<T>(scratch, row, rows, nullptr, b.p.dx, c);
+}
+
+// 48 columns of the slots' gradient, which are added to: those of gate and key rows, with x, or those of value rows,
+// with dy. Tokens are k, and `panel` holds the columns [words of the chunk's tokens][48].
+template <class T>
+void slots_grad_columns(const Backward<T>& b, const Chunk& c, int64_t column, bool values, uint32_t* panel,
+                        const Scratch& scratch) {
+  const int64_t columns = std::min<int64_t>(kPanel, b.s.d - column);
+  const int width = panel_width(columns, 0);
+  const Matrix& from = values ? b.p.dy : b.p.x;
+  pack_columns<T>(from.at<const T>(c.begin, column), from.stride, c.tokens, columns, width, 0, panel);
+  const int64_t first = values ? 2 * b.s.r : 0, last = values ? 3 * b.s.r : 2 * b.s.r;
+  const Term term{b.rows, b.s.chunk, false, c.tokens, {panel, words_of<T>(c.tokens)}, 0};
+  for (int64_t row = first; row < last; row += kBlock) {
+    const int64_t count = std::min<int64_t>(kBlock, last - row);
+    multiply_block<T>(&term, 1, row, count, columns, scratch);
+    for (int64_t i = 0; i < count; ++i) {
+      float* to = b.p.slots_grad.template at<float>(row + i, column);
+      const float* sums = scratch.of(0, width, i);
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) to[j] += sums[j];
     }
   }
 }
 
 template <class T, Activation act>
-void backward_typed(const CpuFfnBackwardParams& p) {
-  const Sizes<T> s(p);
-  const int64_t chunk = s.chunk(), up_offset = (s.tokens + kVector - 1) / kVector * kVector * (s.saved_m + s.r);
+void backward_typed(const CpuGluFfnBackwardParams& p) {
+  const Backward<T> b(p);
   const bool needs_dx = p.dx.data != nullptr;
-  Carver carver;
-  Panels dy, d_gate, d_up;
-  T* rows;  // [3r, chunk]: d gate, d key and hidden of the memory, contiguous along the tokens
-  const auto carve = [&] {
-    dy = {carver.take<uint32_t>(chunk * s.d_words), s.d_words};
-    d_gate = {carver.take<uint32_t>(chunk * s.hidden_words), s.hidden_words};
-    d_up = {carver.take<uint32_t>(chunk * s.hidden_words), s.hidden_words};
-    rows = carver.take<T>(3 * s.r * chunk);
-  };
-  carve();
-  carver = {static_cast<char*>(call_workspace.reserve(carver.used)), 0};
-  carve();
-  void* saved = const_cast<void*>(p.saved);
-  void* saved_up = static_cast<T*>(saved) + up_offset;
-  const int64_t host_blocks = s.blocks_of(s.m), memory_blocks = s.blocks_of(s.r);
-
+  const int64_t column_panels = panels_of(b.s.d);
 #pragma omp parallel
   {
-    float* unused;
-    const Scratch scratch = thread_scratch(chunk, &unused);
-    for (int64_t begin = 0; begin < s.tokens; begin += chunk) {
-      const int64_t tokens = std::min(chunk, s.tokens - begin);
-      pack_tokens<T>(p.dy, begin, tokens, dy);
+    float* more_sums;
+    const Scratch scratch = thread_scratch(b.s.chunk, &more_sums);
+    uint32_t* panel = reinterpret_cast<uint32_t*>(more_sums);
+    for (int64_t begin = 0; begin < b.s.tokens; begin += b.s.chunk) {
+      const Chunk c = chunk_at(b.s, begin);
+      pack_tokens<T>(p.dy, c, b.dy);
 #pragma omp for schedule(dynamic)
-      for (int64_t block = needs_dx ? 0 : host_blocks; block < host_blocks + memory_blocks; ++block) {
-        const Neurons n = neurons_of_block(s, block);
-        const Rows down = n.memory ? p.weights.memory_value : p.weights.down;
-        const Term term{down.data, down.stride, !n.memory, s.d, dy, 0};
-        multiply_block<T>(&term, 1, n.first, n.count, tokens, scratch);
-        const float scale = n.memory ? p.scale : 1.0f;
-        const int64_t first_word = (n.memory ? words_of<T>(s.m) : 0) + n.first / kPerWord<T>;
-        for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
-          const int width = panel_width(tokens, panel);
-          const int64_t token = begin + panel * kPanel;
-          for (int64_t i = 0; i < n.count; i += kPerWord<T>) {
-            const int64_t word = first_word + i / kPerWord<T>;
-            uint32_t *gate_to = d_gate.at(panel, width, word), *up_to = d_up.at(panel, width, word);
-            for (int t = 0; t < width; t += kVector) {
-              alignas(64) float d_gates[2][kVector] = {}, d_ups[2][kVector] = {};
-              for (int j = 0; j < kPerWord<T> && i + j < n.count; ++j) {
-                alignas(64) float g[kVector], u[kVector], h[kVector];
-                _mm512_store_ps(g, load_values(saved_row<T>(saved, s, token, width, n, i + j) + t));
-                _mm512_store_ps(u, load_values(saved_row<T>(saved_up, s, token, width, n, i + j) + t));
-                const float* d_hidden = scratch.of(panel, width, i + j) + t;
-#pragma omp simd
-                for (int lane = 0; lane < kVector; ++lane) {
-                  const ValueAndSlope a = activate<act>(g[lane]);
-                  const float d = scale * d_hidden[lane];
-                  d_gates[j][lane] = d * u[lane] * a.slope;
-                  d_ups[j][lane] = d * a.value;
-                  h[lane] = scale * a.value * u[lane];
-                }
-                if (n.memory) {
-                  T* to = rows + (n.first + i + j) * chunk + panel * kPanel + t;
-                  store_values(to, _mm512_load_ps(d_gates[j]));
-                  store_values(to + s.r * chunk, _mm512_load_ps(d_ups[j]));
-                  store_values(to + 2 * s.r * chunk, _mm512_load_ps(h));
-                }
-              }
-              store_words<T>(gate_to + t, _mm512_load_ps(d_gates[0]), _mm512_load_ps(d_gates[1]));
-              store_words<T>(up_to + t, _mm512_load_ps(d_ups[0]), _mm512_load_ps(d_ups[1]));
-            }
-          }
-        }
-      }
+      for (int64_t block = needs_dx ? 0 : b.s.host_blocks(); block < b.s.neuron_blocks(); ++block)
+        hidden_grad_block<T, act>(b, c, block, scratch);
       if (needs_dx) {
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t block = 0; block < s.blocks_of(s.d); ++block) {
-          const int64_t row = block * kBlock, count = std::min<int64_t>(kBlock, s.d - row), memory = words_of<T>(s.m);
-          const FfnWeights& w = p.weights;
-          const Term terms[] = {{w.gate.data, w.gate.stride, true, s.m, d_gate, 0},
-                                {w.up.data, w.up.stride, true, s.m, d_up, 0},
-                                {w.memory_gate.data, w.memory_gate.stride, true, s.r, d_gate, memory},
-                                {w.memory_key.data, w.memory_key.stride, true, s.r, d_up, memory}};
-          multiply_block<T>(terms, 4, row, count, tokens, scratch);
-          store_tokens<T>(scratch, row, count, nullptr, p.dx, begin, tokens);
-        }
+        for (int64_t block = 0; block < b.s.channel_blocks(); ++block) dx_block<T>(b, c, block, scratch);
       }
-      // The slots' gradient: tokens are k, and a panel is 48 columns of x or dy.
-      const int64_t column_panels = panels_of(s.d);
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < 2 * column_panels; ++task) {
-        const bool values = task >= column_panels;
-        const int64_t column = (values ? task - column_panels : task) * kPanel;
-        const int64_t columns = std::min<int64_t>(kPanel, s.d - column);
-        const Rows from = values ? p.dy : p.x;
-        const Panels panel{reinterpret_cast<uint32_t*>(unused), words_of<T>(tokens)};
-        pack_columns<T>(static_cast<const T*>(from.data) + begin * from.stride + column, from.stride, tokens, columns,
-                        panel_width(columns, 0), 0, panel.data);
-        const int64_t first = values ? 2 * s.r : 0, last = values ? 3 * s.r : 2 * s.r;
-        const Term term{rows, chunk, false, tokens, panel, 0};
-        for (int64_t row = first; row < last; row += kBlock) {
-          const int64_t count = std::min<int64_t>(kBlock, last - row);
-          multiply_block<T>(&term, 1, row, count, columns, scratch);
-          for (int64_t i = 0; i < count; ++i) {
-            float* to = p.slots_grad + (row + i) * s.d + column;
-            const float* sums = scratch.of(0, panel_width(columns, 0), i);
-#pragma omp simd
-            for (int64_t c = 0; c < columns; ++c) to[c] += sums[c];
-          }
-        }
-      }
+      for (int64_t task = 0; task < 2 * column_panels; ++task)
+        slots_grad_columns<T>(b, c, task % column_panels * kPanel, task >= column_panels, panel, scratch);
     }
   }
 }
@@ -353,21 +429,21 @@ void with_types(DType dtype, Activation activation, F&& f) {
   });
 }
 
-void forward(const CpuFfnForwardParams& p) {
+void forward(const CpuGluFfnForwardParams& p) {
   with_types(p.dtype, p.activation, [&]<class T, Activation act>() { forward_typed<T, act>(p); });
 }
 
-void backward(const CpuFfnBackwardParams& p) {
+void backward(const CpuGluFfnBackwardParams& p) {
   with_types(p.dtype, p.activation, [&]<class T, Activation act>() { backward_typed<T, act>(p); });
 }
 
 }  // namespace
 
-extern const FfnKernels ffn_table;
+extern const GluFfnKernels glu_ffn_table;
 #ifdef __AVX512BF16__
-const FfnKernels ffn_table = {true, forward, backward};
+const GluFfnKernels glu_ffn_table = {true, forward, backward};
 #else
-const FfnKernels ffn_table = {false, forward, backward};
+const GluFfnKernels glu_ffn_table = {false, forward, backward};
 #endif
 
 }  // namespace locas::cpu::LOCAS_ISA

@@ -9,16 +9,9 @@
 #include <immintrin.h>
 #endif
 
-namespace locas::cpu {
+#include "common/types.h"
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-namespace LOCAS_ISA {
+namespace locas::cpu::LOCAS_ISA {
 
 inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -86,5 +79,4 @@ inline void store_block(const float* from, f16* to, int n) {
   for (; i < n; ++i) to[i] = to_f16(from[i]);
 }
 
-}  // namespace LOCAS_ISA
-}  // namespace locas::cpu
+}  // namespace locas::cpu::LOCAS_ISA

@@ -11,27 +11,27 @@ namespace locas::cpu {
 
 struct Kernels {
   const char* isa;
-  void (*glu_forward)(const GluForwardParams&);
-  void (*glu_backward)(const GluBackwardParams&);
-  void (*importance)(const ImportanceParams&);
-  void (*cross_entropy)(const CrossEntropyParams&);
+  void (*glu_activation_forward)(const GluActivationForwardParams&);
+  void (*glu_activation_backward)(const GluActivationBackwardParams&);
+  void (*neuron_importance_of_products)(const NeuronImportanceOfProductsParams&);
+  void (*token_nll)(const TokenNllParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*rms_norm_backward)(const RmsNormBackwardParams&);
-  void (*adamw)(const AdamWParams&);
-  void (*sgd)(const SgdParams&);
+  void (*adamw_slots)(const AdamwSlotsParams&);
+  void (*sgd_slots)(const SgdSlotsParams&);
   void (*write_slots)(const WriteSlotsParams&);
 };
 
 const Kernels& kernels();
 
 // The whole FFN with its own matrix products (ffn.cpp).
-struct FfnKernels {
+struct GluFfnKernels {
   bool bf16;  // whether it takes bfloat16 besides float32
-  void (*forward)(const CpuFfnForwardParams&);
-  void (*backward)(const CpuFfnBackwardParams&);
+  void (*forward)(const CpuGluFfnForwardParams&);
+  void (*backward)(const CpuGluFfnBackwardParams&);
 };
 
 // Null on a processor without AVX-512.
-const FfnKernels* ffn_kernels();
+const GluFfnKernels* glu_ffn_kernels();
 
 }  // namespace locas::cpu

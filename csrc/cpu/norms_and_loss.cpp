@@ -11,14 +11,15 @@ namespace {
 
 // A row belongs to one thread, which goes over it twice, three times with the gradient: maximum, sum, gradient.
 template <class T>
-void cross_entropy_typed(const CrossEntropyParams& p) {
-#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
-  for (int64_t row = 0; row < p.rows; ++row) {
+void token_nll_typed(const TokenNllParams& p) {
+  const int64_t rows = p.logits.rows, cols = p.logits.cols;
+#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
     Block<T> block;
     const auto for_each_block_of_row = [&](auto&& f) {
-      for (int64_t col = 0; col < p.cols; col += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
-        f(block.load(at<T>(p.logits, row, col), n), col, n);
+      for (int64_t col = 0; col < cols; col += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - col));
+        f(block.load(p.logits.at<T>(row, col), n), col, n);
       }
     };
     float maximum = -INFINITY;
@@ -34,13 +35,13 @@ void cross_entropy_typed(const CrossEntropyParams& p) {
       sum += part;
     });
     float target;
-    load_block(at<T>(p.logits, row, p.targets[row]), &target, 1);
+    load_block(p.logits.at<T>(row, p.targets[row]), &target, 1);
     p.nll[row] = static_cast<float>(std::log(sum) + maximum - target);
     if (!p.d_logits.data) continue;
     const float inverse = static_cast<float>(1.0 / sum);
     for_each_block_of_row([&](const float* x, int64_t col, int n) {
       Block<T> out_block;
-      T* to = at<T>(p.d_logits, row, col);
+      T* to = p.d_logits.at<T>(row, col);
       float* out = out_block.begin_store(to);
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = fast_exp(x[i] - maximum) * inverse;
@@ -65,23 +66,24 @@ float rounded(float x) {
 
 template <class T>
 void rms_norm_typed(const RmsNormParams& p) {
-#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
-  for (int64_t row = 0; row < p.rows; ++row) {
+  const int64_t rows = p.x.rows, cols = p.x.cols;
+#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
     Block<T> x_block, weight_block, out_block;
     float sum = 0.0f;
-    for (int64_t col = 0; col < p.cols; col += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
-      const float* x = x_block.load(at<T>(p.x, row, col), n);
+    for (int64_t col = 0; col < cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - col));
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
 #pragma omp simd reduction(+ : sum)
       for (int i = 0; i < n; ++i) sum += x[i] * x[i];
     }
-    const float inverse = 1.0f / std::sqrt(sum / p.cols + p.eps);
+    const float inverse = 1.0f / std::sqrt(sum / cols + p.eps);
     if (p.inverse_rms) p.inverse_rms[row] = inverse;
-    for (int64_t col = 0; col < p.cols; col += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
-      const float* x = x_block.load(at<T>(p.x, row, col), n);
+    for (int64_t col = 0; col < cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - col));
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
       const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
-      T* to = at<T>(p.out, row, col);
+      T* to = p.out.at<T>(row, col);
       float* out = out_block.begin_store(to);
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = weight[i] * rounded<T>(x[i] * inverse);
@@ -92,26 +94,27 @@ void rms_norm_typed(const RmsNormParams& p) {
 
 template <class T>
 void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
-#pragma omp parallel for schedule(static) if (p.rows * p.cols >= kParallelElements)
-  for (int64_t row = 0; row < p.rows; ++row) {
+  const int64_t rows = p.x.rows, cols = p.x.cols;
+#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
     Block<T> d_out_block, x_block, weight_block, dx_block;
     const float inverse = p.inverse_rms[row];
     float dot = 0.0f;
-    for (int64_t col = 0; col < p.cols; col += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
-      const float* d_out = d_out_block.load(at<T>(p.d_out, row, col), n);
-      const float* x = x_block.load(at<T>(p.x, row, col), n);
+    for (int64_t col = 0; col < cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - col));
+      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
       const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
 #pragma omp simd reduction(+ : dot)
       for (int i = 0; i < n; ++i) dot += d_out[i] * weight[i] * x[i];
     }
-    const float shift = dot * inverse * inverse / p.cols;
-    for (int64_t col = 0; col < p.cols; col += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, p.cols - col));
-      const float* d_out = d_out_block.load(at<T>(p.d_out, row, col), n);
-      const float* x = x_block.load(at<T>(p.x, row, col), n);
+    const float shift = dot * inverse * inverse / cols;
+    for (int64_t col = 0; col < cols; col += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - col));
+      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
       const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
-      T* to = at<T>(p.dx, row, col);
+      T* to = p.dx.at<T>(row, col);
       float* dx = dx_block.begin_store(to);
 #pragma omp simd
       for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * weight[i] - x[i] * shift);
@@ -122,8 +125,8 @@ void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyParams& p) {
-  with_type(p.dtype, [&]<class T>() { cross_entropy_typed<T>(p); });
+void token_nll(const TokenNllParams& p) {
+  with_type(p.dtype, [&]<class T>() { token_nll_typed<T>(p); });
 }
 
 void rms_norm(const RmsNormParams& p) {

@@ -18,7 +18,7 @@ double read(const DeviceScalar& scalar) {
 }
 
 // Clips the finished row and writes its rounded copy.
-void finish_row(float* w, int64_t d, bool clip, void* compute, DType compute_dtype, int64_t row) {
+void finish_row(float* w, int64_t d, bool clip, const Matrix& compute, DType compute_dtype, int64_t row) {
   if (clip) {
     float sum_of_squares = 0.0f;
 #pragma omp simd reduction(+ : sum_of_squares)
@@ -29,9 +29,9 @@ void finish_row(float* w, int64_t d, bool clip, void* compute, DType compute_dty
       for (int64_t i = 0; i < d; ++i) w[i] *= factor;
     }
   }
-  if (compute) {
+  if (compute.data) {
     with_type(compute_dtype, [&]<class T>() {
-      T* copy = static_cast<T*>(compute) + row * d;
+      T* copy = compute.at<T>(row, 0);
       for (int64_t i = 0; i < d; i += kBlock)
         store_block(w + i, copy + i, static_cast<int>(std::min<int64_t>(kBlock, d - i)));
     });
@@ -41,10 +41,10 @@ void finish_row(float* w, int64_t d, bool clip, void* compute, DType compute_dty
 // Calls f(values, first column, columns) for every block of row `row` of the inputs and gradients.
 template <class T, class F>
 void for_each_block_of_source(const WriteSlotsParams& p, int64_t row, F&& f) {
-  const T* from = static_cast<const T*>(p.is_value(row) ? p.gradients : p.inputs) + p.source_row(row) * p.d;
+  const T* from = (p.is_value(row) ? p.gradients : p.inputs).at<const T>(p.source_row(row), 0);
   Block<T> block;
-  for (int64_t col = 0; col < p.d; col += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, p.d - col));
+  for (int64_t col = 0; col < p.d(); col += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, p.d() - col));
     f(block.load(from + col, n), col, n);
   }
 }
@@ -67,7 +67,7 @@ bool token_norms(const WriteSlotsParams& p) {
 // A row belongs to one thread. Sums are in double: squares of any two floats fit, and the order is fixed.
 template <class T>
 void write_slots_typed(const WriteSlotsParams& p) {
-  const bool parallel = p.rows() * p.d >= kParallelElements;
+  const bool parallel = p.rows() * p.d() >= kParallelElements;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t row = 0; row < p.rows(); ++row) {
     double sum = 0.0;
@@ -83,52 +83,54 @@ void write_slots_typed(const WriteSlotsParams& p) {
     const double factor =
         p.is_value(row) ? p.epsilon * inverse_norm(p.norms[row % p.tokens]) : inverse_norm(std::sqrt(p.workspace[row]));
     const int64_t slot_row = p.slot_row(row);
-    float* w = p.slots + slot_row * p.d;
+    float* w = p.slots.at<float>(slot_row, 0);
     for_each_block_of_source<T>(p, row, [&](const float* x, int64_t col, int n) {
 #pragma omp simd
       for (int i = 0; i < n; ++i) w[col + i] = static_cast<float>(x[i] * factor);
     });
-    finish_row(w, p.d, false, p.compute, p.compute_dtype, slot_row);
+    finish_row(w, p.d(), false, p.compute, p.compute_dtype, slot_row);
   }
 }
 
 }  // namespace
 
-void adamw(const AdamWParams& p) {
+void adamw_slots(const AdamwSlotsParams& p) {
   if (p.finite.data && read(p.finite) == 0.0) return;
-  const AdamWFactors factors = adamw_factors(p, read(p.step), read(p.learning_rate));
-#pragma omp parallel for schedule(static) if (p.rows * p.d >= kParallelElements)
-  for (int64_t row = 0; row < p.rows; ++row) {
-    float* w = p.slots + row * p.d;
-    const float* g = p.grad + row * p.d;
-    float* exp_avg = p.exp_avg + row * p.d;
-    float* exp_avg_sq = p.exp_avg_sq + row * p.d;
+  const AdamwFactors factors = adamw_factors(p, read(p.step), read(p.learning_rate));
+  const int64_t rows = p.slots.rows, d = p.slots.cols;
+#pragma omp parallel for schedule(static) if (rows * d >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
+    float* w = p.slots.at<float>(row, 0);
+    const float* g = p.grad.at<const float>(row, 0);
+    float* exp_avg = p.exp_avg.at<float>(row, 0);
+    float* exp_avg_sq = p.exp_avg_sq.at<float>(row, 0);
 #pragma omp simd
-    for (int64_t i = 0; i < p.d; ++i) w[i] = adamw_element(factors, w[i], g[i], exp_avg[i], exp_avg_sq[i]);
-    finish_row(w, p.d, p.clip, p.compute, p.compute_dtype, row);
+    for (int64_t i = 0; i < d; ++i) w[i] = adamw_element(factors, w[i], g[i], exp_avg[i], exp_avg_sq[i]);
+    finish_row(w, d, p.clip, p.compute, p.compute_dtype, row);
   }
 }
 
-void sgd(const SgdParams& p) {
+void sgd_slots(const SgdSlotsParams& p) {
   if (p.finite.data && read(p.finite) == 0.0) return;
   const float learning_rate = static_cast<float>(read(p.learning_rate));
   const float decay = 1.0f - learning_rate * p.weight_decay;
-#pragma omp parallel for schedule(static) if (p.rows * p.d >= kParallelElements)
-  for (int64_t row = 0; row < p.rows; ++row) {
-    float* w = p.slots + row * p.d;
-    const float* g = p.grad + row * p.d;
-    if (p.momentum_buffer) {
-      float* buffer = p.momentum_buffer + row * p.d;
+  const int64_t rows = p.slots.rows, d = p.slots.cols;
+#pragma omp parallel for schedule(static) if (rows * d >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
+    float* w = p.slots.at<float>(row, 0);
+    const float* g = p.grad.at<const float>(row, 0);
+    if (p.momentum_buffer.data) {
+      float* buffer = p.momentum_buffer.at<float>(row, 0);
 #pragma omp simd
-      for (int64_t i = 0; i < p.d; ++i) {
+      for (int64_t i = 0; i < d; ++i) {
         buffer[i] = p.momentum * buffer[i] + g[i];
         w[i] = w[i] * decay - learning_rate * buffer[i];
       }
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < p.d; ++i) w[i] = w[i] * decay - learning_rate * g[i];
+      for (int64_t i = 0; i < d; ++i) w[i] = w[i] * decay - learning_rate * g[i];
     }
-    finish_row(w, p.d, p.clip, p.compute, p.compute_dtype, row);
+    finish_row(w, d, p.clip, p.compute, p.compute_dtype, row);
   }
 }
 

@@ -2,7 +2,15 @@
 
 namespace locas::cpu::LOCAS_ISA {
 
-const Kernels table = {LOCAS_ISA_NAME, glu_forward,       glu_backward, importance, cross_entropy,
-                       rms_norm,       rms_norm_backward, adamw,        sgd,        write_slots};
+const Kernels table = {LOCAS_ISA_NAME,
+                       glu_activation_forward,
+                       glu_activation_backward,
+                       neuron_importance_of_products,
+                       token_nll,
+                       rms_norm,
+                       rms_norm_backward,
+                       adamw_slots,
+                       sgd_slots,
+                       write_slots};
 
 }  // namespace locas::cpu::LOCAS_ISA

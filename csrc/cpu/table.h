@@ -7,18 +7,18 @@
 namespace locas::cpu::LOCAS_ISA {
 
 // elementwise.cpp
-void glu_forward(const GluForwardParams&);
-void glu_backward(const GluBackwardParams&);
-void importance(const ImportanceParams&);
+void glu_activation_forward(const GluActivationForwardParams&);
+void glu_activation_backward(const GluActivationBackwardParams&);
+void neuron_importance_of_products(const NeuronImportanceOfProductsParams&);
 
 // norms_and_loss.cpp
-void cross_entropy(const CrossEntropyParams&);
+void token_nll(const TokenNllParams&);
 void rms_norm(const RmsNormParams&);
 void rms_norm_backward(const RmsNormBackwardParams&);
 
 // slots.cpp
-void adamw(const AdamWParams&);
-void sgd(const SgdParams&);
+void adamw_slots(const AdamwSlotsParams&);
+void sgd_slots(const SgdSlotsParams&);
 void write_slots(const WriteSlotsParams&);
 
 extern const Kernels table;

@@ -2,7 +2,7 @@
 //
 //      struct Kernel {
 //        using Params = ...;                                     // plain data, passed by value
-//        static constexpr const char* name = "U update_slots";   // in error messages and test output
+//        static constexpr const char* name = "adamw_slots";      // in error messages and test output
 //        static constexpr int threads = 128, min_blocks = 1;     // a block, and blocks a multiprocessor at least
 //        static LOCAS_DEVICE void run(const Params& p, unsigned char* shared);
 //      };

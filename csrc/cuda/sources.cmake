@@ -1,7 +1,7 @@
 # The files that hold CUDA kernels, for both builds: nvcc's for the GPU, and the SIMT runner's for the CPU.
 set(LOCAS_CUDA_KERNELS
-  elementwise/cross_entropy.cu
-  elementwise/glu.cu
+  elementwise/glu_activation.cu
+  elementwise/token_nll.cu
   ffn/sm80/backward.cu
   ffn/sm80/decode.cu
   ffn/sm80/forward.cu

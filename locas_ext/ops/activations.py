@@ -3,16 +3,26 @@
 import torch
 import torch.nn.functional as F
 
-# The index is the kernels' enum (csrc/common/types.h). Several transformers names mean one function.
-INDEX = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
-NAMES = ("silu", "gelu_pytorch_tanh", "gelu", "relu")  # one name of each index
+from locas_ext import _C
 
-_FUNCTIONS = (
-    F.silu,
-    lambda x: F.gelu(x, approximate="tanh"),
-    F.gelu,
-    F.relu,
-)
+# Several transformers names mean one function.
+_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+# The kernels' number of each.
+INDEX = {name: _C.ACTIVATIONS.index(function) for name, function in _NAMES.items()}
+
+_FUNCTIONS = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def activation_index(name: str) -> int:
@@ -25,4 +35,4 @@ def activation_index(name: str) -> int:
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """act(x) in plain torch."""
-    return _FUNCTIONS[activation_index(name)](x)
+    return _FUNCTIONS[_C.ACTIVATIONS[activation_index(name)]](x)

@@ -179,7 +179,7 @@ def rehomed_forward(x: Tensor, home: RehomedFFN, down_bias: Tensor | None, activ
     gate_up = F.linear(x, home.gate_up.view(2 * n, d), None if home.bias is None else home.bias.view(2 * n))
     gate, up = gate_up.tensor_split(2, dim=1)
     hidden = gate.new_empty(gate.shape)
-    _C.glu_forward(gate, up, hidden, activation, 1.0, stream_of(x))
+    _C.glu_activation_forward(gate, up, hidden, activation, 1.0, stream_of(x))
     return F.linear(hidden, home.down, down_bias), gate_up.view(-1, 2, n) if save else None
 
 
@@ -204,9 +204,9 @@ def rehomed_backward(
     d_gate_up = torch.empty_like(gate_up)
     d_gate, d_up = d_gate_up.unbind(1)
     stream = stream_of(x)
-    _C.glu_backward(dy @ down, gate, up, d_gate, d_up, None, activation, 1.0, stream)
+    _C.glu_activation_backward(dy @ down, gate, up, d_gate, d_up, None, activation, 1.0, stream)
     hidden = gate.new_empty(len(x), memory.stop - memory.start)
-    _C.glu_forward(gate[:, memory], up[:, memory], hidden, activation, 1.0, stream)
+    _C.glu_activation_forward(gate[:, memory], up[:, memory], hidden, activation, 1.0, stream)
     d_gate_key = torch.bmm(d_gate_up[:, :, memory].permute(1, 2, 0), x.expand(2, *x.shape))
     dx = d_gate_up.flatten(1) @ gate_up_weight.flatten(0, 1) if needs_dx else None
     return dx, d_gate_key, hidden.T @ dy

@@ -18,7 +18,7 @@ MAY_INCLUDE = {
     "cpu/kernels.h": {"common/"},
     "cuda/": {"cuda/", "cuda/api.h", "cuda/ptx/", "common/"},
     "cuda/api.h": {"common/"},
-    "cuda/ptx/": {"cuda/ptx/", "simt/"},
+    "cuda/ptx/": {"cuda/ptx/", "simt/", "common/"},
     "simt/": {"simt/"},
     "simt/tests/": {"simt/tests/", "simt/", "cuda/", "cuda/api.h", "cuda/ptx/", "common/"},
 }

@@ -65,7 +65,7 @@ def test_elementwise_kernels_take_strided_and_unaligned_rows(dtype):
     big = torch.randn(37, 301, device="cuda").to(dtype)
     gate, up = big[:, 1:100], big[:, 150:249]
     out = torch.full((37, 120), float("nan"), device="cuda", dtype=dtype)
-    _C.glu_forward(gate, up, out[:, 5:104], 0, 1.0, torch.cuda.current_stream().cuda_stream)
+    _C.glu_activation_forward(gate, up, out[:, 5:104], 0, 1.0, torch.cuda.current_stream().cuda_stream)
     exact = F.silu(gate.double()) * up.double()
     assert_as_good_as_torch(out[:, 5:104], F.silu(gate) * up, exact, dtype)
     assert out[:, :5].isnan().all() and out[:, 104:].isnan().all()

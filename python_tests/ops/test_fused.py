@@ -231,14 +231,14 @@ def test_a_float16_host_on_the_cpu_is_refused_at_attach():
 def test_the_binding_checks_its_arguments():
     x, hidden = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, 24).bfloat16()
     gate, down, slots = torch.zeros(16, 8).bfloat16(), torch.zeros(8, 16).bfloat16(), torch.zeros(3, 4, 8).bfloat16()
-    call = lambda x=x, gate=gate, hidden=hidden: _C.ffn_forward(
+    call = lambda x=x, gate=gate, hidden=hidden: _C.glu_ffn_forward(
         x, gate, gate, down, None, None, None, *SlotViews.of(slots), hidden, None, None, torch.zeros_like(x), None, 0, 1.0, 0
     )
-    with pytest.raises(ValueError, match="ffn_forward: x must be bfloat16 or float16"):
+    with pytest.raises(ValueError, match="glu_ffn_forward: x has dtype float32; expected bfloat16 or float16"):
         call(x=x.float())
-    with pytest.raises(ValueError, match=r"ffn_forward: gate has shape \[12, 8\]; expected \[m, d\], multiples of 8"):
+    with pytest.raises(ValueError, match=r"glu_ffn_forward: gate has shape \[12, 8\]; expected \[m, d\], multiples of 8"):
         call(gate=gate[:12])
-    with pytest.raises(ValueError, match=r"ffn_forward: hidden has shape \[2, 16\]; expected \[2, 24\]"):
+    with pytest.raises(ValueError, match=r"glu_ffn_forward: hidden has shape \[2, 16\]; expected \[2, 24\]"):
         call(hidden=torch.zeros(2, 16).bfloat16())
-    with pytest.raises(ValueError, match="ffn_forward: gate must be contiguous in its last dimension"):
+    with pytest.raises(ValueError, match=r"glu_ffn_forward: gate has strides \[1, 16\]; expected a contiguous last dimension"):
         call(gate=torch.zeros(8, 16).bfloat16().t())

@@ -139,15 +139,15 @@ def test_another_dtype_is_refused():
 def test_the_binding_checks_its_arguments():
     x, host, views, dy = operands(4, 8, 16, 3, torch.float32)
     y, grad = torch.empty(4, 8), torch.zeros(3, 3, 8)
-    forward = lambda x=x, gate=host.gate, saved=None: _C.cpu_ffn_forward(x, gate, *host[1:], *views, y, saved, 0, 1.0)
-    with pytest.raises(ValueError, match="cpu_ffn_forward: x has a dtype"):
+    forward = lambda x=x, gate=host.gate, saved=None: _C.cpu_glu_ffn_forward(x, gate, *host[1:], *views, y, saved, 0, 1.0)
+    with pytest.raises(ValueError, match="cpu_glu_ffn_forward: x has dtype float16; expected float32"):
         forward(x=x.half())
-    with pytest.raises(ValueError, match=r"cpu_ffn_forward: up has shape \[16, 8\]; expected \[12, 8\]"):
+    with pytest.raises(ValueError, match=r"cpu_glu_ffn_forward: up has shape \[16, 8\]; expected \[12, 8\]"):
         forward(gate=host.gate[:12])
-    with pytest.raises(ValueError, match=r"saved has shape \[2, 16, 18\]; expected contiguous \[2, 16, 19 or 3\]"):
+    with pytest.raises(ValueError, match=r"saved has shape \[2, 16, 18\]; expected \[2, 16, 19 or 3\]"):
         forward(saved=torch.empty(2, 16, 18))
     small = torch.empty(2, 16, 3)
-    with pytest.raises(ValueError, match="saved lacks the host's part"):
-        _C.cpu_ffn_backward(dy, x, small, *host[:3], *views, torch.empty(4, 8), grad, 0, 1.0)
-    with pytest.raises(ValueError, match=r"slots_grad must be contiguous float32 \[3, r, d\]"):
-        _C.cpu_ffn_backward(dy, x, small, *host[:3], *views, None, grad[:2], 0, 1.0)
+    with pytest.raises(ValueError, match=r"saved has shape \[2, 16, 3\]; expected the host's 16 neurons in it too"):
+        _C.cpu_glu_ffn_backward(dy, x, small, *host[:3], *views, torch.empty(4, 8), grad, 0, 1.0)
+    with pytest.raises(ValueError, match=r"slots_grad has shape \[2, 3, 8\]; expected \[3, 3, 8\]"):
+        _C.cpu_glu_ffn_backward(dy, x, small, *host[:3], *views, None, grad[:2], 0, 1.0)

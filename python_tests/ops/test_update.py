@@ -225,7 +225,7 @@ def test_where_finite_is_0_nothing_is_written(shape, dtype, device):
     "finite, message",
     [
         (torch.ones(2), r"finite has shape \[2\]"),
-        (torch.ones((), dtype=torch.float16), "finite must be float32"),
+        (torch.ones((), dtype=torch.float16), "finite has dtype float16; expected float32"),
     ],
 )
 def test_a_flag_that_does_not_fit_is_an_error(finite, message):

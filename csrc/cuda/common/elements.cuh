@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/ffn_params.h"
 #include "common/types.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/memory.cuh"
@@ -57,6 +58,7 @@ LOCAS_DEVICE void store_vector(const float (&from)[kVector], T* to, int count, b
 }
 
 constexpr int kPiece = kVector;  // 16 bytes of a half type
+static_assert(kPiece == kPieceElements, "r is padded to it");
 
 // Eight neighbouring elements, 16-byte aligned, of global or shared memory.
 template <class T>
@@ -70,21 +72,11 @@ LOCAS_DEVICE void store_piece(const float (&from)[kPiece], T* to) {
 
 // Whether every row of m takes 16-byte accesses; a matrix that is not there does.
 template <class T>
-bool is_aligned(const Rows& m) {
+bool is_aligned(const Matrix& m) {
   return m.data == nullptr || (reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * sizeof(T) % 16 == 0);
 }
 
-// Calls f with the storage type as a template argument.
-template <class F>
-void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32: return f.template operator()<float>();
-    case DType::bf16: return f.template operator()<bf16>();
-    default: return f.template operator()<f16>();
-  }
-}
-
-// The same for the fused kernels, which take the half types only.
+// with_type for the fused kernels, which take the half types only.
 template <class F>
 void with_half_type(DType dtype, F&& f) {
   if (dtype == DType::bf16) return f.template operator()<bf16>();

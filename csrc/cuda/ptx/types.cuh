@@ -1,16 +1,11 @@
-// Storage types: what lies in memory. All arithmetic is in float.
+// Storage types, and 16 bytes of them.
 #pragma once
 
 #include <cstdint>
 
-namespace locas {
+#include "common/types.h"
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
+namespace locas {
 
 struct alignas(16) Vec16 {
   uint32_t word[4];

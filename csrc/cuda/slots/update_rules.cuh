@@ -19,17 +19,24 @@ using Float4 = Elements<float, 4>;
 LOCAS_DEVICE Float4 load4(const float* from) { return ptx::load(reinterpret_cast<const Float4*>(from)); }
 LOCAS_DEVICE void store4(float* to, Float4 value) { ptx::store(reinterpret_cast<Float4*>(to), value); }
 
+// What the kernels of a rule are called in messages: rows in registers and rows of any width (update.cu), and the
+// gradient from factors (update_from_factors.cu).
+struct KernelNames {
+  const char *in_registers, *any_width, *from_factors;
+};
+
 // The two rules: what a row needs besides slots and gradient, and the new value of one element or of four.
-struct AdamWRule {
-  using Params = AdamWParams;
-  static constexpr const char* name = "U update_slots_ (AdamW)";
-  AdamWFactors factors;
+struct AdamwSlots {
+  using Params = AdamwSlotsParams;
+  static constexpr KernelNames names = {"adamw_slots", "adamw_slots_any_width", "adamw_slots_from_factors"};
+  AdamwFactors factors;
   float* __restrict__ exp_avg;
   float* __restrict__ exp_avg_sq;
 
-  LOCAS_DEVICE AdamWRule(const AdamWParams& p, int64_t first)
-      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))), exp_avg(p.exp_avg + first),
-        exp_avg_sq(p.exp_avg_sq + first) {}
+  LOCAS_DEVICE AdamwSlots(const AdamwSlotsParams& p, int64_t first)
+      : factors(adamw_factors(p, read(p.step), read(p.learning_rate))),
+        exp_avg(static_cast<float*>(p.exp_avg.data) + first),
+        exp_avg_sq(static_cast<float*>(p.exp_avg_sq.data) + first) {}
 
   struct States {
     Float4 exp_avg, exp_avg_sq;
@@ -52,15 +59,16 @@ struct AdamWRule {
   }
 };
 
-struct SgdRule {
-  using Params = SgdParams;
-  static constexpr const char* name = "U update_slots_ (SGD)";
+struct SgdSlots {
+  using Params = SgdSlotsParams;
+  static constexpr KernelNames names = {"sgd_slots", "sgd_slots_any_width", "sgd_slots_from_factors"};
   float learning_rate, decay, momentum;
   float* __restrict__ buffer;  // null without momentum
 
-  LOCAS_DEVICE SgdRule(const SgdParams& p, int64_t first)
+  LOCAS_DEVICE SgdSlots(const SgdSlotsParams& p, int64_t first)
       : learning_rate(static_cast<float>(read(p.learning_rate))), decay(1.0f - learning_rate * p.weight_decay),
-        momentum(p.momentum), buffer(p.momentum_buffer ? p.momentum_buffer + first : nullptr) {}
+        momentum(p.momentum),
+        buffer(p.momentum_buffer.data ? static_cast<float*>(p.momentum_buffer.data) + first : nullptr) {}
 
   struct States {
     Float4 buffer;

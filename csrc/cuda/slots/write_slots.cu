@@ -1,10 +1,10 @@
 // Closed-form slots of all layers and tokens, in three launches:
 //
-//      inputs, gradients [layers, tokens, d]   slot_norms: CTA b adds up the squares of row b, in double, as the
+//      inputs, gradients [layers, tokens, d]   write_slots_norms: CTA b adds up the squares of row b, in double, as the
 //                                              squares of floats leave their range
-//      norms [tokens]                          token_norms: one CTA; a thread adds up a token's layers, and all
-//                                              decide together whether anything is not finite
-//      slots [layers, 2, capacity, d]          slot_rows: CTA b scales row b into the slots, or ends if that is so
+//      norms [tokens]                          write_slots_token_norms: one CTA; a thread adds up a token's layers, and
+//                                              all decide together whether anything is not finite
+//      slots [layers, 2, capacity, d]          write_slots_rows: CTA b scales row b into the slots, or ends then
 //
 // Every sum has one owner and one order: the result repeats bit for bit.
 #include <cmath>
@@ -31,9 +31,9 @@ struct WriteLaunch {
 template <class T, class F>
 LOCAS_DEVICE void for_each_vector(const WriteLaunch& launch, int64_t row, F&& f) {
   const WriteSlotsParams& p = launch.write;
-  const T* from = static_cast<const T*>(p.is_value(row) ? p.gradients : p.inputs) + p.source_row(row) * p.d;
-  for (int64_t col = kVector * ptx::thread_index(); col < p.d; col += kVector * kThreads) {
-    const int count = static_cast<int>(p.d - col < kVector ? p.d - col : kVector);
+  const T* from = static_cast<const T*>(p.is_value(row) ? p.gradients.data : p.inputs.data) + p.source_row(row) * p.d();
+  for (int64_t col = kVector * ptx::thread_index(); col < p.d(); col += kVector * kThreads) {
+    const int count = static_cast<int>(p.d() - col < kVector ? p.d() - col : kVector);
     float values[kVector];
     load_vector(from + col, values, count, launch.aligned);
     f(values, col, count);
@@ -41,9 +41,9 @@ LOCAS_DEVICE void for_each_vector(const WriteLaunch& launch, int64_t row, F&& f)
 }
 
 template <class T>
-struct SlotNorms {
+struct WriteSlotsNorms {
   using Params = WriteLaunch;
-  static constexpr const char* name = "slot_norms";
+  static constexpr const char* name = "write_slots_norms";
   static constexpr int threads = kThreads, min_blocks = 1;
   using Shared = WarpSums<double, kThreads / 32>;
 
@@ -59,9 +59,9 @@ struct SlotNorms {
   }
 };
 
-struct TokenNorms {
+struct WriteSlotsTokenNorms {
   using Params = WriteSlotsParams;
-  static constexpr const char* name = "token_norms";
+  static constexpr const char* name = "write_slots_token_norms";
   static constexpr int threads = 512, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
@@ -84,23 +84,23 @@ struct TokenNorms {
 };
 
 template <class T, class Copy>
-struct SlotRows {
+struct WriteSlotsRows {
   using Params = WriteLaunch;
-  static constexpr const char* name = "slot_rows";
+  static constexpr const char* name = "write_slots_rows";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& launch, unsigned char*) {
     const WriteSlotsParams& p = launch.write;
     if (ptx::load(p.workspace + p.rows()) == 0.0) return;
-    const int64_t row = ptx::block_index(), first = p.slot_row(row) * p.d;
+    const int64_t row = ptx::block_index(), first = p.slot_row(row) * p.d();
     const double factor = p.is_value(row) ? p.epsilon * inverse_norm(ptx::load(p.norms + row % p.tokens))
                                           : inverse_norm(sqrt(ptx::load(p.workspace + row)));
     for_each_vector<T>(launch, row, [&](const float (&values)[kVector], int64_t col, int count) {
       float scaled[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) scaled[j] = static_cast<float>(values[j] * factor);
-      store_vector(scaled, p.slots + first + col, count, launch.aligned);
-      if (p.compute) store_vector(scaled, static_cast<Copy*>(p.compute) + first + col, count, launch.aligned);
+      store_vector(scaled, static_cast<float*>(p.slots.data) + first + col, count, launch.aligned);
+      if (p.compute.data) store_vector(scaled, static_cast<Copy*>(p.compute.data) + first + col, count, launch.aligned);
     });
   }
 };
@@ -111,15 +111,11 @@ void write_slots(const WriteSlotsParams& p, Queue queue) {
   if (p.tokens == 0) return;
   with_type(p.dtype, [&]<class T>() {
     with_type(p.compute_dtype, [&]<class Copy>() {
-      const auto takes_vectors = [&]<class Element>(const Element* data) {
-        return is_aligned<Element>({const_cast<Element*>(data), p.d});
-      };
-      const WriteLaunch parameters{p, takes_vectors(static_cast<const T*>(p.inputs)) &&
-                                          takes_vectors(static_cast<const T*>(p.gradients)) && takes_vectors(p.slots) &&
-                                          takes_vectors(static_cast<const Copy*>(p.compute))};
-      launch<SlotNorms<T>>(p.rows(), sizeof(typename SlotNorms<T>::Shared), queue, parameters);
-      launch<TokenNorms>(1, 0, queue, p);
-      launch<SlotRows<T, Copy>>(p.rows(), 0, queue, parameters);
+      const WriteLaunch parameters{p, is_aligned<T>(p.inputs) && is_aligned<T>(p.gradients) &&
+                                          is_aligned<float>(p.slots) && is_aligned<Copy>(p.compute)};
+      launch<WriteSlotsNorms<T>>(p.rows(), sizeof(typename WriteSlotsNorms<T>::Shared), queue, parameters);
+      launch<WriteSlotsTokenNorms>(1, 0, queue, p);
+      launch<WriteSlotsRows<T, Copy>>(p.rows(), 0, queue, parameters);
     });
   });
 }

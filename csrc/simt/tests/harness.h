@@ -26,7 +26,7 @@ struct Test {
 };
 std::vector<Test>& tests();
 
-// LOCAS_TEST(update, "U update_slots_") { ...; return count + " cases"; }
+// LOCAS_TEST(adamw, "adamw_slots") { ...; return count + " cases"; }
 #define LOCAS_TEST(function, name)                                                                   \
   static std::string function();                                                                     \
   static const bool function##_listed = (::locas::test::tests().push_back({name, &function}), true); \
@@ -69,15 +69,16 @@ class Random {
 
 // A matrix in global memory whose rows lie `stride` elements apart. What lies between them must stay as it was.
 template <class T>
-class Matrix {
+class StridedBuffer {
  public:
-  Matrix(std::string name, int64_t rows, int64_t cols, int64_t stride, size_t offset = 0)
+  StridedBuffer(std::string name, int64_t rows, int64_t cols, int64_t stride, size_t offset = 0)
       : buffer_(std::move(name), rows * stride, offset), rows_(rows), cols_(cols), stride_(stride) {}
-  Matrix(std::string name, const std::vector<T>& values, int64_t rows, int64_t cols, int64_t stride, size_t offset = 0)
-      : Matrix(std::move(name), rows, cols, stride, offset) {
+  StridedBuffer(std::string name, const std::vector<T>& values, int64_t rows, int64_t cols, int64_t stride,
+                size_t offset = 0)
+      : StridedBuffer(std::move(name), rows, cols, stride, offset) {
     for (int64_t i = 0; i < rows * cols; ++i) buffer_[i / cols * stride + i % cols] = values[i];
   }
-  Rows view() { return {buffer_.data(), stride_}; }
+  Matrix view() { return {buffer_.data(), rows_, cols_, stride_}; }
   // [rows * cols]; aborts if a kernel wrote between the rows.
   std::vector<T> values() const {
     std::vector<T> result;
@@ -94,6 +95,12 @@ class Matrix {
   simt::Buffer<T> buffer_;
   int64_t rows_, cols_, stride_;
 };
+
+// A buffer as the contiguous rows that it holds.
+template <class T>
+Matrix rows_of(simt::Buffer<T>& buffer, int64_t rows, int64_t cols) {
+  return {buffer.data(), rows, cols, cols};
+}
 
 // Draws shapes, new ones in every run; fail() prints the seed, and locas_simt_tests takes it to repeat a run.
 Random& fresh();

@@ -50,7 +50,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
     """Of what the backward needs: gate and up, tokens in whole vectors of 16, neurons of host and memory."""
-    return [(2, -(-tokens // 16) * 16, m + rank)]
+    return [(2, -(-tokens // _C.CPU_TOKEN_MULTIPLE) * _C.CPU_TOKEN_MULTIPLE, m + rank)]
 
 
 def glu_ffn_forward(
@@ -60,7 +60,7 @@ def glu_ffn_forward(
     tokens, d = x.shape
     y = x.new_empty(tokens, d)
     saved = x.new_empty(saved_shapes(tokens, len(host.gate) if needs_dx else 0, len(slots.value))[0]) if save else None
-    _C.cpu_ffn_forward(
+    _C.cpu_glu_ffn_forward(
         _rows(x),
         _rows(host.gate),
         _rows(host.up),
@@ -92,7 +92,7 @@ def glu_ffn_backward(
     dx = x.new_empty(x.shape) if needs_dx else None
     rank, d = slots.value.shape
     d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device) if slots_grad is None else slots_grad
-    _C.cpu_ffn_backward(
+    _C.cpu_glu_ffn_backward(
         _rows(dy),
         _rows(x),
         saved[0],

@@ -26,8 +26,9 @@ def obstacle(like: Tensor, d: int, m: int) -> str | None:
         return "this build has no CUDA kernels"
     if like.dtype not in DTYPES:
         return f"the fused kernels take bfloat16 and float16; this is {like.dtype}"
-    if d % 8 or m % 8:
-        return f"the fused kernels need sizes that are multiples of 8; here hidden_size is {d} and intermediate_size {m}"
+    if d % _C.PIECE_ELEMENTS or m % _C.PIECE_ELEMENTS:
+        sizes = f"hidden_size is {d} and intermediate_size {m}"
+        return f"the fused kernels need sizes that are multiples of {_C.PIECE_ELEMENTS}; here {sizes}"
     return None
 
 
@@ -59,8 +60,8 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
-    """Of what the backward needs: gate and up, host then memory, whose slots are rounded up to 8."""
-    return [(tokens, m + -(-rank // 8) * 8)] * 2
+    """Of what the backward needs: gate and up, host then memory, whose slots are rounded up to whole pieces of 16 bytes."""
+    return [(tokens, m + -(-rank // _C.PIECE_ELEMENTS) * _C.PIECE_ELEMENTS)] * 2
 
 
 def _workspace(x: Tensor, floats: int) -> Tensor | None:
@@ -78,8 +79,8 @@ def glu_ffn_forward(
     gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
     y = x.new_empty(tokens, d)
     if tokens:
-        workspace = _workspace(x, _C.ffn_forward_workspace(tokens, d, m, rank))
-        _C.ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
+        workspace = _workspace(x, _C.glu_ffn_forward_workspace(tokens, d, m, rank))
+        _C.glu_ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
     return y, (gate, up) if save else ()
 
 
@@ -108,8 +109,8 @@ def glu_ffn_backward(
     else:
         d_slots = None if isinstance(slots_grad, SlotFactors) else slots_grad
     if tokens:
-        workspace = _workspace(x, _C.ffn_backward_workspace(tokens, d, m, rank))
-        _C.ffn_backward(
+        workspace = _workspace(x, _C.glu_ffn_backward_workspace(tokens, d, m, rank))
+        _C.glu_ffn_backward(
             dy,
             x,
             *host,

@@ -11,7 +11,7 @@ def token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, 
     """-> the negative log-likelihood of each row [T] float32 and, if asked for, its gradient [T, V] in logits' dtype."""
     nll = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     d_logits = torch.empty_like(logits) if gradient else None
-    _C.cross_entropy(logits, targets, nll, d_logits, stream_of(logits))
+    _C.token_nll(logits, targets, nll, d_logits, stream_of(logits))
     return nll, d_logits
 
 

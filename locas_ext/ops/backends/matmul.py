@@ -23,7 +23,7 @@ def memory_hidden(memory_gate_key: Tensor, scale: float, activation: int) -> Ten
     """scale * act(x G^T) * (x K^T), [T, r], from the pre-activations [T, 2r]."""
     gate, key = memory_gate_key.tensor_split(2, dim=1)
     hidden = gate.new_empty(gate.shape)
-    _C.glu_forward(gate, key, hidden, activation, scale, stream_of(hidden))
+    _C.glu_activation_forward(gate, key, hidden, activation, scale, stream_of(hidden))
     return hidden
 
 
@@ -42,7 +42,7 @@ def glu_ffn_forward(
     up = F.linear(x, host.up, host.up_bias)
     keep = save and needs_dx
     hidden = torch.empty_like(gate) if keep else gate
-    _C.glu_forward(gate, up, hidden, activation, 1.0, stream_of(gate))
+    _C.glu_activation_forward(gate, up, hidden, activation, 1.0, stream_of(gate))
     y = F.linear(hidden, host.down, host.down_bias)
     del hidden
     memory_gate_key = F.linear(x, slots.gate_key)
@@ -75,7 +75,7 @@ def _pre_activation_gradient(
     d_gate, d_key = d_gate_key.tensor_split(2, dim=1)
     hidden = torch.empty_like(gate, memory_format=torch.contiguous_format)
     d_hidden = dy @ slots.value.T
-    _C.glu_backward(d_hidden, gate, key, d_gate, d_key, hidden, activation, scale, stream_of(dy))
+    _C.glu_activation_backward(d_hidden, gate, key, d_gate, d_key, hidden, activation, scale, stream_of(dy))
     if slots_grad is None:
         rank, d = slots.value.shape
         d_slots = dy.new_empty(3, rank, d)
@@ -107,7 +107,7 @@ def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: i
     """-> y [T, d] and the pre-activations x K^T [T, r]."""
     key = F.linear(x, slots.gate_key)
     hidden = torch.empty_like(key)
-    _C.glu_forward(key, None, hidden, activation, scale, stream_of(x))
+    _C.glu_activation_forward(key, None, hidden, activation, scale, stream_of(x))
     return hidden @ slots.value, (key,)
 
 
@@ -126,7 +126,7 @@ def sideway_mlp_backward(
     (pre,) = saved
     d_pre = dy @ slots.value.T  # the gradient of hidden, until the kernel replaces it
     hidden = torch.empty_like(pre) if needs_slots else None
-    _C.glu_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
+    _C.glu_activation_backward(d_pre, pre, None, d_pre, None, hidden, activation, scale, stream_of(dy))
     dx = d_pre @ slots.gate_key if needs_dx else None
     if hidden is None:
         return dx, None
@@ -158,7 +158,7 @@ def glu_ffn_backward(
         return None, d_slots
     d_gate = dy @ host.down
     d_up = torch.empty_like(d_gate)
-    _C.glu_backward(d_gate, gate, up, d_gate, d_up, None, activation, 1.0, stream_of(dy))
+    _C.glu_activation_backward(d_gate, gate, up, d_gate, d_up, None, activation, 1.0, stream_of(dy))
     dx = d_gate @ host.gate
     del d_gate
     return dx.addmm_(d_up, host.up).addmm_(d_gate_key, slots.gate_key), d_slots
@@ -169,5 +169,5 @@ def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activatio
     gate = F.linear(x, host.gate, host.gate_bias)
     up = F.linear(x, host.up, host.up_bias)
     importance = torch.empty(gate.shape[1], dtype=torch.float32, device=x.device)
-    _C.importance(gate, up, importance, activation, stream_of(x))
+    _C.neuron_importance_of_products(gate, up, importance, activation, stream_of(x))
     return importance

@@ -11,7 +11,7 @@ from locas_ext import _C
 from locas_ext.ops.types import SGD, AdamW, SlotFactors, stream_of
 
 # What the update can form the slots' gradient from.
-MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = 64, 32, 8192
+MOST_FACTOR_TOKENS, MOST_FACTOR_LAYERS, MOST_FACTOR_WIDTH = _C.MOST_FACTOR_TOKENS, _C.MOST_FACTOR_LAYERS, _C.MOST_FACTOR_WIDTH
 
 
 def adamw_slots_(
@@ -27,7 +27,7 @@ def adamw_slots_(
 ) -> None:
     """One AdamW step over rows of the last dimension, then the row clip; in place."""
     stream = stream_of(slots)
-    _C.adamw(slots, grad, exp_avg, exp_avg_sq, step, learning_rate, *adamw, compute, finite, stream)
+    _C.adamw_slots(slots, grad, exp_avg, exp_avg_sq, step, learning_rate, *adamw, compute, finite, stream)
 
 
 def sgd_slots_(
@@ -40,7 +40,7 @@ def sgd_slots_(
     finite: Tensor | None = None,
 ) -> None:
     """One SGD step over rows of the last dimension, then the row clip; in place."""
-    _C.sgd(slots, grad, momentum_buffer, learning_rate, *sgd, compute, finite, stream_of(slots))
+    _C.sgd_slots(slots, grad, momentum_buffer, learning_rate, *sgd, compute, finite, stream_of(slots))
 
 
 def adamw_slots_from_factors_(
@@ -61,7 +61,7 @@ def adamw_slots_from_factors_(
     `adamw_slots_`.
     """
     tensors, stream = [layer.kept() for layer in factors], stream_of(slots)
-    _C.adamw_from_factors(
+    _C.adamw_slots_from_factors(
         slots, exp_avg, exp_avg_sq, step, learning_rate, *adamw, compute, finite, tensors, factor_scale, stream
     )
 
@@ -78,7 +78,7 @@ def sgd_slots_from_factors_(
 ) -> None:
     """One SGD step as `adamw_slots_from_factors_`."""
     tensors, stream = [layer.kept() for layer in factors], stream_of(slots)
-    _C.sgd_from_factors(slots, momentum_buffer, learning_rate, *sgd, compute, finite, tensors, factor_scale, stream)
+    _C.sgd_slots_from_factors(slots, momentum_buffer, learning_rate, *sgd, compute, finite, tensors, factor_scale, stream)
 
 
 def write_slots_(
@@ -93,7 +93,7 @@ def write_slots_(
     """Closed-form slots of all layers and tokens, in place. -> the gradient norms [n] float32."""
     layers, n, _ = inputs.shape
     norms = torch.empty(n, dtype=torch.float32, device=slots.device)
-    workspace = torch.empty(2 * layers * n + 1, dtype=torch.float64, device=slots.device)
+    workspace = torch.empty(_C.write_slots_workspace(layers, n), dtype=torch.float64, device=slots.device)
     inputs, gradients = inputs.contiguous(), gradients.contiguous()
     if gradient_norm is not None:
         gradient_norm = gradient_norm.contiguous()

@@ -1,15 +1,15 @@
-// K3 and K4: the backward of an FFN with memory. The host is frozen: gradients go to x and to the slots.
+// glu_ffn_backward (K3 and K4): the backward of an FFN with memory. The host is frozen: gradients go to x and to the
+// slots.
 //
-//      K3 dh_glu_backward      d_hidden = dy [W_down | scale * V^T] stays on chip; its tile becomes d_gate and d_up
+//      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip; its tile becomes d_gate and d_up
 //
 //           d_gate, d_up [tokens,  m host | r' memory ]     a CTA owns kM tokens x kN neurons of one part
 //           memory tiles also write memory_hidden, which dV needs
 //
-//      K4 dx_weight_grad       one grid, two kinds of CTA
+//      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of CTA
 //
-//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four K
-//           ranges;
-//                               where the tiles are few, K is cut into slices that AddSlices adds in their order
+//           dx tiles            d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges
+//                               of K; where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots' gradient     [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32
 //
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
@@ -23,31 +23,31 @@ namespace locas::cuda {
 namespace {
 
 template <class Tile>
-struct GluBackward {
+struct GluFfnHiddenGrad {
   struct Params {
-    FfnBackwardParams ffn;
+    GluFfnBackwardParams ffn;
     int tiles_m, host_tiles_n, tiles_n;
   };
-  static constexpr const char* name = "K3 dh_glu_backward";
+  static constexpr const char* name = "glu_ffn_hidden_grad";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const TileIndex tile = tile_index(ptx::block_index(), p.tiles_m, p.tiles_n);
     const bool memory = tile.n >= p.host_tiles_n;
     const int first_token = tile.m * Tile::kM;
     const int first_neuron = (memory ? tile.n - p.host_tiles_n : tile.n) * Tile::kN;
-    const int64_t columns = memory ? w.padded_r() : w.m;
-    const auto dy = operand<T>(ffn.dy, ffn.tokens, w.d);
-    const auto down = operand<T>(w.down, w.d, w.m);
-    const auto value = operand<T>(w.memory_value, w.r, w.d);
+    const int64_t columns = memory ? w.padded_r() : w.m();
+    const auto dy = operand<T>(ffn.dy, ffn.tokens(), w.d());
+    const auto down = operand<T>(w.down, w.d(), w.m());
+    const auto value = operand<T>(w.memory_value, w.r(), w.d());
 
     Tile::product(
-        shared, 0, static_cast<int>(divide_up(w.d, kBlockK)),
+        shared, 0, static_cast<int>(divide_up(w.d(), kBlockK)),
         [&](int block, typename Tile::Stage& stage) {
           const int k = block * kBlockK;
           load_tile<T, Major::k, Tile::kM, threads>(stage.a, dy, first_token, k);
@@ -59,13 +59,13 @@ struct GluBackward {
           else Tile::template multiply<Major::k, Major::mn>(sums, stage);
         });
 
-    const int64_t before = memory ? w.m : 0;
+    const int64_t before = memory ? w.m() : 0;
     const float scale = memory ? ffn.scale : 1.0f;
     with_activation(ffn.activation, [&]<Activation act>() {
       Tile::template for_each_piece<Tile::kN>([&](int row, int col) {
         const int token = first_token + row, neuron = first_neuron + col;
-        if (token >= ffn.tokens || neuron >= columns) return;
-        const auto at = [&](const Rows& matrix) {
+        if (token >= ffn.tokens() || neuron >= columns) return;
+        const auto at = [&](const Matrix& matrix) {
           return static_cast<T*>(matrix.data) + token * matrix.stride + before + neuron;
         };
         float d_hidden[kPiece], gate[kPiece], up[kPiece], hidden[kPiece];
@@ -90,13 +90,13 @@ struct GluBackward {
 };
 
 template <class Tile>
-struct DxWeightGrad {
+struct GluFfnInputAndSlotsGrad {
   struct Params {
-    FfnBackwardParams ffn;
+    GluFfnBackwardParams ffn;
     int tiles_m, tiles_n, splits;    // of dx; tiles_m is 0 without dx
     int slot_tiles_m, slot_tiles_n;  // of one of the three gradients
   };
-  static constexpr const char* name = "K4 dx_weight_grad";
+  static constexpr const char* name = "glu_ffn_input_and_slots_grad";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Slots = SmallTile<T>;  // M over slots
@@ -115,14 +115,14 @@ struct DxWeightGrad {
 
  private:
   static LOCAS_DEVICE void dx_tile(const Params& p, typename Tile::Shared& shared, int index) {
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int split = index % p.splits;
     const TileIndex tile = tile_index(index / p.splits, p.tiles_m, p.tiles_n);
     const int first_token = tile.m * Tile::kM;
     const int first_col = tile.n * Tile::kN;
-    const int host_blocks = static_cast<int>(divide_up(w.m, kBlockK));
-    const int memory_blocks = static_cast<int>(divide_up(w.r, kBlockK));
+    const int host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
+    const int memory_blocks = static_cast<int>(divide_up(w.r(), kBlockK));
     const int blocks = 2 * (host_blocks + memory_blocks);
     const int first = static_cast<int>(static_cast<int64_t>(blocks) * split / p.splits);
     const int last = static_cast<int>(static_cast<int64_t>(blocks) * (split + 1) / p.splits);
@@ -132,10 +132,10 @@ struct DxWeightGrad {
       const int within = memory ? block - 2 * host_blocks : block, half = memory ? memory_blocks : host_blocks;
       const bool of_up = within >= half;
       const int k = (of_up ? within - half : within) * kBlockK;
-      const Rows& a = of_up ? ffn.d_up : ffn.d_gate;
-      const Rows& b = memory ? (of_up ? w.memory_key : w.memory_gate) : (of_up ? w.up : w.gate);
-      const auto gradient = operand<T>(a, ffn.tokens, memory ? w.padded_r() : w.m, memory ? w.m : 0);
-      const auto weight = operand<T>(b, memory ? w.r : w.m, w.d);
+      const Matrix& a = of_up ? ffn.d_up : ffn.d_gate;
+      const Matrix& b = memory ? (of_up ? w.memory_key : w.memory_gate) : (of_up ? w.up : w.gate);
+      const auto gradient = operand<T>(a, ffn.tokens(), memory ? w.padded_r() : w.m(), memory ? w.m() : 0);
+      const auto weight = operand<T>(b, memory ? w.r() : w.m(), w.d());
       load_tile<T, Major::k, Tile::kM, threads>(stage.a, gradient, first_token, k);
       load_tile<T, Major::mn, Tile::kN, threads>(stage.b, weight, first_col, k);
     };
@@ -145,26 +145,27 @@ struct DxWeightGrad {
 
     Tile::template for_each_piece<Tile::kN>([&](int row, int col) {
       const int token = first_token + row, channel = first_col + col;
-      if (token >= ffn.tokens || channel >= w.d) return;
+      if (token >= ffn.tokens() || channel >= w.d()) return;
       float sum[kPiece];
       load_piece(&shared.sums[row][col], sum);
-      if (p.splits > 1) store_piece(sum, ffn.workspace + (split * ffn.tokens + token) * w.d + channel);
+      if (p.splits > 1) store_piece(sum, ffn.workspace + (split * ffn.tokens() + token) * w.d() + channel);
       else store_piece(sum, static_cast<T*>(ffn.dx.data) + token * ffn.dx.stride + channel);
     });
   }
 
   static LOCAS_DEVICE void slot_tile(const Params& p, typename Slots::Shared& shared, int index) {
-    const FfnBackwardParams& ffn = p.ffn;
+    const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int tiles = p.slot_tiles_m * p.slot_tiles_n, kind = index / tiles;  // 0 gate, 1 key, 2 value
     const int first_slot = (index % tiles / p.slot_tiles_n) * Slots::kM;
     const int first_col = (index % tiles % p.slot_tiles_n) * Slots::kN;
-    const auto coefficients = kind == 2 ? operand<T>(ffn.memory_hidden, ffn.tokens, w.padded_r())
-                                        : operand<T>(kind == 0 ? ffn.d_gate : ffn.d_up, ffn.tokens, w.padded_r(), w.m);
-    const auto rows = operand<T>(kind == 2 ? ffn.dy : ffn.x, ffn.tokens, w.d);
+    const auto coefficients = kind == 2
+                                  ? operand<T>(ffn.memory_hidden, ffn.tokens(), w.padded_r())
+                                  : operand<T>(kind == 0 ? ffn.d_gate : ffn.d_up, ffn.tokens(), w.padded_r(), w.m());
+    const auto rows = operand<T>(kind == 2 ? ffn.dy : ffn.x, ffn.tokens(), w.d());
 
     Slots::product(
-        shared, 0, static_cast<int>(divide_up(ffn.tokens, kBlockK)),
+        shared, 0, static_cast<int>(divide_up(ffn.tokens(), kBlockK)),
         [&](int block, typename Slots::Stage& stage) {
           const int k = block * kBlockK;
           load_tile<T, Major::mn, Slots::kM, threads>(stage.a, coefficients, first_slot, k);
@@ -174,8 +175,8 @@ struct DxWeightGrad {
 
     Slots::template for_each_piece<Slots::kN>([&](int row, int col) {
       const int64_t slot = first_slot + row, channel = first_col + col;
-      if (slot >= w.r || channel >= w.d) return;
-      float* gradient = ffn.slots_grad + (kind * w.r + slot) * w.d + channel;
+      if (slot >= w.r() || channel >= w.d()) return;
+      float* gradient = static_cast<float*>(ffn.slots_grad.data) + (kind * w.r() + slot) * w.d() + channel;
       float sum[kPiece], before[kPiece];
       load_piece(&shared.sums[row][col], sum);
       load_piece(gradient, before);
@@ -186,46 +187,46 @@ struct DxWeightGrad {
   }
 };
 
-int dx_splits(TileKind kind, int64_t tokens, const FfnWeights& w) {
-  return split_count(kind, tokens, w.d, 2 * (w.m + w.padded_r()));
+int dx_splits(TileKind kind, int64_t tokens, const FfnSizes& sizes) {
+  return split_count(kind, tokens, sizes.d, 2 * (sizes.m + sizes.padded_r()));
 }
 
 }  // namespace
 
-int64_t ffn_backward_workspace(int64_t tokens, const FfnWeights& w) {
-  const int splits = dx_splits(tile_kind(tokens, w.d, kMostSplits), tokens, w);
-  return splits > 1 ? splits * tokens * w.d : 0;
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int splits = dx_splits(tile_kind(tokens, sizes.d, kMostSplits), tokens, sizes);
+  return splits > 1 ? splits * tokens * sizes.d : 0;
 }
 
-void ffn_backward(const FfnBackwardParams& p, Queue queue) {
+void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const bool needs_dx = p.dx.data != nullptr;
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(tile_kind(p.tokens, w.m), [&]<class Tile>() {
-      using Kernel = GluBackward<Tile>;
-      const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m, Tile::kN)) : 0;
-      const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens, Tile::kM)), host_tiles,
+    with_tile<T>(tile_kind(p.tokens(), w.m()), [&]<class Tile>() {
+      using Kernel = GluFfnHiddenGrad<Tile>;
+      const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
+      const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
                                            host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
       launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
                      params);
     });
-    const TileKind kind = tile_kind(p.tokens, w.d, kMostSplits);
-    const int splits = dx_splits(kind, p.tokens, w);
+    const TileKind kind = tile_kind(p.tokens(), w.d(), kMostSplits);
+    const int splits = dx_splits(kind, p.tokens(), w.sizes());
     with_tile<T>(kind, [&]<class Tile>() {
-      using Kernel = DxWeightGrad<Tile>;
-      const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens, Tile::kM)) : 0;
+      using Kernel = GluFfnInputAndSlotsGrad<Tile>;
+      const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
       const typename Kernel::Params params{p,
                                            tiles_m,
-                                           static_cast<int>(divide_up(w.d, Tile::kN)),
+                                           static_cast<int>(divide_up(w.d(), Tile::kN)),
                                            splits,
-                                           static_cast<int>(divide_up(w.r, Kernel::Slots::kM)),
-                                           static_cast<int>(divide_up(w.d, Kernel::Slots::kN))};
-      const int slot_tiles = p.slots_grad ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
+                                           static_cast<int>(divide_up(w.r(), Kernel::Slots::kM)),
+                                           static_cast<int>(divide_up(w.d(), Kernel::Slots::kN))};
+      const int slot_tiles = p.slots_grad.data ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * splits + slot_tiles;
       if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params);
     });
     if (needs_dx && splits > 1) {
-      const SliceParams slices{p.workspace, splits, nullptr, p.dx, p.tokens, w.d};
+      const SliceParams slices{p.workspace, splits, nullptr, p.dx};
       launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
     }
   });

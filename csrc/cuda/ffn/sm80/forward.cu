@@ -1,11 +1,11 @@
-// K1 and K2: the forward of an FFN with memory, for many tokens.
+// glu_ffn_forward (K1 and K2): the forward of an FFN with memory, for many tokens.
 //
-//      K1 glu_forward     hidden = scale * act(x W_gate^T) * (x W_up^T)          one product, two weights side by side
+//      K1 glu_ffn_hidden  hidden = scale * act(x W_gate^T) * (x W_up^T)          one product, two weights side by side
 //
 //           B tile [ kN/2 gate rows | kN/2 up rows ]     a CTA owns kM tokens x kN/2 neurons, so it sees both
 //           hidden [tokens,  m host | r' memory ]        pre-activations of each; memory tiles read G and K instead
 //
-//      K2 down_forward    y = hidden [W_down^T ; V]                               one product, two K ranges
+//      K2 glu_ffn_down    y = hidden [W_down^T ; V]                               one product, two K ranges
 //
 //           K blocks [ m: W_down, K-major | r: V, along its columns ]
 //           Where the tiles are few, K is cut into slices; AddSlices adds them in their order.
@@ -24,13 +24,13 @@ namespace locas::cuda {
 namespace {
 
 template <class Tile>
-struct GluForward {
+struct GluFfnHidden {
   struct Params {
-    FfnForwardParams ffn;
+    GluFfnForwardParams ffn;
     int tiles_m, host_tiles_n, tiles_n;
     float* importance;  // [tiles_m, m] out: column sums of |hidden| over the tile's tokens; may be null
   };
-  static constexpr const char* name = "K1 glu_forward";
+  static constexpr const char* name = "glu_ffn_hidden";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   static constexpr int kNeurons = Tile::kN / 2;
@@ -39,27 +39,28 @@ struct GluForward {
     float column_sums[threads / (kNeurons / kPiece)][kNeurons];
   };
 
-  static Params params(const FfnForwardParams& ffn, float* importance) {
-    const auto host_tiles = static_cast<int>(divide_up(ffn.weights.m, kNeurons));
+  static Params params(const GluFfnForwardParams& ffn, float* importance) {
+    const auto host_tiles = static_cast<int>(divide_up(ffn.weights.m(), kNeurons));
     const auto memory_tiles = static_cast<int>(divide_up(ffn.weights.padded_r(), kNeurons));
-    return {ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)), host_tiles, host_tiles + memory_tiles, importance};
+    return {ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)), host_tiles, host_tiles + memory_tiles,
+            importance};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnForwardParams& ffn = p.ffn;
+    const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const TileIndex tile = tile_index(ptx::block_index(), p.tiles_m, p.tiles_n);
     const bool memory = tile.n >= p.host_tiles_n;
     const int first_token = tile.m * Tile::kM;
     const int first_neuron = (memory ? tile.n - p.host_tiles_n : tile.n) * kNeurons;
-    const int64_t rows = memory ? w.r : w.m, columns = memory ? w.padded_r() : w.m;
-    const auto x = operand<T>(ffn.x, ffn.tokens, w.d);
-    const auto gate = operand<T>(memory ? w.memory_gate : w.gate, rows, w.d);
-    const auto up = operand<T>(memory ? w.memory_key : w.up, rows, w.d);
+    const int64_t rows = memory ? w.r() : w.m(), columns = memory ? w.padded_r() : w.m();
+    const auto x = operand<T>(ffn.x, ffn.tokens(), w.d());
+    const auto gate = operand<T>(memory ? w.memory_gate : w.gate, rows, w.d());
+    const auto up = operand<T>(memory ? w.memory_key : w.up, rows, w.d());
 
     Tile::product(
-        shared.tile, 0, static_cast<int>(divide_up(w.d, kBlockK)),
+        shared.tile, 0, static_cast<int>(divide_up(w.d(), kBlockK)),
         [&](int block, typename Tile::Stage& stage) {
           const int k = block * kBlockK;
           load_tile<T, Major::k, Tile::kM, threads>(stage.a, x, first_token, k);
@@ -68,13 +69,13 @@ struct GluForward {
         },
         [&](int, auto& sums, const auto& stage) { Tile::template multiply<Major::k, Major::k>(sums, stage); });
 
-    const int64_t before = memory ? w.m : 0;  // columns of the buffers in front of this tile's part
+    const int64_t before = memory ? w.m() : 0;  // columns of the buffers in front of this tile's part
     const float scale = memory ? ffn.scale : 1.0f;
     float magnitudes[kPiece] = {};
     with_activation(ffn.activation, [&]<Activation act>() {
       Tile::template for_each_piece<kNeurons>([&](int row, int col) {
         const int token = first_token + row, neuron = first_neuron + col;
-        if (token >= ffn.tokens || neuron >= columns) return;
+        if (token >= ffn.tokens() || neuron >= columns) return;
         float g[kPiece], u[kPiece], hidden[kPiece];
         load_piece(&shared.tile.sums[row][col], g);
         load_piece(&shared.tile.sums[row][kNeurons + col], u);
@@ -88,7 +89,7 @@ struct GluForward {
           hidden[i] = scale * activate<act>(g[i]).value * u[i];
           magnitudes[i] += hidden[i] < 0.0f ? -hidden[i] : hidden[i];
         }
-        const auto store = [&](const Rows& to, const float (&piece)[kPiece]) {
+        const auto store = [&](const Matrix& to, const float (&piece)[kPiece]) {
           if (to.data) store_piece(piece, static_cast<T*>(to.data) + token * to.stride + before + neuron);
         };
         store(ffn.gate, g);
@@ -96,7 +97,7 @@ struct GluForward {
         store(ffn.hidden, hidden);
       });
     });
-    if (p.importance) add_columns(shared, magnitudes, p.importance + tile.m * w.m, first_neuron, w.m);
+    if (p.importance) add_columns(shared, magnitudes, p.importance + tile.m * w.m(), first_neuron, w.m());
   }
 
  private:
@@ -124,30 +125,30 @@ struct GluForward {
 };
 
 template <class Tile>
-struct DownForward {
+struct GluFfnDown {
   struct Params {
-    FfnForwardParams ffn;
+    GluFfnForwardParams ffn;
     int tiles_m, tiles_n, splits;
   };
-  static constexpr const char* name = "K2 down_forward";
+  static constexpr const char* name = "glu_ffn_down";
   static constexpr int threads = Tile::kThreads, min_blocks = 2;
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const FfnForwardParams& ffn = p.ffn;
+    const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
     const int split = ptx::block_index() % p.splits;
     const TileIndex tile = tile_index(ptx::block_index() / p.splits, p.tiles_m, p.tiles_n);
     const int first_token = tile.m * Tile::kM;
     const int first_col = tile.n * Tile::kN;
-    const auto host_hidden = operand<T>(ffn.hidden, ffn.tokens, w.m);
-    const auto memory_hidden = operand<T>(ffn.hidden, ffn.tokens, w.padded_r(), w.m);
-    const auto down = operand<T>(w.down, w.d, w.m);
-    const auto value = operand<T>(w.memory_value, w.r, w.d);
-    const int host_blocks = static_cast<int>(divide_up(w.m, kBlockK));
-    const int blocks = host_blocks + static_cast<int>(divide_up(w.r, kBlockK));
+    const auto host_hidden = operand<T>(ffn.hidden, ffn.tokens(), w.m());
+    const auto memory_hidden = operand<T>(ffn.hidden, ffn.tokens(), w.padded_r(), w.m());
+    const auto down = operand<T>(w.down, w.d(), w.m());
+    const auto value = operand<T>(w.memory_value, w.r(), w.d());
+    const int host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
+    const int blocks = host_blocks + static_cast<int>(divide_up(w.r(), kBlockK));
     const int first = static_cast<int>(static_cast<int64_t>(blocks) * split / p.splits);
     const int last = static_cast<int>(static_cast<int64_t>(blocks) * (split + 1) / p.splits);
 
@@ -171,11 +172,11 @@ struct DownForward {
 
     Tile::template for_each_piece<Tile::kN>([&](int row, int col) {
       const int token = first_token + row, channel = first_col + col;
-      if (token >= ffn.tokens || channel >= w.d) return;
+      if (token >= ffn.tokens() || channel >= w.d()) return;
       float sum[kPiece];
       load_piece(&shared.sums[row][col], sum);
       if (p.splits > 1) {
-        store_piece(sum, ffn.workspace + (split * ffn.tokens + token) * w.d + channel);
+        store_piece(sum, ffn.workspace + (split * ffn.tokens() + token) * w.d() + channel);
         return;
       }
       if (w.down_bias) {
@@ -191,98 +192,98 @@ struct DownForward {
 
 // The mean over all tokens from the column sums of the tiles, added in their order.
 struct MeanParams {
-  const float* sums;  // [tiles, m]
-  float* mean;        // [m] out
-  int64_t tiles, m, tokens;
+  Matrix sums;  // float32 [tiles, m]
+  float* mean;  // [m] out
+  int64_t tokens;
 };
 
-struct ImportanceMean {
+struct NeuronImportanceMean {
   using Params = MeanParams;
-  static constexpr const char* name = "importance_mean";
+  static constexpr const char* name = "neuron_importance_mean";
   static constexpr int threads = 256, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
     const int64_t neuron = static_cast<int64_t>(ptx::block_index()) * threads + ptx::thread_index();
-    if (neuron >= p.m) return;
+    if (neuron >= p.sums.cols) return;
     float sum = 0.0f;
-    for (int64_t tile = 0; tile < p.tiles; ++tile) sum += ptx::load(p.sums + tile * p.m + neuron);
+    for (int64_t tile = 0; tile < p.sums.rows; ++tile) sum += ptx::load(p.sums.at<const float>(tile, neuron));
     ptx::store(p.mean + neuron, sum / static_cast<float>(p.tokens));
   }
 };
 
-// K1 has no narrow tile: its neurons come in pairs of halves, and few tokens go to D1.
+// The hidden kernel has no narrow tile: its neurons come in pairs of halves, and few tokens go to decode.cu.
 TileKind forward_kind(int64_t tokens, int64_t columns, int most_splits = 1) {
   const TileKind kind = tile_kind(tokens, columns, most_splits);
   return kind == TileKind::narrow ? TileKind::small : kind;
 }
 
 template <class Tile>
-void glu_forward_tiles(const FfnForwardParams& ffn, float* importance, Queue queue) {
-  using Kernel = GluForward<Tile>;
+void hidden_tiles(const GluFfnForwardParams& ffn, float* importance, Queue queue) {
+  using Kernel = GluFfnHidden<Tile>;
   const auto p = Kernel::params(ffn, importance);
   launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n, sizeof(typename Kernel::Shared), queue, p);
 }
 
 template <class Tile>
-void down_forward_tiles(const FfnForwardParams& ffn, int splits, Queue queue) {
-  using Kernel = DownForward<Tile>;
-  const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens, Tile::kM)),
-                                  static_cast<int>(divide_up(ffn.weights.d, Tile::kN)), splits};
+void down_tiles(const GluFfnForwardParams& ffn, int splits, Queue queue) {
+  using Kernel = GluFfnDown<Tile>;
+  const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)),
+                                  static_cast<int>(divide_up(ffn.weights.d(), Tile::kN)), splits};
   launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p);
 }
 
-int down_splits(TileKind kind, int64_t tokens, const FfnWeights& w) {
-  return split_count(kind, tokens, w.d, w.m + w.padded_r());
+int down_splits(TileKind kind, int64_t tokens, const FfnSizes& sizes) {
+  return split_count(kind, tokens, sizes.d, sizes.m + sizes.padded_r());
 }
 
 constexpr int kImportanceRows = 64;  // the small tile's: importance is asked for once a memory
 
 }  // namespace
 
-int64_t ffn_forward_workspace(int64_t tokens, const FfnWeights& w) {
-  const int splits = down_splits(forward_kind(tokens, w.d, kMostSplits), tokens, w);
-  return splits > 1 ? splits * tokens * w.d : 0;
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int splits = down_splits(forward_kind(tokens, sizes.d, kMostSplits), tokens, sizes);
+  return splits > 1 ? splits * tokens * sizes.d : 0;
 }
 
-void ffn_forward_tiles(const FfnForwardParams& p, Queue queue) {
+void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(forward_kind(p.tokens, 2 * (w.m + w.padded_r())), [&]<class Tile>() {
-      if constexpr (Tile::kM > 16) glu_forward_tiles<Tile>(p, nullptr, queue);
+    with_tile<T>(forward_kind(p.tokens(), 2 * (w.m() + w.padded_r())), [&]<class Tile>() {
+      if constexpr (Tile::kM > 16) hidden_tiles<Tile>(p, nullptr, queue);
     });
-    const TileKind kind = forward_kind(p.tokens, w.d, kMostSplits);
-    const int splits = down_splits(kind, p.tokens, w);
+    const TileKind kind = forward_kind(p.tokens(), w.d(), kMostSplits);
+    const int splits = down_splits(kind, p.tokens(), w.sizes());
     with_tile<T>(kind, [&]<class Tile>() {
-      if constexpr (Tile::kM > 16) down_forward_tiles<Tile>(p, splits, queue);
+      if constexpr (Tile::kM > 16) down_tiles<Tile>(p, splits, queue);
     });
     if (splits > 1) {
-      const SliceParams slices{p.workspace, splits, w.down_bias, p.y, p.tokens, w.d};
+      const SliceParams slices{p.workspace, splits, w.down_bias, p.y};
       launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
     }
   });
 }
 
-void ffn_forward(const FfnForwardParams& p, Queue queue) {
-  if (p.tokens <= kMostDecodeTokens) ffn_forward_decode(p, queue);
-  else ffn_forward_tiles(p, queue);
+void glu_ffn_forward(const GluFfnForwardParams& p, Queue queue) {
+  if (p.tokens() <= kMostDecodeTokens) glu_ffn_forward_decode(p, queue);
+  else glu_ffn_forward_tiles(p, queue);
 }
 
 int64_t neuron_importance_workspace(int64_t tokens, int64_t m) { return divide_up(tokens, kImportanceRows) * m; }
 
 void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
-  FfnForwardParams ffn{};  // hidden, gate and up stay null: nothing of [tokens, m] is written
+  GluFfnForwardParams ffn{};  // hidden, gate and up stay null: nothing of [tokens, m] is written
   ffn.weights = p.weights;
   ffn.x = p.x;
-  ffn.tokens = p.tokens;
   ffn.scale = 1.0f;
   ffn.activation = p.activation;
   ffn.dtype = p.dtype;
   with_half_type(p.dtype, [&]<class T>() {
     static_assert(SmallTile<T>::kM == kImportanceRows);
-    glu_forward_tiles<SmallTile<T>>(ffn, p.workspace, queue);
+    hidden_tiles<SmallTile<T>>(ffn, p.workspace, queue);
   });
-  const MeanParams mean{p.workspace, p.importance, divide_up(p.tokens, kImportanceRows), p.weights.m, p.tokens};
-  launch<ImportanceMean>(divide_up(mean.m, ImportanceMean::threads), 0, queue, mean);
+  const int64_t m = p.weights.m();
+  const MeanParams mean{{p.workspace, divide_up(p.tokens(), kImportanceRows), m, m}, p.importance, p.tokens()};
+  launch<NeuronImportanceMean>(divide_up(m, NeuronImportanceMean::threads), 0, queue, mean);
 }
 
 }  // namespace locas::cuda

@@ -1,5 +1,5 @@
-// The tile product that K1-K4 share: sums[kM, kN] = A B, with mma.sync on operands that cp.async brings to shared
-// memory.
+// The tile product that K1-K4 (forward.cu, backward.cu) share: sums[kM, kN] = A B, with mma.sync on operands that
+// cp.async brings to shared memory.
 //
 //      shared memory: kStages stages, each with the A and the B tile of one K-block of 64
 //
@@ -36,7 +36,7 @@ struct Operand {
 };
 
 template <class T>
-LOCAS_DEVICE Operand<T> operand(const Rows& matrix, int64_t rows, int64_t cols, int64_t first_col = 0) {
+LOCAS_DEVICE Operand<T> operand(const Matrix& matrix, int64_t rows, int64_t cols, int64_t first_col = 0) {
   return {static_cast<const T*>(matrix.data) + first_col, matrix.stride, static_cast<int>(rows),
           static_cast<int>(cols)};
 }

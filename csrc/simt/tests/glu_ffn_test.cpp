@@ -1,4 +1,5 @@
-// K1-K4, D1 and D2: the fused FFN with memory against float64, over shapes that fit no tile.
+// glu_ffn (K1-K4, D1 and D2) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
+// tile.
 //
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
@@ -31,17 +32,17 @@ double slope(Activation activation, double x) {
 }
 
 // [rows, cols] in doubles.
-struct Matrix {
+struct Doubles {
   int64_t rows, cols;
   std::vector<double> values;
-  Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), values(rows * cols) {}
+  Doubles(int64_t rows, int64_t cols) : rows(rows), cols(cols), values(rows * cols) {}
   double& at(int64_t row, int64_t col) { return values[row * cols + col]; }
   double at(int64_t row, int64_t col) const { return values[row * cols + col]; }
 };
 
 template <class T>
-Matrix matrix(const simt::Buffer<T>& buffer, int64_t rows, int64_t cols, int64_t stride = 0, int64_t first = 0) {
-  Matrix result(rows, cols);
+Doubles matrix(const simt::Buffer<T>& buffer, int64_t rows, int64_t cols, int64_t stride = 0, int64_t first = 0) {
+  Doubles result(rows, cols);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t col = 0; col < cols; ++col)
       result.at(row, col) = exact(buffer[row * (stride ? stride : cols) + first + col]);
@@ -50,10 +51,10 @@ Matrix matrix(const simt::Buffer<T>& buffer, int64_t rows, int64_t cols, int64_t
 
 // a b^T, or a b with `plain`, or a^T b with `left`.
 enum class Order { transposed, plain, left };
-Matrix product(const Matrix& a, const Matrix& b, Order order) {
+Doubles product(const Doubles& a, const Doubles& b, Order order) {
   const int64_t rows = order == Order::left ? a.cols : a.rows, cols = order == Order::transposed ? b.rows : b.cols;
   const int64_t inner = order == Order::left ? a.rows : a.cols;
-  Matrix result(rows, cols);
+  Doubles result(rows, cols);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) {
       double sum = 0.0;
@@ -66,14 +67,14 @@ Matrix product(const Matrix& a, const Matrix& b, Order order) {
 }
 
 template <class F>
-Matrix mapped(const Matrix& a, const Matrix& b, F&& f) {
-  Matrix result(a.rows, a.cols);
+Doubles mapped(const Doubles& a, const Doubles& b, F&& f) {
+  Doubles result(a.rows, a.cols);
   for (size_t i = 0; i < result.values.size(); ++i) result.values[i] = f(a.values[i], b.values[i]);
   return result;
 }
 
 template <class T>
-Matrix rounded(const Matrix& a) {
+Doubles rounded(const Doubles& a) {
   return mapped(a, a, [](double x, double) { return round_to<T>(x); });
 }
 
@@ -101,69 +102,68 @@ struct Ffn {
   }
 
   FfnWeights weights() {
-    const auto rows = [](T* data, int64_t stride) { return Rows{data, stride}; };
     const auto bias = [&](simt::Buffer<T>& buffer) { return s.biases ? buffer.data() : nullptr; };
-    return {rows(gate_weight.data(), s.d),
-            rows(up_weight.data(), s.d),
-            rows(down_weight.data(), s.m),
-            bias(gate_bias),
-            bias(up_bias),
-            bias(down_bias),
-            rows(slots.data(), s.d),
-            rows(slots.data() + s.r * s.d, s.d),
-            rows(slots.data() + 2 * s.r * s.d, s.d),
-            s.d,
-            s.m,
-            s.r};
+    const auto slot_rows = [&](int kind) { return Matrix{slots.data() + kind * s.r * s.d, s.r, s.d, s.d}; };
+    return {.gate = rows_of(gate_weight, s.m, s.d),
+            .up = rows_of(up_weight, s.m, s.d),
+            .down = rows_of(down_weight, s.d, s.m),
+            .gate_bias = bias(gate_bias),
+            .up_bias = bias(up_bias),
+            .down_bias = bias(down_bias),
+            .memory_gate = slot_rows(0),
+            .memory_key = slot_rows(1),
+            .memory_value = slot_rows(2)};
   }
 
-  void forward(void (*launch)(const FfnForwardParams&, cuda::Queue), bool save) {
+  Matrix tokens_by(simt::Buffer<T>& buffer, int64_t cols, bool there = true) {
+    return there ? rows_of(buffer, s.tokens, cols) : Matrix{};
+  }
+
+  void forward(void (*launch)(const GluFfnForwardParams&, cuda::Queue), bool save) {
     const FfnWeights w = weights();
-    simt::Buffer<float> workspace("workspace", cuda::ffn_forward_workspace(s.tokens, w));
-    const auto saved = [&](simt::Buffer<T>& buffer) { return Rows{save ? buffer.data() : nullptr, width}; };
-    launch({w,
-            {x.data(), s.d},
-            {hidden.data(), width},
-            saved(gate),
-            saved(up),
-            {y.data(), s.d},
-            workspace.data(),
-            s.tokens,
-            static_cast<float>(scale),
-            s.activation,
-            kDType<T>},
+    simt::Buffer<float> workspace("workspace", cuda::glu_ffn_forward_workspace(s.tokens, w.sizes()));
+    launch({.weights = w,
+            .x = tokens_by(x, s.d),
+            .hidden = tokens_by(hidden, width),
+            .gate = tokens_by(gate, width, save),
+            .up = tokens_by(up, width, save),
+            .y = tokens_by(y, s.d),
+            .workspace = workspace.data(),
+            .scale = static_cast<float>(scale),
+            .activation = s.activation,
+            .dtype = kDType<T>},
            kQueue);
   }
 
   void backward(bool needs_dx) {
     const FfnWeights w = weights();
-    simt::Buffer<float> workspace("workspace", needs_dx ? cuda::ffn_backward_workspace(s.tokens, w) : 0);
-    cuda::ffn_backward({w,
-                        {dy.data(), s.d},
-                        {x.data(), s.d},
-                        {gate.data(), width},
-                        {up.data(), width},
-                        {d_gate.data(), width},
-                        {d_up.data(), width},
-                        {memory_hidden.data(), width - s.m},
-                        {needs_dx ? dx.data() : nullptr, s.d},
-                        slots_grad.data(),
-                        workspace.data(),
-                        s.tokens,
-                        static_cast<float>(scale),
-                        s.activation,
-                        kDType<T>},
-                       kQueue);
+    const int64_t floats = needs_dx ? cuda::glu_ffn_backward_workspace(s.tokens, w.sizes()) : 0;
+    simt::Buffer<float> workspace("workspace", floats);
+    cuda::glu_ffn_backward({.weights = w,
+                            .dy = tokens_by(dy, s.d),
+                            .x = tokens_by(x, s.d),
+                            .gate = tokens_by(gate, width),
+                            .up = tokens_by(up, width),
+                            .d_gate = tokens_by(d_gate, width),
+                            .d_up = tokens_by(d_up, width),
+                            .memory_hidden = tokens_by(memory_hidden, width - s.m),
+                            .dx = tokens_by(dx, s.d, needs_dx),
+                            .slots_grad = rows_of(slots_grad, 3 * s.r, s.d),
+                            .workspace = workspace.data(),
+                            .scale = static_cast<float>(scale),
+                            .activation = s.activation,
+                            .dtype = kDType<T>},
+                           kQueue);
   }
 
-  Matrix slot_rows(int kind) const {
-    Matrix result(s.r, s.d);
+  Doubles slot_rows(int kind) const {
+    Doubles result(s.r, s.d);
     for (int64_t i = 0; i < s.r * s.d; ++i) result.values[i] = exact(slots[kind * s.r * s.d + i]);
     return result;
   }
 };
 
-void add_bias(Matrix& a, const std::vector<double>& bias) {
+void add_bias(Doubles& a, const std::vector<double>& bias) {
   for (int64_t row = 0; row < a.rows; ++row)
     for (int64_t col = 0; col < a.cols; ++col) a.at(row, col) += bias[col];
 }
@@ -171,14 +171,14 @@ void add_bias(Matrix& a, const std::vector<double>& bias) {
 // What the forward and backward give, exactly (rounds = false) or rounded to T wherever torch would write a tensor.
 template <class T>
 struct Expected {
-  Matrix gate, up, memory_gate, memory_up, hidden, memory_hidden, y;
-  Matrix dx, d_gate_rows, d_key_rows, d_value_rows;
+  Doubles gate, up, memory_gate, memory_up, hidden, memory_hidden, y;
+  Doubles dx, d_gate_rows, d_key_rows, d_value_rows;
 };
 
 template <class T>
 Expected<T> expected(const Ffn<T>& f, bool rounds) {
   const Shape& s = f.s;
-  const auto keep = [&](Matrix a) { return rounds ? rounded<T>(a) : a; };
+  const auto keep = [&](Doubles a) { return rounds ? rounded<T>(a) : a; };
   const auto bias = [&](const simt::Buffer<T>& buffer) {
     std::vector<double> values;
     for (size_t i = 0; i < buffer.size(); ++i) values.push_back(s.biases ? exact(buffer[i]) : 0.0);
@@ -187,34 +187,35 @@ Expected<T> expected(const Ffn<T>& f, bool rounds) {
   const auto x = matrix(f.x, s.tokens, s.d), dy = matrix(f.dy, s.tokens, s.d);
   const auto w_gate = matrix(f.gate_weight, s.m, s.d), w_up = matrix(f.up_weight, s.m, s.d);
   const auto w_down = matrix(f.down_weight, s.d, s.m);
-  const Matrix g = f.slot_rows(0), k = f.slot_rows(1), v = f.slot_rows(2);
+  const Doubles g = f.slot_rows(0), k = f.slot_rows(1), v = f.slot_rows(2);
   const auto glu = [&](double scale) {
     return [=, &s](double gate, double up) { return scale * activated(s.activation, gate) * up; };
   };
-  Matrix gate = product(x, w_gate, Order::transposed), up = product(x, w_up, Order::transposed);
+  Doubles gate = product(x, w_gate, Order::transposed), up = product(x, w_up, Order::transposed);
   add_bias(gate, bias(f.gate_bias));
   add_bias(up, bias(f.up_bias));
   gate = keep(gate), up = keep(up);
-  const Matrix memory_gate = keep(product(x, g, Order::transposed)), memory_up = keep(product(x, k, Order::transposed));
-  const Matrix hidden = keep(mapped(gate, up, glu(1.0))),
-               memory_hidden = keep(mapped(memory_gate, memory_up, glu(f.scale)));
+  const Doubles memory_gate = keep(product(x, g, Order::transposed)),
+                memory_up = keep(product(x, k, Order::transposed));
+  const Doubles hidden = keep(mapped(gate, up, glu(1.0))),
+                memory_hidden = keep(mapped(memory_gate, memory_up, glu(f.scale)));
   const auto plus = [](double a, double b) { return a + b; };
-  Matrix host_y = product(hidden, w_down, Order::transposed);
+  Doubles host_y = product(hidden, w_down, Order::transposed);
   add_bias(host_y, bias(f.down_bias));
-  const Matrix y = keep(mapped(keep(host_y), product(memory_hidden, v, Order::plain), plus));
+  const Doubles y = keep(mapped(keep(host_y), product(memory_hidden, v, Order::plain), plus));
 
-  const auto d_up_of = [&](double scale, const Matrix& d_hidden, const Matrix& gate) {
+  const auto d_up_of = [&](double scale, const Doubles& d_hidden, const Doubles& gate) {
     return keep(mapped(d_hidden, gate, [&](double d, double g) { return scale * d * activated(s.activation, g); }));
   };
-  const auto d_gate_of = [&](double scale, const Matrix& d_hidden, const Matrix& gate, const Matrix& up) {
-    const Matrix slopes = mapped(gate, up, [&](double g, double u) { return slope(s.activation, g) * u; });
+  const auto d_gate_of = [&](double scale, const Doubles& d_hidden, const Doubles& gate, const Doubles& up) {
+    const Doubles slopes = mapped(gate, up, [&](double g, double u) { return slope(s.activation, g) * u; });
     return keep(mapped(d_hidden, slopes, [&](double d, double a) { return scale * d * a; }));
   };
-  const Matrix d_hidden = keep(product(dy, w_down, Order::plain)), d_memory = keep(product(dy, v, Order::transposed));
-  const Matrix d_gate = d_gate_of(1.0, d_hidden, gate, up), d_up = d_up_of(1.0, d_hidden, gate);
-  const Matrix d_memory_gate = d_gate_of(f.scale, d_memory, memory_gate, memory_up);
-  const Matrix d_memory_up = d_up_of(f.scale, d_memory, memory_gate);
-  Matrix dx = keep(product(d_gate, w_gate, Order::plain));
+  const Doubles d_hidden = keep(product(dy, w_down, Order::plain)), d_memory = keep(product(dy, v, Order::transposed));
+  const Doubles d_gate = d_gate_of(1.0, d_hidden, gate, up), d_up = d_up_of(1.0, d_hidden, gate);
+  const Doubles d_memory_gate = d_gate_of(f.scale, d_memory, memory_gate, memory_up);
+  const Doubles d_memory_up = d_up_of(f.scale, d_memory, memory_gate);
+  Doubles dx = keep(product(d_gate, w_gate, Order::plain));
   dx = keep(mapped(dx, product(d_up, w_up, Order::plain), plus));
   dx = keep(mapped(dx, product(d_memory_gate, g, Order::plain), plus));
   dx = keep(mapped(dx, product(d_memory_up, k, Order::plain), plus));
@@ -232,7 +233,7 @@ Expected<T> expected(const Ffn<T>& f, bool rounds) {
 }
 
 template <class T>
-std::vector<T> typed(const Matrix& a) {
+std::vector<T> typed(const Doubles& a) {
   std::vector<T> values;
   for (double value : a.values) values.push_back(ptx::from_float<T>(static_cast<float>(value)));
   return values;
@@ -282,7 +283,7 @@ void check_backward(const Ffn<T>& f, bool needs_dx, Check&& check, CheckFloat&& 
   check_float("d_value rows", without_start(f, 2), &Expected<T>::d_value_rows);
 }
 
-using Forward = void (*)(const FfnForwardParams&, cuda::Queue);
+using Forward = void (*)(const GluFfnForwardParams&, cuda::Queue);
 
 // -1, 0 or 1, mostly 0: with ReLU, every result is an integer that float holds exactly.
 template <class T>
@@ -296,10 +297,10 @@ void exact_case(const Shape& s, Forward forward, Random& random) {
     return values;
   });
   const Expected<T> exact = expected(f, false);
-  const auto check = [&](const char* what, const std::vector<T>& ours, Matrix Expected<T>::* member) {
+  const auto check = [&](const char* what, const std::vector<T>& ours, Doubles Expected<T>::* member) {
     expect_equal(what, ours, typed<T>(exact.*member));
   };
-  const auto check_float = [&](const char* what, const std::vector<float>& ours, Matrix Expected<T>::* member) {
+  const auto check_float = [&](const char* what, const std::vector<float>& ours, Doubles Expected<T>::* member) {
     expect_equal(what, ours, typed<float>(exact.*member));
   };
   const bool save = random.integer(0, 3) > 0;
@@ -317,7 +318,7 @@ void rounded_case(const Shape& s, Forward forward, Random& random) {
     return random.normals<T>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
   });
   const Expected<T> exact = expected(f, false), peer = expected(f, true);
-  const auto check = [&](const char* what, const auto& ours, Matrix Expected<T>::* member) {
+  const auto check = [&](const char* what, const auto& ours, Doubles Expected<T>::* member) {
     expect_as_good_as(what, ours, (exact.*member).values, (peer.*member).values, kRounding<T>);
   };
   f.forward(forward, true);
@@ -355,22 +356,22 @@ std::string run_both(Forward forward, int64_t least_tokens, int64_t most_tokens,
   return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
 }
 
-LOCAS_TEST(narrow_tiles, "K1 K2 K3 K4 with narrow tiles") { return run_both(cuda::ffn_forward_tiles, 1, 16, 1); }
-LOCAS_TEST(small_tiles, "K1 K2 K3 K4 with small tiles") { return run_both(cuda::ffn_forward_tiles, 17, 100, 2); }
-LOCAS_TEST(large_tiles, "K1 K2 K3 K4 with large tiles") { return run_both(cuda::ffn_forward_tiles, 260, 300, 3); }
-LOCAS_TEST(decode, "D1 D2") { return run_both(cuda::ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
+LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(cuda::glu_ffn_forward_tiles, 1, 16, 1); }
+LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(cuda::glu_ffn_forward_tiles, 17, 100, 2); }
+LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(cuda::glu_ffn_forward_tiles, 260, 300, 3); }
+LOCAS_TEST(decode, "glu_ffn_decode") { return run_both(cuda::glu_ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
 
 // A memory larger than a tile, and a depth that is cut into slices.
-LOCAS_TEST(sizes, "K1 K2 K3 K4 with long sums") {
+LOCAS_TEST(sizes, "glu_ffn with long sums") {
   Random random(5);
   for_each_seed([&] {
-    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::ffn_forward_tiles, random);
-    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::ffn_forward_tiles, random);
+    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::glu_ffn_forward_tiles, random);
+    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::glu_ffn_forward_tiles, random);
   });
   return "2 shapes, 10 seeds";
 }
 
-LOCAS_TEST(importance, "K1 importance") {
+LOCAS_TEST(importance, "neuron_importance") {
   Random random(6);
   for_each_seed([&] {
     const Shape s{
@@ -382,14 +383,13 @@ LOCAS_TEST(importance, "K1 importance") {
         workspace("workspace", cuda::neuron_importance_workspace(s.tokens, s.m));
     NeuronImportanceParams p{};
     p.weights = f.weights();
-    p.x = {f.x.data(), s.d};
+    p.x = f.tokens_by(f.x, s.d);
     p.importance = mean.data();
     p.workspace = workspace.data();
-    p.tokens = s.tokens;
     p.activation = s.activation;
     p.dtype = DType::bf16;
     cuda::neuron_importance(p, kQueue);
-    const auto means = [&](const Matrix& hidden) {
+    const auto means = [&](const Doubles& hidden) {
       std::vector<double> result(s.m, 0.0);
       for (int64_t row = 0; row < s.tokens; ++row)
         for (int64_t col = 0; col < s.m; ++col) result[col] += std::abs(hidden.at(row, col)) / s.tokens;

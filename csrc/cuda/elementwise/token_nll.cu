@@ -35,19 +35,19 @@ struct Shared {
 };
 
 template <class T>
-struct CrossEntropy {
-  using Params = CrossEntropyParams;
-  static constexpr const char* name = "cross_entropy";
+struct TokenNll {
+  using Params = TokenNllParams;
+  static constexpr const char* name = "token_nll";
   static constexpr int threads = kThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int64_t row = ptx::block_index(), target = ptx::load(p.targets + row);
-    const T* logits = static_cast<const T*>(p.logits.data) + row * p.logits.stride;
+    const T* logits = p.logits.at<const T>(row, 0);
 
     Softmax part{-INFINITY, 0.0f};
     bool nan = false;
-    for (int64_t col = ptx::thread_index(); col < p.cols; col += kThreads) {
+    for (int64_t col = ptx::thread_index(); col < p.logits.cols; col += kThreads) {
       const float x = ptx::to_float(ptx::load(logits + col));
       nan |= x != x;
       part = combine(part, {x, 1.0f});
@@ -65,9 +65,9 @@ struct CrossEntropy {
     if (ptx::thread_index() == 0)
       ptx::store(p.nll + row, logf(all.sum) + all.maximum - ptx::to_float(ptx::load(logits + target)));
     if (!p.d_logits.data) return;
-    T* out = static_cast<T*>(p.d_logits.data) + row * p.d_logits.stride;
+    T* out = p.d_logits.at<T>(row, 0);
     const float inverse = 1.0f / all.sum;
-    for (int64_t col = ptx::thread_index(); col < p.cols; col += kThreads) {
+    for (int64_t col = ptx::thread_index(); col < p.logits.cols; col += kThreads) {
       const float probability = expf(ptx::to_float(ptx::load(logits + col)) - all.maximum) * inverse;
       ptx::store(out + col, ptx::from_float<T>(probability - (col == target ? 1.0f : 0.0f)));
     }
@@ -76,8 +76,8 @@ struct CrossEntropy {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyParams& p, Queue queue) {
-  with_type(p.dtype, [&]<class T>() { launch<CrossEntropy<T>>(p.rows, sizeof(Shared), queue, p); });
+void token_nll(const TokenNllParams& p, Queue queue) {
+  with_type(p.dtype, [&]<class T>() { launch<TokenNll<T>>(p.logits.rows, sizeof(Shared), queue, p); });
 }
 
 }  // namespace locas::cuda

@@ -1,5 +1,6 @@
-// glu_forward, glu_backward and importance against the activations' textbook formulas in float64. The peer is
-// what torch computes: each operation in float, its result rounded to the storage type.
+// glu_activation_forward, glu_activation_backward and neuron_importance_of_products against the activations' textbook
+// formulas in float64. The peer is what torch computes: each operation in float, its result rounded to the
+// storage type.
 #include <array>
 
 #include "simt/tests/harness.h"
@@ -72,20 +73,20 @@ void check_glu(const Case& c) {
 
   for_each_seed([&] {
     const auto input = [&](const char* name, const std::vector<T>& values) {
-      return Matrix<T>(name, values, c.rows, c.cols, c.stride, c.offset);
+      return StridedBuffer<T>(name, values, c.rows, c.cols, c.stride, c.offset);
     };
-    const auto output = [&](const char* name) { return Matrix<T>(name, c.rows, c.cols, c.stride, c.offset); };
+    const auto output = [&](const char* name) { return StridedBuffer<T>(name, c.rows, c.cols, c.stride, c.offset); };
     auto gates = input("gate", gate), ups = input("up", up), out = output("out");
-    cuda::glu_forward({gates.view(), ups.view(), out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
+    cuda::glu_activation_forward({gates.view(), ups.view(), out.view(), scale, c.activation, kDType<T>}, kQueue);
     expect_as_good_as("out", out.values(), truth.hidden, peer.hidden);
 
     auto d_hiddens = input("d_hidden", d_hidden), d_gate = output("d_gate"), d_up = output("d_up"),
          hidden = output("hidden");
     auto& d_gates = c.in_place ? d_hiddens : d_gate;
-    const Rows hidden_rows = c.in_place ? Rows{nullptr, 0} : hidden.view();
-    cuda::glu_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows, c.rows,
-                        c.cols, scale, c.activation, kDType<T>},
-                       kQueue);
+    const Matrix hidden_rows = c.in_place ? Matrix{} : hidden.view();
+    cuda::glu_activation_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows,
+                                   scale, c.activation, kDType<T>},
+                                  kQueue);
     expect_as_good_as("d_gate", d_gates.values(), truth.d_gate, peer.d_gate);
     expect_as_good_as("d_up", d_up.values(), truth.d_up, peer.d_up);
     if (hidden_rows.data) expect_equal("hidden", hidden.values(), out.values());
@@ -102,18 +103,18 @@ void check_without_up(const Case& c) {
   const float scale = 0.3f;
   for_each_seed([&] {
     const auto input = [&](const char* name, const std::vector<T>& values) {
-      return Matrix<T>(name, values, c.rows, c.cols, c.stride, c.offset);
+      return StridedBuffer<T>(name, values, c.rows, c.cols, c.stride, c.offset);
     };
-    const auto output = [&](const char* name) { return Matrix<T>(name, c.rows, c.cols, c.stride, c.offset); };
-    const Rows none{nullptr, 0};
-    const auto run = [&](Rows up, Rows d_up) {
+    const auto output = [&](const char* name) { return StridedBuffer<T>(name, c.rows, c.cols, c.stride, c.offset); };
+    const Matrix none;
+    const auto run = [&](const Matrix& up, const Matrix& d_up) {
       auto gates = input("gate", gate), d_hiddens = input("d_hidden", d_hidden);
       auto out = output("out"), d_gate = output("d_gate"), hidden = output("hidden");
-      cuda::glu_forward({gates.view(), up, out.view(), c.rows, c.cols, scale, c.activation, kDType<T>}, kQueue);
+      cuda::glu_activation_forward({gates.view(), up, out.view(), scale, c.activation, kDType<T>}, kQueue);
       auto& d_gates = c.in_place ? d_hiddens : d_gate;
-      cuda::glu_backward({d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), c.rows, c.cols,
-                          scale, c.activation, kDType<T>},
-                         kQueue);
+      cuda::glu_activation_backward(
+          {d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), scale, c.activation, kDType<T>},
+          kQueue);
       return std::array{out.values(), d_gates.values(), hidden.values()};
     };
     auto ups = input("up", ones), d_up = output("d_up");
@@ -122,7 +123,7 @@ void check_without_up(const Case& c) {
   });
 }
 
-LOCAS_TEST(glu, "glu_forward, glu_backward") {
+LOCAS_TEST(glu, "glu_activation_forward, glu_activation_backward") {
   std::vector<Case> cases = kCases;
   for (int i = 0; i < 2; ++i) {
     const int64_t cols = fresh().integer(1, 100);
@@ -153,16 +154,16 @@ void check_importance(Activation act, int64_t rows, int64_t cols, int64_t stride
   for (float& sum : sums) sum /= rows;
   std::vector<float> first_run;
   for_each_seed([&] {
-    Matrix<T> gates("gate", gate, rows, cols, stride), ups("up", up, rows, cols, stride);
+    StridedBuffer<T> gates("gate", gate, rows, cols, stride), ups("up", up, rows, cols, stride);
     simt::Buffer<float> importance("importance", cols);
-    cuda::importance({gates.view(), ups.view(), importance.data(), rows, cols, act, kDType<T>}, kQueue);
+    cuda::neuron_importance_of_products({gates.view(), ups.view(), importance.data(), act, kDType<T>}, kQueue);
     expect_as_good_as("importance", importance.values(), truth, exact(sums));
     if (first_run.empty()) first_run = importance.values();
     expect_equal("importance, repeated", importance.values(), first_run);
   });
 }
 
-LOCAS_TEST(importances, "importance") {
+LOCAS_TEST(importances, "neuron_importance_of_products") {
   check_importance<bf16>(Activation::silu, 37, 70, 72);
   check_importance<f16>(Activation::gelu_tanh, 8, 32, 32);
   check_importance<float>(Activation::relu, 3, 5, 5);

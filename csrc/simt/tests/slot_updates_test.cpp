@@ -1,4 +1,4 @@
-// U update_slots_: AdamW, SGD and the row clip against the textbook formulas in float64. The pattern for a kernel's
+// adamw_slots, sgd_slots and the row clip against the textbook formulas in float64. The pattern for a kernel's
 // test: a reference as plain loops over a number type (double: the truth, float: what torch would compute), a case that
 // draws its data, launches through cuda/api.h in every seed and compares, and LOCAS_TEST functions that list cases.
 #include "simt/tests/harness.h"
@@ -50,9 +50,9 @@ std::vector<float> draw_slots(Random& random, const Shape& shape) {
 }
 
 // What the update needs besides the rows.
-AdamWParams adamw_params(const AdamW& o, bool clip, const simt::Buffer<int64_t>& step,
-                         const simt::Buffer<double>& learning_rate) {
-  AdamWParams p{};
+AdamwSlotsParams adamw_params(const AdamW& o, bool clip, const simt::Buffer<int64_t>& step,
+                              const simt::Buffer<double>& learning_rate) {
+  AdamwSlotsParams p{};
   p.step = {step.data(), DType::i64};
   p.learning_rate = {learning_rate.data(), DType::f64};
   p.beta1 = o.beta1;
@@ -88,16 +88,14 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
     simt::Buffer<Copy> compute("compute", with_copy ? count : 0, shape.offset);
     simt::Buffer<int64_t> step("step", std::vector{options.step});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
-    AdamWParams p = adamw_params(options, clip, step, learning_rate);
-    p.slots = slots.data();
-    p.grad = grad.data();
-    p.exp_avg = exp_avg.data();
-    p.exp_avg_sq = exp_avg_sq.data();
-    p.compute = with_copy ? compute.data() : nullptr;
+    AdamwSlotsParams p = adamw_params(options, clip, step, learning_rate);
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.grad = rows_of(grad, shape.rows, shape.d);
+    p.exp_avg = rows_of(exp_avg, shape.rows, shape.d);
+    p.exp_avg_sq = rows_of(exp_avg_sq, shape.rows, shape.d);
+    if (with_copy) p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<Copy>;
-    p.rows = shape.rows;
-    p.d = shape.d;
-    cuda::adamw(p, kQueue);
+    cuda::adamw_slots(p, kQueue);
 
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
     expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, exact(peer.exp_avg));
@@ -109,7 +107,7 @@ void check_adamw(const Shape& shape, bool clip, bool with_copy) {
   });
 }
 
-LOCAS_TEST(adamw, "U update_slots_ (AdamW)") {
+LOCAS_TEST(adamw, "adamw_slots") {
   // Each of the kernels' widths, its bounds, and fresh ones.
   const std::vector<Shape> shapes = {{3, 1},
                                      {3, 36},
@@ -165,19 +163,17 @@ void check_sgd(const Shape& shape, double momentum) {
     simt::Buffer<float> buffer("momentum_buffer", before.buffer, shape.offset);
     simt::Buffer<Copy> compute("compute", count, shape.offset);
     simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
-    SgdParams p{};
-    p.slots = slots.data();
-    p.grad = grad.data();
-    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
-    p.compute = compute.data();
-    p.rows = shape.rows;
-    p.d = shape.d;
+    SgdSlotsParams p{};
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.grad = rows_of(grad, shape.rows, shape.d);
+    if (momentum != 0.0) p.momentum_buffer = rows_of(buffer, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<Copy>;
     p.learning_rate = {learning_rate.data(), DType::f32};
     p.momentum = static_cast<float>(momentum);
     p.weight_decay = static_cast<float>(options.weight_decay);
     p.clip = true;
-    cuda::sgd(p, kQueue);
+    cuda::sgd_slots(p, kQueue);
 
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
     expect_as_good_as("compute", compute.values(), truth.slots, round_to<Copy>(exact(peer.slots)));
@@ -188,7 +184,7 @@ void check_sgd(const Shape& shape, double momentum) {
   });
 }
 
-LOCAS_TEST(sgd, "U update_slots_ (SGD)") {
+LOCAS_TEST(sgd, "sgd_slots") {
   for (const double momentum : {0.0, 0.9}) {
     check_sgd<bf16>({3, 64}, momentum);
     check_sgd<f16>({2, 1028}, momentum);
@@ -220,14 +216,13 @@ struct Factors {
   LayerFactors params(float scale) {
     LayerFactors p{};
     for (int64_t layer = 0; layer < s.layers; ++layer) {
-      const auto rows = [&](simt::Buffer<T>& buffer, int64_t width) {
-        return Rows{buffer.data() + layer * s.tokens * width, width};
+      const auto rows = [&](simt::Buffer<T>& buffer, int64_t cols, int64_t width) {
+        return Matrix{buffer.data() + layer * s.tokens * width, s.tokens, cols, width};
       };
-      p.layers[layer] = {rows(d_gate, stride), rows(d_key, stride), rows(hidden, stride), rows(x, s.d), rows(dy, s.d)};
+      p.layers[layer] = {rows(d_gate, s.r, stride), rows(d_key, s.r, stride), rows(hidden, s.r, stride),
+                         rows(x, s.d, s.d), rows(dy, s.d, s.d)};
     }
     p.count = static_cast<int>(s.layers);
-    p.tokens = s.tokens;
-    p.r = s.r;
     p.scale = scale;
     p.dtype = kDType<T>;
     return p;
@@ -279,19 +274,17 @@ void check_adamw_from_factors(const FactorShape& s, bool clip) {
     simt::Buffer<T> compute("compute", count);
     simt::Buffer<int64_t> step("step", std::vector{options.step}), finite("finite", std::vector<int64_t>{0});
     simt::Buffer<double> learning_rate("learning_rate", std::vector{options.learning_rate});
-    AdamWParams p = adamw_params(options, clip, step, learning_rate);
-    p.slots = slots.data();
-    p.exp_avg = exp_avg.data();
-    p.exp_avg_sq = exp_avg_sq.data();
-    p.compute = compute.data();
+    AdamwSlotsParams p = adamw_params(options, clip, step, learning_rate);
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    p.exp_avg = rows_of(exp_avg, shape.rows, shape.d);
+    p.exp_avg_sq = rows_of(exp_avg_sq, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<T>;
-    p.rows = shape.rows;
-    p.d = s.d;
     p.finite = {finite.data(), DType::i64};
-    cuda::adamw_from_factors(p, factors.params(kGradientScale), kQueue);
+    cuda::adamw_slots_from_factors(p, factors.params(kGradientScale), kQueue);
     expect_equal("slots where the gradient is not finite", slots.values(), slots_before);
     finite[0] = 1;
-    cuda::adamw_from_factors(p, factors.params(kGradientScale), kQueue);
+    cuda::adamw_slots_from_factors(p, factors.params(kGradientScale), kQueue);
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
     expect_as_good_as("exp_avg", exp_avg.values(), truth.exp_avg, exact(peer.exp_avg));
     expect_as_good_as("exp_avg_sq", exp_avg_sq.values(), truth.exp_avg_sq, exact(peer.exp_avg_sq));
@@ -317,24 +310,22 @@ void check_sgd_from_factors(const FactorShape& s, double momentum) {
     simt::Buffer<float> slots("slots", slots_before), buffer("momentum_buffer", buffer_before);
     simt::Buffer<T> compute("compute", count);
     simt::Buffer<float> learning_rate("learning_rate", std::vector{static_cast<float>(options.learning_rate)});
-    SgdParams p{};
-    p.slots = slots.data();
-    p.momentum_buffer = momentum == 0.0 ? nullptr : buffer.data();
-    p.compute = compute.data();
-    p.rows = shape.rows;
-    p.d = s.d;
+    SgdSlotsParams p{};
+    p.slots = rows_of(slots, shape.rows, shape.d);
+    if (momentum != 0.0) p.momentum_buffer = rows_of(buffer, shape.rows, shape.d);
+    p.compute = rows_of(compute, shape.rows, shape.d);
     p.compute_dtype = kDType<T>;
     p.learning_rate = {learning_rate.data(), DType::f32};
     p.momentum = static_cast<float>(momentum);
     p.weight_decay = static_cast<float>(options.weight_decay);
     p.clip = true;
-    cuda::sgd_from_factors(p, factors.params(kGradientScale), kQueue);
+    cuda::sgd_slots_from_factors(p, factors.params(kGradientScale), kQueue);
     expect_as_good_as("slots", slots.values(), truth.slots, exact(peer.slots));
     if (momentum != 0.0) expect_as_good_as("momentum_buffer", buffer.values(), truth.buffer, exact(peer.buffer));
   });
 }
 
-LOCAS_TEST(from_factors, "U update_slots_ from factors") {
+LOCAS_TEST(from_factors, "adamw_slots_from_factors, sgd_slots_from_factors") {
   check_adamw_from_factors<bf16>({2, 5, 72, 7}, true);
   check_adamw_from_factors<f16>({1, 4, 1032, 64}, true);
   check_adamw_from_factors<bf16>({1, 1, 2056, 1}, false);

@@ -1,4 +1,4 @@
-// cross_entropy against log-sum-exp in float64. The peer computes in float and rounds the gradient.
+// token_nll against log-sum-exp in float64. The peer computes in float and rounds the gradient.
 #include "simt/tests/harness.h"
 
 namespace locas::test {
@@ -35,11 +35,11 @@ void check(int64_t rows, int64_t cols, int64_t stride, bool with_gradient) {
   const Losses<float> peer(logits, targets, cols);
 
   for_each_seed([&] {
-    Matrix<T> x("logits", logits, rows, cols, stride), d_logits("d_logits", rows, cols, stride);
+    StridedBuffer<T> x("logits", logits, rows, cols, stride), d_logits("d_logits", rows, cols, stride);
     simt::Buffer<int64_t> target("targets", targets);
     simt::Buffer<float> nll("nll", rows);
-    const Rows gradient = with_gradient ? d_logits.view() : Rows{nullptr, 0};
-    cuda::cross_entropy({x.view(), gradient, target.data(), nll.data(), rows, cols, kDType<T>}, kQueue);
+    const Matrix gradient = with_gradient ? d_logits.view() : Matrix{};
+    cuda::token_nll({x.view(), gradient, target.data(), nll.data(), kDType<T>}, kQueue);
     expect_as_good_as("nll", nll.values(), truth.nll, exact(peer.nll));
     if (with_gradient)
       expect_as_good_as("d_logits", d_logits.values(), truth.d_logits, round_to<T>(exact(peer.d_logits)));
@@ -52,12 +52,12 @@ void check_nan(int64_t position) {
     simt::Buffer<float> logits("logits", std::vector<float>(700, 1.0f)), nll("nll", 1);
     simt::Buffer<int64_t> target("targets", std::vector<int64_t>{3});
     logits[position] = NAN;
-    cuda::cross_entropy({{logits.data(), 700}, {nullptr, 0}, target.data(), nll.data(), 1, 700, DType::f32}, kQueue);
+    cuda::token_nll({rows_of(logits, 1, 700), {}, target.data(), nll.data(), DType::f32}, kQueue);
     if (!std::isnan(nll[0])) fail("nll is %g, but logit %td is NaN", nll[0], position);
   });
 }
 
-LOCAS_TEST(cross_entropy, "cross_entropy") {
+LOCAS_TEST(token_nll, "token_nll") {
   check<bf16>(3, 1300, 1304, true);
   check<f16>(2, 513, 513, true);
   check<float>(2, 96, 96, true);
