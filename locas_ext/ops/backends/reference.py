@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locas_ext.ops import reference
 from locas_ext import _C
+from locas_ext.ops import reference
 from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotViews
 
 NAME = "reference"
