@@ -2,8 +2,9 @@
 
 import math
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from locas_ext.terminal import Terminal
 
 
 class NoProgress:
@@ -19,6 +20,20 @@ class NoProgress:
         pass
 
 
+def _columns(width: int) -> list[ProgressColumn]:
+    """Position, perplexity and time left in 40 columns; what else there is room for in more."""
+
+    def column(text: str) -> TextColumn:
+        return TextColumn(text, markup=False)
+
+    columns = [column("{task.completed:,}/{task.total:,}"), column("perplexity {task.fields[perplexity]:.2f}")]
+    if width < 64:
+        return [*columns, TimeRemainingColumn()]
+    rate = column("tokens {task.fields[rate]:,.0f}/s")
+    described = [column("{task.description}"), BarColumn(bar_width=min(40, width - 76))] if width >= 80 else []
+    return [*described, columns[0], rate, columns[1], TimeRemainingColumn(), column("left")]
+
+
 class StreamProgress:
     """A context manager; `advance(position)` after every chunk. `report` has growing `tokens` and `nll`."""
 
@@ -26,17 +41,8 @@ class StreamProgress:
         self.report = report
         self._seen, self._nll, self._tokens = len(report.chunks), report.nll, report.tokens
         self.start = position
-        console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=max(4, min(40, console.width - 76))),  # the numbers fit into 80 columns
-            TextColumn("{task.completed:,}/{task.total:,} tokens"),
-            TextColumn("{task.fields[rate]:,.0f}/s"),
-            TextColumn("perplexity {task.fields[perplexity]:.2f}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
+        console = Terminal(stderr=True)
+        self.progress = Progress(*_columns(console.width), console=console)
         self.task = self.progress.add_task(title, total=total, completed=position, rate=0.0, perplexity=self._perplexity())
 
     def _perplexity(self) -> float:

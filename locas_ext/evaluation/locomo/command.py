@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from locas_ext.errors import Interrupted
@@ -20,6 +20,7 @@ from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.locomo import table
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
+from locas_ext.terminal import Terminal
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
 from .data import Dialogue, read_dialogues
@@ -85,15 +86,18 @@ def _having_read(host, arm: Arm | None, ids: Tensor, protocol: Protocol) -> Iter
 @contextmanager
 def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]]:
     """A bar of questions with tokens/s, on standard error. Yields the callback of `answer`."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=max(4, min(40, console.width - 76))),
-        TextColumn("{task.completed}/{task.total} questions"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
+    console = Terminal(stderr=True)
+    done = TextColumn("{task.completed}/{task.total} questions")
+    columns: tuple[ProgressColumn, ...] = (done, TimeRemainingColumn())
+    if console.width >= 80:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=max(4, min(40, console.width - 76))),
+            done,
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
     with Progress(*columns, console=console) as progress:
         bar, written = progress.add_task(title, total=questions, rate=0.0), 0
 
