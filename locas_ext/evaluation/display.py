@@ -14,7 +14,7 @@ def one_line(text: object) -> str:
     r"""The text on one line, with a visible sign for each character that would be obeyed instead of shown.
 
     >>> one_line("a\x1b[31m\nb")
-    'a␛[31m b'
+    'a\\u001b[31m b'
     """
     return neutral(" ".join(str(text).split()))
 

@@ -2,9 +2,27 @@
 
 import math
 
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from locas_ext.terminal import Terminal
+
+
+def progress_bar(unit: str, *fields: str) -> Progress:
+    """A bar on standard error: title, bar, how many of how many `unit`, `fields` (rich's formats), time left.
+
+    A narrow terminal gets less of it, 40 columns the count, the last field and the time left.
+    """
+    console = Terminal(stderr=True)
+    width, count, left = console.width, "{task.completed:,}/{task.total:,}", TimeRemainingColumn()
+    if width < 64:
+        return Progress(_text(count), _text(fields[-1]), left, console=console)
+    # the numbers fit into 80 columns
+    head = [_text("{task.description}"), BarColumn(bar_width=max(4, min(40, width - 76)))] if width >= 80 else []
+    return Progress(*head, _text(f"{count} {unit}"), *map(_text, fields), left, _text("left"), console=console)
+
+
+def _text(form: str) -> TextColumn:
+    return TextColumn(form, markup=False)
 
 
 class NoProgress:
@@ -20,20 +38,6 @@ class NoProgress:
         pass
 
 
-def _columns(width: int) -> list[ProgressColumn]:
-    """Position, perplexity and time left in 40 columns; what else there is room for in more."""
-
-    def column(text: str) -> TextColumn:
-        return TextColumn(text, markup=False)
-
-    columns = [column("{task.completed:,}/{task.total:,}"), column("perplexity {task.fields[perplexity]:.2f}")]
-    if width < 64:
-        return [*columns, TimeRemainingColumn()]
-    rate = column("tokens {task.fields[rate]:,.0f}/s")
-    described = [column("{task.description}"), BarColumn(bar_width=min(40, width - 76))] if width >= 80 else []
-    return [*described, columns[0], rate, columns[1], TimeRemainingColumn(), column("left")]
-
-
 class StreamProgress:
     """A context manager; `advance(position)` after every chunk. `report` has growing `tokens` and `nll`."""
 
@@ -41,8 +45,7 @@ class StreamProgress:
         self.report = report
         self._seen, self._nll, self._tokens = len(report.chunks), report.nll, report.tokens
         self.start = position
-        console = Terminal(stderr=True)
-        self.progress = Progress(*_columns(console.width), console=console)
+        self.progress = progress_bar("tokens", "{task.fields[rate]:,.0f}/s", "perplexity {task.fields[perplexity]:.2f}")
         self.task = self.progress.add_task(title, total=total, completed=position, rate=0.0, perplexity=self._perplexity())
 
     def _perplexity(self) -> float:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
 from locas_ext.evaluation.methods.registry import check_arm, reader
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.locomo import table
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
-from locas_ext.terminal import Terminal
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
 from .data import Dialogue, read_dialogues
@@ -84,21 +84,9 @@ def _having_read(host, arm: Arm | None, ids: Tensor, protocol: Protocol) -> Iter
 
 # ---- one dialogue ----------------------------------------------------------------------------------------------
 @contextmanager
-def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]]:
+def _question_progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]]:
     """A bar of questions with tokens/s, on standard error. Yields the callback of `answer`."""
-    console = Terminal(stderr=True)
-    done = TextColumn("{task.completed}/{task.total} questions")
-    columns: tuple[ProgressColumn, ...] = (done, TimeRemainingColumn())
-    if console.width >= 80:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=max(4, min(40, console.width - 76))),
-            done,
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-    with Progress(*columns, console=console) as progress:
+    with progress_bar("questions", "{task.fields[rate]:,.0f} tokens/s") as progress:
         bar, written = progress.add_task(title, total=questions, rate=0.0), 0
 
         def advance(count: int, tokens: int) -> None:
@@ -124,7 +112,7 @@ def _answer_dialogue(host, tokenizer, dialogue: Dialogue, task: LocomoTask, prot
             for method in missing:
                 started = time.perf_counter()
                 prompts = _prompts(host, tokenizer, dialogue, method, task)
-                with _progress(f"{method}, dialogue {dialogue.name}", len(dialogue.questions)) as advance:
+                with _question_progress(one_line(f"{method}, dialogue {dialogue.name}"), len(dialogue.questions)) as advance:
                     answers = answer(host, tokenizer, prompts, task.max_new_tokens, task.batch_size, advance)
                 seconds = reading + time.perf_counter() - started
                 output.add(method, dialogue, answers, prompts.cut_tokens, seconds)
