@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.patching.attachment import Attachment
@@ -49,7 +50,9 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     memory, obstacle = _attach_saved(model, saved.config, rehome)
     try:
         if obstacle is not None:
-            warnings.warn(f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=2)
+            warnings.warn(
+                f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=caller_stacklevel()
+            )
         memory._take(saved)
     except BaseException:
         memory.detach()
