@@ -13,7 +13,7 @@ def merge(
     model: Model,
     memory: MemoryFolder,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged checkpoint goes: a new folder.")],
-    pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 128,
+    pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 256,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32.")] = None,
 ) -> None:
     """Make a memory a permanent part of its host: a plain, wider checkpoint."""
