@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import socket
 import threading
 import time
@@ -20,7 +21,6 @@ except ImportError:  # no POSIX system
     fcntl = None
 
 WAIT_SECONDS = 30.0  # a few times what writing a large memory takes
-_POLL_SECONDS = 0.02
 _NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 _held = threading.local()  # .folders: the (device, inode) of those that this thread has locked
 
@@ -76,7 +76,7 @@ def _acquire(descriptor: int, folder: Path, wait: float) -> None:
                     f"{folder} is being saved into by {_holder(descriptor)}; waited {wait:g} s for it to finish: "
                     "end one of the two, or save into another folder"
                 ) from None
-            time.sleep(_POLL_SECONDS)
+            time.sleep(random.uniform(0.001, 0.02))  # at no beat that another saver's could be in step with
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

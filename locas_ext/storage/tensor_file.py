@@ -1,6 +1,7 @@
 """locas_memory.safetensors: the table of what it holds; its header is compared with the record before a tensor is read."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from locas_ext.errors import LocasError
 from locas_ext.state.memory_state import PLANES
 
 from .config_file import MOST_SCALE, digest, strict_json
-from .files import open_regular
 from .schema import Wrong, integer, list_of, record, short, text
 
 _MOST_HEADER_BYTES = 2**16
@@ -123,18 +123,17 @@ def _check_header(header: dict[str, Any], data: int, expected: Sequence[int]) ->
         raise Wrong(f"its tensors take {end} bytes, but it holds {data}")
 
 
-def read(path: Path, fields: dict) -> dict[str, Tensor]:
-    """The tensors in `path` that belong to a record. FileNotFoundError, or LocasError for anything else."""
-    with open_regular(path) as (file, status):
-        try:
-            header, data = _read_header(file, status.st_size)
-            _check_header(header, data, slots_shape(fields))
-            file.seek(0)
-            content = file.read(status.st_size)
-            if digest(content) != fields["memory_sha256"]:
-                raise Wrong("its checksum is not the one in the config it was written with")
-            tensors = parse_tensors(content)
-            check_values(tensors, fields["layers"])
-            return tensors
-        except (Wrong, SafetensorError) as error:
-            raise LocasError(f"{path} is damaged: {error}") from None
+def read(path: Path, file: BinaryIO, status: os.stat_result, fields: dict) -> dict[str, Tensor]:
+    """The tensors in an opened file that belong to a record; LocasError, which names `path`, if they do not."""
+    try:
+        header, data = _read_header(file, status.st_size)
+        _check_header(header, data, slots_shape(fields))
+        file.seek(0)
+        content = file.read(status.st_size)
+        if digest(content) != fields["memory_sha256"]:
+            raise Wrong("its checksum is not the one in the config it was written with")
+        tensors = parse_tensors(content)
+        check_values(tensors, fields["layers"])
+        return tensors
+    except (Wrong, SafetensorError) as error:
+        raise LocasError(f"{path} is damaged: {error}") from None

@@ -126,8 +126,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     host = inspect_host(model)
     if type(m) is not int or not 1 <= m < host.intermediate_size:
         raise ValueError(
-            f"the config's {ORIGINAL_WIDTH_KEY} is {m!r}; expected an integer from 1 to {host.intermediate_size - 1}, less than "
-            "the width"
+            f"the config's {ORIGINAL_WIDTH_KEY} is {m!r}; expected an integer from 1 to {host.intermediate_size - 1}, "
+            "less than the width"
         )
     with torch.inference_mode(False):
         packed = [
