@@ -45,7 +45,9 @@ class Window(NamedTuple):
         return cls(context, inputs, ids[first:end])
 
     def to(self, device: torch.device) -> "Window":
-        """The window on a device, in one copy."""
+        """The window on a device, in one copy; itself where it lies there."""
+        if self.inputs.device == device:
+            return self
         return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
 
 
@@ -103,7 +105,8 @@ def may_end_early(model) -> bool:
 def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
     """The logits [n, V] of a window's targets, with a graph over its inputs (context_gradient: over its context too)."""
     model, device = host.model, host.input_device()
-    context, inputs = window.context.to(device)[None], window.inputs.to(device)[None]
+    window = window.to(device)
+    context, inputs = window.context[None], window.inputs[None]
     if context.shape[1] == 0 or context_gradient:
         everything = torch.cat([context, inputs], dim=1)
         logits = model(input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]).logits
@@ -117,5 +120,6 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
 
 def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
     """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `chunk_logits`."""
+    window = window.to(host.input_device())
     logits = chunk_logits(host, window, context_gradient, ends_early)
-    return token_nll(logits, window.targets.to(logits.device)).sum()
+    return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere

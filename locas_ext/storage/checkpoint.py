@@ -12,7 +12,7 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Stream
+from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
 
 from . import config_file, folder, tensor_file
@@ -22,7 +22,15 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
-def save(state: MemoryState, config: LocasConfig, host: Host, stream: Stream | None, path: str | Path, optimizer: bool) -> None:
+def save(
+    state: MemoryState,
+    config: LocasConfig,
+    host: Host,
+    stream: Stream | None,
+    texts: list[TextRecord],
+    path: str | Path,
+    optimizer: bool,
+) -> None:
     """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes."""
     state.sync()
     fields = {
@@ -36,7 +44,7 @@ def save(state: MemoryState, config: LocasConfig, host: Host, stream: Stream | N
         "initialized": state.initialized,
         "slots_used": state.used,
         "tokens_seen": stream.position if stream else 0,
-        "texts": [],
+        "texts": [text.to_dict() for text in texts],
         "stream": stream.to_dict() if stream and optimizer else None,
     }
     try:
@@ -65,6 +73,11 @@ class Saved:
     def stream(self) -> Stream | None:
         """The place in a text, where one was saved."""
         return config_file.stream_of(self.fields)
+
+    @cached_property
+    def texts(self) -> list[TextRecord]:
+        """What the memory has learned from; files of format 1 do not say."""
+        return [TextRecord(**text) for text in self.fields.get("texts", [])]
 
     def check_host(self, host: Host) -> None:
         """LocasError if the memory is of another host."""
@@ -103,11 +116,11 @@ def read(path: str | Path) -> Saved:
     return Saved(Path(path), *folder.read(Path(path)))
 
 
-def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> Stream | None:
-    """See `Memory.load`. Returns the saved place in a text, if any."""
+def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> tuple[Stream | None, list[TextRecord]]:
+    """See `Memory.load`. Returns the saved place in a text, if any, and the texts that the memory has learned."""
     saved = read(path)
     saved.put_into(state, config, host)
-    return saved.stream
+    return saved.stream, saved.texts
 
 
 def read_config(path: str | Path) -> LocasConfig:

@@ -74,7 +74,7 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
 
 def _loss(model, window: Window) -> Tensor:
     """Summed negative log-likelihood of a window's targets, with a graph over its inputs only."""
-    context, inputs, targets = window.to(model.device)
+    context, inputs, targets = window
     cache = DynamicCache(config=model.config)
     if len(context):
         with torch.no_grad():
