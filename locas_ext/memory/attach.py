@@ -50,7 +50,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     try:
         if obstacle is not None:
             warnings.warn(f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=2)
-        memory._take(saved)
+        saved.put_into(memory._attachment)
     except BaseException:
         memory.detach()
         raise

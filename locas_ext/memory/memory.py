@@ -23,7 +23,6 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Chunk, TextRecord
 from locas_ext.storage import checkpoint, snapshot
-from locas_ext.storage.checkpoint import Saved
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
@@ -292,9 +291,7 @@ class Memory:
         optimizer: whether the optimizer's states and the place in the text go along, as `memorize(resume=...)` needs.
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
-        attachment = self._attachment
-        where = attachment.stream, attachment.texts
-        checkpoint.save(attachment.state, attachment.config, attachment.host, *where, path, optimizer)
+        checkpoint.save(self._attachment, path, optimizer)
 
     def load(self, path: str | Path) -> None:
         """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
@@ -302,12 +299,7 @@ class Memory:
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
-        self._take(checkpoint.read(path))
-
-    def _take(self, saved: Saved) -> None:
-        attachment = self._attachment
-        saved.put_into(attachment.state, attachment.config, attachment.host)
-        attachment.stream, attachment.texts = saved.stream, saved.texts
+        checkpoint.read(path).put_into(self._attachment)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""

@@ -106,7 +106,7 @@ def _read_config(file: Path, opened: _Opened | OSError | LocasError) -> dict:
     content, status = opened
     if status.st_size > config_file.MOST_BYTES:
         raise LocasError(f"{file} is damaged: it has {status.st_size} bytes, the most is {config_file.MOST_BYTES}")
-    return config_file.parse(content.read(config_file.MOST_BYTES), file)
+    return config_file.parse(content.read(status.st_size), file)
 
 
 def _read_tensors(folder: Path, files: list[_Opened | OSError | LocasError], fields: dict) -> dict[str, Tensor]:

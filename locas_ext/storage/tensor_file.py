@@ -110,7 +110,7 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 def _check_header(header: dict[str, Any], data: int, expected: Sequence[int]) -> None:
     """Every tensor has its dtype and shape, and together they are the file, byte by byte."""
     _check_names(list(header))
-    for name, entry in header.items():
+    for name, entry in sorted(header.items(), key=lambda item: list(_TENSORS).index(item[0])):  # the slots first
         _ENTRY(entry, name)
         _check_form(name, _DTYPES.get(entry["dtype"], short(entry["dtype"])), entry["shape"], expected)
     end = 0
