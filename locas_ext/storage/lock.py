@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.errors import LocasError
 
 fcntl: ModuleType | None
@@ -111,5 +112,6 @@ def _holder(descriptor: int) -> str:
 
 def _warn(folder: Path, why: str) -> None:
     warnings.warn(
-        f"{folder} is saved into without a lock: {why}; two savers at the same time would mix up their files", stacklevel=2
+        f"{folder} is saved into without a lock: {why}; two savers at the same time would mix up their files",
+        stacklevel=caller_stacklevel(),
     )

@@ -13,10 +13,11 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
+from locas_ext.config import MOST_SCALE
 from locas_ext.errors import LocasError
 from locas_ext.state.memory_state import PLANES
 
-from .config_file import MOST_SCALE, digest, strict_json
+from .config_file import digest, strict_json
 from .schema import Wrong, integer, list_of, record, short, text
 
 _MOST_HEADER_BYTES = 2**16
