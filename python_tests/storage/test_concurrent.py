@@ -107,7 +107,7 @@ def test_a_saver_waits_its_turn(folder):
     locked, order = threading.Event(), []
 
     def hold():
-        with lock.folder_lock(folder):
+        with lock.FolderLock(folder):
             locked.set()
             time.sleep(0.3)
             order.append("held")
@@ -122,13 +122,13 @@ def test_a_saver_waits_its_turn(folder):
 
 
 def test_a_thread_may_take_the_lock_again_and_another_may_not(folder):
-    with lock.folder_lock(folder), lock.folder_lock(folder):
+    with lock.FolderLock(folder), lock.FolderLock(folder):
         saving.save(folder, 2)
         caught = []
 
         def other():
             try:
-                with lock.folder_lock(folder, wait=0):
+                with lock.FolderLock(folder, wait=0):
                     pass
             except LocasError as error:
                 caught.append(str(error))
@@ -137,17 +137,17 @@ def test_a_thread_may_take_the_lock_again_and_another_may_not(folder):
         thread.start()
         thread.join()
         assert len(caught) == 1 and f"process {os.getpid()} (this one, another thread)" in caught[0]
-    with lock.folder_lock(folder, wait=0):
+    with lock.FolderLock(folder, wait=0):
         pass
 
 
 def test_a_process_forked_while_the_lock_is_held_does_not_keep_it(folder):
     reading, writing = os.pipe()
-    with lock.folder_lock(folder):
+    with lock.FolderLock(folder):
         child = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(30)"], {})
         fork = subprocess.Popen(["sleep", "30"], close_fds=False, stdout=writing)
     try:
-        with lock.folder_lock(folder, wait=0):
+        with lock.FolderLock(folder, wait=0):
             pass
     finally:
         for pid in (child, fork.pid):
@@ -168,8 +168,9 @@ def refuse(number):
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL])
 def test_a_file_system_without_locks_is_said_once_and_saved_into(folder, monkeypatch, number):
     monkeypatch.setattr(lock.fcntl, "flock", refuse(number))
-    with pytest.warns(UserWarning, match="saved into without a lock: its file system has no locks"):
+    with pytest.warns(UserWarning, match="saved into without a lock: its file system has no locks") as caught:
         saving.save(folder, 2)
+    assert caught[0].filename == saving.__file__, "the line that saves"
     assert saving.load(folder) == 2
 
 

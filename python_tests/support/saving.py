@@ -72,7 +72,7 @@ def loops(path, seconds, verbs):
 
 
 def hold(path, seconds):
-    with lock.folder_lock(Path(path)):
+    with lock.FolderLock(Path(path)):
         print("locked", flush=True)
         time.sleep(float(seconds))
 
