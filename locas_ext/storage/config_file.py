@@ -129,9 +129,7 @@ def _check_stream(fields: dict) -> None:
             f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {fields['tokens_seen']}"
         )
     if len(stream.get("tail") or ()) > stream["position"]:
-        raise Wrong(
-            f"stream.tail has {len(stream['tail'])} tokens; expected no more than the {stream['position']} that were read"
-        )
+        raise Wrong(f"stream.tail has {len(stream['tail'])} tokens; expected at most {stream['position']}, those read")
 
 
 def check(fields: Any) -> None:
