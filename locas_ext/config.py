@@ -11,6 +11,7 @@ VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
+MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
 
 
 def paper_multiple(scale: object) -> float | None:
@@ -23,7 +24,7 @@ def paper_multiple(scale: object) -> float | None:
 
 def _checked_scale(scale: object) -> str | float:
     if not isinstance(scale, str):
-        if number("scale", scale) == 0:
+        if number("scale", scale, -MOST_SCALE, MOST_SCALE) == 0:
             raise ValueError(f"scale is {scale}; expected a finite number other than 0, or 'paper', '16x' or 'host'")
         return number("scale", scale)
     if scale not in SCALES and paper_multiple(scale) is None:

@@ -19,7 +19,6 @@ from locas_ext.learning.update import Backprop, Write, as_update, refuse_unknown
 from locas_ext.learning.write import WriteReport, write
 from locas_ext.state.stream import Chunk
 from locas_ext.storage import checkpoint, snapshot
-from locas_ext.storage.checkpoint import Saved
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
@@ -215,9 +214,7 @@ class Memory(MemoryFacts):
 
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
-        attachment = self._attachment
-        where = attachment.stream, attachment.texts
-        checkpoint.save(attachment.state, attachment.config, attachment.host, *where, path, optimizer)
+        checkpoint.save(self._attachment, path, optimizer)
 
     def load(self, path: str | Path) -> None:
         """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
@@ -225,12 +222,7 @@ class Memory(MemoryFacts):
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
-        self._take(checkpoint.read(path))
-
-    def _take(self, saved: Saved) -> None:
-        attachment = self._attachment
-        saved.put_into(attachment.state, attachment.config, attachment.host)
-        attachment.stream, attachment.texts = saved.stream, saved.texts
+        checkpoint.read(path).put_into(self._attachment)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""

@@ -14,7 +14,7 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
-from locas_ext.evaluation.inputs import Text
+from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Chunk, MemorizeReport
