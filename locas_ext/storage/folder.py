@@ -18,7 +18,7 @@ from locas_ext.errors import LocasError
 
 from . import config_file, tensor_file
 from .files import open_regular, remove_temporaries, write_atomically
-from .lock import FolderLock
+from .lock import folder_lock
 
 CONFIG_NAME = "locas_config.json"
 MEMORY_NAME = "locas_memory.safetensors"
@@ -74,7 +74,7 @@ def write(folder: Path, config: bytes, memory: bytes) -> None:
     with _named(folder):
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(folder):
+        with folder_lock(folder):
             for name in _OURS:
                 remove_temporaries(folder / name)
             _keep_previous(folder)

@@ -24,8 +24,8 @@ _NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _held = threading.local()
 
 
-class FolderLock:
-    """Keeps the other savers, threads and processes of this machine, out of an existing folder: `with FolderLock(folder):`.
+class folder_lock:
+    """Keeps the other savers, threads and processes of this machine, out of an existing folder: `with folder_lock(folder):`.
 
     A thread that holds the lock may take it again. Where there are no such locks (a file system or a platform without
     flock, a folder that may not be read) a warning says so and the block runs all the same.
@@ -78,7 +78,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 
 def _acquire(descriptor: int, folder: Path, wait: float) -> None:
-    assert fcntl is not None, "FolderLock asks"
+    assert fcntl is not None, "folder_lock asks"
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -100,7 +100,7 @@ def _acquire(descriptor: int, folder: Path, wait: float) -> None:
 
 def _release(descriptor: int) -> None:
     """Not by closing alone: a process forked meanwhile has the folder open too."""
-    assert fcntl is not None, "FolderLock asks"
+    assert fcntl is not None, "folder_lock asks"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     except OSError as error:  # what could not be locked cannot be unlocked

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.evaluation.assets import ASSETS, MODEL, load_model
 from locas_ext.evaluation.methods.truncation import truncation
+from locas_ext.storage.lock import folder_lock
 
 WINDOW = ["--window", "64", "--stride", "32", "--rank", "4", "--device", "cpu"]
 
@@ -76,6 +78,26 @@ def test_an_existing_memory_is_not_overwritten(page, memory_folder, capsys):
     status, _, err = run(capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, *WINDOW)
     assert status == 2 and "--resume" in err
     assert (memory_folder / "locas_memory.safetensors").read_bytes() == before
+
+
+def test_a_second_run_into_a_folder_is_refused_and_told_of_the_first(page, memory_folder, capsys):
+    before, held, done = (memory_folder / "locas_config.json").read_bytes(), threading.Event(), threading.Event()
+
+    def first_run():
+        with folder_lock(memory_folder):
+            held.set()
+            done.wait(120)
+
+    thread = threading.Thread(target=first_run)
+    thread.start()
+    held.wait()
+    try:
+        status, _, err = run(capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", *WINDOW)
+    finally:
+        done.set()
+        thread.join()
+    assert status == 1 and f"is being saved into by process {os.getpid()}" in " ".join(err.split())
+    assert (memory_folder / "locas_config.json").read_bytes() == before
 
 
 def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsys):

@@ -107,7 +107,7 @@ def test_a_saver_waits_its_turn(folder):
     locked, order = threading.Event(), []
 
     def hold():
-        with lock.FolderLock(folder):
+        with lock.folder_lock(folder):
             locked.set()
             time.sleep(0.3)
             order.append("held")
@@ -122,13 +122,13 @@ def test_a_saver_waits_its_turn(folder):
 
 
 def test_a_thread_may_take_the_lock_again_and_another_may_not(folder):
-    with lock.FolderLock(folder), lock.FolderLock(folder):
+    with lock.folder_lock(folder), lock.folder_lock(folder):
         saving.save(folder, 2)
         caught = []
 
         def other():
             try:
-                with lock.FolderLock(folder, wait=0):
+                with lock.folder_lock(folder, wait=0):
                     pass
             except LocasError as error:
                 caught.append(str(error))
@@ -137,17 +137,17 @@ def test_a_thread_may_take_the_lock_again_and_another_may_not(folder):
         thread.start()
         thread.join()
         assert len(caught) == 1 and f"process {os.getpid()} (this one, another thread)" in caught[0]
-    with lock.FolderLock(folder, wait=0):
+    with lock.folder_lock(folder, wait=0):
         pass
 
 
 def test_a_process_forked_while_the_lock_is_held_does_not_keep_it(folder):
     reading, writing = os.pipe()
-    with lock.FolderLock(folder):
+    with lock.folder_lock(folder):
         child = os.posix_spawn(sys.executable, [sys.executable, "-c", "import time; time.sleep(30)"], {})
         fork = subprocess.Popen(["sleep", "30"], close_fds=False, stdout=writing)
     try:
-        with lock.FolderLock(folder, wait=0):
+        with lock.folder_lock(folder, wait=0):
             pass
     finally:
         for pid in (child, fork.pid):

@@ -72,7 +72,7 @@ def loops(path, seconds, verbs):
 
 
 def hold(path, seconds):
-    with lock.FolderLock(Path(path)):
+    with lock.folder_lock(Path(path)):
         print("locked", flush=True)
         time.sleep(float(seconds))
 
