@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +101,8 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
     }
 
 
-def run(arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]) -> tuple[list[dict], str]:
-    """Memorizes the text once. -> one record per arm, and what the report says of the CUDA graph."""
+def run(arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]) -> tuple[list[dict], locas.GraphReport]:
+    """Memorizes the text once. -> one record per arm, and how far a CUDA graph was used."""
     window, stride = arguments.window, arguments.stride
     memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     first, *others = baselines
@@ -131,7 +132,7 @@ def run(arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tenso
         if arguments.shape is None and not name.endswith(" again"):
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
-    return records, report_.cuda_graph
+    return records, report_.graph
 
 
 def _arguments() -> argparse.Namespace:
@@ -168,7 +169,7 @@ def main() -> None:
         os.environ["LOCAS_CUDA_GRAPH"] = graph
         measured, said = run(arguments, ids, baselines)
         for record in measured:
-            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": said}
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(graph_report)}
             records.append(record)
             rows.append(
                 [
@@ -182,7 +183,7 @@ def main() -> None:
                 ]
             )
         if arguments.device == "cuda":
-            print(f"CUDA graph: {said}", flush=True)
+            print(f"CUDA graph: {graph_report}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",

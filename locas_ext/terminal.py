@@ -1,11 +1,15 @@
 """Where this package writes on a terminal: text from outside is shown as it is, never obeyed."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
 
 _KEPT = "\n\t\u200c\u200d"  # the joiners hold letters of some scripts, and emoji, together
 
@@ -42,3 +46,54 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Called while a BrokenPipeError is handled; goes on with it, where rich would end the process."""
         raise
+
+
+def _plain(text: str) -> Text:
+    """Neither markup nor control characters, whatever console it is printed on."""
+    return Text(neutral(text))
+
+
+class Figures(Table):
+    """A table that cuts no figure: where the terminal is too narrow for it, its rows stand one below the other.
+
+    Args:
+        titles: of the columns
+        title: of the table
+        left: how many columns, the first ones, are labels: left-aligned, and wrapped between words
+    """
+
+    def __init__(self, titles: Sequence[str], title: str | None = None, left: int = 1):
+        heading = None if title is None else _plain(title)
+        super().__init__(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for index, name in enumerate(titles):
+            self.add_column(_plain(name), justify="left" if index < left else "right", overflow="fold")
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(_plain(str(cell)) for cell in cells), **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = [_least_width(column) for column in self.columns]
+        for column, width in zip(self.columns, widths, strict=True):
+            column.min_width = width
+        if sum(widths) + 3 * len(widths) + 1 <= options.max_width:  # a space on both sides, and what divides columns
+            yield from super().__rich_console__(console, options)
+        else:
+            yield from self._stacked()
+
+    def _stacked(self) -> Iterable[Text]:
+        if self.title:
+            yield Text(str(self.title))
+        labels = [column for column in self.columns if column.justify == "left"]
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            yield Text(", ".join(filter(None, map(str, row[: len(labels)]))))
+            for column, cell in zip(self.columns[len(labels) :], row[len(labels) :], strict=True):
+                if str(cell):
+                    yield Text(f"  {column.header}: {cell}")
+
+
+def _least_width(column: Column) -> int:
+    """Its longest word; of figures, its longest cell."""
+    words = str(column.header).split()
+    for cell in column.cells:
+        words += str(cell).split() if column.justify == "left" else [str(cell)]
+    return max(map(cell_len, words), default=0)

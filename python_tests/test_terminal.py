@@ -10,7 +10,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from locas_ext.terminal import Terminal, neutral
+from locas_ext.terminal import Figures, Terminal, neutral
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
 
@@ -56,6 +56,21 @@ def test_progress_bars_draw_on_it():
     with Progress(TextColumn("{task.description}", markup=False), console=Terminal(file=file, force_terminal=True)) as bar:
         bar.add_task(f"{MARKUP}\x1b[2J")
     assert MARKUP in file.getvalue() and "\x1b[2J" not in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_figures_are_cut_on_no_terminal(width):
+    titles = ["book", "arm", "perplexity", "held out", "extra parameters"]
+    rows = [["nostromo", "temp-lora rank=64", "1234.56", "50.12", "393,216"], ["tono-bungay", "locas", "7.25", "", "0"]]
+    file = io.StringIO()
+    table = Figures(titles, "Two [b]books", left=2)
+    for row in rows:
+        table.add_row(*row)
+    Terminal(file=file, width=width).print(table)
+    for word in ["Two [b]books", *(word for row in rows for cell in row for word in cell.split())]:
+        assert word in file.getvalue()
+    if width >= 40:
+        assert max(map(len, file.getvalue().splitlines())) <= width
 
 
 def test_a_closed_pipe_is_an_error_and_not_an_exit():

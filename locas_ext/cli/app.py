@@ -60,7 +60,7 @@ def run(arguments: list[str] | None) -> int:
         return 0
     except typer.Exit as end:
         return end.exit_code
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         ended = failure(error, partial(origin, context)) if context else failure(error)
     _complain(ended)
     return ended.status

@@ -38,8 +38,11 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
         return Failure(130, f"interrupted: {error}")
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return Failure(130, "interrupted: nothing was kept")
-    if isinstance(error, BrokenPipeError):
+    # rich answers a closed pipe with an exit
+    if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)):
         return Failure(141)
+    if isinstance(error, SystemExit):
+        return Failure(error.code if isinstance(error.code, int) else 1)
     if isinstance(error, UsageError):
         return Failure(2, error.format_message())  # empty where help was printed instead
     if isinstance(error, OSError):

@@ -8,17 +8,21 @@ from locas_ext.terminal import Terminal
 
 
 def progress_bar(unit: str, *fields: str) -> Progress:
-    """A bar on standard error: title, bar, how many of how many `unit`, `fields` (rich's formats), time left."""
+    """A bar on standard error: title, bar, how many of how many `unit`, `fields` (rich's formats), time left.
+
+    A narrow terminal gets less of it, 40 columns the count, the last field and the time left.
+    """
     console = Terminal(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=max(4, min(40, console.width - 76))),  # the numbers fit into 80 columns
-        TextColumn(f"{{task.completed:,}}/{{task.total:,}} {unit}"),
-        *map(TextColumn, fields),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
+    width, count, left = console.width, "{task.completed:,}/{task.total:,}", TimeRemainingColumn()
+    if width < 64:
+        return Progress(_text(count), _text(fields[-1]), left, console=console)
+    # the numbers fit into 80 columns
+    head = [_text("{task.description}"), BarColumn(bar_width=max(4, min(40, width - 76)))] if width >= 80 else []
+    return Progress(*head, _text(f"{count} {unit}"), *map(_text, fields), left, _text("left"), console=console)
+
+
+def _text(form: str) -> TextColumn:
+    return TextColumn(form, markup=False)
 
 
 class NoProgress:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
@@ -20,6 +18,7 @@ from locas_ext.evaluation.report.plots.reading import plot_reading
 from locas_ext.evaluation.texts import Text
 from locas_ext.memory import Chunk, MemorizeReport, Memory
 from locas_ext.storage.folder import check_folder
+from locas_ext.terminal import Figures
 
 WINDOW, STRIDE = 512, 128  # the model was trained on 512 tokens
 REREAD = 3 * STRIDE
@@ -142,11 +141,8 @@ def _measure(model, book: Text, other: Text, settings: DemoSettings) -> DemoResu
     )
 
 
-def _table(result: DemoResult, book: Text, other: Text) -> Table:
-    table = Table(title=f"{book.name}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in ("window only", "with memory", "change"):
-        table.add_column(name, justify="right")
+def _table(result: DemoResult, book: Text, other: Text) -> Figures:
+    table = Figures(["", "window only", "with memory", "change"], f"{book.name}, {len(book.ids):,} tokens")
 
     def perplexity_row(name: str, host: float, memory: float) -> None:
         table.add_row(name, f"{host:.2f}", f"{memory:.2f}", f"{100 * (memory / host - 1):+.1f}%")

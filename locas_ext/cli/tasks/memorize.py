@@ -21,6 +21,7 @@ from locas_ext.learning.update import Backprop, Write
 from locas_ext.memory import Chunk, MemorizeReport, Memory
 from locas_ext.storage import checkpoint
 from locas_ext.storage.folder import CONFIG_NAME, check_folder
+from locas_ext.storage.lock import folder_lock
 
 from .describe import bytes_text, size_on_disk
 from .host_alone import compare
@@ -104,7 +105,7 @@ def _learn(task: MemorizeTask, memory: Memory, ids: Tensor, update: Backprop | W
             unsaved = 0
 
     try:
-        with made(task.out):
+        with made(task.out), folder_lock(task.out, wait=0):  # two runs into one folder would undo each other's work
             resume = task.out if task.resume else None
             report = memory.memorize(ids, callback=save, resume=resume, update=update, **task.settings)
             memory.save_pretrained(task.out, optimizer=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from locas_ext import memory as locas
 from locas_ext.errors import LocasError
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.terminal import Terminal
 
 from .distributions import digest, divergence, negative_log_likelihood
 
@@ -82,7 +82,7 @@ def _timed(scores: StateScores) -> Iterator[None]:
 
 def _each(bounds: list, state: str) -> Iterable:
     """The windows one by one, with a progress bar on standard error."""
-    return track(bounds, description=f"{state:<10}", console=Console(stderr=True))
+    return track(bounds, description=f"{state:<10}", console=Terminal(stderr=True))
 
 
 def _read_host(model, ids: Tensor, window: int) -> tuple[StateScores, list[_Window]]:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from rich.table import Table
-
 from locas_ext.evaluation.display import markdown
+from locas_ext.terminal import Figures
 
 from .tables import MISSING, console_table, markdown_table
 
@@ -78,7 +77,7 @@ def detached_verdict(records: list[dict]) -> tuple[bool, str]:
 
 
 # ---- console and Markdown --------------------------------------------------------------------------------------
-def console_tables(records: list[dict]) -> list[Table]:
+def console_tables(records: list[dict]) -> list[Figures]:
     """A table a text or metric; they fit into 80 columns."""
     tables = []
     for key, group in _groups(records).items():

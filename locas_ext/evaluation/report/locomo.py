@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-from rich.table import Table
-
 from locas_ext.evaluation.display import code, markdown
 from locas_ext.evaluation.locomo.data import CATEGORIES
 from locas_ext.evaluation.locomo.output import ALL_REFUSE, predictions_file
 from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
+from locas_ext.terminal import Figures
 
 from .tables import MISSING, console_table, markdown_table
 
@@ -44,7 +43,7 @@ def _title(content: dict) -> str:
     return f"LoCoMo, {count} dialogue{'s' if count > 1 else ''}: F1 in percent"
 
 
-def table(content: dict) -> Table:
+def table(content: dict) -> Figures:
     columns = _columns(content)
     titles = [name.replace("-", "-\n").replace("+", "\n+") for name in columns]  # six methods fit into 80 columns
     return console_table(titles, list(zip(*columns.values(), strict=True)), _title(content))

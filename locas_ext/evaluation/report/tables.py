@@ -4,12 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from locas_ext.evaluation.display import markdown
-from locas_ext.terminal import neutral
+from locas_ext.terminal import Figures
 
 MISSING = "–"
 
@@ -137,23 +133,9 @@ def markdown_table(titles: list[str], rows: Sequence[Sequence[str]]) -> list[str
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def _plain(text: str) -> Text:
-    """On every console: neither markup nor control characters."""
-    return Text(neutral(text))
-
-
-def console_table(titles: list[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
-    """The same for the console, with the first `left` columns left-aligned."""
-    heading = None if title is None else _plain(title)
-    table = Table(
-        title=heading,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for index, name in enumerate(titles):
-        table.add_column(_plain(name), justify="left" if index < left else "right", no_wrap=index >= left)
+def console_table(titles: list[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> Figures:
+    """The same for a Terminal, with the first `left` columns left-aligned."""
+    table = Figures(titles, title, left)
     for row in rows:
-        table.add_row(*(_plain(cell) for cell in row))
+        table.add_row(*row)
     return table

@@ -1,0 +1,100 @@
+"""What the API has the command line has, under the same name; one kind, one help text and one group per option."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from inspect import signature
+from typing import Annotated
+
+import pytest
+import typer
+
+import locas_ext as locas
+from locas_ext.cli import main
+from locas_ext.cli.app import app
+from locas_ext.cli.commands import memorize as memorize_command
+from locas_ext.cli.grouped import grouped
+from locas_ext.cli.options import DTYPES
+from locas_ext.evaluation.inputs import DTYPES as LOADABLE
+from locas_ext.learning.optimizers import OPTIMIZERS
+from locas_ext.learning.update import UPDATES, WHEN_FULL
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def options(command: str) -> dict:
+    return {parameter.name: parameter for parameter in COMMANDS[command].params}
+
+
+def test_memorize_has_every_setting_of_the_api():
+    api = {
+        *signature(locas.attach).parameters,
+        *signature(locas.Memory.memorize).parameters,
+        *(field.name for kind in (locas.LocasConfig, locas.Backprop, locas.Write) for field in fields(kind)),
+    }
+    only_in_python = {"self", "input_ids", "progress", "callback", "on_divergence"}
+    assert api - only_in_python - {"refused", "unknown"} <= set(options("memorize")) | {"config"}
+
+
+def test_choices_are_those_of_the_library():
+    assert memorize_command.OPTIMIZERS == tuple(OPTIMIZERS)
+    assert memorize_command.UPDATES == UPDATES and memorize_command.WHEN_FULL == WHEN_FULL
+    assert DTYPES == tuple(LOADABLE)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"info", "report"}))
+def test_every_command_with_settings_takes_a_file_and_shows_examples(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "config" in options(command)
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"locas {command} " in out.split("Examples:")[1]
+    assert "<str>" not in out and "left out" not in out
+
+
+def test_one_option_is_the_same_wherever_it_is_declared():
+    kept: dict = {}
+    for command in COMMANDS:
+        for name, parameter in options(command).items():
+            if name in ("out", "memory", "window", "dtype", "learning_rate", "epochs", "methods", "max_tokens", "config"):
+                continue  # what they mean differs by command
+            help_text = kept.setdefault(name, parameter.help)
+            assert parameter.help == help_text, (command, name)
+
+
+def test_a_group_is_its_fields():
+    @dataclass(frozen=True, kw_only=True)
+    class Pair:
+        left: Annotated[int, typer.Option()] = 1
+        right: Annotated[int, typer.Option()] = 2
+
+    seen = []
+
+    def command(first: Annotated[int, typer.Option()], pair: Pair = Pair(right=5)) -> None:
+        """Says it."""
+        seen.append((first, pair))
+
+    flat = grouped(command)
+    assert flat.__doc__ == "Says it." and flat.__name__ == "command"
+    assert {name: parameter.default for name, parameter in signature(flat).parameters.items() if name != "first"} == {
+        "left": 1,
+        "right": 5,
+    }
+    flat(first=0, left=3, right=4)
+    assert seen == [(0, Pair(left=3, right=4))]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 71, 72, 120])
+def test_names_of_options_are_cut_on_no_terminal(columns):
+    result = subprocess.run(
+        [sys.executable, "-m", "locas_ext", "memorize", "--help"],
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": str(columns), "PYTHONPATH": ":".join(sys.path), "PATH": ""},
+    )
+    assert result.returncode == 0, result.stderr
+    for parameter in options("memorize").values():
+        for name in parameter.opts:
+            if name.startswith("--"):
+                assert re.search(rf"{name}\b", result.stdout), name
