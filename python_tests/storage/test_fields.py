@@ -59,7 +59,7 @@ def test_every_field_is_checked_for_its_type(record):
         for value in kinds:
             changed = copy.deepcopy(record)
             put(place, value)(changed)
-            name = place.rpartition(".")[2]
+            name = [part for part in place.split(".") if not part.isdecimal()][-1]
             try:
                 config_file.check(changed)
             except config_file.Wrong as error:
