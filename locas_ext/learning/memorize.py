@@ -108,6 +108,7 @@ def memorize(
     length, stride, begin, report = len(run.ids), resolved.stride, run.stream.position, run.report
     state.zero_grad()
     with (
+        attachment.exclusive("memorize"),
         StreamProgress(length, begin, report) if progress else NoProgress() as bar,
         interrupt_between_chunks() as check_interrupt,
         quiet_host(host.model),

@@ -41,7 +41,7 @@ def gradient(
         loss = chunk_loss(attachment.host, window, settings.context_gradient, ends_early)
         if check is not None:
             check(loss)
-        (loss * (loss_scale(state) / len(window.targets))).backward()
+        state.backward(loss * (loss_scale(state) / len(window.targets)))
     return loss.detach()
 
 
@@ -63,6 +63,7 @@ def eager_step(attachment: Attachment, window: Window, settings: ResolvedSetting
     LocasError, with the memory unchanged, if loss or gradient is not finite.
     """
     state = attachment.state
+    state.sync()  # changes from outside: the forwards below do not look for them
     try:
         loss = gradient(attachment, window, settings, ends_early, lambda loss: check_loss(loss.item(), state, place))
         check_gradient(all([math.isfinite(arena.gradient_norm().item()) for arena in state.arenas]), state, place)

@@ -21,6 +21,7 @@ from locas_ext.ops import token_nll, write_slots_
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.mlp import PatchedMlpFFN
 from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.scope import scoped
 from locas_ext.transforms.compress import compress_slots
 
 from .chunk import Window, chunk_logits
@@ -114,17 +115,11 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
     """One forward, and one backward to the FFNs' outputs (exact: one a token). Waits for the device only to choose."""
     state = attachment.state
     ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
-    taps = [_Tap() for _ in ffns]
+    taps = {ffn: _Tap() for ffn in ffns}
     window = window.to(attachment.host.input_device())
-    try:
-        for ffn, tap in zip(ffns, taps, strict=False):
-            ffn.tap = tap
-        # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
-        with torch.compiler.set_stance("force_eager"):
-            logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
-    finally:
-        for ffn in ffns:
-            ffn.tap = None
+    # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
+    with scoped(state, tap=lambda ffn, x, y: taps[ffn](x, y)), torch.compiler.set_stance("force_eager"):
+        logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
     targets = window.targets.to(logits.device)
     if exact:  # token_nll gives its gradient once
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -132,7 +127,7 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
     else:
         nll = token_nll(logits, targets)
     chosen = _choose(tokens, nll.detach())
-    outputs = [tap.output for tap in taps]
+    outputs = [tap.output for tap in taps.values()]
 
     def gradients(indices: Tensor) -> list[Tensor]:
         """At the positions of these targets, of their log-likelihoods' sum."""
@@ -144,7 +139,7 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
     return Asked(
         chosen,
         nll.detach(),
-        _of_arenas(state, [tap.input for tap in taps], len(targets), chosen),
+        _of_arenas(state, [tap.input for tap in taps.values()], len(targets), chosen),
         [torch.cat(of_arena, dim=1) if exact else of_arena[0] for of_arena in zip(*asked, strict=False)],
     )
 
@@ -253,6 +248,7 @@ def write(attachment: Attachment, input_ids: TokenIds, settings: WriteSettings, 
             "for memorize(update='write')"
         )
     with (
+        attachment.exclusive("write"),
         interrupt_between_chunks() as check_interrupt,
         quiet_host(host.model),
         torch.inference_mode(False),

@@ -105,12 +105,9 @@ class Memory:
     # ---- using it --------------------------------------------------------------------------------------------
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside this block the model is the host alone, bit for bit."""
-        self.state.disabled += 1
-        try:
+        """Inside this block the model is the host alone, bit for bit; in this thread or asyncio task, not in others."""
+        with self.state.disable():
             yield
-        finally:
-            self.state.disabled -= 1
 
     def initialize(self, input_ids: TokenIds) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
