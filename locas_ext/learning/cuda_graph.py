@@ -49,7 +49,7 @@ def obstacle(attachment: Attachment) -> str | None:
         if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
             return f"{name or 'the model'} has hooks of accelerate or is compiled"
         hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
-        if set(hooks) - {attachment.cache_guard.handle.id}:
+        if set(hooks) - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"
     return None
 
