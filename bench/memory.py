@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.learning.backprop import EagerStep
 from locas_ext.learning.chunk import ContextCache, Window
-from locas_ext.learning.settings import Settings, resolve_settings
-from locas_ext.learning.step import eager_step
 
 from .harness import report
 
@@ -48,18 +47,19 @@ def main() -> None:
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank))
     memory.memorize(ids, window=arguments.window, stride=arguments.stride, progress=False)
     attachment = memory._attachment
-    settings = resolve_settings(Settings(arguments.window, arguments.stride), attachment.host, attachment.state)
+    step = EagerStep(attachment, locas.Backprop(), context_gradient=False, ends_early=True)
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():
         cache = ContextCache(plain, torch.device("cpu"))
-        cache.fill(plain, window.context[None], False)
+        with torch.no_grad():
+            plain.base_model(input_ids=window.context[None], past_key_values=cache, use_cache=True)
         embedded = plain.get_input_embeddings()(window.inputs[None]).requires_grad_()
         logits = plain(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
         F.cross_entropy(logits[0].float(), window.targets).backward()
 
     def of_memory():
-        eager_step(attachment, window, settings, True, "here")
+        step(window, "here")
 
     alone, learning = peak_bytes(of_host), peak_bytes(of_memory)
     arena = 4 * memory.slots.numel()
