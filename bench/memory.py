@@ -52,7 +52,8 @@ def main() -> None:
 
     def of_host():
         cache = ContextCache(plain, torch.device("cpu"))
-        cache.fill(plain, window.context[None], False)
+        with torch.no_grad():
+            plain.base_model(input_ids=window.context[None], past_key_values=cache, use_cache=True)
         embedded = plain.get_input_embeddings()(window.inputs[None]).requires_grad_()
         logits = plain(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
         F.cross_entropy(logits[0].float(), window.targets).backward()

@@ -169,7 +169,7 @@ def main() -> None:
         os.environ["LOCAS_CUDA_GRAPH"] = graph
         measured, said = run(arguments, ids, baselines)
         for record in measured:
-            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(graph_report)}
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said)}
             records.append(record)
             rows.append(
                 [
@@ -183,7 +183,7 @@ def main() -> None:
                 ]
             )
         if arguments.device == "cuda":
-            print(f"CUDA graph: {graph_report}", flush=True)
+            print(f"CUDA graph: {said}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",

@@ -3,7 +3,7 @@
 Two tables. One segment of W tokens: `memory.write` of all of them against the plain host's forward and backward to its
 FFNs' outputs, the gradients that writing reads; beside a full memory also against those of host and memory. One chunk
 of S tokens in a full window of W, as memorizing goes through a text: written and compressed by NL-SVD, written over the
-oldest slots, learned by one backprop step, and by one step a token, against reading it with context truncation.
+oldest slots, learned by one backprop step, and by one step per token, against reading it with context truncation.
 """
 
 import argparse
@@ -156,13 +156,13 @@ def one_chunk(arguments, window: int) -> list[dict]:
     texts = {name: windows(ids, window, stride, stride) for name in ("truncation", "truncation" + AGAIN)}
     arms = {
         "truncation": lambda: score(plain, next(texts["truncation"])[1], stride),
-        "backprop, a step a chunk": step(stride, locas.Backprop()),
+        "backprop, one step per chunk": step(stride, locas.Backprop()),
         "write, drop oldest": step(stride, drops),
         "write, NL-SVD each chunk": step(stride, compresses),
-        "backprop, a step a token": step(1, locas.Backprop()),
+        "backprop, one step per token": step(1, locas.Backprop()),
         "truncation" + AGAIN: lambda: score(plain, next(texts["truncation" + AGAIN])[1], stride),
     }
-    tokens = {name: 1 if name == "backprop, a step a token" else stride for name in arms}
+    tokens = {name: 1 if name == "backprop, one step per token" else stride for name in arms}
     sizes = {"window": window, "stride": stride, "kept": kept}
     return records(interleaved(arms, arguments.rounds), tokens, "truncation", sizes)
 

@@ -15,7 +15,7 @@ MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value row
 
 
 def paper_multiple(scale: object) -> float | None:
-    """16.0 for "16x", 1.0 for "paper"; None for a scale that is no multiple of the paper's."""
+    """16.0 for "16x", 1.0 for "paper"; None for a scale that is not a multiple of the paper's."""
     if scale == "paper":
         return 1.0
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x", scale) if isinstance(scale, str) else None

@@ -40,7 +40,7 @@ class Window(NamedTuple):
         context = ids[begin : first - 1]
         inputs = ids[first - 1 : end - 1]
         if bos is not None:
-            token = torch.tensor([bos])
+            token = torch.tensor([bos], dtype=ids.dtype, device=ids.device)
             context = torch.cat([token, context])
         return cls(context, inputs, ids[first:end])
 
@@ -76,11 +76,11 @@ class ContextCache(DynamicCache):
         return result
 
     @torch.no_grad()
-    def fill(self, model, context: Tensor, may_end_early: bool) -> None:
-        """Runs the context [1, n] through the base model: nobody reads its logits."""
+    def fill(self, host: Host, context: Tensor, may_end_early: bool) -> None:
+        """Runs the context [1, n] through the decoder."""
         self.ends_forward = may_end_early
         try:
-            model.base_model(input_ids=context, past_key_values=self, use_cache=True)
+            host.read(input_ids=context, past_key_values=self, use_cache=True)
         except _ContextReady:
             return
         finally:
@@ -112,7 +112,7 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
         logits = model(input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]).logits
     else:
         cache = ContextCache(model, device)
-        cache.fill(model, context, ends_early)
+        cache.fill(host, context, ends_early)
         with chunk_attention(host):
             logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
     return logits[0]

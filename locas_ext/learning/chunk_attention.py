@@ -48,7 +48,7 @@ class ChunkAttentionFunction(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scaling):
         (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
         p = None
-        if heads * n * k <= _KEPT and not torch.is_autocast_enabled("cpu"):  # which would make P of another dtype
+        if heads * n * k <= _KEPT:
             queries = query.reshape(groups, heads // groups * n, size) * scaling
             p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
             out = (p @ value[0]).view(query.shape)
@@ -97,6 +97,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     plain = (
         torch.is_grad_enabled()
         and query.is_cpu
+        and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
         and dropout == 0.0
@@ -116,12 +117,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def chunk_attention(host: Host) -> Iterator[None]:
     """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are."""
-    config = host.model.config
+    config = host.config
     if config._attn_implementation != "sdpa" or host.input_device().type != "cpu":
         yield
         return
-    config._attn_implementation = NAME
+    config._attn_implementation = {"": NAME}  # of this config alone: a plain string would go to those inside it too
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = {"": "sdpa"}

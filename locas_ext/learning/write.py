@@ -141,6 +141,7 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
     if isinstance(resolved.tokens, tuple) or resolved.tokens == "all":
         room.check(state.used, len(resolved.tokens) if isinstance(resolved.tokens, tuple) else len(ids) - 1)
     with (
+        attachment.exclusive("write"),
         interrupt_between_chunks() as check_interrupt,
         quiet_host(host.model),
         torch.inference_mode(False),

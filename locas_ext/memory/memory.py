@@ -35,12 +35,9 @@ class Memory(MemoryFacts):
     # ---- using it --------------------------------------------------------------------------------------------
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside this block the model is the host alone, bit for bit."""
-        self.state.disabled += 1
-        try:
+        """Inside this block the model is the host alone, bit for bit; in this thread or asyncio task, not in others."""
+        with self.state.disable():
             yield
-        finally:
-            self.state.disabled -= 1
 
     def initialize(self, input_ids: TokenIds) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
@@ -196,12 +193,14 @@ class Memory(MemoryFacts):
         """
         self._require_attached("compress")
         attachment = self._attachment
-        return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
+        with attachment.exclusive("compress"):
+            return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
 
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0, the list of texts is empty."""
-        self.state.reset()
-        self._attachment.stream, self._attachment.texts = None, []
+        with self._attachment.exclusive("reset"):
+            self.state.reset()
+            self._attachment.stream, self._attachment.texts = None, []
 
     # ---- keeping it ------------------------------------------------------------------------------------------
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
@@ -222,7 +221,9 @@ class Memory(MemoryFacts):
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
-        checkpoint.read(path).put_into(self._attachment)
+        saved = checkpoint.read(path)
+        with self._attachment.exclusive("load"):
+            saved.put_into(self._attachment)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
@@ -232,7 +233,8 @@ class Memory(MemoryFacts):
     def restore(self, snapshot_: Snapshot) -> None:
         """Puts a snapshot back, bit for bit. ValueError if it is of another host or of other slots."""
         attachment = self._attachment
-        attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
+        with attachment.exclusive("restore"):
+            attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
 
     def fork(self) -> "Memory":
         """A second, independent memory that starts as this one, on a model of its own (`.model`).

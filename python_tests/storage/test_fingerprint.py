@@ -124,3 +124,12 @@ def test_a_layer_anywhere_counts():
     with torch.no_grad():
         other.model.layers[3].mlp.gate_proj.weight.neg_()
     assert differences(kept, host_of(model)) == [] and differences(kept, host_of(other))
+
+
+@pytest.mark.parametrize("share, same", [(0.1, True), (0.5, False), (1.0, False)])
+def test_many_weights_one_bfloat16_step_away_are_other_weights(share, same):
+    """Each alone could be a rounding; so many cannot."""
+    weights = (torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) / 30).bfloat16()
+    moved = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)) < share
+    stepped = (weights.view(torch.int16) + moved.short()).view(torch.bfloat16)
+    assert _same(weights.float(), stepped.float()) == same

@@ -119,7 +119,7 @@ def check_arm(host, arm: Arm, protocol: Protocol) -> None:
     if arm.method == "locas":
         if settings["init"] == "activation" and settings["rank"] > protocol.stride:
             raise ValueError(
-                f"init='activation' takes one token a slot: rank is {settings['rank']}, but the first chunk "
+                f"init='activation' takes one token per slot: rank is {settings['rank']}, but the first chunk "
                 f"has {protocol.stride} tokens; use a --stride of at least the rank"
             )
         with reader(host, arm):
