@@ -5,6 +5,8 @@ import signal
 import threading
 from contextlib import contextmanager
 
+import torch
+
 
 @contextmanager
 def quiet_host(model):
@@ -17,6 +19,16 @@ def quiet_host(model):
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def eager_host(model):
+    """Compiled modules of the host run as they are written: a graph neither asks a context nor shows what is inside it."""
+    if not any(module._compiled_call_impl is not None for module in model.modules()):
+        yield  # the stance is the whole process's: left alone where nothing is compiled
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

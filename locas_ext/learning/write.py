@@ -26,7 +26,7 @@ from locas_ext.transforms.compress import compress_slots
 
 from .chunk import Window, chunk_logits
 from .inputs import TokenIds, token_ids
-from .run_guards import interrupt_between_chunks, quiet_host
+from .run_guards import eager_host, interrupt_between_chunks, quiet_host
 from .settings import ResolvedSettings
 from .step import check_loss, loss_scale
 from .write_settings import WriteSettings, check_room, resolve
@@ -118,7 +118,7 @@ def _ask(attachment: Attachment, window: Window, tokens, exact: bool, context_gr
     taps = {ffn: _Tap() for ffn in ffns}
     window = window.to(attachment.host.input_device())
     # The tapped tensors must be nodes of the graph, which what a compiled forward returns of its inside is not.
-    with scoped(state, tap=lambda ffn, x, y: taps[ffn](x, y)), torch.compiler.set_stance("force_eager"):
+    with scoped(state, tap=lambda ffn, x, y: taps[ffn](x, y)), eager_host(attachment.host.model):
         logits = chunk_logits(attachment.host, window, context_gradient, ends_early)
     targets = window.targets.to(logits.device)
     if exact:  # token_nll gives its gradient once

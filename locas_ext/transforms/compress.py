@@ -69,6 +69,7 @@ def compress(state: MemoryState, activation: str, rank: int, threshold: float) -
         warnings.warn(
             f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
         )
-    report = compress_slots(state, activation, rank, threshold)
-    state.resize(report.slots_used)
+    with state.exclusive("compress"):
+        report = compress_slots(state, activation, rank, threshold)
+        state.resize(report.slots_used)
     return report
