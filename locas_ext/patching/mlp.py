@@ -110,7 +110,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         # With the empty slots, so that the number of used ones is no part of the graph.
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         memory = ops.sideway_mlp(x, parameter, scale, self.activation, self.beside)
-        return y + (memory * in_use(x, self.binding.number) if state.disabled_somewhere else memory)
+        return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
