@@ -34,7 +34,7 @@ class HostFFN(ABC):
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
         self.activation_name = "act_fn"  # of the module's activation module
-        self._plain_activation: nn.Module | None = None  # the module last found to be plain
+        self._plain: tuple[Any, ...] = ()  # what formula_obstacle last found to be plain
         self.modeling = type(module).__module__  # the Python module that defines the decoder layer
         self.replace_module(module)
 
@@ -60,20 +60,30 @@ class HostFFN(ABC):
 
     def formula_obstacle(self) -> str | None:
         """Why the module may compute something else than its family's formula, or None. Runs on every call."""
-        module = self.module
-        kind: Any = type(module)
-        if (problem := class_obstacle(kind, kind.forward, self.modeling)) is not None:
-            return f"the FFN {problem}"
-        if bound_forward(module) is not None:
-            return "the FFN has a forward of its own (of another library)"
+        module: Any = self.module
+        kind, attributes = type(module), module.__dict__
         act: Any = module._modules.get(self.activation_name)
-        if act is not self._plain_activation:  # looked at once
-            if not is_plain_activation(act, self.activation):
-                return f"{self.activation_name} is a {class_name(act)}, not a plain {self.activation}"
-            self._plain_activation = act
+        seen = (kind.forward, attributes.get("forward"), attributes.get("_old_forward"), act, type(act))
+        if seen != self._plain:
+            if problem := self._look_at(kind, act):
+                return problem
+            self._plain = seen
         if "forward" in act.__dict__ and bound_forward(act) is not None:
             return f"{self.activation_name} has a forward of its own"
         return f"{self.activation_name} has hooks" if has_hooks(act) else None
+
+    def forget(self) -> None:
+        """Lets go of what was looked at: a memory's forward is among it."""
+        self._plain = ()
+
+    def _look_at(self, kind: Any, act: Any) -> str | None:
+        if (problem := class_obstacle(kind, kind.forward, self.modeling)) is not None:
+            return f"the FFN {problem}"
+        if bound_forward(self.module) is not None:
+            return "the FFN has a forward of its own (of another library)"
+        if not is_plain_activation(act, self.activation):
+            return f"{self.activation_name} is a {class_name(act)}, not a plain {self.activation}"
+        return None
 
     def projection_obstacle(self) -> str | None:
         """Why the weights cannot be used directly, or None."""

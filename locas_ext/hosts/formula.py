@@ -1,14 +1,18 @@
 """Whether an FFN computes the formula of its family: looked at on the object, not concluded from a name."""
 
 import functools
+import os
 import sys
 from types import MethodType
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers.activations import ACT2FN
 
 from locas_ext.ops.activations import INDEX
+
+_TRANSFORMERS = os.path.dirname(transformers.__file__)
 
 
 def class_name(module: Any) -> str:
@@ -41,25 +45,27 @@ def class_obstacle(kind: Any, forward: Any, modeling: str) -> str | None:
     the FFN in the same file, and a subclass or a patched class has a forward from somewhere else.
     """
     name = f"{kind.__module__}.{kind.__qualname__}"
-    file = getattr(sys.modules.get(modeling), "__file__", None)
-    code = getattr(forward, "__code__", None)
     owner = next(cls for cls in kind.__mro__ if "forward" in cls.__dict__)
     if not modeling.startswith("transformers.models.") or owner.__module__ != modeling:
         return f"is a {name}, which {modeling} does not define"
-    wrapped = getattr(forward, "__wrapped__", None)
-    if (
-        wrapped is not None
-        or code is None
-        or code.co_filename != file
-        or forward.__qualname__ != f"{owner.__qualname__}.forward"
-    ):
+    layers = [forward]
+    while (inner := getattr(layers[-1], "__wrapped__", None)) is not None:  # transformers decorates some of its own
+        layers.append(inner)
+    files = [getattr(getattr(layer, "__code__", None), "co_filename", "") for layer in layers]
+    own = layers[-1].__qualname__ == f"{owner.__qualname__}.forward" and files[-1] == sys.modules[modeling].__file__
+    if not own or not all(file.startswith(_TRANSFORMERS) for file in files):
         return f"is a {name} whose forward was replaced"
     return None
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """What makes one activation module of a class another than the next."""
-    return {name: value for name, value in module.__dict__.items() if not name.startswith("_") and name != "training"}
+
+    def comparable(value: Any) -> Any:
+        return (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else value
+
+    settings = {name: comparable(value) for name, value in module.__dict__.items() if not name.startswith("_")}
+    return {name: value for name, value in settings.items() if name not in ("training", "forward")}
 
 
 def _plain_activations(activation: str) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .formula import bound_forward, class_name, has_hooks
+from .formula import bound_forward, class_name
 
 
 def _only_moves_the_input(linear: nn.Module) -> bool:
@@ -34,7 +34,7 @@ def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> st
         return f"is a {class_name(linear)}, not a plain {plain.__name__}"
     if "forward" in linear.__dict__ and not _only_moves_the_input(linear):
         return "has a forward of its own (a hook of another library)"
-    if has_hooks(linear):
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "has hooks"
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     if type(weight) is not nn.Parameter:

@@ -87,7 +87,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask
     additive = getattr(mask, _ADDITIVE, None)
     if additive is None:
-        additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         setattr(mask, _ADDITIVE, additive)
     return additive
 

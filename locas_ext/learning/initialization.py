@@ -16,7 +16,7 @@ from locas_ext.state.scope import scoped
 
 from .chunk import Window
 from .inputs import TokenIds, token_ids
-from .run_guards import quiet_host
+from .run_guards import eager_host, quiet_host
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _observe(attachment: Attachment, rows: list[list[Tensor]]):
         rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
 
     # A graph knows no contexts: a compiled host is observed in eager code.
-    with scoped(attachment.state, observer=observe), torch.compiler.set_stance("force_eager"):
+    with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
         yield
 
 

@@ -20,6 +20,7 @@ from locas_ext.state.scope import scoped
 
 from .backprop import loss_scale
 from .chunk import Window, chunk_logits
+from .run_guards import eager_host
 from .selectors import Positions, Selector, select
 
 
@@ -61,7 +62,7 @@ def _recorded_logits(
     ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
     recorders = {ffn: _Recorder() for ffn in ffns}
     # What is recorded must be nodes of the graph, which what a compiled forward returns of its inside is not.
-    with scoped(attachment.state, tap=lambda ffn, x, y: recorders[ffn](x, y)), torch.compiler.set_stance("force_eager"):
+    with scoped(attachment.state, tap=lambda ffn, x, y: recorders[ffn](x, y)), eager_host(attachment.host.model):
         return chunk_logits(attachment.host, window, context_gradient, ends_early), list(recorders.values())
 
 

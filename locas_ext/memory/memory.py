@@ -261,8 +261,9 @@ class Memory(MemoryFacts):
         projections cannot be widened, naming the layer.
         """
         self._require_attached("merge_and_unload")
-        model = merge(self._attachment.host, self.state, pad_to_multiple_of)
-        self.detach()
+        with self._attachment.exclusive("merge_and_unload"):
+            model = merge(self._attachment.host, self.state, pad_to_multiple_of)
+            self.detach()
         return model
 
     def _require_attached(self, verb: str) -> None:

@@ -108,7 +108,8 @@ class Attachment:
             )
         _check_variant(host, config)
         layers = config.resolve_layers(len(host.ffns))
-        check_rank(config, host.intermediate_size)
+        for layer in layers:
+            check_rank(config, host.ffns[layer].width or host.intermediate_size)
         self.host, self.config = host, config
         devices = _devices(host)
         ffns = [host.ffns[layer] for layer in layers]

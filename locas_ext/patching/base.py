@@ -91,6 +91,7 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.attached = False  # whoever wrapped our forward since and still holds it gets the original's result
         for patch in self.patches:
             patch.end(self)
+        self.ffn.forget()
 
     def follow(self, module: nn.Module) -> None:
         """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
@@ -132,7 +133,7 @@ class PatchedFFN(ABC, Generic[FFN]):
         return resolved[1]
 
     def _resolve(self, x: Tensor, autocast: bool) -> tuple[Any, Route]:
-        obstacle = self.obstacle()
+        obstacle, self.formula = self.obstacle(), self.ffn.formula_obstacle()
         beside = not self.state.learned or obstacle is not None
         if autocast or self.backend == "reference" or x.dtype == torch.float64:
             route = Route.PUBLIC_BESIDE if beside or autocast else Route.PUBLIC_WHOLE
@@ -157,8 +158,7 @@ class PatchedFFN(ABC, Generic[FFN]):
     # ---- what the verbs ask ----------------------------------------------------------------------------------
     def obstacle(self) -> str | None:
         """Why host and memory cannot be one op, or None."""
-        self.formula = self.ffn.formula_obstacle()
-        return self.formula or self.ffn.projection_obstacle()
+        return self.ffn.formula_obstacle() or self.ffn.projection_obstacle()
 
     @abstractmethod
     def importance(self, x: Tensor) -> Tensor:

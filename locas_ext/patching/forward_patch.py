@@ -1,6 +1,7 @@
 """A module's forward replaced by another function, and back."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ class ForwardPatch:
         # accelerate keeps the real forward in _old_forward and calls it from its hook: bind beneath it.
         name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.replaced = module.__dict__.get(name)
-        self.original = getattr(module, name)
         setattr(module, name, forward)
+
+    @property
+    def original(self) -> Callable:
+        """The module's own forward: of its class as it is now, unless the module had one of its own."""
+        return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
 
     def end(self, owner: object) -> None:
         """Gives the module's own forward back where `owner`'s method still stands in for it."""

@@ -36,6 +36,8 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         if scope is not None and scope.observer is not None:
             scope.observer(self, x)
         match self.route(x, scope):
+            case Route.WHOLE:
+                return self._whole(x, scope)
             case Route.HOST:
                 return self.original(*arguments, **named)
             case Route.BESIDE:
@@ -46,9 +48,10 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
                 return self._public_whole(x)
             case Route.TRACED:
                 return self._traced(x, arguments, named)
-            case Route.REHOMED if self.home is not None and self.home.ready():
-                return self._rehomed(x, self.home, scope)
-        return self._whole(x, scope)
+            case Route.REHOMED:
+                home = self.home
+                assert home is not None, "_resolve() gives this route only where there is one"
+                return self._rehomed(x, home, scope) if home.ready() else self._whole(x, scope)
 
     def _with_graph(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.learns())
@@ -105,12 +108,12 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
             return self.original(*arguments, **named)
         # Nobody looks into a graph: handed out and not known to have learned, the slots are read beside the host.
-        if state.learned and not state.disabled_somewhere and self.formula is None and not self.ffn.projection_obstacle():
+        if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
             host = self.ffn.weights()
             biases = (host.gate_bias, host.up_bias, host.down_bias)
             return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend or self.backend)
         memory = ops.sideway_glu(x, parameter, scale, self.activation, backend or self.beside)
-        if state.disabled_somewhere:
+        if state.exclusion.off_somewhere > 0:
             memory = memory * in_use(x, self.binding.number)
         return self.original(*arguments, **named) + memory
 

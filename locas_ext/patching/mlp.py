@@ -118,7 +118,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside
         memory = ops.sideway_mlp(x, parameter, scale, self.activation, backend)
-        return y + (memory * in_use(x, self.binding.number) if state.disabled_somewhere else memory)
+        return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ class Exclusion:
     Attributes:
         holder: (thread identity, verb), or None
         epoch: how often the right was taken: a forward that sees two values was overtaken by a change
+        off_somewhere: in how many places, of any context, the memory is off; compiled graphs, which cannot ask their
+            context, guard on whether it is 0
         lock: for short pieces of work that two readers must not do at once
     """
 
     def __init__(self) -> None:
         self.holder: tuple[int, str] | None = None
-        self.epoch = 0
+        self.epoch = self.off_somewhere = 0
         self.lock = threading.RLock()
 
     @contextmanager
@@ -38,6 +40,17 @@ class Exclusion:
         finally:
             if outermost:
                 self.holder = None
+
+    @contextmanager
+    def counted_off(self) -> Iterator[None]:
+        """Counts this block in off_somewhere."""
+        with self.lock:
+            self.off_somewhere += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.off_somewhere -= 1
 
     def check_reader(self) -> None:
         """RuntimeError if another thread is changing the memory."""

@@ -63,8 +63,6 @@ class MemoryState:
         ]
         self.exclusion = Exclusion()
         self.watched = False  # whether tensors of the slots were handed out, so that anybody may write them
-        self.disabled_somewhere = False  # what compiled graphs guard on: they cannot ask the context
-        self._disabled_blocks = 0
         self.version = 0
 
     @property
@@ -84,10 +82,9 @@ class MemoryState:
 
     def watch(self) -> None:
         """Called before tensors of the slots are handed out: from now on changes are found by content."""
-        if not self.watched:
-            for arena in self.arenas:
-                arena.watch()
-            self.watched = True
+        for arena in self.arenas:
+            arena.watch()
+        self.watched = True
 
     def sync(self) -> None:
         """Takes over a change of the slots made from outside, which counts as one update."""
@@ -107,17 +104,8 @@ class MemoryState:
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Inside this block, in this context only, the model is the host alone."""
-        self._count_disabled(1)
-        try:
-            with scoped(self, disabled=1):
-                yield
-        finally:
-            self._count_disabled(-1)
-
-    def _count_disabled(self, change: int) -> None:
-        with self.exclusion.lock:
-            self._disabled_blocks += change
-            self.disabled_somewhere = self._disabled_blocks > 0
+        with self.exclusion.counted_off(), scoped(self, disabled=1):
+            yield
 
     @contextmanager
     def exclusive(self, verb: str) -> Iterator[None]:
@@ -207,8 +195,7 @@ class MemoryState:
     def whole(self, name: str) -> Tensor | None:
         """`slots`, `grad`, `scale`, `step` or an optimizer state (None if it is not in use) of all layers.
 
-        It is the arena's own tensor where there is one arena, for whoever wants to write it; of several, a copy on the
-        first one's device.
+        It is the arena's own tensor where there is one arena; of several, a copy on the first one's device.
         """
         if name == "slots":
             self.watch()
@@ -241,27 +228,29 @@ class MemoryState:
 
         The capacity becomes r, optimizer states start anew.
         """
-        if slots.shape[2] != self.capacity:
-            self.resize(slots.shape[2])
-        self._put("slots", slots)
-        for arena in self.arenas:
-            arena.round_slots()
-            arena.forget_optimizer()
-        self.use(slots.shape[2] if used is None else used)
-        self.version = version
+        with self.exclusive("putting slots in place"):
+            if slots.shape[2] != self.capacity:
+                self.resize(slots.shape[2])
+            self._put("slots", slots)
+            for arena in self.arenas:
+                arena.round_slots()
+                arena.forget_optimizer()
+            self.use(slots.shape[2] if used is None else used)
+            self.version = version
 
     def reset(self) -> None:
         slots = self.arenas[0].slots
-        self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
+        with self.exclusive("reset"):
+            self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
 
     def load(self, tensors: dict[str, Tensor], version: int, used: int) -> None:
         """Takes over what tensors() returned; an optimizer state that is missing starts anew."""
-        self.set_slots(tensors["slots"], version, used)
-        self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
-        with torch.no_grad():
+        with self.exclusive("load"), torch.no_grad():
+            self.set_slots(tensors["slots"], version, used)
+            self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
             self._put("scale", tensors["scale"])
-        for arena in self.arenas:
-            arena.scales = arena.scale.tolist()
+            for arena in self.arenas:
+                arena.scales = arena.scale.tolist()
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:

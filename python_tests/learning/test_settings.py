@@ -139,3 +139,16 @@ def test_slots_gathered_are_a_copy():
     assert memory.slots.any()
     memory.slots.zero_()  # the memory itself
     assert not memory.gather_slots().any()
+
+
+@pytest.mark.parametrize(
+    "graph, sentence",
+    [
+        (locas.GraphReport(11, 15), "11 of 15 updates"),
+        (locas.GraphReport(0, 3), "0 of 3 updates"),
+        (locas.GraphReport(0, 15, "the host is on cpu"), "not used: the host is on cpu"),
+        (locas.GraphReport(4, 15, "it moved"), "4 of 15 updates, then not: it moved"),
+    ],
+)
+def test_what_is_said_of_the_graph(graph, sentence):
+    assert locas.MemorizeReport(graph=graph).cuda_graph == sentence
