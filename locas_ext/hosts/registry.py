@@ -1,7 +1,7 @@
 """Where the FFNs of each supported model family live. A new family is a new row of HOSTS."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from locas_ext.ops.activations import INDEX
 
 from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
+from .window_reading import WindowReading
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Host:
     intermediate_size: int
     vocab_size: int
     max_positions: int
+    reading: WindowReading = field(default_factory=WindowReading)  # how its windows are read, as far as probed
 
     @property
     def config(self):

@@ -16,7 +16,7 @@ from torch import Tensor
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
-from .chunk import Window, may_end_early
+from .chunk import Window, may_end_early, settle_reading
 from .cuda_graph import MemorizeStep
 from .fast_norms import fast_norms
 from .initialization import score_and_initialize
@@ -39,6 +39,7 @@ class _Run:
     ids: Tensor
     stream: Stream  # where it begins: at the start, or where a saved run stood
     step: WriteStep | MemorizeStep
+    ends_early: bool
     report: MemorizeReport
     started: float
 
@@ -66,8 +67,9 @@ def _prepare(
     if settings.write is not None and (capacity := settings.write.capacity or 0) > state.capacity:
         state.resize(capacity)
     report = MemorizeReport(chunks=list(stream.chunks))
-    step = (WriteStep if writes else MemorizeStep)(attachment, settings, may_end_early(host.model))
-    return _Run(attachment, settings, ids, stream, step, report, time.perf_counter())
+    ends_early = may_end_early(host.model)
+    step = (WriteStep if writes else MemorizeStep)(attachment, settings, ends_early)
+    return _Run(attachment, settings, ids, stream, step, ends_early, report, time.perf_counter())
 
 
 def _learn_chunk(run: _Run, start: int, end: int) -> Chunk:
@@ -80,6 +82,10 @@ def _learn_chunk(run: _Run, start: int, end: int) -> Chunk:
     if not state.initialized and settings.write is None:
         losses.append(score_and_initialize(attachment, window).item())
         check_loss(losses[0], state, place)
+    if not settings.context_gradient:
+        why = settle_reading(attachment.host, window, settings.window, run.ends_early)
+        if why is not None and why not in report.one_forward:
+            report.one_forward.append(why)
     for _ in range(settings.epochs):
         losses.append(run.step(window, place))
     chunk = Chunk(start, end, len(window.targets), losses[0], version)

@@ -11,11 +11,14 @@ class MemorizeReport:
     """What a run over a text measured. `seconds` counts this call; a resumed run's `chunks` are all of the text's.
 
     cuda_graph: how many updates of this call ran as a CUDA graph, or why none did
+    one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True; empty
+        where all were read in two
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     seconds: float = 0.0
     cuda_graph: str = ""
+    one_forward: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

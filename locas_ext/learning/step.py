@@ -10,7 +10,7 @@ from locas_ext.errors import LocasError
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 
-from .chunk import Window, chunk_loss
+from .chunk import Window, chunk_loss, is_read_in_one
 from .optimizers import OPTIMIZERS
 from .settings import ResolvedSettings
 
@@ -35,7 +35,7 @@ def gradient(
     check sees the loss before the backward. Nothing here waits for the device.
     """
     state, tokens = attachment.state, len(window.inputs)
-    if settings.context_gradient:
+    if is_read_in_one(attachment.host, window, settings.context_gradient):
         tokens += len(window.context)
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
         loss = chunk_loss(attachment.host, window, settings.context_gradient, ends_early)

@@ -10,7 +10,7 @@ from locas_ext.state.memory_state import GATE, KEY, VALUE
 class LayerStatus:
     """One layer's memory: where it lies, how it is computed and why, how full it is, mean norms of the rows used.
 
-    gate_norm is None for Locas-MLP, which has no gate.
+    gate_norm is None for Locas-MLP, which has no gate. windows says in how many forwards a run reads its windows, and why.
     """
 
     layer: int
@@ -24,6 +24,7 @@ class LayerStatus:
     gate_norm: float | None
     key_norm: float
     value_norm: float
+    windows: str
 
 
 def layer_status(attachment: Attachment) -> list[LayerStatus]:
@@ -48,6 +49,7 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
                 None if state.grows else layer_norms[GATE],
                 layer_norms[KEY],
                 layer_norms[VALUE],
+                attachment.host.reading.describe(),
             )
         )
     return result
