@@ -46,11 +46,6 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
-def positions(host) -> int:
-    """The most tokens a host can see at once."""
-    return host.config.get_text_config(decoder=True).max_position_embeddings
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from locas_ext.ops.activations import INDEX
 
 from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
+from .text_config import max_positions
 from .window_reading import WindowReading
 
 
@@ -122,7 +123,7 @@ def inspect_host(model) -> Host:
         # GPT-2's may be None, which means this
         intermediate_size=getattr(config, family.width_key) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(model),
     )
 
 

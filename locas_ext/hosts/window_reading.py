@@ -8,12 +8,13 @@ change, which is at the first window, at the first one beyond each length that t
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .lengths import Lengths
+from .lengths import Lengths, lengths_of
 from .probe.agreement import distances, rounding
 
 
@@ -73,6 +74,12 @@ def compare(known: Verdict, read: Callable[[Way], Tensor], targets: Tensor, expe
     return Verdict(Way.ONE, why)
 
 
+def _build(model: Any) -> int:
+    """A number that changes with a model's modules, their forwards and its config; weights are no part of it."""
+    modules = tuple((id(module), id(type(module).forward), id(module.__dict__.get("forward"))) for module in model.modules())
+    return hash((modules, repr(vars(model.config.get_text_config(decoder=True)))))
+
+
 @dataclass
 class WindowReading:
     """How the windows of one host are read, as far as they have been compared.
@@ -81,12 +88,21 @@ class WindowReading:
     last_layer: the `layer_idx` of the attention that runs last; None: not known, and no context's forward ends early
     why_unchecked: why nothing is compared, or None
     verdicts: by the least number of tokens that each holds for; the probe's at 0
+    build: what the host was made of when they were found
     """
 
     lengths: Lengths = field(default_factory=Lengths)
     last_layer: int | None = None
     why_unchecked: str | None = None
     verdicts: dict[int, Verdict] = field(default_factory=dict)
+    build: int | None = None
+
+    def begin_run(self, model: nn.Module) -> None:
+        """Forgets what was compared before if modules, their forwards or the config have changed since."""
+        build = _build(model)
+        if build != self.build:
+            self.verdicts = {least: verdict for least, verdict in self.verdicts.items() if least == 0}
+            self.lengths, self.build = lengths_of(model.config), build
 
     def verdict(self, context: int, tokens: int) -> Verdict:
         """For a window of so many tokens, `context` of them before the chunk's inputs."""

@@ -47,7 +47,9 @@ class Window(NamedTuple):
         return cls(context, inputs, ids[first:end])
 
     def to(self, device: torch.device) -> "Window":
-        """The window on a device, in one copy."""
+        """The window on a device, in one copy; itself where it lies there."""
+        if self.inputs.device == device:
+            return self
         return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
 
 
@@ -102,5 +104,6 @@ def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early:
 
 def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
     """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `chunk_logits`."""
+    window = window.to(host.input_device())
     logits = chunk_logits(host, window, context_gradient, ends_early)
-    return token_nll(logits, window.targets.to(logits.device)).sum()
+    return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.patching.attachment import Attachment
 
+from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale
 from .chunk import Window
 from .optimizers import OPTIMIZERS
-from .settings import ResolvedSettings
-from .step import check_gradient, check_loss, eager_step, gradient, loss_scale
+from .protocol import Protocol
+from .report import GraphReport
+from .update import Backprop
 
 
 def obstacle(attachment: Attachment) -> str | None:
@@ -117,13 +120,14 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 # ---- the step -------------------------------------------------------------------------------------------------
-class MemorizeStep:
+class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, settings: ResolvedSettings, ends_early: bool):
-        self.attachment, self.settings, self.ends_early = attachment, settings, ends_early
-        self.why_not = obstacle(attachment)
-        self.updates = self.replayed = 0
+    def __init__(self, attachment: Attachment, update: Backprop, context_gradient: bool, ends_early: bool, protocol: Protocol):
+        """protocol: says which windows are full"""
+        super().__init__(attachment, update, context_gradient, ends_early)
+        self.protocol = protocol
+        self.replayed = 0
         self.replay: Callable[[], None] | None = None
         self.captured_at: tuple = ()
 
@@ -131,7 +135,7 @@ class MemorizeStep:
         self.updates += 1
         replay = self._captured(window) if self._takes(window) else None
         if replay is None:
-            return eager_step(self.attachment, window, self.settings, self.ends_early, place)
+            return self.eagerly(window, place)
         state = self.attachment.state
         state.sync()  # changes from outside, which a forward would have noticed
         self.ids.copy_(torch.cat(window))
@@ -143,16 +147,13 @@ class MemorizeStep:
         self.replayed += 1
         return loss
 
-    def report(self) -> str:
-        """For MemorizeReport.cuda_graph."""
-        if self.why_not is not None and not self.replayed:
-            return f"not used: {self.why_not}"
-        return f"{self.replayed} of {self.updates} updates" + (f", then not: {self.why_not}" if self.why_not else "")
+    def report(self) -> GraphReport:
+        return GraphReport(self.replayed, self.updates, self.why_not)
 
     def _takes(self, window: Window) -> bool:
         """Full windows of a memory that has learned something: before that the FFNs take another path."""
-        full = len(window.inputs) == self.settings.stride
-        full = full and len(window.context) + len(window.inputs) >= self.settings.window - 1
+        full = len(window.inputs) == self.protocol.stride
+        full = full and len(window.context) + len(window.inputs) >= self.protocol.window - 1
         return self.why_not is None and full and self.attachment.state.learned
 
     def _signature(self) -> tuple:
@@ -180,7 +181,8 @@ class MemorizeStep:
             self.replay = capture(self._work, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
-            warnings.warn(f"memorizing goes on without a CUDA graph, with the same results but slower: {error}", stacklevel=6)
+            message = f"memorizing goes on without a CUDA graph, with the same results but slower: {error}"
+            warnings.warn(message, stacklevel=caller_stacklevel())
         finally:
             self._undo_python(captured=self.replay is not None)
         return self.replay
@@ -190,16 +192,16 @@ class MemorizeStep:
         device = arena.slots.device
         self.ids = torch.cat(window).to(device)
         self.window = Window(*self.ids.split([len(part) for part in window]))
-        self.learning_rate = torch.tensor(self.settings.learning_rate, dtype=torch.float64, device=device)
+        self.learning_rate = torch.tensor(self.update.learning_rate, dtype=torch.float64, device=device)
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
-        if self.settings.optimizer == "adamw":
+        if self.update.optimizer == "adamw":
             arena.state("exp_avg"), arena.state("exp_avg_sq")
         for ffn in self.attachment.ffns:
             if ffn.home is not None:
                 ffn.home.ready()
 
     def _gradient(self) -> Tensor:
-        return gradient(self.attachment, self.window, self.settings, self.ends_early)
+        return gradient(self.attachment, self.window, self.context_gradient, self.ends_early)
 
     def _rehearsal(self) -> None:
         self._gradient()
@@ -212,7 +214,7 @@ class MemorizeStep:
         loss = self._gradient()
         finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
         state = self.attachment.state
-        OPTIMIZERS[self.settings.optimizer](
+        OPTIMIZERS[self.update.optimizer](
             state, self.learning_rate, clip=self.attachment.config.clip, gradient_scale=1.0 / loss_scale(state), finite=finite
         )
         arena.zero_grad()

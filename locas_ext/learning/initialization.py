@@ -40,7 +40,7 @@ def initial_rows(
     if config.init == "activation":
         tokens = ffn_input.shape[0]
         if rank > tokens:
-            raise ValueError(f"init='activation' takes one token a slot: rank is {rank}, but the chunk has {tokens} tokens")
+            raise ValueError(f"init='activation' takes one token per slot: rank is {rank}, but the chunk has {tokens} tokens")
         chosen = torch.randperm(tokens, generator=generator)[:rank].to(ffn_input.device)
         return [_unit_rows(ffn_input[chosen])] * len(host_rows)
     if config.init == "random":
@@ -72,14 +72,13 @@ def _observe(attachment: Attachment, rows: list[list[Tensor]]):
 
 
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-    """Runs `forward` over ids [1, n] through the host alone, sets the slots from what it saw, returns its result."""
+    """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
     state = attachment.state
     rows: list[list[Tensor]] = []
-    device = attachment.host.input_device()
     state.disabled += 1
     try:
         with _observe(attachment, rows), torch.no_grad():
-            result = forward(ids.to(device)[None])
+            result = forward(ids[None])
     finally:
         state.disabled -= 1
     first = state.arenas[0].slots
@@ -100,12 +99,13 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
     with quiet_host(host.model), torch.inference_mode(False):
-        _initialize_from(attachment, ids, lambda x: host.model.base_model(input_ids=x, use_cache=False))
-    attachment.stream = None
+        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.model.base_model(input_ids=x, use_cache=False))
+    attachment.stream, attachment.texts = None, []
 
 
 def score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
     """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
+    window = window.to(attachment.host.input_device())
 
     def forward(x: Tensor) -> Tensor:
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]

@@ -1,6 +1,5 @@
-"""A text as token ids: checked, identified, and what stands before it."""
+"""A text as token ids, checked."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -34,11 +33,3 @@ def token_ids(input_ids: TokenIds, vocab_size: int, at_least: int) -> Tensor:
             f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the host's vocabulary"
         )
     return ids
-
-
-def bos_token(host) -> int | None:
-    return getattr(host.config, "bos_token_id", None)
-
-
-def text_digest(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

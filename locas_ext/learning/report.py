@@ -6,28 +6,62 @@ from dataclasses import dataclass, field
 from locas_ext.state.stream import Chunk
 
 
-@dataclass
-class MemorizeReport:
-    """What a run over a text measured. `seconds` counts this call; a resumed run's `chunks` are all of the text's.
+@dataclass(frozen=True)
+class GraphReport:
+    """How far a run's updates were replayed from a CUDA graph.
 
-    cuda_graph: how many updates of this call ran as a CUDA graph, or why none did
-    one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True; empty
-        where all were read in two
+    Attributes:
+        replayed: the updates that ran as a graph
+        updates: all updates by backpropagation in this call
+        why_not: what kept the run, or its rest, from using a graph; None if nothing did
     """
 
-    chunks: list[Chunk] = field(default_factory=list)
+    replayed: int = 0
+    updates: int = 0
+    why_not: str | None = None
+
+    def __str__(self) -> str:
+        if self.why_not is not None and not self.replayed:
+            return f"not used: {self.why_not}"
+        return f"{self.replayed} of {self.updates} updates" + (f", then not: {self.why_not}" if self.why_not else "")
+
+
+@dataclass
+class MemorizeReport:
+    """What a run over a text measured; print() shows one line of it.
+
+    Attributes:
+        chunks: every scored Chunk, oldest first; of a run that was resumed or fed those before too
+        seconds: the time that this call took
+        graph: how many updates of this call ran as a CUDA graph, and what kept the others from it
+        one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
+            empty where two forwards gave what one gives
+    """
+
+    chunks: list[Chunk] = field(default_factory=list, repr=False)
     seconds: float = 0.0
-    cuda_graph: str = ""
+    graph: GraphReport = GraphReport()
     one_forward: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
+        """The scored tokens: all of the text but its first."""
         return sum(chunk.tokens for chunk in self.chunks)
 
     @property
     def nll(self) -> float:
+        """Their summed negative log-likelihood in nats, each token's before it was learned from."""
         return math.fsum(chunk.nll for chunk in self.chunks)
 
     @property
     def perplexity(self) -> float:
+        """exp(nll / tokens); NaN without tokens."""
         return math.exp(self.nll / self.tokens) if self.tokens else math.nan
+
+    @property
+    def cuda_graph(self) -> str:
+        """`graph` as a sentence."""
+        return str(self.graph)
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens in {len(self.chunks):,} chunks, perplexity {self.perplexity:.2f}, {self.seconds:.1f} s"

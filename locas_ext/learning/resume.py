@@ -1,6 +1,6 @@
 """A saved run taken up again: its place in the text, and that text and settings are the same."""
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -10,32 +10,67 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream
 from locas_ext.storage import checkpoint
 
-from .inputs import text_digest
-from .settings import ResolvedSettings
+from .settings import ResolvedSettings, Settings
+from .text_digest import TextDigest, format1_digest
 
 
-def saved_stream(resume: str | Path) -> Stream:
+@dataclass(frozen=True)
+class SavedRun:
+    """A run as a folder holds it."""
+
+    folder: Path
+    stream: Stream
+    settings: Settings
+
+
+def saved_run(resume: str | Path) -> SavedRun:
+    """LocasError if the folder holds no run, or one that cannot be read."""
     stream = checkpoint.read_stream(resume)
     if stream is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
-    return stream
+    return SavedRun(Path(resume), stream, settings_of(stream, resume))
 
 
-def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, resume: str | Path, stream: Stream) -> None:
-    """Loads the memory of a saved run; ValueError if that was not over this text with these settings."""
+def settings_of(stream: Stream, place: str | Path) -> Settings:
+    """The settings of a run that was saved; LocasError, which names the place, for a record that does not hold them."""
+    try:
+        return Settings.from_record(stream.settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LocasError(f"{place}: the record of the run is damaged: {type(error).__name__}: {error}") from None
+
+
+def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, saved: SavedRun) -> TextDigest:
+    """Loads the memory of a saved run; ValueError if that was not over this text with these settings.
+
+    Returns the digest of what was read of the text.
+    """
     # layers are checked by load(); the backend may be another one, as on another machine
-    configs = [config.to_dict() for config in (checkpoint.read_config(resume), attachment.config)]
+    configs = [config.to_dict() for config in (checkpoint.read_config(saved.folder), attachment.config)]
     before, wanted = (
-        {**config, "layers": None, "backend": None, **run}
-        for config, run in zip(configs, (stream.settings, asdict(settings)), strict=True)
+        {**config, "layers": None, "backend": None, **run.to_record()}
+        for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)
-        raise ValueError(f"resume: {Path(resume)} was saved by a run with other settings: {details}")
-    if stream.position > len(ids) or text_digest(ids[: stream.position]) != stream.text_digest:
-        raise ValueError(f"resume: {Path(resume)} was saved by a run over another text")
-    attachment.stream = checkpoint.load(attachment.state, attachment.config, attachment.host, resume)
+        raise ValueError(f"resume: {saved.folder} was saved by a run with other settings: {details}")
+    digest = TextDigest()
+    digest.update(ids[: saved.stream.position])
+    if not _is_of(saved.stream, ids, digest):
+        raise ValueError(f"resume: {saved.folder} was saved by a run over another text")
+    state, config, host = attachment.state, attachment.config, attachment.host
+    attachment.stream, attachment.texts = checkpoint.load(state, config, host, saved.folder)
+    return digest
+
+
+def _is_of(stream: Stream, ids: Tensor, digest: TextDigest) -> bool:
+    """Whether the text begins with what the run has read, whose digest is given."""
+    read = ids[: stream.position]
+    if len(read) < stream.position:
+        return False
+    if stream.tail is None:
+        return stream.text_digest == format1_digest(read)
+    return stream.text_digest == digest.blocks and read[len(read) - len(stream.tail) :].tolist() == stream.tail

@@ -1,26 +1,41 @@
-"""What holds while a run learns: the host in evaluation mode, Ctrl-C between chunks only."""
+"""What holds while a run learns: the memory attached, the host in evaluation mode, Ctrl-C between chunks only."""
 
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
+from locas_ext.patching.attachment import Attachment
+
+
+def require_attached(attachment: Attachment, verb: str) -> None:
+    """ValueError if the memory was detached."""
+    if not attachment.attached:
+        raise ValueError(f"{verb}: this memory is no longer attached to its model")
+
 
 @contextmanager
-def quiet_host(model):
-    """Evaluation mode, dropout off; every module's own mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        if training:
+def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Evaluation mode, dropout off; every module's own mode is restored. Yields a function that sets the mode anew."""
+    before = [(module, module.training) for module in model.modules()]
+
+    def quiet() -> None:
+        if any(module.training for module, _ in before):
             model.eval()
-        yield
+
+    try:
+        quiet()
+        yield quiet
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager
-def interrupt_between_chunks():
+def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
     """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since.
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.

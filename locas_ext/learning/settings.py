@@ -1,116 +1,120 @@
-"""The settings of memorize(), checked and filled in."""
+"""The settings of a run: as they were asked for, resolved so that nothing is left open, and as a file holds them."""
 
-import math
-import numbers
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
+from locas_ext.checks import boolean
+from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Stream
 
-from .inputs import bos_token
-from .optimizers import OPTIMIZERS
-from .write_settings import WriteSettings, check_fits, resolve
+from .protocol import Protocol
+from .room import NO_LIMIT, Room
+from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
+from .update import Backprop, Update, Write
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The arguments of `Memory.memorize` that decide what is learned."""
+class ResolvedWrite:
+    """A Write, or the arguments of `Memory.write`, for a memory of a certain size."""
 
-    window: int | None = None
-    stride: int | None = None
-    learning_rate: float = 4e-3
-    epochs: int = 1
-    optimizer: str = "adamw"
-    update: str = "backprop"
-    context_gradient: bool = False
-    bos: bool = False
-    write: WriteSettings | None = None  # with update="write"
+    epsilon: float
+    tokens: Selector | Positions
+    room: Room
 
 
 @dataclass(frozen=True)
 class ResolvedSettings:
-    """Settings that were checked, with what was None filled in. Saved memories hold them: the names are those of Settings."""
+    """Everything that decides what a run learns of a text."""
 
-    window: int
-    stride: int
-    learning_rate: float
-    epochs: int
-    optimizer: str
-    update: str
+    protocol: Protocol
+    update: Backprop | ResolvedWrite
     context_gradient: bool
-    bos: bool
-    write: WriteSettings | None
+
+    @property
+    def epochs(self) -> int:
+        """How often each chunk is learned: a write is done once."""
+        return self.update.epochs if isinstance(self.update, Backprop) else 1
+
+    def as_settings(self) -> "Settings":
+        """The Settings that resolve to these again."""
+        update: Update
+        if isinstance(self.update, ResolvedWrite):
+            room, tokens = self.update.room, self.update.tokens
+            assert not isinstance(tokens, tuple), "only write() takes positions, and it is not a run"
+            capacity = None if room.capacity == NO_LIMIT else room.capacity
+            update = Write(
+                epsilon=self.update.epsilon,
+                tokens=tokens,
+                capacity=capacity,
+                when_full=room.when_full,
+                compress_to=room.compress_to or None,
+            )
+        else:
+            update = self.update
+        return Settings(self.protocol.window, self.protocol.stride, update, self.context_gradient, self.protocol.bos)
 
 
-def _integer(name: str, value: object, low: int, high: float, why: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}; expected an integer")
-    if not low <= int(value) <= high:
-        limit = f">= {low}" if high == math.inf else f"from {low} to {int(high)}"
-        raise ValueError(f"{name} is {value}; expected an integer {limit}{why}")
-    return int(value)
+@dataclass(frozen=True)
+class Settings:
+    """What `Memory.memorize` was asked for; `resolve` fills in what is None."""
+
+    window: int | None = None
+    stride: int | None = None
+    update: Update = field(default_factory=Backprop)
+    context_gradient: bool = False
+    bos: bool = False
+
+    def resolve(self, host: Host, state: MemoryState, before: "Settings | None" = None) -> ResolvedSettings:
+        """The settings for a memory; ValueError or TypeError for one out of range.
+
+        before: those of the saved run that is resumed; the capacity that was filled in then holds for the rest too
+        """
+        protocol = Protocol.of(host.model, self.window, self.stride, self.bos)
+        update: Backprop | ResolvedWrite
+        if isinstance(self.update, Write):
+            update = _resolve_write(self.update, state, protocol.stride, before)
+        else:
+            update = self.update
+        return ResolvedSettings(protocol, update, boolean("context_gradient", self.context_gradient))
+
+    # ---- in a file -------------------------------------------------------------------------------------------
+    def to_record(self) -> dict:
+        """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults."""
+        writes = isinstance(self.update, Write)
+        backprop = Backprop() if isinstance(self.update, Write) else self.update
+        write = (
+            {**asdict(self.update), "tokens": selector_to_json(self.update.tokens)} if isinstance(self.update, Write) else None
+        )
+        return {
+            "window": self.window,
+            "stride": self.stride,
+            **asdict(backprop),
+            "update": "write" if writes else "backprop",
+            "context_gradient": self.context_gradient,
+            "bos": self.bos,
+            "write": write,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Settings":
+        """The reverse, of format 1 too. KeyError, TypeError or ValueError for a record that holds something else."""
+        update: Update
+        if record["update"] == "write":
+            update = Write(**{**record["write"], "tokens": selector_from_json(record["write"]["tokens"])})
+        else:
+            update = Backprop(**{name: record[name] for name in ("learning_rate", "epochs", "optimizer")})
+        return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"])
 
 
-UPDATES = ("backprop", "write")
-
-
-def resolve_settings(settings: Settings, host, state: MemoryState, resumed: Stream | None = None) -> ResolvedSettings:
-    """The settings with what is None filled in; ValueError or TypeError for one out of range.
-
-    resumed: where the run that is taken up again stood; what it filled in holds for the rest too.
-    """
-    positions = host.max_positions
-    window = min(2048, positions) if settings.window is None else settings.window
-    window = _integer("window", window, 2, positions, " (the host's positions)")
-    stride = max(1, window // 4) if settings.stride is None else settings.stride
-    if settings.bos:
-        stride = _integer("stride", stride, 1, window - 1, " (the window without its BOS token)")
-    else:
-        stride = _integer("stride", stride, 1, window, " (the window)")
-    epochs = _integer("epochs", settings.epochs, 1, math.inf)
-    rate = settings.learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"learning_rate is {rate!r}; expected a number >= 0")
-    if not (0.0 <= rate < math.inf):
-        raise ValueError(f"learning_rate is {rate}; expected a finite number >= 0")
-    if settings.optimizer not in tuple(OPTIMIZERS):
-        raise ValueError(f"optimizer is {settings.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
-    if settings.update not in UPDATES:
-        raise ValueError(f"update is {settings.update!r}; expected one of {', '.join(UPDATES)}")
-    if settings.bos and bos_token(host) is None:
-        raise ValueError("bos is True, but the host's config has no bos_token_id")
-    return ResolvedSettings(
-        window,
-        stride,
-        float(rate),
-        epochs,
-        settings.optimizer,
-        settings.update,
-        bool(settings.context_gradient),
-        bool(settings.bos),
-        _resolve_writing(settings, state, stride, resumed),
-    )
-
-
-def _resolve_writing(settings: Settings, state: MemoryState, stride: int, resumed: Stream | None) -> WriteSettings | None:
-    """The settings of update="write", None for "backprop"; by default an expansion-compression cycle (docs/method.md)."""
-    write = settings.write or WriteSettings()
-    if settings.update != "write":
-        unused = [name for name, value in asdict(write).items() if value != getattr(WriteSettings(), name)]
-        if unused:
-            raise ValueError(f"{unused[0]} is given, but update is {settings.update!r}; expected update='write'")
-        return None
+def _resolve_write(write: Write, state: MemoryState, stride: int, before: Settings | None) -> ResolvedWrite:
+    """By default an expansion-compression cycle (docs/method.md)."""
     if not state.grows:
         raise ValueError("update is 'write', but the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
-    if settings.epochs != 1:
-        raise ValueError(f"epochs is {settings.epochs}, but update is 'write', which writes each token once; expected 1")
-    if write.when_full is None:
-        write = replace(write, when_full="compress")
-    used = state.used if resumed is None else 0  # the resumed memory is loaded later, and fits what it was made with
+    used = state.used if before is None else 0  # the resumed memory is loaded later, and fits what it was made with
+    write = replace(write, when_full=write.when_full or "compress")
     if write.capacity is None and write.when_full != "error":
-        before = (resumed.settings.get("write") or {}).get("capacity") if resumed is not None else None
-        write = replace(write, capacity=before or used + 2 * max(stride, state.rank))
-    write = resolve(write, state.hidden_size, used, None)
-    if write.when_full != "error":
-        check_fits(min(stride, write.tokens) if isinstance(write.tokens, int) else stride, write)
-    return write
+        filled_in = before.update.capacity if before is not None and isinstance(before.update, Write) else None
+        write = replace(write, capacity=filled_in or used + 2 * max(stride, state.rank))
+    room = Room.of(write, state.hidden_size, used)
+    if room.when_full != "error":
+        room.check_fits(min(stride, write.tokens.n) if isinstance(write.tokens, TopLoss) else stride)
+    return ResolvedWrite(write.epsilon, write.tokens, room)

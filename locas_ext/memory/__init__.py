@@ -1,8 +1,10 @@
 """The public face: a model gets a memory (attach.py), and what can be done with it (memory.py)."""
 
-from locas_ext.learning.report import MemorizeReport
+from locas_ext.learning.report import GraphReport, MemorizeReport
+from locas_ext.learning.selectors import LossAbove, TopLoss
+from locas_ext.learning.update import Backprop, Write
 from locas_ext.learning.write import WriteReport
-from locas_ext.state.stream import Chunk
+from locas_ext.state.stream import Chunk, TextRecord
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport
 
@@ -11,12 +13,18 @@ from .memory import Memory
 from .status import LayerStatus
 
 __all__ = [
+    "Backprop",
     "Chunk",
     "CompressReport",
+    "GraphReport",
     "LayerStatus",
+    "LossAbove",
     "MemorizeReport",
     "Memory",
     "Snapshot",
+    "TextRecord",
+    "TopLoss",
+    "Write",
     "WriteReport",
     "attach",
     "load",

@@ -1,24 +1,27 @@
 """Memory: the public face. Each verb is a module of its own; this one only names them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from locas_ext.config import LocasConfig
 from locas_ext.learning.initialization import initialize
 from locas_ext.learning.inputs import TokenIds
-from locas_ext.learning.memorize import memorize
+from locas_ext.learning.memorize import feed, memorize
 from locas_ext.learning.report import MemorizeReport
+from locas_ext.learning.run_guards import require_attached
+from locas_ext.learning.selectors import Selector
 from locas_ext.learning.settings import Settings
+from locas_ext.learning.update import Backprop, Write, as_update, refuse_unknown
 from locas_ext.learning.write import WriteReport, write
-from locas_ext.learning.write_settings import Tokens, WriteSettings
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Chunk
+from locas_ext.state.stream import Chunk, TextRecord
 from locas_ext.storage import checkpoint, snapshot
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
@@ -55,9 +58,17 @@ class Memory:
     def slots(self) -> Tensor:
         """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
 
-        The memory itself, to be read or written, where the host lies on one device; on several, a copy to be read.
+        The memory itself, to be read or written. RuntimeError where the host lies on several devices.
         """
-        return self.state.whole("slots")
+        if len(self.state.arenas) > 1:
+            raise RuntimeError(
+                f"the slots lie on {len(self.state.arenas)} devices, so they are not one tensor; use memory.gather_slots()"
+            )
+        return self.state.arenas[0].slots
+
+    def gather_slots(self) -> Tensor:
+        """A copy of `slots`, on any number of devices; of several, on that of the first layer."""
+        return torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
 
     @property
     def num_parameters(self) -> int:
@@ -85,12 +96,17 @@ class Memory:
         """How far into its text the latest memorize() run has read."""
         return self._attachment.stream.position if self._attachment.stream else 0
 
+    @property
+    def texts(self) -> tuple[TextRecord, ...]:
+        """Every text the memory has learned from, oldest first; one that is resumed or fed goes on in its record."""
+        return tuple(self._attachment.texts)
+
     def parameters(self) -> list[nn.Parameter]:
         """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
         return self.state.parameters
 
     def status(self) -> list[LayerStatus]:
-        """One entry a layer with a memory."""
+        """One entry per layer with a memory."""
         return layer_status(self._attachment)
 
     def __repr__(self) -> str:
@@ -126,97 +142,127 @@ class Memory:
         input_ids: TokenIds,
         window: int | None = None,
         stride: int | None = None,
-        learning_rate: float = 4e-3,
-        epochs: int = 1,
-        optimizer: str = "adamw",
-        update: str = "backprop",
+        learning_rate: float | None = None,
+        epochs: int | None = None,
+        optimizer: str | None = None,
+        update: str | Backprop | Write = "backprop",
         context_gradient: bool = False,
         progress: bool = True,
         callback: Callable[[Chunk], None] | None = None,
         resume: str | Path | None = None,
         bos: bool = False,
-        epsilon: float = 1e-2,
-        tokens: str | float | int = "all",
-        capacity: int | None = None,
-        when_full: str | None = None,
-        compress_to: int | None = None,
+        title: str | None = None,
+        **unknown: object,
     ) -> MemorizeReport:
         """Streams a text through the model and learns it: each chunk is scored first and learned from after.
 
         Args:
             input_ids: [n] or [1, n] integers (tensor or list), at least 2
-            window: W, the most tokens the model sees at once, chunk included; None: min(2048, the host's positions)
-            stride: S, the tokens of a chunk, at most W; None: W // 4
-            learning_rate: >= 0
-            epochs: learning passes over each chunk, >= 1
-            optimizer: "adamw" or "sgd"; its states are kept over calls until reset()
-            update: "backprop", or for Locas-MLP "write": slots in closed form as `write` makes them, without a learning
-                rate
-            context_gradient: whether the gradient also runs through the context before the chunk; slower
-            progress: whether a progress bar is shown
+            window: int: W, the most tokens the model sees at once, chunk included; None: min(2048, the host's positions)
+            stride: int: S, the tokens of a chunk, at most W; None: W // 4
+            learning_rate, epochs, optimizer: short for those of `update=locas.Backprop(...)`; refused beside any other
+                update
+            update: how a chunk is learned: "backprop" or `locas.Backprop(...)`; with Locas-MLP also "write" or
+                `locas.Write(...)`: slots in closed form
+            context_gradient: bool: whether the gradient also runs through the context before the chunk; slower
+            progress: bool: whether a progress bar is shown
             callback: called with each finished Chunk; what it raises ends the run with the memory of the last update
             resume: a folder that save_pretrained(optimizer=True) wrote in a run over the same text with the same
                 settings: goes on behind the tokens already seen, bit for bit as if never interrupted
-            bos: whether the host's BOS token is put before every window
-            epsilon, tokens, capacity, when_full, compress_to: with update="write", as in `write`, tokens being those of
-                each chunk. By default the memory is compressed to half its capacity whenever that is reached, and the
-                capacity is the slots used so far and twice the stride or twice the rank, whichever is more; capacity None
-                and when_full "error" let it grow
+            bos: bool: whether the host's BOS token is put before every window
+            title: str: a name for the text in `texts`
 
         Returns a MemorizeReport. Raises ValueError, TypeError or LocasError for arguments that do not fit, and
         LocasError at a loss or gradient that is not finite (the memory then is that of the last finished update).
         Ctrl-C takes effect between chunks. The model's mode, its gradients' settings and its config are as before.
         Source: docs/method.md, "The online protocol" (the paper's section on PG-19).
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> report = memory.memorize(list(range(3, 51)), window=16, stride=8, progress=False, title="a scale")
+        >>> report.tokens, memory.version, memory.texts[0].title
+        (47, 6, 'a scale')
         """
         self._require_attached("memorize")
-        if self.state.disabled:
-            raise ValueError("memorize: the memory is disabled here, so nothing can be learned; leave the disabled() block")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
-        writing = WriteSettings(epsilon, tokens, capacity, when_full, compress_to)
-        settings = Settings(window, stride, learning_rate, epochs, optimizer, update, context_gradient, bos, writing)
-        return memorize(self._attachment, input_ids, settings, progress, callback, resume)
+        self._require_enabled("memorize", "nothing can be learned")
+        refuse_unknown(unknown)
+        chosen = as_update(update, {"learning_rate": learning_rate, "epochs": epochs, "optimizer": optimizer})
+        settings = Settings(window, stride, chosen, context_gradient, bos)
+        return memorize(self._attachment, input_ids, settings, progress, callback, resume, title)
+
+    def feed(
+        self, input_ids: TokenIds, progress: bool = True, callback: Callable[[Chunk], None] | None = None
+    ) -> MemorizeReport:
+        """Goes on where the last run ended, with what comes next in its text: same settings, position and optimizer.
+
+        `memorize(a)` and `feed(b)` equal `memorize(a + b)` bit for bit when a's length is a multiple of the stride. The
+        run may also be one of a loaded memory (saved with optimizer=True), of a snapshot or of the memory this is a fork of.
+
+        Args:
+            input_ids: [n] or [1, n] integers (tensor or list), at least 1: without the text before, whose end is kept
+            progress: bool: whether a progress bar is shown
+            callback: called with each finished Chunk, as in `memorize`
+
+        Returns a MemorizeReport of the whole text so far. Raises ValueError if there is no run to go on with, and what
+        `memorize` raises.
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> _ = memory.memorize(list(range(3, 35)), window=16, stride=8, progress=False)
+        >>> memory.feed(list(range(35, 51)), progress=False).tokens
+        47
+        """
+        self._require_attached("feed")
+        self._require_enabled("feed", "nothing can be learned")
+        return feed(self._attachment, input_ids, progress, callback)
 
     def write(
         self,
         input_ids: TokenIds,
         epsilon: float = 1e-2,
-        tokens: Tokens = "all",
+        tokens: Selector | Sequence[int] | Tensor = "all",
         exact: bool = False,
         capacity: int | None = None,
         when_full: str | None = None,
         compress_to: int | None = None,
     ) -> WriteReport:
-        """Writes one slot a token into every layer of a Locas-MLP memory, from one forward and one backward.
+        """Writes one slot per token into every layer of a Locas-MLP memory, from one forward and one backward.
 
         A token's slot fires on what the FFN took in where the token was predicted, and adds a step along the gradient of
         the token's log-likelihood, so that the token becomes likelier there. Nothing is trained.
 
         Args:
             input_ids: [n] or [1, n] integers, 2 to as many as the host has positions
-            epsilon: > 0: the length of the step over all layers together, before tau
-            tokens: which tokens get a slot: "all" but the first, which is never predicted; positions in input_ids (a
-                sequence of integers from 1 to n - 1); a float: those whose loss in nats is at least this; an int: so many
-                with the largest loss
-            exact: whether each token's gradient is of its own log-likelihood alone, at the cost of a backward a token;
-                otherwise one backward of their sum, which holds a position's effect on later tokens too
-            capacity: the most slots a layer that the memory may come to hold; None: no limit, room is doubled as needed
+            epsilon: float > 0: the length of the step over all layers together, before tau
+            tokens: which tokens get a slot: "all" but the first, which is never predicted; `locas.TopLoss(n)`;
+                `locas.LossAbove(nats)`; or positions in input_ids, a sequence of integers from 1 to n - 1
+            exact: bool: whether each token's gradient is of its own log-likelihood alone, at the cost of a backward per
+                token; otherwise one backward of their sum, which holds a position's effect on later tokens too
+            capacity: int: the most slots per layer that the memory may come to hold; None: no limit, room is doubled as
+                needed
             when_full: what is done at the capacity: "error", "drop_oldest" or "compress"; None: "compress" if
                 compress_to is given, else "error"
-            compress_to: to how many slots; None: half the capacity, or the hidden size if that is less
+            compress_to: int: to how many slots; None: half the capacity, or the hidden size if that is less
 
         Returns a WriteReport; the version is one more, two if the memory was compressed. Raises ValueError or TypeError for
         arguments that do not fit (a memory without room for the tokens is one), and LocasError where a gradient is not
         finite; nothing is written then. Ctrl-C takes effect once the tokens are written. Source: docs/method.md, "Writing"
         (the paper's Locas-MLP).
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(gated=False), locas.LocasConfig("mlp", rank=4))
+        >>> memory.write([5, 9, 13, 17], tokens=locas.TopLoss(2)).slots_used
+        2
         """
         self._require_attached("write")
         if not self.state.grows:
             raise ValueError("write: the variant is 'glu'; only a Locas-MLP memory (variant='mlp') can be written")
-        if self.state.disabled:
-            raise ValueError("write: the memory is disabled here, so nothing can be written; leave the disabled() block")
-        settings = WriteSettings(epsilon, tokens, capacity, when_full, compress_to)
-        return write(self._attachment, input_ids, settings, exact)
+        self._require_enabled("write", "nothing can be written")
+        request = Write(epsilon=epsilon, capacity=capacity, when_full=when_full, compress_to=compress_to)
+        return write(self._attachment, input_ids, tokens, exact, request)
 
     def compress(self, rank: int, threshold: float = 0.0) -> CompressReport:
         """Replaces the slots of each layer of a Locas-MLP memory by at most `rank` that agree with them (NL-SVD).
@@ -236,7 +282,7 @@ class Memory:
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0."""
         self.state.reset()
-        self._attachment.stream = None
+        self._attachment.stream, self._attachment.texts = None, []
 
     # ---- keeping it ------------------------------------------------------------------------------------------
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
@@ -246,7 +292,8 @@ class Memory:
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
         attachment = self._attachment
-        checkpoint.save(attachment.state, attachment.config, attachment.host, attachment.stream, path, optimizer)
+        where = attachment.stream, attachment.texts
+        checkpoint.save(attachment.state, attachment.config, attachment.host, *where, path, optimizer)
 
     def load(self, path: str | Path) -> None:
         """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
@@ -255,15 +302,18 @@ class Memory:
         these; the memory in use then stays.
         """
         attachment = self._attachment
-        attachment.stream = checkpoint.load(attachment.state, attachment.config, attachment.host, path)
+        where = checkpoint.load(attachment.state, attachment.config, attachment.host, path)
+        attachment.stream, attachment.texts = where
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
-        return snapshot.take(self.state, self._attachment.host, self._attachment.stream)
+        attachment = self._attachment
+        return snapshot.take(self.state, attachment.host, attachment.stream, attachment.texts)
 
     def restore(self, snapshot_: Snapshot) -> None:
         """Puts a snapshot back, bit for bit. ValueError if it is of another host or of other slots."""
-        self._attachment.stream = snapshot.restore(self.state, self._attachment.host, snapshot_)
+        attachment = self._attachment
+        attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
 
     def fork(self) -> "Memory":
         """A second, independent memory that starts as this one, on a model of its own (`.model`).
@@ -295,5 +345,8 @@ class Memory:
         return model
 
     def _require_attached(self, verb: str) -> None:
-        if getattr(self.model, "_locas_memory", None) is not self:
-            raise ValueError(f"{verb}: this memory is no longer attached to its model")
+        require_attached(self._attachment, verb)
+
+    def _require_enabled(self, verb: str, consequence: str) -> None:
+        if self.state.disabled:
+            raise ValueError(f"{verb}: the memory is disabled here, so {consequence}; leave the disabled() block")

@@ -6,17 +6,28 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import GATE, KEY, VALUE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerStatus:
-    """One layer's memory: where it lies, how it is computed and why, how full it is, mean norms of the rows used.
+    """One layer's memory: where it lies, how it is computed and why, and how full it is.
 
-    gate_norm is None for Locas-MLP, which has no gate. windows says in how many forwards a run reads its windows, and why.
+    Attributes:
+        layer: the decoder layer's index
+        device, dtype: where and in what the layer computes, such as "cuda:0" and "torch.bfloat16"
+        backend_name: what computes it: "fused", "matmul" or "reference"
+        path: "whole" where host and memory run as one op, "sideway" where the memory is added beside the host's FFN
+        backend: the two in one string, such as "fused, whole"
+        reason: why this path
+        slots_used, capacity: the slots that hold something, and those there is room for
+        scale: tau
+        gate_norm, key_norm, value_norm: mean length of the used rows of each kind; Locas-MLP has no gate: None
+        windows: in how many forwards a run reads its windows, and why
     """
 
     layer: int
     device: str
     dtype: str
-    backend: str
+    backend_name: str
+    path: str
     reason: str
     slots_used: int
     capacity: int
@@ -25,6 +36,10 @@ class LayerStatus:
     key_norm: float
     value_norm: float
     windows: str
+
+    @property
+    def backend(self) -> str:
+        return f"{self.backend_name}, {self.path}"
 
 
 def layer_status(attachment: Attachment) -> list[LayerStatus]:
@@ -35,21 +50,21 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
     result = []
     for ffn, layer, scale, layer_norms in zip(attachment.ffns, state.layers, state.scales, norms, strict=True):
         path, reason = ffn.path()
-        place = ffn.arena.compute
         result.append(
             LayerStatus(
-                layer,
-                str(place.device),
-                str(place.dtype),
-                f"{ffn.backend_name()}, {path}",
-                reason,
-                state.used,
-                state.capacity,
-                scale,
-                None if state.grows else layer_norms[GATE],
-                layer_norms[KEY],
-                layer_norms[VALUE],
-                attachment.host.reading.describe(),
+                layer=layer,
+                device=str(ffn.arena.compute.device),
+                dtype=str(ffn.arena.compute.dtype),
+                backend_name=ffn.backend_name(),
+                path=path,
+                reason=reason,
+                slots_used=state.used,
+                capacity=state.capacity,
+                scale=scale,
+                gate_norm=None if state.grows else layer_norms[GATE],
+                key_norm=layer_norms[KEY],
+                value_norm=layer_norms[VALUE],
+                windows=attachment.host.reading.describe(),
             )
         )
     return result

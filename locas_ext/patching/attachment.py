@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import GatedFFN, HostFFN
 from locas_ext.hosts.probe.probe import probe
@@ -16,7 +17,7 @@ from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.ops.backends import fused_backend, slot_updates
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import PLANES, MemoryState
-from locas_ext.state.stream import Stream
+from locas_ext.state.stream import Stream, TextRecord
 
 from .base import Binding
 from .cache_guard import StaleCacheGuard
@@ -37,7 +38,7 @@ def _check_variant(host: Host, config: LocasConfig) -> None:
         warnings.warn(
             f"variant is 'mlp', but the FFN of {model_type} is gated: the paper found Locas-MLP weak beside such FFNs, "
             "and it cannot be merged into them; variant='glu' is the one for this host",
-            stacklevel=5,
+            stacklevel=caller_stacklevel(),
         )
 
 
@@ -125,6 +126,7 @@ class Attachment:
         binding = Binding(self.state, self.backend, host, self.relocate)
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
+        self.texts: list[TextRecord] = []  # those learned from, oldest first
         self._bind(rehome)
 
     def _bind(self, rehome: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a memory stands in a text: the chunks it has scored, and what a resumed run needs to know and to check."""
+"""Where a memory stands in a text, what a resumed run needs to know and to check, and which texts it has learned."""
 
 from dataclasses import asdict, dataclass
 
@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 class Chunk:
     """One scored chunk.
 
-    start, end: its own tokens are [start, end) of the text
-    tokens: how many of them were scored (the first token of a text never is)
-    nll: their summed negative log-likelihood, in nats, before the chunk was learned from
-    memory_version: the version of the memory that scored them
+    Attributes:
+        start, end: its own tokens are [start, end) of the text
+        tokens: how many of them were scored (the first token of a text never is)
+        nll: their summed negative log-likelihood, in nats, before the chunk was learned from
+        memory_version: the version of the memory that scored them
     """
 
     start: int
@@ -20,14 +21,43 @@ class Chunk:
     memory_version: int
 
 
+@dataclass(frozen=True)
+class TextRecord:
+    """A text that a memory has learned from.
+
+    Attributes:
+        title: the name it was given; None if none
+        digest: `text_digest` of its token ids, as far as they were learned
+        tokens: how many those are
+        learned_at: when the latest of them was learned, UTC, ISO 8601
+    """
+
+    title: str | None
+    digest: str
+    tokens: int
+    learned_at: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
 @dataclass
 class Stream:
-    """Where memorize() stands in a text: what a resumed run needs to know and to check."""
+    """Where memorize() stands in a text: what a run that goes on needs to know and to check.
+
+    Attributes:
+        settings: the run's, as `ResolvedSettings.to_record` puts them
+        position: how many tokens of the text were read
+        text_digest: of those, up to the last whole block (`TextDigest`); in files of format 1 of all
+        chunks: those scored so far
+        tail: the latest ids read, as many as the window of a next chunk and the digest need; None in files of format 1
+    """
 
     settings: dict
     position: int
-    text_digest: str  # of the tokens before `position`
+    text_digest: str
     chunks: list[Chunk]
+    tail: list[int] | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

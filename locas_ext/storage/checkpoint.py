@@ -23,7 +23,7 @@ from locas_ext.hosts.fingerprint import fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.state.arena import OPTIMIZER_STATES
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Stream
+from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
 
 from .files import write_atomically
@@ -83,7 +83,15 @@ def _keep_previous(folder: Path) -> None:
             shutil.copyfile(memory_file, previous)
 
 
-def save(state: MemoryState, config: LocasConfig, host: Host, stream: Stream | None, path: str | Path, optimizer: bool) -> None:
+def save(
+    state: MemoryState,
+    config: LocasConfig,
+    host: Host,
+    stream: Stream | None,
+    texts: list[TextRecord],
+    path: str | Path,
+    optimizer: bool,
+) -> None:
     """See `Memory.save_pretrained`."""
     folder = Path(path)
     state.sync()
@@ -100,6 +108,7 @@ def save(state: MemoryState, config: LocasConfig, host: Host, stream: Stream | N
         "slots_used": state.used,
         "tokens_seen": stream.position if stream else 0,
         "stream": stream.to_dict() if stream and optimizer else None,
+        "texts": [text.to_dict() for text in texts],
         "memory_sha256": _digest(content),
     }
     record["config_sha256"] = _record_digest(record)
@@ -159,7 +168,9 @@ def _problem(record: dict) -> str | None:
         # `kind` may be a union; a bool is no int here
         if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
             return f"{name} is {record[name]!r}"
-    if extra := record.keys() - _RECORD.keys():
+    if not isinstance(record.get("texts", []), list):
+        return f"texts is {record['texts']!r}"
+    if extra := record.keys() - _RECORD.keys() - {"texts"}:
         return f"unknown keys {', '.join(sorted(extra))}"
     for name in ("memory_version", "slots_used"):
         if record[name] < 0:
@@ -169,6 +180,7 @@ def _problem(record: dict) -> str | None:
     try:
         _config(record)
         _stream(record)
+        _texts(record)
     except (KeyError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -190,6 +202,10 @@ def read_stream(path: str | Path) -> Stream | None:
 
 def _stream(record: dict) -> Stream | None:
     return Stream.from_dict(record["stream"]) if record["stream"] else None
+
+
+def _texts(record: dict) -> list[TextRecord]:
+    return [TextRecord(**text) for text in record.get("texts", [])]  # files before it was added have none
 
 
 def _read_tensors(folder: Path, record: dict) -> dict[str, torch.Tensor]:
@@ -216,8 +232,11 @@ def _short(value) -> str:
     return repr(value[:12] + "..." if isinstance(value, str) and len(value) > 40 else value)
 
 
-def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> Stream | None:
-    """See `Memory.load`. Everything is checked before the first change. Returns the saved place in a text, if any."""
+def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> tuple[Stream | None, list[TextRecord]]:
+    """See `Memory.load`. Everything is checked before the first change.
+
+    Returns the saved place in a text, if any, and the texts that the memory has learned.
+    """
     folder = Path(path)
     record = _read_record(folder)
     tensors = _read_tensors(folder, record)
@@ -250,7 +269,7 @@ def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) 
             )
         if not torch.isfinite(tensor).all():
             raise LocasError(f"{folder / MEMORY_NAME}: {name} holds numbers that are not finite")
-    stream = _stream(record)
+    stream, texts = _stream(record), _texts(record)
 
     state.load(tensors, record["memory_version"], record["slots_used"])
-    return stream
+    return stream, texts

@@ -1,7 +1,7 @@
 """A memory's whole state in memory: taken, put back, forked."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from locas_ext.hosts.fingerprint import fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Stream
+from locas_ext.state.stream import Stream, TextRecord
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Snapshot:
     memory_version: int
     slots_used: int
     stream: Stream | None
+    texts: list[TextRecord] = field(default_factory=list)
 
 
-def take(state: MemoryState, host: Host, stream: Stream | None) -> Snapshot:
+def take(state: MemoryState, host: Host, stream: Stream | None, texts: list[TextRecord]) -> Snapshot:
     """See `Memory.snapshot`."""
     state.sync()
     return Snapshot(
@@ -34,11 +35,12 @@ def take(state: MemoryState, host: Host, stream: Stream | None) -> Snapshot:
         memory_version=state.version,
         slots_used=state.used,
         stream=copy.deepcopy(stream),
+        texts=list(texts),
     )
 
 
-def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> Stream | None:
-    """See `Memory.restore`. Returns where the memory then stands in its text."""
+def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> tuple[Stream | None, list[TextRecord]]:
+    """See `Memory.restore`. Returns where the memory then stands in its text, and the texts that it has learned."""
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"snapshot is {type(snapshot).__name__}; expected what Memory.snapshot() returned")
     if different := [name for name, value in fingerprint(host).items() if snapshot.host.get(name) != value]:
@@ -51,7 +53,7 @@ def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> Stream | None
             f"attached are {list(state.shape)} in layers {list(state.layers)}"
         )
     state.load(snapshot.tensors, snapshot.memory_version, snapshot.slots_used)
-    return copy.deepcopy(snapshot.stream)
+    return copy.deepcopy(snapshot.stream), list(snapshot.texts)
 
 
 def copy_sharing_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.state.memory_state import KEY, VALUE, MemoryState
 
 from .nl_svd import nl_svd
@@ -67,7 +68,8 @@ def compress(state: MemoryState, activation: str, rank: int, threshold: float) -
     host_dtype = state.arenas[0].compute.dtype
     if host_dtype in (torch.float16, torch.bfloat16):
         warnings.warn(
-            f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy", stacklevel=3
+            f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy",
+            stacklevel=caller_stacklevel(),
         )
     report = compress_slots(state, activation, rank, threshold)
     state.resize(report.slots_used)

@@ -66,8 +66,8 @@ def test_while_the_text_fits_every_token_is_read_once():
 @pytest.mark.parametrize(
     "window, stride, bos, complaint",
     [
-        (8, 9, False, "window is 8 and stride is 9"),
-        (8, 8, True, "<= 7"),
+        (8, 9, False, "stride is 9; expected an integer from 1 to 8"),
+        (8, 8, True, "stride is 8; expected an integer from 1 to 7"),
         (1, 1, False, "window is 1"),
         (8, 0, False, "stride is 0"),
     ],

@@ -41,7 +41,7 @@ def eagerly(monkeypatch, memory, ids, **settings):
     with monkeypatch.context() as patch:
         patch.setenv("LOCAS_CUDA_GRAPH", "0")
         report = memory.memorize(ids, **settings)
-    assert report.cuda_graph == "not used: LOCAS_CUDA_GRAPH is 0"
+    assert report.graph == locas.GraphReport(0, report.graph.updates, "LOCAS_CUDA_GRAPH is 0")
     return report
 
 
@@ -78,7 +78,7 @@ def test_a_run_with_a_graph_is_a_run_without(device, settings, monkeypatch):
     window, stride = settings["window"] - settings.get("bos", False), settings["stride"]
     full = sum(start > 0 and start + stride >= window for start in range(0, len(TEXT) - stride + 1, stride))
     epochs = settings.get("epochs", 1)
-    assert report.cuda_graph == f"{full * epochs} of {memory.version} updates" and full > 5
+    assert report.graph == locas.GraphReport(full * epochs, memory.version) and full > 5
     again = attached(device)[1]
     repeated = again.memorize(TEXT, **settings)
     assert torch.equal(again.slots, memory.slots) and [c.nll for c in repeated.chunks] == [c.nll for c in report.chunks]
@@ -102,7 +102,7 @@ def test_two_layer_hosts(device, family, monkeypatch):
     memory, plain = (locas.attach(tiny(family).to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
     report = memory.memorize(TEXT, **SETTINGS)
     assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **SETTINGS))
-    assert report.cuda_graph == f"11 of {memory.version} updates"
+    assert report.graph == locas.GraphReport(11, memory.version)
 
 
 def test_a_memory_that_grows_on_the_way(device, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_memory_that_grows_on_the_way(device, monkeypatch):
     def run(memory, memorize):
         def callback(chunk):
             if chunk.end == 56:
-                memory.write(IDS, epsilon=0.5, tokens=7)
+                memory.write(IDS, epsilon=0.5, tokens=locas.TopLoss(7))
 
         report = memorize(callback)
         assert memory.status()[0].slots_used == 12 and memory.status()[0].capacity == 12
@@ -122,7 +122,7 @@ def test_a_memory_that_grows_on_the_way(device, monkeypatch):
 
     memory, plain = (locas.attach(tiny("opt").to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
     report = run(memory, lambda callback: memory.memorize(TEXT, **SETTINGS, callback=callback))
-    assert len(captures) == 2 and report.cuda_graph == "11 of 15 updates"
+    assert len(captures) == 2 and report.graph == locas.GraphReport(11, 15)
     plain_report = run(plain, lambda callback: eagerly(monkeypatch, plain, TEXT, **SETTINGS, callback=callback))
     assert_same_run(memory, report, plain, plain_report)
 
@@ -246,7 +246,7 @@ def test_a_capture_that_fails_warns_once_and_loses_nothing(device, part, rehome,
     with pytest.warns(UserWarning, match="without a CUDA graph.*no graphs today") as warned:
         report = memory.memorize(TEXT, **SETTINGS)
     assert len(warned) == 1
-    assert report.cuda_graph == "not used: the step cannot be captured: no graphs today"
+    assert report.graph.replayed == 0 and "no graphs today" in report.graph.why_not
     assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **SETTINGS))
 
 
@@ -264,32 +264,45 @@ def test_a_host_that_waits_for_the_device_runs_eagerly():
     attention.forward = waits
     with pytest.warns(UserWarning, match="without a CUDA graph.*test_cuda_graph.py:.* waits for the device"):
         report = memory.memorize(TEXT, **SETTINGS)
-    assert report.cuda_graph.startswith("not used: the step cannot be captured")
+    assert report.graph.replayed == 0 and "waits for the device" in report.graph.why_not
     assert torch.randn(3, device="cuda").isfinite().all()  # the generator still works
     attention.forward = forward
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert memory.memorize(TEXT, **SETTINGS).cuda_graph.startswith("11 of 15")
+        assert memory.memorize(TEXT, **SETTINGS).graph == locas.GraphReport(11, 15)
 
 
 def test_hosts_that_are_not_captured_say_why(device):
     model, memory = attached(device)
     handle = model.model.layers[1].register_forward_hook(lambda *_: None)
-    assert memory.memorize(TEXT, **SETTINGS).cuda_graph == "not used: model.layers.1 has hooks"
+    assert memory.memorize(TEXT, **SETTINGS).graph == locas.GraphReport(0, 15, "model.layers.1 has hooks")
     handle.remove()
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert memory.memorize(TEXT, **SETTINGS).cuda_graph == "not used: autocast is on"
+        assert memory.memorize(TEXT, **SETTINGS).graph.why_not == "autocast is on"
     _, reference = attached(device, backend="reference")
-    assert reference.memorize(TEXT, **SETTINGS).cuda_graph == "not used: the reference backend waits for the device"
+    assert reference.memorize(TEXT, **SETTINGS).graph.why_not == "the reference backend waits for the device"
     twin = locas.memory_of(copy.deepcopy(model))
-    assert twin.memorize(TEXT, **SETTINGS).cuda_graph == "11 of 15 updates"
+    assert twin.memorize(TEXT, **SETTINGS).graph == locas.GraphReport(11, 15)
 
 
 def test_on_the_cpu_nothing_is_captured():
     _, memory = attached("cpu")
-    assert memory.memorize(TEXT, **SETTINGS).cuda_graph == "not used: the host is on cpu"
+    assert memory.memorize(TEXT, **SETTINGS).graph == locas.GraphReport(0, 15, "the host is on cpu")
 
 
 def test_a_step_that_no_window_fits_reports_none(device):
     _, memory = attached(device)
-    assert memory.memorize(TEXT[:20], **SETTINGS).cuda_graph == "0 of 3 updates"
+    assert memory.memorize(TEXT[:20], **SETTINGS).graph == locas.GraphReport(0, 3)
+
+
+@pytest.mark.parametrize(
+    "graph, sentence",
+    [
+        (locas.GraphReport(11, 15), "11 of 15 updates"),
+        (locas.GraphReport(0, 3), "0 of 3 updates"),
+        (locas.GraphReport(0, 15, "the host is on cpu"), "not used: the host is on cpu"),
+        (locas.GraphReport(4, 15, "it moved"), "4 of 15 updates, then not: it moved"),
+    ],
+)
+def test_what_is_said_of_the_graph(graph, sentence):
+    assert locas.MemorizeReport(graph=graph).cuda_graph == sentence

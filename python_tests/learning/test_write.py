@@ -21,6 +21,8 @@ from support.writing import (
     written,
 )
 
+import locas_ext as locas
+
 
 # ---- the claim ------------------------------------------------------------------------------------------------
 def rises(family, position, epsilons, ids):
@@ -101,10 +103,9 @@ CHOICES = {
     "tensor": (torch.tensor([4, 12]), [4, 12]),
     "range": (range(3, 6), [3, 4, 5]),
     "all": ("all", list(range(1, 13))),
-    "none": (None, list(range(1, 13))),
-    "top": (4, None),
+    "top": (locas.TopLoss(4), None),
     "threshold": (None, None),
-    "more than there are": (99, list(range(1, 13))),
+    "more than there are": (locas.TopLoss(99), list(range(1, 13))),
 }
 
 
@@ -120,7 +121,7 @@ def test_the_slots_are_those_of_hooks_and_autograd(choice, exact):
     if choice == "threshold":
         tokens = nll.median().item()
         positions = ((nll >= tokens).nonzero()[:, 0] + 1).tolist()
-        tokens -= 1e-9
+        tokens = locas.LossAbove(tokens - 1e-9)
     inputs, gradients, _ = twin.ask(IDS, positions, exact)
     expected, norm = expected_slots(inputs, gradients, 0.02)
     report = memory.write(IDS, epsilon=0.02, tokens=tokens, exact=exact)
@@ -134,10 +135,10 @@ def test_the_slots_are_those_of_hooks_and_autograd(choice, exact):
 def test_a_threshold_that_no_token_reaches_writes_nothing():
     model, memory = writable()
     before = everything(memory)
-    report = memory.write(IDS, tokens=1e9)
+    report = memory.write(IDS, tokens=locas.LossAbove(1e9))
     assert (report.tokens, report.gradient_norm, report.nll, report.slots_used) == ([], [], 0.0, 0)
     assert_unchanged(memory, before)
-    assert memory.write(IDS, tokens=1e9, exact=True).tokens == []
+    assert memory.write(IDS, tokens=locas.LossAbove(1e9), exact=True).tokens == []
 
 
 def test_exact_differs_where_a_position_affects_later_tokens_and_only_there():

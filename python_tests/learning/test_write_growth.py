@@ -39,11 +39,11 @@ def test_full_is_an_error_that_names_slots_and_ways_out():
     _, memory = writable()
     memory.write(IDS)
     before = everything(memory)
-    for arguments in (dict(), dict(tokens=3), dict(tokens=0.0), dict(tokens=[1, 2, 3])):
+    for arguments in (dict(), dict(tokens=locas.TopLoss(3)), dict(tokens=locas.LossAbove(0)), dict(tokens=[1, 2, 3])):
         with pytest.raises(ValueError, match=r"12 of 14 slots are used and \d+ more.*drop_oldest.*compress"):
             memory.write(IDS, capacity=14, **arguments)
         assert_unchanged(memory, before)
-    memory.write(IDS, capacity=14, tokens=2)
+    memory.write(IDS, capacity=14, tokens=locas.TopLoss(2))
     assert memory.state.used == memory.state.capacity == 14
 
 

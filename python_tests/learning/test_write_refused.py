@@ -14,9 +14,9 @@ from support.written import grown
 
 import locas_ext as locas
 
-POSITIONS = "tokens is .*; expected 'all', a loss threshold"
+POSITIONS = r"tokens is .*; expected 'all', locas.TopLoss\(n\) or locas.LossAbove\(nats\), or a sequence of positions"
 BAD = [
-    (dict(epsilon=0), ValueError, "epsilon is 0; expected a number > 0"),
+    (dict(epsilon=0), ValueError, "epsilon is 0; expected a finite number > 0"),
     (dict(epsilon=-1e-2), ValueError, "epsilon is -0.01"),
     (dict(epsilon=float("nan")), ValueError, "epsilon is nan"),
     (dict(epsilon=float("inf")), ValueError, "epsilon is inf"),
@@ -29,21 +29,21 @@ BAD = [
     (dict(tokens=True), TypeError, POSITIONS),
     (dict(tokens={1}), TypeError, POSITIONS),
     (dict(tokens=1j), TypeError, POSITIONS),
-    (dict(tokens=[1.0]), TypeError, POSITIONS),
-    (dict(tokens=[True]), TypeError, POSITIONS),
-    (dict(tokens=[[1]]), TypeError, POSITIONS),
-    (dict(tokens=torch.tensor([1.0])), TypeError, POSITIONS),
-    (dict(tokens=torch.tensor([True])), TypeError, POSITIONS),
-    (dict(tokens=torch.tensor([[1]])), TypeError, POSITIONS),
-    (dict(tokens=torch.tensor(1)), TypeError, POSITIONS),
+    (dict(tokens=None), TypeError, POSITIONS),
+    (dict(tokens=[1.0]), TypeError, r"tokens\[0\] is 1.0; expected an integer"),
+    (dict(tokens=[True]), TypeError, r"tokens\[0\] is True"),
+    (dict(tokens=[[1]]), TypeError, r"tokens\[0\] is \[1\]"),
+    (dict(tokens=torch.tensor([1.0])), TypeError, r"tokens\[0\] is 1.0"),
+    (dict(tokens=torch.tensor([True])), TypeError, r"tokens\[0\] is True"),
+    (dict(tokens=torch.tensor([[1]])), TypeError, "expected a sequence of integers"),
+    (dict(tokens=torch.tensor(1)), TypeError, r"tokens is 1; write locas.TopLoss\(1\)"),
+    (dict(tokens=2), TypeError, r"tokens is 2; write locas.TopLoss\(2\) .*locas.LossAbove\(2.0\)"),
+    (dict(tokens=2.5), TypeError, r"tokens is 2.5; write locas.LossAbove\(2.5\)"),
     (dict(tokens=[]), ValueError, "tokens is empty"),
     (dict(tokens=[0, 1]), ValueError, "tokens holds 0; expected positions from 1 to 12"),
     (dict(tokens=[-1]), ValueError, "tokens holds -1"),
     (dict(tokens=[1, 13]), ValueError, "tokens holds 13; expected positions from 1 to 12"),
     (dict(tokens=[3, 2, 3]), ValueError, "tokens names position 3 twice"),
-    (dict(tokens=0), ValueError, "tokens is 0; expected an integer >= 1"),
-    (dict(tokens=-3), ValueError, "tokens is -3"),
-    (dict(tokens=float("nan")), ValueError, "tokens is nan"),
     (dict(exact=1), TypeError, "exact is 1"),
     (dict(capacity=0), ValueError, "capacity is 0; expected an integer >= 1"),
     (dict(capacity=3.0), TypeError, "capacity is 3.0"),
@@ -57,6 +57,20 @@ BAD = [
     (dict(capacity=20, compress_to=20), ValueError, "compress_to is 20; expected an integer from 1 to 19"),
     (dict(capacity=50, compress_to=True), TypeError, "compress_to is True"),
 ]
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: locas.TopLoss(0), ValueError, "n is 0; expected an integer >= 1"),
+        (lambda: locas.TopLoss(2.0), TypeError, "n is 2.0"),
+        (lambda: locas.LossAbove(float("nan")), ValueError, "nats is nan"),
+        (lambda: locas.LossAbove("2"), TypeError, "nats is '2'"),
+    ],
+)
+def test_selectors_of_nothing(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +152,7 @@ def test_a_first_write_that_fails_leaves_a_memory_without_slots():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("tokens", ["all", [2, 9], 3, 0.5])
+@pytest.mark.parametrize("tokens", ["all", [2, 9], locas.TopLoss(3), locas.LossAbove(0.5)])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_broken_host_is_an_error_whatever_is_chosen(value, tokens, policy):
     model, memory = grown()

@@ -52,7 +52,7 @@ def test_learning_is_the_same(groups, optimizer, monkeypatch):
     assert one.version == 8 and all(arena.slots.any() for arena in several.state.arenas)
     assert torch.equal(logits_of(other, TEXT), logits_of(model, TEXT))
     assert several.status() == one.status() and several.layers == one.layers
-    assert torch.equal(torch.stack(several.parameters()), several.slots)
+    assert torch.equal(torch.stack(several.parameters()), several.gather_slots())
     several.detach()
     one.detach()
     assert torch.equal(logits_of(other, TEXT), logits_of(model, TEXT))
@@ -114,13 +114,13 @@ def test_snapshots_forks_copies_and_reset(monkeypatch):
         twin.memorize(TEXT, **SETTINGS)
         assert_same_state(twin, one)
     several.restore(kept)
-    assert several.version == 8 and torch.equal(several.slots, kept.tensors["slots"])
+    assert several.version == 8 and torch.equal(several.gather_slots(), kept.tensors["slots"])
     one.restore(kept)
     assert_same_state(one, several)
     for memory in (one, several):
         memory.reset()
     assert_same_state(several, one)
-    assert not several.slots.any() and several.state.whole("exp_avg") is None
+    assert not several.gather_slots().any() and several.state.whole("exp_avg") is None
 
 
 @pytest.mark.parametrize("kind", ["SlotAdamW", "SlotSGD", "stock"])
@@ -153,7 +153,7 @@ def test_training_loops_of_ones_own(kind, dtype, monkeypatch):
 def test_a_gradient_that_is_not_finite_in_one_arena_updates_none(monkeypatch):
     model, memory = attach(monkeypatch, SPLITS[0])
     memory.memorize(TEXT, **SETTINGS)
-    before, step = memory.slots.clone(), memory.state.whole("step").clone()
+    before, step = memory.gather_slots().clone(), memory.state.whole("step").clone()
     backward = torch.Tensor.backward
 
     def overflowing(loss, *args, **kwargs):  # stands for a layer whose gradient overflows
@@ -163,14 +163,14 @@ def test_a_gradient_that_is_not_finite_in_one_arena_updates_none(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", overflowing)
     with pytest.raises(locas.LocasError, match="gradient is not finite"):
         memory.memorize(TEXT, **SETTINGS)
-    assert torch.equal(memory.slots, before) and torch.equal(memory.state.whole("step"), step)
+    assert torch.equal(memory.gather_slots(), before) and torch.equal(memory.state.whole("step"), step)
     assert not memory.state.whole("grad").any() and memory.version == 8
 
 
 def test_an_optimizer_state_that_finds_no_room_updates_no_arena(monkeypatch):
     _, memory = attach(monkeypatch, SPLITS[0])
     memory.initialize(TEXT)
-    before = memory.slots.clone()
+    before = memory.gather_slots().clone()
 
     def no_room(name):
         raise torch.OutOfMemoryError("no room")
@@ -178,7 +178,7 @@ def test_an_optimizer_state_that_finds_no_room_updates_no_arena(monkeypatch):
     monkeypatch.setattr(memory.state.arenas[1], "state", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         memory.memorize(TEXT, **SETTINGS)
-    assert torch.equal(memory.slots, before) and memory.version == 0
+    assert torch.equal(memory.gather_slots(), before) and memory.version == 0
 
 
 @pytest.mark.parametrize("groups", [SPLITS[1], SPLITS[2]], ids=str)
@@ -229,8 +229,8 @@ def test_a_layer_or_an_arena_torn_apart_is_an_error(monkeypatch):
     memory.memorize(TEXT, **SETTINGS)
     second = [*model.model.layers[1].mlp.children()]
     monkeypatch.setattr(patch_module, "projection_device", lambda p: torch.device("cuda:1" if p in second else "cpu"))
-    slots = memory.slots.clone()
+    slots = memory.gather_slots().clone()
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="spread over cpu and cuda:1 after the memory was attached"):
         logits_of(model, TEXT)
-    assert torch.equal(memory.slots, slots)
+    assert torch.equal(memory.gather_slots(), slots)

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,16 @@ from support.writing import (
 
 import locas_ext as locas
 
-WRITE = dict(window=16, stride=6, update="write", epsilon=0.05, progress=False)
-CYCLE = dict(**WRITE, capacity=16, compress_to=7)
+READ = dict(window=16, stride=6, progress=False)
+
+
+def written_by(**settings):
+    """Arguments of memorize(), with these settings of a Write."""
+    return dict(READ, update=locas.Write(**{"epsilon": 0.05, **settings}))
+
+
+WRITE = written_by()
+CYCLE = written_by(capacity=16, compress_to=7)
 
 
 def plain_nl_svd(slots, rank, activation):
@@ -81,10 +90,12 @@ def test_chunk_losses_are_those_of_a_plain_loop(family, changes):
     model, memory = writable(family, torch.float64)
     plain = dict(changes, bos=1) if "bos" in changes else changes
     nlls, slots = plain_loop(model, TEXT[:40], 16, 6, 0.05, 16, 7, **plain)
-    report = memory.memorize(TEXT[:40], **CYCLE, **changes)
+    tokens = locas.TopLoss(changes["tokens"]) if "tokens" in changes else "all"
+    reading = {name: value for name, value in changes.items() if name != "tokens"}
+    report = memory.memorize(TEXT[:40], **written_by(capacity=16, compress_to=7, tokens=tokens), **reading)
     assert [chunk.nll for chunk in report.chunks] == pytest.approx(nlls, rel=1e-5)
     assert report.tokens == 39 and report.perplexity == pytest.approx(math.exp(sum(nlls) / 39), rel=1e-5)
-    assert report.cuda_graph == "not used: slots are written in closed form"
+    assert report.graph.why_not is not None and (report.graph.replayed, report.graph.updates) == (0, 0)
     versions = [chunk.memory_version for chunk in report.chunks]
     assert versions[0] == 0 and {b - a for a, b in itertools.pairwise(versions)} == {1, 2}  # 2: compressed
     assert memory.state.used == slots.shape[2] and memory.state.capacity == 16
@@ -95,7 +106,7 @@ def test_chunk_losses_are_those_of_a_plain_loop(family, changes):
 
 def test_it_grows_where_full_is_an_error_and_no_capacity_is_given():
     _, memory = writable()
-    memory.memorize(TEXT[:40], **WRITE, when_full="error")
+    memory.memorize(TEXT[:40], **written_by(when_full="error"))
     assert memory.state.used == 39 and memory.version == 7
 
 
@@ -108,8 +119,8 @@ def test_by_default_it_is_compressed_to_half():
 def test_the_oldest_may_be_dropped_instead():
     _, grows = writable()
     _, memory = writable()
-    grows.memorize(TEXT[:12], **WRITE, when_full="error")
-    memory.memorize(TEXT[:12], **WRITE, capacity=8, when_full="drop_oldest")
+    grows.memorize(TEXT[:12], **written_by(when_full="error"))
+    memory.memorize(TEXT[:12], **written_by(capacity=8, when_full="drop_oldest"))
     assert memory.state.used == 8
     # the second chunk is read with 5 slots in both, so what is written is the same
     torch.testing.assert_close(memory.slots, written(grows)[:, :, -8:], rtol=0, atol=0)
@@ -117,7 +128,7 @@ def test_the_oldest_may_be_dropped_instead():
 
 def test_writing_a_text_again_and_again_makes_it_likelier():
     _, memory = writable(rank=48)
-    losses = [memory.memorize(TEXT[:32], **{**WRITE, "epsilon": 1.0}, when_full="error").nll for _ in range(3)]
+    losses = [memory.memorize(TEXT[:32], **written_by(epsilon=1.0, when_full="error")).nll for _ in range(3)]
     assert losses[0] > losses[1] > losses[2]
 
 
@@ -131,8 +142,8 @@ class Stop(Exception):
     [
         CYCLE,
         WRITE,
-        dict(WRITE, when_full="error"),
-        dict(WRITE, capacity=9, when_full="drop_oldest"),
+        written_by(when_full="error"),
+        written_by(capacity=9, when_full="drop_oldest"),
     ],
     ids=["cycle", "default", "grows", "drops"],
 )
@@ -154,10 +165,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, set
     assert report.chunks == full_report.chunks and later.version == whole.version
     assert torch.equal(written(later), written(whole))
     with pytest.raises(ValueError, match="other settings: write was"):
-        writable(dtype=dtype)[1].memorize(TEXT[:44], **{**settings, "epsilon": 0.06}, resume=tmp_path / "m")
+        other = replace(settings["update"], epsilon=0.06)
+        writable(dtype=dtype)[1].memorize(TEXT[:44], **{**settings, "update": other}, resume=tmp_path / "m")
     with pytest.raises(ValueError, match="other settings: "):
-        backprop = dict(window=16, stride=6, progress=False)
-        writable(dtype=dtype)[1].memorize(TEXT[:44], **backprop, resume=tmp_path / "m")
+        writable(dtype=dtype)[1].memorize(TEXT[:44], **READ, resume=tmp_path / "m")
 
 
 def test_a_second_text_is_resumed_with_the_capacity_it_began_with(tmp_path):
@@ -185,7 +196,7 @@ def test_a_second_text_is_resumed_with_the_capacity_it_began_with(tmp_path):
 
 def test_room_is_reserved_when_the_capacity_is_given():
     _, memory = writable()
-    memory.memorize(TEXT[:13], **{**CYCLE, "capacity": 50, "compress_to": 20})
+    memory.memorize(TEXT[:13], **written_by(capacity=50, compress_to=20))
     assert memory.slots.shape[2] == memory.status()[0].capacity == 50 and memory.status()[0].slots_used == 12
 
 
@@ -236,29 +247,39 @@ def test_a_gradient_that_is_not_finite_leaves_the_memory_of_the_last_chunk(chunk
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    "settings, error, message",
     [
-        (dict(WRITE, epochs=2), ValueError, "epochs is 2, but update is 'write'"),
-        (dict(WRITE, epsilon=0.0), ValueError, "epsilon is 0.0"),
-        (dict(WRITE, tokens=[1, 2]), ValueError, "tokens holds positions, which only write"),
-        (dict(WRITE, tokens=torch.tensor([1, 2])), ValueError, "tokens holds positions"),
-        (dict(WRITE, tokens="some"), TypeError, "tokens is 'some'"),
-        (dict(WRITE, capacity=5, when_full="drop_oldest"), ValueError, "up to 6 tokens.*at least 6"),
-        (dict(WRITE, capacity=10, compress_to=5), ValueError, "capacity is 10 and compress_to 5.*at least 11"),
-        (dict(WRITE, capacity=10, compress_to=10), ValueError, "compress_to is 10"),
-        (dict(WRITE, update="wrote"), ValueError, "update is 'wrote'; expected one of backprop, write"),
-        (dict(stride=6, window=16, epsilon=0.5), ValueError, "epsilon is given, but update is 'backprop'"),
-        (dict(stride=6, window=16, capacity=9), ValueError, "capacity is given, but update is 'backprop'"),
-        (dict(stride=6, window=16, tokens=3), ValueError, "tokens is given, but update is 'backprop'"),
-        (dict(stride=6, window=16, compress_to=3), ValueError, "compress_to is given, but update is 'backprop'"),
+        (dict(epsilon=0.0), ValueError, "epsilon is 0.0"),
+        (dict(tokens=[1, 2]), ValueError, "tokens holds positions, which only memory.write"),
+        (dict(tokens=torch.tensor([1, 2])), ValueError, "tokens holds positions"),
+        (dict(tokens="some"), TypeError, "tokens is 'some'"),
+        (dict(tokens=3), TypeError, r"tokens is 3; write locas.TopLoss\(3\)"),
+        (dict(tokens=0.5), TypeError, r"tokens is 0.5; write locas.LossAbove\(0.5\)"),
+        (dict(when_full="grow"), ValueError, "when_full is 'grow'; expected one of error, drop_oldest, compress"),
+        (dict(capacity=0), ValueError, "capacity is 0; expected an integer >= 1"),
+        (dict(compress_to=2.0), TypeError, "compress_to is 2.0"),
     ],
     ids=str,
 )
-def test_wrong_combinations(arguments, error, message):
+def test_a_write_that_means_nothing_is_refused_when_it_is_made(settings, error, message):
+    with pytest.raises(error, match=message):
+        locas.Write(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(capacity=5, when_full="drop_oldest"), "up to 6 tokens.*at least 6"),
+        (dict(capacity=10, compress_to=5), "capacity is 10 and compress_to 5.*at least 11"),
+        (dict(capacity=10, compress_to=10), "compress_to is 10"),
+    ],
+    ids=str,
+)
+def test_a_write_that_does_not_fit_the_memory(settings, message):
     _, memory = writable()
     before = everything(memory)
-    with pytest.raises(error, match=message):
-        memory.memorize(TEXT, **arguments)
+    with pytest.raises(ValueError, match=message):
+        memory.memorize(TEXT, **written_by(**settings))
     assert_unchanged(memory, before)
 
 

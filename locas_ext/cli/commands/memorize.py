@@ -55,18 +55,15 @@ def memorize(
     device: Device = None,
 ) -> None:
     """Stream texts through a model into a memory."""
+    from locas_ext.checks import one_of
     from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
+    from locas_ext.learning.update import UPDATES, Backprop, Write
 
-    settings = dict(
-        window=window,
-        stride=stride,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        optimizer=optimizer,
-        update=update,
-        epsilon=epsilon,
-        capacity=capacity,
-        compress_to=compress_to,
-    )
+    if update == "write":
+        by: Backprop | Write = Write(epsilon=epsilon, capacity=capacity, compress_to=compress_to)
+    else:
+        one_of("update", update, UPDATES)
+        by = Backprop(learning_rate=learning_rate, epochs=epochs, optimizer=optimizer)
+    settings = dict(window=window, stride=stride, update=by)
     config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, clip=clip, seed=seed)
     run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), console())

@@ -7,7 +7,8 @@ from transformers import TextStreamer, set_seed
 
 from locas_ext import memory as locas
 from locas_ext.evaluation.arguments import at_least
-from locas_ext.evaluation.inputs import load_host, positions
+from locas_ext.evaluation.inputs import load_host
+from locas_ext.hosts.text_config import max_positions
 
 
 def run_generate(
@@ -32,7 +33,7 @@ def run_generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(host.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("--prompt is empty; expected some text to go on from")
-    length, most = inputs["input_ids"].shape[1], positions(host)
+    length, most = inputs["input_ids"].shape[1], max_positions(host)
     if length + max_new_tokens > most:
         raise ValueError(
             f"--prompt is {length} tokens and --max-new-tokens {max_new_tokens}, but the model has {most} positions"

@@ -141,7 +141,7 @@ def _probe(model, memory_folder: Path) -> dict:
         "memory_config": memory.config.to_dict(),
         "memory_version": memory.version,
         "tokens_seen": memory.tokens_seen,
-        "memory_sha256": digest(memory.slots).hex(),
+        "memory_sha256": digest(memory.gather_slots()).hex(),
     }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from locas_ext import memory as locas
 from locas_ext.errors import LocasError
-from locas_ext.evaluation.inputs import positions
+from locas_ext.hosts.text_config import max_positions
 
 from .distributions import digest, divergence, negative_log_likelihood
 
@@ -137,8 +137,8 @@ def _read_detached(model, ids: Tensor, seen: list[_Window]) -> StateScores:
 
 def check(model, ids: Tensor, window: int) -> None:
     """ValueError for a window or text that `measure` cannot take."""
-    if not 2 <= window <= positions(model):
-        raise ValueError(f"window is {window}; expected an integer from 2 to {positions(model)}, the host's positions")
+    if not 2 <= window <= max_positions(model):
+        raise ValueError(f"window is {window}; expected an integer from 2 to {max_positions(model)}, the host's positions")
     if ids.dim() != 1 or len(ids) < 2:
         raise ValueError(f"input_ids has shape {list(ids.shape)}; expected [n] with at least 2 tokens")
 

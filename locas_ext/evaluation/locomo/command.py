@@ -13,12 +13,13 @@ from torch import Tensor
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
-from locas_ext.evaluation.inputs import load_host, positions
+from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.methods.arm import Arm, make_arm
 from locas_ext.evaluation.methods.registry import check_arm, reader
-from locas_ext.evaluation.protocol import Protocol
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.locomo import table
+from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.protocol import Protocol
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
 from .data import Dialogue, read_dialogues
@@ -127,7 +128,7 @@ def _answer_dialogue(host, tokenizer, dialogue: Dialogue, task: LocomoTask, prot
 
 def _prompts(host, tokenizer, dialogue: Dialogue, method: str, task: LocomoTask) -> Prompts:
     with_context = _split(method)[0] == "full-context"
-    return make_prompts(tokenizer, dialogue, with_context, positions(host), task.max_new_tokens)
+    return make_prompts(tokenizer, dialogue, with_context, max_positions(host), task.max_new_tokens)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
         "dtype": str(host.dtype).removeprefix("torch."),
         "methods": task.methods,
         "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
-        "positions": positions(host),
+        "positions": max_positions(host),
         "window": protocol.window,
         "stride": protocol.stride,
         "seed": task.locas["seed"],
@@ -168,7 +169,7 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
     _check(task)
     dialogues = read_dialogues(task.data)
     host, tokenizer = load_host(task.model, task.dtype, task.device)
-    protocol = Protocol.of(host, task.window, task.stride, starts_with_bos(tokenizer))
+    protocol = Protocol.of(host, task.window, task.stride, starts_with_bos(tokenizer), prefix="--")
     for dialogue in dialogues:
         _prompts(host, tokenizer, dialogue, "no-context", task)  # raises if a question does not fit
     for arm in _arms(task).values():

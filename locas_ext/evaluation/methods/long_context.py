@@ -36,7 +36,7 @@ def long_context(
 
     def read_chunk(part: Window, start: int, end: int) -> tuple[float, int]:
         nonlocal cache
-        before, inputs, targets = (tokens.to(model.device) for tokens in part)
+        before, inputs, targets = part
         if end > room:
             cache = None
         unread = before if cache is None else before[cache.get_seq_length() :]

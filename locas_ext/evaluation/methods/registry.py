@@ -14,8 +14,9 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
-from locas_ext.evaluation.inputs import Text, positions
-from locas_ext.evaluation.protocol import Protocol
+from locas_ext.evaluation.inputs import Text
+from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Chunk, MemorizeReport
 
 from .arm import Arm
@@ -109,7 +110,7 @@ def check_arm(host, arm: Arm, protocol: Protocol) -> None:
     if arm.method == "temp-lora":
         require_peft()
     if arm.method == "long-context":
-        least, most = protocol.stride + 1 if protocol.bos else max(2, protocol.stride), positions(host)
+        least, most = protocol.stride + 1 if protocol.bos else max(2, protocol.stride), max_positions(host)
         if not least <= settings["context"] <= most:
             raise ValueError(
                 f"--long-context is {settings['context']}; expected an integer from {least}, what a chunk takes, to "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.arguments import needs_extra
 from locas_ext.hosts.context_cache import one_forward, two_forwards
-from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.window_reading import Way, WindowReading
 from locas_ext.learning.chunk import Window
 from locas_ext.memory import Chunk, MemorizeReport
@@ -80,7 +79,7 @@ def _loss(model, reading: WindowReading, part: Window, full: int) -> Tensor:
 
     full: the tokens of a full window
     """
-    context, inputs, targets = part.to(model.device)
+    context, inputs, targets = part
 
     def read(way: Way) -> Tensor:
         if way == Way.ONE or not len(context):
@@ -117,7 +116,8 @@ def temp_lora(
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / WARMUP))
-    updates, reading = 0, WindowReading(lengths_of(model.config))
+    updates, reading = 0, WindowReading()
+    reading.begin_run(model)
 
     def read_chunk(part: Window, start: int, end: int) -> tuple[float, int]:
         nonlocal updates

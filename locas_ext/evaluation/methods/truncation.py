@@ -41,7 +41,7 @@ def truncation(
     """
 
     def read_chunk(part: Window, start: int, end: int) -> tuple[float, int]:
-        context, inputs, targets = (tokens.to(model.device) for tokens in part)
+        context, inputs, targets = part
         everything = torch.cat([context, inputs])[None]
         logits = model(input_ids=everything, use_cache=False, logits_to_keep=len(targets)).logits
         return F.cross_entropy(logits[0].float(), targets, reduction="sum").item(), 0

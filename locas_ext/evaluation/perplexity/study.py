@@ -5,11 +5,12 @@ from functools import cached_property
 from pathlib import Path
 
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
-from locas_ext.evaluation.inputs import load_host, positions, read_text
+from locas_ext.evaluation.inputs import load_host, read_text
 from locas_ext.evaluation.methods.arm import METHODS, Arm, make_arm, slug
 from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
-from locas_ext.evaluation.protocol import Protocol
+from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.protocol import Protocol
 
 from .ablations import NEED_HELD_OUT, PRESETS
 from .parallel import world_size
@@ -87,8 +88,8 @@ class Study:
         _check(task)
         self.task = task
         self.host, tokenizer = load_host(task.model, task.dtype, device)
-        self.protocol = Protocol.of(self.host, task.window, task.stride, task.bos)
-        self.arms = _arms(task, positions(self.host) if task.long_context is None else task.long_context)
+        self.protocol = Protocol.of(self.host, task.window, task.stride, task.bos, prefix="--")
+        self.arms = _arms(task, max_positions(self.host) if task.long_context is None else task.long_context)
         for arm in self.arms:
             check_arm(self.host, arm, self.protocol)
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]

@@ -27,7 +27,7 @@ from .recording import Recording, record
 from .undisturbed import undisturbed
 
 # Of the probe's tokens the first so many are the context, and the others differ between its two texts.
-_CONTEXT, _CHUNK = 5, 3
+_CONTEXT, _CHUNK = 4, 2
 
 
 class _Refused(ValueError):

@@ -1,0 +1,85 @@
+"""One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; cuda_graph.py captures the same."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from locas_ext.errors import LocasError
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
+
+from .chunk import Window, chunk_loss, is_read_in_one
+from .optimizers import OPTIMIZERS
+from .report import GraphReport
+from .update import Backprop
+
+# Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
+FP16_LOSS_SCALE = 1024.0
+
+
+def loss_scale(state: MemoryState) -> float:
+    """What the loss is multiplied by, and the gradient divided by before the update."""
+    return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
+
+
+def gradient(attachment: Attachment, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
+    """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
+
+    Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
+    """
+    state, tokens = attachment.state, len(window.inputs)
+    if is_read_in_one(attachment.host, window, context_gradient):
+        tokens += len(window.context)
+    slots = [parameter for parameter in state.parameters if parameter.requires_grad]
+    with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
+        loss = chunk_loss(attachment.host, window, context_gradient, ends_early)
+        torch.autograd.backward(loss * (loss_scale(state) / len(window.targets)), inputs=slots)
+    return loss.detach()
+
+
+def check_loss(loss: float, state: MemoryState, place: str) -> None:
+    """LocasError for a loss that is not finite."""
+    if not math.isfinite(loss):
+        raise LocasError(f"the loss is {loss} at {place}; the memory stays at version {state.version}")
+
+
+def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
+    """LocasError for a gradient that is not finite."""
+    if not finite:
+        raise LocasError(f"the gradient is not finite at {place}; the memory stays at version {state.version}")
+
+
+class EagerStep:
+    """step(window, place) -> the summed negative log-likelihood of a window's targets, before they are learned."""
+
+    def __init__(
+        self, attachment: Attachment, update: Backprop, context_gradient: bool, ends_early: bool, why_not: str | None = None
+    ):
+        """why_not: why the step is not a CUDA graph; None for one that is"""
+        self.attachment, self.update = attachment, update
+        self.context_gradient, self.ends_early, self.why_not = context_gradient, ends_early, why_not
+        self.updates = 0
+
+    def __call__(self, window: Window, place: str) -> float:
+        """LocasError, with the memory unchanged, if loss or gradient is not finite."""
+        self.updates += 1
+        return self.eagerly(window, place)
+
+    def eagerly(self, window: Window, place: str) -> float:
+        state = self.attachment.state
+        try:
+            loss_here = gradient(self.attachment, window, self.context_gradient, self.ends_early)
+            norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]
+            loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
+            check_loss(loss, state, place)
+            check_gradient(all(map(math.isfinite, norms_here)), state, place)
+            step = OPTIMIZERS[self.update.optimizer]
+            scale = 1.0 / loss_scale(state)
+            step(state, self.update.learning_rate, clip=self.attachment.config.clip, gradient_scale=scale)
+        finally:
+            state.zero_grad()
+        return loss
+
+    def report(self) -> GraphReport:
+        return GraphReport(updates=self.updates, why_not=self.why_not)

@@ -1,0 +1,108 @@
+"""A run over a text: each chunk is scored, then learned from, and noted down."""
+
+from collections.abc import Callable
+
+import torch
+
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.stream import Chunk, Stream
+
+from .backprop import check_loss
+from .chunk import Window, settle_reading
+from .chunk_loop import Passage, progress_bar, read_chunks
+from .fast_norms import fast_norms
+from .initialization import score_and_initialize
+from .protocol import Protocol
+from .report import MemorizeReport
+from .run_guards import interrupt_between_chunks, quiet_host, require_attached
+from .settings import ResolvedSettings, ResolvedWrite
+from .step import step_for
+from .text_digest import BLOCK, TextDigest
+from .texts import learned_now, put_record, record_of
+
+
+def tail_length(protocol: Protocol) -> int:
+    """How many of the latest tokens a run needs to go on: those that a window and the digest reach back to."""
+    return max(protocol.window, BLOCK) - 1
+
+
+class Run:
+    """A run over a text, and how far it has come."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        settings: ResolvedSettings,
+        passage: Passage,
+        digest: TextDigest,
+        chunks: list[Chunk],
+        title: str | None,
+    ):
+        """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
+        self.attachment, self.settings, self.passage, self.digest = attachment, settings, passage, digest
+        self.position = passage.begin
+        self.report = MemorizeReport(chunks=list(chunks))
+        self.record = record_of(attachment.texts, digest.hexdigest(), self.position) if self.position else None
+        self.title = self.record.title if self.record is not None and title is None else title
+        state, update = attachment.state, settings.update
+        if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
+            state.resize(update.room.reserved)
+        self.step = step_for(attachment, settings)
+
+    def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
+        """Reads the passage to its end."""
+        attachment, model = self.attachment, self.attachment.host.model
+        attachment.state.zero_grad()
+        attachment.host.reading.begin_run(model)
+        with (
+            progress_bar(progress, self.passage, self.report, "memorizing") as bar,
+            interrupt_between_chunks() as check_interrupt,
+            quiet_host(model) as quiet,
+            fast_norms(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            for chunk in read_chunks(self.passage, self._learn, self.report, bar):
+                self._note(chunk)
+                if callback is not None:
+                    callback(chunk)
+                    require_attached(attachment, verb)
+                    quiet()  # what a callback calls may have put the host back into training mode
+                check_interrupt()
+        return self.report
+
+    def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
+        """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""
+        state = self.attachment.state
+        place = f"chunk {len(self.report.chunks)} (tokens {start} to {end - 1})"
+        version = state.version
+        losses = []
+        if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
+            losses.append(score_and_initialize(self.attachment, window).item())
+            check_loss(losses[0], state, place)
+        self._settle(window)
+        for _ in range(self.settings.epochs):
+            losses.append(self.step(window, place))
+        return losses[0], version
+
+    def _settle(self, window: Window) -> None:
+        """Decides in how many forwards the window is read, and reports why it is one."""
+        if self.settings.context_gradient:
+            return
+        why = settle_reading(self.attachment.host, window, self.settings.protocol.window, self.step.ends_early)
+        if why is not None and why not in self.report.one_forward:
+            self.report.one_forward.append(why)
+
+    def _note(self, chunk: Chunk) -> None:
+        """Notes down where the run stands, and how much of the text is learned."""
+        passage, attachment = self.passage, self.attachment
+        self.digest.update(passage.between(self.position, chunk.end))
+        self.position = chunk.end
+        begin = max(passage.offset, chunk.end - tail_length(self.settings.protocol))
+        tail = passage.between(begin, chunk.end).tolist()
+        record = self.settings.as_settings().to_record()
+        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail)
+        text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
+        put_record(attachment.texts, self.record, text)
+        self.record = text
+        self.report.graph = self.step.report()

@@ -1,0 +1,133 @@
+"""How a memory learns from a chunk: by backpropagation, or by slots written in closed form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from locas_ext.checks import integer, number, one_of
+
+from .optimizers import OPTIMIZERS
+from .selectors import Selector, check_selector, spelled
+
+WHEN_FULL = ("error", "drop_oldest", "compress")
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backprop:
+    """Learning by backpropagation of the chunk's mean loss, the norm clip included (docs/method.md, "Learning").
+
+    Args:
+        learning_rate: float >= 0
+        epochs: int >= 1: learning passes over each chunk
+        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
+
+    Raises TypeError or ValueError for a value outside these.
+
+    >>> import locas_ext as locas
+    >>> locas.Backprop(learning_rate=1e-3, epochs=2)
+    Backprop(learning_rate=0.001, epochs=2, optimizer='adamw')
+    """
+
+    learning_rate: float = 4e-3
+    epochs: int = 1
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "learning_rate", number("learning_rate", self.learning_rate, 0))
+        object.__setattr__(self, "epochs", integer("epochs", self.epochs, 1))
+        one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "Backprop":
+        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), but for `changes`."""
+        return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """Learning by slots in closed form, without training; Locas-MLP only (docs/method.md, "Writing").
+
+    Args:
+        epsilon: float > 0: the length of the step that a slot makes, over all layers together, before tau
+        tokens: which tokens of a chunk get a slot: "all", `TopLoss(n)` or `LossAbove(nats)`
+        capacity: int >= 1: the most slots per layer; None: the slots used before the run plus twice the stride or
+            twice the rank, whichever is more (no limit with when_full="error")
+        when_full: what happens at the capacity: "error", "drop_oldest" or "compress"; None: "compress"
+        compress_to: int >= 1: slots per layer that a compression keeps, fewer than the capacity and at most the hidden
+            size; None: half the capacity, or the hidden size if that is less
+
+    Raises TypeError or ValueError for a value outside these. Source: the paper's Locas-MLP and its NL-SVD appendix.
+
+    >>> import locas_ext as locas
+    >>> locas.Write(epsilon=0.05, tokens=locas.TopLoss(8), capacity=64).when_full is None
+    True
+    """
+
+    epsilon: float = 1e-2
+    tokens: Selector = "all"
+    capacity: int | None = None
+    when_full: str | None = None
+    compress_to: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
+        if isinstance(self.tokens, (list, tuple)) or len(getattr(self.tokens, "shape", ())) > 0:
+            raise ValueError("tokens holds positions, which only memory.write() takes; expected 'all', TopLoss or LossAbove")
+        check_selector(self.tokens)
+        for name, why in (("capacity", "slots per layer"), ("compress_to", "slots per layer")):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, integer(name, value, 1, why=why))
+        if self.when_full is not None:
+            one_of("when_full", self.when_full, WHEN_FULL)
+
+
+def check_epsilon(epsilon: object) -> float:
+    """epsilon as a float; TypeError or ValueError if it is not a length that float32 holds."""
+    return number("epsilon", epsilon, above=0, high=_FLOAT32_MAX, why="slots are float32")
+
+
+Update = Backprop | Write
+UPDATES = ("backprop", "write")
+
+
+def as_update(update: object, flat: Mapping[str, object]) -> Update:
+    """What memorize() learns by.
+
+    Args:
+        update: "backprop", "write", a Backprop or a Write
+        flat: memorize()'s own learning_rate, epochs and optimizer, None where not given
+
+    ValueError where both speak of the same thing, TypeError for another type.
+    """
+    given = {name: value for name, value in flat.items() if value is not None}
+    said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    if isinstance(update, str) and one_of("update", update, UPDATES) == "backprop":
+        return Backprop(**given)  # type: ignore[arg-type]  # checks its own fields
+    if update == "write" or isinstance(update, Write):
+        for name, value in given.items():
+            raise ValueError(
+                f"{name} is {value!r}, but update is {_name(update)}, which writes each token once without an optimizer; "
+                f"leave {name} out, or learn with update=locas.Backprop({said})"
+            )
+        return Write() if isinstance(update, str) else update
+    if isinstance(update, Backprop):
+        for name, value in given.items():
+            raise ValueError(
+                f"{name} is {value!r} beside update=locas.Backprop(...), which says it too; write update=locas.Backprop({said})"
+            )
+        return update
+    raise TypeError(f"update is {update!r}; expected 'backprop', 'write', locas.Backprop(...) or locas.Write(...)")
+
+
+def _name(update: object) -> str:
+    return repr(update) if isinstance(update, str) else f"a {type(update).__name__}"
+
+
+def refuse_unknown(arguments: Mapping[str, object]) -> None:
+    """TypeError for keyword arguments that memorize() does not have; settings of a write are told where they go."""
+    for name, value in arguments.items():
+        if name in {field.name for field in fields(Write)}:
+            advice = f"{name}=...) with {spelled(value)}" if name == "tokens" else f"{name}={value!r})"
+            raise TypeError(f"{name} is {value!r}, which is a setting of writing: pass update=locas.Write({advice}")
+        raise TypeError(f"memorize() got an unexpected keyword argument {name!r}")
