@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lengths import Lengths, lengths_of
-from .probe.agreement import distances, rounding
+from .probe.agreement import COARSE, distances, rounding, rounds_whole_texts
 
 
 class Way(IntEnum):
@@ -45,22 +45,18 @@ def misfit(logits: Tensor, expected: Tensor, targets: Tensor) -> float:
     return torch.stack([distances(logits, expected).median(), loss.abs()]).max().item()
 
 
-def tolerance(logits: Tensor) -> float:
-    """What other orders of summation, all through a host, may make of logits in this dtype."""
-    return 1e-3 + 16 * rounding(logits)
+def tolerance(logits: Tensor, coarse: bool) -> float:
+    """What other orders of summation, all through a host, may make of its logits."""
+    return COARSE if coarse else 1e-3 + 16 * rounding(logits)
 
 
-def compare(known: Verdict, read: Callable[[Way], Tensor], targets: Tensor, expected: Tensor | None = None) -> Verdict:
+def cheapest(known: Verdict, read: Callable[[Way], Tensor], expected: Tensor, targets: Tensor, coarse: bool) -> Verdict:
     """The cheapest way, no cheaper than the known one, that gives the logits of one plain forward.
 
-    read: -> logits [n, V] of a window's chunk, read in some way; targets: [n]
-    expected: what one plain forward gives, if that has been computed
+    read: -> logits [n, V] of a window's chunk, read in some way
+    expected: [n, V], what one plain forward gives; targets: [n]
+    coarse: whether the host rounds whole texts to one grid (rounds_whole_texts)
     """
-    if known.way == Way.ONE:
-        return known
-    if expected is None:
-        with torch.no_grad():
-            expected = read(Way.ONE)
     why = known.why
     for way in (Way.SHORT, Way.FULL)[known.way :]:
         try:
@@ -68,7 +64,7 @@ def compare(known: Verdict, read: Callable[[Way], Tensor], targets: Tensor, expe
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
             why = f"behind a cache of the context the host raises {type(problem).__name__}: {problem}"
             continue
-        if error <= tolerance(expected):
+        if error <= tolerance(expected, coarse):
             return Verdict(way, why)
         why = f"behind a cache of the context the host's logits differ from those of one forward by {error:.2g} of their spread"
     return Verdict(Way.ONE, why)
@@ -86,14 +82,18 @@ class WindowReading:
 
     lengths: where its config says that something changes
     last_layer: the `layer_idx` of the attention that runs last; None: not known, and no context's forward ends early
-    why_unchecked: why nothing is compared, or None
+    coarse: whether it rounds whole texts to one grid of numbers, so that comparisons have to allow more
+    unprobed: why the probe found nothing out, or None
+    compares: whether runs compare two forwards with one
     verdicts: by the least number of tokens that each holds for; the probe's at 0
     build: what the host was made of when they were found
     """
 
     lengths: Lengths = field(default_factory=Lengths)
     last_layer: int | None = None
-    why_unchecked: str | None = None
+    coarse: bool = False
+    unprobed: str | None = None
+    compares: bool = True
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     build: int | None = None
 
@@ -102,7 +102,7 @@ class WindowReading:
         build = _build(model)
         if build != self.build:
             self.verdicts = {least: verdict for least, verdict in self.verdicts.items() if least == 0}
-            self.lengths, self.build = lengths_of(model.config), build
+            self.lengths, self.coarse, self.build = lengths_of(model.config), rounds_whole_texts(model), build
 
     def verdict(self, context: int, tokens: int) -> Verdict:
         """For a window of so many tokens, `context` of them before the chunk's inputs."""
@@ -117,22 +117,22 @@ class WindowReading:
         """The verdict for a window, compared first if it is the first of its kind.
 
         context: the tokens before the chunk's inputs; targets: [n], one per input
-        full: the tokens of this run's full windows; read: as in `compare`
+        full: the tokens of this run's full windows; read: as in `cheapest`
         """
         tokens = context + len(targets)
         verdict = self.verdict(context, tokens)
-        if context == 0 or self.why_unchecked is not None or self.lengths.divides(context, tokens) is not None:
+        if context == 0 or not self.compares or self.lengths.divides(context, tokens) is not None:
             return verdict
         kind = max(least for least in (1, *(length + 1 for length in self.lengths.all), full) if least <= tokens)
-        if kind not in self.verdicts:
-            self.verdicts[kind] = compare(verdict, read, targets)
+        if kind not in self.verdicts and verdict.way != Way.ONE:
+            with torch.no_grad():
+                expected = read(Way.ONE)
+            self.verdicts[kind] = cheapest(verdict, read, expected, targets, self.coarse)
         return self.verdict(context, tokens)
 
     def describe(self) -> str:
         """One line for a status."""
-        if self.why_unchecked is not None:
-            return f"two forwards per window, not compared with one: {self.why_unchecked}"
         for least, verdict in sorted(self.verdicts.items()):
             if verdict.way == Way.ONE:
-                return f"one forward per window of {least} or more tokens: {verdict.why}"
-        return "two forwards per window"
+                return f"one forward per window of {max(least, 1)} or more tokens: {verdict.why}"
+        return "two forwards per window" + (f"; the host was not probed: {self.unprobed}" if self.unprobed else "")

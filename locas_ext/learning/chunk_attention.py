@@ -8,14 +8,16 @@ attention interface while a chunk with context runs forward, and only for hosts 
         queries n [        P           |   P    ]         dQ from all of P; dK, dV from the right part only
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -99,6 +101,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         and query.is_cpu
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and dropout == 0.0
         and others.get("position_bias") is None
     )
@@ -113,15 +116,32 @@ AttentionInterface.register(NAME, _chunk_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _attentions(host: Host) -> list[Any]:
+    """The decoder's attention modules, which look up what they call in their config."""
+    return [
+        module
+        for module in host.model.get_decoder().modules()
+        if "layer_idx" in module.__dict__
+        and getattr(module.__dict__.get("config"), "_attn_implementation", None) == "sdpa"
+        and not isinstance(module, PreTrainedModel)
+    ]
+
+
 @contextmanager
 def chunk_attention(host: Host) -> Iterator[None]:
-    """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are."""
-    config = host.model.config
-    if config._attn_implementation != "sdpa" or host.input_device().type != "cpu":
-        yield
-        return
-    config._attn_implementation = NAME
+    """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are.
+
+    Each attention gets a copy of its config to read: the config itself may be another model's too, or that of a vision tower.
+    """
+    attentions = _attentions(host) if host.input_device().type == "cpu" else []
+    configs = [module.config for module in attentions]
+    copies = {id(config): copy.copy(config) for config in configs}
+    for config in copies.values():
+        config._attn_implementation_internal = NAME
     try:
+        for module, config in zip(attentions, configs, strict=True):
+            module.config = copies[id(config)]
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        for module, config in zip(attentions, configs, strict=True):
+            module.config = config

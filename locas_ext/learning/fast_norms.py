@@ -29,7 +29,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         rows, weight, inverse_rms = ctx.saved_tensors
-        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape), rows, weight, inverse_rms)
+        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape).contiguous(), rows, weight, inverse_rms)
         return dx.view(d_out.shape), None, None
 
 
@@ -40,8 +40,11 @@ class FastNorm:
         """module: a norm as `_is_plain` finds it, of a class of the host's"""
         self.weight: nn.Parameter = module.weight
         self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
+        self.own = module.forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # under autocast
+            return self.own(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return RMSNormFunction.apply(x, self.weight, self.eps)
         rows = x.reshape(-1, x.shape[-1])

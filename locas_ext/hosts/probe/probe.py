@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from locas_ext.hosts.context_cache import two_forwards
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.window_reading import Verdict, Way, compare
+from locas_ext.hosts.window_reading import Verdict, Way, cheapest
 
-from .agreement import distances, rounding
+from .agreement import rounds_whole_texts
+from .causality import leak
 from .formula import DidNotRun, difference
 from .recording import Recording, record
 from .undisturbed import undisturbed
@@ -66,18 +67,6 @@ def _last_layer(recording: Recording) -> int | None:
     return order[-1] if order and order[-1] not in order[:-1] else None
 
 
-def _check_causal(host: Host, logits: Tensor) -> None:
-    """_Refused if the earlier logits of two texts [2, n, V] differ, which differ in their last tokens only."""
-    moved = distances(logits[1, :_CONTEXT], logits[0, :_CONTEXT]).max().item()
-    # The two are rows of one forward, so nearly all sums have the same order.
-    if not moved <= 1e-4 + 4 * rounding(logits):
-        raise _Refused(
-            f"{type(host.model).__name__} is not causal as it is: other last tokens of a text move the logits of earlier ones "
-            f"by {moved:.2g} of their spread, so a chunk would be scored with its own tokens in sight; expected a model whose "
-            "tokens see only those before them"
-        )
-
-
 def _watched(host: Host) -> list[nn.Module]:
     """The modules to record: the FFNs with all inside them, and whatever has a number in the cache."""
     found = {module: None for ffn in host.ffns for module in (*ffn.module.modules(), *ffn.projections())}
@@ -90,7 +79,12 @@ def _check(host: Host, texts: Tensor) -> None:
     recording = record(model, texts, _watched(host))
     if not recording.logits.isfinite().all():
         raise ArithmeticError("its logits are not finite")
-    _check_causal(host, recording.logits)
+    if (moved := leak(model, texts, recording.logits, _CONTEXT)) is not None:
+        raise _Refused(
+            f"{type(model).__name__} is not causal as it is: other last tokens of a text move the logits of earlier ones by "
+            f"{moved:.2g} of their spread, so a chunk would be scored with its own tokens in sight; expected a model whose "
+            "tokens see only those before them"
+        )
     for layer, ffn in enumerate(host.ffns):
         try:
             ffn.differs = difference(ffn, recording)
@@ -102,7 +96,10 @@ def _check(host: Host, texts: Tensor) -> None:
     def read(way: Way) -> Tensor:
         return two_forwards(model, context, inputs, reading.last_layer if way == Way.SHORT else None)
 
-    reading.verdicts[0] = compare(Verdict(), read, inputs, expected=recording.logits[0, _CONTEXT:])
+    if reading.lengths.divides(_CONTEXT, len(texts[0])) is not None:
+        return
+    expected = recording.logits[0, _CONTEXT:]
+    reading.verdicts[0] = cheapest(Verdict(), read, expected, inputs, rounds_whole_texts(model))
 
 
 def probe(host: Host) -> ProbeReport:
@@ -113,8 +110,9 @@ def probe(host: Host) -> ProbeReport:
     """
     began = time.perf_counter()
     host.reading.lengths = lengths_of(host.model.config)
-    skipped = "LOCAS_PROBE is 0" if os.environ.get("LOCAS_PROBE", "1") == "0" else None
-    if skipped is None:
+    off = os.environ.get("LOCAS_PROBE", "1") == "0"
+    skipped = "LOCAS_PROBE is 0" if off else None
+    if not off:
         try:
             with undisturbed(host.model):
                 _check(host, _texts(host))
@@ -127,5 +125,5 @@ def probe(host: Host) -> ProbeReport:
                 f"says: {skipped}",
                 stacklevel=5,
             )
-    host.reading.why_unchecked = skipped
+    host.reading.unprobed, host.reading.compares = skipped, not off
     return ProbeReport(time.perf_counter() - began, skipped)
