@@ -1,21 +1,16 @@
 """LocasConfig: what a memory is made of, checked when it is made."""
 
-import math
-import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from locas_ext.checks import boolean, integer, integers, number, one_of
+
 VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
 
 def paper_multiple(scale: object) -> float | None:
@@ -26,6 +21,16 @@ def paper_multiple(scale: object) -> float | None:
     return float(match[1]) or None if match else None
 
 
+def _checked_scale(scale: object) -> str | float:
+    if not isinstance(scale, str):
+        if number("scale", scale) == 0:
+            raise ValueError(f"scale is {scale}; expected a finite number other than 0, or 'paper', '16x' or 'host'")
+        return number("scale", scale)
+    if scale not in SCALES and paper_multiple(scale) is None:
+        raise ValueError(f"scale is {scale!r}; expected paper, a multiple of it such as '16x', host or a number")
+    return scale
+
+
 @dataclass(frozen=True)
 class LocasConfig:
     """The settings of a memory.
@@ -33,21 +38,24 @@ class LocasConfig:
     Args:
         variant: "glu", for hosts with gate, up and down projections (the paper's Locas-GLU), or "mlp" (Locas-MLP), for
             hosts with two-layer FFNs
-        rank: r, the number of slots a layer, at least 1; Locas-MLP begins with so many and grows when slots are written
-        layers: which decoder layers get a memory, as indices (negative ones count from the end); None: all
+        rank: int >= 1: r, the slots per layer; Locas-MLP begins with so many and grows when slots are written
+        layers: sequence of int: which decoder layers get a memory (negative ones count from the end); None: all
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
             the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
-            directions;
-            "activation" takes the FFN inputs of random tokens
+            directions; "activation" takes the FFN inputs of random tokens
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it
-            such as "16x", "host" (the mean norm without 1/r) or a number
-        clip: whether each slot row is kept at length 1 or less after every update
+            such as "16x", "host" (the mean norm without 1/r) or a float other than 0
+        clip: bool: whether each slot row is kept at length 1 or less after every update
         backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
             "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
             first two was measured to be faster
-        seed: of the random inits
+        seed: int: of the random inits
 
-    Raises ValueError or TypeError for a setting outside these.
+    Raises ValueError or TypeError for a setting outside these. Source: the paper's Locas-GLU and Locas-MLP
+    (docs/method.md).
+
+    >>> LocasConfig(rank=16, scale="host", layers=[0, -1]).layers
+    (0, -1)
     """
 
     variant: str = "glu"
@@ -60,33 +68,29 @@ class LocasConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("variant", self.variant, VARIANTS)
-        _choice("init", self.init, INITS)
-        _choice("backend", self.backend, BACKENDS)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, numbers.Integral):
-            raise TypeError(f"rank is {self.rank!r}; expected an integer >= 1")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; expected an integer >= 1")
-        object.__setattr__(self, "rank", int(self.rank))
-        if isinstance(self.scale, str):
-            if self.scale not in SCALES and paper_multiple(self.scale) is None:
-                raise ValueError(f"scale is {self.scale!r}; expected paper, a multiple of it such as '16x', host or a number")
-        elif isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
-            raise TypeError(f"scale is {self.scale!r}; expected 'paper', 'host' or a number")
-        elif not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"scale is {self.scale}; expected a finite number other than 0")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise TypeError(f"seed is {self.seed!r}; expected an integer")
-        if not isinstance(self.clip, bool):
-            raise TypeError(f"clip is {self.clip!r}; expected True or False")
-        if self.layers is not None:
-            if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
-                raise TypeError(f"layers is {self.layers!r}; expected None or a sequence of layer indices")
-            if any(isinstance(i, bool) or not isinstance(i, numbers.Integral) for i in self.layers):
-                raise TypeError(f"layers is {list(self.layers)}; expected integers")
-            if not self.layers:
-                raise ValueError("layers is empty; expected at least one layer index, or None for all layers")
-            object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
+        one_of("variant", self.variant, VARIANTS)
+        one_of("init", self.init, INITS)
+        one_of("backend", self.backend, BACKENDS)
+        checked = {
+            "rank": integer("rank", self.rank, 1),
+            "layers": None if self.layers is None else integers("layers", self.layers),
+            "scale": _checked_scale(self.scale),
+            "clip": boolean("clip", self.clip),
+            "seed": integer("seed", self.seed, -(2**63), 2**64 - 1),
+        }
+        if checked["layers"] == ():
+            raise ValueError("layers is empty; expected at least one layer index, or None for all layers")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "LocasConfig":
+        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), but for `changes`.
+
+        >>> LocasConfig.paper(rank=128).scale
+        'paper'
+        """
+        return cls(**{"variant": "glu", "rank": 64, "init": "topk", "scale": "paper", "clip": True, **changes})
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layer indices in ascending order; IndexError out of range, ValueError for one named twice."""

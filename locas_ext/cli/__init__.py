@@ -1,5 +1,10 @@
 """The command line: `locas`, `python -m locas_ext`."""
 
-from .app import main
 
-__all__ = ["main"]
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line (None: that of this process) and returns the exit status."""
+    from .interrupts import importing
+
+    with importing():
+        from .app import run
+    return run(arguments)

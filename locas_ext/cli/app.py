@@ -1,69 +1,85 @@
-"""The command line: arguments in, one line for what goes wrong. Each command's arguments are in commands/.
+"""The commands, and how one is run. Each command's arguments are in commands/, what goes wrong in failures.py."""
 
-Exit status: 0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 ended by Ctrl-C.
-"""
-
-from typing import Any
+import os
+import shutil
+import sys
+from functools import partial
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from locas_ext.errors import Interrupted, LocasError
+from locas_ext.terminal import Terminal
+from locas_ext.version import __version__
 
 from .commands import capability, demo, generate, info, locomo, memorize, merge, perplexity, report
+from .config_file import origin
+from .examples import examples
+from .failures import Failure, failure
+from .grouped import grouped
 
-_WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-UsageError: Any = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
+_PANELS = 72  # columns under which panels of options would cut the options' names
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Memories for Hugging Face language models that learn while they read.",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _PANELS else None,
 )
-for command in (
-    demo.demo,
-    memorize.memorize,
-    perplexity.perplexity,
-    generate.generate,
-    locomo.locomo,
-    merge.merge,
-    capability.capability,
-    report.report,
-    info.info,
-):
-    app.command()(command)
 
 
-def _complain(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"locas: {' '.join(message.split())}"))
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Terminal().print(f"locas {__version__}")
+        raise typer.Exit
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line (None: that of this process) and returns the exit status."""
+@app.callback()
+def _locas(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Memories for Hugging Face language models that learn while they read."""
+
+
+for command in (demo, memorize, perplexity, generate, locomo, merge, capability, report, info):
+    name = command.__name__.rpartition(".")[2]
+    app.command(name, epilog=examples(command.EXAMPLES))(grouped(getattr(command, name)))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Runs a command line (None: that of this process); returns the exit status."""
+    context: Any = None
     try:
-        status = app(arguments, prog_name="locas", standalone_mode=False) or 0
-    except Interrupted as interrupt:
-        _complain(f"interrupted: {interrupt}")
-        return 130
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    except UsageError as error:
-        if message := error.format_message():  # empty where help was printed instead
-            _complain(message)
-        return 2
+        # Not app(): it has answers of its own to Ctrl-C and to a closed pipe.
+        context = typer.main.get_command(app).make_context("locas", sys.argv[1:] if arguments is None else list(arguments))
+        with context:
+            context.command.invoke(context)
+        _flush()
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        ended = failure(error, partial(origin, context)) if context else failure(error)
+    _complain(ended)
+    return ended.status
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
     except OSError as error:
-        # What the system says comes without the file's name, what transformers says as a whole sentence.
-        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        return 2 if isinstance(error, _WRONG_PATH) else 1
-    except LocasError as error:
-        _complain(str(error))
-        return 1
-    except ValueError as error:
-        _complain(str(error))
-        return 2
-    if status == 130:
-        _complain("interrupted: nothing was kept")
-    return status
+        raise type(error)(error.errno, error.strerror, "standard output") from error
+
+
+def _complain(ended: Failure) -> None:
+    """Prints the one line. An output that nobody takes is let go, so that the process does not stumble over it at its end."""
+    try:
+        if ended.line:
+            Terminal(stderr=True).print(f"locas: {' '.join(ended.line.split())}")
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)

@@ -1,66 +1,162 @@
-"""Options that several commands have: one name, one type and one help text each."""
+"""Options that several commands have: one name, one kind of value and one help text each; and the groups they come in."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from locas_ext.config import paper_multiple
+from locas_ext.config import BACKENDS, INITS, VARIANTS, LocasConfig
+
+from . import values
+from .values import Kind, integer, number, one_of, path, text
+
+DTYPES = ("float32", "bfloat16", "float16")
+HOST, READING, MEMORY, LEARNING, WRITING = (
+    "The host",
+    "How the text is read",
+    "The memory",
+    "Learning",
+    "Writing (--update write)",
+)
+TEMP_LORA, RUN = "Temp-LoRA", "This run"
 
 
-def _scale(text: str) -> str | float:
-    if text == "host" or paper_multiple(text) is not None:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected paper, a multiple such as 16x, host or a number") from None
+_WIDEST = 22  # a longer list of choices goes from the column of kinds into the help text
 
 
-def names(text: str) -> list[str]:
-    """What an option that takes NAME,... names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def option(kind: Kind, help: str, *names: str, panel: str = RUN) -> Any:
+    metavar = kind.metavar
+    if len(metavar) > _WIDEST:
+        metavar, help = "CHOICE", f"{help} Expected: {kind.expected}."
+    return typer.Option(*names, parser=kind, metavar=metavar, help=help, rich_help_panel=panel)
 
 
-# ---- the host ------------------------------------------------------------------------------------------------
-Model = Annotated[str, typer.Option(help="The host: a folder or a hub name.")]
+def flag(help: str, *names: str, panel: str = RUN) -> Any:
+    return typer.Option(*names, metavar="", help=help, rich_help_panel=panel)
+
+
+def argument(kind: Kind, help: str) -> Any:
+    return typer.Argument(parser=kind, metavar=kind.metavar, help=help, show_default=False)
+
+
+# ---- what every command that loads a model has ----------------------------------------------------------------
+Model = Annotated[str, option(text("MODEL"), "A folder or a hub name.", panel=HOST)]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on CPU, the checkpoint's on CUDA.")
+    str | None, option(one_of(DTYPES), "The host's dtype; default: float32 on CPU, the checkpoint's on CUDA.", panel=HOST)
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; left out: CUDA where there is one.")]
-MemoryFolder = Annotated[Path, typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote.")]
+Device = Annotated[str | None, option(text("cpu|cuda:N"), "Where the host runs; default: CUDA where there is one.", panel=HOST)]
+MemoryFolder = Annotated[Path, option(path("DIR"), "A folder that `locas memorize` wrote.", panel=HOST)]
 
-ResultsFolder = Annotated[
-    Path, typer.Option(metavar="DIR", help="Where the results go; the same command goes on with a run that was ended.")
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """How the host is loaded."""
+
+    dtype: Dtype = None
+    device: Device = None
+
+
+# ---- how a text is read ---------------------------------------------------------------------------------------
+Window = Annotated[
+    int | None, option(integer(2), "Tokens seen at once; default: 2048, or the host's positions if fewer.", panel=READING)
 ]
-
-# ---- how a text is read --------------------------------------------------------------------------------------
-Window = Annotated[int | None, typer.Option(help="Tokens seen at once; left out: 2048, or the host's positions if fewer.")]
-Stride = Annotated[int | None, typer.Option(help="Tokens a chunk; left out: a quarter of the window.")]
+Stride = Annotated[int | None, option(integer(1), "Tokens per chunk; default: a quarter of the window.", panel=READING)]
+Bos = Annotated[bool, flag("Put the host's BOS token before every window.", "--bos", panel=READING)]
+MaxTokens = Annotated[
+    int | None, option(integer(2), "Read at most this many tokens of each text; default: all.", panel=READING)
+]
 HeldOut = Annotated[
     list[Path] | None,
-    typer.Option(metavar="TEXT", help="A text to measure forgetting on, not read before; may be given several times."),
+    option(path("TEXT"), "A text to measure forgetting on, not read before; may be given several times.", panel=READING),
 ]
-HeldOutTokens = Annotated[int | None, typer.Option(help="Read at most so many tokens of each held-out text.")]
-
-# ---- Locas ---------------------------------------------------------------------------------------------------
-Rank = Annotated[int, typer.Option(help="Locas: slots a layer.")]
-Scale = Annotated[
-    str, typer.Option(parser=_scale, metavar="paper|16x|host|NUMBER", help="Locas: the memory's output scale, tau.")
+HeldOutTokens = Annotated[
+    int | None, option(integer(2), "Read at most this many tokens of each held-out text; default: all.", panel=READING)
 ]
-Init = Annotated[str, typer.Option(help="Locas: topk, bottomk, random, gaussian or activation.")]
-Variant = Annotated[str, typer.Option(help="Locas: glu for hosts with a gated FFN, mlp for those with a two-layer one.")]
-LearningRate = Annotated[float, typer.Option(help="Locas: of the optimizer.")]
-Epochs = Annotated[int, typer.Option(help="Locas: learning passes over each chunk.")]
-Clip = Annotated[bool, typer.Option("--clip/--no-clip", help="Locas: whether no row grows longer than 1.")]
-Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
 
-# ---- Temp-LoRA -----------------------------------------------------------------------------------------------
-TempLoraRank = Annotated[int, typer.Option(help="Temp-LoRA: of the adapter.")]
-TempLoraAlpha = Annotated[float | None, typer.Option(help="Temp-LoRA: scale times rank; left out: the rank.")]
-TempLoraRate = Annotated[float, typer.Option("--temp-lora-lr", help="Temp-LoRA: learning rate of AdamW.")]
-TempLoraEpochs = Annotated[int, typer.Option(help="Temp-LoRA: learning passes over each chunk.")]
 
-# ---- answers and questions -----------------------------------------------------------------------------------
-MaxNewTokens = Annotated[int, typer.Option(help="How much to write at most.")]
-BatchSize = Annotated[int, typer.Option(help="Questions answered at once.")]
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """The windows in which a text is read."""
+
+    window: Window = None
+    stride: Stride = None
+
+
+# ---- Locas ----------------------------------------------------------------------------------------------------
+Variant = Annotated[
+    str, option(one_of(VARIANTS), "glu for hosts with a gated FFN, mlp for those with a two-layer one.", panel=MEMORY)
+]
+Rank = Annotated[int, option(integer(1), "Slots per layer.", panel=MEMORY)]
+Layers = Annotated[
+    Any,  # a tuple of integers or None: a tuple's type would make typer take several arguments
+    option(values.LAYERS, "The layers that get a memory; negative ones count from the end; default: all.", panel=MEMORY),
+]
+Init = Annotated[str, option(one_of(INITS), "How gate and key rows start.", panel=MEMORY)]
+Scale = Annotated[Any, option(values.SCALE, "The memory's output scale, tau.", panel=MEMORY)]
+Clip = Annotated[bool, flag("Whether no row grows longer than 1.", "--clip/--no-clip", panel=MEMORY)]
+Backend = Annotated[str, option(one_of(BACKENDS), "What computes the FFN with its memory.", panel=MEMORY)]
+Seed = Annotated[int, option(integer(0), "Seed of the random draws.")]
+LearningRate = Annotated[float, option(number(low=0), "Learning rate of the optimizer.", panel=LEARNING)]
+Epochs = Annotated[int, option(integer(1), "Learning passes over each chunk.", panel=LEARNING)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """The fields of LocasConfig."""
+
+    variant: Variant = "glu"
+    rank: Rank = 64
+    layers: Layers = None
+    init: Init = "topk"
+    scale: Scale = "paper"
+    clip: Clip = True
+    backend: Backend = "auto"
+    seed: Seed = 0
+
+    def config(self) -> LocasConfig:
+        return LocasConfig(**vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocasOptions:
+    """Locas as a method among others."""
+
+    variant: Variant = "glu"
+    rank: Rank = 64
+    init: Init = "topk"
+    scale: Scale = "paper"
+    clip: Clip = True
+    learning_rate: LearningRate = 4e-3
+    epochs: Epochs = 1
+    seed: Seed = 0
+
+
+# ---- Temp-LoRA ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class TempLoraOptions:
+    """Temp-LoRA as a method among others."""
+
+    temp_lora_rank: Annotated[int, option(integer(1), "Rank of the adapter.", panel=TEMP_LORA)] = 64
+    temp_lora_alpha: Annotated[
+        float | None, option(number(above=0), "Scale times rank; default: the rank.", panel=TEMP_LORA)
+    ] = None
+    temp_lora_lr: Annotated[float, option(number(low=0), "Learning rate of AdamW.", "--temp-lora-lr", panel=TEMP_LORA)] = 5e-5
+    temp_lora_epochs: Annotated[int, option(integer(1), "Learning passes over each chunk.", panel=TEMP_LORA)] = 2
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        return {
+            "rank": self.temp_lora_rank,
+            "alpha": self.temp_lora_alpha,
+            "learning_rate": self.temp_lora_lr,
+            "epochs": self.temp_lora_epochs,
+            "seed": seed,
+        }
+
+
+# ---- answers, questions, results --------------------------------------------------------------------------------
+MaxNewTokens = Annotated[int, option(integer(1), "Write at most this many tokens.")]
+BatchSize = Annotated[int, option(integer(1), "Questions answered at once.")]
+ResultsFolder = Annotated[
+    Path, option(path("DIR"), "Where the results go; the same command resumes a run that was interrupted.")
+]

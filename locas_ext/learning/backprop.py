@@ -34,7 +34,7 @@ def gradient(attachment: Attachment, window: Window, context_gradient: bool, end
     slots = [parameter for parameter in state.parameters if parameter.requires_grad]
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
         loss = chunk_loss(attachment.host, window, context_gradient, ends_early)
-        torch.autograd.backward(loss * (loss_scale(state) / len(window.targets)), inputs=slots)
+        (loss * (loss_scale(state) / len(window.targets))).backward(inputs=slots)
     return loss.detach()
 
 

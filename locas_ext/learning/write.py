@@ -25,6 +25,8 @@ from .room import NO_LIMIT, Room
 from .run_guards import interrupt_between_chunks, quiet_host
 from .selectors import check_positions
 from .settings import ResolvedWrite
+from .text_digest import text_digest
+from .texts import learned_now
 from .token_gradients import TokenGradients, token_gradients
 from .update import Write
 
@@ -146,5 +148,7 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
     ):
         found = token_gradients(attachment, Window(ids[:0], ids[:-1], ids[1:]), resolved.tokens, exact, False, False)
         report, _ = _write(attachment, resolved, found, f"tokens 1 to {len(ids) - 1}")
+        if report.tokens:
+            attachment.texts.append(learned_now(None, text_digest(ids), len(ids)))
         check_interrupt()
     return report

@@ -1,11 +1,15 @@
 """A model gets a memory: a new one, or a saved one."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
+from locas_ext.hosts.registry import inspect_host
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 
@@ -17,14 +21,21 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
     The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
 
-    model: a transformers causal language model of a supported type
-    config: a LocasConfig; None: the defaults
-    rehome: whether the host's FFN weights move into buffers with room for the memory, so that one product computes both
-        (docs/architecture.md, "Re-homing"); detach() moves them out again
+    Args:
+        model: a transformers causal language model of a supported type
+        config: a LocasConfig; None: the defaults
+        rehome: bool: whether the host's FFN weights move into buffers with room for the memory, so that one product
+            computes both (docs/architecture.md, "Re-homing"); detach() moves them out again
 
-    Returns the Memory. Raises TypeError or ValueError if the model is no language model, of a family that is not
+    Returns the Memory. Raises TypeError or ValueError if the model is not a language model, of a family that is not
     supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
-    the model then is as it was.
+    the model then is as it was. Source: the paper's "sideway" FFN (docs/method.md).
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> tuple(memory.slots.shape), memory.version
+    ((2, 3, 4, 16), 0)
     """
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
@@ -35,17 +46,51 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
 
 def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
-    """Attaches the memory saved in the folder `path`; rehome as in `attach`.
+    """Attaches a saved memory.
 
-    Returns the Memory. Raises as `attach` and `Memory.load` do; the model then is as it was.
+    Args:
+        model: the host that the memory was saved with
+        path: the folder that `Memory.save_pretrained` wrote
+        rehome: as in `attach`
+
+    Returns the Memory; a backend that is not available here gives way to "auto", with a warning. Raises as `attach` and
+    `Memory.load` do; the model then is as it was.
+
+    >>> import tempfile
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> _ = memory.memorize(list(range(3, 35)), window=16, stride=8, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     memory.save_pretrained(folder)
+    ...     loaded = locas.load(tiny_host(), folder)
+    >>> loaded.version, bool((loaded.slots == memory.slots).all())
+    (4, True)
     """
-    memory = attach(model, checkpoint.read_config(path), rehome)
+    saved = checkpoint.read(path)
+    saved.check_host(inspect_host(model))
+    saved.check_room()
+    memory, obstacle = _attach_saved(model, saved.config, rehome)
     try:
-        memory.load(path)
+        if obstacle is not None:
+            warnings.warn(
+                f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=caller_stacklevel()
+            )
+        memory._take(saved)
     except BaseException:
         memory.detach()
         raise
     return memory
+
+
+def _attach_saved(model: nn.Module, config: LocasConfig, rehome: bool) -> tuple[Memory, str | None]:
+    """Attaches with the config of a file, whose backend is a preference; also returns what stood against it, or None."""
+    try:
+        return attach(model, config, rehome), None
+    except ValueError as error:
+        if config.backend == "auto":
+            raise
+        return attach(model, replace(config, backend="auto"), rehome), str(error)
 
 
 def memory_of(model: nn.Module) -> Memory:

@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from locas_ext.config import LocasConfig
 from locas_ext.learning.initialization import initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.memorize import feed, memorize
@@ -19,104 +17,21 @@ from locas_ext.learning.selectors import Selector
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.update import Backprop, Write, as_update, refuse_unknown
 from locas_ext.learning.write import WriteReport, write
-from locas_ext.patching.attachment import Attachment
-from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.stream import Chunk, TextRecord
+from locas_ext.state.stream import Chunk
 from locas_ext.storage import checkpoint, snapshot
+from locas_ext.storage.checkpoint import Saved
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
 
-from .status import LayerStatus, layer_status
+from .facts import MemoryFacts
 
 
-class Memory:
+class Memory(MemoryFacts):
     """A memory attached to a model; `locas.attach` makes one.
 
     Everything here leaves the host's own weights alone, and a call that fails leaves the memory as it was.
     """
-
-    def __init__(self, attachment: Attachment):
-        self._attachment = attachment
-
-    # ---- what it is ------------------------------------------------------------------------------------------
-    @property
-    def config(self) -> LocasConfig:
-        return self._attachment.config
-
-    @property
-    def model(self) -> nn.Module:
-        """The host."""
-        return self._attachment.host.model
-
-    @property
-    def state(self) -> MemoryState:
-        """All state: slots, gradient, optimizer states (locas_ext/state/memory_state.py)."""
-        return self._attachment.state
-
-    @property
-    def slots(self) -> Tensor:
-        """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
-
-        The memory itself, to be read or written. RuntimeError where the host lies on several devices.
-        """
-        if len(self.state.arenas) > 1:
-            raise RuntimeError(
-                f"the slots lie on {len(self.state.arenas)} devices, so they are not one tensor; use memory.gather_slots()"
-            )
-        return self.state.arenas[0].slots
-
-    def gather_slots(self) -> Tensor:
-        """A copy of `slots`, on any number of devices; of several, on that of the first layer."""
-        return torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
-
-    @property
-    def num_parameters(self) -> int:
-        """The numbers in all slots used; of the rank's while none is."""
-        return self.state.shape.numel()
-
-    @property
-    def scale(self) -> Tensor:
-        """[L] float32: tau of each layer."""
-        return self.state.whole("scale")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The decoder layers that have a memory."""
-        return self.state.layers
-
-    @property
-    def version(self) -> int:
-        """The number of updates so far: 0 after attach, initialize and reset."""
-        self.state.sync()
-        return self.state.version
-
-    @property
-    def tokens_seen(self) -> int:
-        """How far into its text the latest memorize() run has read."""
-        return self._attachment.stream.position if self._attachment.stream else 0
-
-    @property
-    def texts(self) -> tuple[TextRecord, ...]:
-        """Every text the memory has learned from, oldest first; one that is resumed or fed goes on in its record."""
-        return tuple(self._attachment.texts)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
-        return self.state.parameters
-
-    def status(self) -> list[LayerStatus]:
-        """One entry per layer with a memory."""
-        return layer_status(self._attachment)
-
-    def __repr__(self) -> str:
-        state = self.state
-        layers, _, rank, d = state.shape
-        room = f" of {state.capacity}" if rank != state.capacity else ""
-        return (
-            f"Memory({self.config.variant}, {layers} layers x {rank}{room} slots x {d}, version {self.version}, "
-            f"on {type(self.model).__name__})"
-        )
 
     # ---- using it --------------------------------------------------------------------------------------------
     @contextmanager
@@ -131,8 +46,12 @@ class Memory:
     def initialize(self, input_ids: TokenIds) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
 
-        input_ids: [n] or [1, n] integers, no more than the host has positions. `memorize` does this with its first
-        chunk if it has not been done. What was learned before is lost: the version is 0 afterwards.
+        Args:
+            input_ids: [n] or [1, n] integers, no more than the host has positions
+
+        `memorize` does this with its first chunk if it has not been done. What was learned before is lost: the version
+        is 0 afterwards. Raises ValueError or TypeError for ids that do not fit, LocasError where the host's activations
+        are not finite; the memory then is as it was. Source: docs/method.md, "Initialization".
         """
         self._require_attached("initialize")
         initialize(self._attachment, input_ids)
@@ -267,8 +186,9 @@ class Memory:
     def compress(self, rank: int, threshold: float = 0.0) -> CompressReport:
         """Replaces the slots of each layer of a Locas-MLP memory by at most `rank` that agree with them (NL-SVD).
 
-        rank: 1 to the slots used, and no more than the hidden size
-        threshold: >= 0: probes whose weighted norm is under this are left out too
+        Args:
+            rank: int from 1 to the slots used, and no more than the hidden size
+            threshold: float >= 0: probes whose weighted norm is under this are left out too
 
         Along each probe the memory's output stays what it was. Computed in float64 whatever the host's dtype. The
         capacity becomes the slots kept, optimizer states start anew, the version is one more. Returns a CompressReport.
@@ -280,7 +200,7 @@ class Memory:
         return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
 
     def reset(self) -> None:
-        """Forgets everything: slots and optimizer states are zero, the version is 0."""
+        """Forgets everything: slots and optimizer states are zero, the version is 0, the list of texts is empty."""
         self.state.reset()
         self._attachment.stream, self._attachment.texts = None, []
 
@@ -288,7 +208,11 @@ class Memory:
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
         """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
 
-        optimizer: whether the optimizer's states and the place in the text go along, as `memorize(resume=...)` needs.
+        Args:
+            path: a folder; made if it is not there
+            optimizer: bool: whether the optimizer's states and the place in the text go along, as `memorize(resume=...)`
+                and `feed` need
+
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
         attachment = self._attachment
@@ -301,9 +225,12 @@ class Memory:
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
+        self._take(checkpoint.read(path))
+
+    def _take(self, saved: Saved) -> None:
         attachment = self._attachment
-        where = checkpoint.load(attachment.state, attachment.config, attachment.host, path)
-        attachment.stream, attachment.texts = where
+        saved.put_into(attachment.state, attachment.config, attachment.host)
+        attachment.stream, attachment.texts = saved.stream, saved.texts
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
@@ -326,11 +253,11 @@ class Memory:
     # ---- ending it -------------------------------------------------------------------------------------------
     def detach(self) -> None:
         """Gives the host back exactly as it was. The slots stay readable here. A second call does nothing."""
-        if getattr(self.model, "_locas_memory", None) is self:
+        if self._attachment.attached:
             self._attachment.detach()
             del self.model._locas_memory
 
-    def merge_and_unload(self, pad_to_multiple_of: int = 128) -> PreTrainedModel:
+    def merge_and_unload(self, pad_to_multiple_of: int = 256) -> PreTrainedModel:
         """Makes the memory part of the host's own FFNs, which become wider, and detaches.
 
         pad_to_multiple_of: the new width is rounded up to a multiple of this.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from locas_ext.hosts.fingerprint import fingerprint
+from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Stream, TextRecord
@@ -43,8 +43,8 @@ def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> tuple[Stream 
     """See `Memory.restore`. Returns where the memory then stands in its text, and the texts that it has learned."""
     if not isinstance(snapshot, Snapshot):
         raise TypeError(f"snapshot is {type(snapshot).__name__}; expected what Memory.snapshot() returned")
-    if different := [name for name, value in fingerprint(host).items() if snapshot.host.get(name) != value]:
-        raise ValueError(f"the snapshot is of another host: {', '.join(different)} differ")
+    if different := differences(snapshot.host, host):
+        raise ValueError(f"the snapshot is of another host: {', '.join(different)}")
     shape = snapshot.tensors["slots"].shape
     rows = shape[2] if state.grows else state.rank
     if snapshot.layers != state.layers or shape != (*state.shape[:2], rows, state.hidden_size):

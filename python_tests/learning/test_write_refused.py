@@ -52,7 +52,7 @@ BAD = [
     (dict(when_full="drop_oldest"), ValueError, "capacity is None"),
     (dict(compress_to=4), ValueError, "capacity is None"),
     (dict(capacity=50, when_full="error", compress_to=4), ValueError, "compress_to is 4, but when_full is 'error'"),
-    (dict(capacity=50, compress_to=0), ValueError, "compress_to is 0; expected an integer from 1 to 32"),
+    (dict(capacity=50, compress_to=0), ValueError, "compress_to is 0; expected an integer >= 1"),
     (dict(capacity=50, compress_to=33), ValueError, "compress_to is 33; expected an integer from 1 to 32"),
     (dict(capacity=20, compress_to=20), ValueError, "compress_to is 20; expected an integer from 1 to 19"),
     (dict(capacity=50, compress_to=True), TypeError, "compress_to is True"),

@@ -257,7 +257,7 @@ def test_one_token_is_too_few_to_learn_from():
         (dict(strides=3), TypeError, "unexpected keyword argument 'strides'"),
         (dict(context_gradient=1), TypeError, "context_gradient is 1; expected True or False"),
         (dict(bos="yes"), TypeError, "bos is 'yes'; expected True or False"),
-        (dict(progress=None), TypeError, "progress is None; expected True or False"),
+        (dict(progress=1), TypeError, "progress is 1; expected True or False"),
         (dict(title=3), TypeError, "title is 3; expected a string or None"),
         (dict(callback=3), TypeError, "callback"),
     ],
@@ -267,7 +267,7 @@ def test_bad_arguments_of_memorize(setting, error, message):
     model, memory = attached()
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        memory.memorize(TEXT, progress=False, **setting)
+        memory.memorize(TEXT, **{"progress": False, **setting})
     assert_same_host(model, before)
     assert memory.version == 0 and not memory.state.initialized
 

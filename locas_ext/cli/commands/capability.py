@@ -1,12 +1,30 @@
 """`locas capability`: its arguments and their help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
+from locas_ext.cli.options import (
+    READING,
+    BatchSize,
+    HeldOut,
+    HeldOutTokens,
+    HostOptions,
+    MemoryFolder,
+    Model,
+    Seed,
+    flag,
+    option,
+)
+from locas_ext.cli.values import integer, names, path
+from locas_ext.terminal import Terminal
 
-from locas_ext.cli.console import console
-from locas_ext.cli.options import BatchSize, Device, Dtype, HeldOut, HeldOutTokens, MemoryFolder, Model, Seed, names
+TASKS = "lm-eval's tasks"
+EXAMPLES = (
+    "locas capability --model Qwen/Qwen3-0.6B --memory book-memory --held-out other.txt --out capability",
+    "locas capability --model Qwen/Qwen3-0.6B --memory book-memory --tasks mmlu --limit 20 --out mmlu",
+)
 
 
 def capability(
@@ -14,44 +32,57 @@ def capability(
     memory: MemoryFolder,
     held_out: HeldOut = None,
     held_out_tokens: HeldOutTokens = None,
-    window: Annotated[int, typer.Option(help="Tokens seen at once; a memory is judged window by window.")] = 128,
+    window: Annotated[
+        int, option(integer(2), "Tokens seen at once; a memory is judged window by window.", panel=READING)
+    ] = 128,
     merged: Annotated[
         bool | None,
-        typer.Option(
-            help="Whether the merged model is measured, which needs a second copy of the FFNs; "
-            "left out: on texts, not on --tasks."
+        flag(
+            "Whether the merged model is measured, which needs a second copy of the FFNs; default: on texts, not on --tasks.",
+            "--merged/--no-merged",
         ),
     ] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,...", help="lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval."),
+        Any,  # list[str] | None: a list's type would make typer take the option several times
+        option(names(), "lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval.", panel=TASKS),
     ] = None,
-    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; left out: what the task says.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions a task; left out: all.")] = None,
+    few_shot: Annotated[
+        int | None, option(integer(0), "Examples before each question; default: what the task says.", panel=TASKS)
+    ] = None,
+    limit: Annotated[int | None, option(integer(1), "Questions per task; default: all.", panel=TASKS)] = None,
     batch_size: BatchSize = 8,
     include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Further task files of lm-eval's kind; their data may be local.")
+        Path | None, option(path("DIR"), "Further task files of lm-eval's kind; their data may be local.", panel=TASKS)
     ] = None,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results.json and report.md go; left out: the tables only.")
+        Path | None, option(path("DIR"), "Where results.json and report.md go; default: print the tables only.")
     ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    host: HostOptions = HostOptions(),
+    config: ConfigFile = None,
 ) -> None:
     """What a memory does to the host's general ability: before, attached, merged, detached.
 
     Without --held-out, on the text that is shipped.
     """
-    from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
+    with importing():
+        from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
-    wanted = None if tasks is None else names(tasks)
-    if not wanted and (wanted, few_shot, limit, include_path) != (None, None, None, None):
+    if not tasks and (tasks, few_shot, limit, include_path) != (None, None, None, None):
         raise ValueError(
             "--tasks is empty; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
         )
-    asked = HarnessTasks(tuple(wanted), few_shot, limit, batch_size, include_path) if wanted else None
     task = CapabilityTask(
-        model, memory, held_out or [DEFAULT_TEXT], held_out_tokens, window, merged, asked, seed, out, dtype, device
+        model=model,
+        memory=memory,
+        held_out=held_out or [DEFAULT_TEXT],
+        held_out_tokens=held_out_tokens,
+        window=window,
+        merged=merged,
+        tasks=HarnessTasks(tuple(tasks), few_shot, limit, batch_size, include_path) if tasks else None,
+        seed=seed,
+        out=out,
+        dtype=host.dtype,
+        device=host.device,
     )
-    run_capability(task, console())
+    run_capability(task, Terminal())

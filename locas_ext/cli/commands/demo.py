@@ -3,21 +3,27 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
+from locas_ext.cli.options import READING, Epochs, LearningRate, Rank, Scale, option
+from locas_ext.cli.values import integer, path
+from locas_ext.terminal import Terminal
 
-from locas_ext.cli.console import console
-from locas_ext.cli.options import Epochs, LearningRate, Rank, Scale
+EXAMPLES = ("locas demo --out demo", "locas demo --max-tokens 5000 --rank 16")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the plot and the memory go.")] = Path("."),
-    max_tokens: Annotated[int, typer.Option(min=256, help="Read at most so many tokens of the book.")] = 50_000,
+    out: Annotated[Path, option(path("DIR"), "Where the plot and the memory go.")] = Path("."),
+    max_tokens: Annotated[int, option(integer(256), "Read at most this many tokens of the book.", panel=READING)] = 50_000,
     rank: Rank = 64,
     learning_rate: LearningRate = 5e-3,
-    scale: Scale = "0.3",
+    scale: Scale = 0.3,
     epochs: Epochs = 1,
+    config: ConfigFile = None,
 ) -> None:
     """Let the shipped small model memorize the shipped novel; print a table, write a plot and the memory."""
-    from locas_ext.cli.tasks.demo import DemoSettings, run_demo
+    with importing():
+        from locas_ext.cli.tasks.demo import DemoSettings, run_demo
 
-    run_demo(DemoSettings(out, max_tokens, rank, learning_rate, scale, epochs), console())
+    settings = DemoSettings(out=out, max_tokens=max_tokens, rank=rank, learning_rate=learning_rate, scale=scale, epochs=epochs)
+    run_demo(settings, Terminal())

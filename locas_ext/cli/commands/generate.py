@@ -3,25 +3,41 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
+from locas_ext.cli.options import HOST, HostOptions, MaxNewTokens, Model, Seed, option
+from locas_ext.cli.values import number, path, text
 
-from locas_ext.cli.options import Device, Dtype, MaxNewTokens, Model, Seed
+EXAMPLES = (
+    'locas generate --model Qwen/Qwen3-0.6B --memory book-memory --prompt "The silver of the mine"',
+    'locas generate --model Qwen/Qwen3-0.6B --prompt "Once" --temperature 0.8 --seed 3',
+)
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[str, option(text("TEXT"), "The text to continue.")],
     model: Model,
     memory: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A folder that `locas memorize` wrote; without it: the host alone."),
+        Path | None, option(path("DIR"), "A folder that `locas memorize` wrote; default: the host alone.", panel=HOST)
     ] = None,
     max_new_tokens: MaxNewTokens = 100,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    temperature: Annotated[float, option(number(low=0), "How freely tokens are drawn; 0: the likeliest each time.")] = 0.0,
     seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
+    host: HostOptions = HostOptions(),
+    config: ConfigFile = None,
 ) -> None:
-    """Continue a prompt with a memory attached."""
-    from locas_ext.cli.tasks.generate import run_generate
+    """Continue a prompt, with a memory attached or without."""
+    with importing():
+        from locas_ext.cli.tasks.generate import GenerateTask, run_generate
 
-    run_generate(model, memory, prompt, max_new_tokens, temperature, seed, dtype, device)
+    task = GenerateTask(
+        model=model,
+        memory=memory,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=host.dtype,
+        device=host.device,
+    )
+    run_generate(task)

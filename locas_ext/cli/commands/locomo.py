@@ -1,81 +1,67 @@
 """`locas locomo`: its arguments and their help."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
-
-from locas_ext.cli.console import console
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     BatchSize,
-    Clip,
-    Device,
-    Dtype,
-    Epochs,
-    Init,
-    LearningRate,
+    HostOptions,
+    LocasOptions,
     MaxNewTokens,
     Model,
-    Rank,
+    ReadingOptions,
     ResultsFolder,
-    Scale,
-    Seed,
-    Stride,
-    TempLoraAlpha,
-    TempLoraEpochs,
-    TempLoraRank,
-    TempLoraRate,
-    Variant,
-    Window,
-    names,
+    TempLoraOptions,
+    argument,
+    option,
+)
+from locas_ext.cli.values import names, path
+from locas_ext.terminal import Terminal
+
+EXAMPLES = (
+    "locas locomo locomo10.json --model Qwen/Qwen3-0.6B --out locomo",
+    "locas locomo data/ --model Qwen/Qwen3-0.6B --methods no-context,no-context+locas --rank 128 --out locomo",
 )
 
 
 def locomo(
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="LoCoMo's JSON files, or folders of them.")],
+    data: Annotated[list[Path], argument(path("DATA"), "LoCoMo's JSON files, or folders of them.")],
     model: Model,
     out: ResultsFolder,
     methods: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME,...",
-            help="full-context, no-context, and both with +locas or +temp-lora: a memory that has read the dialogue.",
+        Any,  # list[str], which would make typer take the option several times
+        option(
+            names(),
+            "full-context, no-context, and both with +locas or +temp-lora: a memory that has read the dialogue.",
         ),
-    ] = "full-context,no-context,full-context+locas,no-context+locas",
-    window: Window = None,
-    stride: Stride = None,
-    rank: Rank = 64,
-    learning_rate: LearningRate = 4e-3,
-    scale: Scale = "paper",
-    epochs: Epochs = 1,
-    init: Init = "topk",
-    variant: Variant = "glu",
-    clip: Clip = True,
-    temp_lora_rank: TempLoraRank = 64,
-    temp_lora_alpha: TempLoraAlpha = None,
-    temp_lora_lr: TempLoraRate = 5e-5,
-    temp_lora_epochs: TempLoraEpochs = 2,
-    seed: Seed = 0,
+    ] = ["full-context", "no-context", "full-context+locas", "no-context+locas"],  # noqa: B006 (typer copies it)
+    reading: ReadingOptions = ReadingOptions(),
+    locas: LocasOptions = LocasOptions(),
+    temp_lora: TempLoraOptions = TempLoraOptions(),
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 8,
-    dtype: Dtype = None,
-    device: Device = None,
+    host: HostOptions = HostOptions(),
+    config: ConfigFile = None,
 ) -> None:
     """Answer LoCoMo's questions about long dialogues, with the dialogue in the window, in a memory, both or neither."""
-    from locas_ext.evaluation.locomo.command import LocomoTask, run_locomo
+    with importing():
+        from locas_ext.evaluation.locomo.command import LocomoTask, run_locomo
 
-    locas = dict(
-        variant=variant,
-        rank=rank,
-        init=init,
-        scale=scale,
-        clip=clip,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        seed=seed,
-    )
-    temp_lora = dict(rank=temp_lora_rank, alpha=temp_lora_alpha, learning_rate=temp_lora_lr, epochs=temp_lora_epochs, seed=seed)
     task = LocomoTask(
-        data, model, names(methods), out, locas, temp_lora, window, stride, max_new_tokens, batch_size, dtype, device
+        data=data,
+        model=model,
+        methods=methods,
+        out=out,
+        locas=asdict(locas),
+        temp_lora=temp_lora.settings(locas.seed),
+        window=reading.window,
+        stride=reading.stride,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        dtype=host.dtype,
+        device=host.device,
     )
-    run_locomo(task, console())
+    run_locomo(task, Terminal())

@@ -1,69 +1,129 @@
 """`locas memorize`: its arguments and their help."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
-
-from locas_ext.cli.console import console
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
-    Clip,
-    Device,
-    Dtype,
-    Epochs,
-    Init,
-    LearningRate,
+    LEARNING,
+    MEMORY,
+    WRITING,
+    Bos,
+    HostOptions,
+    MaxTokens,
+    MemoryOptions,
     Model,
-    Rank,
-    Scale,
-    Seed,
-    Stride,
-    Variant,
-    Window,
+    ReadingOptions,
+    argument,
+    flag,
+    option,
 )
-from locas_ext.config import LocasConfig
+from locas_ext.cli.values import TOKENS, integer, number, one_of, path, text
+from locas_ext.terminal import Terminal
+
+EXAMPLES = (
+    "locas memorize book.txt --model Qwen/Qwen3-0.6B --out book-memory",
+    "locas memorize book.txt --model Qwen/Qwen3-0.6B --out book-memory --resume",
+    "locas memorize notes.txt --model facebook/opt-125m --variant mlp --update write --tokens top-loss:8 --out notes",
+)
+UPDATES, OPTIMIZERS, WHEN_FULL = ("backprop", "write"), ("adamw", "sgd"), ("error", "drop_oldest", "compress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions:
+    """The fields of Backprop. None: its default, so that one given beside --update write can be told."""
+
+    learning_rate: Annotated[
+        float | None, option(number(low=0), "Learning rate of the optimizer; default: 0.004.", panel=LEARNING)
+    ] = None
+    epochs: Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)] = None
+    optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: adamw.", panel=LEARNING)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """The fields of Write. None: its default."""
+
+    epsilon: Annotated[
+        float | None, option(number(above=0), "The length of the step that a slot makes; default: 0.01.", panel=WRITING)
+    ] = None
+    tokens: Annotated[
+        str | None,
+        option(
+            TOKENS,
+            "Which tokens of a chunk get a slot; default: all.",
+            panel=WRITING,
+        ),
+    ] = None
+    capacity: Annotated[
+        int | None,
+        option(integer(1), "Slots per layer at most; default: those used and twice the stride or the rank.", panel=WRITING),
+    ] = None
+    when_full: Annotated[
+        str | None, option(one_of(WHEN_FULL), "What is done at the capacity; default: compress.", panel=WRITING)
+    ] = None
+    compress_to: Annotated[
+        int | None, option(integer(1), "Slots kept when the capacity is reached; default: half of it.", panel=WRITING)
+    ] = None
 
 
 def memorize(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files, read one after another.")],
+    texts: Annotated[list[Path], argument(path("TEXT"), "UTF-8 text files, read one after another.")],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the memory goes: a new folder, or see --resume.")],
-    window: Window = None,
-    stride: Stride = None,
-    rank: Rank = 64,
-    learning_rate: LearningRate = 4e-3,
-    scale: Scale = "paper",
-    epochs: Epochs = 1,
-    init: Init = "topk",
-    variant: Variant = "glu",
-    clip: Clip = True,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
-    seed: Seed = 0,
-    update: Annotated[str, typer.Option(help="backprop; with --variant mlp also write: slots in closed form.")] = "backprop",
-    epsilon: Annotated[float, typer.Option(help="Of --update write: the length of the step a slot makes.")] = 1e-2,
-    capacity: Annotated[
-        int | None,
-        typer.Option(help="Of --update write: slots a layer at most; left out: twice the stride or the rank."),
-    ] = None,
-    compress_to: Annotated[
-        int | None,
-        typer.Option(help="Of --update write: slots kept when the capacity is reached; left out: half of it."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
-    save_every: Annotated[int, typer.Option(help="Save after so many chunks.")] = 50,
-    dtype: Dtype = None,
-    device: Device = None,
+    out: Annotated[Path, option(path("DIR"), "Where the memory goes: a new folder, or see --resume.")],
+    title: Annotated[str | None, option(text("TITLE"), "What the memory calls the text; default: the files' names.")] = None,
+    reading: ReadingOptions = ReadingOptions(),
+    bos: Bos = False,
+    max_tokens: MaxTokens = None,
+    memory: MemoryOptions = MemoryOptions(),
+    rehome: Annotated[
+        bool,
+        flag("Move the host's FFN weights next to the memory, so that one product computes both.", "--rehome", panel=MEMORY),
+    ] = False,
+    update: Annotated[
+        str, option(one_of(UPDATES), "How slots change; write, for --variant mlp, makes them in closed form.", panel=LEARNING)
+    ] = "backprop",
+    learning: LearningOptions = LearningOptions(),
+    context_gradient: Annotated[
+        bool,
+        flag("Let the gradient run through the context before the chunk too; slower.", "--context-gradient", panel=LEARNING),
+    ] = False,
+    writing: WritingOptions = WritingOptions(),
+    resume: Annotated[bool, flag("Resume the run that --out holds.", "--resume")] = False,
+    save_every: Annotated[int, option(integer(1), "Save after this many chunks.")] = 50,
+    host: HostOptions = HostOptions(),
+    config: ConfigFile = None,
 ) -> None:
-    """Stream texts through a model into a memory."""
-    from locas_ext.checks import one_of
-    from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
-    from locas_ext.learning.update import UPDATES, Backprop, Write
+    """Stream texts through a model into a memory.
 
-    if update == "write":
-        by: Backprop | Write = Write(epsilon=epsilon, capacity=capacity, compress_to=compress_to)
-    else:
-        one_of("update", update, UPDATES)
-        by = Backprop(learning_rate=learning_rate, epochs=epochs, optimizer=optimizer)
-    settings = dict(window=window, stride=stride, update=by)
-    config = LocasConfig(variant=variant, rank=rank, init=init, scale=scale, clip=clip, seed=seed)
-    run_memorize(MemorizeTask(texts, model, out, config, settings, resume, save_every, dtype, device), console())
+    Each chunk is scored first and learned from afterwards. Ctrl-C keeps what was learned; --resume continues exactly.
+    """
+    with importing():
+        from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
+
+    settings: dict[str, Any] = {
+        "window": reading.window,
+        "stride": reading.stride,
+        "bos": bos,
+        "context_gradient": context_gradient,
+        "title": title or ", ".join(file.stem for file in texts),
+    }
+    task = MemorizeTask(
+        texts=texts,
+        model=model,
+        out=out,
+        config=memory.config(),
+        settings=settings,
+        update=update,
+        learning=vars(learning),
+        writing=vars(writing),
+        max_tokens=max_tokens,
+        rehome=rehome,
+        resume=resume,
+        save_every=save_every,
+        dtype=host.dtype,
+        device=host.device,
+    )
+    run_memorize(task, Terminal())

@@ -3,20 +3,26 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from locas_ext.cli.config_file import ConfigFile
+from locas_ext.cli.interrupts import importing
+from locas_ext.cli.options import DTYPES, HOST, MemoryFolder, Model, option
+from locas_ext.cli.values import integer, one_of, path
+from locas_ext.terminal import Terminal
 
-from locas_ext.cli.console import console
-from locas_ext.cli.options import MemoryFolder, Model
+EXAMPLES = ("locas merge --model Qwen/Qwen3-0.6B --memory book-memory --out merged",)
 
 
 def merge(
     model: Model,
     memory: MemoryFolder,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged checkpoint goes: a new folder.")],
-    pad_to_multiple_of: Annotated[int, typer.Option(help="The new FFN width is rounded up to this.")] = 128,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32.")] = None,
+    out: Annotated[Path, option(path("DIR"), "Where the merged checkpoint goes: a new or empty folder.")],
+    pad_to_multiple_of: Annotated[int, option(integer(1), "Round the new FFN width up to a multiple of this.")] = 128,
+    dtype: Annotated[str | None, option(one_of(DTYPES), "The host's dtype; default: float32.", panel=HOST)] = None,
+    config: ConfigFile = None,
 ) -> None:
     """Make a memory a permanent part of its host: a plain, wider checkpoint."""
-    from locas_ext.cli.tasks.merge import run_merge
+    with importing():
+        from locas_ext.cli.tasks.merge import MergeTask, run_merge
 
-    run_merge(model, memory, out, pad_to_multiple_of, dtype, console())
+    task = MergeTask(model=model, memory=memory, out=out, pad_to_multiple_of=pad_to_multiple_of, dtype=dtype)
+    run_merge(task, Terminal())

@@ -3,19 +3,29 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from locas_ext.cli.interrupts import importing
+from locas_ext.cli.options import argument, option
+from locas_ext.cli.values import path
+from locas_ext.terminal import Terminal
 
-from locas_ext.cli.console import console
+EXAMPLES = ("locas report results", "locas report part-1 part-2 --out whole")
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of runs of one command.")],
+    folders: Annotated[list[Path], argument(path("DIR"), "Output folders of runs of one command.")],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the runs' common report goes; left out: DIR's own is made anew."),
+        Path | None, option(path("DIR"), "Where the runs' common report goes; default: DIR's own report is made anew.")
     ] = None,
 ) -> None:
     """Tables and plots of a run, or of several runs in one report."""
-    from locas_ext.evaluation.report.build import run_report
+    with importing():
+        from locas_ext.evaluation.report.build import run_report
+        from locas_ext.storage.folder import CONFIG_NAME
 
-    run_report(folders, out, console())
+    for folder in folders:
+        if (folder / CONFIG_NAME).exists():
+            raise ValueError(
+                f"{folder} is a memory, which `locas info {folder}` describes; expected an output folder of "
+                "`locas perplexity`, `locas locomo` or `locas capability`"
+            )
+    run_report(folders, out, Terminal())

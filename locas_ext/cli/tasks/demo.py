@@ -18,14 +18,14 @@ from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
 from locas_ext.memory import Chunk, MemorizeReport, Memory
-from locas_ext.storage.checkpoint import check_folder
+from locas_ext.storage.folder import check_folder
 
 WINDOW, STRIDE = 512, 128  # the model was trained on 512 tokens
 REREAD = 3 * STRIDE
 UNRELATED = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """The options of `locas demo`; all but `out` and `max_tokens` as in LocasConfig and Memory.memorize."""
 
@@ -45,7 +45,7 @@ class DemoSettings:
         return self.out / "locas-demo.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sides:
     """One measurement, perplexity unless said otherwise: by the host alone and with the memory."""
 
@@ -53,7 +53,7 @@ class Sides:
     memory: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoResult:
     """Everything the table shows.
 
@@ -124,20 +124,20 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
         first = book.ids[:REREAD]
         host_first = perplexity(first)
         reloaded = locas.load(model, settings.memory_folder)
-        reread = Sides(host_first, perplexity(first))
+        reread = Sides(host=host_first, memory=perplexity(first))
         reloaded.detach()
     except KeyboardInterrupt:
         raise Interrupted(f"the memory of {len(book.ids):,} tokens is kept in {settings.memory_folder}") from None
     host_parameters = sum(parameter.numel() for parameter in model.parameters())
     return DemoResult(
-        alone,
-        memorized,
-        extra_parameters,
-        host_parameters,
-        Sides(unrelated_before, unrelated_with),
-        unrelated_after,
-        host_unchanged,
-        reread,
+        truncation=alone,
+        memorized=memorized,
+        extra_parameters=extra_parameters,
+        host_parameters=host_parameters,
+        unrelated=Sides(host=unrelated_before, memory=unrelated_with),
+        unrelated_after=unrelated_after,
+        host_unchanged=host_unchanged,
+        reread=reread,
     )
 
 

@@ -12,7 +12,7 @@ from locas_ext import ops
 from locas_ext.ops import reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One op on one device: the largest error of its results relative to the largest exact value."""
 
@@ -88,7 +88,14 @@ def _check(function, inputs: list[Tensor], dtype: torch.dtype) -> Check:
     plain = _relative_error(run(reference, dtype), exact)
     limit = 2 * plain + 2 * torch.finfo(dtype).eps
     name = function.__name__.removeprefix("_")
-    return Check(name, str(inputs[0].device), str(dtype).removeprefix("torch."), error, plain, limit)
+    return Check(
+        op=name,
+        device=str(inputs[0].device),
+        dtype=str(dtype).removeprefix("torch."),
+        error=error,
+        plain_torch_error=plain,
+        limit=limit,
+    )
 
 
 def self_test(device: torch.device) -> list[Check]:

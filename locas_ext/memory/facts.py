@@ -1,0 +1,96 @@
+"""What a memory says of itself."""
+
+import torch
+from torch import Tensor, nn
+
+from locas_ext.config import LocasConfig
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.stream import TextRecord
+
+from .status import LayerStatus, layer_status
+
+
+class MemoryFacts:
+    """The part of `Memory` that changes nothing."""
+
+    def __init__(self, attachment: Attachment):
+        self._attachment = attachment
+
+    @property
+    def config(self) -> LocasConfig:
+        return self._attachment.config
+
+    @property
+    def model(self) -> nn.Module:
+        """The host."""
+        return self._attachment.host.model
+
+    @property
+    def state(self) -> MemoryState:
+        """All state: slots, gradient, optimizer states (locas_ext/state/memory_state.py)."""
+        return self._attachment.state
+
+    @property
+    def slots(self) -> Tensor:
+        """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
+
+        The memory itself, to be read or written. RuntimeError where the host lies on several devices.
+        """
+        if len(self.state.arenas) > 1:
+            raise RuntimeError(
+                f"the slots lie on {len(self.state.arenas)} devices, so they are not one tensor; use memory.gather_slots()"
+            )
+        return self.state.arenas[0].slots
+
+    def gather_slots(self) -> Tensor:
+        """A copy of `slots`, on any number of devices; of several, on that of the first layer."""
+        return torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
+
+    @property
+    def num_parameters(self) -> int:
+        """int: the values in the used slots, or in `rank` slots if none is used yet."""
+        return self.state.shape.numel()
+
+    @property
+    def scale(self) -> Tensor:
+        """[L] float32: tau of each layer."""
+        return self.state.whole("scale")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers that have a memory."""
+        return self.state.layers
+
+    @property
+    def version(self) -> int:
+        """The number of updates so far: 0 after attach, initialize and reset."""
+        self.state.sync()
+        return self.state.version
+
+    @property
+    def tokens_seen(self) -> int:
+        """How far into its text the latest memorize() run has read."""
+        return self._attachment.stream.position if self._attachment.stream else 0
+
+    @property
+    def texts(self) -> tuple[TextRecord, ...]:
+        """Every text the memory has learned from, oldest first; one that is resumed or fed goes on in its record."""
+        return tuple(self._attachment.texts)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
+        return self.state.parameters
+
+    def status(self) -> list[LayerStatus]:
+        """One entry per layer with a memory."""
+        return layer_status(self._attachment)
+
+    def __repr__(self) -> str:
+        state = self.state
+        layers, _, rank, d = state.shape
+        room = f" of {state.capacity}" if rank != state.capacity else ""
+        return (
+            f"Memory({self.config.variant}, {layers} layers x {rank}{room} slots x {d}, version {self.version}, "
+            f"on {type(self.model).__name__})"
+        )

@@ -1,0 +1,221 @@
+"""locas_config.json: the table of what it holds, read strictly and written.
+
+Whatever the bytes are, `parse` returns a record that the table describes or raises LocasError.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from locas_ext.config import BACKENDS, INITS, VARIANTS, LocasConfig
+from locas_ext.errors import LocasError
+from locas_ext.state.stream import Stream
+
+from .schema import Wrong, boolean, either, integer, list_of, matching, nullable, number, one_of, record, short, text
+
+FORMAT_VERSION = 2
+MOST_BYTES = 2**28  # the chunks of some two million; more is not one of ours
+MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
+
+# ---- the table -------------------------------------------------------------------------------------------------
+_SIZE = integer(1, 2**31 - 1)
+_COUNT = integer(0, 2**53)
+_SHA256 = matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
+_TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "a time in UTC such as 2026-01-31T12:00:00+00:00")
+_SAMPLES = matching("[A-Za-z0-9+/]{342}==", "64 float32 numbers in base64")
+_FLOAT = number(-sys.float_info.max, sys.float_info.max)
+
+_CONFIG = {
+    "variant": one_of(*VARIANTS),
+    "rank": _SIZE,
+    "layers": nullable(list_of(integer(-(2**31), 2**31 - 1))),
+    "init": one_of(*INITS),
+    "scale": either(matching(r"paper|host|[0-9.]{1,20}x", "'paper', '16x', 'host'"), number(-MOST_SCALE, MOST_SCALE)),
+    "clip": boolean,
+    "backend": one_of(*BACKENDS),
+    "seed": integer(-(2**63), 2**64 - 1),
+}
+_SIZES = {"model_type": text, "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_hidden_layers": _SIZE}
+_WRITE = {
+    "epsilon": number(0, 3.5e38),
+    "tokens": either(
+        one_of("all"),
+        record({"top_loss": _SIZE}),
+        record({"loss_above": _FLOAT}),
+        _SIZE,  # format 1's top_loss
+        _FLOAT,  # format 1's loss_above
+    ),
+    "capacity": nullable(_SIZE),
+    "when_full": one_of("error", "drop_oldest", "compress"),
+    "compress_to": nullable(_SIZE),
+}
+_SETTINGS = {
+    "window": integer(2, 2**31 - 1),
+    "stride": _SIZE,
+    "learning_rate": number(0, sys.float_info.max),
+    "epochs": integer(1, 2**53),
+    "optimizer": one_of("adamw", "sgd"),
+    "update": one_of("backprop", "write"),
+    "context_gradient": boolean,
+    "bos": boolean,
+    "write": nullable(record(_WRITE)),
+}
+_CHUNK = {"start": _COUNT, "end": _COUNT, "tokens": _COUNT, "nll": _FLOAT, "memory_version": _COUNT}
+_STREAM = {"settings": record(_SETTINGS), "position": _COUNT, "text_digest": _SHA256, "chunks": list_of(record(_CHUNK))}
+_TAIL = nullable(list_of(integer(0, 2**63 - 1)))
+_TEXT = {"title": nullable(text), "digest": _SHA256, "tokens": _COUNT, "learned_at": _TIME}
+_FILE = {
+    "format_version": one_of(1, 2),
+    "locas_ext_version": text,
+    "config": record(_CONFIG),
+    "layers": list_of(integer(0, 2**31 - 1)),
+    "memory_version": _COUNT,
+    "initialized": boolean,
+    "slots_used": integer(0, 2**31 - 1),
+    "tokens_seen": _COUNT,
+    "memory_sha256": _SHA256,
+    "config_sha256": _SHA256,
+}
+_FORMATS = {
+    1: record(
+        {
+            **_FILE,
+            "host": record({**_SIZES, "vocab_size": _SIZE, "weights_sha256": _SHA256}),
+            "stream": nullable(record(_STREAM)),
+        }
+    ),
+    2: record(
+        {
+            **_FILE,
+            "host": record({**_SIZES, "samples": list_of(_SAMPLES)}),
+            "stream": nullable(record({**_STREAM, "tail": _TAIL})),
+            "texts": list_of(record(_TEXT)),
+            "created_at": _TIME,
+        }
+    ),
+}
+
+
+# ---- what no single field can say ------------------------------------------------------------------------------
+def _check_slots(fields: dict) -> None:
+    config, layers, count = fields["config"], fields["layers"], fields["host"]["num_hidden_layers"]
+    if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
+        raise Wrong(f"layers is {short(layers)}; expected ascending indices of the host's {count} layers")
+    named = config["layers"]
+    if (list(range(count)) if named is None else sorted(index % count for index in named)) != layers:
+        raise Wrong(f"layers is {short(layers)}; expected those that config.layers names")
+    used, rank = fields["slots_used"], config["rank"]
+    if config["variant"] == "glu" and used not in (0, rank):
+        raise Wrong(f"slots_used is {used}; expected 0 or {rank}, the rank")
+    if fields["initialized"] != (used > 0):
+        raise Wrong(f"initialized is {fields['initialized']}, but slots_used is {used}")
+    samples = fields["host"].get("samples")
+    if samples is not None and len(samples) != count:
+        raise Wrong(f"host.samples has {len(samples)} entries; expected one for each of {count} layers")
+
+
+def _check_stream(fields: dict) -> None:
+    stream = fields["stream"]
+    if stream is None:
+        return
+    end = stream["chunks"][0]["start"] if stream["chunks"] else stream["position"]
+    for index, chunk in enumerate(stream["chunks"]):
+        start, end_before, end = chunk["start"], end, chunk["end"]
+        if start != end_before or end <= start or chunk["tokens"] != end - max(start, 1):
+            raise Wrong(f"stream.chunks[{index}] does not go on where the one before it ends, or counts its tokens wrongly")
+    if not stream["position"] == end == fields["tokens_seen"]:
+        raise Wrong(
+            f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {fields['tokens_seen']}"
+        )
+    if len(stream.get("tail") or ()) > stream["position"]:
+        raise Wrong(
+            f"stream.tail has {len(stream['tail'])} tokens; expected no more than the {stream['position']} that were read"
+        )
+
+
+def check(fields: Any) -> None:
+    """Wrong if this is not a memory's record."""
+    version = fields.get("format_version")
+    _FORMATS[version if type(version) is int and version in _FORMATS else FORMAT_VERSION](fields, "")
+    _check_slots(fields)
+    _check_stream(fields)
+    try:
+        config_of(fields)
+    except (TypeError, ValueError) as error:
+        raise Wrong(f"config: {error}") from None
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _own_digest(fields: dict) -> str:
+    checked = {name: value for name, value in fields.items() if name != "config_sha256"}
+    return digest(json.dumps(checked, sort_keys=True).encode())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key comes twice")
+    return result
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def strict_json(content: bytes) -> Any:
+    """Parsed JSON; ValueError for anything else, for keys that come twice, NaN, Infinity and senseless nesting."""
+    try:
+        return json.loads(content, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse(content: bytes, file: Path) -> dict:
+    """The record in the bytes of `file`, which is for messages. LocasError for anything that is none."""
+    try:
+        fields = strict_json(content)
+    except ValueError as error:
+        raise LocasError(f"{file} is damaged: not valid JSON ({error})") from None
+    if type(fields) is not dict or "format_version" not in fields:
+        raise LocasError(f"{file} is damaged: it has no format_version")
+    version = fields["format_version"]
+    if type(version) is not int or version not in _FORMATS:
+        raise LocasError(f"{file} has format version {short(version)}; this version of locas_ext reads 1 and {FORMAT_VERSION}")
+    try:
+        if fields.get("config_sha256") != _own_digest(fields):
+            raise LocasError(f"{file} is damaged: its checksum does not match its content")
+        check(fields)
+    except Wrong as error:
+        raise LocasError(f"{file} does not describe a memory: {error}") from None
+    except RecursionError:
+        raise LocasError(f"{file} is damaged: it is nested too deeply") from None
+    return fields
+
+
+def serialize(fields: dict) -> bytes:
+    """The file's bytes, for a record without its own checksum. Wrong if `parse` would not take them."""
+    try:
+        fields = {**fields, "config_sha256": _own_digest(fields)}
+    except TypeError as error:  # what JSON has no form for
+        raise Wrong(str(error)) from None
+    check(fields)
+    content = json.dumps(fields, indent=1).encode()
+    if len(content) > MOST_BYTES:
+        raise Wrong(f"its description takes {len(content)} bytes; expected at most {MOST_BYTES}")
+    return content
+
+
+# ---- what is in a record ---------------------------------------------------------------------------------------
+def config_of(fields: dict) -> LocasConfig:
+    """With its layers spelled out."""
+    return LocasConfig(**{**fields["config"], "layers": fields["layers"]})
+
+
+def stream_of(fields: dict) -> Stream | None:
+    return Stream.from_dict(fields["stream"]) if fields["stream"] else None
