@@ -31,6 +31,14 @@ def formula(ffn: HostFFN) -> str:
     return f"{last}({ffn.activation}({first}))"
 
 
+def _hidden(ffn: HostFFN, x: Tensor) -> Tensor:
+    """What the memory takes the output projection's input for."""
+    if isinstance(ffn, GatedFFN):
+        gate, up = ffn.pre_activations(x)
+        return activate(gate, ffn.activation) * up
+    return activate(ffn.projections()[0](x), ffn.activation)
+
+
 def _same(ours: Tensor, theirs: Tensor, roundings: int) -> bool:
     """Up to so many roundings of the largest number. NaN on either side is a difference."""
     if ours.numel() != theirs.numel():
@@ -72,9 +80,9 @@ def difference(ffn: HostFFN, recording: Recording) -> str | None:
     call, outs = recording.of(ffn.module if isinstance(ffn, GatedFFN) else first)[0], recording.of(last)
     other = f"FFN computes something else than {formula(ffn)}"
     if not outs:  # it makes its products from the weights, beside the modules
-        return None if _same(last(ffn.hidden(call.input)), call.result, _PRODUCT_ROUNDINGS) else other
+        return None if _same(last(_hidden(ffn, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
     taken_in = outs[0].input
-    hidden = ffn.hidden(call.input.to(taken_in.device))
+    hidden = _hidden(ffn, call.input.to(taken_in.device))
     if not _same(hidden, taken_in, _ROUNDINGS) or _activation_is_another(ffn, recording, taken_in):
         return other
     if isinstance(ffn, GatedFFN) and not _same(outs[0].result, call.result, _ROUNDINGS):
