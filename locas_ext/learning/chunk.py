@@ -42,8 +42,7 @@ class Window(NamedTuple):
         context = ids[begin : first - 1]
         inputs = ids[first - 1 : end - 1]
         if bos is not None:
-            token = torch.tensor([bos])
-            context = torch.cat([token, context])
+            context = torch.cat([ids.new_tensor([bos]), context])
         return cls(context, inputs, ids[first:end])
 
     def to(self, device: torch.device) -> "Window":

@@ -68,8 +68,8 @@ def _is_plain(module: nn.Module) -> bool:
 @torch.no_grad()
 def _agrees(module: Any, fast: FastNorm) -> bool:
     """Whether the kernel computes this module's formula (Gemma's, with 1 + weight, is another one)."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, module.weight.shape[0], generator=generator).to(module.weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(3, module.weight.shape[0], generator=generator, dtype=torch.float32, device="cpu").to(module.weight.dtype)
     eps = torch.finfo(x.dtype).eps
     return torch.allclose(fast.forward(x), module.forward(x), rtol=4 * eps, atol=4 * eps)
 

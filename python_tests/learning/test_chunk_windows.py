@@ -169,7 +169,7 @@ def test_a_shared_config_never_says_that_a_chunk_is_read():
     model = tiny("llama")
     memory = locas.attach(model, config_for("llama"))
     said = set()
-    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: said.add(model.config._attn_implementation))
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: said.add(model.config._attn_implementation))
     memory.memorize(IDS, **RUN)
     assert said == {"sdpa"}
     assert all(layer.self_attn.config is model.config for layer in model.model.layers)
