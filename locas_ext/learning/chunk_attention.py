@@ -49,7 +49,7 @@ class ChunkAttentionFunction(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scaling):
         (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
         p = None
-        if heads * n * k <= _KEPT and not torch.is_autocast_enabled("cpu"):  # which would make P of another dtype
+        if heads * n * k <= _KEPT:
             queries = query.reshape(groups, heads // groups * n, size) * scaling
             p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
             out = (p @ value[0]).view(query.shape)
@@ -88,7 +88,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask
     additive = getattr(mask, _ADDITIVE, None)
     if additive is None:
-        additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         setattr(mask, _ADDITIVE, additive)
     return additive
 
@@ -103,6 +103,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and dropout == 0.0
         and others.get("position_bias") is None
+        and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)

@@ -31,12 +31,18 @@ def formula(ffn: HostFFN) -> str:
     return f"{last}({ffn.activation}({first}))"
 
 
-def _hidden(ffn: HostFFN, x: Tensor) -> Tensor:
-    """What the memory takes the output projection's input for."""
-    if isinstance(ffn, GatedFFN):
-        gate, up = ffn.pre_activations(x)
-        return activate(gate, ffn.activation) * up
-    return activate(ffn.projections()[0](x), ffn.activation)
+def _hidden(ffn: HostFFN, recording: Recording, x: Tensor) -> Tensor:
+    """What the memory takes the output projection's input for, where the FFN takes in x."""
+    firsts = ffn.projections()[:-1]
+    calls = [call for module in firsts for call in recording.of(module)[:1]]
+    if len(calls) == len(firsts) and all(c.input.device == x.device and torch.equal(c.input, x) for c in calls):
+        products = [call.result for call in calls]
+    else:
+        products = [module(x) for module in firsts]
+    if isinstance(ffn, FusedGatedFFN):
+        products = list(products[0].chunk(2, dim=-1))
+    hidden = activate(products[0], ffn.activation)
+    return hidden * products[1] if isinstance(ffn, GatedFFN) else hidden
 
 
 def _same(ours: Tensor, theirs: Tensor, roundings: int) -> bool:
@@ -80,9 +86,9 @@ def difference(ffn: HostFFN, recording: Recording) -> str | None:
     call, outs = recording.of(ffn.module if isinstance(ffn, GatedFFN) else first)[0], recording.of(last)
     other = f"FFN computes something else than {formula(ffn)}"
     if not outs:  # it makes its products from the weights, beside the modules
-        return None if _same(last(_hidden(ffn, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
+        return None if _same(last(_hidden(ffn, recording, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
     taken_in = outs[0].input
-    hidden = _hidden(ffn, call.input.to(taken_in.device))
+    hidden = _hidden(ffn, recording, call.input.to(taken_in.device))
     if not _same(hidden, taken_in, _ROUNDINGS) or _activation_is_another(ffn, recording, taken_in):
         return other
     if isinstance(ffn, GatedFFN) and not _same(outs[0].result, call.result, _ROUNDINGS):
