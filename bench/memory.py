@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 from locas_ext.hosts.context_cache import ContextCache
+from locas_ext.learning.backprop import EagerStep
 from locas_ext.learning.chunk import Window
-from locas_ext.learning.settings import Settings, resolve_settings
-from locas_ext.learning.step import eager_step
 
 from .harness import report
 
@@ -49,7 +48,7 @@ def main() -> None:
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank))
     memory.memorize(ids, window=arguments.window, stride=arguments.stride, progress=False)
     attachment = memory._attachment
-    settings = resolve_settings(Settings(arguments.window, arguments.stride), attachment.host, attachment.state)
+    step = EagerStep(attachment, locas.Backprop(), context_gradient=False, ends_early=True)
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():
@@ -60,7 +59,7 @@ def main() -> None:
         F.cross_entropy(logits[0].float(), window.targets).backward()
 
     def of_memory():
-        eager_step(attachment, window, settings, True, "here")
+        step(window, "here")
 
     alone, learning = peak_bytes(of_host), peak_bytes(of_memory)
     arena = 4 * memory.slots.numel()

@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
     }
 
 
-def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
-    """Memorizes the text once. -> one record an arm, and what the report says of the CUDA graph."""
+def run(arguments, ids: torch.Tensor) -> tuple[list[dict], locas.GraphReport]:
+    """Memorizes the text once. -> one record per arm, and how far a CUDA graph was used."""
     window, stride = arguments.window, arguments.stride
     plain, host = load(arguments), load(arguments)
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
@@ -91,7 +92,7 @@ def run(arguments, ids: torch.Tensor) -> tuple[list[dict], str]:
         if name in nll and arguments.random is None:
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
-    return records, report_.cuda_graph
+    return records, report_.graph
 
 
 def _arguments() -> argparse.Namespace:
@@ -128,9 +129,9 @@ def main() -> None:
     rows, records = [], []
     for suffix, graph in runs.items():
         os.environ["LOCAS_CUDA_GRAPH"] = graph
-        measured, said = run(arguments, ids)
+        measured, graph_report = run(arguments, ids)
         for record in measured:
-            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": said}
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(graph_report)}
             records.append(record)
             rows.append(
                 [
@@ -144,7 +145,7 @@ def main() -> None:
                 ]
             )
         if arguments.device == "cuda":
-            print(f"CUDA graph: {said}", flush=True)
+            print(f"CUDA graph: {graph_report}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: a chunk in a full window",

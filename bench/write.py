@@ -3,7 +3,7 @@
 Two tables. One segment of W tokens: `memory.write` of all of them against the plain host's forward and backward to its
 FFNs' outputs, the gradients that writing reads; beside a full memory also against those of host and memory. One chunk
 of S tokens in a full window of W, as memorizing goes through a text: written and compressed by NL-SVD, written over the
-oldest slots, learned by one backprop step, and by one step a token, against reading it with context truncation.
+oldest slots, learned by one backprop step, and by one step per token, against reading it with context truncation.
 """
 
 import argparse
@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.hosts.registry import inspect_host
-from locas_ext.learning.chunk import Window, may_end_early
-from locas_ext.learning.cuda_graph import MemorizeStep
+from locas_ext.learning.chunk import Window
 from locas_ext.learning.fast_norms import fast_norms
-from locas_ext.learning.settings import Settings, resolve_settings
-from locas_ext.learning.write import WriteSettings, WriteStep
+from locas_ext.learning.settings import Settings
+from locas_ext.learning.step import step_for
 
 from .harness import interleaved, parse, percentile, print_table, ratio, report
 
@@ -135,39 +134,35 @@ def one_chunk(arguments, window: int) -> list[dict]:
     ids = text(arguments, window + 15 * stride)
     plain = load(arguments)
 
-    def step(chunk: int, write: WriteSettings | None) -> Callable[[], object]:
+    def step(chunk: int, update: locas.Backprop | locas.Write) -> Callable[[], object]:
         memory = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=arguments.rank))
         attachment, chunks = memory._attachment, windows(ids, window, stride, chunk)
         memory.memorize(ids[:window], window=window, stride=stride, progress=False)
-        update = "backprop" if write is None else "write"
-        settings = resolve_settings(
-            Settings(window=window, stride=chunk, update=update, write=write), attachment.host, memory.state
-        )
-        kind = MemorizeStep if write is None else WriteStep
-        learn = kind(attachment, settings, may_end_early(attachment.host.model))
+        settings = Settings(window=window, stride=chunk, update=update).resolve(attachment.host, memory.state)
+        learn = step_for(attachment, settings)
 
         def run():
             with fast_norms(attachment.host.model):
                 learn(next(chunks)[0], "this chunk")
 
         # Until every further chunk makes the memory overflow.
-        while write is not None and memory.state.used + stride <= write.capacity:
+        while isinstance(update, locas.Write) and memory.state.used + stride <= update.capacity:
             run()
         return run
 
     kept = min(arguments.slots, plain.config.hidden_size)
-    compresses = WriteSettings(capacity=kept + stride, when_full="compress", compress_to=kept)
-    drops = WriteSettings(capacity=kept + stride, when_full="drop_oldest")
+    compresses = locas.Write(capacity=kept + stride, when_full="compress", compress_to=kept)
+    drops = locas.Write(capacity=kept + stride, when_full="drop_oldest")
     texts = {name: windows(ids, window, stride, stride) for name in ("truncation", "truncation" + AGAIN)}
     arms = {
         "truncation": lambda: score(plain, next(texts["truncation"])[1], stride),
-        "backprop, a step a chunk": step(stride, None),
+        "backprop, one step per chunk": step(stride, locas.Backprop()),
         "write, drop oldest": step(stride, drops),
         "write, NL-SVD each chunk": step(stride, compresses),
-        "backprop, a step a token": step(1, None),
+        "backprop, one step per token": step(1, locas.Backprop()),
         "truncation" + AGAIN: lambda: score(plain, next(texts["truncation" + AGAIN])[1], stride),
     }
-    tokens = {name: 1 if name == "backprop, a step a token" else stride for name in arms}
+    tokens = {name: 1 if name == "backprop, one step per token" else stride for name in arms}
     sizes = {"window": window, "stride": stride, "kept": kept}
     return records(interleaved(arms, arguments.rounds), tokens, "truncation", sizes)
 

@@ -47,10 +47,7 @@ def measure(job: tuple[Setting, list[int], argparse.Namespace]) -> dict:
         config = locas.LocasConfig(variant="mlp", rank=setting["rank"], scale=setting["scale"])
         measured = locas.attach(model, config).memorize(
             ids,
-            update="write",
-            epsilon=setting["epsilon"],
-            capacity=setting["capacity"],
-            compress_to=setting["compress_to"],
+            update=locas.Write(epsilon=setting["epsilon"], capacity=setting["capacity"], compress_to=setting["compress_to"]),
             **protocol,
         )
     result = {**setting, "perplexity": measured.perplexity, "seconds": time.perf_counter() - started}

@@ -11,10 +11,11 @@ VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
+MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
 
 
 def paper_multiple(scale: object) -> float | None:
-    """16.0 for "16x", 1.0 for "paper"; None for a scale that is no multiple of the paper's."""
+    """16.0 for "16x", 1.0 for "paper"; None for a scale that is not a multiple of the paper's."""
     if scale == "paper":
         return 1.0
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x", scale) if isinstance(scale, str) else None
@@ -23,7 +24,7 @@ def paper_multiple(scale: object) -> float | None:
 
 def _checked_scale(scale: object) -> str | float:
     if not isinstance(scale, str):
-        if number("scale", scale) == 0:
+        if number("scale", scale, -MOST_SCALE, MOST_SCALE) == 0:
             raise ValueError(f"scale is {scale}; expected a finite number other than 0, or 'paper', '16x' or 'host'")
         return number("scale", scale)
     if scale not in SCALES and paper_multiple(scale) is None:

@@ -1,26 +1,29 @@
 """What several commands check before they begin, so that it is refused in the same words: a ValueError of one line."""
 
-import math
+from collections.abc import Sequence
 
+from locas_ext.checks import integer, number, one_of
 from locas_ext.errors import LocasError
 
 
-def choose(name: str, values: list[str], valid) -> None:
-    """For a value that is not valid or is named twice, and for none at all."""
+def choose(name: str, values: list[str], valid: Sequence[str]) -> None:
+    """ValueError for an empty list, for a value that is not one of `valid`, and for one that is named twice."""
     if not values:
         raise ValueError(f"{name} is empty; expected some of {', '.join(valid)}")
     for value in values:
-        if value not in valid:
-            raise ValueError(f"{name} is {value!r}; expected {', '.join(valid)}")
+        one_of(name, value, valid)
         if values.count(value) > 1:
             raise ValueError(f"{name} names {value} twice")
 
 
 def at_least(least: int, **options: int | None) -> None:
-    """For an option below `least`; None is one that was left out. `max_tokens` is the option --max-tokens."""
+    """ValueError or TypeError for an option that is not an integer >= `least`, or None.
+
+    options: `max_tokens` is the option --max-tokens
+    """
     for name, value in options.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected an integer >= {least}")
+        if value is not None:
+            integer(f"--{name.replace('_', '-')}", value, least)
 
 
 def needs_extra(what: str, library: str, error: ImportError) -> LocasError:
@@ -29,13 +32,10 @@ def needs_extra(what: str, library: str, error: ImportError) -> LocasError:
 
 
 def check_learning(locas: dict, temp_lora: dict) -> None:
-    """For settings of the two kinds of memory that no host can make good."""
+    """ValueError or TypeError for settings of the two kinds of memory that no host can make good."""
     at_least(1, rank=locas["rank"], epochs=locas["epochs"])
     at_least(1, temp_lora_rank=temp_lora["rank"], temp_lora_epochs=temp_lora["epochs"])
-    rates = {"--learning-rate": locas["learning_rate"], "--temp-lora-lr": temp_lora["learning_rate"]}
-    for name, rate in rates.items():
-        if not 0 <= rate < math.inf:
-            raise ValueError(f"{name} is {rate}; expected a finite number >= 0")
-    alpha = temp_lora["alpha"]
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"--temp-lora-alpha is {alpha}; expected a finite number > 0")
+    number("--learning-rate", locas["learning_rate"], 0)
+    number("--temp-lora-lr", temp_lora["learning_rate"], 0)
+    if temp_lora["alpha"] is not None:
+        number("--temp-lora-alpha", temp_lora["alpha"], above=0)

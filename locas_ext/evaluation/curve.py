@@ -5,13 +5,21 @@ import math
 from locas_ext.memory import Chunk
 
 
+def perplexity(nll: float, tokens: int) -> float:
+    """exp(nll / tokens); infinite where no float can hold it."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
 def running_perplexity(chunks: list[Chunk]) -> list[tuple[int, float]]:
     """(position, perplexity of everything before it) at the end of every chunk."""
     curve, nll, tokens = [], 0.0, 0
     for chunk in chunks:
         nll += chunk.nll
         tokens += chunk.tokens
-        curve.append((chunk.end, math.exp(nll / tokens)))
+        curve.append((chunk.end, perplexity(nll, tokens)))
     return curve
 
 

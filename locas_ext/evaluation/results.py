@@ -1,38 +1,36 @@
 """results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can go on."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-from locas_ext.errors import LocasError
 from locas_ext.storage.files import write_atomically
+from locas_ext.storage.lock import folder_lock
 
+from .json_files import read_json
 from .machine import machine
+from .schemas import results as schema
 
 NAME = "results.json"
 
 
-def _plain(settings: dict) -> dict:
-    """The settings as JSON gives them back: tuples are lists, paths are text."""
-    return json.loads(json.dumps(settings, default=str))
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists, paths are text; a number that is not finite, which JSON has not, is None."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def read(folder: Path) -> dict:
     """What `write` wrote. FileNotFoundError without results.json, LocasError if it is not one."""
     file = folder / NAME
     if not file.exists():
-        raise FileNotFoundError(f"{folder} holds no {NAME}")
-    try:
-        results = json.loads(file.read_bytes())
-        missing = {"settings", "machine", "records"} - results.keys()
-    except (ValueError, AttributeError) as error:
-        raise LocasError(f"{file} is damaged: {error}") from None
-    if missing:
-        raise LocasError(f"{file} lacks {', '.join(sorted(missing))}")
-    return results
+        raise FileNotFoundError(f"{folder} holds no {NAME}{_what_else(folder)}")
+    return read_json(file, schema)
+
+
+def _what_else(folder: Path) -> str:
+    return ": it is a memory, which `locas info` describes" if (folder / "locas_config.json").exists() else ""
 
 
 def differences(before: dict, wanted: dict) -> str:
@@ -60,27 +58,26 @@ def _brief(value) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes that lock it out of a folder, so that several may write its results.json. Not reentrant."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def only_run(folder: Path) -> AbstractContextManager[None]:
+    """Makes an output folder, and keeps other runs out of it in the block. LocasError that says who is in it already."""
+    make(folder)
+    return folder_lock(folder, wait=0)
+
+
+def make(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out: {folder} is a file; expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def open_folder(folder: Path, settings: dict) -> list[dict]:
     """Makes the output folder, or takes up an earlier run's. Returns the records that are there already.
 
-    Raises ValueError if they are of other settings, naming those that differ, and FileExistsError for a folder that
-    holds something else.
+    Raises ValueError if they are of other settings, naming those that differ, FileExistsError for a folder that
+    holds something else, LocasError if results.json is damaged.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"--out: {folder} is a file; expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    make(folder)
+    with folder_lock(folder):
         return _take_up(folder, settings)
 
 
@@ -90,7 +87,7 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
             raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")
         write(folder, settings, [])
         return []
-    before, wanted = read(folder), _plain(settings)
+    before, wanted = read(folder), plain(settings)
     if different := differences(before["settings"], wanted):
         raise ValueError(f"--out: {folder} holds a run with other settings: {different}; choose another folder")
     return before["records"]
@@ -98,5 +95,5 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
 
 def write(folder: Path, settings: dict, records: list[dict]) -> None:
     """Replaces results.json, atomically."""
-    content = {"settings": _plain(settings), "machine": machine(), "records": records}
+    content = plain({"settings": settings, "machine": machine(), "records": records})
     write_atomically(folder / NAME, json.dumps(content, indent=1).encode())

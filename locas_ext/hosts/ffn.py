@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from locas_ext.ops.activations import activate
 from locas_ext.ops.types import HostWeights
 
+from .formula import bound_forward, class_name, class_obstacle, has_hooks, is_plain_activation
 from .projections import dense_weight, linear_obstacle
 
 # A module that acts as a linear layer; which class it is of is the host's affair.
@@ -32,14 +33,60 @@ class HostFFN(ABC):
     differs: str | None = None  # what the probe saw the module do other than the formula here
 
     def __init__(self, module: nn.Module, activation: str):
-        self.module = module
         self.activation = activation
+        self.activation_name = "act_fn"  # of the module's activation module
+        self._plain: tuple[Any, ...] = ()  # what formula_obstacle last found to be plain
+        self.modeling = type(module).__module__  # the Python module that defines the decoder layer
+        self.replace_module(module)
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Goes on with another module in the place of this FFN's. ValueError if it has not the projections."""
+        if missing := [name for name in self.names if name not in module._modules]:
+            raise ValueError(
+                f"an FFN of the host is a {class_name(module)} without {' and '.join(missing)}; expected one with "
+                f"{', '.join(self.names)}"
+            )
+        self.module = module
 
     def projections(self) -> list[Projection]:
         modules = self.module._modules
         return [modules[name] for name in self.names]
 
-    def obstacle(self) -> str | None:
+    @property
+    def width(self) -> int | None:
+        """How many neurons there are; None where the output projection does not say."""
+        last = self.projections()[-1]
+        width = getattr(last, "nx" if isinstance(last, Conv1D) else "in_features", None)
+        return width if isinstance(width, int) else None
+
+    def formula_obstacle(self) -> str | None:
+        """Why the module may compute something else than its family's formula, or None. Runs on every call."""
+        module: Any = self.module
+        kind, attributes = type(module), module.__dict__
+        act: Any = module._modules.get(self.activation_name)
+        seen = (kind.forward, attributes.get("forward"), attributes.get("_old_forward"), act, type(act))
+        if seen != self._plain:
+            if problem := self._look_at(kind, act):
+                return problem
+            self._plain = seen
+        if "forward" in act.__dict__ and bound_forward(act) is not None:
+            return f"{self.activation_name} has a forward of its own"
+        return f"{self.activation_name} has hooks" if has_hooks(act) else None
+
+    def forget(self) -> None:
+        """Lets go of what was looked at: a memory's forward is among it."""
+        self._plain = ()
+
+    def _look_at(self, kind: Any, act: Any) -> str | None:
+        if (problem := class_obstacle(kind, kind.forward, self.modeling)) is not None:
+            return f"the FFN {problem}"
+        if bound_forward(self.module) is not None:
+            return "the FFN has a forward of its own (of another library)"
+        if not is_plain_activation(act, self.activation):
+            return f"{self.activation_name} is a {class_name(act)}, not a plain {self.activation}"
+        return None
+
+    def projection_obstacle(self) -> str | None:
         """Why the weights cannot be used directly, or None."""
         if self.differs is not None:
             return self.differs
@@ -47,6 +94,15 @@ class HostFFN(ABC):
             if problem := linear_obstacle(projection, self.plain):
                 return f"{name} {problem}"
         return None
+
+    def obstacle(self) -> str | None:
+        """Why the formula on the host's own weights does not stand for the module, or None."""
+        return self.formula_obstacle() or self.projection_obstacle()
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """The activation as the module has it."""
+        act = self.module._modules.get(self.activation_name)
+        return activate(pre, self.activation) if act is None else act(pre)
 
     @abstractmethod
     def hidden(self, x: Tensor) -> Tensor:
@@ -86,7 +142,7 @@ class GatedFFN(HostFFN):
 
     def hidden(self, x: Tensor) -> Tensor:
         gate, up = self.pre_activations(x)
-        return activate(gate, self.activation) * up
+        return self.activate(gate) * up
 
     def input_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
         gate, up, _ = self.projections()
@@ -160,11 +216,11 @@ class TwoLayerFFN(HostFFN):
 
     def __init__(self, module: nn.Module, activation: str, names: tuple[str, str]):
         """module: the one that holds both projections: the FFN, or for OPT the decoder layer."""
-        super().__init__(module, activation)
         self.names = names
+        super().__init__(module, activation)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return activate(self.projections()[0](x), self.activation)
+        return self.activate(self.projections()[0](x))
 
     def input_rows(self, like: Tensor) -> tuple[Tensor]:
         return (dense_weight(self.projections()[0], like),)

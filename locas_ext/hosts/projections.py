@@ -1,37 +1,38 @@
 """One projection of a host's FFN, whatever it is: whether its weight can be used directly, where it lies, what it is."""
 
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .formula import bound_forward, class_name
 
-def _is_its_own(linear: nn.Module, plain: type[nn.Module]) -> bool:
+
+def _only_moves_the_input(linear: nn.Module) -> bool:
     """Whether the forward in an instance's dict is its class's, behind what a memory or accelerate has put before it.
 
     accelerate's hook of a device_map brings the input to the weight. The FFN's own hook has then brought it already, so
     the weight may be used directly.
     """
-    forward: Any = linear.__dict__["forward"]
+    if bound_forward(linear) is not None:
+        return False
     hook: Any = linear.__dict__.get("_hf_hook")
-    patches = getattr(getattr(forward, "__self__", None), "patches", ())  # a patched FFN's
-    if any(patch.module is linear and patch.replaced is None for patch in patches):
+    if hook is None:
         return True
+    forward: Any = linear.__dict__["forward"]
     return (
         type(hook).__name__ == "AlignDevicesHook"
         and not (hook.offload or hook.io_same_device)
         and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
-        and linear._old_forward == MethodType(plain.forward, linear)
     )
 
 
 def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not plain:
-        return f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain {plain.__name__}"
-    if "forward" in linear.__dict__ and not _is_its_own(linear, plain):
+        return f"is a {class_name(linear)}, not a plain {plain.__name__}"
+    if "forward" in linear.__dict__ and not _only_moves_the_input(linear):
         return "has a forward of its own (a hook of another library)"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "has hooks"

@@ -31,10 +31,9 @@ def gradient(attachment: Attachment, window: Window, context_gradient: bool, end
     state, tokens = attachment.state, len(window.inputs)
     if is_read_in_one(attachment.host, window, context_gradient):
         tokens += len(window.context)
-    slots = [parameter for parameter in state.parameters if parameter.requires_grad]
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
         loss = chunk_loss(attachment.host, window, context_gradient, ends_early)
-        (loss * (loss_scale(state) / len(window.targets))).backward(inputs=slots)
+        state.backward(loss * (loss_scale(state) / len(window.targets)))
     return loss.detach()
 
 
@@ -68,6 +67,7 @@ class EagerStep:
 
     def eagerly(self, window: Window, place: str) -> float:
         state = self.attachment.state
+        state.sync()  # changes from outside: the forwards below do not look for them
         try:
             loss_here = gradient(self.attachment, window, self.context_gradient, self.ends_early)
             norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]

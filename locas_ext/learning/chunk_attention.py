@@ -98,12 +98,12 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     plain = (
         torch.is_grad_enabled()
         and query.is_cpu
+        and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and dropout == 0.0
         and others.get("position_bias") is None
-        and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)

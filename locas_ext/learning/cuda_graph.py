@@ -6,7 +6,7 @@
 Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Whether loss and
 gradient are finite is decided on the device, where the flag turns the update into a no-op; the host reads it afterwards and
 raises. All that a replay touches lies at fixed addresses (the arena, the host's weights); when one of them has moved, the
-step is captured anew. Windows that are not full run eagerly, as do hosts that cannot be captured: MemorizeReport.cuda_graph
+step is captured anew. Windows that are not full run eagerly, as do hosts that cannot be captured: MemorizeReport.graph
 says so.
 """
 
@@ -49,7 +49,7 @@ def obstacle(attachment: Attachment) -> str | None:
         if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
             return f"{name or 'the model'} has hooks of accelerate or is compiled"
         hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
-        if set(hooks) - {attachment.cache_guard.handle.id}:
+        if set(hooks) - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"
     return None
 
@@ -157,7 +157,7 @@ class GraphStep(EagerStep):
         return self.why_not is None and full and self.attachment.state.learned
 
     def _signature(self) -> tuple:
-        """What a replay takes for granted: where everything lies that it reads or writes, and what is no tensor."""
+        """What a replay takes for granted: where everything lies that it reads or writes, and what is not a tensor."""
         attachment, (arena,) = self.attachment, self.attachment.state.arenas
         model, state = attachment.host.model, attachment.state
         tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]

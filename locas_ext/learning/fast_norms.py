@@ -39,8 +39,8 @@ class FastNorm:
     def __init__(self, module: Any):
         """module: a norm as `_is_plain` finds it, of a class of the host's"""
         self.weight: nn.Parameter = module.weight
-        self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
         self.own = module.forward
+        self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # under autocast

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
+from locas_ext.patching.base import PatchedFFN
+from locas_ext.state.scope import scoped
 
 from .chunk import Window
 from .inputs import TokenIds, token_ids
-from .run_guards import quiet_host
+from .run_guards import eager_host, quiet_host
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -35,16 +38,18 @@ def initial_rows(
     """
     rank, d = config.rank, host_rows[0].shape[1]
     if config.init == "gaussian":
-        rows = torch.randn(len(host_rows), rank, d, generator=generator).to(host_rows[0].device)
+        rows = torch.randn(len(host_rows), rank, d, generator=generator, dtype=torch.float32, device="cpu").to(
+            host_rows[0].device
+        )
         return [_unit_rows(plane) for plane in rows]
     if config.init == "activation":
         tokens = ffn_input.shape[0]
         if rank > tokens:
             raise ValueError(f"init='activation' takes one token per slot: rank is {rank}, but the chunk has {tokens} tokens")
-        chosen = torch.randperm(tokens, generator=generator)[:rank].to(ffn_input.device)
+        chosen = torch.randperm(tokens, generator=generator, device="cpu")[:rank].to(ffn_input.device)
         return [_unit_rows(ffn_input[chosen])] * len(host_rows)
     if config.init == "random":
-        neurons = torch.randperm(importance.shape[0], generator=generator)[:rank].to(importance.device)
+        neurons = torch.randperm(importance.shape[0], generator=generator, device="cpu")[:rank].to(importance.device)
     else:
         neurons = importance.topk(rank, largest=config.init == "topk").indices
     return [_unit_rows(rows[neurons]) for rows in host_rows]
@@ -53,34 +58,23 @@ def initial_rows(
 @contextmanager
 def _observe(attachment: Attachment, rows: list[list[Tensor]]):
     """Collects each layer's initial rows during one forward."""
-    generator = torch.Generator().manual_seed(attachment.config.seed)
+    generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
 
-    def observer(ffn):
-        def observe(x: Tensor) -> None:
-            x = x.detach().reshape(-1, x.shape[-1])
-            rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
+    def observe(ffn: PatchedFFN, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
 
-        return observe
-
-    try:
-        for ffn in attachment.ffns:
-            ffn.observer = observer(ffn)
+    # A graph knows no contexts: a compiled host is observed in eager code.
+    with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
         yield
-    finally:
-        for ffn in attachment.ffns:
-            ffn.observer = None
 
 
-def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any]) -> Any:
     """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
     state = attachment.state
     rows: list[list[Tensor]] = []
-    state.disabled += 1
-    try:
-        with _observe(attachment, rows), torch.no_grad():
-            result = forward(ids[None])
-    finally:
-        state.disabled -= 1
+    with state.disable(), _observe(attachment, rows), torch.no_grad():
+        result = forward(ids[None])
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
     for index, planes in enumerate(rows):
@@ -98,8 +92,8 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     ids = token_ids(input_ids, host.vocab_size, at_least=1)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
-    with quiet_host(host.model), torch.inference_mode(False):
-        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.model.base_model(input_ids=x, use_cache=False))
+    with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
+        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
     attachment.stream, attachment.texts = None, []
 
 

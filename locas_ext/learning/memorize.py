@@ -55,23 +55,30 @@ def memorize(
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title is {title!r}; expected a string or None")
     host = attachment.host
-    saved = None if resume is None else saved_run(resume)
-    resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
-    ids = token_ids(input_ids, host.vocab_size, at_least=2)
-    bos = bos_token_id(host.model) if resolved.protocol.bos else None
-    if saved is None:
-        _check_first_chunk(attachment, resolved, ids)
-        run = Run(attachment, resolved, Passage(ids, resolved.protocol, bos), TextDigest(), [], title)
-    else:
-        digest = take_up(attachment, ids, resolved, saved)
-        passage = Passage(ids, resolved.protocol, bos, begin=saved.stream.position)
-        run = Run(attachment, resolved, passage, digest, saved.stream.chunks, title)
-    return run.go("memorize", progress, callback)
+    with attachment.exclusive("memorize"):
+        saved = None if resume is None else saved_run(resume)
+        resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
+        ids = token_ids(input_ids, host.vocab_size, at_least=2)
+        bos = bos_token_id(host.model) if resolved.protocol.bos else None
+        if saved is None:
+            _check_first_chunk(attachment, resolved, ids)
+            run = Run(attachment, resolved, Passage(ids, resolved.protocol, bos), TextDigest(), [], title)
+        else:
+            digest = take_up(attachment, ids, resolved, saved)
+            passage = Passage(ids, resolved.protocol, bos, begin=saved.stream.position)
+            run = Run(attachment, resolved, passage, digest, saved.stream.chunks, title)
+        return run.go("memorize", progress, callback)
 
 
 def feed(attachment: Attachment, input_ids: TokenIds, progress: bool = True, callback: Callback = None) -> MemorizeReport:
     """See `Memory.feed`."""
     _check(progress, callback)
+    with attachment.exclusive("feed"):
+        return _fed_run(attachment, input_ids).go("feed", progress, callback)
+
+
+def _fed_run(attachment: Attachment, input_ids: TokenIds) -> Run:
+    """The run that goes on where the last one ended."""
     host, stream = attachment.host, attachment.stream
     if stream is None:
         raise ValueError("feed: there is no run to go on with; begin a text with memorize()")
@@ -89,4 +96,4 @@ def feed(attachment: Attachment, input_ids: TokenIds, progress: bool = True, cal
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
     passage = Passage(ids, resolved.protocol, bos, begin=stream.position, offset=stream.position - len(tail))
     digest = TextDigest(stream.text_digest, stream.tail[len(tail) - stream.position % BLOCK :])
-    return Run(attachment, resolved, passage, digest, stream.chunks, None).go("feed", progress, callback)
+    return Run(attachment, resolved, passage, digest, stream.chunks, None)

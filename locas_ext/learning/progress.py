@@ -2,8 +2,23 @@
 
 import math
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from locas_ext.terminal import Terminal
+
+
+def progress_bar(unit: str, *fields: str) -> Progress:
+    """A bar on standard error: title, bar, how many of how many `unit`, `fields` (rich's formats), time left."""
+    console = Terminal(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=max(4, min(40, console.width - 76))),  # the numbers fit into 80 columns
+        TextColumn(f"{{task.completed:,}}/{{task.total:,}} {unit}"),
+        *map(TextColumn, fields),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
 
 
 class NoProgress:
@@ -26,17 +41,7 @@ class StreamProgress:
         self.report = report
         self._seen, self._nll, self._tokens = len(report.chunks), report.nll, report.tokens
         self.start = position
-        console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=max(4, min(40, console.width - 76))),  # the numbers fit into 80 columns
-            TextColumn("{task.completed:,}/{task.total:,} tokens"),
-            TextColumn("{task.fields[rate]:,.0f}/s"),
-            TextColumn("perplexity {task.fields[perplexity]:.2f}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
+        self.progress = progress_bar("tokens", "{task.fields[rate]:,.0f}/s", "perplexity {task.fields[perplexity]:.2f}")
         self.task = self.progress.add_task(title, total=total, completed=position, rate=0.0, perplexity=self._perplexity())
 
     def _perplexity(self) -> float:

@@ -16,22 +16,22 @@ from .text_digest import TextDigest, format1_digest
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as a folder holds it."""
+    """A run as a folder held it, read once: who saves there meanwhile changes nothing here."""
 
-    folder: Path
+    memory: checkpoint.Saved
     stream: Stream
     settings: Settings
 
 
 def saved_run(resume: str | Path) -> SavedRun:
     """LocasError if the folder holds no run, or one that cannot be read."""
-    stream = checkpoint.read_stream(resume)
-    if stream is None:
+    memory = checkpoint.read(resume)
+    if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
-    return SavedRun(Path(resume), stream, settings_of(stream, resume))
+    return SavedRun(memory, stream, settings_of(stream, resume))
 
 
 def settings_of(stream: Stream, place: str | Path) -> Settings:
@@ -48,7 +48,7 @@ def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, sav
     Returns the digest of what was read of the text.
     """
     # layers are checked by load(); the backend may be another one, as on another machine
-    configs = [config.to_dict() for config in (checkpoint.read_config(saved.folder), attachment.config)]
+    configs = [config.to_dict() for config in (saved.memory.config, attachment.config)]
     before, wanted = (
         {**config, "layers": None, "backend": None, **run.to_record()}
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
@@ -56,13 +56,12 @@ def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, sav
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)
-        raise ValueError(f"resume: {saved.folder} was saved by a run with other settings: {details}")
+        raise ValueError(f"resume: {saved.memory.path} was saved by a run with other settings: {details}")
     digest = TextDigest()
     digest.update(ids[: saved.stream.position])
     if not _is_of(saved.stream, ids, digest):
-        raise ValueError(f"resume: {saved.folder} was saved by a run over another text")
-    state, config, host = attachment.state, attachment.config, attachment.host
-    attachment.stream, attachment.texts = checkpoint.load(state, config, host, saved.folder)
+        raise ValueError(f"resume: {saved.memory.path} was saved by a run over another text")
+    saved.memory.put_into(attachment)
     return digest
 
 

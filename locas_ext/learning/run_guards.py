@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from locas_ext.patching.attachment import Attachment
@@ -32,6 +33,16 @@ def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def eager_host(model: nn.Module) -> Iterator[None]:
+    """Compiled modules of the host run as they are written: a graph neither asks a context nor shows what is inside it."""
+    if not any(module._compiled_call_impl is not None for module in model.modules()):
+        yield  # the stance is the whole process's: left alone where nothing is compiled
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class TextDigest:
     def __init__(self, blocks: str = hashlib.sha256().hexdigest(), rest: Sequence[int] = ()):
         """blocks: the digest of the whole blocks so far, in hexadecimal; rest: the ids behind them, fewer than 64"""
         self.blocks = blocks
-        self._rest = torch.tensor(rest, dtype=torch.int64)
+        self._rest = torch.tensor(rest, dtype=torch.int64, device="cpu")
 
     def update(self, ids: Tensor) -> None:
         """Takes in more of the text: ids [n] int64."""

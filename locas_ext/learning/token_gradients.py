@@ -16,9 +16,11 @@ from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.mlp import PatchedMlpFFN
 from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.scope import scoped
 
 from .backprop import loss_scale
 from .chunk import Window, chunk_logits
+from .run_guards import eager_host
 from .selectors import Positions, Selector, select
 
 
@@ -58,16 +60,10 @@ def _recorded_logits(
 ) -> tuple[Tensor, list[_Recorder]]:
     """The logits [T, V] of a window's targets, and what each FFN took in and gave out."""
     ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
-    recorders = [_Recorder() for _ in ffns]
-    try:
-        for ffn, recorder in zip(ffns, recorders, strict=True):
-            ffn.tap = recorder
-        # What is recorded must be nodes of the graph, which what a compiled forward returns of its inside is not.
-        with torch.compiler.set_stance("force_eager"):
-            return chunk_logits(attachment.host, window, context_gradient, ends_early), recorders
-    finally:
-        for ffn in ffns:
-            ffn.tap = None
+    recorders = {ffn: _Recorder() for ffn in ffns}
+    # What is recorded must be nodes of the graph, which what a compiled forward returns of its inside is not.
+    with scoped(attachment.state, tap=lambda ffn, x, y: recorders[ffn](x, y)), eager_host(attachment.host.model):
+        return chunk_logits(attachment.host, window, context_gradient, ends_early), list(recorders.values())
 
 
 def _per_arena(state: MemoryState, layers: Sequence[Tensor], targets: int, indices: Tensor) -> list[Tensor]:

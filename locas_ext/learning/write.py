@@ -72,7 +72,7 @@ def _new_slots(found: TokenGradients, epsilon: float) -> tuple[list[Tensor], lis
     for inputs, gradients in zip(found.inputs, found.gradients, strict=False):  # without a chosen token no gradients
         dtype = torch.float32 if gradients.dtype == torch.float64 else gradients.dtype
         layers, n, d = gradients.shape
-        slots.append(torch.empty(layers, 2, n, d, device=gradients.device))
+        slots.append(torch.empty(layers, 2, n, d, dtype=torch.float32, device=gradients.device))
         norm = None if joint is None else joint.to(gradients.device)
         norms.append(write_slots_(slots[-1], 0, inputs.to(dtype), gradients.to(dtype), epsilon, None, norm))
     return slots, norms
@@ -141,6 +141,7 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
     if isinstance(resolved.tokens, tuple) or resolved.tokens == "all":
         room.check(state.used, len(resolved.tokens) if isinstance(resolved.tokens, tuple) else len(ids) - 1)
     with (
+        attachment.exclusive("write"),
         interrupt_between_chunks() as check_interrupt,
         quiet_host(host.model),
         torch.inference_mode(False),

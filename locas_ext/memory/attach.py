@@ -76,7 +76,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
             warnings.warn(
                 f"{path} names a backend that is not available here: {obstacle}; 'auto' is used", stacklevel=caller_stacklevel()
             )
-        memory._take(saved)
+        saved.put_into(memory._attachment)
     except BaseException:
         memory.detach()
         raise

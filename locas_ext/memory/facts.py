@@ -41,7 +41,7 @@ class MemoryFacts:
             raise RuntimeError(
                 f"the slots lie on {len(self.state.arenas)} devices, so they are not one tensor; use memory.gather_slots()"
             )
-        return self.state.arenas[0].slots
+        return self.state.whole("slots")
 
     def gather_slots(self) -> Tensor:
         """A copy of `slots`, on any number of devices; of several, on that of the first layer."""

@@ -19,7 +19,6 @@ from locas_ext.learning.update import Backprop, Write, as_update, refuse_unknown
 from locas_ext.learning.write import WriteReport, write
 from locas_ext.state.stream import Chunk
 from locas_ext.storage import checkpoint, snapshot
-from locas_ext.storage.checkpoint import Saved
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
@@ -36,12 +35,9 @@ class Memory(MemoryFacts):
     # ---- using it --------------------------------------------------------------------------------------------
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside this block the model is the host alone, bit for bit."""
-        self.state.disabled += 1
-        try:
+        """Inside this block the model is the host alone, bit for bit; in this thread or asyncio task, not in others."""
+        with self.state.disable():
             yield
-        finally:
-            self.state.disabled -= 1
 
     def initialize(self, input_ids: TokenIds) -> None:
         """Sets gate and key rows from one forward over `input_ids` and the values to 0 (docs/method.md).
@@ -197,12 +193,14 @@ class Memory(MemoryFacts):
         """
         self._require_attached("compress")
         attachment = self._attachment
-        return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
+        with attachment.exclusive("compress"):
+            return compress(attachment.state, attachment.ffns[0].activation, rank, threshold)
 
     def reset(self) -> None:
         """Forgets everything: slots and optimizer states are zero, the version is 0, the list of texts is empty."""
-        self.state.reset()
-        self._attachment.stream, self._attachment.texts = None, []
+        with self._attachment.exclusive("reset"):
+            self.state.reset()
+            self._attachment.stream, self._attachment.texts = None, []
 
     # ---- keeping it ------------------------------------------------------------------------------------------
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
@@ -215,9 +213,7 @@ class Memory(MemoryFacts):
 
         Raises OSError if the folder cannot be written or holds something else; what was there before survives.
         """
-        attachment = self._attachment
-        where = attachment.stream, attachment.texts
-        checkpoint.save(attachment.state, attachment.config, attachment.host, *where, path, optimizer)
+        checkpoint.save(self._attachment, path, optimizer)
 
     def load(self, path: str | Path) -> None:
         """Swaps in the memory saved in `path`; the model stays attached, and compiled if its scale is the same.
@@ -225,12 +221,9 @@ class Memory(MemoryFacts):
         Raises FileNotFoundError, or LocasError if the files are damaged, of another host, or of other slots than
         these; the memory in use then stays.
         """
-        self._take(checkpoint.read(path))
-
-    def _take(self, saved: Saved) -> None:
-        attachment = self._attachment
-        saved.put_into(attachment.state, attachment.config, attachment.host)
-        attachment.stream, attachment.texts = saved.stream, saved.texts
+        saved = checkpoint.read(path)
+        with self._attachment.exclusive("load"):
+            saved.put_into(self._attachment)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (slots, optimizer, place in the text), on the memory's device."""
@@ -240,7 +233,8 @@ class Memory(MemoryFacts):
     def restore(self, snapshot_: Snapshot) -> None:
         """Puts a snapshot back, bit for bit. ValueError if it is of another host or of other slots."""
         attachment = self._attachment
-        attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
+        with attachment.exclusive("restore"):
+            attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
 
     def fork(self) -> "Memory":
         """A second, independent memory that starts as this one, on a model of its own (`.model`).
@@ -267,8 +261,9 @@ class Memory(MemoryFacts):
         projections cannot be widened, naming the layer.
         """
         self._require_attached("merge_and_unload")
-        model = merge(self._attachment.host, self.state, pad_to_multiple_of)
-        self.detach()
+        with self._attachment.exclusive("merge_and_unload"):
+            model = merge(self._attachment.host, self.state, pad_to_multiple_of)
+            self.detach()
         return model
 
     def _require_attached(self, verb: str) -> None:

@@ -4,6 +4,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 """
 
 import warnings
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from locas_ext.state.stream import Stream, TextRecord
 
 from .base import Binding
 from .cache_guard import StaleCacheGuard
+from .compiled import number_of
+from .decoder_watch import DecoderWatch
+from .freeze import HostFreeze
 from .glu import PatchedGluFFN
 from .mlp import PatchedMlpFFN
 from .rehome import RehomedFFN, obstacle, storage_users
@@ -105,7 +109,8 @@ class Attachment:
             )
         _check_variant(host, config)
         layers = config.resolve_layers(len(host.ffns))
-        check_rank(config, host.intermediate_size)
+        for layer in layers:
+            check_rank(config, host.ffns[layer].width or host.intermediate_size)
         self.host, self.config = host, config
         devices = _devices(host)
         ffns = [host.ffns[layer] for layer in layers]
@@ -123,7 +128,7 @@ class Attachment:
             like.dtype,
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
-        binding = Binding(self.state, self.backend, host, self.relocate)
+        binding = Binding(self.state, self.backend, host, number_of(self.state))
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
         self.texts: list[TextRecord] = []  # those learned from, oldest first
@@ -133,10 +138,12 @@ class Attachment:
         """Freezes the host and puts the memory's forwards in place."""
         model = self.host.model
         self.cache_guard = StaleCacheGuard(model, self.state)
-        self.required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.requires_grad_(False)
+        self.watch = DecoderWatch(self.host, self.state, self.ffns)
+        self.freeze = HostFreeze(model)
+        self.freeze.hold()
         for ffn in self.ffns:
             ffn.bind()
+        self.watch.bind()
         self.cache_guard.bind()
         if rehome:
             try:
@@ -144,6 +151,14 @@ class Attachment:
             except BaseException:
                 self.detach()
                 raise
+
+    def hook_ids(self) -> set[int]:
+        """Of the hooks that the memory itself has put on the host."""
+        return {handle.id for handle in self.watch.handles}
+
+    def exclusive(self, verb: str) -> AbstractContextManager[None]:
+        """The right to change the memory, for the time of a verb; see `MemoryState.exclusive`."""
+        return self.state.exclusive(verb)
 
     def _rehome(self) -> None:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
@@ -164,19 +179,6 @@ class Attachment:
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
 
-    def relocate(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
-        """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
-        devices = {
-            projection_device(projection) for ffn in self.ffns if ffn.arena is arena for projection in ffn.ffn.projections()
-        }
-        if len(devices) > 1:
-            names = " and ".join(sorted(str(device) for device in devices))
-            raise ValueError(
-                f"the host was spread over {names} after the memory was attached; "
-                "save the memory, detach it, and load it into the spread host"
-            )
-        arena.place(device, dtype)
-
     def keeps_factors(self, tokens: int) -> bool:
         """Whether the backward over so many tokens can leave the slots' gradient to the update (ops/types.py, SlotFactors)."""
         state = self.state
@@ -194,10 +196,12 @@ class Attachment:
         return self.ffns[0].attached
 
     def detach(self) -> None:
-        self.cache_guard.unbind()
-        for ffn in self.ffns:
-            ffn.unbind()
-            if ffn.home is not None:
-                ffn.home.move_out()
-        for name, parameter in self.host.model.named_parameters():
-            parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
+        """Takes everything away again. RuntimeError while another thread changes the memory."""
+        with self.exclusive("detach"):
+            self.cache_guard.unbind()
+            self.watch.unbind()
+            for ffn in self.ffns:
+                ffn.unbind()
+                if ffn.home is not None:
+                    ffn.home.move_out()
+            self.freeze.release()

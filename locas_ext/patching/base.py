@@ -1,18 +1,22 @@
-"""A host FFN with its memory: what the two variants (patched_glu.py, patched_mlp.py) share, and the binding."""
+"""A host FFN with its memory: what the two variants (glu.py, mlp.py) share, the route of a call, and the binding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from enum import Enum, auto
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from locas_ext.hosts.ffn import HostFFN
+from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host
 from locas_ext.ops.activations import activation_index
+from locas_ext.ops.types import SlotFactors
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.scope import Scope
 
 from .forward_patch import ForwardPatch
 from .rehome import RehomedFFN
@@ -20,17 +24,39 @@ from .rehome import RehomedFFN
 FFN = TypeVar("FFN", bound=HostFFN)
 
 
+class Route(Enum):
+    """What computes a call of a patched FFN."""
+
+    HOST = auto()  # the host's own forward alone, bit for bit: the memory adds exactly 0 or is off
+    BESIDE = auto()  # the host's own forward, and the memory's output added to it
+    WHOLE = auto()  # host and memory as one op
+    REHOMED = auto()  # the same on weights that lie in the memory's buffers
+    PUBLIC_BESIDE = auto()  # as BESIDE through the public ops: reference backend, float64, autocast
+    PUBLIC_WHOLE = auto()  # as WHOLE through the reference
+
+
 @dataclass(frozen=True)
 class Binding:
-    """What a patched FFN knows of the memory and the host it belongs to.
-
-    relocate(arena, device, dtype): takes an arena to where its layers were moved
-    """
+    """What a patched FFN knows of the memory and the host it belongs to."""
 
     state: MemoryState
     backend: str
     host: Host
-    relocate: Callable[[SlotArena, torch.device, torch.dtype], None]
+    number: int  # by which compiled graphs find the state
+
+    def relocate(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
+        """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
+        ffns = [self.host.ffns[self.state.layers[position]] for position in arena.positions]
+        devices = {projection_device(projection) for ffn in ffns for projection in ffn.projections()}
+        if len(devices) > 1:
+            names = " and ".join(sorted(str(device) for device in devices))
+            raise ValueError(
+                f"the host was spread over {names} after the memory was attached; "
+                "save the memory, detach it, and load it into the spread host"
+            )
+        with self.state.exclusion.lock:
+            if arena.compute.device != device or arena.compute.dtype != dtype:
+                arena.place(device, dtype)
 
 
 class PatchedFFN(ABC, Generic[FFN]):
@@ -44,9 +70,10 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
         self.home: RehomedFFN | None = None  # with attach(rehome=True)
-        self.observer: Callable[[Tensor], None] | None = None  # called with the FFN input [..., d] during initialization
         self.attached = False
         self.patches: list[ForwardPatch] = []
+        self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
+        self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
@@ -55,18 +82,76 @@ class PatchedFFN(ABC, Generic[FFN]):
 
     def bind(self) -> None:
         self.patches = [ForwardPatch(module, forward) for module, forward in self.forwards()]
+        self.formula = self.ffn.formula_obstacle()
         self.attached = True
 
     def unbind(self) -> None:
         self.attached = False  # whoever wrapped our forward since and still holds it gets the original's result
         for patch in self.patches:
-            patch.end()
+            patch.end(self)
+        self.ffn.forget()
 
-    def original(self, *arguments: Tensor) -> Tensor:
+    def follow(self, module: nn.Module) -> None:
+        """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
+        if module is self.ffn.module and all(
+            patch.module is bound for patch, (bound, _) in zip(self.patches, self.forwards(), strict=True)
+        ):
+            return
+        with self.state.exclusion.lock:
+            for patch in self.patches:
+                patch.end(self)
+            self.ffn.replace_module(module)
+            self.bind()
+
+    def original(self, *arguments: Any, **named: Any) -> Tensor:
         """The host's own forward of the first module bound."""
-        return self.patches[0].original(*arguments)
+        return self.patches[0].original(*arguments, **named)
+
+    # ---- the route -------------------------------------------------------------------------------------------
+    def route(self, x: Tensor, scope: Scope | None) -> Route:
+        """What computes this call: found once, and again only where what it depends on has changed."""
+        state, arena = self.state, self.arena
+        if not self.attached or (scope is not None and scope.disabled):
+            return Route.HOST
+        if state.exclusion.holder is not None:
+            state.exclusion.check_reader()
+        if not arena.is_current(self.index) or (state.watched and not (scope is not None and scope.looked)):
+            state.sync()
+        # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
+        if not (state.learned or self.learns()):
+            return Route.HOST
+        device = x.device
+        autocast = torch.is_autocast_enabled(device.type)
+        depends_on = (state.generation, arena.placement, self.obstacle(), x.dtype, device, autocast)
+        resolved = self._resolved  # one tuple: other threads replace it whole
+        if resolved[0] != depends_on:
+            resolved = self._resolved = self._resolve(x, autocast)
+        return resolved[1]
+
+    def _resolve(self, x: Tensor, autocast: bool) -> tuple[Any, Route]:
+        obstacle, self.formula = self.obstacle(), self.ffn.formula_obstacle()
+        beside = not self.state.learned or obstacle is not None
+        if autocast or self.backend == "reference" or x.dtype == torch.float64:
+            route = Route.PUBLIC_BESIDE if beside or autocast else Route.PUBLIC_WHOLE
+        else:
+            self.binding.relocate(self.arena, x.device, x.dtype)
+            route = Route.BESIDE if beside else Route.WHOLE if self.home is None else Route.REHOMED
+        depends_on = (self.state.generation, self.arena.placement, obstacle, x.dtype, x.device, autocast)
+        return depends_on, route
+
+    def learns(self) -> bool:
+        """Whether the slots' gradient may be asked for here."""
+        return torch.is_grad_enabled() and self.state.initialized and self.arena.parameters[self.index].requires_grad
+
+    def sink(self, scope: Scope | None) -> Tensor | SlotFactors | None:
+        """Where a backward adds the slots' gradient; None: autograd gets it."""
+        return self.arena.sink(self.index) if scope is not None and scope.accumulates else None
 
     # ---- what the verbs ask ----------------------------------------------------------------------------------
+    def obstacle(self) -> str | None:
+        """Why host and memory cannot be one op, or None."""
+        return self.ffn.formula_obstacle() or self.ffn.projection_obstacle()
+
     @abstractmethod
     def importance(self, x: Tensor) -> Tensor:
         """How strongly each host neuron fires on x [T, d]: [m] float32 (`ops.neuron_importance`)."""
@@ -84,5 +169,5 @@ class PatchedFFN(ABC, Generic[FFN]):
         """The backend, "auto" resolved for where the memory lies."""
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
-        """Whether so many tokens go through the fused CUDA kernels (fused.py)."""
+        """Whether so many tokens go through the fused CUDA kernels (ops/backends/cuda.py)."""
         return False

@@ -1,27 +1,42 @@
 """A module's forward replaced by another function, and back."""
 
 from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ForwardPatch:
-    """A module whose forward another function stands in for."""
+    """A module whose forward a method of another object stands in for. It does not keep that object alive."""
 
     def __init__(self, module: nn.Module, forward: Callable):
-        self.module, self.forward = module, forward
+        """forward: a bound method"""
+        self.module = module
+        self.method: Any = forward.__func__  # type: ignore[attr-defined]
         # accelerate keeps the real forward in _old_forward and calls it from its hook: bind beneath it.
         name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         self.replaced = module.__dict__.get(name)
-        self.original = getattr(module, name)
         setattr(module, name, forward)
 
-    def end(self) -> None:
+    @property
+    def original(self) -> Callable:
+        """The module's own forward: of its class as it is now, unless the module had one of its own."""
+        return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
+
+    def end(self, owner: object) -> None:
+        """Gives the module's own forward back where `owner`'s method still stands in for it."""
         attributes = self.module.__dict__
         for name in ("forward", "_old_forward"):
-            if attributes.get(name) != self.forward:  # equal, not identical: deepcopy makes a second method object
+            now = attributes.get(name)
+            if getattr(now, "__self__", None) is not owner or getattr(now, "__func__", None) is not self.method:
                 continue
             if self.replaced is None:
                 del attributes[name]
             else:
                 attributes[name] = self.replaced
+
+
+def the_input(arguments: tuple, named: dict) -> Tensor:
+    """What a module is given first, by position or by name."""
+    return arguments[0] if arguments else next(iter(named.values()))

@@ -1,6 +1,7 @@
 """Locas-GLU in a gated FFN: the forward that stands in for the host's."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFFNFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, native_backend
 from locas_ext.ops.backends.matmul import sideway_forward
-from locas_ext.ops.types import SlotViews
+from locas_ext.ops.types import SlotFactors
+from locas_ext.state.scope import Scope, scopes
 
-from .base import PatchedFFN
-from .rehome import RehomedFunction, rehomed_forward
+from .base import PatchedFFN, Route
+from .compiled import in_use
+from .forward_patch import the_input
+from .rehome import RehomedFFN, RehomedFunction, rehomed_forward
 
 
 class PatchedGluFFN(PatchedFFN[GatedFFN]):
@@ -23,80 +27,90 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
     def forwards(self) -> list[tuple[nn.Module, Callable]]:
         return [(self.ffn.module, self.forward)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        state, arena = self.state, self.arena
-        if self.observer is not None:
-            self.observer(x)
-        if not self.attached or state.disabled:
-            return self.original(x)
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        """The FFN's output for its input [..., d], however it is passed."""
+        x = the_input(arguments, named)
         if torch.compiler.is_compiling():
-            return self._forward_compiled(x)
-        index = self.index
-        if not arena.is_current(index):
-            state.sync()
-        parameter = arena.parameters[index]
-        gradients = torch.is_grad_enabled()
-        learns = gradients and state.initialized and parameter.requires_grad
-        # A memory that has learned nothing adds exactly 0: then the host computes alone, bit for bit.
-        if not state.learned and not learns:
-            return self.original(x)
-        alone = not state.learned or self.ffn.obstacle() is not None
-        device, dtype = x.device, x.dtype
-        if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(device.type):
-            return self._forward_plain(x, parameter, alone)
-        views = arena.views[index]
-        if views.value.dtype != dtype or views.value.device != device:
-            self.binding.relocate(arena, device, dtype)
-            views = arena.views[index]
-        with_graph = gradients and (learns or x.requires_grad)
-        y = self._forward_native(x.reshape(-1, x.shape[-1]), parameter, views, alone, with_graph).view_as(x)
-        return self.original(x) + y if alone else y
+            return self._forward_compiled(x, arguments, named)
+        scope = scopes.get().get(self.state)
+        if scope is not None and scope.observer is not None:
+            scope.observer(self, x)
+        match self.route(x, scope):
+            case Route.WHOLE:
+                return self._whole(x, scope)
+            case Route.HOST:
+                return self.original(*arguments, **named)
+            case Route.BESIDE:
+                return self.original(*arguments, **named) + self._beside(x, scope)
+            case Route.PUBLIC_BESIDE:
+                return self.original(*arguments, **named) + self._public_beside(x)
+            case Route.PUBLIC_WHOLE:
+                return self._public_whole(x)
+            case Route.REHOMED:
+                home = self.home
+                assert home is not None, "_resolve() gives this route only where there is one"
+                return self._rehomed(x, home, scope) if home.ready() else self._whole(x, scope)
 
-    def _forward_native(self, x: Tensor, parameter: Tensor, views: SlotViews, alone: bool, with_graph: bool) -> Tensor:
-        """The memory's output for x [T, d] and, unless it is `alone`, the host's in one."""
-        scale, activation = self.arena.scales[self.index], self.activation_index
-        home, grad = self.home, self.arena.sink(self.index)
-        if alone:
-            if with_graph:
-                return SidewayGluFunction.apply(x, parameter, views, scale, activation, grad)
-            return sideway_forward(x, views, scale, activation)[0]
-        if home is not None and home.ready():
-            bias = self.ffn.weights().down_bias
-            if with_graph:
-                return RehomedFunction.apply(x, parameter, home, bias, activation, grad)
-            return rehomed_forward(x, home, bias, activation, save=False)[0]
-        host = self.ffn.weights()
-        backend = native_backend("patched FFN", x, host.gate, self.backend)
-        if with_graph:
-            return GluFFNFunction.apply(x, parameter, views, host, scale, activation, grad, backend)
-        return backend.glu_ffn_forward(x, host, views, scale, activation, save=False)[0]
+    def _with_graph(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self.learns())
 
-    def _forward_plain(self, x: Tensor, parameter: Tensor, alone: bool) -> Tensor:
-        """The reference backend, and any backend under autocast: public ops with all their checks."""
-        scale = self.arena.scales[self.index]
+    def _beside(self, x: Tensor, scope: Scope | None) -> Tensor:
+        """The memory's output alone."""
+        arena, x2d, views = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index]
+        scale, activation = arena.scales[self.index], self.activation_index
+        if self._with_graph(x):
+            parameter, sink = arena.parameters[self.index], self.sink(scope)
+            assert not isinstance(sink, SlotFactors), "factors are kept only where all FFNs run on the CUDA kernels"
+            return SidewayGluFunction.apply(x2d, parameter, views, scale, activation, sink).view_as(x)
+        return sideway_forward(x2d, views, scale, activation)[0].view_as(x)
+
+    def _rehomed(self, x: Tensor, home: RehomedFFN, scope: Scope | None) -> Tensor:
+        x2d, bias, activation = x.reshape(-1, x.shape[-1]), self.ffn.weights().down_bias, self.activation_index
+        if self._with_graph(x):
+            parameter = self.arena.parameters[self.index]
+            return RehomedFunction.apply(x2d, parameter, home, bias, activation, self.sink(scope)).view_as(x)
+        return rehomed_forward(x2d, home, bias, activation, save=False)[0].view_as(x)
+
+    def _whole(self, x: Tensor, scope: Scope | None) -> Tensor:
+        arena, x2d, views, host = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index], self.ffn.weights()
+        scale, activation = arena.scales[self.index], self.activation_index
+        backend = native_backend("patched FFN", x2d, host.gate, self.backend)
+        if self._with_graph(x):
+            parameter = arena.parameters[self.index]
+            return GluFFNFunction.apply(x2d, parameter, views, host, scale, activation, self.sink(scope), backend).view_as(x)
+        return backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0].view_as(x)
+
+    def _public_beside(self, x: Tensor) -> Tensor:
+        parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside  # a host moved to float64 after attach
-        if alone or torch.is_autocast_enabled(x.device.type):
-            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        return ops.sideway_glu(x, parameter, scale, self.activation, backend)
+
+    def _public_whole(self, x: Tensor) -> Tensor:
+        parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
         gate, up, down, *biases = self.ffn.weights()
         return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
 
-    def _forward_compiled(self, x: Tensor) -> Tensor:
+    def _forward_compiled(self, x: Tensor, arguments: tuple, named: dict[str, Any]) -> Tensor:
         state, arena = self.state, self.arena
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
-        if not (state.learned or (torch.is_grad_enabled() and state.initialized)):
-            return self.original(x)
-        if not state.learned or self.path()[0] == "sideway":
-            return self.original(x) + ops.sideway_glu(x, parameter, scale, self.activation, self.beside)
-        host = self.ffn.weights()
-        biases = (host.gate_bias, host.up_bias, host.down_bias)
-        return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, self.backend)
+        if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
+            return self.original(*arguments, **named)
+        # Nobody looks into a graph: handed out and not known to have learned, the slots are read beside the host.
+        if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
+            host = self.ffn.weights()
+            biases = (host.gate_bias, host.up_bias, host.down_bias)
+            return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, self.backend)
+        memory = ops.sideway_glu(x, parameter, scale, self.activation, self.beside)
+        if state.exclusion.off_somewhere > 0:
+            memory = memory * in_use(x, self.binding.number)
+        return self.original(*arguments, **named) + memory
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
-        if self.ffn.obstacle() is not None:
+        if self.obstacle() is not None:
             return self.ffn.hidden(x).abs().float().mean(0)
         gate, up, _, gate_bias, up_bias, _ = self.ffn.weights()
-        return ops.neuron_importance(x, gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
+        return ops.neuron_importance(x.to(gate.dtype), gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
 
     def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         return self.ffn.input_rows(like)
@@ -112,14 +126,14 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
         compute, host = self.arena.compute, self.binding.host
-        if not compute.is_cuda or self.home is not None or self.ffn.obstacle() is not None:
+        if not compute.is_cuda or self.home is not None or self.obstacle() is not None:
             return False
         return self.backend == "fused" or (
             self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
         )
 
     def path(self) -> tuple[str, str]:
-        obstacle = self.ffn.obstacle()
+        obstacle = self.obstacle()
         if obstacle:
             return "sideway", obstacle
         if self.home is not None:

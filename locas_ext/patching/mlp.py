@@ -1,7 +1,8 @@
 """Locas-MLP beside an FFN: the forwards that stand in for the host's."""
 
 from collections.abc import Callable
-from typing import cast
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,14 @@ from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
 from locas_ext.ops.types import SlotFactors
+from locas_ext.state.scope import Scope, scopes
 
-from .base import PatchedFFN
+from .base import PatchedFFN, Route
+from .compiled import in_use
+from .forward_patch import the_input
+
+# The FFN whose first projection ran last in this context, and its input, until its last projection runs.
+_entered: ContextVar[tuple[Any, Tensor] | None] = ContextVar("locas_entered", default=None)
 
 
 class PatchedMlpFFN(PatchedFFN[HostFFN]):
@@ -24,8 +31,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
     so that what the host does to the sum, such as dropout, is done to the memory too. OPT has no other place.
     """
 
-    input: Tensor | None = None  # of the first projection, until the last one runs
-    tap: Callable[[Tensor, Tensor], Tensor] | None = None  # while writing: takes the FFN's input and output, returns the latter
+    traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
 
     def forwards(self) -> list[tuple[nn.Module, Callable]]:
         if not isinstance(self.ffn, TwoLayerFFN):
@@ -33,68 +39,90 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         first, last = self.ffn.projections()
         return [(first, self.enter), (last, self.leave)]
 
-    def enter(self, x: Tensor) -> Tensor:
-        self.input = x
-        return self.patches[0].original(x)
+    def enter(self, *arguments: Any, **named: Any) -> Tensor:
+        """The first projection's forward."""
+        if torch.compiler.is_compiling():
+            self.traced_input = the_input(arguments, named)
+        else:
+            _entered.set((self, the_input(arguments, named)))
+        return self.patches[0].original(*arguments, **named)
 
-    def leave(self, hidden: Tensor) -> Tensor:
-        x = cast(Tensor, self.input)  # the first projection ran, or the memory has learned nothing and reads no x
-        self.input = None
-        return self.with_memory(x, self.patches[1].original(hidden))
+    def leave(self, *arguments: Any, **named: Any) -> Tensor:
+        """The last projection's forward."""
+        if torch.compiler.is_compiling():
+            x, self.traced_input = self.traced_input, None
+        else:
+            entered = _entered.get()
+            x = entered[1] if entered is not None and entered[0] is self else None
+            _entered.set(None)
+        y = self.patches[1].original(*arguments, **named)
+        return y if x is None else self.with_memory(x, y)  # None: a call of this projection alone, which is no FFN
 
-    def around(self, x: Tensor) -> Tensor:
-        return self.with_memory(x, self.original(x))
+    def around(self, *arguments: Any, **named: Any) -> Tensor:
+        """The forward of an FFN that is bound whole."""
+        return self.with_memory(the_input(arguments, named), self.original(*arguments, **named))
 
     def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
         """The FFN's output y [..., d] for its input x [..., d], with the memory's added."""
-        if self.observer is not None:
-            self.observer(x)
-        if self.attached and not self.state.disabled and (memory := self.memory(x)) is not None:
-            y = y + memory
-        return y if self.tap is None else self.tap(x, y)
+        if torch.compiler.is_compiling():
+            return self._with_memory_compiled(x, y)
+        scope = scopes.get().get(self.state)
+        if scope is not None and scope.observer is not None:
+            scope.observer(self, x)
+        tap = None if scope is None else scope.tap
+        match self.route(x, scope):
+            case Route.BESIDE:
+                y = y + (self._beside(x, scope) if tap is None else self._tapped(x))
+            case Route.PUBLIC_BESIDE:
+                y = y + self._public_beside(x, detached=tap is not None)
+        return y if tap is None else tap(self, x, y)
 
-    def memory(self, x: Tensor) -> Tensor | None:
-        """The memory's own output [..., d], or None where that is exactly 0 and nothing is to be learned."""
-        state, arena, index = self.state, self.arena, self.index
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not arena.is_current(index):
-            state.sync()
-        parameter = arena.parameters[index] if self.tap is None else arena.parameters[index].detach()
-        learns = torch.is_grad_enabled() and state.initialized and parameter.requires_grad
-        if not state.learned and not learns:
-            return None
-        scale, dtype = arena.scales[index], x.dtype
-        if compiling:  # with the empty slots, so that the number of used ones is no part of the graph
-            return ops.sideway_mlp(x, parameter, scale, self.activation, self.beside)
-        if self.backend == "reference" or dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
-            backend = "reference" if dtype == torch.float64 else self.beside
-            return ops.sideway_mlp(x, parameter[:, : arena.used], scale, self.activation, backend)
-        if arena.views[index].value.dtype != dtype or arena.views[index].value.device != x.device:
-            self.binding.relocate(arena, x.device, dtype)
-        views = arena.views[index]
-        if self.tap is not None:  # only x may have a gradient, and torch's own nodes bring it with less work on the CPU
-            return activate(F.linear(x, views.gate_key), self.activation) @ views.value * scale
-        x2d = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() and (learns or x.requires_grad):
-            sink = arena.sink(index)
+    def obstacle(self) -> str:
+        return "Locas-MLP runs beside the host's FFN"
+
+    def _beside(self, x: Tensor, scope: Scope | None) -> Tensor:
+        """The memory's output alone, [..., d]."""
+        arena, index, x2d = self.arena, self.index, x.reshape(-1, x.shape[-1])
+        views, scale, parameter = arena.views[index], arena.scales[index], arena.parameters[index]
+        if torch.is_grad_enabled() and (x.requires_grad or self.learns()):
+            sink = self.sink(scope)
             assert not isinstance(sink, SlotFactors), "factors are kept only where all FFNs run on the CUDA kernels"
             sink = None if sink is None else sink[:, : arena.used]
-            y = SidewayMlpFunction.apply(x2d, parameter, views, scale, self.activation_index, sink)
-        else:
-            y = sideway_mlp_forward(x2d, views, scale, self.activation_index)[0]
-        return y.view_as(x)
+            return SidewayMlpFunction.apply(x2d, parameter, views, scale, self.activation_index, sink).view_as(x)
+        return sideway_mlp_forward(x2d, views, scale, self.activation_index)[0].view_as(x)
+
+    def _tapped(self, x: Tensor) -> Tensor:
+        """The same while writing: only x may have a gradient, and torch's own nodes bring it with less work on the CPU."""
+        views = self.arena.views[self.index]
+        hidden = activate(F.linear(x, views.gate_key), self.activation)
+        return hidden @ views.value * self.arena.scales[self.index]
+
+    def _public_beside(self, x: Tensor, detached: bool) -> Tensor:
+        arena, parameter = self.arena, self.arena.parameters[self.index]
+        slots = (parameter.detach() if detached else parameter)[:, : arena.used]
+        backend = "reference" if x.dtype == torch.float64 else self.beside
+        return ops.sideway_mlp(x, slots, arena.scales[self.index], self.activation, backend)
+
+    def _with_memory_compiled(self, x: Tensor, y: Tensor) -> Tensor:
+        state, arena = self.state, self.arena
+        if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
+            return y
+        # With the empty slots, so that the number of used ones is no part of the graph.
+        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
+        memory = ops.sideway_mlp(x, parameter, scale, self.activation, self.beside)
+        return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
         hidden = self.ffn.hidden(x)
-        self.input = None  # what the first projection's forward kept just now
+        _entered.set(None)  # what the first projection's forward kept just now
         return hidden.abs().float().mean(0)
 
     def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to
 
     def path(self) -> tuple[str, str]:
-        return "sideway", "Locas-MLP runs beside the host's FFN"
+        return "sideway", self.obstacle()
 
     def backend_name(self) -> str:
         return "matmul" if self.backend == "auto" else self.backend

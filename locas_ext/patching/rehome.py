@@ -9,6 +9,9 @@ before. An FFN with memory then is two products and one elementwise kernel, its 
 own gradient. The memory's rows are written again whenever the slots have changed. Whatever takes the parameters out of
 the buffers (`.to()` another dtype or device, a swapped projection) is noticed at the next forward, which moves them in
 again, or runs without the buffers where it cannot. `Attachment.detach` moves them out.
+
+Tools take two tensors of one storage for tied ones, and refuse parts of a larger one. So state_dict() gives copies, each in
+storage of its own: while it is held, it costs a second copy of the FFNs' weights.
 """
 
 import copy
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from locas_ext import _C
 from locas_ext.hosts.ffn import FusedGatedFFN, GatedFFN
@@ -79,6 +83,7 @@ class RehomedFFN:
         self._refused: tuple[int, ...] | None = None  # where the weights lay when they could not move in
         self.scale: float | None = None  # tau, as in factors
         self.generation = 0  # of the slots that the memory's rows were written from
+        self.handle: RemovableHandle | None = None  # of the hook on the FFN's state_dict
 
     # ---- moving ----------------------------------------------------------------------------------------------
     def move_in(self, users: Counter) -> None:
@@ -108,12 +113,18 @@ class RehomedFFN:
         self.parameters = tuple(host[: len(homes)])
         self._addresses = self._where(self.parameters)
         self.away, self.generation = None, 0
+        if self.handle is None:
+            self.handle = self.ffn.module.register_state_dict_post_hook(_with_storage_of_its_own)
 
     def move_out(self) -> None:
         """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
-        for parameter, address in zip(self.parameters, self._addresses, strict=False):
-            if parameter is not None and parameter.data_ptr() == address:
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, address in zip(self.parameters, self._addresses, strict=False):
+                if parameter is not None and parameter.data_ptr() == address:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
         self.away, self.parameters, self._addresses = "detached", (), ()
         self.scale = None
         for buffer in ("gate_up", "down", "bias", "factors"):
@@ -129,10 +140,15 @@ class RehomedFFN:
     # ---- using it --------------------------------------------------------------------------------------------
     def ready(self) -> bool:
         """Whether the buffers hold host and memory as they are now; moves in and refreshes as needed."""
-        if self.shared or not (self._at_home() or self._return_home()):
+        if self.shared:
             return False
+        if not self._at_home():
+            with self.state.exclusion.lock:
+                if not (self._at_home() or self._return_home()):
+                    return False
         if self.generation != self.state.generation:
-            self.refresh()
+            with self.state.exclusion.lock:
+                self.refresh()
         return True
 
     def _return_home(self) -> bool:
@@ -170,6 +186,14 @@ class RehomedFFN:
         gate = self.ffn.weights().gate
         new.shared = memo.get(id(gate)) is gate
         return new
+
+
+def _with_storage_of_its_own(module: nn.Module, state_dict: dict, prefix: str, _: dict) -> None:
+    """A state_dict hook: what is a part of a larger storage becomes a copy. Parameters themselves (keep_vars) stay."""
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix) and not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+            if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+                state_dict[name] = tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---- the mathematics -----------------------------------------------------------------------------------------

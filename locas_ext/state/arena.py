@@ -23,7 +23,7 @@ class SlotArena:
         used: how many slots, the first ones, hold something
         grad: as slots
         parameters: l nn.Parameters [planes, capacity, d], views of slots; their .grad are views of grad
-        accumulates: whether backwards add the gradient here, as while memorizing, instead of handing it to autograd
+        seen: a copy of the slots as last looked at, once somebody outside may write them; else None
         factors: l SlotFactors where the gradient is kept unformed for the update, else None
         compute, views: the slots in the host's dtype, and per layer the used ones as (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
@@ -36,18 +36,21 @@ class SlotArena:
         self.exp_avg: Tensor | None = None
         self.exp_avg_sq: Tensor | None = None
         self.momentum_buffer: Tensor | None = None
-        self.accumulates = False
+        self.seen: Tensor | None = None
+        self._grads_are_bound = True
+        self.placement = 0  # how often the tensors were put in place
         self.factors: list[SlotFactors] | None = None
         with torch.inference_mode(False), torch.no_grad():
-            self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, device=device)
+            self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, dtype=torch.float32, device=device)
             self.grad = torch.zeros_like(self.slots)
-            self.scale = torch.tensor(scale, dtype=torch.float32)
+            self.scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
             self.step = torch.zeros((), dtype=torch.int64, device=device)
             self.parameters = [nn.Parameter(layer) for layer in self.slots]
             self._bind(dtype)
 
     # ---- what points into slots and grad --------------------------------------------------------------------
     def _bind(self, dtype: torch.dtype) -> None:
+        self.placement += 1
         self.scales = self.scale.tolist()
         self.compute = self.slots if dtype == torch.float32 else self.slots.to(dtype)
         self.grads = list(self.grad)
@@ -56,6 +59,8 @@ class SlotArena:
         self.record_versions()
 
     def _bind_grads(self) -> None:
+        if not self._grads_are_bound:
+            return
         for parameter, grad in zip(self.parameters, self.grads, strict=False):
             parameter.grad = grad
 
@@ -117,21 +122,62 @@ class SlotArena:
             self.used = min(self.used, self.capacity)
             self._bind(dtype)
 
-    # ---- changes by others, such as a stock torch optimizer --------------------------------------------------
+    # ---- changes by others, whoever they are ------------------------------------------------------------------
+    def watch(self) -> None:
+        """From now on changes are found by content: somebody outside holds tensors of this arena.
+
+        Version counters alone miss fused optimizers, numpy, pointers and `.data`.
+        """
+        if self.seen is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.seen = self.slots.clone()
+
     def record_versions(self) -> None:
-        self._seen = self.slots._version
+        self._seen_version = self.slots._version
         self._seen_parameters = [parameter._version for parameter in self.parameters]
+        if self.seen is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.seen = self.slots.clone() if self.seen.shape != self.slots.shape else self.seen.copy_(self.slots)
 
     def is_current(self, index: int) -> bool:
-        """Whether the compute copy of a layer still is what its slots say."""
-        return self.slots._version == self._seen and self.parameters[index]._version == self._seen_parameters[index]
+        """Whether the version counters of a layer's slots are those last seen."""
+        return self.slots._version == self._seen_version and self.parameters[index]._version == self._seen_parameters[index]
 
-    def refresh(self) -> bool:
-        """Takes over a change of the slots made from outside. Returns whether there was one."""
-        if all(self.is_current(index) for index in range(len(self.positions))):
-            return False
-        self.round_slots()
-        return True
+    def refresh(self, by_content: bool) -> bool:
+        """Takes over a change of the slots made from outside. Returns whether there was one.
+
+        by_content: whether numbers are compared too, where the arena is watched
+        """
+        adopted = self._adopt_replaced_data()
+        changed = adopted or not all(self.is_current(index) for index in range(len(self.positions)))
+        if not changed and by_content and self.seen is not None and not self._is_capturing():
+            changed = not torch.equal(self.slots.view(torch.int32), self.seen.view(torch.int32))  # bits: NaN is itself
+        if changed:
+            self.round_slots()
+        return changed
+
+    def _is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, in which nothing can be compared."""
+        return self.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _adopt_replaced_data(self) -> bool:
+        """Brings tensors that replaced a parameter's `.data` back into the arena. Returns whether there were any."""
+        replaced = False
+        with torch.inference_mode(False), torch.no_grad():
+            for position, parameter, layer in zip(self.positions, self.parameters, self.slots, strict=True):
+                if parameter.data_ptr() == layer.data_ptr() and parameter.dtype == layer.dtype:
+                    continue
+                if parameter.shape != layer.shape:
+                    raise ValueError(
+                        f"the memory's parameter {position} was replaced by a tensor of shape {list(parameter.shape)}; "
+                        f"expected {list(layer.shape)}"
+                    )
+                layer.copy_(parameter.data)
+                grad, parameter.grad = parameter.grad, None
+                parameter.data = layer
+                parameter.grad = None if grad is None else grad.to(layer)
+                replaced = True
+        return replaced
 
     @torch.no_grad()
     def round_slots(self) -> None:
@@ -147,11 +193,24 @@ class SlotArena:
         self.factors = None
         self._bind_grads()
 
-    def sink(self, index: int) -> Tensor | SlotFactors | None:
-        """What the backward adds a layer's gradient into: its slice of grad, or its factors; None: autograd gets it."""
-        if not self.accumulates:
-            return None
+    def sink(self, index: int) -> Tensor | SlotFactors:
+        """What a backward while memorizing adds a layer's gradient into: its slice of grad, or its factors."""
         return self.grads[index] if self.factors is None else self.factors[index]
+
+    def unbind_grads(self) -> None:
+        """Takes `grad` away from the parameters: a backward of somebody else no longer reaches it."""
+        self._grads_are_bound = False
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def rebind_grads(self) -> None:
+        """The reverse; what others' backwards brought meanwhile stays."""
+        self._grads_are_bound = True
+        with torch.no_grad():
+            for parameter, grad in zip(self.parameters, self.grads, strict=True):
+                if parameter.grad is not None:
+                    grad.add_(parameter.grad)
+        self._bind_grads()
 
     def gradient_norm(self) -> Tensor:
         """[] float32, not finite if the gradient is not; of factors an upper bound."""
@@ -188,7 +247,8 @@ class SlotArena:
 
     def finish_update(self) -> None:
         """Called when an update kernel has written slots (and compute)."""
-        torch.autograd.graph.increment_version([self.slots, *self.parameters])
+        with torch.inference_mode(False):
+            torch.autograd.graph.increment_version([self.slots, *self.parameters])
         self.record_versions()
 
     # ---- copies ----------------------------------------------------------------------------------------------
@@ -203,6 +263,7 @@ class SlotArena:
                     setattr(copy, name, value)
             copy.parameters = [nn.Parameter(layer) for layer in copy.slots]
             memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters, strict=False)})
+            copy._grads_are_bound = True
             copy._bind(self.compute.dtype)
         return copy
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from locas_ext.ops.types import SlotFactors
 
 from .arena import OPTIMIZER_STATES, SlotArena
+from .exclusion import Exclusion
+from .scope import scope_of, scoped
 
 # Where the planes of slots [..., planes, r, d] are, counted from the end: Locas-MLP has no gate.
 GATE, KEY, VALUE = -3, -2, -1
@@ -40,7 +42,7 @@ class MemoryState:
         planes: 3 rows a slot (gate, key, value), or for Locas-MLP 2 (key, value)
         rank: the slots a layer begins with; Locas-MLP can grow
         version: the number of updates so far; at 0 the memory is a no-op
-        disabled: how many `disabled()` blocks are open
+        exclusion: who may change it
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class MemoryState:
             SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
             for positions in grouped_by_device(devices)
         ]
+        self.exclusion = Exclusion()
+        self.watched = False  # whether tensors of the slots were handed out, so that anybody may write them
         self.version = 0
-        self.disabled = 0
 
     @property
     def version(self) -> int:
@@ -77,12 +80,46 @@ class MemoryState:
         self.sync()
         return self.generation if self.learned and not self.disabled else 0
 
+    def watch(self) -> None:
+        """Called before tensors of the slots are handed out: from now on changes are found by content."""
+        for arena in self.arenas:
+            arena.watch()
+        self.watched = True
+
     def sync(self) -> None:
         """Takes over a change of the slots made from outside, which counts as one update."""
-        if any([arena.refresh() for arena in self.arenas]):
-            if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
-                self.use(self.capacity)
-            self.version += 1
+        by_content = not scope_of(self).looked
+        with self.exclusion.lock:
+            if any([arena.refresh(by_content) for arena in self.arenas]):
+                if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
+                    self.use(self.capacity)
+                self.version += 1
+
+    # ---- who uses it, and where ------------------------------------------------------------------------------
+    @property
+    def disabled(self) -> bool:
+        """Whether the memory is off in this context."""
+        return scope_of(self).disabled > 0
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Inside this block, in this context only, the model is the host alone."""
+        with self.exclusion.counted_off(), scoped(self, disabled=1):
+            yield
+
+    @contextmanager
+    def exclusive(self, verb: str) -> Iterator[None]:
+        """The right to change the memory. RuntimeError if another thread has it; others' forwards raise one meanwhile."""
+        with self.exclusion.held(verb) as outermost:
+            if outermost:
+                for arena in self.arenas:
+                    arena.unbind_grads()
+            try:
+                yield
+            finally:
+                if outermost:
+                    for arena in self.arenas:
+                        arena.rebind_grads()
 
     # ---- how many slots --------------------------------------------------------------------------------------
     @property
@@ -138,7 +175,8 @@ class MemoryState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters [planes, capacity, d], views of the arenas' slots."""
+        """L parameters [planes, capacity, d], views of the arenas' slots, for whoever wants to write them."""
+        self.watch()
         return self.in_layer_order(lambda arena: arena.parameters)
 
     @property
@@ -159,6 +197,11 @@ class MemoryState:
 
         It is the arena's own tensor where there is one arena; of several, a copy on the first one's device.
         """
+        if name == "slots":
+            self.watch()
+        return self._whole(name)
+
+    def _whole(self, name: str) -> Tensor | None:
         first = getattr(self.arenas[0], name)
         if len(self.arenas) == 1 or name == "step" or first is None:
             return first
@@ -174,7 +217,7 @@ class MemoryState:
     def tensors(self, optimizer: bool = True) -> dict[str, Tensor]:
         """slots and scale, with `optimizer` also step and the states there are, each as `whole` gives it, of `shape`."""
         names = ("slots", "scale", "step", *OPTIMIZER_STATES) if optimizer else ("slots", "scale")
-        tensors = {name: tensor for name in names if (tensor := self.whole(name)) is not None}
+        tensors = {name: tensor for name in names if (tensor := self._whole(name)) is not None}
         rows = self.shape[2]
         return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
@@ -185,27 +228,29 @@ class MemoryState:
 
         The capacity becomes r, optimizer states start anew.
         """
-        if slots.shape[2] != self.capacity:
-            self.resize(slots.shape[2])
-        self._put("slots", slots)
-        for arena in self.arenas:
-            arena.round_slots()
-            arena.forget_optimizer()
-        self.use(slots.shape[2] if used is None else used)
-        self.version = version
+        with self.exclusive("putting slots in place"):
+            if slots.shape[2] != self.capacity:
+                self.resize(slots.shape[2])
+            self._put("slots", slots)
+            for arena in self.arenas:
+                arena.round_slots()
+                arena.forget_optimizer()
+            self.use(slots.shape[2] if used is None else used)
+            self.version = version
 
     def reset(self) -> None:
         slots = self.arenas[0].slots
-        self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
+        with self.exclusive("reset"):
+            self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
 
     def load(self, tensors: dict[str, Tensor], version: int, used: int) -> None:
         """Takes over what tensors() returned; an optimizer state that is missing starts anew."""
-        self.set_slots(tensors["slots"], version, used)
-        self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
-        with torch.no_grad():
+        with self.exclusive("load"), torch.no_grad():
+            self.set_slots(tensors["slots"], version, used)
+            self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
             self._put("scale", tensors["scale"])
-        for arena in self.arenas:
-            arena.scales = arena.scale.tolist()
+            for arena in self.arenas:
+                arena.scales = arena.scale.tolist()
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
@@ -222,17 +267,23 @@ class MemoryState:
     def accumulating(self, as_factors: bool = False) -> Iterator[None]:
         """Inside, forwards make backwards that add the slots' gradient into the arenas instead of handing it to autograd.
 
-        as_factors: whether they keep it as factors, which the update forms the gradient from.
+        as_factors: whether they keep it as factors, which the update forms the gradient from. What others may have
+        changed is not looked for: `sync` comes before.
         """
-        for arena in self.arenas:
-            if as_factors:
-                arena.factors = [SlotFactors() for _ in arena.positions]
-            arena.accumulates = True
-        try:
-            yield
-        finally:
+        if as_factors:
             for arena in self.arenas:
-                arena.accumulates = False
+                arena.factors = [SlotFactors() for _ in arena.positions]
+        with scoped(self, accumulates=True, looked=True):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the slots' gradient of a loss into the arenas. Nothing else gets a gradient."""
+        places = self.in_layer_order(lambda arena: zip(arena.parameters, arena.grads, strict=True))
+        places = [(parameter, grad) for parameter, grad in places if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, [parameter for parameter, _ in places], allow_unused=True)
+        for (_, grad), gradient in zip(places, gradients, strict=True):
+            if gradient is not None:  # where it is, the forward went without a sink
+                grad.add_(gradient)
 
     def finish_update(self) -> None:
         """Called when the update kernels have written every arena."""

@@ -1,5 +1,6 @@
 """Saving and loading: a memory's state to the files of a folder, and back. All is checked before anything changes."""
 
+import copy
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -11,7 +12,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
-from locas_ext.state.memory_state import MemoryState
+from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
 
@@ -22,29 +23,22 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
-def save(
-    state: MemoryState,
-    config: LocasConfig,
-    host: Host,
-    stream: Stream | None,
-    texts: list[TextRecord],
-    path: str | Path,
-    optimizer: bool,
-) -> None:
+def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes."""
+    state, stream = attachment.state, attachment.stream
     state.sync()
     fields = {
         "format_version": config_file.FORMAT_VERSION,
         "locas_ext_version": __version__,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": config.to_dict(),
+        "config": attachment.config.to_dict(),
         "layers": list(state.layers),
-        "host": fingerprint(host),
+        "host": fingerprint(attachment.host),
         "memory_version": state.version,
         "initialized": state.initialized,
         "slots_used": state.used,
         "tokens_seen": stream.position if stream else 0,
-        "texts": [text.to_dict() for text in texts],
+        "texts": [text.to_dict() for text in attachment.texts],
         "stream": stream.to_dict() if stream and optimizer else None,
     }
     try:
@@ -98,36 +92,20 @@ class Saved:
                 "attach(model, LocasConfig(rank=...)) and load it with memory.load(path)"
             )
 
-    def put_into(self, state: MemoryState, config: LocasConfig, host: Host) -> None:
-        """Makes it the state of an attached memory. LocasError, with the state unchanged, if it does not fit."""
-        fields = self.fields
-        self.check_host(host)
+    def put_into(self, attachment: Attachment) -> None:
+        """Makes it the memory that is attached. LocasError, with nothing changed, if it does not fit."""
+        fields, state = self.fields, attachment.state
+        self.check_host(attachment.host)
         if fields["layers"] != list(state.layers):
             raise LocasError(f"{self.path} has slots in layers {fields['layers']}; attached are {list(state.layers)}")
         for name in ("variant", "rank"):
-            there, here = getattr(self.config, name), getattr(config, name)
+            there, here = getattr(self.config, name), getattr(attachment.config, name)
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
         state.load(self.tensors, fields["memory_version"], fields["slots_used"])
+        attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 
 def read(path: str | Path) -> Saved:
     """The memory saved in a folder. FileNotFoundError, OSError or LocasError if there is no whole one."""
     return Saved(Path(path), *folder.read(Path(path)))
-
-
-def load(state: MemoryState, config: LocasConfig, host: Host, path: str | Path) -> tuple[Stream | None, list[TextRecord]]:
-    """See `Memory.load`. Returns the saved place in a text, if any, and the texts that the memory has learned."""
-    saved = read(path)
-    saved.put_into(state, config, host)
-    return saved.stream, saved.texts
-
-
-def read_config(path: str | Path) -> LocasConfig:
-    """The LocasConfig of a saved memory, with its layers spelled out."""
-    return read(path).config
-
-
-def read_stream(path: str | Path) -> Stream | None:
-    """The saved place in a text, or None."""
-    return read(path).stream

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from locas_ext.config import BACKENDS, INITS, VARIANTS, LocasConfig
+from locas_ext.config import BACKENDS, INITS, MOST_SCALE, VARIANTS, LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.state.stream import Stream
 
@@ -17,7 +17,6 @@ from .schema import Wrong, boolean, either, integer, list_of, matching, nullable
 
 FORMAT_VERSION = 2
 MOST_BYTES = 2**28  # the chunks of some two million; more is not one of ours
-MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
 
 # ---- the table -------------------------------------------------------------------------------------------------
 _SIZE = integer(1, 2**31 - 1)
@@ -32,7 +31,7 @@ _CONFIG = {
     "rank": _SIZE,
     "layers": nullable(list_of(integer(-(2**31), 2**31 - 1))),
     "init": one_of(*INITS),
-    "scale": either(matching(r"paper|host|[0-9.]{1,20}x", "'paper', '16x', 'host'"), number(-MOST_SCALE, MOST_SCALE)),
+    "scale": either(matching(r"paper|host|[0-9.]{1,100}x", "'paper', '16x', 'host'"), number(-MOST_SCALE, MOST_SCALE)),
     "clip": boolean,
     "backend": one_of(*BACKENDS),
     "seed": integer(-(2**63), 2**64 - 1),
@@ -120,7 +119,7 @@ def _check_stream(fields: dict) -> None:
     stream = fields["stream"]
     if stream is None:
         return
-    end = stream["chunks"][0]["start"] if stream["chunks"] else stream["position"]
+    end = min(1, stream["chunks"][0]["start"] if stream["chunks"] else 0)  # a first chunk of one token scores nothing
     for index, chunk in enumerate(stream["chunks"]):
         start, end_before, end = chunk["start"], end, chunk["end"]
         if start != end_before or end <= start or chunk["tokens"] != end - max(start, 1):
@@ -130,9 +129,7 @@ def _check_stream(fields: dict) -> None:
             f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {fields['tokens_seen']}"
         )
     if len(stream.get("tail") or ()) > stream["position"]:
-        raise Wrong(
-            f"stream.tail has {len(stream['tail'])} tokens; expected no more than the {stream['position']} that were read"
-        )
+        raise Wrong(f"stream.tail has {len(stream['tail'])} tokens; expected at most {stream['position']}, those read")
 
 
 def check(fields: Any) -> None:

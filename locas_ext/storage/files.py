@@ -71,10 +71,11 @@ def _sync_folder(folder: Path) -> None:
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """A file opened for reading, and its stat. LocasError for a pipe, a device or a folder, which is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise LocasError(f"{path} is damaged: it is not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise LocasError(f"{path} is damaged: it is not a regular file")
         yield file, status
 
 

@@ -8,8 +8,9 @@ so that whatever moment a save is cut off at, the folder holds one complete memo
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from locas_ext.errors import LocasError
 
 from . import config_file, tensor_file
 from .files import open_regular, remove_temporaries, write_atomically
-from .lock import folder_lock
+from .lock import FolderLock
 
 CONFIG_NAME = "locas_config.json"
 MEMORY_NAME = "locas_memory.safetensors"
@@ -56,7 +57,8 @@ def _keep_previous(folder: Path) -> None:
     memory_file, previous = folder / MEMORY_NAME, folder / PREVIOUS_NAME
     if os.path.lexists(previous):  # an earlier save was cut off; what it kept may be the only whole memory
         try:
-            tensor_file.read(previous, _read_config(folder)[0])
+            with open_regular(previous) as kept, open_regular(folder / CONFIG_NAME) as config:
+                tensor_file.read(previous, *kept, _read_config(folder / CONFIG_NAME, config))
             return
         except (OSError, LocasError):
             previous.unlink(missing_ok=True)
@@ -72,7 +74,7 @@ def write(folder: Path, config: bytes, memory: bytes) -> None:
     with _named(folder):
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder):
+        with FolderLock(folder):
             for name in _OURS:
                 remove_temporaries(folder / name)
             _keep_previous(folder)
@@ -82,32 +84,54 @@ def write(folder: Path, config: bytes, memory: bytes) -> None:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
-def _read_config(folder: Path) -> tuple[dict, tuple]:
-    """The record, and what tells this config file from one that took its place."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; expected one with {CONFIG_NAME} and {MEMORY_NAME}")
-    file = folder / CONFIG_NAME
-    try:
-        with open_regular(file) as (opened, status):
-            if status.st_size > config_file.MOST_BYTES:
-                raise LocasError(f"{file} is damaged: it has {status.st_size} bytes, the most is {config_file.MOST_BYTES}")
-            content = opened.read(config_file.MOST_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no memory: {CONFIG_NAME} is missing") from None
-    return config_file.parse(content, file), (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, content)
+_Opened = tuple[BinaryIO, os.stat_result]
 
 
-def _read_once(folder: Path, fields: dict) -> dict[str, Tensor]:
-    problem: FileNotFoundError | LocasError | None = None
-    for name in (MEMORY_NAME, PREVIOUS_NAME):
+def _open_all(folder: Path, stack: ExitStack) -> list[_Opened | OSError | LocasError]:
+    """The files of a memory, opened one right after the other; what is open stays whole when a saver replaces it."""
+    files: list[_Opened | OSError | LocasError] = []
+    for name in _OURS:
         try:
-            return tensor_file.read(folder / name, fields)
+            files.append(stack.enter_context(open_regular(folder / name)))
         except FileNotFoundError:
-            problem = problem or FileNotFoundError(f"{folder} holds no memory: {name} is missing")
+            files.append(FileNotFoundError(f"{folder} holds no memory: {name} is missing"))
+        except (OSError, LocasError) as error:
+            files.append(error)
+    return files
+
+
+def _read_config(file: Path, opened: _Opened | OSError | LocasError) -> dict:
+    if isinstance(opened, Exception):
+        raise opened
+    content, status = opened
+    if status.st_size > config_file.MOST_BYTES:
+        raise LocasError(f"{file} is damaged: it has {status.st_size} bytes, the most is {config_file.MOST_BYTES}")
+    return config_file.parse(content.read(status.st_size), file)
+
+
+def _read_tensors(folder: Path, files: list[_Opened | OSError | LocasError], fields: dict) -> dict[str, Tensor]:
+    """From the tensor file or the one kept of it, whichever the record is of; the error is about the first."""
+    problems: list[Exception] = []
+    for name, opened in zip((MEMORY_NAME, PREVIOUS_NAME), files, strict=True):
+        if isinstance(opened, Exception):
+            problems.append(opened)
+            continue
+        try:
+            return tensor_file.read(folder / name, *opened, fields)
         except LocasError as error:
-            problem = problem or error
-    assert problem is not None, "both names were tried"
-    raise problem
+            problems.append(error)
+    raise problems[0]
+
+
+def _is_still(file: Path, opened: _Opened | OSError | LocasError) -> bool:
+    """Whether this very file is still in its place, unchanged."""
+    try:
+        now = os.stat(file)
+    except OSError:
+        return isinstance(opened, OSError)
+    if isinstance(opened, Exception):
+        return isinstance(opened, LocasError)
+    return all(getattr(now, name) == getattr(opened[1], name) for name in ("st_dev", "st_ino", "st_mtime_ns", "st_ctime_ns"))
 
 
 def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -115,11 +139,15 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
     FileNotFoundError, OSError or LocasError for a folder that holds none.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected one with {CONFIG_NAME} and {MEMORY_NAME}")
     for _ in range(_MOST_READS):
-        fields, seen = _read_config(folder)
-        try:
-            return fields, _read_once(folder, fields)
-        except (FileNotFoundError, LocasError):
-            if _read_config(folder)[1] == seen:  # nobody saved meanwhile
-                raise
+        with ExitStack() as stack:
+            config, *tensors = _open_all(folder, stack)
+            try:
+                fields = _read_config(folder / CONFIG_NAME, config)
+                return fields, _read_tensors(folder, tensors, fields)
+            except (OSError, LocasError):
+                if _is_still(folder / CONFIG_NAME, config):  # nobody saved meanwhile
+                    raise
     raise LocasError(f"{folder} is being saved into all the time: read {_MOST_READS} times, and replaced meanwhile each time")

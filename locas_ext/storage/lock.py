@@ -2,15 +2,15 @@
 
 import errno
 import os
+import random
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.errors import LocasError
 
 fcntl: ModuleType | None
@@ -20,51 +20,65 @@ except ImportError:  # no POSIX system
     fcntl = None
 
 WAIT_SECONDS = 30.0  # a few times what writing a large memory takes
-_POLL_SECONDS = 0.02
 _NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
-_held = threading.local()  # .folders: the (device, inode) of those that this thread has locked
+_held = threading.local()
 
 
-@contextmanager
-def folder_lock(folder: Path, wait: float | None = None) -> Iterator[None]:
-    """Keeps the other savers, threads and processes of this machine, out of an existing folder.
+class FolderLock:
+    """Keeps the other savers, threads and processes of this machine, out of an existing folder: `with FolderLock(folder):`.
 
     A thread that holds the lock may take it again. Where there are no such locks (a file system or a platform without
-    flock) a warning says so and the block runs all the same.
+    flock, a folder that may not be read) a warning says so and the block runs all the same.
 
     wait: for how many seconds at most another saver is waited for; None: WAIT_SECONDS
 
-    Raises LocasError that names the holder if it takes longer.
+    Entering raises LocasError that names the holder if it takes longer.
     """
-    if fcntl is None:
-        _warn(folder, "this platform has no flock")
-        yield
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        _warn(folder, "it may not be read")
-        yield
-        return
-    try:
-        identity = (os.fstat(descriptor).st_dev, os.fstat(descriptor).st_ino)
-        held = _held.__dict__.setdefault("folders", set())
-        if identity in held:
-            yield
-            return
-        _acquire(descriptor, folder, WAIT_SECONDS if wait is None else wait)
-        held.add(identity)
+
+    def __init__(self, folder: Path, wait: float | None = None):
+        self.folder, self.wait = folder, WAIT_SECONDS if wait is None else wait
+        self.descriptor: int | None = None  # open while the lock is held by this very object
+
+    def __enter__(self) -> None:
+        if fcntl is None:
+            return _warn(self.folder, "this platform has no flock")
         try:
-            yield
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        except PermissionError:
+            return _warn(self.folder, "it may not be read")
+        try:
+            if (identity := _identity(descriptor)) in _own_folders():
+                return os.close(descriptor)
+            _acquire(descriptor, self.folder, self.wait)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        _own_folders().add(identity)
+        self.descriptor = descriptor
+
+    def __exit__(self, *error: object) -> None:
+        if self.descriptor is None:
+            return
+        _own_folders().discard(_identity(self.descriptor))
+        try:
+            _release(self.descriptor)
         finally:
-            held.discard(identity)
-            _release(descriptor)
-    finally:
-        os.close(descriptor)
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _own_folders() -> set[tuple[int, int]]:
+    """Those that this thread has locked."""
+    return _held.__dict__.setdefault("folders", set())
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _acquire(descriptor: int, folder: Path, wait: float) -> None:
-    assert fcntl is not None, "folder_lock asks"
+    assert fcntl is not None, "FolderLock asks"
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -76,7 +90,7 @@ def _acquire(descriptor: int, folder: Path, wait: float) -> None:
                     f"{folder} is being saved into by {_holder(descriptor)}; waited {wait:g} s for it to finish: "
                     "end one of the two, or save into another folder"
                 ) from None
-            time.sleep(_POLL_SECONDS)
+            time.sleep(random.uniform(0.001, 0.02))  # at no beat that another saver's could be in step with
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -86,7 +100,7 @@ def _acquire(descriptor: int, folder: Path, wait: float) -> None:
 
 def _release(descriptor: int) -> None:
     """Not by closing alone: a process forked meanwhile has the folder open too."""
-    assert fcntl is not None, "folder_lock asks"
+    assert fcntl is not None, "FolderLock asks"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     except OSError as error:  # what could not be locked cannot be unlocked
@@ -111,5 +125,6 @@ def _holder(descriptor: int) -> str:
 
 def _warn(folder: Path, why: str) -> None:
     warnings.warn(
-        f"{folder} is saved into without a lock: {why}; two savers at the same time would mix up their files", stacklevel=2
+        f"{folder} is saved into without a lock: {why}; two savers at the same time would mix up their files",
+        stacklevel=caller_stacklevel(),
     )

@@ -1,6 +1,7 @@
 """locas_memory.safetensors: the table of what it holds; its header is compared with the record before a tensor is read."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
+from locas_ext.config import MOST_SCALE
 from locas_ext.errors import LocasError
 from locas_ext.state.memory_state import PLANES
 
-from .config_file import MOST_SCALE, digest, strict_json
-from .files import open_regular
+from .config_file import digest, strict_json
 from .schema import Wrong, integer, list_of, record, short, text
 
 _MOST_HEADER_BYTES = 2**16
@@ -110,7 +111,7 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 def _check_header(header: dict[str, Any], data: int, expected: Sequence[int]) -> None:
     """Every tensor has its dtype and shape, and together they are the file, byte by byte."""
     _check_names(list(header))
-    for name, entry in header.items():
+    for name, entry in sorted(header.items(), key=lambda item: list(_TENSORS).index(item[0])):  # the slots first
         _ENTRY(entry, name)
         _check_form(name, _DTYPES.get(entry["dtype"], short(entry["dtype"])), entry["shape"], expected)
     end = 0
@@ -123,18 +124,17 @@ def _check_header(header: dict[str, Any], data: int, expected: Sequence[int]) ->
         raise Wrong(f"its tensors take {end} bytes, but it holds {data}")
 
 
-def read(path: Path, fields: dict) -> dict[str, Tensor]:
-    """The tensors in `path` that belong to a record. FileNotFoundError, or LocasError for anything else."""
-    with open_regular(path) as (file, status):
-        try:
-            header, data = _read_header(file, status.st_size)
-            _check_header(header, data, slots_shape(fields))
-            file.seek(0)
-            content = file.read(status.st_size)
-            if digest(content) != fields["memory_sha256"]:
-                raise Wrong("its checksum is not the one in the config it was written with")
-            tensors = parse_tensors(content)
-            check_values(tensors, fields["layers"])
-            return tensors
-        except (Wrong, SafetensorError) as error:
-            raise LocasError(f"{path} is damaged: {error}") from None
+def read(path: Path, file: BinaryIO, status: os.stat_result, fields: dict) -> dict[str, Tensor]:
+    """The tensors in an opened file that belong to a record; LocasError, which names `path`, if they do not."""
+    try:
+        header, data = _read_header(file, status.st_size)
+        _check_header(header, data, slots_shape(fields))
+        file.seek(0)
+        content = file.read(status.st_size)
+        if digest(content) != fields["memory_sha256"]:
+            raise Wrong("its checksum is not the one in the config it was written with")
+        tensors = parse_tensors(content)
+        check_values(tensors, fields["layers"])
+        return tensors
+    except (Wrong, SafetensorError) as error:
+        raise LocasError(f"{path} is damaged: {error}") from None

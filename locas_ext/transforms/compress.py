@@ -39,7 +39,7 @@ def compress_slots(state: MemoryState, activation: str, rank: int, threshold: fl
     layers = state.in_layer_order(lambda arena: arena.slots[:, :, :before])
     compressed = [nl_svd(slots[KEY], slots[VALUE], rank, activation, threshold) for slots in layers]
     device = state.arenas[0].slots.device
-    slots = torch.zeros(len(layers), state.planes, state.capacity, state.hidden_size, device=device)
+    slots = torch.zeros(len(layers), state.planes, state.capacity, state.hidden_size, dtype=torch.float32, device=device)
     for layer, small in zip(slots, compressed, strict=True):
         layer[KEY, : len(small.key)], layer[VALUE, : len(small.key)] = small.key.to(device), small.value.to(device)
     used = max(1, *(len(small.key) for small in compressed))
@@ -71,6 +71,7 @@ def compress(state: MemoryState, activation: str, rank: int, threshold: float) -
             f"compress: computed in float64 from the float32 slots; the {host_dtype} host uses a rounded copy",
             stacklevel=caller_stacklevel(),
         )
-    report = compress_slots(state, activation, rank, threshold)
-    state.resize(report.slots_used)
+    with state.exclusive("compress"):
+        report = compress_slots(state, activation, rank, threshold)
+        state.resize(report.slots_used)
     return report

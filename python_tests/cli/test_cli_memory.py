@@ -235,7 +235,7 @@ def test_a_two_layer_hosts_memory_is_used_and_merged(page, two_layer_host, tmp_p
     )
     assert status == 0 and out.startswith("The")
     status, out, _ = run(capsys, "merge", "--model", two_layer_host, "--memory", tmp_path / "m", "--out", tmp_path / "merged")
-    assert status == 0 and "FFN width 40 -> 128" in out
+    assert status == 0 and "FFN width 40 -> 256" in out
     model = AutoModelForCausalLM.from_pretrained(two_layer_host, dtype=torch.float32)
     memory = locas.load(model, tmp_path / "m")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

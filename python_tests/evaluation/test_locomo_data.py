@@ -95,7 +95,7 @@ def changed(value, *path):
         (changed("hi", "session_1"), "session_1 is str; expected a list"),
         (changed("hi", "session_1", 0), r"session_1\[0\] is str; expected an object"),
         (changed(3, "session_1", 0, "text"), r"session_1\[0\]: text is 3; expected str"),
-        (changed(["cat"], "session_1", 1, "blip_caption"), r"session_1\[1\]: blip_caption is \['cat'\]"),
+        (changed(["cat"], "session_1", 1, "blip_caption"), r"session_1\[1\]: blip_caption is a list of 1; expected str"),
     ],
 )
 @pytest.mark.parametrize("shape", ["flat", "list"])
@@ -120,7 +120,7 @@ def test_no_session_is_an_error(tmp_path):
         read_dialogues([write(tmp_path / "bad.json", content)])
 
 
-@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[]", "empty list"), ("3", "is int; expected an object")])
+@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "empty list"), ("3", "is int; expected an object")])
 def test_a_file_of_something_else(tmp_path, text, message):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import locas_ext as locas
 from locas_ext.config import INITS
 from locas_ext.evaluation.assets import MODEL
-from locas_ext.evaluation.inputs import read_text
 from locas_ext.evaluation.methods import registry
 from locas_ext.evaluation.methods.arm import METHODS
 from locas_ext.evaluation.perplexity import jobs
 from locas_ext.evaluation.perplexity.ablations import PRESETS
+from locas_ext.evaluation.texts import read_text
 from locas_ext.memory import Chunk
 
 

@@ -11,7 +11,7 @@ from support.reports import METHODS, SETTINGS, mean, record, report, save, table
 from locas_ext import LocasError
 from locas_ext.cli import main
 from locas_ext.evaluation.report.build import merge_reports, write_report
-from locas_ext.evaluation.report.tables import MISSING, ArmResults, collect_arms, escape, geometric_mean, tokens_text
+from locas_ext.evaluation.report.tables import MISSING, ArmResults, collect_arms, geometric_mean, tokens_text
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
@@ -100,7 +100,6 @@ def test_names_cannot_break_a_table(tmp_path):
     text = report(tmp_path, [record(arm=arm, book=book), record("truncation", book=book)])
     assert len(tables(text)["Perplexity"]) == 2
     assert "\n# heading" not in text and "<b>" not in text.split("</details>")[1].replace("\\<b>", "")
-    assert escape("a|b\nc_d") == "a\\|b c\\_d"
 
 
 def test_labels_of_token_counts():
@@ -212,24 +211,29 @@ def test_runs_of_different_commands_are_not_merged(tmp_path, capsys, monkeypatch
     assert write_report(b).read_text().endswith("\nother\n")
 
 
+WHOLE = '{{"arm": "locas", "method": "locas", "book": "b", "perplexity": {}}}'
+
+
+def perplexity(record):
+    return f'{{"settings": {{"command": "perplexity"}}, "machine": {{}}, "records": [{record}]}}'
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("{", "is damaged"),
-        ('{"settings": {}}', "lacks machine, records"),
-        ('{"settings": [], "machine": {}, "records": []}', "settings or machine"),
-        ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [1]}', "records is no list of objects"),
-        ('{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas"}]}', "'method'"),
-        (
-            '{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
-            '"book": "b", "perplexity": "high"}]}',
-            "cannot be read",
-        ),
-        (
-            '{"settings": {"command": "perplexity"}, "machine": {}, "records": [{"arm": "locas", "method": "locas", '
-            '"book": "b", "perplexity": 2, "curve": [[1, null]]}]}',
-            "cannot be read",
-        ),
+        ("{", "is damaged: not valid JSON"),
+        ('{"settings": {}}', "machine is missing"),
+        ('{"settings": [], "machine": {}, "records": []}', "settings is []; expected an object"),
+        (perplexity("1"), "records[0] is 1; expected an object"),
+        (perplexity('{"arm": "locas"}'), "records[0].method is missing"),
+        (perplexity(WHOLE.format('"high"')), "records[0].perplexity is 'high'; expected a number"),
+        (perplexity(WHOLE.format("0")), "records[0].perplexity is 0; expected a number"),
+        (perplexity(WHOLE.format("NaN")), "NaN is not a number"),
+        (perplexity(WHOLE.format("1e999")), "not valid JSON"),
+        (perplexity(WHOLE.format('2, "curve": [[1]]')), "records[0].curve[0] is [1]; expected a list of 2"),
+        (perplexity(WHOLE.format('2, "book": "c"')), "comes twice"),
+        (perplexity(WHOLE.format('2, "run": "\\ud800"')), "not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, capsys, content, words):

@@ -1,11 +1,19 @@
 """results.json: taken up again by the same run only."""
 
+import dataclasses
 import json
+import multiprocessing
+import os
+import stat
 
 import pytest
 
 from locas_ext import LocasError
 from locas_ext.evaluation import results
+from locas_ext.evaluation.capability.command import CapabilityTask, HarnessTasks
+from locas_ext.evaluation.locomo.command import LocomoTask
+from locas_ext.evaluation.perplexity.parallel import claimed
+from locas_ext.evaluation.perplexity.study import PerplexityTask
 
 SETTINGS = {"window": 512, "methods": ("truncation", "locas"), "seed": 0}
 
@@ -47,3 +55,54 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / results.NAME).write_text(content)
     with pytest.raises(LocasError, match="results.json"):
         results.read(tmp_path)
+
+
+# ---- several runs on one folder ------------------------------------------------------------------------------
+def hold(folder, ready, done):
+    with results.only_run(folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(LocasError, match=rf"{tmp_path}.* process {other.pid}"), results.only_run(tmp_path):
+        pass
+    done.set()
+    other.join()
+    with results.only_run(tmp_path):  # and it is free again
+        assert results.open_folder(tmp_path, SETTINGS) == []
+
+
+def test_planted_links_are_neither_followed_nor_written_through(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    folder.mkdir()
+    with results.only_run(folder):
+        results.open_folder(folder, SETTINGS)
+        (folder / "results.json").unlink()
+        (folder / "results.json").symlink_to(victim)
+        results.write(folder, SETTINGS, [])
+    (folder / "log.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match="log.jsonl"), claimed(folder / "log.jsonl"):
+        pass
+    assert victim.read_text() == "mine" and not (folder / "results.json").is_symlink()
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        results.open_folder(tmp_path, SETTINGS)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "results.json").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("task", [PerplexityTask, LocomoTask, CapabilityTask, HarnessTasks])
+def test_tasks_are_made_by_keywords_only(task):
+    with pytest.raises(TypeError, match="positional"):
+        task(*[None] * len(dataclasses.fields(task)))

@@ -293,16 +293,3 @@ def test_on_the_cpu_nothing_is_captured():
 def test_a_step_that_no_window_fits_reports_none(device):
     _, memory = attached(device)
     assert memory.memorize(TEXT[:20], **SETTINGS).graph == locas.GraphReport(0, 3)
-
-
-@pytest.mark.parametrize(
-    "graph, sentence",
-    [
-        (locas.GraphReport(11, 15), "11 of 15 updates"),
-        (locas.GraphReport(0, 3), "0 of 3 updates"),
-        (locas.GraphReport(0, 15, "the host is on cpu"), "not used: the host is on cpu"),
-        (locas.GraphReport(4, 15, "it moved"), "4 of 15 updates, then not: it moved"),
-    ],
-)
-def test_what_is_said_of_the_graph(graph, sentence):
-    assert locas.MemorizeReport(graph=graph).cuda_graph == sentence

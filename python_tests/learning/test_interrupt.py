@@ -15,6 +15,7 @@ from support.helpers import SETTINGS, TEXT, assert_same_host, attached, snapshot
 from support.interrupting import Stop, stop_after
 
 import locas_ext as locas
+from locas_ext.state.scope import Scope, scope_of
 
 
 def slots_after(chunks, **changes):
@@ -35,8 +36,8 @@ def test_what_a_callback_raises_ends_the_run_after_the_last_update(error):
     assert memory.version == 3 and torch.equal(memory.slots, slots_after(3))
     assert_same_host(model, before)
     assert signal.getsignal(signal.SIGINT) is handler and torch.is_grad_enabled()
-    assert not memory.state.whole("grad").any() and memory.state.disabled == 0
-    assert not any(arena.accumulates for arena in memory.state.arenas)
+    assert not memory.state.whole("grad").any() and not memory.state.disabled
+    assert scope_of(memory.state) == Scope()
     assert all(a.grad is b for a, b in zip(memory.parameters(), memory.state.arenas[0].grads, strict=False))
     # and it works on as if the rest of the text were new
     report = memory.memorize(TEXT[24:], **SETTINGS)
@@ -79,7 +80,7 @@ def test_an_exception_while_initializing_leaves_an_uninitialized_memory():
     for run in (lambda: memory.memorize(TEXT, **SETTINGS), lambda: memory.initialize(TEXT[:8])):
         with pytest.raises(Stop):
             run()
-        assert not memory.slots.any() and not memory.state.initialized and memory.state.disabled == 0
+        assert not memory.slots.any() and not memory.state.initialized and not memory.state.disabled
     hook.remove()
     memory.memorize(TEXT, **SETTINGS)
     assert torch.equal(memory.slots, slots_after(8))

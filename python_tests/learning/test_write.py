@@ -77,7 +77,7 @@ def test_every_layers_change_is_collinear_with_its_gradient_and_of_the_right_len
     inputs, gradients, _ = PlainWriter(model).ask(IDS, [7])
     memory.write(IDS, epsilon=0.03, tokens=[7])
     for ffn, x, g in zip(memory._attachment.ffns, inputs, gradients, strict=False):
-        change = ffn.memory(x.float())[0].double()
+        change = ffn._beside(x.float(), None)[0].double()
         expected = SCALE * 0.03 * act_formula(x.norm(), activation_of(model)) * g[0] / gradients.norm()
         assert torch.cosine_similarity(change, g[0], dim=0) > 1 - 1e-6
         torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-5 * expected.norm().item())

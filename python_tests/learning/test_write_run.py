@@ -15,6 +15,7 @@ from support.written import STEPS
 
 import locas_ext as locas
 from locas_ext.state import memory_state as slots_module
+from locas_ext.state.scope import Scope, scope_of
 
 
 def test_one_forward_one_backward_and_the_host_as_before():
@@ -45,7 +46,7 @@ def test_one_forward_one_backward_and_the_host_as_before():
     for hook in hooks:
         hook.remove()
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(ffn.tap is None and ffn.input is None for ffn in memory._attachment.ffns)
+    assert scope_of(memory.state) == Scope()
     assert len(grads) == len(memory.parameters())
     for parameter in memory.parameters():
         assert (parameter.grad[:, :4] == 3).all() and not parameter.grad[:, 4:].any()
@@ -87,7 +88,7 @@ def test_an_exception_inside_the_host_changes_nothing():
     hook.remove()
     assert_unchanged(memory, state)
     assert_same_host(model, before)
-    assert all(ffn.tap is None for ffn in memory._attachment.ffns)
+    assert scope_of(memory.state) == Scope()
 
 
 def test_a_compiled_host_is_written_as_an_eager_one():

@@ -8,6 +8,7 @@ import locas_ext as locas
 from locas_ext import reference
 from locas_ext.ops.backends import slot_updates
 from locas_ext.ops.types import SlotFactors
+from locas_ext.state.scope import Scope, scope_of
 
 
 def a_learning_memory(backend, dtype=torch.bfloat16, layers=None):
@@ -85,4 +86,4 @@ class TestFactors:
         with pytest.raises(locas.LocasError, match="the gradient is not finite"):
             memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
         assert torch.equal(memory.slots, before) and memory.version == version
-        assert all(arena.factors is None and not arena.accumulates for arena in memory.state.arenas)
+        assert all(arena.factors is None for arena in memory.state.arenas) and scope_of(memory.state) == Scope()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 OTHER = random_ids(40, seed=7)
 
@@ -124,3 +124,34 @@ def test_detach_gives_generate_back():
     memory.detach()
     assert "generate" not in model.__dict__ and not model._forward_hooks
     generated(model, out.sequences, past_key_values=out.past_key_values)
+
+
+def test_a_cache_that_was_reset_belongs_to_whoever_fills_it_anew():
+    model, memory = learned()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(input_ids=TEXT[None, :8], past_key_values=cache)
+        memory.memorize(OTHER, **SETTINGS)
+        with pytest.raises(ValueError, match="past_key_values"):
+            generated(model, TEXT[None, :10], past_key_values=cache)
+        cache.reset()
+        model(input_ids=TEXT[None, :8], past_key_values=cache)
+    continued = generated(model, TEXT[None, :10], past_key_values=cache)
+    assert torch.equal(continued.sequences, generated(model, TEXT[None, :10]).sequences)
+
+
+@pytest.mark.parametrize("disabled_first", [True, False])
+def test_a_cache_filled_by_host_and_memory_in_turn_is_refused(disabled_first):
+    model, memory = learned()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part, off in ((TEXT[None, :8], disabled_first), (TEXT[None, 8:12], not disabled_first)):
+            if off:
+                with memory.disabled():
+                    model(input_ids=part, past_key_values=cache)
+            else:
+                model(input_ids=part, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values"):
+        generated(model, TEXT[None, :14], past_key_values=cache)
+    with memory.disabled(), pytest.raises(ValueError, match="past_key_values"):
+        generated(model, TEXT[None, :14], past_key_values=cache)

@@ -12,6 +12,7 @@ from support.helpers import SETTINGS, TEXT, logits_of, tiny_model
 import locas_ext as locas
 from locas_ext.patching import attachment as patch_module
 from locas_ext.state import memory_state as slots_module
+from locas_ext.state.memory_state import MemoryState
 
 LAYERS = 5
 SPLITS = [[[0, 1], [2, 3, 4]], [[0, 2, 4], [1, 3]], [[0], [1], [2], [3], [4]]]
@@ -153,14 +154,14 @@ def test_training_loops_of_ones_own(kind, dtype, monkeypatch):
 def test_a_gradient_that_is_not_finite_in_one_arena_updates_none(monkeypatch):
     model, memory = attach(monkeypatch, SPLITS[0])
     memory.memorize(TEXT, **SETTINGS)
-    before, step = memory.gather_slots().clone(), memory.state.whole("step").clone()
-    backward = torch.Tensor.backward
+    before, step = memory.gather_slots(), memory.state.whole("step").clone()
+    backward = MemoryState.backward
 
-    def overflowing(loss, *args, **kwargs):  # stands for a layer whose gradient overflows
-        backward(loss, *args, **kwargs)
+    def overflowing(state, loss):  # stands for a layer whose gradient overflows
+        backward(state, loss)
         memory.state.arenas[1].grad[-1, 2, 0, 0] = float("inf")
 
-    monkeypatch.setattr(torch.Tensor, "backward", overflowing)
+    monkeypatch.setattr(MemoryState, "backward", overflowing)
     with pytest.raises(locas.LocasError, match="gradient is not finite"):
         memory.memorize(TEXT, **SETTINGS)
     assert torch.equal(memory.gather_slots(), before) and torch.equal(memory.state.whole("step"), step)

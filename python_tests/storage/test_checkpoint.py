@@ -1,9 +1,12 @@
 """Memory files: bit for bit there and back."""
 
+import json
+from datetime import datetime, timedelta, timezone
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import CONFIG, IDS, MEMORY, files
+from support.checkpoints import CONFIG, IDS, MEMORY, files, rewrite
 from support.helpers import FAMILIES, SETTINGS, TEXT, attached, learned, logits_of, random_ids, tiny_model
 
 import locas_ext as locas
@@ -83,7 +86,11 @@ def test_the_saved_files_do_not_depend_on_what_happens_later(tmp_path, saved):
     memory.save_pretrained(tmp_path / "m", optimizer=True)
     before = files(tmp_path / "m")
     memory.memorize(TEXT, **SETTINGS)
-    assert files(tmp_path / "m") == before == files(saved[0])
+    assert files(tmp_path / "m") == before and before[MEMORY] == files(saved[0])[MEMORY]
+    one, other = (json.loads(content[CONFIG]) for content in (before, files(saved[0])))
+    for record in (one, other):  # all but the times
+        del record["created_at"], record["config_sha256"], record["texts"][0]["learned_at"]
+    assert one == other
 
 
 def test_one_file_fits_a_host_in_another_dtype(saved):
@@ -99,3 +106,41 @@ def test_a_changed_slot_by_hand_is_what_is_saved(tmp_path):
     memory.save_pretrained(tmp_path / "m")
     loaded = locas.load(tiny_model(), tmp_path / "m")
     assert torch.equal(loaded.slots, memory.slots) and loaded.version == memory.version == 9
+
+
+def test_what_a_memory_has_learned_comes_back(tmp_path):
+    """Its texts with their titles, from files, snapshots and forks; a control character in a title is one when read again."""
+    _, memory = attached()
+    memory.memorize(TEXT, title="one \x1b[31m\u202e", **SETTINGS)
+    memory.memorize(random_ids(40, seed=3), **SETTINGS)
+    memory.save_pretrained(tmp_path / "m", optimizer=True)
+    record = json.loads((tmp_path / "m" / CONFIG).read_text())
+    assert [(text["title"], text["tokens"]) for text in record["texts"]] == [("one \x1b[31m\u202e", 64), (None, 40)]
+    before, now = datetime.fromisoformat(record["created_at"]), datetime.now(timezone.utc)
+    assert timedelta(0) <= now - before < timedelta(minutes=10) and record["locas_ext_version"] == locas.__version__
+    texts, snapshot = memory.texts, memory.snapshot()
+    assert locas.load(tiny_model(), tmp_path / "m").texts == memory.fork().texts == texts and len(texts) == 2
+    memory.reset()
+    assert memory.texts == ()
+    memory.restore(snapshot)
+    assert memory.texts == texts
+    tail = memory.snapshot().stream.tail
+    assert tail and tail == snapshot.stream.tail == record["stream"]["tail"]
+
+
+def test_a_backend_in_a_file_is_a_preference(tmp_path):
+    _, memory = learned()
+    memory.save_pretrained(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda record: record["config"].update(backend="fused"))
+    model = tiny_model(dtype=torch.float16)  # which no CPU has fused kernels for
+    with pytest.raises(ValueError, match="backend is 'fused', but"):
+        locas.attach(model, locas.LocasConfig(rank=4, backend="fused"))
+    with pytest.warns(UserWarning, match="names a backend that is not available here: backend is 'fused'.*'auto' is used"):
+        loaded = locas.load(model, tmp_path / "m")
+    assert loaded.config.backend == "auto" and torch.equal(loaded.slots, memory.slots)
+
+
+def test_a_backend_that_is_there_is_used_without_a_word(tmp_path):
+    _, memory = learned(backend="reference")
+    memory.save_pretrained(tmp_path / "m")
+    assert locas.load(tiny_model(), tmp_path / "m").config.backend == "reference"

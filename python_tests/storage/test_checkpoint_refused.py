@@ -8,25 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoints import CONFIG, IDS, MEMORY
+from support.checkpoints import CONFIG, IDS, MEMORY, rewrite
 from support.helpers import SETTINGS, TEXT, attached, logits_of, random_ids, tiny_model
 
 import locas_ext as locas
-
-
-def rewrite(folder, change_record=lambda record: None, change_tensors=None):
-    """Changes a memory's files and mends both checksums: an attacker, or a bug in a writer."""
-    record = json.loads((folder / CONFIG).read_text())
-    if change_tensors is not None:
-        tensors = load_file(folder / MEMORY)
-        tensors = change_tensors(tensors) or tensors
-        save_file(tensors, folder / MEMORY)
-        record["memory_sha256"] = hashlib.sha256((folder / MEMORY).read_bytes()).hexdigest()
-    change_record(record)
-    record.pop("config_sha256", None)
-    record["config_sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    (folder / CONFIG).write_text(json.dumps(record))
 
 
 def assert_refused(folder, error=locas.LocasError, match=None):

@@ -80,24 +80,43 @@ def logits_of(model, ids):
         return model(input_ids=ids[None], use_cache=False).logits[0]
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+def _attentions(config):
+    """The attention of a config and of those inside it."""
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: _attentions(sub) for name, sub in inner.items() if sub is not None}
+    return {"": config._attn_implementation, **found}
+
+
 def snapshot(model):
     """Everything of a host that a memory must leave alone."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "training": {name: module.training for name, module in model.named_modules()},
-        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        "config": model.config.to_dict(),
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()},
+        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
+        "training": {name: module.training for name, module in modules.items()},
+        "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
+        "forwards": {name: module.__dict__.get("forward") for name, module in modules.items()},
+        "hooks": {name: [list(module.__dict__[kind]) for kind in HOOKS] for name, module in modules.items()},
+        "config": (model.config.to_dict(), _attentions(model.config)),
     }
 
 
-def assert_same_host(model, before, what=("state", "requires_grad", "training", "attributes", "config")):
+def assert_same_host(
+    model,
+    before,
+    what=("state", "gradients", "requires_grad", "training", "attributes", "forwards", "hooks", "config"),
+):
     now = snapshot(model)
-    if "state" in what:
-        assert list(now["state"]) == list(before["state"])
-        for name, tensor in before["state"].items():
-            assert torch.equal(now["state"][name], tensor), f"{name} changed"
-    for key in set(what) - {"state"}:
+    for key in {"state", "gradients"} & set(what):
+        assert list(now[key]) == list(before[key])
+        for name, tensor in before[key].items():
+            same = now[key][name] is None if tensor is None else torch.equal(now[key][name], tensor)
+            assert same, f"{name} changed ({key})"
+    for key in set(what) - {"state", "gradients"}:
         assert now[key] == before[key], f"{key} changed"
 
 

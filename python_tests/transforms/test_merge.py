@@ -182,7 +182,7 @@ def test_a_merged_model_can_be_trained_like_any_other():
     memory.merge_and_unload()
     model(input_ids=IDS[None], labels=IDS[None]).loss.backward()
     weight = model.model.layers[0].mlp.up_proj.weight
-    assert weight.requires_grad and weight.grad.shape == weight.shape == (128, 32)
+    assert weight.requires_grad and weight.grad.shape == weight.shape == (256, 32)
 
 
 def test_merging_under_inference_mode_makes_normal_weights():

@@ -72,6 +72,11 @@ def capability(
         raise ValueError(
             "--tasks is empty; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
         )
+    asked = None
+    if tasks:
+        asked = HarnessTasks(
+            names=tuple(tasks), few_shot=few_shot, limit=limit, batch_size=batch_size, include_path=include_path
+        )
     task = CapabilityTask(
         model=model,
         memory=memory,
@@ -79,7 +84,7 @@ def capability(
         held_out_tokens=held_out_tokens,
         window=window,
         merged=merged,
-        tasks=HarnessTasks(tuple(tasks), few_shot, limit, batch_size, include_path) if tasks else None,
+        tasks=asked,
         seed=seed,
         out=out,
         dtype=host.dtype,

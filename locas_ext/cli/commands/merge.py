@@ -16,7 +16,7 @@ def merge(
     model: Model,
     memory: MemoryFolder,
     out: Annotated[Path, option(path("DIR"), "Where the merged checkpoint goes: a new or empty folder.")],
-    pad_to_multiple_of: Annotated[int, option(integer(1), "Round the new FFN width up to a multiple of this.")] = 128,
+    pad_to_multiple_of: Annotated[int, option(integer(1), "Round the new FFN width up to a multiple of this.")] = 256,
     dtype: Annotated[str | None, option(one_of(DTYPES), "The host's dtype; default: float32.", panel=HOST)] = None,
     config: ConfigFile = None,
 ) -> None:

@@ -13,10 +13,11 @@ from rich.table import Table
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
-from locas_ext.evaluation.assets import Book, load_model, read_book
+from locas_ext.evaluation.assets import load_model, read_book
 from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
+from locas_ext.evaluation.texts import Text
 from locas_ext.memory import Chunk, MemorizeReport, Memory
 from locas_ext.storage.folder import check_folder
 
@@ -81,7 +82,7 @@ def _digest(model) -> str:
     return digest.hexdigest()
 
 
-def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport:
+def _learn(memory: Memory, book: Text, settings: DemoSettings) -> MemorizeReport:
     """Memorizes the book and saves the memory, also that of a run ended by Ctrl-C."""
     finished: list[Chunk] = []
     try:
@@ -104,7 +105,7 @@ def _learn(memory: Memory, book: Book, settings: DemoSettings) -> MemorizeReport
     return report
 
 
-def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResult:
+def _measure(model, book: Text, other: Text, settings: DemoSettings) -> DemoResult:
     def perplexity(ids) -> float:
         return truncation(model, ids, WINDOW, WINDOW, progress=False).perplexity
 
@@ -141,8 +142,8 @@ def _measure(model, book: Book, other: Book, settings: DemoSettings) -> DemoResu
     )
 
 
-def _table(result: DemoResult, book: Book, other: Book) -> Table:
-    table = Table(title=f"{book.title}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
+def _table(result: DemoResult, book: Text, other: Text) -> Table:
+    table = Table(title=f"{book.name}, {len(book.ids):,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("window only", "with memory", "change"):
         table.add_column(name, justify="right")
@@ -166,7 +167,7 @@ def _table(result: DemoResult, book: Book, other: Book) -> Table:
     table.add_row("extra parameters", "0", f"{result.extra_parameters:,}", f"+{share:.1f}%")
     table.add_section()
     perplexity_row(f"reloaded, first {REREAD} tokens again", result.reread.host, result.reread.memory)
-    perplexity_row(f"unrelated: {other.title}", result.unrelated.host, result.unrelated.memory)
+    perplexity_row(f"unrelated: {other.name}", result.unrelated.host, result.unrelated.memory)
     after = result.unrelated_after
     same = "same bits" if after == result.unrelated.host else f"was {result.unrelated.host:.2f}"
     table.add_row("  after detach()", f"{after:.2f}", "", same)

@@ -12,8 +12,9 @@ from locas_ext import memory as locas
 from locas_ext.cli.folders import made
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
-from locas_ext.evaluation.inputs import load_host, read_texts
+from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
+from locas_ext.evaluation.texts import read_texts
 from locas_ext.hosts.text_config import bos_token_id
 from locas_ext.learning.selectors import LossAbove, TopLoss
 from locas_ext.learning.update import Backprop, Write

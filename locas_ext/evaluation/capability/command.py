@@ -7,6 +7,7 @@ tasks (lm_eval_tasks.py). Each difference from the host comes with a paired boot
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least
 from locas_ext.evaluation.assets import ASSETS
-from locas_ext.evaluation.inputs import Text, load_host, read_text
+from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.capability import console_tables, detached_verdict
+from locas_ext.evaluation.texts import Text, read_text
 from locas_ext.storage.snapshot import copy_sharing_weights
 
 from .bootstrap import interval, resampled_sums
@@ -32,7 +34,7 @@ DEFAULT_TEXT = ASSETS / "tono-bungay.txt"
 ALL = "all texts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CapabilityTask:
     """The arguments of the command.
 
@@ -124,6 +126,15 @@ def _compared(record: dict, host: dict, seed: int) -> dict:
     }
 
 
+def _host_record(record: dict, hosts: dict[tuple[str, str], dict]) -> dict:
+    """The host's record of the same task and metric, as long as this one. LocasError if an earlier run left another."""
+    host = hosts.get((record["task"], record["metric"]))
+    lengths = {None if host is None else len(host["per_question"] or []), len(record["per_question"] or [])}
+    if host is None or len(lengths) > 1:
+        raise LocasError(f"the earlier run's record of the host at {record['task']} is of other questions; choose a new --out")
+    return host
+
+
 # ---- the command -----------------------------------------------------------------------------------------------
 def _names(paths: list[Path]) -> list[str]:
     """What the texts are called in the results: their files' names, or their paths where two names are the same."""
@@ -151,6 +162,7 @@ def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
     return {
         "command": "capability",
         "model": task.model,
+        "weights_sha256": weights_digest(model),
         "memory": task.memory,
         "held_out": [text.fingerprint for text in texts],
         "window": task.window,
@@ -158,6 +170,7 @@ def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
         "tasks": tasks and tasks.names,
         "few_shot": tasks and tasks.few_shot,
         "limit": tasks and tasks.limit,
+        "include_path": tasks and tasks.include_path,
         "seed": task.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -200,7 +213,7 @@ def _run_tasks(task: CapabilityTask, harness: Harness, model, tokenizer, records
         found = harness.evaluate(in_state, tokenizer, state)
         if state == "host":
             hosts = {(record["task"], record["metric"]): record for record in found}
-        records += [_compared(record, hosts[record["task"], record["metric"]], task.seed) for record in found]
+        records += [_compared(record, _host_record(record, hosts), task.seed) for record in found]
         keep()
 
 
@@ -219,6 +232,13 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     for text in read:
         check(model, text.ids, task.window)
     settings = _settings(task, model, read)
+    with results.only_run(task.out) if task.out else nullcontext():
+        return _run(task, model, tokenizer, texts, settings, harness, console)
+
+
+def _run(
+    task: CapabilityTask, model, tokenizer, texts: dict[str, Text], settings: dict, harness: Harness | None, console: Console
+) -> list[dict]:
     records = results.open_folder(task.out, settings) if task.out else []
 
     def keep() -> None:
@@ -236,9 +256,9 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     for table in console_tables(records):
         console.print(table)
     is_host, sentence = detached_verdict(records)
-    console.print(sentence)
+    console.print(sentence, markup=False)
     if task.out:
-        console.print(f"report: {write_report(task.out)}")
+        console.print(f"report: {write_report(task.out)}", markup=False)
     if not is_host:
         raise LocasError(sentence)
     return records

@@ -10,7 +10,7 @@ from pathlib import Path
 from locas_ext.evaluation.arguments import at_least, needs_extra
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HarnessTasks:
     """What lm-eval is to run.
 

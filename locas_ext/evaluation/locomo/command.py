@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
-from locas_ext.evaluation.inputs import load_host
+from locas_ext.evaluation.display import one_line
+from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
 from locas_ext.evaluation.methods.registry import check_arm, reader
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.locomo import table
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
@@ -30,7 +31,7 @@ from .scoring import REFUSAL, check_installed
 CONTEXTS = ("full-context", "no-context")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocomoTask:
     """The arguments of the command.
 
@@ -83,18 +84,9 @@ def _having_read(host, arm: Arm | None, ids: Tensor, protocol: Protocol) -> Iter
 
 # ---- one dialogue ----------------------------------------------------------------------------------------------
 @contextmanager
-def _progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]]:
+def _question_progress(title: str, questions: int) -> Iterator[Callable[[int, int], None]]:
     """A bar of questions with tokens/s, on standard error. Yields the callback of `answer`."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=max(4, min(40, console.width - 76))),
-        TextColumn("{task.completed}/{task.total} questions"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bar("questions", "{task.fields[rate]:,.0f} tokens/s") as progress:
         bar, written = progress.add_task(title, total=questions, rate=0.0), 0
 
         def advance(count: int, tokens: int) -> None:
@@ -120,7 +112,7 @@ def _answer_dialogue(host, tokenizer, dialogue: Dialogue, task: LocomoTask, prot
             for method in missing:
                 started = time.perf_counter()
                 prompts = _prompts(host, tokenizer, dialogue, method, task)
-                with _progress(f"{method}, dialogue {dialogue.name}", len(dialogue.questions)) as advance:
+                with _question_progress(one_line(f"{method}, dialogue {dialogue.name}"), len(dialogue.questions)) as advance:
                     answers = answer(host, tokenizer, prompts, task.max_new_tokens, task.batch_size, advance)
                 seconds = reading + time.perf_counter() - started
                 output.add(method, dialogue, answers, prompts.cut_tokens, seconds)
@@ -144,6 +136,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
     return {
         "command": "locomo",
         "model": task.model,
+        "weights_sha256": weights_digest(host),
         "dtype": str(host.dtype).removeprefix("torch."),
         "methods": task.methods,
         "dialogues": {dialogue.name: dialogue.digest() for dialogue in dialogues},
@@ -174,7 +167,15 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
         _prompts(host, tokenizer, dialogue, "no-context", task)  # raises if a question does not fit
     for arm in _arms(task).values():
         check_arm(host, arm, protocol)
-    output = Output(task.out, _settings(task, dialogues, host, protocol))
+    settings = _settings(task, dialogues, host, protocol)
+    with results.only_run(task.out):
+        return _run(task, dialogues, host, tokenizer, protocol, settings, console)
+
+
+def _run(
+    task: LocomoTask, dialogues: list[Dialogue], host, tokenizer, protocol: Protocol, settings: dict, console: Console
+) -> dict:
+    output = Output(task.out, settings)
     try:
         for dialogue in dialogues:
             _answer_dialogue(host, tokenizer, dialogue, task, protocol, output)
@@ -186,5 +187,6 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
         ) from None
     content = results.read(task.out)
     console.print(table(content))
-    console.print(f"report: {write_report(task.out)}\npredictions: {predictions_file(task.out, 'METHOD')}")
+    report = write_report(task.out)
+    console.print(f"report: {report}\npredictions: {predictions_file(task.out, 'METHOD')}", markup=False)
     return content

@@ -9,6 +9,10 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from locas_ext.evaluation.json_files import read_json
+from locas_ext.evaluation.schemas import anything
+from locas_ext.storage.schema import short
+
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 ADVERSARIAL = 5
 
@@ -84,10 +88,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> list[Dialogue]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    content = read_json(file, anything)
     root = Place(str(file), content)
     if isinstance(content, list):
         if not content:
@@ -101,7 +102,7 @@ def _listed(place: "Place") -> Dialogue:
 
 
 def _dialogue(name: str, conversation: "Place", top: "Place") -> Dialogue:
-    matches = (re.fullmatch(r"session_(\d+)", key) for key in conversation.need_object())
+    matches = (re.fullmatch(r"session_(\d{1,9})", key, re.ASCII) for key in conversation.need_object())
     numbers = sorted(int(match[1]) for match in matches if match)
     if not numbers:
         raise ValueError(f"{conversation.name}: session_1 is missing")
@@ -170,5 +171,5 @@ class Place:
         """The value of `key`, which must be of `kind`, a type or a union; a bool is no int here."""
         place = self.child(key)
         if not isinstance(place.content, kind) or isinstance(place.content, bool):
-            raise ValueError(f"{place.name} is {place.content!r}; expected {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"{place.name} is {short(place.content)}; expected {getattr(kind, '__name__', kind)}")
         return place.content

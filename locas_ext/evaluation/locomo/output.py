@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from locas_ext.evaluation import results
+from locas_ext.evaluation.json_files import parse_json
+from locas_ext.evaluation.schemas import PREDICTION
 from locas_ext.storage.files import write_atomically
 
 from .data import ADVERSARIAL, Dialogue
@@ -68,4 +70,7 @@ class Output:
 
 
 def _read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    lines = enumerate(file.read_bytes().splitlines(), start=1)
+    return [parse_json(line, f"{file}, line {number}", PREDICTION) for number, line in lines]

@@ -14,7 +14,7 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
-from locas_ext.evaluation.inputs import Text
+from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Chunk, MemorizeReport
@@ -119,7 +119,7 @@ def check_arm(host, arm: Arm, protocol: Protocol) -> None:
     if arm.method == "locas":
         if settings["init"] == "activation" and settings["rank"] > protocol.stride:
             raise ValueError(
-                f"init='activation' takes one token a slot: rank is {settings['rank']}, but the first chunk "
+                f"init='activation' takes one token per slot: rank is {settings['rank']}, but the first chunk "
                 f"has {protocol.stride} tokens; use a --stride of at least the rank"
             )
         with reader(host, arm):

@@ -4,20 +4,26 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from locas_ext.errors import Interrupted
+from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
+from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.tables import console_table, parameters_text, perplexity_text, times_text
+from locas_ext.storage.lock import folder_lock
+from locas_ext.terminal import Terminal
 
 from .jobs import Job, assemble, make_jobs, publish
 from .parallel import device_for, local_rank, share_threads, spawned, world_size
 from .study import PerplexityTask, Study
 
+FOLDERS = ("chunks", "records", "memories")
+
 
 def _work(study: Study, jobs: list[Job], progress: bool) -> None:
     """Runs every job that is neither done nor another process's."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True)
     study.warm_up()
     for job in jobs:
         record = job.run(progress)
@@ -27,16 +33,20 @@ def _work(study: Study, jobs: list[Job], progress: bool) -> None:
         outcome = record["error"] or f"perplexity {record['perplexity']:.2f}"
         done = sum(other.done for other in jobs)
         line = f"[{done}/{len(jobs)}] {job.book.name}, {job.arm.label}: {outcome}, {record['seconds']:.1f} s"
-        console.print(line, markup=False)
+        console.print(one_line(line))
 
 
 def _spawned_worker(index: int, task: PerplexityTask) -> None:
     """Another process's whole life."""
     try:
         study = Study(task, device_for(task.device, index))
+        results.open_folder(task.out, study.settings)  # what it has read itself is what the others have read
         _work(study, make_jobs(study), progress=False)
     except KeyboardInterrupt:
         sys.exit(130)  # the process that was started first says what was kept
+    except (LocasError, OSError) as error:
+        Terminal(stderr=True).print(f"locas: process {index}: {one_line(error)}")
+        sys.exit(1)
 
 
 def _table(records: list[dict]) -> Table:
@@ -62,7 +72,9 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
     share_threads(task.processes)
     study = Study(task, device_for(task.device, local_rank()))
     results.open_folder(task.out, study.settings)
-    for folder in ("chunks", "records", "memories"):
+    for folder in FOLDERS:
+        if (task.out / folder).is_symlink():
+            raise FileExistsError(f"--out: {task.out / folder} is a link; expected a folder of the run's own")
         (task.out / folder).mkdir(exist_ok=True)
     jobs = make_jobs(study)
     processes = min(task.processes, sum(not job.done for job in jobs))
@@ -75,7 +87,7 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
     if not all(job.done for job in jobs):
         return  # other processes are still at it; the last one reports
     publish(study, jobs)
-    with results.locked(task.out):  # two processes may both have seen the last job done
+    with folder_lock(task.out):  # two processes may both have seen the last job done
         report = write_report(task.out)
     console.print(_table(assemble(jobs)))
-    console.print(f"results: {task.out / results.NAME}\nreport: {report}")
+    console.print(Text(f"results: {task.out / results.NAME}\nreport: {report}"))

@@ -4,6 +4,7 @@ chunks/JOB.jsonl has one line a chunk, records/JOB.json is there once the job is
 learned. results.json is put together from the records there are, in the order of the jobs.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -11,17 +12,20 @@ from pathlib import Path
 
 import torch
 
-from locas_ext.errors import LocasError
 from locas_ext.evaluation import results
-from locas_ext.evaluation.curve import running_perplexity
-from locas_ext.evaluation.inputs import Text
+from locas_ext.evaluation.curve import perplexity, running_perplexity
+from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.methods.arm import Arm, slug
 from locas_ext.evaluation.methods.registry import Measurement, measure
+from locas_ext.evaluation.schemas import JOB_RECORD
+from locas_ext.evaluation.texts import Text
 from locas_ext.storage.files import write_atomically
+from locas_ext.storage.lock import folder_lock
 
 from .parallel import claimed, world_size
 from .study import Study
 
+_LONGEST_NAME = 180  # bytes; file systems take 255, endings included
 MILESTONES = (50_000, 100_000, 150_000, 200_000)
 
 
@@ -35,7 +39,10 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{slug(self.book.name)}-{self.arm.slug}"
+        name = f"{slug(self.book.name)}-{self.arm.slug}"
+        if len(name.encode()) <= _LONGEST_NAME:
+            return name
+        return f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
     def path(self, kind: str, suffix: str = "") -> Path:
         return self.study.task.out / kind / f"{self.name}{suffix}"
@@ -51,11 +58,9 @@ class Job:
     def record(self) -> dict | None:
         """What the finished job left, or None. LocasError if it cannot be read."""
         try:
-            return json.loads(self.record_file.read_bytes())
+            return read_json(self.record_file, JOB_RECORD)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise LocasError(f"{self.record_file} is damaged: {error}") from None
 
     def run(self, progress: bool) -> dict | None:
         """Runs the job unless it is done or another process is at it, and keeps its record, which is returned."""
@@ -76,7 +81,7 @@ class Job:
                 lambda chunk: log.write(json.dumps(asdict(chunk)) + "\n"),
                 progress,
             )
-            record = _record(self, measurement, before)
+            record = results.plain(_record(self, measurement, before))
             write_atomically(self.record_file, json.dumps(record).encode())
             return record
 
@@ -100,9 +105,9 @@ def _record(job: Job, measurement: Measurement, held_out_before: float | None) -
         "words": book.words,
         "bytes": book.bytes,
         "nll": nll if whole else None,
-        "perplexity": math.exp(nll / tokens) if whole else None,
-        "perplexity_per_word": math.exp(nll / book.words) if whole and book.words else None,
-        "perplexity_per_byte": math.exp(nll / book.bytes) if whole else None,
+        "perplexity": perplexity(nll, tokens) if whole else None,
+        "perplexity_per_word": perplexity(nll, book.words) if whole and book.words else None,
+        "perplexity_per_byte": perplexity(nll, book.bytes) if whole else None,
         "milestones": milestones(curve),
         "held_out_perplexity": measurement.held_out_perplexity,
         "held_out_perplexity_before": held_out_before,
@@ -141,5 +146,5 @@ def assemble(jobs: list[Job]) -> list[dict]:
 
 def publish(study: Study, jobs: list[Job]) -> None:
     """Writes results.json anew; other processes may do so at the same time."""
-    with results.locked(study.task.out):
+    with folder_lock(study.task.out):
         results.write(study.task.out, study.settings, assemble(jobs))

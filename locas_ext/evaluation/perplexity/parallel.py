@@ -19,8 +19,9 @@ from locas_ext.errors import LocasError
 
 @contextmanager
 def claimed(file: Path) -> Iterator[TextIO | None]:
-    """The file, open for appending, while this process works on its job; None if another one does."""
-    with open(file, "a", buffering=1) as opened:  # every line is written at once
+    """The file, open for appending, while this process works on its job; None if another one does. Never through a link."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "a", buffering=1) as opened:  # every line is written at once
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from locas_ext.checks import one_of
 from locas_ext.evaluation.arguments import at_least, check_learning, choose
-from locas_ext.evaluation.inputs import load_host, read_text
+from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import METHODS, Arm, make_arm, slug
 from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
+from locas_ext.evaluation.texts import check_readable, read_text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
 
@@ -16,7 +18,7 @@ from .ablations import NEED_HELD_OUT, PRESETS
 from .parallel import world_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerplexityTask:
     """The arguments of the command.
 
@@ -51,7 +53,7 @@ def _check(task: PerplexityTask) -> None:
     if task.methods is not None:
         choose("--methods", task.methods, METHODS)
     if task.ablate is not None:
-        choose("--ablate", [task.ablate], PRESETS)
+        one_of("--ablate", task.ablate, tuple(PRESETS))
         if task.ablate in NEED_HELD_OUT and not task.held_out:
             raise ValueError(f"--ablate {task.ablate} compares learning with forgetting: it needs --held-out TEXT")
     check_learning(task.locas, task.temp_lora)
@@ -62,8 +64,9 @@ def _check(task: PerplexityTask) -> None:
     names = [slug(book.stem) for book in task.books]
     if twice := [book for book, name in zip(task.books, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; records are named after their books")
+    processes = max(task.processes, world_size())
     for path in (*task.books, *task.held_out):
-        path.open("rb").close()
+        check_readable(path, processes)
 
 
 def _arms(task: PerplexityTask, context: int) -> list[Arm]:
@@ -109,6 +112,7 @@ class Study:
             "command": "perplexity",
             "model": task.model,
             "model_type": self.host.config.model_type,
+            "weights_sha256": self.weights_digest,
             "dtype": str(self.host.dtype).removeprefix("torch."),
             "seed": task.locas["seed"],
             "window": self.protocol.window,
@@ -122,8 +126,13 @@ class Study:
         }
 
     @cached_property
+    def weights_digest(self) -> str:
+        """The plain host's, as `held_out_before`."""
+        return weights_digest(self.host)
+
+    @cached_property
     def held_out_before(self) -> float | None:
-        """The plain host's; so to be asked for while it is plain."""
+        """The plain host's perplexity: ask for it while nothing is attached."""
         return held_out_perplexity(self.host, self.held_out, self.protocol)
 
     def warm_up(self) -> None:

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from locas_ext.errors import LocasError
 from locas_ext.evaluation import results as result_files
+from locas_ext.evaluation.display import json_block, markdown
 from locas_ext.storage.files import write_atomically
+from locas_ext.storage.lock import folder_lock
 
 from .capability import capability_sections
 from .locomo import locomo_sections
 from .perplexity import perplexity_sections
 from .runs import differing, merged_records, shared_settings
-from .tables import escape
 
 NAME = "report.md"
 # A command's part of the report: (results, folder) -> Markdown lines; it writes its plots into the folder.
@@ -36,7 +37,7 @@ def run_report(folders: list[Path], out: Path | None, console: Console) -> None:
         report = write_report(folders[0])
     else:
         raise ValueError(f"--out is missing; expected a folder for the report of {len(folders)} runs")
-    console.print(f"report: {report}")
+    console.print(Text(f"report: {report}"))
 
 
 def write_report(folder: Path) -> Path:
@@ -47,42 +48,33 @@ def write_report(folder: Path) -> Path:
     """
     results = _read(folder)
     settings = results["settings"]
-    model = escape(Path(str(settings.get("model", "several models"))).name)
+    model = markdown(Path(settings.get("model") or "several models").name)
     lines = [f"# {settings['command'].capitalize()}: {model}", "", *_settings(settings), *_machine(results["machine"])]
-    try:
-        lines += SECTIONS[settings["command"]](results, folder)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise LocasError(f"{folder / result_files.NAME} holds a record that cannot be read: {error!r}") from error
+    lines += SECTIONS[settings["command"]](results, folder)
     write_atomically(folder / NAME, ("\n".join(lines).strip() + "\n").encode())
     return folder / NAME
 
 
 def _read(folder: Path) -> dict:
     results = result_files.read(folder)
-    settings, records = results["settings"], results["records"]
-    file = folder / result_files.NAME
-    if not isinstance(settings, dict) or not isinstance(results["machine"], dict):
-        raise LocasError(f"{file} is damaged: settings or machine is no object")
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise LocasError(f"{file} is damaged: records is no list of objects")
-    if settings.get("command") not in SECTIONS:
-        raise ValueError(f"{file}: command is {settings.get('command')!r}; expected one of {', '.join(SECTIONS)}")
+    command = results["settings"].get("command")
+    if command not in SECTIONS:
+        raise ValueError(
+            f"{folder / result_files.NAME}: settings.command is {command!r}; expected one of {', '.join(SECTIONS)}"
+        )
     return results
 
 
 def _settings(settings: dict) -> list[str]:
-    first = [f"{name} {escape(settings[name])}" for name in FIRST_SETTINGS if settings.get(name) is not None]
-    everything = json.dumps(settings, indent=1, ensure_ascii=False)
+    first = [f"{name} {markdown(settings[name])}" for name in FIRST_SETTINGS if settings.get(name) is not None]
     different = differing(settings)
     return [
         f"Settings: {', '.join(first)}." if first else "Settings:",
         "",
-        *([f"The runs differ in {', '.join(different)}.", ""] if different else []),
+        *([f"The runs differ in {', '.join(map(markdown, different))}.", ""] if different else []),
         "<details><summary>All settings</summary>",
         "",
-        "```json",
-        everything,
-        "```",
+        *json_block(settings),
         "",
         "</details>",
         "",
@@ -90,7 +82,7 @@ def _settings(settings: dict) -> list[str]:
 
 
 def _machine(machine: dict) -> list[str]:
-    named = [(f"Machine of {escape(name)}", one) for name, one in machine.get("runs", {}).items()]
+    named = [(f"Machine of {markdown(name)}", one) for name, one in machine.get("runs", {}).items()]
     return [line for title, one in named or [("Machine", machine)] for line in _machine_line(title, one)]
 
 
@@ -101,7 +93,7 @@ def _machine_line(title: str, machine: dict) -> list[str]:
         if isinstance(value, list):
             value = ", ".join(f"{count} x {gpu}" for gpu, count in Counter(value).items())
         if value:
-            parts.append(escape(value if name in ("processor", "gpus") else f"{name} {value}"))
+            parts.append(markdown(value if name in ("processor", "gpus") else f"{name} {value}"))
     return [f"{title}: {'; '.join(parts)}.", ""] if parts else []
 
 
@@ -134,8 +126,9 @@ def merge_reports(folders: list[Path], out: Path) -> Path:
         "records": merged_records(runs),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / result_files.NAME, json.dumps(content, indent=1).encode())
-    return write_report(out)
+    with folder_lock(out):
+        write_atomically(out / result_files.NAME, json.dumps(content, indent=1).encode())
+        return write_report(out)
 
 
 def _check_out(out: Path) -> None:

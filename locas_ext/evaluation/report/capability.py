@@ -4,7 +4,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .tables import MISSING, console_table, escape, markdown_table
+from locas_ext.evaluation.display import markdown
+
+from .tables import MISSING, console_table, markdown_table
 
 _TEXT_TITLES = ["state", "perplexity", "ratio to host", "top-1 agreement", "KL, nats"]
 _TASK_TITLES = ["state", "value", "difference"]
@@ -100,9 +102,9 @@ def capability_sections(results: dict, folder: Path) -> list[str]:
     ]
     for key, group in _groups(records).items():
         titles, rows = _table(group)
-        rows = [[escape(cell) for cell in row] for row in rows]
-        lines += [f"## {escape(_title(key, group))}", "", *markdown_table(titles, rows), ""]
+        rows = [[markdown(cell) for cell in row] for row in rows]
+        lines += [f"## {markdown(_title(key, group))}", "", *markdown_table(titles, rows), ""]
     for run in dict.fromkeys(record.get("run") for record in records):
         _, sentence = detached_verdict([record for record in records if record.get("run") == run])
-        lines += [f"Detached{f' ({escape(run)})' if run else ''}: {escape(sentence)}.", ""]
+        lines += [f"Detached{f' ({markdown(run)})' if run else ''}: {markdown(sentence)}.", ""]
     return lines

@@ -1,12 +1,12 @@
 """The frontier of learning against forgetting: which arms are better than which on both axes."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .tables import ArmResults
 
 LEARNING = ("locas", "temp-lora")
+SHOWN = 1e12  # perplexities from here on are of arms that went astray: no axis shows them
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def shared_books(arms: Iterable[ArmResults]) -> set[str]:
 def collect_points(arms: list[ArmResults]) -> tuple[list[Point], set[str]]:
     """The arms that learn, by their perplexity on the book, the lowest first; and the books these are averaged over.
 
-    Left out are arms without a held-out perplexity on every book they read, or with one that is not finite.
+    Left out are arms without a held-out perplexity on every book they read, or with one that is beyond SHOWN.
     """
     learning = [
         arm
@@ -54,7 +54,7 @@ def collect_points(arms: list[ArmResults]) -> tuple[list[Point], set[str]]:
 
 
 def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    return value is not None and value < SHOWN
 
 
 def dominators(point: Point, points: list[Point]) -> list[Point]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from locas_ext.evaluation.display import code, markdown
 from locas_ext.evaluation.locomo.data import CATEGORIES
 from locas_ext.evaluation.locomo.output import ALL_REFUSE, predictions_file
 from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
 
-from .tables import MISSING, console_table, escape, markdown_table
+from .tables import MISSING, console_table, markdown_table
 
 _LABELS = {
     **{name: f"{number} {name}" for number, name in CATEGORIES.items()},
@@ -69,18 +70,18 @@ def _run_section(run: str | None, content: dict) -> list[str]:
     settings, columns = content["settings"], _columns(content)
     where = "the run's folder" if run else "this folder"
     return [
-        f"## {_title(content)}" + (f" ({escape(run)})" if run else ""),
+        f"## {_title(content)}" + (f" ({markdown(run)})" if run else ""),
         "",
-        *markdown_table(list(columns), list(zip(*columns.values(), strict=True))),
+        *markdown_table([markdown(name) for name in columns], list(zip(*columns.values(), strict=True))),
         "",
         *_cuts(content["records"]),
         "",
-        f"Dialogues: {', '.join(map(escape, settings['dialogues']))}. "
+        f"Dialogues: {', '.join(map(markdown, settings['dialogues']))}. "
         f"Every answer is in {where}, in `{predictions_file(Path(), 'METHOD')}`.",
         "",
         "Prompts:",
         "",
-        *(f"- {name}: `{json.dumps(prompt)}`" for name, prompt in settings["prompts"].items()),
+        *(f"- {markdown(name)}: {code(json.dumps(prompt))}" for name, prompt in settings["prompts"].items()),
         "",
     ]
 
@@ -92,5 +93,8 @@ def _cuts(records: list[dict]) -> list[str]:
     return [
         "Turns at the beginning that did not fit into the window were cut:",
         "",
-        *(f"- {record['method']}, dialogue {escape(record['dialogue'])}: {record['cut_tokens']:,} tokens" for record in cuts),
+        *(
+            f"- {markdown(record['method'])}, dialogue {markdown(record['dialogue'])}: {record['cut_tokens']:,} tokens"
+            for record in cuts
+        ),
     ]

@@ -4,8 +4,10 @@ import math
 import re
 from pathlib import Path
 
+from locas_ext.evaluation.display import markdown, one_line
+
 from . import paper_figures
-from .frontier import LEARNING, Point, collect_points, dominators, pareto_front, shared_books
+from .frontier import LEARNING, SHOWN, Point, collect_points, dominators, pareto_front, shared_books
 from .plots.curves import Curve, plot_curves
 from .plots.frontier import plot_frontier
 from .runs import differing
@@ -18,7 +20,6 @@ from .tables import (
     Column,
     arm_table,
     collect_arms,
-    escape,
     markdown_table,
     parameters_text,
     perplexity_columns,
@@ -26,7 +27,7 @@ from .tables import (
     tokens_text,
 )
 
-METHOD = Column("method", lambda arm: arm.method)
+METHOD = Column("method", lambda arm: markdown(arm.method))
 LEARNING_RATE = Column(
     "learning rate", lambda arm: MISSING if (rate := arm.settings.get("learning_rate")) is None else f"{rate:g}"
 )
@@ -85,7 +86,10 @@ def _paper_note(lines: list[str], host: str | None) -> list[str]:
 def _all_books(settings: dict, arms: list[ArmResults], books: list[str], host: str | None) -> list[str]:
     lines = ["## Perplexity", ""]
     if different := [name for name in differing(settings) if name in SAME_FOR_ALL]:
-        lines += [f"The runs differ in {', '.join(different)}: arms of one run are not comparable with another's.", ""]
+        lines += [
+            f"The runs differ in {', '.join(different)}: arms of one run are not comparable with another's.",
+            "",
+        ]
     columns = [*perplexity_columns(arms), *MEASURES, *COSTS]
     if len(books) > 1:
         lines += [f"Geometric means over {len(books)} books. Relative time: against truncation.", ""]
@@ -163,7 +167,7 @@ def _frontier(settings: dict, arms: list[ArmResults], folder: Path) -> list[str]
     front = pareto_front(points)
     rows = [
         [
-            escape(point.label),
+            markdown(point.label),
             numbers[point.label],
             perplexity_text(point.learned),
             perplexity_text(point.held_out),
@@ -188,7 +192,7 @@ def _frontier(settings: dict, arms: list[ArmResults], folder: Path) -> list[str]
 
 
 def _name(point: Point) -> str:
-    return f"{escape(point.label)} ({point.learned:.2f}, {point.held_out:.2f})"
+    return f"{markdown(point.label)} ({point.learned:.2f}, {point.held_out:.2f})"
 
 
 def _some(points: list[Point], method: str) -> str:
@@ -222,11 +226,11 @@ def _each_book(arms: list[ArmResults], books: list[str], folder: Path) -> list[s
     lines, names = [], _file_names(books)
     for book in books:
         on_book = [arm.on({book}) for arm in arms if book in arm.books]
-        curves = [Curve(arm.label, arm.method, points) for arm in on_book if (points := _points(arm.records[0]))]
-        lines += [f"## {escape(book)}", ""]
+        curves = [Curve(one_line(arm.label), arm.method, points) for arm in on_book if (points := _points(arm.records[0]))]
+        lines += [f"## {markdown(book)}", ""]
         if curves:
-            plot_curves(folder / names[book], book, _subtitle(on_book), curves)
-            lines += [f"![Running perplexity, {escape(book)}]({names[book]})", ""]
+            plot_curves(folder / names[book], one_line(book), _subtitle(on_book), curves)
+            lines += [f"![Running perplexity, {markdown(book)}]({names[book]})", ""]
         if len(books) > 1:
             reading = [
                 Column("tokens", lambda arm: f"{arm.largest('tokens') or 0:,}"),
@@ -237,7 +241,9 @@ def _each_book(arms: list[ArmResults], books: list[str], folder: Path) -> list[s
 
 
 def _points(record: dict) -> list[tuple[int, float]]:
-    return [(tokens, value) for tokens, value in record.get("curve") or []]
+    """What is not known, or too high for any scale, is infinite here: the plot leaves it out."""
+    points = record.get("curve") or []
+    return [(tokens, value if value is not None and value < SHOWN else math.inf) for tokens, value in points]
 
 
 def _subtitle(arms: list[ArmResults]) -> str:
@@ -262,5 +268,5 @@ def _failures(records: list[dict]) -> list[str]:
     failed = [record for record in records if record.get("error")]
     if not failed:
         return []
-    lines = [f"- {escape(record['arm'])}, {escape(record['book'])}: {escape(record['error'])}" for record in failed]
+    lines = [f"- {markdown(record['arm'])}, {markdown(record['book'])}: {markdown(record['error'])}" for record in failed]
     return ["## Failed", "", *lines, ""]

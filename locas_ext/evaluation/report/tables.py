@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from locas_ext.evaluation.display import markdown
+from locas_ext.terminal import neutral
 
 MISSING = "–"
 
@@ -86,13 +90,6 @@ def bytes_text(count: int | None) -> str:
     return MISSING if count is None else f"{count / 2**30:.2f} GiB"
 
 
-def escape(text) -> str:
-    """Text that stays text inside a Markdown table's cell."""
-    for character in "\\|*_`<[":
-        text = str(text).replace(character, "\\" + character)
-    return " ".join(text.split())
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Column:
@@ -123,7 +120,7 @@ MEASURES = [
 ]
 
 
-LABEL = Column("arm", lambda arm: escape(arm.label))
+LABEL = Column("arm", lambda arm: markdown(arm.label))
 
 
 def arm_table(arms: list[ArmResults], columns: list[Column], first: Column = LABEL) -> list[str]:
@@ -140,11 +137,23 @@ def markdown_table(titles: list[str], rows: Sequence[Sequence[str]]) -> list[str
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def _plain(text: str) -> Text:
+    """On every console: neither markup nor control characters."""
+    return Text(neutral(text))
+
+
 def console_table(titles: list[str], rows: Sequence[Sequence[str]], title: str | None = None, left: int = 1) -> Table:
     """The same for the console, with the first `left` columns left-aligned."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    heading = None if title is None else _plain(title)
+    table = Table(
+        title=heading,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for index, name in enumerate(titles):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=index >= left)
+        table.add_column(_plain(name), justify="left" if index < left else "right", no_wrap=index >= left)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(_plain(cell) for cell in row))
     return table

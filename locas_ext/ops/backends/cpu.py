@@ -93,7 +93,7 @@ def glu_ffn_backward(
     """
     dx = x.new_empty(x.shape) if needs_dx else None
     rank, d = slots.value.shape
-    d_slots = torch.zeros(3, rank, d, dtype=torch.float32) if slots_grad is None else slots_grad
+    d_slots = torch.zeros(3, rank, d, dtype=torch.float32, device=x.device) if slots_grad is None else slots_grad
     _C.cpu_ffn_backward(
         _rows(dy),
         _rows(x),

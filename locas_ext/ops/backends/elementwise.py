@@ -18,7 +18,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
 def rms_norm(x: Tensor, weight: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
     """-> weight * x / rms(x) over the rows of x [n, d], and with `save` 1 / rms [n]. CPU."""
     out = torch.empty_like(x)
-    inverse_rms = torch.empty(x.shape[0], dtype=torch.float32) if save else None
+    inverse_rms = torch.empty(x.shape[0], dtype=torch.float32, device=x.device) if save else None
     _C.rms_norm(x, weight, out, inverse_rms, eps)
     return out, inverse_rms
 

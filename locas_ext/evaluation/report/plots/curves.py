@@ -66,7 +66,8 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
         if math.isfinite(value) and (position >= settled or position == curve.points[-1][0])
     ] or [1.0]
     ends = sorted(curve.end for curve in curves if math.isfinite(curve.end)) or values
-    low, high = min(values), min(max(values), 1.6 * ends[len(ends) // 2])
+    low = min(values)
+    high = max(low, min(max(values), 1.6 * ends[len(ends) // 2]))
     margin = 0.08 * (high - low) or 1.0
     return low - margin, high + margin
 
@@ -162,7 +163,7 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
         )
     _label_ends(axes, labelled, colors, limits, axes_height)
     axes.set_ylim(*limits)
-    axes.set_xlim(0, 1.002 * max(curve.points[-1][0] for curve in curves))  # so that a round end gets its tick
+    axes.set_xlim(0, 1.002 * max(1, *(curve.points[-1][0] for curve in curves)))  # so that a round end gets its tick
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylabel("perplexity so far", color=INK, fontsize=9.5)
     axes.set_xlabel("tokens read", color=INK, fontsize=9.5)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from textwrap import wrap
 
+from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.report.frontier import Point, pareto_front
 
 from .style import FAINT, INK, METHOD_COLORS, METHOD_MARKERS, PAPER, WITHOUT, new_figure, save, style, text_color, write_heading
@@ -100,7 +101,7 @@ def _list_beside(figure, axes, height: float, key, numbered: list[tuple[int, Poi
 
 
 def _entry(point: Point) -> str:
-    return "\n".join(wrap(f"{point.label}: {point.learned:.2f}, {point.held_out:.2f}", 34))
+    return "\n".join(wrap(f"{one_line(point.label)}: {point.learned:.2f}, {point.held_out:.2f}", 34))
 
 
 def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], host: Point | None) -> None:

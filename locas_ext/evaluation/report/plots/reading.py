@@ -5,6 +5,8 @@ from pathlib import Path
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from locas_ext.evaluation.curve import local_gain, running_perplexity
+from locas_ext.evaluation.display import one_line
+from locas_ext.evaluation.texts import Text
 from locas_ext.memory import MemorizeReport
 
 from .style import FAINT, INK, WITH, WITHOUT, new_figure, save, style, write_heading
@@ -27,7 +29,7 @@ def _label_end(axes, curve, text: str, color: str, above: bool) -> None:
     )
 
 
-def _mark_chapters(axes, chapters: list[int], label: bool) -> None:
+def _mark_chapters(axes, chapters: tuple[int, ...], label: bool) -> None:
     for number, position in enumerate(chapters, start=1):
         axes.axvline(position, color=FAINT, linewidth=0.7, linestyle=(0, (1, 3)))
         if label:
@@ -73,8 +75,8 @@ def _draw_gain(axes, truncation: MemorizeReport, memorized: MemorizeReport) -> N
     axes.set_xlabel("tokens read", color=INK, fontsize=9.5)
 
 
-def plot_reading(path: Path, book, truncation: MemorizeReport, memorized: MemorizeReport, subtitle: str) -> None:
-    """Writes a PNG. `book` has a title, ids and chapters; both reports are over its ids in the same chunks."""
+def plot_reading(path: Path, book: Text, truncation: MemorizeReport, memorized: MemorizeReport, subtitle: str) -> None:
+    """Writes a PNG. Both reports are over its ids in the same chunks."""
     figure = new_figure(5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     figure.subplots_adjust(left=0.075, right=0.865, top=0.845, bottom=0.095, hspace=0.10)
@@ -85,5 +87,5 @@ def plot_reading(path: Path, book, truncation: MemorizeReport, memorized: Memori
     _draw_gain(lower, truncation, memorized)
     lower.set_xlim(0, len(book.ids))
     lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    write_heading(figure, 0.075, f"A small model reads {book.title}", subtitle)
+    write_heading(figure, 0.075, f"A small model reads {one_line(book.name)}", subtitle)
     save(figure, path)

@@ -1,5 +1,6 @@
 """The look that all pictures share: colours, axes, the PNG file."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -37,7 +38,6 @@ def style(axes) -> None:
 def write_heading(figure: Figure, left: float, title: str, subtitle: str) -> None:
     """Title and subtitle at a fixed distance from the top, whatever the figure's height. Never read as formulas."""
     height = figure.get_figheight()
-    title = " ".join(title.split())
     title = title if len(title) <= 56 else f"{title[:53]}..."
     figure.text(left, 1 - 0.364 / height, title, family="serif", fontsize=17, color=INK, parse_math=False)
     figure.text(left, 1 - 0.627 / height, subtitle, fontsize=9.5, color=WITHOUT, parse_math=False)
@@ -64,5 +64,7 @@ def _towards(color: str, other: str, share: float) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Writes the PNG, atomically."""
     png = BytesIO()
-    figure.savefig(png, format="png", facecolor=PAPER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in a script that the font lacks: boxes say so
+        figure.savefig(png, format="png", facecolor=PAPER)
     write_atomically(path, png.getvalue())

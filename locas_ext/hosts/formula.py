@@ -1,0 +1,87 @@
+"""Whether an FFN computes the formula of its family: looked at on the object, not concluded from a name."""
+
+import functools
+import os
+import sys
+from types import MethodType
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.activations import ACT2FN
+
+from locas_ext.ops.activations import INDEX
+
+_TRANSFORMERS = os.path.dirname(transformers.__file__)
+
+
+def class_name(module: Any) -> str:
+    """A module's class with where it is from, for messages."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def bound_forward(module: nn.Module) -> Any:
+    """The forward in a module's own dict that a memory and accelerate's hooks stand around; None: it is the class's."""
+    attributes = module.__dict__
+    forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    for patch in getattr(getattr(forward, "__self__", None), "patches", ()):  # a patched FFN's
+        if patch.module is module:
+            forward = patch.replaced
+    if forward is None or forward == MethodType(type(module).forward, module):
+        return None
+    return forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody listens to a module's forward or backward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+@functools.cache
+def class_obstacle(kind: Any, forward: Any, modeling: str) -> str | None:
+    """Why a module of this class may compute something else than the family's FFN, or None.
+
+    forward: the class's present one. modeling: the name of the module that defines the decoder layer: transformers defines
+    the FFN in the same file, and a subclass or a patched class has a forward from somewhere else.
+    """
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    owner = next(cls for cls in kind.__mro__ if "forward" in cls.__dict__)
+    if not modeling.startswith("transformers.models.") or owner.__module__ != modeling:
+        return f"is a {name}, which {modeling} does not define"
+    layers = [forward]
+    while (inner := getattr(layers[-1], "__wrapped__", None)) is not None:  # transformers decorates some of its own
+        layers.append(inner)
+    files = [getattr(getattr(layer, "__code__", None), "co_filename", "") for layer in layers]
+    own = layers[-1].__qualname__ == f"{owner.__qualname__}.forward" and files[-1] == sys.modules[modeling].__file__
+    if not own or not all(file.startswith(_TRANSFORMERS) for file in files):
+        return f"is a {name} whose forward was replaced"
+    return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What makes one activation module of a class another than the next."""
+
+    def comparable(value: Any) -> Any:
+        return (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else value
+
+    settings = {name: comparable(value) for name, value in module.__dict__.items() if not name.startswith("_")}
+    return {name: value for name, value in settings.items() if name not in ("training", "forward")}
+
+
+def _plain_activations(activation: str) -> list[nn.Module]:
+    index = INDEX[activation]
+    torch_own = ([nn.SiLU()], [nn.GELU("tanh")], [nn.GELU()], [nn.ReLU(), nn.ReLU(inplace=True)])[index]
+    return [ACT2FN[name] for name, number in INDEX.items() if number == index] + torch_own
+
+
+@functools.cache
+def _plain_kinds(activation: str) -> list[tuple[type[nn.Module], Any, dict[str, Any]]]:
+    return [(type(act), type(act).forward, _settings(act)) for act in _plain_activations(activation)]
+
+
+def is_plain_activation(act: Any, activation: str) -> bool:
+    """Whether an activation module's class and settings are those of the function of this transformers name."""
+    kinds = _plain_kinds(activation)
+    return any(
+        type(act) is kind and kind.forward is forward and _settings(act) == settings for kind, forward, settings in kinds
+    )

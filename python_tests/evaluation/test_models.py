@@ -1,0 +1,187 @@
+"""Models from strangers: none runs its own code, none asks for memory that its weights cannot fill, errors are one line."""
+
+import json
+import shutil
+import socket
+import time
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from locas_ext import LocasError
+from locas_ext.evaluation.assets import MODEL
+from locas_ext.evaluation.hub import must_use_cache
+from locas_ext.evaluation.inputs import load_host, weights_digest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(MODEL, tmp_path / "model")
+
+
+def change(folder, file="config.json", **fields):
+    content = json.loads((folder / file).read_text()) | fields
+    (folder / file).write_text(json.dumps(content))
+    return str(folder)
+
+
+def complaint(model, kind=LocasError):
+    with pytest.raises(kind) as error:
+        load_host(model, None, "cpu")
+    assert str(model) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- code of its own -----------------------------------------------------------------------------------------
+MARKER = "from pathlib import Path\nPath({!r}).write_text('ran')\nfrom transformers import Qwen3ForCausalLM as Own\n"
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "file, names",
+    [
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]}),
+    ],
+)
+def test_code_of_a_model_is_named_and_never_run(folder, tmp_path, file, names, known):
+    marker = tmp_path / "marker"
+    (folder / "own.py").write_text(MARKER.format(str(marker)))
+    if not known:
+        change(folder, model_type="own")
+        change(folder, "tokenizer_config.json", tokenizer_class="Own")
+    line = complaint(change(folder, file, auto_map=names))
+    assert "own.Own" in line and file in line and not marker.exists()
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", 10**30),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", "8"),
+        ("hidden_size", 1 << 21),
+        ("intermediate_size", 1e6),
+        ("vocab_size", True),
+        ("num_attention_heads", [[]]),
+    ],
+)
+def test_a_size_that_no_model_has_is_named(folder, field, value):
+    started = time.perf_counter()
+    line = complaint(change(folder, **{field: value}))
+    assert f"config.json: {field} is" in line and time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("fields", [{"intermediate_size": 10**6}, {"num_hidden_layers": 800, "layer_types": None}])
+def test_a_model_larger_than_its_weights_is_refused_before_it_is_made(folder, fields):
+    line = complaint(change(folder, **fields))
+    assert "parameters, but the weights beside it are 14,7" in line
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": 5000},
+        {"num_attention_heads": 0},
+        {"model_type": 3},
+        {"model_type": "poem"},
+        {"hidden_act": "nope"},
+        {"rope_parameters": 3},
+        {"rms_norm_eps": None},
+        {"num_hidden_layers": 12, "layer_types": None},
+    ],
+)
+def test_what_transformers_cannot_load_is_one_line(folder, fields, capfd):
+    complaint(change(folder, **fields))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"vocab_size": 1, "vocab_size": 2}', "comes twice"),
+    ],
+)
+def test_a_damaged_config_is_named(folder, content, words):
+    (folder / "config.json").write_text(content)
+    assert words in complaint(str(folder))
+
+
+def test_weights_that_are_cut_or_missing_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
+    complaint(str(folder))
+    weights.unlink()
+    assert "holds no weights" in complaint(str(folder))
+
+
+# ---- names ---------------------------------------------------------------------------------------------------
+def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path):
+    assert "holds no config.json; expected a model's folder" in complaint(str(tmp_path), FileNotFoundError)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter" in complaint(str(tmp_path), FileNotFoundError)
+    (tmp_path / "locas_config.json").write_text("{}")
+    assert "--memory" in complaint(str(tmp_path), FileNotFoundError)
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """Every connection fails at once, and nothing is in the cache. Returns the list of attempts."""
+    attempts = []
+
+    def refuse(*address, **options):
+        attempts.append(address)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return attempts
+
+
+def test_an_unreachable_hub_is_one_line_soon(no_hub, capfd):
+    started = time.perf_counter()
+    line = complaint("someone/some-model", ConnectionError)
+    assert "hf download someone/some-model" in line and "the hub does not answer" in line
+    assert time.perf_counter() - started < 10 and len(no_hub) <= 2
+    assert capfd.readouterr().err == ""
+
+
+def test_an_impossible_name_is_neither_folder_nor_model(no_hub):
+    complaint("some model!", FileNotFoundError)
+    complaint("a/b/c", FileNotFoundError)
+    assert not no_hub
+
+
+def test_what_is_in_the_cache_is_used_without_the_hub(no_hub, tmp_path):
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / "abc"
+    shutil.copytree(MODEL, snapshot)
+    refs = tmp_path / "cache" / "models--someone--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert must_use_cache("someone/tiny")
+
+
+# ---- what is loaded ------------------------------------------------------------------------------------------
+def test_loading_leaves_nothing_changed(folder):
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    host, tokenizer = load_host(str(folder), None, "cpu")
+    assert not host.training and host.dtype == torch.float32 and len(tokenizer) == 4096
+    with pytest.raises(LocasError):
+        load_host(change(folder, rms_norm_eps=None), None, "cpu")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_other_weights_of_the_same_name_have_another_digest(folder):
+    host, _ = load_host(str(folder), None, "cpu")
+    half, _ = load_host(str(folder), "bfloat16", "cpu")
+    digest = weights_digest(host)
+    assert weights_digest(half) == digest
+    with torch.no_grad():
+        host.model.layers[3].mlp.up_proj.weight.mul_(1.1)
+    assert weights_digest(host) != digest
