@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.hosts.context_cache import ContextCache
 from locas_ext.learning.backprop import EagerStep
-from locas_ext.learning.chunk import ContextCache, Window
+from locas_ext.learning.chunk import Window
 
 from .harness import report
 
@@ -51,9 +52,8 @@ def main() -> None:
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():
-        cache = ContextCache(plain, torch.device("cpu"))
-        with torch.no_grad():
-            plain.base_model(input_ids=window.context[None], past_key_values=cache, use_cache=True)
+        cache = ContextCache(plain, torch.device("cpu"), None)
+        cache.fill(plain, window.context[None])
         embedded = plain.get_input_embeddings()(window.inputs[None]).requires_grad_()
         logits = plain(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
         F.cross_entropy(logits[0].float(), window.targets).backward()

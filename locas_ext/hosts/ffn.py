@@ -30,6 +30,7 @@ class HostFFN(ABC):
 
     names: tuple[str, ...]  # of the projections inside the module, the output projection last
     plain: type[nn.Module] = nn.Linear  # what a projection is whose weights can be used directly
+    differs: str | None = None  # what the probe saw the module do other than the formula here
 
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
@@ -87,6 +88,8 @@ class HostFFN(ABC):
 
     def projection_obstacle(self) -> str | None:
         """Why the weights cannot be used directly, or None."""
+        if self.differs is not None:
+            return self.differs
         for name, projection in zip(self.names, self.projections(), strict=True):
             if problem := linear_obstacle(projection, self.plain):
                 return f"{name} {problem}"

@@ -1,7 +1,7 @@
 """Where the FFNs of each supported model family live. A new family is a new row of HOSTS."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from locas_ext.ops.activations import INDEX
 
 from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
 from .text_config import max_positions
+from .window_reading import WindowReading
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Host:
     hidden_size: int
     intermediate_size: int
     max_positions: int
+    reading: WindowReading = field(default_factory=WindowReading)  # how its windows are read, as far as probed
 
     @property
     def width_key(self) -> str:

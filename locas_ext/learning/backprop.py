@@ -9,7 +9,7 @@ from locas_ext.errors import LocasError
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 
-from .chunk import Window, chunk_loss
+from .chunk import Window, chunk_loss, is_read_in_one
 from .optimizers import OPTIMIZERS
 from .report import GraphReport
 from .update import Backprop
@@ -29,7 +29,7 @@ def gradient(attachment: Attachment, window: Window, context_gradient: bool, end
     Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
     """
     state, tokens = attachment.state, len(window.inputs)
-    if context_gradient:
+    if is_read_in_one(attachment.host, window, context_gradient):
         tokens += len(window.context)
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
         loss = chunk_loss(attachment.host, window, context_gradient, ends_early)

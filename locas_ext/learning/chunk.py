@@ -10,13 +10,15 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward, two_forwards
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.window_reading import Verdict, Way
 from locas_ext.ops import token_nll
 
 from .chunk_attention import chunk_attention
@@ -40,8 +42,7 @@ class Window(NamedTuple):
         context = ids[begin : first - 1]
         inputs = ids[first - 1 : end - 1]
         if bos is not None:
-            token = torch.tensor([bos], dtype=ids.dtype, device=ids.device)
-            context = torch.cat([token, context])
+            context = torch.cat([ids.new_tensor([bos]), context])
         return cls(context, inputs, ids[first:end])
 
     def to(self, device: torch.device) -> "Window":
@@ -51,71 +52,53 @@ class Window(NamedTuple):
         return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
 
 
-class _ContextReady(Exception):
-    """The last layer's keys and values of the context are in the cache."""
-
-
-class ContextCache(DynamicCache):
-    """A KV cache that ends the context's forward as soon as nothing more is needed of it.
-
-    Of the last layer only keys and values are read later, so its attention and FFN over the context are not computed.
-    """
-
-    def __init__(self, model, device: torch.device):
-        super().__init__(config=model.config)
-        for layer in self.layers:  # transformers copies this number to the device, which a CUDA graph cannot
-            if hasattr(layer, "_sliding_window_tensor"):
-                layer._sliding_window_tensor = torch.full((), layer.sliding_window, device=device)
-        self.last_layer = model.config.get_text_config(decoder=True).num_hidden_layers - 1
-        self.ends_forward = False
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.ends_forward and layer_idx == self.last_layer:
-            raise _ContextReady
-        return result
-
-    @torch.no_grad()
-    def fill(self, host: Host, context: Tensor, may_end_early: bool) -> None:
-        """Runs the context [1, n] through the decoder."""
-        self.ends_forward = may_end_early
-        try:
-            host.read(input_ids=context, past_key_values=self, use_cache=True)
-        except _ContextReady:
-            return
-        finally:
-            self.ends_forward = False
-
-
-class NoContext(DynamicCache):
-    """Stands for a context of no tokens and keeps nothing.
-
-    Given a cache, transformers neither looks for several texts in one nor reads the answer back from the device.
-    """
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        return key_states, value_states
-
-
 def may_end_early(model) -> bool:
     """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
     return not any(hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules())
 
 
+def _read(host: Host, window: Window, ends_early: bool, way: Way) -> Tensor:
+    """The logits [n, V] of a window's targets, with a graph over what the way leaves in it."""
+    model, reading, (context, inputs, _) = host.model, host.reading, window.to(host.input_device())
+    if len(context) == 0:
+        return one_forward(model, context, inputs, NoContext())
+    if way == Way.ONE:
+        return one_forward(model, context, inputs)
+    if way == Way.FULL:
+        return two_forwards(model, context, inputs)
+    cache = ContextCache(model, context.device, reading.last_layer if ends_early else None)
+    cache.fill(model, context[None])
+    with chunk_attention(host):
+        return logits_on(model, inputs, cache)
+
+
+def _verdict(host: Host, window: Window) -> Verdict:
+    return host.reading.verdict(len(window.context), len(window.context) + len(window.inputs))
+
+
+def settle_reading(host: Host, window: Window, full: int, ends_early: bool) -> str | None:
+    """Compares two forwards with one for a window that is the first of its kind (WindowReading.settle).
+
+    full: the tokens of the run's full windows, of which the last is only a target
+
+    Returns why the window is read in one forward, or None.
+    """
+    read = partial(_read, host, window, ends_early)
+    verdict = host.reading.settle(len(window.context), window.targets, full - 1, read)
+    return verdict.why if verdict.way == Way.ONE else None
+
+
+def is_read_in_one(host: Host, window: Window, context_gradient: bool) -> bool:
+    """Whether one forward reads the whole window, so that the gradient goes through its context too."""
+    return context_gradient or _verdict(host, window).way == Way.ONE
+
+
 def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
-    """The logits [n, V] of a window's targets, with a graph over its inputs (context_gradient: over its context too)."""
-    model, device = host.model, host.input_device()
-    window = window.to(device)
-    context, inputs = window.context[None], window.inputs[None]
-    if context.shape[1] == 0 or context_gradient:
-        everything = torch.cat([context, inputs], dim=1)
-        logits = model(input_ids=everything, past_key_values=NoContext(), use_cache=True, logits_to_keep=inputs.shape[1]).logits
-    else:
-        cache = ContextCache(model, device)
-        cache.fill(host, context, ends_early)
-        with chunk_attention(host):
-            logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
-    return logits[0]
+    """The logits [n, V] of a window's targets, with a graph over its inputs (`is_read_in_one`: over its context too)."""
+    if context_gradient:
+        context, inputs, _ = window.to(host.input_device())
+        return one_forward(host.model, context, inputs, NoContext())
+    return _read(host, window, ends_early, _verdict(host, window).way)
 
 
 def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:

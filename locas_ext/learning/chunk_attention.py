@@ -10,12 +10,13 @@ attention interface while a chunk with context runs forward, and only for hosts 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -100,6 +101,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and dropout == 0.0
         and others.get("position_bias") is None
     )
@@ -114,15 +116,37 @@ AttentionInterface.register(NAME, _chunk_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _attentions(host: Host) -> list[Any]:
+    """The decoder's attention modules, which look up what they call in their config."""
+    return [
+        module
+        for module in host.model.get_decoder().modules()
+        if "layer_idx" in module.__dict__
+        and getattr(module.__dict__.get("config"), "_attn_implementation", None) == "sdpa"
+        and not isinstance(module, PreTrainedModel)
+    ]
+
+
+def _reading_chunks(config: Any) -> Any:
+    """A shallow copy of a config that names this attention; copy.copy() would take a tenth of a millisecond."""
+    twin = object.__new__(type(config))
+    twin.__dict__.update(config.__dict__, _attn_implementation_internal=NAME)
+    return twin
+
+
 @contextmanager
 def chunk_attention(host: Host) -> Iterator[None]:
-    """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are."""
-    config = host.config
-    if config._attn_implementation != "sdpa" or host.input_device().type != "cpu":
-        yield
-        return
-    config._attn_implementation = {"": NAME}  # of this config alone: a plain string would go to those inside it too
+    """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are.
+
+    Each attention gets a copy of its config to read: the config itself may be another model's too, or that of a vision tower.
+    """
+    attentions = _attentions(host) if host.input_device().type == "cpu" else []
+    configs = [module.config for module in attentions]
+    copies = {id(config): _reading_chunks(config) for config in configs}
     try:
+        for module, config in zip(attentions, configs, strict=True):
+            module.__dict__["config"] = copies[id(config)]
         yield
     finally:
-        config._attn_implementation = {"": "sdpa"}
+        for module, config in zip(attentions, configs, strict=True):
+            module.__dict__["config"] = config

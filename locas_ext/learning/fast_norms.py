@@ -29,7 +29,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         rows, weight, inverse_rms = ctx.saved_tensors
-        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape), rows, weight, inverse_rms)
+        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape).contiguous(), rows, weight, inverse_rms)
         return dx.view(d_out.shape), None, None
 
 
@@ -43,7 +43,7 @@ class FastNorm:
         self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
+        if x.dtype != self.weight.dtype:  # under autocast
             return self.own(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return RMSNormFunction.apply(x, self.weight, self.eps)

@@ -34,11 +34,14 @@ class MemorizeReport:
         chunks: every scored Chunk, oldest first; of a run that was resumed or fed those before too
         seconds: the time that this call took
         graph: how many updates of this call ran as a CUDA graph, and what kept the others from it
+        one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
+            empty where two forwards gave what one gives
     """
 
     chunks: list[Chunk] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     graph: GraphReport = GraphReport()
+    one_forward: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
 from .backprop import check_loss
-from .chunk import Window
+from .chunk import Window, settle_reading
 from .chunk_loop import Passage, progress_bar, read_chunks
 from .fast_norms import fast_norms
 from .initialization import score_and_initialize
@@ -53,6 +53,7 @@ class Run:
         """Reads the passage to its end."""
         attachment, model = self.attachment, self.attachment.host.model
         attachment.state.zero_grad()
+        attachment.host.reading.begin_run(model)
         with (
             progress_bar(progress, self.passage, self.report, "memorizing") as bar,
             interrupt_between_chunks() as check_interrupt,
@@ -79,9 +80,18 @@ class Run:
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
             losses.append(score_and_initialize(self.attachment, window).item())
             check_loss(losses[0], state, place)
+        self._settle(window)
         for _ in range(self.settings.epochs):
             losses.append(self.step(window, place))
         return losses[0], version
+
+    def _settle(self, window: Window) -> None:
+        """Decides in how many forwards the window is read, and reports why it is one."""
+        if self.settings.context_gradient:
+            return
+        why = settle_reading(self.attachment.host, window, self.settings.protocol.window, self.step.ends_early)
+        if why is not None and why not in self.report.one_forward:
+            self.report.one_forward.append(why)
 
     def _note(self, chunk: Chunk) -> None:
         """Notes down where the run stands, and how much of the text is learned."""

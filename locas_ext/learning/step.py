@@ -13,7 +13,12 @@ from .write import WriteStep
 
 
 class Step(Protocol):
-    """What a run does with each chunk, as often as it has epochs."""
+    """What a run does with each chunk, as often as it has epochs.
+
+    ends_early: whether a context's forward may be left midway (chunk.may_end_early)
+    """
+
+    ends_early: bool
 
     def __call__(self, window: Window, place: str) -> float:
         """Learns a window's targets. Returns their summed negative log-likelihood before."""

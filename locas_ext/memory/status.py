@@ -20,6 +20,7 @@ class LayerStatus:
         slots_used, capacity: the slots that hold something, and those there is room for
         scale: tau
         gate_norm, key_norm, value_norm: mean length of the used rows of each kind; Locas-MLP has no gate: None
+        windows: in how many forwards a run reads its windows, and why
     """
 
     layer: int
@@ -34,6 +35,7 @@ class LayerStatus:
     gate_norm: float | None
     key_norm: float
     value_norm: float
+    windows: str
 
     @property
     def backend(self) -> str:
@@ -62,6 +64,7 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
                 gate_norm=None if state.grows else layer_norms[GATE],
                 key_norm=layer_norms[KEY],
                 value_norm=layer_norms[VALUE],
+                windows=attachment.host.reading.describe(),
             )
         )
     return result

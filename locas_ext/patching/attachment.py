@@ -12,6 +12,7 @@ from torch import Tensor
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import GatedFFN, HostFFN
+from locas_ext.hosts.probe.probe import probe
 from locas_ext.hosts.projections import projection_device, value_norm_mean
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.ops.backends import fused_backend, slot_updates
@@ -115,6 +116,7 @@ class Attachment:
         ffns = [host.ffns[layer] for layer in layers]
         like = host.hidden_state_like()
         self.backend = _resolve_backend(host, config, like.to(devices[layers[0]]), rehome)
+        self.probe = probe(host)
         scales = [self._scale(ffn, like) for ffn in ffns]
         self.state = MemoryState(
             layers,

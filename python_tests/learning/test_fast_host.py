@@ -83,9 +83,10 @@ def test_the_hosts_attention_setting_is_given_back():
     host = memory._attachment.host
     with pytest.raises(RuntimeError):
         with chunk_attention(host):
-            assert host.model.config._attn_implementation == NAME
+            names = [layer.self_attn.config._attn_implementation for layer in host.model.model.layers]
+            assert set(names) == {NAME} and host.model.config._attn_implementation == "sdpa"
             raise RuntimeError
-    assert host.model.config._attn_implementation == "sdpa"
+    assert all(layer.self_attn.config is host.model.config for layer in host.model.model.layers)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.arguments import needs_extra
+from locas_ext.hosts.context_cache import one_forward, two_forwards
+from locas_ext.hosts.window_reading import Way, WindowReading
 from locas_ext.learning.chunk import Window
 from locas_ext.memory import Chunk, MemorizeReport
 
@@ -72,15 +73,21 @@ def lora(model, rank: int = 64, alpha: float | None = None, seed: int = 0) -> It
             parameter.requires_grad_(required_grad[name])
 
 
-def _loss(model, window: Window) -> Tensor:
-    """Summed negative log-likelihood of a window's targets, with a graph over its inputs only."""
-    context, inputs, targets = window
-    cache = DynamicCache(config=model.config)
-    if len(context):
-        with torch.no_grad():
-            model.base_model(input_ids=context[None], past_key_values=cache, use_cache=True)
-    logits = model(input_ids=inputs[None], past_key_values=cache, use_cache=True).logits
-    return F.cross_entropy(logits[0].float(), targets, reduction="sum")
+def _loss(model, reading: WindowReading, part: Window, full: int) -> Tensor:
+    """Summed negative log-likelihood of a window's targets, with a graph over its inputs, or over all of it where two
+    forwards do not give what one gives.
+
+    full: the tokens of a full window
+    """
+    context, inputs, targets = part
+
+    def read(way: Way) -> Tensor:
+        if way == Way.ONE or not len(context):
+            return one_forward(model, context, inputs)
+        return two_forwards(model, context, inputs)
+
+    logits = read(reading.settle(len(context), targets, full - 1, read).way)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def temp_lora(
@@ -109,13 +116,14 @@ def temp_lora(
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1.0, (update + 1) / WARMUP))
-    updates = 0
+    updates, reading = 0, WindowReading()
+    reading.begin_run(model)
 
     def read_chunk(part: Window, start: int, end: int) -> tuple[float, int]:
         nonlocal updates
         version, losses = updates, []
         for _ in range(epochs):
-            loss = _loss(model, part)
+            loss = _loss(model, reading, part, window)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise LocasError(f"temp-lora: the loss is {losses[-1]} at tokens {start} to {end - 1}")

@@ -1,0 +1,96 @@
+"""Whether an FFN computes what its class in hosts/ffn.py says: the numbers of one recorded forward tell."""
+
+import torch
+from torch import Tensor
+
+from locas_ext.hosts.ffn import FusedGatedFFN, GatedFFN, HostFFN
+from locas_ext.ops.activations import activate
+
+from .agreement import rounding
+from .recording import Recording
+
+# Roundings allowed where both sides do the same products and differ in elementwise steps only.
+_ROUNDINGS = 8
+# Roundings allowed where the FFN does its products in its own way.
+_PRODUCT_ROUNDINGS = 64
+# How far the activation is looked at beyond what the recorded tokens reach.
+_REACH = 24.0
+
+
+class DidNotRun(Exception):
+    """An FFN took no part in the host's forward, so a memory in it would never be read."""
+
+
+def formula(ffn: HostFFN) -> str:
+    """The formula in words."""
+    first, last = ffn.names[0], ffn.names[-1]
+    if isinstance(ffn, FusedGatedFFN):
+        return f"{last}({ffn.activation}(gate) * up) with gate and up from {first}"
+    if isinstance(ffn, GatedFFN):
+        return f"{last}({ffn.activation}({first}) * {ffn.names[1]})"
+    return f"{last}({ffn.activation}({first}))"
+
+
+def _hidden(ffn: HostFFN, recording: Recording, x: Tensor) -> Tensor:
+    """What the memory takes the output projection's input for, where the FFN takes in x."""
+    firsts = ffn.projections()[:-1]
+    calls = [call for module in firsts for call in recording.of(module)[:1]]
+    if len(calls) == len(firsts) and all(c.input.device == x.device and torch.equal(c.input, x) for c in calls):
+        products = [call.result for call in calls]
+    else:
+        products = [module(x) for module in firsts]
+    if isinstance(ffn, FusedGatedFFN):
+        products = list(products[0].chunk(2, dim=-1))
+    hidden = activate(products[0], ffn.activation)
+    return hidden * products[1] if isinstance(ffn, GatedFFN) else hidden
+
+
+def _same(ours: Tensor, theirs: Tensor, roundings: int) -> bool:
+    """Up to so many roundings of the largest number. NaN on either side is a difference."""
+    if ours.numel() != theirs.numel():
+        return False
+    bound = roundings * rounding(theirs) * theirs.abs().max().float()
+    return bool((ours.reshape(theirs.shape).float() - theirs.float()).abs().max() <= bound)
+
+
+def _same_activation(ours: Tensor, theirs: Tensor, x: Tensor) -> bool:
+    """Up to some roundings of each number that went in."""
+    bound = _ROUNDINGS * rounding(theirs) * x.float().abs() + torch.finfo(theirs.dtype).tiny
+    return bool(((ours.float() - theirs.float()).abs() <= bound).all())
+
+
+def _activation_is_another(ffn: HostFFN, recording: Recording, hidden: Tensor) -> bool:
+    """Whether the module that is the activation on the recorded numbers is another function on larger ones."""
+    grid = torch.linspace(-_REACH, _REACH, hidden.numel(), dtype=torch.float32, device=hidden.device)
+    grid = grid.to(hidden.dtype).view(hidden.shape)
+    for module in ffn.module.modules():
+        for call in recording.of(module)[:1]:
+            result = call.output
+            if not isinstance(result, Tensor) or not call.input.shape == result.shape == hidden.shape:
+                continue
+            if not _same_activation(activate(call.input, ffn.activation), result, call.input):
+                continue
+            return not _same_activation(activate(grid, ffn.activation), module(grid), grid)
+    return False
+
+
+def difference(ffn: HostFFN, recording: Recording) -> str | None:
+    """What a recorded forward shows an FFN to do other than its formula, in words that go on "layer 3's ...", or None.
+
+    DidNotRun if the FFN took no part in the forward.
+    """
+    first, last = ffn.projections()[0], ffn.projections()[-1]
+    for module in [ffn.module] if isinstance(ffn, GatedFFN) else [first, last]:
+        if not recording.of(module):
+            raise DidNotRun("did not run in the host's forward, so a memory there would never be read")
+    call, outs = recording.of(ffn.module if isinstance(ffn, GatedFFN) else first)[0], recording.of(last)
+    other = f"FFN computes something else than {formula(ffn)}"
+    if not outs:  # it makes its products from the weights, beside the modules
+        return None if _same(last(_hidden(ffn, recording, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
+    taken_in = outs[0].input
+    hidden = _hidden(ffn, recording, call.input.to(taken_in.device))
+    if not _same(hidden, taken_in, _ROUNDINGS) or _activation_is_another(ffn, recording, taken_in):
+        return other
+    if isinstance(ffn, GatedFFN) and not _same(outs[0].result, call.result, _ROUNDINGS):
+        return other
+    return None

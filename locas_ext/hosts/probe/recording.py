@@ -1,0 +1,80 @@
+"""One forward of a model, recorded: what went into each module and what came out, in the order in which they ran."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """One call of a module. Tensors are copies: what the model changes in place later does not show."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor among the arguments."""
+        return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+
+    @property
+    def result(self) -> Tensor:
+        """The output, or the first of several."""
+        return self.output if isinstance(self.output, Tensor) else next(v for v in self.output if isinstance(v, Tensor))
+
+
+class Recording:
+    """The calls of one forward, in the order in which they began, and the logits [batch, n, V]."""
+
+    def __init__(self, calls: list[Call], logits: Tensor):
+        self.calls, self.logits = calls, logits
+        self._of: dict[nn.Module, list[Call]] = {}
+        for call in calls:
+            self._of.setdefault(call.module, []).append(call)
+
+    def of(self, module: nn.Module) -> list[Call]:
+        """The calls of one module; empty if it did not run."""
+        return self._of.get(module, [])
+
+
+def _copied(value: Any) -> Any:
+    """The tensors in an argument or output, copied; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+@torch.no_grad()
+def record(model: nn.Module, ids: Tensor, modules: Iterable[nn.Module] | None = None) -> Recording:
+    """Runs ids [batch, n] through a causal language model, without a KV cache.
+
+    modules: whose calls are recorded; None: those of every module in the model
+
+    The recording keeps no reference to what the model itself holds, and no hook stays on the model.
+    """
+    begun: list[Call | None] = []
+    open_calls: list[tuple[int, tuple, dict]] = []
+
+    def enter(module, args, kwargs):
+        open_calls.append((len(begun), _copied(args), {name: _copied(value) for name, value in kwargs.items()}))
+        begun.append(None)
+
+    def leave(module, args, kwargs, output):
+        place, args, kwargs = open_calls.pop()
+        begun[place] = Call(module, args, kwargs, _copied(output))
+
+    handles = []
+    try:
+        for module in model.modules() if modules is None else modules:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording([call for call in begun if call is not None], logits)

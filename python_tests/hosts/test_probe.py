@@ -1,0 +1,288 @@
+"""The probe at attach: a host's FFNs, its causality and its layers' order are looked at, not taken from its name."""
+
+import types
+
+import pytest
+import torch
+from support.helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
+from support.hosts import HOST_SETTINGS, TWO_LAYER, config_for, tiny
+from torch import nn
+
+import locas_ext as locas
+from locas_ext.hosts.probe.recording import record
+
+RUN = dict(window=24, stride=8, progress=False)
+STILL = dict(RUN, learning_rate=0.0)
+
+
+def gated_ffns(model):
+    return [layer.mlp for layer in model.get_decoder().layers]
+
+
+# ---- a recorded forward ---------------------------------------------------------------------------------------
+def test_a_recording_holds_what_went_in_and_came_out_in_the_order_of_the_calls():
+    class Inner(nn.Module):
+        def forward(self, x, *, bias):
+            return x.mul_(2) + bias, "not a tensor"
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.second, self.first = nn.Identity(), Inner(), Inner()
+
+        def forward(self, input_ids, **kwargs):
+            x = input_ids.float()
+            for module in (self.first, self.second, self.first):
+                x = module(x, bias=torch.ones(1))[0]
+            return types.SimpleNamespace(logits=x)
+
+    model = Outer()
+    recording = record(model, torch.tensor([[3]]))
+    assert [call.module for call in recording.calls] == [model, model.first, model.second, model.first]
+    assert [call.input.item() for call in recording.of(model.first)] == [3.0, 15.0], "copied before the call changed it"
+    assert [call.result.item() for call in recording.of(model.first)] == [7.0, 31.0]
+    assert recording.of(model.first)[0].kwargs["bias"].item() == 1 and recording.of(model.unused) == []
+    assert recording.logits.item() == 31
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(AttributeError):
+        record(model, None)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ---- nothing of it is left ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.inference_mode])
+def test_attach_leaves_host_and_generators_as_they_were(grad_mode):
+    model = tiny("opt").train()  # with dropout
+    model.model.decoder.layers[0].eval()
+    before, generator, order = snapshot(model), torch.get_rng_state(), []
+    for module in model.modules():
+        module.train = lambda mode=True: order.append("train() was called")
+    with grad_mode():
+        memory = locas.attach(model, config_for("opt"))
+    assert torch.equal(torch.get_rng_state(), generator) and order == []
+    for module in model.modules():
+        del module.train
+    assert memory._attachment.probe.skipped is None and 0 < memory._attachment.probe.seconds < 60
+    memory.detach()
+    assert_same_host(model, before)
+
+
+def test_a_forward_that_changes_the_host_is_undone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+            self.longest = 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.longest, self.seen = max(self.longest, x.shape[1]), True
+            self.register_buffer("last", x.sum(), persistent=False)
+            return x
+
+    model = tiny("llama")
+    model.model.norm = nn.Sequential(Counting(), model.model.norm)
+    locas.attach(model, config_for("llama")).detach()
+    counting = model.model.norm[0]
+    assert counting.calls == 0 and counting.longest == 0 and not hasattr(counting, "seen") and not hasattr(counting, "last")
+
+
+# ---- when it does not run -------------------------------------------------------------------------------------
+def test_the_probe_can_be_turned_off_and_the_status_says_so(monkeypatch):
+    monkeypatch.setenv("LOCAS_PROBE", "0")
+    model = tiny("llama")
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    memory = locas.attach(model, config_for("llama"))
+    assert calls == [] and memory._attachment.probe.skipped == "LOCAS_PROBE is 0"
+    assert "the host was not probed: LOCAS_PROBE is 0" in memory.status()[0].windows
+    report = memory.memorize(TEXT, **RUN)
+    assert len(calls) == 1 + 1 + 2 * (len(report.chunks) - 1), "the first chunk twice, the others in two forwards, no more"
+
+
+def test_a_host_that_cannot_run_yet_is_attached_with_a_warning():
+    model = tiny("llama")
+    broken = model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("no kernel here")))
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="could not be probed.*ValueError: no kernel here"):
+        memory = locas.attach(model, config_for("llama"))
+    assert "no kernel here" in memory.status()[0].windows
+    broken.remove()
+    memory.memorize(TEXT, **RUN)
+    memory.detach()
+    assert_same_host(model, before, ("state", "requires_grad", "training", "config"))
+
+
+# ---- an FFN's formula -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", sorted(HOST_SETTINGS))
+def test_every_family_computes_its_formula_in_every_dtype(family, dtype):
+    memory = locas.attach(tiny(family).to(dtype), config_for(family))
+    attachment = memory._attachment
+    assert attachment.probe.skipped is None and [ffn.differs for ffn in attachment.host.ffns] == [None, None]
+    assert {entry.windows for entry in memory.status()} == {"two forwards per window"}
+    assert attachment.host.reading.last_layer == 1
+
+
+class Clamped(nn.Module):
+    """An activation that differs from SiLU only where no short text reaches."""
+
+    def forward(self, x):
+        return torch.nn.functional.silu(x).clamp(max=7.0)
+
+
+def replaced_activation(ffn):
+    name = next(name for name, child in ffn.named_children() if not list(child.parameters()))
+    setattr(ffn, name, nn.Tanh())
+
+
+def clamped_activation(ffn):
+    ffn.act_fn = Clamped()
+
+
+def scaled_output(ffn):
+    own = ffn.forward
+    ffn.forward = lambda x: 1.01 * own(x)
+
+
+def changed_class(ffn):
+    class Skip(type(ffn)):
+        def forward(self, x):
+            return super().forward(x) + x
+
+    ffn.__class__ = Skip
+
+
+def product_beside_the_modules(ffn):
+    def forward(x):
+        gate, up = (nn.functional.linear(x, layer.weight, layer.bias) for layer in (ffn.gate_proj, ffn.up_proj))
+        return nn.functional.linear(torch.relu(gate) * up, ffn.down_proj.weight, ffn.down_proj.bias)
+
+    ffn.forward = forward
+
+
+def swapped_halves(ffn):
+    def forward(x):
+        return ffn.down_proj(ffn.act_fn(ffn.up_proj(x)) * ffn.gate_proj(x))
+
+    ffn.forward = forward
+
+
+CHANGES = [
+    ("llama", replaced_activation),
+    ("phi3", replaced_activation),
+    ("gemma2", replaced_activation),
+    ("qwen3", clamped_activation),
+    ("llama", scaled_output),
+    ("mistral", changed_class),
+    ("llama", product_beside_the_modules),
+    ("smollm3", swapped_halves),
+]
+
+
+@pytest.mark.parametrize("family, change", CHANGES, ids=lambda value: getattr(value, "__name__", value))
+def test_an_ffn_that_computes_something_else_keeps_its_own_forward(family, change):
+    model = tiny(family)
+    change(gated_ffns(model)[1])
+    host = logits_of(model, TEXT)
+    memory = locas.attach(model, config_for(family))
+    memory.memorize(TEXT, **STILL)
+    assert memory.version > 0
+    # rows of one batch are computed in blocks of their own, so a learned-nothing memory may cost a rounding
+    torch.testing.assert_close(logits_of(model, TEXT), host, rtol=1e-5, atol=1e-5 * host.abs().max().item())
+    first, second = memory.status()
+    assert (first.path, second.path) == ("whole", "sideway")
+    differs = memory._attachment.host.ffns[1].differs
+    assert differs.startswith("FFN computes something else than down_proj(")
+    assert second.reason not in ("", "plain projections")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot merge: layer 1"):
+        memory.merge_and_unload()
+    assert_same_host(model, before)
+    assert memory.memorize(TEXT, **RUN).perplexity > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TWO_LAYER)
+def test_a_two_layer_ffn_with_another_activation_is_not_merged(family, dtype):
+    model = tiny(family)
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if "activation" in type(child).__name__.lower() or isinstance(child, nn.ReLU | nn.GELU):
+                setattr(module, name, nn.Hardtanh())
+    memory = locas.attach(model.to(dtype), config_for(family))
+    with pytest.raises(ValueError, match="cannot merge: layer 0"):
+        memory.merge_and_unload()
+
+
+def test_an_ffn_that_takes_no_part_in_the_forward_is_refused():
+    model = tiny("qwen2")
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the FFN of layer 1 of Qwen2ForCausalLM did not run"):
+        locas.attach(model, config_for("qwen2"))
+    assert_same_host(model, before)
+
+
+# ---- causality ------------------------------------------------------------------------------------------------
+def bidirectional(family):
+    model = tiny(family)
+    model.config.is_causal = False
+    for layer in model.get_decoder().layers:
+        layer.self_attn.is_causal = False
+    return model
+
+
+def sees_the_next_token():
+    model = tiny("llama")
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] + 0.1 * args[0].roll(-1, dims=1), *args[1:]))
+    return model
+
+
+def averages_the_text():
+    model = tiny("gpt2")
+    model.transformer.ln_f.register_forward_hook(lambda module, args, y: y + 0.5 * y.mean(1, keepdim=True))
+    return model
+
+
+NOT_CAUSAL = {
+    "gemma3_text": lambda: tiny("gemma3_text", use_bidirectional_attention=True),
+    "llama": lambda: bidirectional("llama"),
+    "the next token": sees_the_next_token,
+    "the mean": averages_the_text,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_a_host_whose_tokens_see_later_ones_is_refused(name, dtype):
+    model = NOT_CAUSAL[name]().to(dtype)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is not causal"):
+        locas.attach(model, config_for(model.config.model_type))
+    assert_same_host(model, before)
+
+
+def test_a_host_whose_sums_depend_on_chance_or_on_the_row_is_not_refused():
+    """Only what follows the later tokens speaks against a host."""
+    for noise in (lambda y: torch.randn_like(y), lambda y: torch.linspace(0, 1, len(y))[:, None, None] * torch.ones_like(y)):
+        model = tiny("llama")
+        model.model.norm.register_forward_hook(lambda module, args, y, noise=noise: y + 1e-5 * noise(y))
+        assert locas.attach(model, config_for("llama"))._attachment.probe.skipped is None
+
+
+# ---- the order of the layers ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("family, name", [("llama", "layers"), ("gemma2", "layers"), ("gpt2", "h"), ("opt", "layers")])
+def test_a_contexts_forward_ends_at_the_layer_that_runs_last(family, name):
+    model = tiny(family, num_hidden_layers=3)
+    decoder = model.get_decoder()
+    setattr(decoder, name, nn.ModuleList(reversed(getattr(decoder, name))))
+    memory = locas.attach(model, config_for(family))
+    assert memory._attachment.host.reading.last_layer == 0
+    ran = []
+    layers = getattr(decoder, name)
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *_: ran.append(module))
+    report = memory.memorize(random_ids(40), **STILL)
+    assert report.one_forward == []
+    assert ran.count(layers[0]) > ran.count(layers[2]), "no context's forward ended early"
