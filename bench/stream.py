@@ -101,7 +101,9 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
     }
 
 
-def run(arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]) -> tuple[list[dict], locas.GraphReport]:
+def run(
+    arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]
+) -> tuple[list[dict], locas.GraphReport]:
     """Memorizes the text once. -> one record per arm, and how far a CUDA graph was used."""
     window, stride = arguments.window, arguments.stride
     memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)

@@ -111,7 +111,9 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
             host = self.ffn.weights()
             biases = (host.gate_bias, host.up_bias, host.down_bias)
-            return ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend or self.backend)
+            return ops.glu_ffn(
+                x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend or self.backend
+            )
         memory = ops.sideway_glu(x, parameter, scale, self.activation, backend or self.beside)
         if state.exclusion.off_somewhere > 0:
             memory = memory * in_use(x, self.binding.number)
