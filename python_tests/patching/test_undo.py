@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from support.helpers import SETTINGS, TEXT, assert_same_host, attached, learned, logits_of, snapshot, tiny_model
 from support.hosts import config_for, tiny
 
@@ -157,3 +158,20 @@ def test_a_rehomed_host_has_no_shared_storage_for_those_who_save_it(tmp_path):
     kept = model.state_dict(keep_vars=True)
     assert all(kept[name] is parameter for name, parameter in model.named_parameters())
     copy.deepcopy(model).load_state_dict(plain)
+
+
+# ---- configs --------------------------------------------------------------------------------------------------
+def test_learning_leaves_the_attention_of_a_vision_tower_alone():
+    text = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    vision = dict(model_type="clip_vision_model", projection_dim=32, hidden_size=32, intermediate_size=48)
+    vision |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation({"vision_config": "eager"})
+    before = snapshot(model)
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    memory.memorize(TEXT, **SETTINGS)
+    memory.detach()
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert_same_host(model, before)
