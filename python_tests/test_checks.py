@@ -12,7 +12,7 @@ from locas_ext import checks
 
 INTEGERS = [3, np.int64(3), np.uint8(3), np.int16(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)]
 NUMBERS = [0.5, np.float32(0.5), np.float16(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)]
-NOT_NUMBERS = [None, "3", b"3", True, np.bool_(True), torch.tensor(True), [3], np.array([3]), torch.tensor([3]), 3j, object()]
+NOT_NUMBERS = [None, "3", b"3", True, np.bool_(True), torch.tensor(True), [3], np.array([3]), torch.tensor([3]), 3j, object]
 
 
 def test_the_examples():
