@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from locas_ext.errors import LocasError
 from locas_ext.storage.schema import Wrong, either, integer, list_of, nullable
@@ -61,14 +63,24 @@ def _instead(folder: Path) -> str:
 
 
 def _refuse_code(file: Path, content: dict) -> None:
+    """Many models of a family that transformers has by now still name code of their own: theirs is not needed."""
     wanted = content.get("auto_map")
-    if wanted:
+    if wanted and not (_known_model(content) if file.name == CONFIG else _known_tokenizer(content)):
         classes = wanted.values() if isinstance(wanted, dict) else [wanted]
         names = ", ".join(one_line(name) for name in classes)
         raise LocasError(
             f"{file} asks to run Python code that comes with the model ({names}, named by auto_map), which is never done here: "
             "read that code, load the model in Python with trust_remote_code=True and attach a memory there"
         )
+
+
+def _known_model(config: dict) -> bool:
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _known_tokenizer(config: dict) -> bool:
+    name = config.get("tokenizer_class")
+    return isinstance(name, str) and tokenizer_class_from_name(name) is not None
 
 
 def _check_sizes(content: dict[str, Any], place: str) -> None:
