@@ -5,7 +5,6 @@ import hashlib
 import os
 import random
 import threading
-import time
 import tracemalloc
 
 import pytest
