@@ -3,7 +3,6 @@
 import functools
 import os
 import sys
-from types import MethodType
 from typing import Any
 
 import transformers
@@ -27,8 +26,8 @@ def bound_forward(module: nn.Module) -> Any:
     for patch in getattr(getattr(forward, "__self__", None), "patches", ()):  # a patched FFN's
         if patch.module is module:
             forward = patch.replaced
-    if forward is None or forward == MethodType(type(module).forward, module):
-        return None
+    if getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module:
+        return None  # the class's own, bound
     return forward
 
 

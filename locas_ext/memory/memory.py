@@ -263,6 +263,7 @@ class Memory(MemoryFacts):
         self._require_attached("merge_and_unload")
         with self._attachment.exclusive("merge_and_unload"):
             model = merge(self._attachment.host, self.state, pad_to_multiple_of)
+            self._attachment.freeze.follow()
             self.detach()
         return model
 

@@ -49,7 +49,8 @@ class Binding:
     def relocate(self, arena: SlotArena, device: torch.device, dtype: torch.dtype) -> None:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
         ffns = [self.host.ffns[self.state.layers[position]] for position in arena.positions]
-        devices = {projection_device(projection) for ffn in ffns for projection in ffn.projections()}
+        projections = [projection for ffn in ffns for projection in ffn.projections()]
+        devices = {device for projection in projections if (device := projection_device(projection))}
         if len(devices) > 1:
             names = " and ".join(sorted(str(device) for device in devices))
             raise ValueError(

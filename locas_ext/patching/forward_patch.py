@@ -1,7 +1,6 @@
 """A module's forward replaced by another function, and back."""
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ class ForwardPatch:
         self.replaced = module.__dict__.get(name)
         setattr(module, name, forward)
 
-    @property
-    def original(self) -> Callable:
-        """The module's own forward: of its class as it is now, unless the module had one of its own."""
-        return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
+    def original(self, *arguments: Any, **named: Any) -> Any:
+        """Calls the module's own forward: that of its class as it is now, unless the module had one of its own."""
+        if self.replaced is not None:
+            return self.replaced(*arguments, **named)
+        return type(self.module).forward(self.module, *arguments, **named)
 
     def end(self, owner: object) -> None:
         """Gives the module's own forward back where `owner`'s method still stands in for it."""

@@ -48,6 +48,15 @@ class HostFreeze:
                     parameter.requires_grad_(True)
         self.frozen = {}
 
+    def follow(self) -> None:
+        """The model's present parameters of the same names stand for those frozen: merging put wider ones in their place."""
+        now = dict(self.model.named_parameters())
+        for name, parameter in self.frozen.items():
+            if now.get(name, parameter) is not parameter:
+                _holders.get(parameter, WeakSet()).discard(self)
+        self.frozen = {name: now.get(name, parameter) for name, parameter in self.frozen.items()}
+        self._register()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostFreeze":
         """Of a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
         new = memo[id(self)] = object.__new__(HostFreeze)

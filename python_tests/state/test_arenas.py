@@ -11,6 +11,7 @@ from support.helpers import SETTINGS, TEXT, logits_of, tiny_model
 
 import locas_ext as locas
 from locas_ext.patching import attachment as patch_module
+from locas_ext.patching import base
 from locas_ext.state import memory_state as slots_module
 from locas_ext.state.memory_state import MemoryState
 
@@ -229,7 +230,7 @@ def test_a_layer_or_an_arena_torn_apart_is_an_error(monkeypatch):
     memory = locas.attach(model, locas.LocasConfig(rank=4))
     memory.memorize(TEXT, **SETTINGS)
     second = [*model.model.layers[1].mlp.children()]
-    monkeypatch.setattr(patch_module, "projection_device", lambda p: torch.device("cuda:1" if p in second else "cpu"))
+    monkeypatch.setattr(base, "projection_device", lambda p: torch.device("cuda:1" if p in second else "cpu"))
     slots = memory.gather_slots().clone()
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="spread over cpu and cuda:1 after the memory was attached"):
