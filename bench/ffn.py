@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .arms import MODES, SCALE, Arm, Operands, arms
+from .arms import MODES, Arm, Operands, arms
 from .graphs import Graph, sets_for
 from .harness import interleaved, print_table, ratio, report, summary
 from .overhead import overhead
