@@ -262,7 +262,8 @@ class Memory(MemoryFacts):
         """
         self._require_attached("merge_and_unload")
         with self._attachment.exclusive("merge_and_unload"):
-            model = merge(self._attachment.host, self.state, pad_to_multiple_of)
+            with self._attachment.freeze.following():
+                model = merge(self._attachment.host, self.state, pad_to_multiple_of)
             self.detach()
         return model
 
