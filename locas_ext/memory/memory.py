@@ -241,6 +241,7 @@ class Memory(MemoryFacts):
 
         The two models share the host's weights, so a fork costs the memory's size only.
         """
+        self._require_attached("fork")
         model: Any = snapshot.copy_sharing_weights(self.model)
         return model._locas_memory
 
