@@ -64,7 +64,7 @@ def default_dtype(dtype):
 
 def train(model, memory, optimizer):
     """A step of somebody else's training loop."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         optimizer.zero_grad()
         loss = model(input_ids=IDS[None], labels=IDS[None]).loss
         if loss.requires_grad:
