@@ -208,3 +208,18 @@ def test_a_head_resized_while_attached_is_given_back(family, size):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     memory.detach()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["copied", "forked"])
+@pytest.mark.parametrize("rehome", [False, True], ids=["plain", "rehomed"])
+def test_a_copy_is_given_back_too(rehome, forked):
+    model = tiny("llama")
+    before = snapshot(model)
+    memory = locas.attach(model, config_for("llama"), rehome=rehome)
+    memory.memorize(TEXT, **SETTINGS)
+    other = memory.fork() if forked else locas.memory_of(copy.deepcopy(model))
+    logits_of(other.model, TEXT)
+    memory.detach()
+    other.detach()
+    for host in (model, other.model):
+        assert_same_host(host, before)
