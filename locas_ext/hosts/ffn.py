@@ -254,7 +254,7 @@ class Conv1DFFN(TwoLayerFFN):
 
 def _packed(named: list[tuple[Projection, str, Tensor | None]]) -> Packed:
     return [
-        (module, name, nn.Parameter(tensor, requires_grad=module.weight.requires_grad))
+        (module, name, nn.Parameter(tensor, requires_grad=getattr(module, name).requires_grad))
         for module, name, tensor in named
         if tensor is not None
     ]

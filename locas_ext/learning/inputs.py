@@ -12,7 +12,7 @@ def token_ids(input_ids: TokenIds, vocab_size: int, at_least: int) -> Tensor:
     """[n] int64 on the CPU from a list or an integer tensor [n] or [1, n]; ValueError or TypeError names what is off."""
     if not isinstance(input_ids, Tensor):
         try:
-            input_ids = torch.tensor(input_ids)
+            input_ids = torch.tensor(input_ids, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"input_ids: expected a tensor or list of token ids ({error})") from None
         if input_ids.numel() == 0:

@@ -92,7 +92,8 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds) -> Run:
     if len(stream.tail) < reach:
         raise LocasError(f"feed: the run's record holds its last {len(stream.tail)} tokens; expected {reach}")
     tail = token_ids(stream.tail, host.vocab_size, at_least=1)
-    ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
+    with torch.inference_mode(False):  # what is made there cannot be a target of a backward
+        ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
     passage = Passage(ids, resolved.protocol, bos, begin=stream.position, offset=stream.position - len(tail))
     digest = TextDigest(stream.text_digest, stream.tail[len(tail) - stream.position % BLOCK :])

@@ -74,6 +74,7 @@ class Settings:
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
+            _require_parameters_that_learn(state)
         return ResolvedSettings(protocol, update, boolean("context_gradient", self.context_gradient))
 
     # ---- in a file -------------------------------------------------------------------------------------------
@@ -103,6 +104,14 @@ class Settings:
         else:
             update = Backprop(**{name: record[name] for name in ("learning_rate", "epochs", "optimizer")})
         return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"])
+
+
+def _require_parameters_that_learn(state: MemoryState) -> None:
+    if not any(parameter.requires_grad for arena in state.arenas for parameter in arena.parameters):
+        raise ValueError(
+            "update is 'backprop', but requires_grad is False on all of memory.parameters(), so nothing can be learned; "
+            "set it to True on those that are to learn"
+        )
 
 
 def _resolve_write(write: Write, state: MemoryState, stride: int, before: Settings | None) -> ResolvedWrite:

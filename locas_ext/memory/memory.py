@@ -241,6 +241,7 @@ class Memory(MemoryFacts):
 
         The two models share the host's weights, so a fork costs the memory's size only.
         """
+        self._require_attached("fork")
         model: Any = snapshot.copy_sharing_weights(self.model)
         return model._locas_memory
 
@@ -262,8 +263,8 @@ class Memory(MemoryFacts):
         """
         self._require_attached("merge_and_unload")
         with self._attachment.exclusive("merge_and_unload"):
-            model = merge(self._attachment.host, self.state, pad_to_multiple_of)
-            self._attachment.freeze.follow()
+            with self._attachment.freeze.following():
+                model = merge(self._attachment.host, self.state, pad_to_multiple_of)
             self.detach()
         return model
 

@@ -1,6 +1,8 @@
 """The host's requires_grad: off while a memory is attached, and on again where it was attach that turned it off."""
 
 import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -15,7 +17,7 @@ class HostFreeze:
     """What one memory froze of its host."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = model
         self.frozen: dict[str, Tensor] = {}
 
     def hold(self) -> None:
@@ -32,12 +34,35 @@ class HostFreeze:
         for parameter in self.frozen.values():
             _holders.setdefault(parameter, WeakSet()).add(self)
 
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """The parameters that this block puts in the place of frozen ones count as frozen in their place."""
+        before = dict(self.model.named_parameters())
+        yield
+        self._follow({name for name, old in self.frozen.items() if before.get(name) is old})
+
+    def _follow(self, names: Collection[str]) -> None:
+        now = dict(self.model.named_parameters())
+        for name in names:
+            if name in now and now[name] is not self.frozen[name]:
+                _holders[self.frozen[name]].discard(self)
+                self.frozen[name] = now[name]
+        self._register()
+
+    def _follow_resized_head(self) -> None:
+        """resize_token_embeddings makes a new head, with the old one's flags; all else stays the parameter it was."""
+        head = self.model.get_output_embeddings()
+        parameters = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+        heads = {name: p for name, p in self.model.named_parameters() if id(p) in parameters and name in self.frozen}
+        self._follow([name for name, parameter in heads.items() if parameter.shape != self.frozen[name].shape])
+
     def release(self) -> None:
         """Turns requires_grad on again where it is still as `hold` left it and no other memory needs it so.
 
         Where a library has since built modules of its own around the host's (PEFT's adapters), what is trainable is its
         affair, and stays.
         """
+        self._follow_resized_head()
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
         rebuilt = any(id(parameter) in now and now[id(parameter)] != name for name, parameter in self.frozen.items())
         for parameter in self.frozen.values():
@@ -47,15 +72,6 @@ class HostFreeze:
                 with inference_mode(parameter.is_inference()):  # only there may such a tensor be asked for a gradient
                     parameter.requires_grad_(True)
         self.frozen = {}
-
-    def follow(self) -> None:
-        """The model's present parameters of the same names stand for those frozen: merging put wider ones in their place."""
-        now = dict(self.model.named_parameters())
-        for name, parameter in self.frozen.items():
-            if now.get(name, parameter) is not parameter:
-                _holders.get(parameter, WeakSet()).discard(self)
-        self.frozen = {name: now.get(name, parameter) for name, parameter in self.frozen.items()}
-        self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostFreeze":
         """Of a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""

@@ -185,6 +185,7 @@ class RehomedFFN:
         RehomedFFN.__init__(new, *copy.deepcopy(parts, memo))
         gate = self.ffn.weights().gate
         new.shared = memo.get(id(gate)) is gate
+        new.handle = copy.deepcopy(self.handle, memo)  # of the hook that the copied FFN has
         return new
 
 

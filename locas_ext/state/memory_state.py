@@ -286,7 +286,9 @@ class MemoryState:
                 grad.add_(gradient)
 
     def finish_update(self) -> None:
-        """Called when the update kernels have written every arena."""
+        """Called when the update kernels have written every arena, of a memory that nobody has initialized too."""
+        if self.used == 0:
+            self.use(self.capacity)
         for arena in self.arenas:
             arena.finish_update()
         self.version += 1

@@ -47,6 +47,18 @@ def test_feeding_is_memorizing_the_whole(case, bos):
     assert_same(memory, memory.feed(IDS[32:61], progress=False), whole, whole_report)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("case", ["glu adamw", "mlp adamw", "mlp write"])
+def test_under_another_grad_mode(case, mode):
+    make, settings = MEMORIES[case]
+    whole, memory = make(), make()
+    whole_report = whole.memorize(IDS[:61], **RUN, **settings)
+    with mode():
+        memory.memorize(IDS[:24].clone(), **RUN, **settings)
+        report = memory.feed(IDS[24:61].clone(), progress=False)
+    assert_same(memory, report, whole, whole_report)
+
+
 @pytest.mark.parametrize("first", [8, 72, 136])
 @pytest.mark.parametrize("window, stride", [(2, 1), (8, 8), (40, 4)])
 def test_windows_that_reach_back_less_or_more_than_is_there(first, window, stride):

@@ -12,6 +12,7 @@ from support.helpers import (
     snapshot,
     tiny_model,
 )
+from support.hosts import tiny
 from support.lifecycle import IDS, families
 
 import locas_ext as locas
@@ -122,7 +123,7 @@ def test_a_detached_memory_can_be_read_but_not_used():
     model, memory = learned()
     memory.detach()
     assert memory.version == 8 and memory.slots.isfinite().all()
-    for verb in (lambda: memory.memorize(TEXT, **SETTINGS), memory.merge_and_unload):
+    for verb in (lambda: memory.memorize(TEXT, **SETTINGS), memory.merge_and_unload, memory.fork):
         with pytest.raises(ValueError, match="no longer attached"):
             verb()
     with pytest.raises(ValueError, match="no memory attached"):
@@ -215,3 +216,31 @@ def test_optimizer_states_are_kept_over_calls():
     assert memory.state.whole("step").item() == 8
     memory.memorize(TEXT, **SETTINGS)
     assert memory.state.whole("step").item() == 16 and memory.version == 16
+
+
+def test_a_memory_whose_parameters_are_all_frozen_is_not_learned():
+    model, memory = learned()
+    before = memory.slots.clone()
+    for parameter in memory.parameters():
+        parameter.requires_grad_(False)
+    for verb in (lambda: memory.memorize(TEXT, **SETTINGS), lambda: memory.feed(TEXT, progress=False)):
+        with pytest.raises(ValueError, match="requires_grad is False on all of memory.parameters"):
+            verb()
+    assert torch.equal(memory.slots, before) and memory.version == 8
+    memory.parameters()[1].requires_grad_(True)
+    memory.feed(TEXT, progress=False)
+    assert memory.version == 16
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_an_optimizers_step_of_a_memory_that_nobody_initialized(family, backend, tmp_path):
+    model = tiny(family)
+    host = logits_of(model, IDS)
+    config = locas.LocasConfig("mlp" if family == "opt" else "glu", rank=4, backend=backend)
+    memory = locas.attach(model, config)
+    locas.SlotAdamW(memory).step()
+    torch.testing.assert_close(logits_of(model, IDS), host)
+    assert memory.version == 1 and memory.status()[0].slots_used == 4
+    memory.save_pretrained(tmp_path)
+    assert locas.load(tiny(family), tmp_path).version == 1

@@ -175,3 +175,51 @@ def test_learning_leaves_the_attention_of_a_vision_tower_alone():
     memory.detach()
     assert model.config.vision_config._attn_implementation == "eager"
     assert_same_host(model, before)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "with a fork"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt2"])
+def test_a_merge_gives_back_what_was_trainable(family, shared):
+    model = tiny(family)
+    frozen = [name for name, _ in model.named_parameters()][3::4]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    memory = locas.attach(model, config_for(family))
+    fork = memory.fork() if shared else None
+    memory.memorize(TEXT, **SETTINGS)
+    memory.merge_and_unload(8)
+    if fork is not None:
+        assert not any(parameter.requires_grad for parameter in fork.model.parameters())
+        fork.detach()
+        assert {name: p.requires_grad for name, p in fork.model.named_parameters()} == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    locas.unmerge(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("size", [50, 61, 70])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi"])
+def test_a_head_resized_while_attached_is_given_back(family, size):
+    model = tiny(family)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    memory = locas.attach(model, config_for(family))
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    memory.detach()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["copied", "forked"])
+@pytest.mark.parametrize("rehome", [False, True], ids=["plain", "rehomed"])
+def test_a_copy_is_given_back_too(rehome, forked):
+    model = tiny("llama")
+    before = snapshot(model)
+    memory = locas.attach(model, config_for("llama"), rehome=rehome)
+    memory.memorize(TEXT, **SETTINGS)
+    other = memory.fork() if forked else locas.memory_of(copy.deepcopy(model))
+    logits_of(other.model, TEXT)
+    memory.detach()
+    other.detach()
+    for host in (model, other.model):
+        assert_same_host(host, before)
