@@ -56,6 +56,11 @@ class HostFreeze:
         heads = {name: p for name, p in self.model.named_parameters() if id(p) in parameters and name in self.frozen}
         self._follow([name for name, parameter in heads.items() if parameter.shape != self.frozen[name].shape])
 
+    def _follow_offloaded(self) -> None:
+        """accelerate puts a new parameter in the place of an offloaded one after each forward, with the old one's flags."""
+        hooked = {name for name, module in self.model.named_modules() if hasattr(module, "_hf_hook")}
+        self._follow([name for name in self.frozen if name.rpartition(".")[0] in hooked])
+
     def release(self) -> None:
         """Turns requires_grad on again where it is still as `hold` left it and no other memory needs it so.
 
@@ -63,6 +68,7 @@ class HostFreeze:
         affair, and stays.
         """
         self._follow_resized_head()
+        self._follow_offloaded()
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
         rebuilt = any(id(parameter) in now and now[id(parameter)] != name for name, parameter in self.frozen.items())
         for parameter in self.frozen.values():

@@ -202,7 +202,7 @@ def test_truncation_scores_the_windows_of_memorize():
         )
 
 
-@pytest.mark.parametrize("ids, window, stride", [([1], 8, 4), ([[1, 2]], 8, 4), ([1, 2, 3], 4, 8), ([1, 2, 3], 1, 1)])
+@pytest.mark.parametrize("ids, window, stride", [([1], 8, 4), ([[1], [2]], 8, 4), ([1, 2, 3], 4, 8), ([1, 2, 3], 1, 1)])
 def test_truncation_refuses(ids, window, stride):
     with pytest.raises(ValueError, match="expected"):
         truncation(load_model(), ids, window, stride)

@@ -55,6 +55,7 @@ def samples():
             (torch.randn(2, 2, 7, D), 1, *torch.randn(2, 2, 5, D), 0.1, compute, norm)
             for compute, norm in ((torch.zeros(2, 2, 7, D).half(), torch.ones(5)), (None, None))
         ],
+        "in_use": [(plain_x, 10**9)],  # the number of no memory
         "neuron_importance": [(plain_x, host[0], host[1], "silu", host[3], host[4])],
         "adamw_slots_": [(*states, step, rate, 0.9, 0.999, 1e-8, 0.0, True, compute) for compute in (copy, None)],
         "sgd_slots_": [
