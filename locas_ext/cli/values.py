@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from locas_ext import checks
-from locas_ext.config import paper_multiple
+from locas_ext.config import MOST_SCALE, paper_multiple
 
 MOST = 2**63 - 1  # what torch and a file can hold
 
@@ -146,14 +146,16 @@ def _layers(value: Any) -> tuple[int, ...]:
 def _scale(value: Any) -> str | float:
     if value == "host" or paper_multiple(value) is not None:
         return value
-    number = checks.number("", float(value) if isinstance(value, str) else value)
+    number = checks.number("", float(value) if isinstance(value, str) else value, -MOST_SCALE, MOST_SCALE)
     if number == 0:
         raise ValueError
     return number
 
 
 LAYERS = Kind("N,...", "layer indices such as 0,1,-1", _layers)
-SCALE = Kind("paper|16x|host|NUMBER", "paper, a multiple of it such as 16x, host or a number other than 0", _scale)
+SCALE = Kind(
+    "paper|16x|host|NUMBER", "paper, a multiple of it such as 16x, host or a number other than 0, from -1e6 to 1e6", _scale
+)
 
 
 def _tokens(value: Any) -> str:

@@ -50,7 +50,7 @@ class Binding:
         """Takes an arena to where its layers were moved. ValueError if they no longer are together."""
         ffns = [self.host.ffns[self.state.layers[position]] for position in arena.positions]
         projections = [projection for ffn in ffns for projection in ffn.projections()]
-        devices = {device for projection in projections if (device := projection_device(projection))}
+        devices = {place for projection in projections if (place := projection_device(projection))}
         if len(devices) > 1:
             names = " and ".join(sorted(str(device) for device in devices))
             raise ValueError(

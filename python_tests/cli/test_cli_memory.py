@@ -225,7 +225,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(arguments, complaint, page
     (places["foreign"] / "thesis.tex").write_text("years of work")
     status, _, err = run(capsys, *[a.format(model=MODEL, page=page, **places) for a in arguments])
     line = [text for text in err.splitlines() if text.startswith("locas: ")]
-    assert status == 2 and len(line) == 1 and complaint.format(**places) in line[0]
+    assert status == 2 and len(line) == 1 and complaint.format(page=page, **places) in line[0]
     assert not places["new"].exists()
     assert [file.name for file in places["foreign"].iterdir()] == ["thesis.tex"]
 
