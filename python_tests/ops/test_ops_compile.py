@@ -6,7 +6,7 @@ from support.helpers import logits_of, random_ids, repeated_text, tiny_model
 
 import locas_ext as locas
 from locas_ext import ops
-from locas_ext.patching import compiled  # noqa: F401  registers in_use
+from locas_ext.patching.compiled import in_use  # noqa: F401  registers the operator
 
 TOKENS, D, M, R = 9, 20, 31, 5
 
