@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.hosts.registry import inspect_host
-from locas_ext.learning.chunk import Window, chunk_loss, may_end_early
+from locas_ext.learning.chunk import Window, WindowReader
 from locas_ext.learning.cuda_graph import capture, rehearse
 
 
@@ -39,7 +39,7 @@ class HostStep:
     """The forward and backward that learning from the last `stride` tokens of ids [window] takes, down to the embeddings."""
 
     def __init__(self, model, window: int, stride: int):
-        self.host, self.early = inspect_host(model), may_end_early(model)
+        self.reader = WindowReader(inspect_host(model))
         self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
         self.window = Window.of(self.ids, window - stride, window, window, None)
         self.nll = torch.zeros((), device=model.device)
@@ -55,7 +55,7 @@ class HostStep:
 
     @torch.enable_grad()
     def work(self) -> None:
-        loss = chunk_loss(self.host, self.window, False, self.early)
+        loss = self.reader.loss(self.window)
         torch.autograd.grad(loss / self.window.targets.numel(), [self.embedded])
         self.nll.copy_(loss.detach())
 

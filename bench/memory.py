@@ -17,7 +17,7 @@ import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 from locas_ext.hosts.context_cache import ContextCache
 from locas_ext.learning.backprop import EagerStep
-from locas_ext.learning.chunk import Window
+from locas_ext.learning.chunk import Window, WindowReader
 
 from .harness import report
 
@@ -48,7 +48,7 @@ def main() -> None:
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank))
     memory.memorize(ids, window=arguments.window, stride=arguments.stride, progress=False)
     attachment = memory._attachment
-    step = EagerStep(attachment, locas.Backprop(), context_gradient=False, ends_early=True)
+    step = EagerStep(attachment, locas.Backprop(), WindowReader(attachment.host))
     window = Window.of(ids, len(ids) - arguments.stride, len(ids), arguments.window, None)
 
     def of_host():

@@ -9,7 +9,7 @@ from locas_ext.errors import LocasError
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 
-from .chunk import Window, chunk_loss, is_read_in_one
+from .chunk import Window, WindowReader
 from .optimizers import OPTIMIZERS
 from .report import GraphReport
 from .update import Backprop
@@ -23,16 +23,16 @@ def loss_scale(state: MemoryState) -> float:
     return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
 
 
-def gradient(attachment: Attachment, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
+def gradient(attachment: Attachment, window: Window, reader: WindowReader) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 
     Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
     """
     state, tokens = attachment.state, len(window.inputs)
-    if is_read_in_one(attachment.host, window, context_gradient):
+    if reader.is_in_one(window):
         tokens += len(window.context)
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
-        loss = chunk_loss(attachment.host, window, context_gradient, ends_early)
+        loss = reader.loss(window)
         state.backward(loss * (loss_scale(state) / len(window.targets)))
     return loss.detach()
 
@@ -52,12 +52,9 @@ def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
 class EagerStep:
     """step(window, place) -> the summed negative log-likelihood of a window's targets, before they are learned."""
 
-    def __init__(
-        self, attachment: Attachment, update: Backprop, context_gradient: bool, ends_early: bool, why_not: str | None = None
-    ):
+    def __init__(self, attachment: Attachment, update: Backprop, reader: WindowReader, why_not: str | None = None):
         """why_not: why the step is not a CUDA graph; None for one that is"""
-        self.attachment, self.update = attachment, update
-        self.context_gradient, self.ends_early, self.why_not = context_gradient, ends_early, why_not
+        self.attachment, self.update, self.reader, self.why_not = attachment, update, reader, why_not
         self.updates = 0
 
     def __call__(self, window: Window, place: str) -> float:
@@ -69,7 +66,7 @@ class EagerStep:
         state = self.attachment.state
         state.sync()  # changes from outside: the forwards below do not look for them
         try:
-            loss_here = gradient(self.attachment, window, self.context_gradient, self.ends_early)
+            loss_here = gradient(self.attachment, window, self.reader)
             norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]
             loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
             check_loss(loss, state, place)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward, two_forwards
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.window_reading import Verdict, Way
+from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
 
 from .chunk_attention import chunk_attention
@@ -57,52 +57,61 @@ def may_end_early(model) -> bool:
     return not any(hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules())
 
 
-def _read(host: Host, window: Window, ends_early: bool, way: Way) -> Tensor:
-    """The logits [n, V] of a window's targets, with a graph over what the way leaves in it."""
-    model, reading, (context, inputs, _) = host.model, host.reading, window.to(host.input_device())
-    if len(context) == 0:
-        return one_forward(model, context, inputs, NoContext())
-    if way == Way.ONE:
-        return one_forward(model, context, inputs)
-    if way == Way.FULL:
-        return two_forwards(model, context, inputs)
-    cache = ContextCache(model, context.device, reading.last_layer if ends_early else None)
-    cache.fill(model, context[None])
-    with chunk_attention(host):
-        return logits_on(model, inputs, cache)
+class WindowReader:
+    """Reads windows with a host: logits and loss of their targets, with a graph over their inputs.
 
-
-def _verdict(host: Host, window: Window) -> Verdict:
-    return host.reading.verdict(len(window.context), len(window.context) + len(window.inputs))
-
-
-def settle_reading(host: Host, window: Window, full: int, ends_early: bool) -> str | None:
-    """Compares two forwards with one for a window that is the first of its kind (WindowReading.settle).
-
-    full: the tokens of the run's full windows, of which the last is only a target
-
-    Returns why the window is read in one forward, or None.
+    Attributes:
+        host: whose `reading` says in how many forwards a window is read
+        context_gradient: whether the gradient goes through the context too
+        ends_early: whether a context's forward may be left midway
     """
-    read = partial(_read, host, window, ends_early)
-    verdict = host.reading.settle(len(window.context), window.targets, full - 1, read)
-    return verdict.why if verdict.way == Way.ONE else None
 
+    def __init__(self, host: Host, context_gradient: bool = False):
+        self.host, self.context_gradient = host, context_gradient
+        self.ends_early = may_end_early(host.model)
 
-def is_read_in_one(host: Host, window: Window, context_gradient: bool) -> bool:
-    """Whether one forward reads the whole window, so that the gradient goes through its context too."""
-    return context_gradient or _verdict(host, window).way == Way.ONE
+    def settle(self, window: Window, full: int) -> str | None:
+        """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
 
+        full: the tokens of the run's full windows, of which the last is only a target
 
-def chunk_logits(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
-    """The logits [n, V] of a window's targets, with a graph over its inputs (`is_read_in_one`: over its context too)."""
-    if context_gradient:
-        context, inputs, _ = window.to(host.input_device())
-        return one_forward(host.model, context, inputs, NoContext())
-    return _read(host, window, ends_early, _verdict(host, window).way)
+        Returns why the window is read in one forward, or None.
+        """
+        if self.context_gradient:
+            return None
+        verdict = self.host.reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
+        return verdict.why if verdict.way == Way.ONE else None
 
+    def is_in_one(self, window: Window) -> bool:
+        """Whether one forward reads the whole window, so that the gradient goes through its context too."""
+        return self.context_gradient or self._way(window) == Way.ONE
 
-def chunk_loss(host: Host, window: Window, context_gradient: bool, ends_early: bool) -> Tensor:
-    """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `chunk_logits`."""
-    window = window.to(host.input_device())
-    logits = chunk_logits(host, window, context_gradient, ends_early)
-    return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
+    def logits(self, window: Window) -> Tensor:
+        """The logits [n, V] of a window's targets, with a graph over its inputs (`is_in_one`: over its context too)."""
+        window = window.to(self.host.input_device())
+        if self.context_gradient:
+            return one_forward(self.host.model, window.context, window.inputs, NoContext())
+        return self._read(window, self._way(window))
+
+    def loss(self, window: Window) -> Tensor:
+        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
+        window = window.to(self.host.input_device())
+        logits = self.logits(window)
+        return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
+
+    def _way(self, window: Window) -> Way:
+        return self.host.reading.verdict(len(window.context), len(window.context) + len(window.inputs)).way
+
+    def _read(self, window: Window, way: Way) -> Tensor:
+        """The logits [n, V] of a window's targets by the host's own code, with a graph over what the way leaves in it."""
+        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
+        if len(context) == 0:
+            return one_forward(model, context, inputs, NoContext())
+        if way == Way.ONE:
+            return one_forward(model, context, inputs)
+        if way == Way.FULL:
+            return two_forwards(model, context, inputs)
+        cache = ContextCache(model, context.device, self.host.reading.last_layer if self.ends_early else None)
+        cache.fill(model, context[None])
+        with chunk_attention(self.host):
+            return logits_on(model, inputs, cache)

@@ -38,6 +38,39 @@ def _probabilities(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return torch.baddbmm(mask, queries, keys.mT).softmax(-1)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
+    """query [1, H, n, D], key and value [1, G, k, D], mask [1, 1, n, k] additive -> [1, H, n, D], P where it is kept."""
+    (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
+    if heads * n * k > _KEPT:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True), None
+    queries = query.reshape(groups, heads // groups * n, size) * scaling
+    p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
+    return (p @ value[0]).view(query.shape), p
+
+
+def attention_backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tensor, kept: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dQ [1, H, n, D], and dK and dV [1, G, n, D] of the queries' own rows; kept: P from the forward."""
+    (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
+    shape, rows = query.shape, heads // groups * n  # the queries that share a key head, as one matrix
+    query = query.reshape(groups, rows, size) * scaling
+    d_out, out = d_out.reshape(groups, rows, size), out.reshape(groups, rows, size)
+    d_query = torch.empty_like(query)
+    d_key, d_value = (key.new_empty(1, groups, n, size) for _ in range(2))
+    step = groups if kept is not None else max(1, _PIECE // (rows * k))
+    for first in range(0, groups, step):
+        part = slice(first, first + step)
+        keys, values, queries, d_outs = key[0, part], value[0, part], query[part], d_out[part]
+        p = _probabilities(_repeated(mask, heads // groups), queries, keys) if kept is None else kept
+        d_value[0, part] = p[:, :, k - n :].mT @ d_outs
+        dot = (d_outs * out[part]).sum(-1, keepdim=True)
+        d_scores = (d_outs @ values.mT).sub_(dot).mul_(p)
+        d_query[part] = d_scores @ keys
+        d_key[0, part] = d_scores[:, :, k - n :].mT @ queries
+    return d_query.mul_(scaling).view(shape), d_key, d_value
+
+
 class ChunkAttentionFunction(torch.autograd.Function):
     """apply(query [1, H, n, D], key, value [1, G, k, D], mask [1, 1, n, k] additive, scaling) -> [1, H, n, D].
 
@@ -47,14 +80,7 @@ class ChunkAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):
-        (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
-        p = None
-        if heads * n * k <= _KEPT:
-            queries = query.reshape(groups, heads // groups * n, size) * scaling
-            p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
-            out = (p @ value[0]).view(query.shape)
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        out, p = attention(query, key, value, mask, scaling)
         ctx.save_for_backward(query, key, value, mask, out, p)
         ctx.scaling = scaling
         return out
@@ -63,23 +89,10 @@ class ChunkAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         query, key, value, mask, out, kept = ctx.saved_tensors
-        (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
-        rows = heads // groups * n  # the queries that share a key head, as one matrix
-        query = query.reshape(groups, rows, size) * ctx.scaling
-        d_out, out = d_out.reshape(groups, rows, size), out.reshape(groups, rows, size)
-        d_query = torch.empty_like(query)
-        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        step = groups if kept is not None else max(1, _PIECE // (rows * k))
-        for first in range(0, groups, step):
-            part = slice(first, first + step)
-            keys, values, queries, d_outs = key[0, part], value[0, part], query[part], d_out[part]
-            p = _probabilities(_repeated(mask, heads // groups), queries, keys) if kept is None else kept
-            d_value[0, part, k - n :] = p[:, :, k - n :].mT @ d_outs
-            dot = (d_outs * out[part]).sum(-1, keepdim=True)
-            d_scores = (d_outs @ values.mT).sub_(dot).mul_(p)
-            d_query[part] = d_scores @ keys
-            d_key[0, part, k - n :] = d_scores[:, :, k - n :].mT @ queries
-        return d_query.mul_(ctx.scaling).view(1, heads, n, size), d_key, d_value, None, None
+        d_query, *d_own = attention_backward(d_out, query, key, value, mask, out, kept, ctx.scaling)
+        context = key.shape[2] - query.shape[2]
+        d_key, d_value = (F.pad(gradient, (0, 0, context, 0)) for gradient in d_own)
+        return d_query, d_key, d_value, None, None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

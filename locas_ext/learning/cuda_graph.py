@@ -24,7 +24,7 @@ from locas_ext.caller import caller_stacklevel
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale
-from .chunk import Window
+from .chunk import Window, WindowReader
 from .optimizers import OPTIMIZERS
 from .protocol import Protocol
 from .report import GraphReport
@@ -123,9 +123,9 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, update: Backprop, context_gradient: bool, ends_early: bool, protocol: Protocol):
+    def __init__(self, attachment: Attachment, update: Backprop, reader: WindowReader, protocol: Protocol):
         """protocol: says which windows are full"""
-        super().__init__(attachment, update, context_gradient, ends_early)
+        super().__init__(attachment, update, reader)
         self.protocol = protocol
         self.replayed = 0
         self.replay: Callable[[], None] | None = None
@@ -201,7 +201,7 @@ class GraphStep(EagerStep):
                 ffn.home.ready()
 
     def _gradient(self) -> Tensor:
-        return gradient(self.attachment, self.window, self.context_gradient, self.ends_early)
+        return gradient(self.attachment, self.window, self.reader)
 
     def _rehearsal(self) -> None:
         self._gradient()

@@ -8,7 +8,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
 from .backprop import check_loss
-from .chunk import Window, settle_reading
+from .chunk import Window, WindowReader
 from .chunk_loop import Passage, progress_bar, read_chunks
 from .fast_norms import fast_norms
 from .initialization import score_and_initialize
@@ -47,7 +47,8 @@ class Run:
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
-        self.step = step_for(attachment, settings)
+        self.reader = WindowReader(attachment.host, settings.context_gradient)
+        self.step = step_for(attachment, settings, self.reader)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
@@ -87,9 +88,7 @@ class Run:
 
     def _settle(self, window: Window) -> None:
         """Decides in how many forwards the window is read, and reports why it is one."""
-        if self.settings.context_gradient:
-            return
-        why = settle_reading(self.attachment.host, window, self.settings.protocol.window, self.step.ends_early)
+        why = self.reader.settle(window, self.settings.protocol.window)
         if why is not None and why not in self.report.one_forward:
             self.report.one_forward.append(why)
 

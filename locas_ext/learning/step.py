@@ -5,7 +5,7 @@ from typing import Protocol
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
-from .chunk import Window, may_end_early
+from .chunk import Window, WindowReader
 from .cuda_graph import GraphStep, obstacle
 from .report import GraphReport
 from .settings import ResolvedSettings, ResolvedWrite
@@ -13,12 +13,7 @@ from .write import WriteStep
 
 
 class Step(Protocol):
-    """What a run does with each chunk, as often as it has epochs.
-
-    ends_early: whether a context's forward may be left midway (chunk.may_end_early)
-    """
-
-    ends_early: bool
+    """What a run does with each chunk, as often as it has epochs."""
 
     def __call__(self, window: Window, place: str) -> float:
         """Learns a window's targets. Returns their summed negative log-likelihood before."""
@@ -27,13 +22,12 @@ class Step(Protocol):
         """How many of the updates so far were replayed from a CUDA graph."""
 
 
-def step_for(attachment: Attachment, settings: ResolvedSettings) -> Step:
+def step_for(attachment: Attachment, settings: ResolvedSettings, reader: WindowReader) -> Step:
     """The step of a run: eager wherever it cannot be captured."""
-    update, context_gradient = settings.update, settings.context_gradient
-    ends_early = may_end_early(attachment.host.model)
+    update = settings.update
     if isinstance(update, ResolvedWrite):
-        return WriteStep(attachment, update, context_gradient, ends_early)
+        return WriteStep(attachment, update, reader)
     why_not = obstacle(attachment)
     if why_not is not None:
-        return EagerStep(attachment, update, context_gradient, ends_early, why_not)
-    return GraphStep(attachment, update, context_gradient, ends_early, settings.protocol)
+        return EagerStep(attachment, update, reader, why_not)
+    return GraphStep(attachment, update, reader, settings.protocol)

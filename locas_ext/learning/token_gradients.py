@@ -19,7 +19,7 @@ from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scoped
 
 from .backprop import loss_scale
-from .chunk import Window, chunk_logits
+from .chunk import Window, WindowReader
 from .run_guards import eager_host
 from .selectors import Positions, Selector, select
 
@@ -55,15 +55,13 @@ class _Recorder:
         return self.output
 
 
-def _recorded_logits(
-    attachment: Attachment, window: Window, context_gradient: bool, ends_early: bool
-) -> tuple[Tensor, list[_Recorder]]:
+def _recorded_logits(attachment: Attachment, window: Window, reader: WindowReader) -> tuple[Tensor, list[_Recorder]]:
     """The logits [T, V] of a window's targets, and what each FFN took in and gave out."""
     ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
     recorders = {ffn: _Recorder() for ffn in ffns}
     # What is recorded must be nodes of the graph, which what a compiled forward returns of its inside is not.
     with scoped(attachment.state, tap=lambda ffn, x, y: recorders[ffn](x, y)), eager_host(attachment.host.model):
-        return chunk_logits(attachment.host, window, context_gradient, ends_early), list(recorders.values())
+        return reader.logits(window), list(recorders.values())
 
 
 def _per_arena(state: MemoryState, layers: Sequence[Tensor], targets: int, indices: Tensor) -> list[Tensor]:
@@ -81,13 +79,12 @@ def token_gradients(
     window: Window,
     tokens: Selector | Positions,
     exact: bool,
-    context_gradient: bool,
-    ends_early: bool,
+    reader: WindowReader,
 ) -> TokenGradients:
     """One forward, and one backward to the FFNs' outputs (exact: one per token). Waits for the device only to choose."""
     state = attachment.state
     window = window.to(attachment.host.input_device())
-    logits, recorders = _recorded_logits(attachment, window, context_gradient, ends_early)
+    logits, recorders = _recorded_logits(attachment, window, reader)
     targets = window.targets.to(logits.device)
     if exact:  # token_nll gives its gradient once
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

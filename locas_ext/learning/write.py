@@ -18,7 +18,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.transforms.compress import compress_slots
 
 from .backprop import check_loss, loss_scale
-from .chunk import Window
+from .chunk import Window, WindowReader
 from .inputs import TokenIds, token_ids
 from .report import GraphReport
 from .room import NO_LIMIT, Room
@@ -113,12 +113,11 @@ def _write(attachment: Attachment, write: ResolvedWrite, found: TokenGradients, 
 class WriteStep:
     """A chunk's turn in a run that writes: step(window, place) -> the summed loss, before it is written."""
 
-    def __init__(self, attachment: Attachment, update: ResolvedWrite, context_gradient: bool, ends_early: bool):
-        self.attachment, self.update = attachment, update
-        self.context_gradient, self.ends_early = context_gradient, ends_early
+    def __init__(self, attachment: Attachment, update: ResolvedWrite, reader: WindowReader):
+        self.attachment, self.update, self.reader = attachment, update, reader
 
     def __call__(self, window: Window, place: str) -> float:
-        found = token_gradients(self.attachment, window, self.update.tokens, False, self.context_gradient, self.ends_early)
+        found = token_gradients(self.attachment, window, self.update.tokens, False, self.reader)
         return _write(self.attachment, self.update, found, place)[1]
 
     def report(self) -> GraphReport:
@@ -147,7 +146,8 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        found = token_gradients(attachment, Window(ids[:0], ids[:-1], ids[1:]), resolved.tokens, exact, False, False)
+        window = Window(ids[:0], ids[:-1], ids[1:])
+        found = token_gradients(attachment, window, resolved.tokens, exact, WindowReader(host))
         report, _ = _write(attachment, resolved, found, f"tokens 1 to {len(ids) - 1}")
         if report.tokens:
             attachment.texts.append(learned_now(None, text_digest(ids), len(ids)))

@@ -24,7 +24,7 @@ from support.online import memorize
 
 import locas_ext as locas
 from locas_ext.hosts.registry import inspect_host
-from locas_ext.learning.chunk import Window, chunk_logits
+from locas_ext.learning.chunk import Window, WindowReader
 
 
 # ---- learning -------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_forward_without_context_is_the_hosts_own_and_keeps_nothing(settings):
     model, ids, caches = tiny_model(**settings), random_ids(30), []
     handle = model.register_forward_hook(lambda module, args, y: caches.append(y.past_key_values))
     with torch.no_grad():
-        logits = chunk_logits(inspect_host(model), Window(ids[:0], ids[:-1], ids[1:]), False, False)
+        logits = WindowReader(inspect_host(model)).logits(Window(ids[:0], ids[:-1], ids[1:]))
     handle.remove()
     assert torch.equal(logits, logits_of(model, ids[:-1]))
     assert caches[0].get_seq_length() == 0
