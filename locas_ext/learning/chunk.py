@@ -10,6 +10,8 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
 
 from .chunk_attention import chunk_attention
+from .host_kernels.kernels import HostKernels, Level, host_kernels
+from .report import HostKernelsReport
 
 
 class Window(NamedTuple):
@@ -45,6 +49,11 @@ class Window(NamedTuple):
             context = torch.cat([ids.new_tensor([bos]), context])
         return cls(context, inputs, ids[first:end])
 
+    @property
+    def tokens(self) -> int:
+        """Those that go into the host."""
+        return len(self.context) + len(self.inputs)
+
     def to(self, device: torch.device) -> "Window":
         """The window on a device, in one copy; itself where it lies there."""
         if self.inputs.device == device:
@@ -64,11 +73,29 @@ class WindowReader:
         host: whose `reading` says in how many forwards a window is read
         context_gradient: whether the gradient goes through the context too
         ends_early: whether a context's forward may be left midway
+        kernels: what of the host runs through kernels of ours; None: nothing
     """
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
+        self.kernels: HostKernels | None = None
+
+    @contextmanager
+    def fast(self, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
+        """Inside, windows are read by kernels of ours as far as they suit the host. Yields what says how far that is.
+
+        ids: [n], the text; rows: the tokens of the longest window
+        """
+        found = host_kernels(self.host, ids, rows, self.ends_early)
+        if isinstance(found, str):
+            yield lambda: HostKernelsReport(own={"host": found})
+            return
+        self.kernels = found
+        try:
+            yield found.report
+        finally:
+            self.kernels = None
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
@@ -77,10 +104,14 @@ class WindowReader:
 
         Returns why the window is read in one forward, or None.
         """
-        if self.context_gradient:
-            return None
-        verdict = self.host.reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
-        return verdict.why if verdict.way == Way.ONE else None
+        window, why, reading = window.to(self.host.input_device()), None, self.host.reading
+        if not self.context_gradient:
+            verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
+            why = verdict.why if verdict.way == Way.ONE else None
+        if self.kernels is not None:
+            kind = reading.kind(window.tokens, full - 1)
+            self.kernels.settle(kind, window, partial(self._by_the_host, window), self._is_short(window))
+        return why
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
@@ -89,22 +120,42 @@ class WindowReader:
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs (`is_in_one`: over its context too)."""
         window = window.to(self.host.input_device())
-        if self.context_gradient:
-            return one_forward(self.host.model, window.context, window.inputs, NoContext())
-        return self._read(window, self._way(window))
+        level = self._level(window)
+        if self.kernels is None or level == Level.NONE:
+            return self._by_the_host(window)
+        if level == Level.ALL:
+            return self.kernels.logits(window.context, window.inputs)
+        with self.kernels.pieces_bound():
+            return self._by_the_host(window)
 
     def loss(self, window: Window) -> Tensor:
         """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
         window = window.to(self.host.input_device())
+        if self.kernels is not None and self._level(window) == Level.ALL:
+            return self.kernels.nll(*window).sum()
         logits = self.logits(window)
         return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
 
     def _way(self, window: Window) -> Way:
-        return self.host.reading.verdict(len(window.context), len(window.context) + len(window.inputs)).way
+        return self.host.reading.verdict(len(window.context), window.tokens).way
+
+    def _is_short(self, window: Window) -> bool:
+        return not self.context_gradient and self._way(window) == Way.SHORT
+
+    def _level(self, window: Window) -> Level:
+        if self.kernels is None:
+            return Level.NONE
+        return self.kernels.level(len(window.context), window.tokens, self._is_short(window))
+
+    def _by_the_host(self, window: Window) -> Tensor:
+        """`logits` by the host's own forward."""
+        if self.context_gradient:
+            return one_forward(self.host.model, window.context, window.inputs, NoContext())
+        return self._read(window, self._way(window))
 
     def _read(self, window: Window, way: Way) -> Tensor:
-        """The logits [n, V] of a window's targets by the host's own code, with a graph over what the way leaves in it."""
-        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
+        """The same in one way, with a graph over what that leaves in it."""
+        model, (context, inputs, _) = self.host.model, window
         if len(context) == 0:
             return one_forward(model, context, inputs, NoContext())
         if way == Way.ONE:

@@ -10,7 +10,6 @@ from locas_ext.state.stream import Chunk, Stream
 from .backprop import check_loss
 from .chunk import Window, WindowReader
 from .chunk_loop import Passage, progress_bar, read_chunks
-from .fast_norms import fast_norms
 from .initialization import score_and_initialize
 from .protocol import Protocol
 from .report import MemorizeReport
@@ -24,6 +23,11 @@ from .texts import learned_now, put_record, record_of
 def tail_length(protocol: Protocol) -> int:
     """How many of the latest tokens a run needs to go on: those that a window and the digest reach back to."""
     return max(protocol.window, BLOCK) - 1
+
+
+def longest_window(protocol: Protocol) -> int:
+    """The most tokens that a window can have: with a stride as long as the window one stands before its chunk."""
+    return max(protocol.window, protocol.stride) + 1
 
 
 class Run:
@@ -59,9 +63,9 @@ class Run:
             progress_bar(progress, self.passage, self.report, "memorizing") as bar,
             interrupt_between_chunks() as check_interrupt,
             quiet_host(model) as quiet,
-            fast_norms(model),
             torch.inference_mode(False),
             torch.enable_grad(),
+            self.reader.fast(self.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
         ):
             for chunk in read_chunks(self.passage, self._learn, self.report, bar):
                 self._note(chunk)
@@ -104,4 +108,4 @@ class Run:
         text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
         put_record(attachment.texts, self.record, text)
         self.record = text
-        self.report.graph = self.step.report()
+        self.report.graph, self.report.host_kernels = self.step.report(), self.kernels_report()
