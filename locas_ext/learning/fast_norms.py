@@ -21,7 +21,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         rows = x.reshape(-1, x.shape[-1])
-        out, inverse_rms = elementwise.rms_norm(rows, weight, eps, save=True)
+        out, _, inverse_rms = elementwise.rms_norm(rows, weight, eps, save=True)
         ctx.save_for_backward(rows, weight, inverse_rms)
         return out.view(x.shape)
 
@@ -29,7 +29,7 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         rows, weight, inverse_rms = ctx.saved_tensors
-        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape).contiguous(), rows, weight, inverse_rms)
+        dx = elementwise.rms_norm_backward(d_out.reshape(rows.shape), rows, weight, inverse_rms)
         return dx.view(d_out.shape), None, None
 
 
