@@ -39,7 +39,7 @@ void check(int64_t rows, int64_t cols, int64_t stride, bool with_gradient) {
     simt::Buffer<int64_t> target("targets", targets);
     simt::Buffer<float> nll("nll", rows);
     const Matrix gradient = with_gradient ? d_logits.view() : Matrix{};
-    cuda::token_nll({x.view(), gradient, target.data(), nll.data(), kDType<T>}, kQueue);
+    cuda::token_nll({x.view(), gradient, target.data(), nll.data(), 0.0f, 1.0f, kDType<T>}, kQueue);
     expect_as_good_as("nll", nll.values(), truth.nll, exact(peer.nll));
     if (with_gradient)
       expect_as_good_as("d_logits", d_logits.values(), truth.d_logits, round_to<T>(exact(peer.d_logits)));
@@ -52,7 +52,7 @@ void check_nan(int64_t position) {
     simt::Buffer<float> logits("logits", std::vector<float>(700, 1.0f)), nll("nll", 1);
     simt::Buffer<int64_t> target("targets", std::vector<int64_t>{3});
     logits[position] = NAN;
-    cuda::token_nll({rows_of(logits, 1, 700), {}, target.data(), nll.data(), DType::f32}, kQueue);
+    cuda::token_nll({rows_of(logits, 1, 700), {}, target.data(), nll.data(), 0.0f, 1.0f, DType::f32}, kQueue);
     if (!std::isnan(nll[0])) fail("nll is %g, but logit %td is NaN", nll[0], position);
   });
 }
