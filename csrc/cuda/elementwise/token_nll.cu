@@ -93,33 +93,32 @@ struct TokenNll {
     return map_logit<map>(ptx::to_float(logit), p.logit_scale, p.soft_cap);
   }
 
+  template <int count>
+  static LOCAS_DEVICE void add(Softmax& part, const float (&z)[count]) {
+    float maximum = part.maximum;
+#pragma unroll
+    for (int i = 0; i < count; ++i) maximum = fmaxf(maximum, z[i]);
+    const float base = anchor(maximum);
+    float sum = part.sum * expf(part.maximum - base);
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum += expf(z[i] - base);
+    part = {maximum, sum};
+  }
+
   static LOCAS_DEVICE Softmax softmax_of_thread(const Params& p, const T* logits, const Row& row) {
     Softmax part{-INFINITY, 0.0f};
-    row.for_each_of_edges([&](int64_t col) {
-      const float z = mapped(p, ptx::load(logits + col)).value;
-      const float maximum = fmaxf(part.maximum, z), base = anchor(maximum);
-      part = {maximum, part.sum * expf(part.maximum - base) + expf(z - base)};
-    });
+    row.for_each_of_edges([&](int64_t col) { add<1>(part, {mapped(p, ptx::load(logits + col)).value}); });
     row.for_each_batch([&](int64_t first, int existing) {
       typename Row::Piece pieces[Row::kBatch];
       Row::load(logits, first, existing, pieces);
-      float z[Row::kBatch][Row::kElements], maximum = part.maximum;
 #pragma unroll
       for (int k = 0; k < Row::kBatch; ++k) {
+        if (k >= existing) continue;
+        float z[Row::kElements];
 #pragma unroll
-        for (int i = 0; i < Row::kElements; ++i) {
-          z[k][i] = k < existing ? mapped(p, pieces[k].at[i]).value : -INFINITY;
-          maximum = fmaxf(maximum, z[k][i]);
-        }
+        for (int i = 0; i < Row::kElements; ++i) z[i] = mapped(p, pieces[k].at[i]).value;
+        add(part, z);
       }
-      const float base = anchor(maximum);
-      float sum = part.sum * expf(part.maximum - base);
-#pragma unroll
-      for (int k = 0; k < Row::kBatch; ++k) {
-#pragma unroll
-        for (int i = 0; i < Row::kElements; ++i) sum += expf(z[k][i] - base);
-      }
-      part = {maximum, sum};
     });
     return part;
   }
