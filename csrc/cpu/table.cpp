@@ -9,6 +9,8 @@ const Kernels table = {LOCAS_ISA_NAME,
                        token_nll,
                        rms_norm,
                        rms_norm_backward,
+                       rotary_forward,
+                       rotary_backward,
                        adamw_slots,
                        sgd_slots,
                        write_slots};

@@ -1,0 +1,99 @@
+// RMS norms on the CPU: a row belongs to one thread.
+#include <cmath>
+
+#include "common/norm_params.h"
+#include "cpu/blocks.h"
+#include "cpu/rms_norm.h"
+#include "cpu/table.h"
+
+namespace locas::cpu::LOCAS_ISA {
+namespace {
+
+// sum = round(residual + x) of one row
+template <class T>
+void add_residual(const RmsNormParams& p, int64_t row) {
+  for_each_block_of_row(p.x.cols, [&](int64_t col, int n) {
+    Block<T> x_block, residual_block, sum_block;
+    const float* x = x_block.load(p.x.at<T>(row, col), n);
+    const float* residual = residual_block.load(p.residual.at<T>(row, col), n);
+    T* to = p.sum.at<T>(row, col);
+    float* sum = sum_block.begin_store(to);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) sum[i] = residual[i] + x[i];
+    sum_block.end_store(to, n);
+  });
+}
+
+template <class T>
+void rms_norm_typed(const RmsNormParams& p) {
+  const int64_t rows = p.x.rows, cols = p.x.cols;
+  const Matrix& from = p.residual.data ? p.sum : p.x;
+#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
+    if (p.residual.data) add_residual<T>(p, row);
+    Block<T> x_block, weight_block, out_block;
+    float sum = 0.0f;
+    for_each_block_of_row(cols, [&](int64_t col, int n) {
+      const float* x = x_block.load(from.at<T>(row, col), n);
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+    });
+    const float inverse = 1.0f / std::sqrt(sum / cols + p.eps);
+    if (p.inverse_rms) p.inverse_rms[row] = inverse;
+    for_each_block_of_row(cols, [&](int64_t col, int n) {
+      const float* x = x_block.load(from.at<T>(row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+      T* to = p.out.at<T>(row, col);
+      normalize_block<T>(x, weight, inverse, p.weight_offset, out_block.begin_store(to), n);
+      out_block.end_store(to, n);
+    });
+  }
+}
+
+template <class T>
+void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
+  const int64_t rows = p.x.rows, cols = p.x.cols;
+  const float offset = p.weight_offset;
+#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
+  for (int64_t row = 0; row < rows; ++row) {
+    Block<T> d_out_block, x_block, weight_block, d_sum_block, dx_block;
+    const float inverse = p.inverse_rms[row];
+    float dot = 0.0f;
+    for_each_block_of_row(cols, [&](int64_t col, int n) {
+      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+#pragma omp simd reduction(+ : dot)
+      for (int i = 0; i < n; ++i) dot += d_out[i] * (offset + weight[i]) * x[i];
+    });
+    const float shift = dot * inverse * inverse / cols;
+    for_each_block_of_row(cols, [&](int64_t col, int n) {
+      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
+      const float* x = x_block.load(p.x.at<T>(row, col), n);
+      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+      T* to = p.dx.at<T>(row, col);
+      float* dx = dx_block.begin_store(to);
+      if (p.d_sum.data) {
+        const float* d_sum = d_sum_block.load(p.d_sum.at<T>(row, col), n);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * (offset + weight[i]) - x[i] * shift) + d_sum[i];
+      } else {
+#pragma omp simd
+        for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * (offset + weight[i]) - x[i] * shift);
+      }
+      dx_block.end_store(to, n);
+    });
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormParams& p) {
+  with_type(p.dtype, [&]<class T>() { rms_norm_typed<T>(p); });
+}
+
+void rms_norm_backward(const RmsNormBackwardParams& p) {
+  with_type(p.dtype, [&]<class T>() { rms_norm_backward_typed<T>(p); });
+}
+
+}  // namespace locas::cpu::LOCAS_ISA
