@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import TEXT, assert_as_exact_as_torch, attached, tiny_model
-from transformers import Gemma2Config
+from support.helpers import TEXT, assert_as_exact_as_torch, attached
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 

@@ -44,9 +44,8 @@ class Found:
         heads = () if self.head is None else (self.head.head,)
         modules = [layer.layer for layer in self.layers if layer is not None] + [part.module for part in self.attentions]
         weights = (parameter for module in (*self.norms, *heads) for parameter in module.parameters())
-        return (
-            all(why_not_bound(module) is None for module in (*self.norms, *heads, *modules))
-            and not any(weight.requires_grad for weight in weights)
+        return all(why_not_bound(module) is None for module in (*self.norms, *heads, *modules)) and not any(
+            weight.requires_grad for weight in weights
         )
 
     def pieces(self) -> list[Piece]:

@@ -1,7 +1,7 @@
 """A decoder layer whose residuals are added by the kernel that norms their sum, across layers too.
 
-      x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
-                                      one kernel                  one kernel, whose norm the next layer takes up
+x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
+                                one kernel                  one kernel, whose norm the next layer takes up
 """
 
 from collections.abc import Callable
@@ -26,7 +26,9 @@ class NormNames(NamedTuple):
 # By what tells them apart; the first that a layer has all of, and no other norm, is taken.
 ARRANGEMENTS = (
     NormNames("input_layernorm", None, "post_attention_layernorm", None),  # Llama
-    NormNames("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma 2
+    NormNames(
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),  # Gemma 2
     NormNames("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
     NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2
 )
