@@ -179,12 +179,8 @@ def main() -> None:
         os.environ["LOCAS_CUDA_GRAPH"] = graph
         measured, said = run(arguments, ids, baselines)
         for record in measured:
-            record = {
-                **record,
-                "arm": record["arm"] + suffix,
-                "cuda_graph": asdict(said.graph),
-                "host_kernels": asdict(said.host_kernels),
-            }
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said.graph)}
+            record["host_kernels"] = asdict(said.host_kernels)
             records.append(record)
             rows.append(
                 [

@@ -117,7 +117,7 @@ class WindowReading:
         return self.verdicts[max(known)] if known else Verdict()
 
     def kind(self, tokens: int, full: int) -> int:
-        """The least number of tokens of the windows that are read as one of so many is, in a run whose full windows have `full`."""
+        """The kind of a window, by the least number of its tokens; full: those of the run's full windows."""
         return max(least for least in (1, *(length + 1 for length in self.lengths.all), full) if least <= tokens)
 
     def settle(self, context: int, targets: Tensor, full: int, read: Callable[[Way], Tensor]) -> Verdict:

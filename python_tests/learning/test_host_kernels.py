@@ -66,7 +66,8 @@ def test_loss_and_gradient_against_float64(family, dtype, context):
     truth = window_gradient(exact, slots, window, False, ids)
     own = window_gradient(peer, slots, window, False, ids)
     fast = window_gradient(ours, slots, window, True, ids)
-    assert fast[2] == (Level.PIECES if family in ("gemma2", "glm4") else Level.ALL)
+    wide_turns = family == "olmo2" and dtype != torch.float32  # its cos and sin stay in float32
+    assert fast[2] == (Level.PIECES if family in ("gemma2", "glm4") or wide_turns else Level.ALL)
     for name, a, b, c in zip(("loss", "gradient"), fast, own, truth, strict=False):
         assert_as_exact_as_torch(name, a.float(), b.float(), c.double(), rounding=4 * torch.finfo(dtype).eps)
 

@@ -110,14 +110,15 @@ def _find_layers(found: Found, layers: list[Any], recording: Recording) -> None:
 
 
 def _find_attentions(found: Found, layers: list[Any], recording: Recording, cache: DynamicCache) -> None:
-    try:
-        for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
+        try:
             if not hasattr(layer, "self_attn"):
                 raise ValueError("it has no self_attn")
             found.attentions.append(_attention(layer.self_attn, recording, cache))
-    except ValueError as why:
-        found.own["attention"] = f"layer {index}: {why}"
-        found.attentions.clear()
+        except ValueError as why:
+            found.own["attention"] = f"layer {index}: {why}"
+            found.attentions.clear()
+            return
 
 
 def _find_final(found: Found, model: Any, decoder: Any, recording: Recording, ids: Tensor) -> None:
