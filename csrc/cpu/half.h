@@ -80,7 +80,11 @@ inline void store_block(const float* from, f16* to, int n) {
   for (; i < n; ++i) to[i] = to_f16(from[i]);
 }
 
-// Rounds at most 2^9 values to T and back.
+// As it comes back from memory.
+inline float rounded(float x, bf16) { return to_float(to_bf16(x)); }
+inline float rounded(float x, float) { return x; }
+
+// The same of at most 2^9 values; of f16 by the instructions for several of them.
 template <class T>
 void round_block(float* values, int n) {
   if constexpr (!std::is_same_v<T, float>) {

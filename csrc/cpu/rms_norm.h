@@ -8,7 +8,10 @@ namespace locas::cpu::LOCAS_ISA {
 // out = weight * round(x * inverse), or (weight_offset + weight) * x * inverse; not rounded behind that.
 template <class T>
 void normalize_block(const float* x, const float* weight, float inverse, float weight_offset, float* out, int n) {
-  if (weight_offset == 0.0f) {
+  if (weight_offset != 0.0f) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = x[i] * inverse * (weight_offset + weight[i]);
+  } else if constexpr (std::is_same_v<T, f16>) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) out[i] = x[i] * inverse;
     round_block<T>(out, n);
@@ -16,7 +19,7 @@ void normalize_block(const float* x, const float* weight, float inverse, float w
     for (int i = 0; i < n; ++i) out[i] *= weight[i];
   } else {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = x[i] * inverse * (weight_offset + weight[i]);
+    for (int i = 0; i < n; ++i) out[i] = weight[i] * rounded(x[i] * inverse, T{});
   }
 }
 

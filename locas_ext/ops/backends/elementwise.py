@@ -85,9 +85,8 @@ def rotary_forward(
     """
     query, key, value = _with_rows(query), _with_rows(key), None if value is None else _with_rows(value)
     query_weight, key_weight = weights or (None, None)
-    sizes = head_size, weight_offset, eps, stream_of(query)
-    outputs = query_out, key_out, value_out
-    _C.rotary_forward(query, key, value, _with_rows(cos), _with_rows(sin), query_weight, key_weight, *outputs, *sizes)
+    inputs = query, key, value, _with_rows(cos), _with_rows(sin), query_weight, key_weight
+    _C.rotary_forward(*inputs, query_out, key_out, value_out, head_size, weight_offset, eps, stream_of(query))
 
 
 def rotary_backward(
@@ -111,10 +110,8 @@ def rotary_backward(
     query, key = (None if t is None else _with_rows(t) for t in (query, key))
     query_weight, key_weight = weights or (None, None)
     gradients = _like(d_query), _like(d_key)
-    turns = _with_rows(cos), _with_rows(sin)
-    sizes = head_size, weight_offset, eps, stream_of(d_query)
-    d_query, d_key = _with_rows(d_query), _with_rows(d_key)
-    _C.rotary_backward(d_query, d_key, query, key, *turns, query_weight, key_weight, *gradients, *sizes)
+    inputs = _with_rows(d_query), _with_rows(d_key), query, key, _with_rows(cos), _with_rows(sin), query_weight, key_weight
+    _C.rotary_backward(*inputs, *gradients, head_size, weight_offset, eps, stream_of(d_query))
     return gradients
 
 
