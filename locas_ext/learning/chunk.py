@@ -20,6 +20,7 @@ from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, on
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
+from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
 
@@ -64,11 +65,17 @@ class WindowReader:
         host: whose `reading` says in how many forwards a window is read
         context_gradient: whether the gradient goes through the context too
         ends_early: whether a context's forward may be left midway
+        left: what a forward leaves for later chunks: nothing
     """
+
+    left = None
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
+
+    def take_up(self, stream: Stream) -> None:
+        """Goes on where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
@@ -98,6 +105,12 @@ class WindowReader:
         window = window.to(self.host.input_device())
         logits = self.logits(window)
         return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
+
+    def scored(self) -> None:
+        """After a chunk's first forward. Nothing is kept of it."""
+
+    def learned(self, window: Window) -> None:
+        """After a chunk's last update. Nothing is kept of it."""
 
     def _way(self, window: Window) -> Way:
         return self.host.reading.verdict(len(window.context), len(window.context) + len(window.inputs)).way

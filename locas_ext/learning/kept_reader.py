@@ -1,0 +1,124 @@
+"""Reads a text's chunks over a kept context: `WindowReader`'s interface for a run with context="keep"."""
+
+import torch
+from torch import Tensor
+
+from locas_ext.errors import LocasError
+from locas_ext.hosts.lengths import lengths_of
+from locas_ext.hosts.registry import Host
+from locas_ext.hosts.text_config import bos_token_id
+from locas_ext.hosts.window_reading import Way
+from locas_ext.ops import token_nll
+from locas_ext.state.kept_rows import KeptRows
+from locas_ext.state.stream import Stream
+
+from .chunk import Window, WindowReader, may_end_early
+from .chunk_attention import chunk_attention
+from .keep import Keep
+from .kept_context import KeptContext
+from .protocol import Protocol
+from .run_guards import eager_host
+
+
+def check_positions(model, inputs: int) -> None:
+    """ValueError for a host that turns positions otherwise in a text of so many inputs than in a shorter one."""
+    lengths = lengths_of(model.config)
+    kinds = [("longrope", length) for length in lengths.rotary] + [("dynamic scaling", length) for length in lengths.growing]
+    for kind, length in kinds:
+        if inputs > length:
+            raise ValueError(
+                f"context is 'keep', but the host's rotary positions have {kind}, which turns all of them otherwise in a text of more "
+                f"than {length} tokens, and the text has {inputs}: kept keys would not fit; expected context='recompute'"
+            )
+
+
+class KeptReader:
+    """Attributes:
+    host, context: what reads, and what stands before
+    left: what the last forward left of its inputs
+    """
+
+    def __init__(self, host: Host, protocol: Protocol, keep: Keep, epochs: int, length: int):
+        """length: of the text, as far as it is known. ValueError for a host whose context cannot be kept."""
+        check_positions(host.model, length - 1 + protocol.bos)
+        self.host, self.keep, self.epochs = host, keep, epochs
+        self.bos = bos_token_id(host.model) if protocol.bos else None
+        self.anew = WindowReader(host)
+        last_layer = host.reading.last_layer if may_end_early(host.model) else None
+        try:
+            self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
+        except ValueError as error:
+            raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
+        self.chunks = 0
+        self.left: list[Tensor] = []
+        self.way = Way.SHORT
+        self.scored_rows: list[Tensor] = []
+
+    def take_up(self, stream: Stream) -> None:
+        """Goes on where another run stood."""
+        if stream.kept is None:
+            raise LocasError("the run's record holds no kept context")
+        self.chunks = len(stream.chunks)
+        self.context.take_up(stream.kept, stream.position - 1 + (self.bos is not None))
+
+    # ---- one chunk, from settle to learned -------------------------------------------------------------------
+    def settle(self, window: Window, full: int) -> str | None:
+        """Puts the context of a chunk in its place, read anew where it is time to. LocasError for a host that reads a chunk behind
+        a cache otherwise than in one forward.
+
+        full: as in WindowReader.settle
+        """
+        why = self.anew.settle(window, full)
+        if why is not None:
+            raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
+        tokens = len(window.context) + len(window.inputs)
+        self.way = self.host.reading.verdict(len(window.context), tokens).way
+        self.context.prepare(len(self._inputs(window)))
+        if self._is_refreshed(self.chunks):
+            with eager_host(self.host.model):
+                self.context.refresh(window.context)
+        return None
+
+    def _is_refreshed(self, chunk: int) -> bool:
+        """Whether the window of a chunk is read anew; before the first one there is nothing to read."""
+        every = self.keep.refresh_every
+        return every is not None and chunk > 0 and chunk % every == 0
+
+    def _inputs(self, window: Window) -> Tensor:
+        """What a chunk reads: its inputs, and in the beginning BOS before them."""
+        if self.bos is None or self.context.rows.seen:
+            return window.inputs
+        return torch.cat([window.inputs.new_tensor([self.bos]), window.inputs])
+
+    def is_in_one(self, window: Window) -> bool:
+        """Never: what is kept has no gradient."""
+        return False
+
+    def logits(self, window: Window) -> Tensor:
+        """The logits [n, V] of a window's targets, with a graph over its inputs."""
+        inputs = self._inputs(window).to(self.host.input_device())
+        with eager_host(self.host.model):
+            if self.way == Way.SHORT:
+                with chunk_attention(self.host):
+                    logits = self.context.read(inputs, len(window.targets))
+            else:
+                logits = self.context.read(inputs, len(window.targets))
+        self.left = self.context.left
+        return logits
+
+    def loss(self, window: Window) -> Tensor:
+        """As WindowReader.loss."""
+        logits = self.logits(window)
+        return token_nll(logits, window.targets.to(logits.device)).sum()
+
+    def scored(self) -> None:
+        """After a chunk's first forward: what it left is what will be kept, whatever further epochs leave."""
+        self.scored_rows = self.left if self.epochs == 1 else [rows.clone() for rows in self.left]
+
+    def learned(self, window: Window) -> KeptRows:
+        """After a chunk's last update: keeps what it left, and returns all that is kept."""
+        self.context.keep(self._inputs(window), self.scored_rows)
+        self.chunks += 1
+        if self._is_refreshed(self.chunks):
+            self.context.rows.forget()
+        return self.context.rows
