@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .kept_cache import KeptCache
 from .probe.agreement import rounding, rounds_whole_texts
 from .probe.undisturbed import undisturbed
 from .window_reading import misfit, tolerance
@@ -118,12 +119,12 @@ class _Recorder:
         return None
 
 
-def _read(model: Any, ids: Tensor, begin: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Logits [n, V] of tokens at positions from `begin` on, and each layer's cached keys and values [H, n, D]."""
-    cache = DynamicCache(config=model.config)
+def _read(model: Any, ids: Tensor, begin: int) -> tuple[Tensor, list[Tensor]]:
+    """Logits [n, V] of tokens at positions from `begin` on, and each layer's keys and values [H, n, D]."""
+    cache = KeptCache(model, ids.device, 0, [])
     positions = torch.arange(begin, begin + len(ids), device=ids.device)[None]
     logits = model(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
-    return logits, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+    return logits, cache.left
 
 
 def _layer_turning(turn: Callable[[LayerTurning], Tensor], rotary: int, keys: Tensor, elsewhere: Tensor) -> LayerTurning | None:
@@ -146,19 +147,18 @@ def find_turning(model: Any, device: torch.device) -> KeyTurning:
     ids = torch.tensor([(7 * i + 3) % vocabulary for i in range(_TOKENS)], device=device)
     with undisturbed(model), torch.no_grad():
         with _Recorder(model) as recorder:
-            logits, keys, values = _read(model, ids, 0)
-        if missing := [layer for layer in range(len(keys)) if recorder.rotary_of(layer) is None]:
+            logits, rows = _read(model, ids, 0)
+        if missing := [layer for layer in range(len(rows) // 2) if recorder.rotary_of(layer) is None]:
             raise ValueError(
                 f"{name} does not turn the keys of layer {missing[0]} by rotary positions; learned positions end with their table"
             )
-        logits_elsewhere, elsewhere, _ = _read(model, ids, _SHIFT)
+        logits_elsewhere, elsewhere = _read(model, ids, _SHIFT)
         error = misfit(logits_elsewhere, logits, ids)
         if not error <= tolerance(logits, rounds_whole_texts(model)):
             raise ValueError(f"the logits of {name} change with the place where a text begins, by {error:.2g} of their spread")
-        like = [tensor for pair in zip(keys, values, strict=True) for tensor in pair]
-        turning = KeyTurning([rotary for rotary, _ in recorder.calls], [], like)
+        turning = KeyTurning([rotary for rotary, _ in recorder.calls], [], rows)
         old = torch.arange(_TOKENS, device=device)
-        for layer, (here, there) in enumerate(zip(keys, elsewhere, strict=True)):
+        for layer, (here, there) in enumerate(zip(rows[::2], elsewhere[::2], strict=True)):
             rotary = recorder.rotary_of(layer)
             assert rotary is not None, "missing ones are refused above"
             cos, sin = (part.to(here.device) for part in turning.angles(rotary, old, old + _SHIFT))

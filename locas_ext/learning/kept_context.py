@@ -104,6 +104,11 @@ class KeptContext:
         cache.fill(self.model, tokens[None], torch.arange(begin, begin + len(tokens), device=self.device)[None])
         return cache.left
 
+    def put_before(self, token: int) -> None:
+        """Reads a token that stands before the text."""
+        inputs = torch.tensor([token])
+        self.keep(inputs, self._rows_of(inputs, 0))
+
     # ---- a chunk ---------------------------------------------------------------------------------------------
     def _parts(self) -> list[Sequence[Tensor]]:
         """Per tensor the rows that stand before the inputs."""
@@ -117,8 +122,8 @@ class KeptContext:
                 parts[number] = front[place, :, :first], group.latest[place, :, room - latest :]
         return [parts[number] for number in sorted(parts)]
 
-    def read(self, inputs: Tensor, count: int) -> Tensor:
-        """The last `count` logits [count, V] of the next inputs [n], with a graph over these alone; after `prepare`."""
+    def read(self, inputs: Tensor) -> Tensor:
+        """The logits [n, V] of the next inputs [n], with a graph over these alone; after `prepare`."""
         cache = KeptCache(self.model, self.device, self.context, self._parts())
         positions = self.begin + torch.arange(len(inputs), device=self.device)
         logits = self.model(
@@ -126,7 +131,6 @@ class KeptContext:
             position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=count,
             return_dict=True,
         ).logits[0]
         self.left = cache.left

@@ -73,9 +73,11 @@ class KeptReader:
             raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
         tokens = len(window.context) + len(window.inputs)
         self.way = self.host.reading.verdict(len(window.context), tokens).way
-        self.context.prepare(len(self._inputs(window)))
-        if self._is_refreshed(self.chunks):
-            with eager_host(self.host.model):
+        with eager_host(self.host.model):
+            if self.bos is not None and not self.context.rows.seen:
+                self.context.put_before(self.bos)
+            self.context.prepare(len(window.inputs))
+            if self._is_refreshed(self.chunks):
                 self.context.refresh(window.context)
         return None
 
@@ -84,25 +86,19 @@ class KeptReader:
         every = self.keep.refresh_every
         return every is not None and chunk > 0 and chunk % every == 0
 
-    def _inputs(self, window: Window) -> Tensor:
-        """What a chunk reads: its inputs, and in the beginning BOS before them."""
-        if self.bos is None or self.context.rows.seen:
-            return window.inputs
-        return torch.cat([window.inputs.new_tensor([self.bos]), window.inputs])
-
     def is_in_one(self, window: Window) -> bool:
         """Never: what is kept has no gradient."""
         return False
 
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""
-        inputs = self._inputs(window).to(self.host.input_device())
+        inputs = window.inputs.to(self.host.input_device())
         with eager_host(self.host.model):
             if self.way == Way.SHORT:
                 with chunk_attention(self.host):
-                    logits = self.context.read(inputs, len(window.targets))
+                    logits = self.context.read(inputs)
             else:
-                logits = self.context.read(inputs, len(window.targets))
+                logits = self.context.read(inputs)
         self.left = self.context.left
         return logits
 
@@ -117,7 +113,7 @@ class KeptReader:
 
     def learned(self, window: Window) -> KeptRows:
         """After a chunk's last update: keeps what it left, and returns all that is kept."""
-        self.context.keep(self._inputs(window), self.scored_rows)
+        self.context.keep(window.inputs, self.scored_rows)
         self.chunks += 1
         if self._is_refreshed(self.chunks):
             self.context.rows.forget()
