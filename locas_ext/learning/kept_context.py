@@ -47,11 +47,12 @@ class KeptContext:
 
     def take_up(self, rows: KeptRows, seen: int) -> None:
         """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
-        like = self.turning.like
-        shapes = [list(tensor.shape[::2]) for tensor in like]
-        if rows.rooms != self.rows.rooms or rows.seen != seen or (rows.groups and rows.shapes != shapes):
-            raise LocasError("the kept context is not one of this host, of this window and of this place in the text")
-        self.rows = rows.on(like)
+        try:
+            if rows.rooms != self.rows.rooms or rows.seen != seen:
+                raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")
+            self.rows = rows.on(self.turning.like)
+        except ValueError as error:
+            raise LocasError(f"the kept context does not fit: {error}") from None
         self.front = []
 
     # ---- before a chunk --------------------------------------------------------------------------------------

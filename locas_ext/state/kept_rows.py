@@ -1,7 +1,7 @@
 """The keys and values that a run keeps of the inputs it has read: the text's first ones, and the latest ones."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class KeptRows:
     held: of how many of the latest of them the rows are held, by layers with room for so many; 0: nothing here is needed
     head: the tokens of the text's first inputs, as many as any layer keeps rows of
     groups: made when the first rows come
+    packed: what a file held, until it is put in place; None: nothing
     """
 
     rooms: list[LayerRoom]
@@ -59,6 +60,7 @@ class KeptRows:
     held: int = 0
     head: list[int] = field(default_factory=list)
     groups: list[RowGroup] = field(default_factory=list, repr=False)
+    packed: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def first(self) -> int:
@@ -91,23 +93,70 @@ class KeptRows:
         self.held = 0
 
     def on(self, like: Sequence[Tensor]) -> "KeptRows":
-        """These where tensors `like`, one per number, are and in their dtypes; itself where nothing differs."""
-        if all(group.latest.device == like[n].device and group.latest.dtype == like[n].dtype for group in self.groups for n in group.members):
+        """These where tensors `like`, one per number, are and in their dtypes; itself where they lie there.
+
+        ValueError for rows of other shapes.
+        """
+        form = lambda tensor: (tensor.device, tensor.dtype, tensor.shape[0], tensor.shape[2])
+        if self.groups and all(form(latest) == form(like[number]) for number, (_, latest) in self._by_number().items()):
             return self
+        packed, counts = self.tensors(), row_counts(self.to_record())
         moved = KeptRows(self.rooms, self.seen, self.held, list(self.head), _groups(self.rooms, like))
-        mine = {number: (group, place) for group in self.groups for place, number in enumerate(group.members)}
-        for group in moved.groups:
-            for place, number in enumerate(group.members):
-                source, index = mine[number]
-                group.first[place].copy_(source.first[index])
-                group.latest[place].copy_(source.latest[index])
+        for number, (first, latest) in moved._by_number().items():
+            if (name := row_names(number // 2)[number % 2]) not in counts:
+                continue
+            of_first, of_latest = counts[name]
+            if packed[name].shape[::2] != first.shape[::2]:
+                raise ValueError(f"{name} is {list(packed[name].shape)}; expected heads and size of {list(first.shape)}")
+            first[:, :of_first] = packed[name][:, :of_first]
+            latest[:, latest.shape[1] - of_latest :] = packed[name][:, of_first:]
         return moved
 
-    @property
-    def shapes(self) -> list[list[int]]:
-        """Per tensor [H, D]; empty before the first rows."""
-        found = {number: list(group.latest.shape[1::2]) for group in self.groups for number in group.members}
-        return [found[number] for number in sorted(found)]
+    def _by_number(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The first [H, first, D] and the latest rows [H, latest, D] of each tensor; empty before the first rows."""
+        places = [(group, place, number) for group in self.groups for place, number in enumerate(group.members)]
+        return {n: (group.first[place], group.latest[place]) for group, place, n in sorted(places, key=lambda item: item[2])}
+
+    # ---- in a file -------------------------------------------------------------------------------------------
+    def to_record(self) -> dict:
+        """All but the rows, JSON-ready."""
+        rooms = [asdict(room) for room in self.rooms]
+        return {"seen": self.seen, "held": self.held, "head": list(self.head), "rooms": rooms}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows that are needed, [H, n, D]: of the text's first inputs, then of the latest; only those there are."""
+        if self.packed is not None:
+            return self.packed
+        counts = row_counts(self.to_record())
+        result = {}
+        for number, (first, latest) in self._by_number().items():
+            if (name := row_names(number // 2)[number % 2]) in counts:
+                of_first, of_latest = counts[name]
+                result[name] = torch.cat([first[:, :of_first], latest[:, latest.shape[1] - of_latest :]], dim=1)
+        return result
+
+    @classmethod
+    def from_record(cls, record: dict, tensors: Mapping[str, Tensor]) -> "KeptRows":
+        """The reverse of `to_record` and `tensors`: to be put in place by `on`, as a file's rooms may be any."""
+        rooms = [LayerRoom(**room) for room in record["rooms"]]
+        packed = {name: tensors[name] for name in row_counts(record)}
+        return cls(rooms, record["seen"], record["held"], list(record["head"]), packed=packed)
+
+
+def row_names(layer: int) -> tuple[str, str]:
+    """What a file calls a layer's kept keys and values."""
+    return f"kept_keys_{layer}", f"kept_values_{layer}"
+
+
+def row_counts(record: dict) -> dict[str, tuple[int, int]]:
+    """Per tensor in a file how many rows it has of the text's first inputs and of the latest; those without any have none."""
+    counts = {}
+    for layer, room in enumerate(record["rooms"]):
+        first = min(room["first"], record["seen"]) if record["held"] else 0
+        latest = min(room["latest"], record["held"])
+        if first + latest:
+            counts.update(dict.fromkeys(row_names(layer), (first, latest)))
+    return counts
 
 
 def _put_first(target: Tensor, rows: Sequence[Tensor], seen: int) -> None:

@@ -1,6 +1,9 @@
 """Where a memory stands in a text, what a resumed run needs to know and to check, and which texts it has learned."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+
+from torch import Tensor
 
 from .kept_rows import KeptRows
 
@@ -64,10 +67,13 @@ class Stream:
     kept: KeptRows | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict:
-        """JSON-ready, without what is kept."""
+        """JSON-ready: of what is kept without the rows, and without the key where nothing is."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "kept"}
-        return {**values, "chunks": [asdict(chunk) for chunk in self.chunks]}
+        kept = {} if self.kept is None else {"kept": self.kept.to_record()}
+        return {**values, "chunks": [asdict(chunk) for chunk in self.chunks], **kept}
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "Stream":
-        return cls(**{**fields, "chunks": [Chunk(**chunk) for chunk in fields["chunks"]]})
+    def from_dict(cls, fields: dict, tensors: Mapping[str, Tensor]) -> "Stream":
+        """tensors: what `KeptRows.tensors` gave, among others"""
+        kept = KeptRows.from_record(fields["kept"], tensors) if "kept" in fields else None
+        return cls(**{**fields, "chunks": [Chunk(**chunk) for chunk in fields["chunks"]], "kept": kept})
