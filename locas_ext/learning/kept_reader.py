@@ -41,6 +41,8 @@ class KeptReader:
     def __init__(self, host: Host, protocol: Protocol, keep: Keep, epochs: int, length: int):
         """length: of the text, as far as it is known. ValueError for a host whose context cannot be kept."""
         check_positions(host.model, length - 1 + protocol.bos)
+        if (verdict := host.reading.verdict(1, 2)).way == Way.ONE:
+            raise ValueError(f"context is 'keep', but {verdict.why}; expected context='recompute'")
         self.host, self.keep, self.epochs = host, keep, epochs
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)

@@ -154,7 +154,9 @@ def _check_kept(stream: dict) -> None:
         raise Wrong(f"stream.kept is of {kept['seen']} inputs and holds {kept['held']}; expected {seen} and at most so many")
     first = max((room["first"] for room in kept["rooms"]), default=0)
     if not kept["rooms"] or first > settings["context"]["sinks"] or len(kept["head"]) != min(first, seen):
-        raise Wrong(f"stream.kept has a head of {len(kept['head'])} tokens; expected one for each of the text's first inputs kept")
+        raise Wrong(
+            f"stream.kept has a head of {len(kept['head'])} tokens; expected one for each of the text's first inputs kept"
+        )
 
 
 def check(fields: Any) -> None:
