@@ -4,7 +4,7 @@ A rotary host turns pairs of a key's numbers by angles that grow with the positi
 made into that of another one by turning it further by the difference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,10 +127,11 @@ def _read(model: Any, ids: Tensor, begin: int) -> tuple[Tensor, list[Tensor]]:
     return logits, cache.left
 
 
-def _layer_turning(turn: Callable[[LayerTurning], Tensor], rotary: int, keys: Tensor, elsewhere: Tensor) -> LayerTurning | None:
-    """Which of the ways to turn brings keys elsewhere; LookupError if none does."""
+def _layer_turning(rotary: int, cos: Tensor, sin: Tensor, keys: Tensor, elsewhere: Tensor) -> LayerTurning | None:
+    """Which of the ways to turn by these angles brings keys elsewhere; LookupError if none does."""
     ways = [None, LayerTurning(rotary, False), LayerTurning(rotary, True)]
-    errors = [((keys if way is None else turn(way)) - elsewhere).float().norm().item() for way in ways]
+    found = [keys if way is None else turned(keys, cos, sin, way.interleaved) for way in ways]
+    errors = [(found_there - elsewhere).float().norm().item() for found_there in found]
     eps = max(rounding(keys), torch.finfo(torch.float32).eps)  # angles are float32 in a float64 host too
     if not min(errors) <= 16 * eps * elsewhere.float().norm().item():
         raise LookupError
@@ -150,7 +151,7 @@ def find_turning(model: Any, device: torch.device) -> KeyTurning:
             logits, rows = _read(model, ids, 0)
         if missing := [layer for layer in range(len(rows) // 2) if recorder.rotary_of(layer) is None]:
             raise ValueError(
-                f"{name} does not turn the keys of layer {missing[0]} by rotary positions; learned positions end with their table"
+                f"{name} does not turn the keys of layer {missing[0]} by rotary positions; learned ones end with their table"
             )
         logits_elsewhere, elsewhere = _read(model, ids, _SHIFT)
         error = misfit(logits_elsewhere, logits, ids)
@@ -163,7 +164,7 @@ def find_turning(model: Any, device: torch.device) -> KeyTurning:
             assert rotary is not None, "missing ones are refused above"
             cos, sin = (part.to(here.device) for part in turning.angles(rotary, old, old + _SHIFT))
             try:
-                found = _layer_turning(lambda way: turned(here, cos, sin, way.interleaved), rotary, here, there)
+                found = _layer_turning(rotary, cos, sin, here, there)
             except LookupError:
                 raise ValueError(f"the cached keys of layer {layer} of {name} do not turn with their positions") from None
             turning.layers.append(found)

@@ -1,5 +1,6 @@
 """Keep: chunks are read over the keys and values that the chunks before them left (docs/method.md, "A kept context")."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from locas_ext.checks import integer
@@ -52,3 +53,10 @@ def as_context(context: object) -> Keep | None:
     if context not in CONTEXTS:
         raise ValueError(f"context is {context!r}; expected 'recompute', 'keep' or locas.Keep(...)")
     return Keep() if context == "keep" else None
+
+
+def context_of(settings: Mapping[str, object]) -> Keep | None:
+    """The context that a command's settings name: `context` and, where it is "keep", fields of Keep; without any, None."""
+    if settings.get("context", "recompute") != "keep":
+        return None
+    return Keep(**{name: settings[name] for name in ("sinks", "refresh_every") if name in settings})  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch import Tensor
 from locas_ext.errors import LocasError
 from locas_ext.hosts.kept_cache import KeptCache
 from locas_ext.hosts.key_turning import find_turning, reaches, turned
+from locas_ext.hosts.lengths import lengths_of
 from locas_ext.state.kept_rows import KeptRows, LayerRoom
 
 
@@ -28,6 +29,19 @@ def _rooms(model: Any, window: int, sinks: int) -> list[LayerRoom]:
     ]
 
 
+def check_positions(model: Any, inputs: int) -> None:
+    """ValueError for a host that turns positions otherwise in a text of so many inputs than in a shorter one."""
+    lengths = lengths_of(model.config)
+    kinds = [("longrope", length) for length in lengths.rotary] + [("dynamic scaling", length) for length in lengths.growing]
+    for kind, length in kinds:
+        if inputs > length:
+            raise ValueError(
+                f"context is 'keep', but the host's rotary positions have {kind}, which turns all of them otherwise in a "
+                f"text of more than {length} tokens, and the text has {inputs}: kept keys would not fit; expected "
+                "context='recompute'"
+            )
+
+
 class KeptContext:
     """Attributes:
     rows: what is kept
@@ -36,9 +50,11 @@ class KeptContext:
 
     def __init__(self, model: Any, device: torch.device, window: int, sinks: int, last_layer: int | None = None):
         """device: where token ids go; last_layer: as in ContextCache. ValueError for a host whose context cannot be kept."""
-        rooms = _rooms(model, window, sinks)
+        try:
+            rooms, self.turning = _rooms(model, window, sinks), find_turning(model, device)
+        except ValueError as error:
+            raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
         self.model, self.device, self.window, self.last_layer = model, device, window, last_layer
-        self.turning = find_turning(model, device)
         self.rows = KeptRows(rooms)
         self.left: list[Tensor] = []
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it

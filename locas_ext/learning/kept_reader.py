@@ -1,10 +1,8 @@
 """Reads a text's chunks over a kept context: `WindowReader`'s interface for a run with context="keep"."""
 
-import torch
 from torch import Tensor
 
 from locas_ext.errors import LocasError
-from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.text_config import bos_token_id
 from locas_ext.hosts.window_reading import Way
@@ -15,21 +13,9 @@ from locas_ext.state.stream import Stream
 from .chunk import Window, WindowReader, may_end_early
 from .chunk_attention import chunk_attention
 from .keep import Keep
-from .kept_context import KeptContext
+from .kept_context import KeptContext, check_positions
 from .protocol import Protocol
 from .run_guards import eager_host
-
-
-def check_positions(model, inputs: int) -> None:
-    """ValueError for a host that turns positions otherwise in a text of so many inputs than in a shorter one."""
-    lengths = lengths_of(model.config)
-    kinds = [("longrope", length) for length in lengths.rotary] + [("dynamic scaling", length) for length in lengths.growing]
-    for kind, length in kinds:
-        if inputs > length:
-            raise ValueError(
-                f"context is 'keep', but the host's rotary positions have {kind}, which turns all of them otherwise in a text of more "
-                f"than {length} tokens, and the text has {inputs}: kept keys would not fit; expected context='recompute'"
-            )
 
 
 class KeptReader:
@@ -47,10 +33,7 @@ class KeptReader:
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)
         last_layer = host.reading.last_layer if may_end_early(host.model) else None
-        try:
-            self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
-        except ValueError as error:
-            raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
+        self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
         self.chunks = 0
         self.left: list[Tensor] = []
         self.way = Way.SHORT
@@ -65,10 +48,11 @@ class KeptReader:
 
     # ---- one chunk, from settle to learned -------------------------------------------------------------------
     def settle(self, window: Window, full: int) -> str | None:
-        """Puts the context of a chunk in its place, read anew where it is time to. LocasError for a host that reads a chunk behind
-        a cache otherwise than in one forward.
+        """Puts the context of a chunk in its place, read anew where it is time to.
 
         full: as in WindowReader.settle
+
+        LocasError for a host that reads a chunk behind a cache otherwise than in one forward.
         """
         why = self.anew.settle(window, full)
         if why is not None:

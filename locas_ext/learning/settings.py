@@ -80,8 +80,8 @@ class Settings:
             self.keep.check_fits(protocol.window, protocol.stride)
             if context_gradient:
                 raise ValueError(
-                    "context_gradient is True, but context is 'keep': kept keys and values were computed by older memories, and "
-                    "no gradient reaches them; expected context='recompute' or context_gradient=False"
+                    "context_gradient is True, but context is 'keep': older memories computed what is kept, and no gradient "
+                    "reaches it; expected context='recompute' or context_gradient=False"
                 )
         update: Backprop | ResolvedWrite
         if isinstance(self.update, Write):

@@ -82,8 +82,8 @@ class Memory(MemoryFacts):
             update: how a chunk is learned: "backprop" or `locas.Backprop(...)`; with Locas-MLP also "write" or
                 `locas.Write(...)`: slots in closed form
             context_gradient: bool: whether the gradient also runs through the context before the chunk; slower
-            context: "recompute": each window is read anew with the memory as it is; "keep" or `locas.Keep(...)`: over the keys and
-                values that earlier chunks left, which is faster; rotary hosts only
+            context: "recompute": each window is read anew with the memory as it is; "keep" or `locas.Keep(...)`: over the keys
+                and values that earlier chunks left, which is faster; rotary hosts only
             progress: bool: whether a progress bar is shown
             callback: called with each finished Chunk; what it raises ends the run with the memory of the last update
             resume: a folder that save_pretrained(optimizer=True) wrote in a run over the same text with the same

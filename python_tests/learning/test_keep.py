@@ -17,9 +17,17 @@ LEARN = dict(optimizer="sgd", learning_rate=0.2)
 def olmo2():
     torch.manual_seed(0)
     config = transformers.Olmo2Config(
-        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.25, pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 50.0},
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+        pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    )
     return transformers.Olmo2ForCausalLM(config).eval()
 
 

@@ -58,7 +58,7 @@ def test_one_stride_less_fits():
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 def test_learned_positions(family):
     memory = locas.attach(tiny(family), locas.LocasConfig("mlp", rank=4))
-    message = "context is 'keep', but .* does not turn the keys of layer 0 by rotary positions; learned positions end"
+    message = "context is 'keep', but .* does not turn the keys of layer 0 by rotary positions; learned ones end"
     for update in ("backprop", "write"):
         with pytest.raises(ValueError, match=message):
             memorize(memory, TEXT, learning_rate=None, context="keep", update=update)

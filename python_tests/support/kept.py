@@ -1,8 +1,9 @@
-"""Memorizing over a kept context written down a second time: every key ever computed in a list, explicit masks and positions."""
+"""Memorizing over a kept context written down a second time: every key in a list, explicit masks and positions."""
 
 import torch
-from support.helpers import chunk_bounds
 from transformers import DynamicCache
+
+from support.helpers import chunk_bounds
 
 
 def angles(config, layer, positions, size):
