@@ -61,7 +61,7 @@ class FastTruncation:
 
     @torch.no_grad()
     def work(self) -> None:
-        self.nll.copy_(self.kernels.nll(self.ids[:0], self.ids[:-1], self.ids[-self.stride :]).sum())
+        self.nll.copy_(self.kernels.nll(self.kernels.behind(self.ids[:0]), self.ids[:-1], self.ids[-self.stride :]).sum())
 
 
 class HostStep:

@@ -20,6 +20,7 @@ import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.learning.chunk import Window, WindowReader
+from locas_ext.learning.host_kernels.kernels import fast_reader
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.step import step_for
 
@@ -142,7 +143,7 @@ def one_chunk(arguments, window: int) -> list[dict]:
         learn = step_for(attachment, settings, reader)
 
         def run():
-            with reader.fast(ids, window):
+            with fast_reader(reader, ids, window):
                 learn(next(chunks)[0], "this chunk")
 
         # Until every further chunk makes the memory overflow.

@@ -10,8 +10,6 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -22,10 +20,10 @@ from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, on
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
+from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
-from .host_kernels.kernels import HostKernels, Level, host_kernels
-from .report import HostKernelsReport
+from .host_kernels.kernels import HostKernels, Kind, Level, Ours
 
 
 class Window(NamedTuple):
@@ -74,28 +72,18 @@ class WindowReader:
         context_gradient: whether the gradient goes through the context too
         ends_early: whether a context's forward may be left midway
         kernels: what of the host runs through kernels of ours; None: nothing
+        left: what a forward leaves for later chunks: nothing
     """
+
+    left = None
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
         self.kernels: HostKernels | None = None
 
-    @contextmanager
-    def fast(self, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
-        """Inside, windows are read by kernels of ours as far as they suit the host. Yields what says how far that is.
-
-        ids: [n], the text; rows: the tokens of the longest window
-        """
-        found = host_kernels(self.host, ids, rows, self.ends_early)
-        if isinstance(found, str):
-            yield lambda: HostKernelsReport(own={"host": found})
-            return
-        self.kernels = found
-        try:
-            yield found.report
-        finally:
-            self.kernels = None
+    def take_up(self, stream: Stream) -> None:
+        """Goes on where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
@@ -109,8 +97,9 @@ class WindowReader:
             verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
             why = verdict.why if verdict.way == Way.ONE else None
         if self.kernels is not None:
-            kind = reading.kind(window.tokens, full - 1)
-            self.kernels.settle(kind, window, partial(self._by_the_host, window), self._is_short(window))
+            kind = Kind(self._how(window), len(window.context) > 0, reading.kind(window.tokens, full - 1))
+            ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if kind.how == "short" else None
+            self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
         return why
 
     def is_in_one(self, window: Window) -> bool:
@@ -124,28 +113,43 @@ class WindowReader:
         if self.kernels is None or level == Level.NONE:
             return self._by_the_host(window)
         if level == Level.ALL:
-            return self.kernels.logits(window.context, window.inputs)
+            return self._ours(window)
         with self.kernels.pieces_bound():
             return self._by_the_host(window)
 
     def loss(self, window: Window) -> Tensor:
         """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
         window = window.to(self.host.input_device())
-        if self.kernels is not None and self._level(window) == Level.ALL:
-            return self.kernels.nll(*window).sum()
+        if self._level(window) == Level.ALL:
+            return self._our_nll(window).sum()
         logits = self.logits(window)
         return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
+
+    def scored(self) -> None:
+        """After a chunk's first forward. Nothing is kept of it."""
+
+    def learned(self, window: Window) -> None:
+        """After a chunk's last update. Nothing is kept of it."""
 
     def _way(self, window: Window) -> Way:
         return self.host.reading.verdict(len(window.context), window.tokens).way
 
-    def _is_short(self, window: Window) -> bool:
-        return not self.context_gradient and self._way(window) == Way.SHORT
+    def _how(self, window: Window) -> str:
+        """The way of a window, as the kernels' levels are told apart."""
+        return "whole" if self.context_gradient else self._way(window).name.lower()
 
     def _level(self, window: Window) -> Level:
         if self.kernels is None:
             return Level.NONE
-        return self.kernels.level(len(window.context), window.tokens, self._is_short(window))
+        return self.kernels.level(self._how(window), len(window.context), window.tokens)
+
+    def _ours(self, window: Window) -> Tensor:
+        assert self.kernels is not None
+        return self.kernels.logits(self.kernels.behind(window.context), window.inputs)
+
+    def _our_nll(self, window: Window) -> Tensor:
+        assert self.kernels is not None
+        return self.kernels.nll(self.kernels.behind(window.context), window.inputs, window.targets)
 
     def _by_the_host(self, window: Window) -> Tensor:
         """`logits` by the host's own forward."""

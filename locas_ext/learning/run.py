@@ -8,14 +8,15 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
 from .backprop import check_loss
-from .chunk import Window, WindowReader
+from .chunk import Window
 from .chunk_loop import Passage, progress_bar, read_chunks
+from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
 from .protocol import Protocol
 from .report import MemorizeReport
 from .run_guards import interrupt_between_chunks, quiet_host, require_attached
 from .settings import ResolvedSettings, ResolvedWrite
-from .step import step_for
+from .step import Reader, step_for
 from .text_digest import BLOCK, TextDigest
 from .texts import learned_now, put_record, record_of
 
@@ -37,13 +38,15 @@ class Run:
         self,
         attachment: Attachment,
         settings: ResolvedSettings,
+        reader: Reader,
         passage: Passage,
         digest: TextDigest,
         chunks: list[Chunk],
         title: str | None,
     ):
         """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
-        self.attachment, self.settings, self.passage, self.digest = attachment, settings, passage, digest
+        self.attachment, self.settings, self.reader = attachment, settings, reader
+        self.passage, self.digest = passage, digest
         self.position = passage.begin
         self.report = MemorizeReport(chunks=list(chunks))
         self.record = record_of(attachment.texts, digest.hexdigest(), self.position) if self.position else None
@@ -51,8 +54,7 @@ class Run:
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
-        self.reader = WindowReader(attachment.host, settings.context_gradient)
-        self.step = step_for(attachment, settings, self.reader)
+        self.step = step_for(attachment, settings, reader)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
@@ -65,7 +67,7 @@ class Run:
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),
-            self.reader.fast(self.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
+            fast_reader(self.reader, self.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
         ):
             for chunk in read_chunks(self.passage, self._learn, self.report, bar):
                 self._note(chunk)
@@ -86,8 +88,11 @@ class Run:
             losses.append(score_and_initialize(self.attachment, window).item())
             check_loss(losses[0], state, place)
         self._settle(window)
-        for _ in range(self.settings.epochs):
+        for epoch in range(self.settings.epochs):
             losses.append(self.step(window, place))
+            if epoch == 0:
+                self.reader.scored()
+        self.window = window
         return losses[0], version
 
     def _settle(self, window: Window) -> None:
@@ -104,7 +109,8 @@ class Run:
         begin = max(passage.offset, chunk.end - tail_length(self.settings.protocol))
         tail = passage.between(begin, chunk.end).tolist()
         record = self.settings.as_settings().to_record()
-        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail)
+        kept = self.reader.learned(self.window)
+        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail, kept)
         text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
         put_record(attachment.texts, self.record, text)
         self.record = text

@@ -11,7 +11,7 @@ import locas_ext as locas
 from locas_ext.hosts.registry import HOSTS
 from locas_ext.learning.backprop import gradient
 from locas_ext.learning.chunk import Window, WindowReader
-from locas_ext.learning.host_kernels.kernels import Level
+from locas_ext.learning.host_kernels.kernels import Level, fast_reader
 
 GATED = [family for family in HOSTS if family not in TWO_LAYER]
 ALL = ("norms", "residuals", "attention", "loss")
@@ -37,7 +37,7 @@ def window_gradient(memory, slots, window, kernels, ids):
     level = Level.NONE
     with torch.enable_grad():
         if kernels:
-            with reader.fast(ids, len(ids) + 1):
+            with fast_reader(reader, ids, len(ids) + 1):
                 reader.settle(window, len(ids))
                 level = reader._level(window)
                 loss = gradient(attachment, window, reader)
@@ -76,7 +76,7 @@ def test_loss_and_gradient_against_float64(family, dtype, context):
 def test_a_run_gives_what_the_hosts_own_code_gives(family, monkeypatch):
     fast, slow = memory_on(family), memory_on(family)
     ours = fast.memorize(text(), **SETTINGS)
-    monkeypatch.setattr("locas_ext.learning.chunk.host_kernels", lambda *arguments: "off in this test")
+    monkeypatch.setattr("locas_ext.learning.host_kernels.kernels.host_kernels", lambda *arguments: "off in this test")
     own = slow.memorize(text(), **SETTINGS)
     assert own.host_kernels.ours == () and own.host_kernels.own == {"host": "off in this test"}
     assert [chunk.nll for chunk in ours.chunks] == pytest.approx([chunk.nll for chunk in own.chunks], rel=1e-5)
@@ -190,7 +190,7 @@ def test_a_host_that_computes_otherwise_keeps_its_own_code_there(change, ours, m
         return memory, memory.memorize(text(), **SETTINGS)
 
     fast, a = run()
-    monkeypatch.setattr("locas_ext.learning.chunk.host_kernels", lambda *arguments: "off in this test")
+    monkeypatch.setattr("locas_ext.learning.host_kernels.kernels.host_kernels", lambda *arguments: "off in this test")
     slow, b = run()
     assert a.host_kernels.own, "what was left to the host is said"
     if ours is not None:

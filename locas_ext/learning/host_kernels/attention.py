@@ -146,7 +146,7 @@ class FastAttention:
         if query_norm is not None and key_norm is not None and len(query_norm.weight) != self.heads.head_size:
             query, key = query_norm.forward(query), key_norm.forward(key)  # over all heads at once
             query_norm = key_norm = None
-        keys, values = cache.buffers.of(self.layer, self.groups, key)
+        keys, values = cache.buffers.of(self.layer, self.groups, self.heads.head_size, key)
         cos, sin = (turn[0] for turn in turns) if self.turns and turns is not None else (None, None)
         rotation = _Rotation(cos, sin, query_norm, key_norm)
         place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache))

@@ -28,7 +28,7 @@ class Found:
     """The pieces of a host.
 
     own: by piece, or by kind of window, why the host's own code runs it
-    levels: how much of a window's reading is ours (kernels.Level), by kind: behind a context, Way.SHORT, the least tokens
+    levels: how much of a window's reading is ours: kernels.Level by kernels.Kind
     """
 
     norms: dict[nn.Module, FastNorm] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Found:
     attentions: list[FastAttention] = field(default_factory=list)  # of all layers, or none
     head: HeadLoss | None = None
     own: dict[str, str] = field(default_factory=dict)
-    levels: dict[tuple[bool, bool, int], int] = field(default_factory=dict)
+    levels: dict[Any, int] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether every piece may still stand in for the host's own."""

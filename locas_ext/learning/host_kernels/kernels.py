@@ -1,9 +1,9 @@
 """Windows read through the pieces found in a host, as far as they gave what the host's own code gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,25 @@ def _without_masks(decoder: Any) -> Iterator[None]:
         decoder.__dict__["config"] = config
 
 
+class Kind(NamedTuple):
+    """Windows that are read alike.
+
+    how: "short", "full", "one", "whole" (with the context's gradient) or "kept"; behind: whether something stands before
+    the inputs; least: the least number of tokens
+    """
+
+    how: str
+    behind: bool
+    least: int
+
+
+class Ours(NamedTuple):
+    """A window read by all of ours: its logits [n, V], and each target's loss [n]."""
+
+    logits: Callable[[], Tensor]
+    nll: Callable[[], Tensor]
+
+
 class HostKernels:
     """What stands in for a host's own code while windows of one run are read."""
 
@@ -52,37 +71,36 @@ class HostKernels:
         self.pieces, self.levels = found.pieces(), found.levels
         self.all_pieces = self.pieces + found.attention_pieces()
 
-    def level(self, context: int, tokens: int, short: bool) -> Level:
+    # ---- how much of it is right -----------------------------------------------------------------------------
+    def level(self, how: str, context: int, tokens: int) -> Level:
         """How a window of so many tokens is read, `context` of them before the chunk's inputs."""
-        known = [least for behind, how, least in self.levels if (behind, how) == (context > 0, short) and least <= tokens]
-        return Level(self.levels[context > 0, short, max(known)]) if known else Level.NONE
+        behind = context > 0
+        known = [kind.least for kind in self.levels if kind[:2] == (how, behind) and kind.least <= tokens]
+        return Level(self.levels[Kind(how, behind, max(known))]) if known else Level.NONE
 
     @torch.no_grad()
-    def settle(self, kind: int, window: tuple[Tensor, Tensor, Tensor], read: Callable[[], Tensor], short: bool) -> None:
+    def settle(self, kind: Kind, targets: Tensor, read: Callable[[], Tensor], ours: Ours | None) -> None:
         """Compares the levels for a window that is the first of its kind, and takes the first that reads it right.
 
-        kind: the least number of tokens that the outcome holds for; window: context, inputs and targets
-        read: -> logits [n, V], by the host's own code; short: whether that reads it as Way.SHORT
+        targets: [n]; read: -> its logits [n, V] by the host's own code; ours: None where that is not for all of ours
         """
-        context, inputs, targets = window
-        key = (len(context) > 0, short, kind)
-        if key in self.levels:
+        if kind in self.levels:
             return
         own = read()
         levels = {Level.PIECES: lambda: self._with_pieces(read)} if self.pieces else {}
-        if short and self.found.attentions:
-            levels = {Level.ALL: lambda: self.logits(context, inputs), **levels}
-        self.levels[key] = Level.NONE
-        for level, ours in levels.items():
-            error = misfit(ours(), own, targets)
-            if level == Level.ALL:
-                loss = self.nll(context, inputs, targets).mean() - token_nll(own, targets).mean()
+        if ours is not None and self.found.attentions:
+            levels = {Level.ALL: ours.logits, **levels}
+        self.levels[kind] = Level.NONE
+        for level, logits in levels.items():
+            error = misfit(logits(), own, targets)
+            if level == Level.ALL and ours is not None:
+                loss = ours.nll().mean() - token_nll(own, targets.to(own.device)).mean()
                 error = max(error, abs(loss.item()))
             if error <= tolerance(own, self.host.reading.coarse):
-                self.levels[key] = level
+                self.levels[kind] = level
                 return
-            behind = " behind a context" if len(context) else ""
-            self.found.own[f"windows of {len(context) + len(inputs)} tokens{behind}"] = (
+            behind = " behind a context" if kind.behind else ""
+            self.found.own[f"windows of {kind.least} or more tokens{behind}"] = (
                 f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
             )
 
@@ -95,6 +113,7 @@ class HostKernels:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))
 
+    # ---- reading ---------------------------------------------------------------------------------------------
     def _with_pieces(self, read: Callable[[], Tensor]) -> Tensor:
         with bound(self.pieces):
             return read()
@@ -105,24 +124,44 @@ class HostKernels:
         with bound(self.pieces):
             yield
 
-    def logits(self, context: Tensor, inputs: Tensor) -> Tensor:
-        """[n, V] of inputs [n] behind a context [c], with a graph over the inputs."""
-        return self._read(self.host.model, context, inputs).logits[0]
+    @contextmanager
+    def _all_bound(self) -> Iterator[None]:
+        with bound(self.all_pieces), _without_masks(self.host.model.get_decoder()):
+            yield
 
-    def nll(self, context: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def behind(self, context: Tensor) -> WindowCache:
+        """What stands before the inputs: context [c], read now, without a gradient."""
+        cache = WindowCache(self.buffers, self.last_layer)
+        if len(context):
+            with self._all_bound():
+                cache.fill(self.host.model, context)
+        return cache
+
+    def behind_rows(self, rows: Sequence[Sequence[Tensor]], context: int) -> WindowCache:
+        """What stands before the inputs: `context` tokens, of which each layer has its latest keys and values.
+
+        rows: for 2 L tensors, keys before values, parts [G, n, D] that follow one another; none: no context
+        """
+        cache = WindowCache(self.buffers, None)
+        cache.put(rows, context)
+        return cache
+
+    def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""
+        return self._read(self.host.model, cache, inputs, positions).logits[0]
+
+    def nll(self, cache: WindowCache, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """[n] float32 of targets [n], which follow the last n inputs, with a graph over the inputs."""
         if self.found.head is None:
-            return token_nll(self.logits(context, inputs)[-len(targets) :], targets)
-        hidden = self._read(self.host.model.get_decoder(), context, inputs).last_hidden_state[0]
+            return token_nll(self.logits(cache, inputs, positions)[-len(targets) :], targets)
+        hidden = self._read(self.host.model.get_decoder(), cache, inputs, positions).last_hidden_state[0]
         return self.found.head.nll(hidden[-len(targets) :], targets)
 
-    def _read(self, part: Any, context: Tensor, inputs: Tensor) -> Any:
-        """What the model or its decoder returns for inputs [n] behind a context [c]."""
-        cache = WindowCache(self.buffers, self.last_layer)
-        with bound(self.all_pieces), _without_masks(self.host.model.get_decoder()):
-            if len(context):
-                cache.fill(self.host.model, context)
-            return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True)
+    def _read(self, part: Any, cache: WindowCache, inputs: Tensor, positions: Tensor | None) -> Any:
+        """What the model or its decoder returns."""
+        places = {} if positions is None else {"position_ids": positions[None]}
+        with self._all_bound():
+            return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places)
 
 
 def _obstacle(host: Host) -> str | None:
@@ -167,3 +206,28 @@ def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKe
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"its forward could not be recorded: {type(error).__name__}: {error}"
     return HostKernels(host, found, rows, host.reading.last_layer if ends_early else None)
+
+
+class Reader(Protocol):
+    """What reads windows. kernels: what of the host runs through kernels of ours; None: nothing"""
+
+    host: Host
+    ends_early: bool
+    kernels: HostKernels | None
+
+
+@contextmanager
+def fast_reader(reader: Reader, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
+    """Inside, windows are read by kernels of ours as far as they suit the host. Yields what says how far that is.
+
+    ids: [n], the text; rows: the tokens of the longest window
+    """
+    found = host_kernels(reader.host, ids, rows, reader.ends_early)
+    if isinstance(found, str):
+        yield lambda: HostKernelsReport(own={"host": found})
+        return
+    reader.kernels = found
+    try:
+        yield found.report
+    finally:
+        reader.kernels = None

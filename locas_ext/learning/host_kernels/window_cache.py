@@ -2,9 +2,10 @@
 
       keys, values of a layer [W, G, D]      rows -> | context .......... | chunk ...... |
                                                      0                    length
-The context's forward writes rows 0 .. c-1 and sets length to c; the chunk's writes its own behind them.
+The context's forward writes rows 0 .. c-1, or rows that were kept are put there; the chunk's writes its own behind them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +28,19 @@ class WindowBuffers:
         self.rows = rows
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def of(self, layer: int, groups: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(keys, values) [rows, groups, D] of a layer, in the dtype and on the device of `like` [..., groups * D]."""
+    def of(self, layer: int, groups: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) [rows, groups, head_size] of a layer, in the dtype and on the device of `like`.
+
+        Zeros at first: what a mask hides is still multiplied by 0, which NaN would survive.
+        """
         if layer not in self.layers:
-            shape = (self.rows, groups, like.shape[-1] // groups)
-            self.layers[layer] = (like.new_empty(shape), like.new_empty(shape))
+            shape = (self.rows, groups, head_size)
+            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.layers[layer]
+
+    def left(self, begin: int, end: int) -> list[Tensor]:
+        """The rows [begin, end) of every layer in turn, its keys before its values, as [G, n, D]."""
+        return [rows[begin:end].transpose(0, 1) for layer in sorted(self.layers) for rows in self.layers[layer]]
 
 
 class WindowCache(DynamicCache):
@@ -53,6 +61,18 @@ class WindowCache(DynamicCache):
         """A layer's keys and values are in their buffers: the last layer's end the context's forward."""
         if self.is_filling and layer == self.last_layer:
             raise _ContextReady
+
+    @torch.no_grad()
+    def put(self, rows: Sequence[Sequence[Tensor]], context: int) -> None:
+        """Puts the latest keys and values of `context` tokens into the buffers, as HostKernels.behind_rows takes them."""
+        self.length = context
+        for number, parts in enumerate(rows):
+            begin = context - sum(part.shape[1] for part in parts)
+            for part in parts:
+                groups, count, size = part.shape
+                buffer = self.buffers.of(number // 2, groups, size, part)[number % 2]
+                buffer[begin : begin + count].transpose(0, 1).copy_(part)
+                begin += count
 
     @torch.no_grad()
     def fill(self, model: Any, context: Tensor) -> None:
