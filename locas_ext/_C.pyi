@@ -131,6 +131,28 @@ def glu_ffn_forward(
     stream: int,
 ) -> None: ...
 def glu_ffn_forward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
+def layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sum: torch.Tensor | None,
+    out: torch.Tensor,
+    mean: torch.Tensor | None,
+    inverse_std: torch.Tensor | None,
+    eps: float,
+    stream: int,
+) -> None: ...
+def layer_norm_backward(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    d_sum: torch.Tensor | None,
+    dx: torch.Tensor,
+    stream: int,
+) -> None: ...
 def neuron_importance(
     x: torch.Tensor,
     gate: torch.Tensor,

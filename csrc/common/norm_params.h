@@ -33,4 +33,31 @@ struct RmsNormBackwardParams {
   DType dtype;
 };
 
+// sum as in RmsNormParams; out = weight * (sum - mean) / sqrt(variance + eps) + bias per row, in float and rounded once as
+// torch's layer norms do.
+struct LayerNormParams {
+  Matrix x;            // [rows, cols]
+  Matrix residual;     // [rows, cols]; data may be null
+  const void* weight;  // [cols]
+  const void* bias;    // [cols]; may be null
+  Matrix sum;          // [rows, cols] out; data is null where residual's is
+  Matrix out;          // [rows, cols]
+  float* mean;         // [rows] out; may be null
+  float* inverse_std;  // [rows] out; null where mean is
+  float eps;
+  DType dtype;
+};
+
+// dx from d_out, and what reached the sum by other ways added to it; weight and bias are frozen.
+struct LayerNormBackwardParams {
+  Matrix d_out;              // [rows, cols]
+  Matrix x;                  // [rows, cols] the forward's sum
+  const void* weight;        // [cols]
+  const float* mean;         // [rows]
+  const float* inverse_std;  // [rows]
+  Matrix d_sum;              // [rows, cols]; data may be null
+  Matrix dx;                 // [rows, cols] out
+  DType dtype;
+};
+
 }  // namespace locas

@@ -19,6 +19,8 @@ struct Kernels {
   void (*token_nll)(const TokenNllParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*rms_norm_backward)(const RmsNormBackwardParams&);
+  void (*layer_norm)(const LayerNormParams&);
+  void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*rotary_forward)(const RotaryForwardParams&);
   void (*rotary_backward)(const RotaryBackwardParams&);
   void (*adamw_slots)(const AdamwSlotsParams&);

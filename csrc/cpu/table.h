@@ -17,6 +17,8 @@ void token_nll(const TokenNllParams&);
 // norms.cpp
 void rms_norm(const RmsNormParams&);
 void rms_norm_backward(const RmsNormBackwardParams&);
+void layer_norm(const LayerNormParams&);
+void layer_norm_backward(const LayerNormBackwardParams&);
 
 // rotary.cpp
 void rotary_forward(const RotaryForwardParams&);

@@ -24,6 +24,8 @@ void neuron_importance_of_products(const NeuronImportanceOfProductsParams&, Queu
 void token_nll(const TokenNllParams&, Queue);
 void rms_norm(const RmsNormParams&, Queue);
 void rms_norm_backward(const RmsNormBackwardParams&, Queue);
+void layer_norm(const LayerNormParams&, Queue);
+void layer_norm_backward(const LayerNormBackwardParams&, Queue);
 void rotary_forward(const RotaryForwardParams&, Queue);
 void rotary_backward(const RotaryBackwardParams&, Queue);
 void adamw_slots(const AdamwSlotsParams&, Queue);

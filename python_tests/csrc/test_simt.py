@@ -43,6 +43,7 @@ def test_kernels_on_the_simt_runner(record_property):
         "glu_activation_forward",
         "token_nll",
         "rms_norm",
+        "layer_norm",
         "rotary",
         "write_slots",
     ]:

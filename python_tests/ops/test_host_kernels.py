@@ -1,6 +1,4 @@
-"""A host's norms, rotary embedding and loss against float64, autograd and transformers' own code."""
-
-import itertools
+"""A host's norms and rotary embedding against float64, autograd and transformers' own code; the loss: test_token_nll.py."""
 
 import pytest
 import torch
@@ -91,6 +89,29 @@ def test_a_gradient_without_contiguous_rows_is_taken(dtype, device):
     for d_out in (draw(24, 5, dtype=dtype, device=device).t(), torch.ones((), dtype=dtype, device=device).expand(5, 24)):
         expected = elementwise.rms_norm_backward(d_out.contiguous(), x, weight, inverse_rms)
         assert torch.equal(elementwise.rms_norm_backward(d_out, x, weight, inverse_rms), expected)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("gap", [0, 3, 8])
+@pytest.mark.parametrize("shape", [*NORM_SHAPES, "drawn"], ids=str)
+def test_a_layer_norm_and_its_gradient(shape, gap, with_bias, dtype, device):
+    n, d = (drawn_size(50), drawn_size(1500)) if shape == "drawn" else shape
+    x, residual, d_out, d_sum = (draw(n, d, dtype=dtype, device=device, gap=gap) for _ in range(4))
+    residual += 3  # a mean that counts
+    weight, bias = draw(d, dtype=dtype, device=device), draw(d, dtype=dtype, device=device) if with_bias else None
+    out, total, statistics = elementwise.layer_norm(x, weight, bias, EPS, True, residual)
+    assert torch.equal(total, residual + x)
+    ours = [elementwise.layer_norm_backward(d_out, total, weight, statistics, other) for other in (None, d_sum)]
+
+    def run(cast):
+        total_ = cast(total).detach().requires_grad_()
+        y = F.layer_norm(total_, (d,), cast(weight), None if bias is None else cast(bias), EPS)
+        gradient = torch.autograd.grad(y, total_, cast(d_out))[0]
+        return y.detach(), gradient, gradient + cast(d_sum)
+
+    agrees(("out", "dx", "dx with d_sum"), (out, *ours), run(lambda t: t), run(lambda t: t.double()))
+    alone, none, unsaved = elementwise.layer_norm(total, weight, bias, EPS, False)
+    assert torch.equal(alone, out) and none is None and unsaved is None
 
 
 # ---- rotary embedding --------------------------------------------------------------------------------------------
@@ -193,51 +214,6 @@ def test_what_the_rotary_embedding_refuses(dtype, device):
     assert torch.cat((query_out, key_out, value_out), -1).isnan().all()
 
 
-# ---- loss --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("soft_cap, logit_scale", [(0.0, 1.0), (30.0, 1.0), (0.0, 0.0625), (3.0, 2.0)])
-@pytest.mark.parametrize("tokens, vocab", [(1, 1), (5, 256), (7, 1031), (64, 4099), (2, 40000)])
-def test_the_loss_of_scaled_and_capped_logits(tokens, vocab, soft_cap, logit_scale, dtype, device):
-    logits = (5 * torch.randn(tokens, vocab)).to(device, dtype)
-    targets = torch.randint(0, vocab, (tokens,), device=device)
-
-    def run(cast):
-        x = cast(logits).detach().requires_grad_()
-        z = x.float() * logit_scale if x.dtype != torch.float64 else x * logit_scale
-        z = soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
-        nll = F.cross_entropy(z, targets, reduction="none")
-        return nll.detach(), torch.autograd.grad(nll.sum(), x)[0], z.abs().max().item()
-
-    peer, exact = run(lambda t: t), run(lambda t: t.double())
-    nll, d_logits = elementwise.token_nll(logits, targets, True, soft_cap, logit_scale)
-    alone, none = elementwise.token_nll(logits, targets, False, soft_cap, logit_scale)
-    assert nll.dtype == torch.float32 and d_logits.dtype == dtype and none is None and torch.equal(nll, alone)
-    # A difference of two numbers that are each as large as a logit.
-    torch.testing.assert_close(nll.double(), exact[0], rtol=1e-6, atol=3 * torch.finfo(torch.float32).eps * (1 + exact[2]))
-    assert_as_exact_as_torch("d_logits", d_logits.cpu(), peer[1].cpu(), exact[1].cpu())
-    again, written = elementwise.token_nll(logits, targets, True, soft_cap, logit_scale, in_place=True)
-    assert written is logits and torch.equal(again, nll) and torch.equal(logits, d_logits)
-
-
-def test_logits_in_the_rows_of_something_larger(dtype, device):
-    for gap, vocab in itertools.product((0, 1, 8), (17, 264)):
-        logits = draw(5, vocab, dtype=dtype, device=device, gap=gap)
-        targets = torch.randint(0, vocab, (5,), device=device)
-        nll, d_logits = elementwise.token_nll(logits, targets, True)
-        expected, expected_gradient = elementwise.token_nll(logits.contiguous(), targets, True)
-        # where a row's pieces of 16 bytes begin decides the order of its sum
-        torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(d_logits, expected_gradient)
-
-
-def test_what_the_loss_refuses(dtype, device):
-    logits, targets = draw(2, 5, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match=r"^token_nll: soft_cap is -1\.0+; expected a number of at least 0, 0 for no cap"):
-        elementwise.token_nll(logits, targets, False, soft_cap=-1.0)
-    for scale in (0.0, -2.0, float("nan")):
-        with pytest.raises(ValueError, match=r"^token_nll: logit_scale is .*; expected a number above 0"):
-            elementwise.token_nll(logits, targets, False, logit_scale=scale)
-
-
 # ---- threads and graphs ------------------------------------------------------------------------------------------
 def all_of_them(heads, logits):
     """Every kernel once; -> everything that they computed."""
@@ -246,10 +222,12 @@ def all_of_them(heads, logits):
     angles, norms = (heads.cos, heads.sin, heads.size), (heads.weights, 1.0, EPS)
     out, total, inverse_rms = elementwise.rms_norm(heads.query, weight, EPS, True, heads.d_query)
     dx = elementwise.rms_norm_backward(out, total, weight, inverse_rms, heads.d_query)
+    layer_norm, _, statistics = elementwise.layer_norm(heads.query, weight, weight, EPS, True)
+    layer_dx = elementwise.layer_norm_backward(out, heads.query, weight, statistics)
     elementwise.rotary_forward(heads.query, heads.key, *angles, query_out, key_out, heads.value, value_out, *norms)
     gradients = elementwise.rotary_backward(heads.d_query, heads.d_key, *angles, heads.query, heads.key, *norms)
     loss = elementwise.token_nll(logits, targets, True, 3.0, 0.5)
-    return [t.clone() for t in (out, total, inverse_rms, dx, *heads.outputs, *gradients, *loss)]
+    return [t.clone() for t in (out, total, inverse_rms, dx, layer_norm, layer_dx, *heads.outputs, *gradients, *loss)]
 
 
 def test_two_threads_compute_the_same(dtype, device):

@@ -22,7 +22,8 @@ struct WarpSums {
   T at[warps];
 };
 
-// The same value in every thread. T is float or double. All threads take part, once a launch.
+// The same value in every thread. T is float or double. All threads take part, once a launch with the same
+// shared memory.
 template <class T, int warps>
 LOCAS_DEVICE T block_sum(T value, WarpSums<T, warps>& shared) {
   value = lane_sum<32>(value);

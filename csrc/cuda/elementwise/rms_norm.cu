@@ -1,66 +1,9 @@
-// rms_norm, rms_norm_backward: a row is read once, held in registers, and written once.
-//
-//      rows [rows, cols]    [ l0 | l1 | ... | l0 | l1 | ... ]    kLanes threads own a row. A thread holds kVectors times
-//                                                                8 columns that lie kLanes * 8 apart, in 16-byte
-//                                                                accesses; all loads are under way before the sum.
-//
-// Up to 256 columns a row belongs to 16 or 32 lanes of a warp, and a CTA has several rows; above, a CTA owns a row.
-// Rows that are no whole vectors, or not aligned, and very wide ones go through a strided loop, twice.
-//
-// Sums have a fixed order: results repeat bit for bit.
-#include "cuda/common/block_sum.cuh"
+// rms_norm, rms_norm_backward: a row's sum with its residual, its norm, and the way back. rows.cuh has the layout.
 #include "cuda/elementwise/rms_norm.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/ptx/convert.cuh"
-#include "cuda/ptx/memory.cuh"
-#include "cuda/ptx/thread.cuh"
+#include "cuda/elementwise/rows.cuh"
 
 namespace locas::cuda {
 namespace {
-
-// What kLanes threads hold of a row, and where.
-template <int kLanes, int kVectors>
-struct Row {
-  static constexpr int threads = kLanes < 128 ? 128 : kLanes, rows_per_block = threads / kLanes;
-  using Sums = WarpSums<float, threads / 32>;
-  static constexpr size_t shared_bytes = kLanes <= 32 ? 0 : sizeof(Sums);
-  using Values = float[kVectors][kVector];
-
-  const int64_t index, cols;
-  const bool exists;
-
-  LOCAS_DEVICE Row(const Matrix& m)
-      : index(static_cast<int64_t>(ptx::block_index()) * rows_per_block + ptx::thread_index() / kLanes), cols(m.cols),
-        exists(index < m.rows) {}
-
-  // Calls f(k, col) for each vector of this thread that the row has.
-  template <class F>
-  LOCAS_DEVICE void for_each_vector(F&& f) const {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const int64_t col = (k * kLanes + ptx::thread_index() % kLanes) * kVector;
-      if (exists && col < cols) f(k, col);
-    }
-  }
-  template <class T>
-  LOCAS_DEVICE void load(const Matrix& m, Values& to) const {
-    for_each_vector([&](int k, int64_t col) { load_piece(m.at<const T>(index, col), to[k]); });
-  }
-  template <class T>
-  LOCAS_DEVICE void load(const void* vector, Values& to) const {
-    for_each_vector([&](int k, int64_t col) { load_piece(static_cast<const T*>(vector) + col, to[k]); });
-  }
-  template <class T>
-  LOCAS_DEVICE void store(const Values& from, const Matrix& m) const {
-    for_each_vector([&](int k, int64_t col) { store_piece(from[k], m.at<T>(index, col)); });
-  }
-  // Over the row; once a launch.
-  static LOCAS_DEVICE float sum(float value, unsigned char* shared) {
-    if constexpr (kLanes <= 32) return lane_sum<kLanes>(value);
-    else return block_sum(value, *reinterpret_cast<Sums*>(shared));
-  }
-  LOCAS_DEVICE bool is_first_thread() const { return exists && ptx::thread_index() % kLanes == 0; }
-};
 
 template <class T, int kLanes, int kVectors>
 struct RmsNorm {
@@ -129,25 +72,12 @@ struct RmsNormBackward {
   }
 };
 
-// ---- Any width: a CTA owns a row, its threads stride over it -----------------------------------------------------
-constexpr int kThreads = 256;
-using Sums = WarpSums<float, kThreads / 32>;
-
-template <class F>
-LOCAS_DEVICE void for_each_column(int64_t cols, F&& f) {
-  for (int64_t col = ptx::thread_index(); col < cols; col += kThreads) f(col);
-}
-
-template <class T>
-LOCAS_DEVICE float load_float(const T* from) {
-  return ptx::to_float(ptx::load(from));
-}
-
+// ---- Any width -----------------------------------------------------------------------------------------------------
 template <class T>
 struct RmsNormAnyWidth {
   using Params = RmsNormParams;
   static constexpr const char* name = "rms_norm_any_width";
-  static constexpr int threads = kThreads, min_blocks = 1;
+  static constexpr int threads = kStridedThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
     const int64_t row = ptx::block_index();
@@ -160,7 +90,7 @@ struct RmsNormAnyWidth {
       }
       squares += x * x;
     });
-    const float inverse = inverse_rms(block_sum(squares, *reinterpret_cast<Sums*>(shared)), p.x.cols, p.eps);
+    const float inverse = inverse_rms(strided_sum(squares, shared), p.x.cols, p.eps);
     if (p.inverse_rms && ptx::thread_index() == 0) ptx::store(p.inverse_rms + row, inverse);
     const Matrix& from = p.residual.data ? p.sum : p.x;  // each thread reads what it wrote itself
     for_each_column(p.x.cols, [&](int64_t col) {
@@ -175,7 +105,7 @@ template <class T>
 struct RmsNormBackwardAnyWidth {
   using Params = RmsNormBackwardParams;
   static constexpr const char* name = "rms_norm_backward_any_width";
-  static constexpr int threads = kThreads, min_blocks = 1;
+  static constexpr int threads = kStridedThreads, min_blocks = 1;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* shared) {
     const int64_t row = ptx::block_index();
@@ -186,8 +116,7 @@ struct RmsNormBackwardAnyWidth {
     };
     float dot = 0.0f;
     for_each_column(p.x.cols, [&](int64_t col) { dot += weighted(col) * load_float(p.x.at<const T>(row, col)); });
-    const float shift =
-        block_sum(dot, *reinterpret_cast<Sums*>(shared)) * inverse * inverse / static_cast<float>(p.x.cols);
+    const float shift = strided_sum(dot, shared) * inverse * inverse / static_cast<float>(p.x.cols);
     for_each_column(p.x.cols, [&](int64_t col) {
       float dx = inverse * (weighted(col) - load_float(p.x.at<const T>(row, col)) * shift);
       if (p.d_sum.data) dx += load_float(p.d_sum.at<const T>(row, col));
@@ -195,25 +124,6 @@ struct RmsNormBackwardAnyWidth {
     });
   }
 };
-
-template <template <class, int, int> class Kernel, class T, int kLanes, int kVectors>
-void launch_rows(int64_t rows, Queue queue, const auto& p) {
-  using Rows = Row<kLanes, kVectors>;
-  launch<Kernel<T, kLanes, kVectors>>(divide_up(rows, Rows::rows_per_block), Rows::shared_bytes, queue, p);
-}
-
-// The instance that has room for a row, with few threads idle; AnyWidth where none has or `vectors` says no.
-template <template <class, int, int> class Kernel, class AnyWidth, class T>
-void launch_for_width(const Matrix& x, bool vectors, Queue queue, const auto& p) {
-  const int64_t rows = x.rows, cols = x.cols;
-  if (!vectors || cols % kVector != 0 || cols > 8192) launch<AnyWidth>(rows, sizeof(Sums), queue, p);
-  else if (cols <= 128) launch_rows<Kernel, T, 16, 1>(rows, queue, p);
-  else if (cols <= 256) launch_rows<Kernel, T, 32, 1>(rows, queue, p);
-  else if (cols <= 1024) launch_rows<Kernel, T, 128, 1>(rows, queue, p);
-  else if (cols <= 2048) launch_rows<Kernel, T, 256, 1>(rows, queue, p);
-  else if (cols <= 4096) launch_rows<Kernel, T, 256, 2>(rows, queue, p);
-  else launch_rows<Kernel, T, 512, 2>(rows, queue, p);
-}
 
 }  // namespace
 

@@ -63,6 +63,38 @@ def rms_norm_backward(
     return dx
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    save: bool,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """-> the layer norm of the rows of x [n, d]; with a residual [n, d] that of residual + x, and the sum; with `save` the
+    statistics, mean [n] and 1 / standard deviation [n].
+    """
+    x, residual = _with_rows(x), None if residual is None else _with_rows(residual)
+    out, total = _like(x), None if residual is None else _like(x)
+    mean, inverse_std = torch.empty(2, x.shape[0], dtype=torch.float32, device=x.device).unbind() if save else (None, None)
+    _C.layer_norm(x, residual, weight, bias, total, out, mean, inverse_std, eps, stream_of(x))
+    return out, total, None if mean is None or inverse_std is None else (mean, inverse_std)
+
+
+def layer_norm_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    d_sum: Tensor | None = None,
+) -> Tensor:
+    """-> dx [n, d]; x and d_sum [n, d] as in `rms_norm_backward`. Weight and bias are frozen."""
+    d_sum = None if d_sum is None else _with_rows(d_sum)
+    dx = _like(x)
+    _C.layer_norm_backward(_with_rows(d_out), _with_rows(x), weight, *statistics, d_sum, dx, stream_of(x))
+    return dx
+
+
 def rotary_forward(
     query: Tensor,
     key: Tensor,
