@@ -70,7 +70,11 @@ def test_a_norm_and_its_gradient(shape, gap, weight_offset, dtype, device):
     exact_inverse = 1 / (total.double().square().mean(-1) + EPS).sqrt()
     torch.testing.assert_close(inverse_rms.double(), exact_inverse, rtol=1e-6, atol=0)
     alone, none, unsaved = elementwise.rms_norm(total, weight, EPS, False, weight_offset=weight_offset)
-    assert torch.equal(alone, out) and none is None and unsaved is None
+    assert none is None and unsaved is None
+    if device == "cpu" or gap == 0:
+        assert torch.equal(alone, out)
+    else:  # rows that start elsewhere are read in other pieces, whose sums are added in another order
+        torch.testing.assert_close(alone, out, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("weight_offset", NORMS)

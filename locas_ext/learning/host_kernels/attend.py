@@ -3,7 +3,8 @@
         rows ->   context k - n ....... | chunk n
         queries n [   all of it         | causal ]       a sliding layer sees its last `window` rows only
 
-CUDA: flash attention, whose backward makes dK and dV of the context too; they are left.
+CUDA: flash attention, whose backward makes dK and dV of the context too; they are left. A long context, which nobody
+learns from, goes through cuDNN's, which takes half the time.
 CPU: chunk_attention.py's, whose backward stops at the context.
 """
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locas_ext.learning.chunk_attention import attention, attention_backward
+
+_LONG = 1024  # rows from which cuDNN is worth its preparation
 
 
 class Heads(NamedTuple):
@@ -55,9 +58,26 @@ def _reach(heads: Heads, k: int) -> int | None:
     return None if heads.window is None or heads.window >= k else heads.window - 1
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None) -> tuple[Tensor, tuple]:
-    """query [n, H, D], key and value [k, G, D], mask as `additive_mask` (CPU) -> [n, H, D], what the backward needs."""
+def _by_cudnn(query: Tensor, key: Tensor, heads: Heads) -> bool:
+    """Whether cuDNN takes this attention over all rows of a window; it prepares itself anew for every number of rows."""
+    return (
+        len(query) == len(key) >= _LONG
+        and _reach(heads, len(key)) is None
+        and heads.head_size <= 128
+        and torch.backends.cudnn.is_available()
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, learns: bool) -> tuple[Tensor, tuple]:
+    """-> [n, H, D], what the backward needs.
+
+    query: [n, H, D]; key, value: [k, G, D]; mask: as `additive_mask` (CPU); learns: whether a backward follows
+    """
     n, k = len(query), len(key)
+    if query.is_cuda and not learns and _by_cudnn(query, key, heads):
+        across = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = torch.ops.aten._scaled_dot_product_cudnn_attention(*across, None, False, 0.0, True, False, scale=heads.scaling)[0]
+        return out[0].transpose(0, 1), ()
     if query.is_cuda:
         out, *saved = torch.ops.aten._flash_attention_forward(
             query[None], key[None], value[None], None, None, n, k, 0.0, True, False,

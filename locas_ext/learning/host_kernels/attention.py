@@ -34,13 +34,17 @@ class _Rotation(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where the rows of one forward lie: keys and values [W, G, D], of which `start` rows are the context's."""
+    """Where the rows of one forward lie: keys and values [W, G, D], of which `start` rows are the context's.
+
+    learns: whether a backward follows
+    """
 
     keys: Tensor
     values: Tensor
     start: int
     heads: Heads
     mask: Tensor | None
+    learns: bool
 
 
 def _turned(query: Tensor, key: Tensor, value: Tensor, rotation: _Rotation, place: _Place) -> Tensor:
@@ -69,7 +73,7 @@ class WindowAttentionFunction(torch.autograd.Function):
     def forward(ctx, query, key, value, rotation, place):
         turned = _turned(query, key, value, rotation, place)
         keys, values = (buffer[: place.start + len(query)] for buffer in (place.keys, place.values))
-        out, saved = attend(turned, keys, values, place.heads, place.mask)
+        out, saved = attend(turned, keys, values, place.heads, place.mask, place.learns)
         ctx.rotation, ctx.place = rotation, place
         own = (query, key) if rotation.query_norm is not None else (None, None)
         ctx.save_for_backward(*own, turned, keys, values, *saved)
@@ -149,7 +153,8 @@ class FastAttention:
         keys, values = cache.buffers.of(self.layer, self.groups, self.heads.head_size, key)
         cos, sin = (turn[0] for turn in turns) if self.turns and turns is not None else (None, None)
         rotation = _Rotation(cos, sin, query_norm, key_norm)
-        place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache))
+        learns = torch.is_grad_enabled() and query.requires_grad
+        place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
         if cache.is_filling and self.layer == cache.last_layer:
             _turned(query, key, value, rotation, place)
             cache.written(self.layer)
