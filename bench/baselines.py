@@ -1,6 +1,7 @@
 """What memorizing a full window is compared with, as work on static tensors: run eagerly, or captured in a CUDA graph.
 
 truncation     one forward of the plain host over the window, without gradient; logits of the last S tokens
+sliding        one forward of the plain host over the last S tokens, on the keys and values that were kept of those before
 host step      context forward into a cache, then forward and backward of the last S tokens, without a memory:
                what every method that learns from the chunk pays
 Both run by transformers' own code, or with the host kernels that memorizing uses (learning/host_kernels).
@@ -15,6 +16,8 @@ from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.learning.chunk import Window, WindowReader
 from locas_ext.learning.cuda_graph import capture, rehearse
 from locas_ext.learning.host_kernels.kernels import HostKernels, host_kernels
+from locas_ext.learning.keep import Keep
+from locas_ext.learning.kept_context import KeptContext
 
 
 def _frozen(model) -> Host:
@@ -62,6 +65,34 @@ class FastTruncation:
     @torch.no_grad()
     def work(self) -> None:
         self.nll.copy_(self.kernels.nll(self.kernels.behind(self.ids[:0]), self.ids[:-1], self.ids[-self.stride :]).sum())
+
+
+class Sliding:
+    """Scores the last `stride` tokens of windows of ids [window] that follow one another, over a kept context; eagerly."""
+
+    def __init__(self, model, window: int, stride: int):
+        self.model, self.stride = model, stride
+        self.latest = torch.empty(0, dtype=torch.int64, device=model.device)
+        self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
+        self.nll = torch.zeros((), device=model.device)
+
+    @torch.no_grad()
+    def work(self) -> None:
+        context, inputs = self.ids[:-1].split([len(self.ids) - 1 - self.stride, self.stride])
+        if not torch.equal(
+            self.latest[self.stride :], self.ids[: -self.stride]
+        ):  # another text, whose beginning is read at once
+            self.kept = KeptContext(self.model, self.model.device, len(self.ids), Keep().sinks)
+            self._read(context)
+        self.latest = self.ids.clone()
+        logits = self._read(inputs)
+        self.nll.copy_(torch.nn.functional.cross_entropy(logits.float(), self.ids[-self.stride :], reduction="sum"))
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        self.kept.prepare(len(inputs))
+        logits = self.kept.read(inputs)
+        self.kept.keep(inputs, self.kept.left)
+        return logits
 
 
 class HostStep:

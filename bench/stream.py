@@ -1,12 +1,13 @@
 """Memorizing a text against reading it with context truncation, chunk by chunk in one run.
 
 After each chunk in a full window, every baseline (baselines.py) runs once on the same window with a second,
-unpatched copy of the host, so whatever disturbs the machine disturbs all arms. On CUDA the baselines run eagerly and in
-CUDA graphs, and the text is memorized twice: with the step as a CUDA graph and without. The ratios are to the faster kind of
-truncation: in a graph where there is one.
+unpatched copy of the host, so whatever disturbs the machine disturbs all arms. The text is memorized over windows that are
+read anew and over a kept context. On CUDA the baselines run eagerly and in CUDA graphs, and each way of memorizing runs with
+the step as a CUDA graph and without. The ratios are to the faster kind of truncation: in a graph where there is one.
 """
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 
-from .baselines import FastTruncation, HostStep, Truncation, eager, graphed
+from .baselines import FastTruncation, HostStep, Sliding, Truncation, eager, graphed
 from .harness import parse, percentile, ratio, report
 
 
@@ -79,10 +80,12 @@ def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
     """Arm -> a function from a full window's ids to their summed loss; the first is what ratios are to."""
     window, stride, plain = arguments.window, arguments.stride, load(arguments)
     truncation = Truncation(plain, window, stride)
+    sliding = eager(Sliding(plain, window, stride))
     if arguments.device == "cpu":
         return {
             "truncation": eager(truncation),
             "truncation, host kernels": eager(FastTruncation(plain, window, stride)),
+            "sliding": sliding,
             "host step": eager(HostStep(load(arguments), window, stride)),
             "host step, host kernels": eager(HostStep(load(arguments), window, stride, kernels=True)),
         }
@@ -92,6 +95,7 @@ def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
     arms["truncation, graph"] = graphed(truncation)
     arms["truncation, graph, host kernels"] = graphed(FastTruncation(plain, window, stride))
     arms["truncation, eager"] = eager(truncation)
+    arms["sliding, eager"] = sliding
     step = load(arguments)
     arms["host step, graph"] = graphed(HostStep(step, window, stride))
     arms["host step, graph, host kernels"] = graphed(HostStep(step, window, stride, kernels=True))
@@ -110,7 +114,7 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
 
 
 def run(
-    arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]
+    arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]], context: str
 ) -> tuple[list[dict], locas.MemorizeReport]:
     """Memorizes the text once. -> one record per arm, and what the run said of itself."""
     window, stride = arguments.window, arguments.stride
@@ -135,7 +139,8 @@ def run(
                 seconds[name].append(time.perf_counter() - start)
         resumed = time.perf_counter()
 
-    report_ = memory.memorize(ids, window=window, stride=stride, progress=False, callback=run_baselines)
+    settings = dict(window=window, stride=stride, context=context, progress=False)
+    report_ = memory.memorize(ids, **settings, callback=run_baselines)
     records = []
     for name, values in seconds.items():
         record = _record(name, values, seconds[first], stride)
@@ -172,12 +177,14 @@ def main() -> None:
     else:
         vocabulary = SHAPES[arguments.shape].vocab_size
         ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
-    runs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
+    graphs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
+    contexts = {"": "recompute", ", context kept": "keep"}
     baselines = _baselines(arguments)
     rows, records = [], []
-    for suffix, graph in runs.items():
+    for (kept, context), (eagerly, graph) in itertools.product(contexts.items(), graphs.items()):
+        suffix = kept + eagerly
         os.environ["LOCAS_CUDA_GRAPH"] = graph
-        measured, said = run(arguments, ids, baselines)
+        measured, said = run(arguments, ids, baselines, context)
         for record in measured:
             record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said.graph)}
             record["host_kernels"] = asdict(said.host_kernels)

@@ -44,10 +44,11 @@ class KeptCache(ContextCache):
     ):
         """context: the tokens before; parts: for 2 L tensors, keys before values, as in KeptLayer; none: no context"""
         super().__init__(model, device, last_layer)
-        parts = parts or [[]] * (2 * len(self.layers))
+        plain: list[Any] = self.layers  # type: ignore[has-type]
+        parts = parts or [[]] * (2 * len(plain))
         self.layers = [
-            KeptLayer(context, getattr(layer, "is_sliding", False), *parts[2 * number : 2 * number + 2])
-            for number, layer in enumerate(self.layers)
+            KeptLayer(context, getattr(layer, "is_sliding", False), parts[2 * number], parts[2 * number + 1])
+            for number, layer in enumerate(plain)
         ]
         self.left: list[Tensor] = [torch.empty(0)] * len(parts)
 

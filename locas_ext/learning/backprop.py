@@ -9,7 +9,7 @@ from locas_ext.errors import LocasError
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 
-from .chunk import Window, WindowReader
+from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
 from .report import GraphReport
 from .update import Backprop
@@ -23,7 +23,7 @@ def loss_scale(state: MemoryState) -> float:
     return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
 
 
-def gradient(attachment: Attachment, window: Window, reader: WindowReader) -> Tensor:
+def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 
     Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
@@ -52,7 +52,7 @@ def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
 class EagerStep:
     """step(window, place) -> the summed negative log-likelihood of a window's targets, before they are learned."""
 
-    def __init__(self, attachment: Attachment, update: Backprop, reader: WindowReader, why_not: str | None = None):
+    def __init__(self, attachment: Attachment, update: Backprop, reader: Reader, why_not: str | None = None):
         """why_not: why the step is not a CUDA graph; None for one that is"""
         self.attachment, self.update, self.reader, self.why_not = attachment, update, reader, why_not
         self.updates = 0

@@ -11,7 +11,7 @@ the chunk.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, on
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
+from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
@@ -59,6 +60,39 @@ class Window(NamedTuple):
         return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
 
 
+class Reader(Protocol):
+    """Reads the windows of a run one after another: `WindowReader`, or `KeptReader` over a kept context.
+
+    A chunk's turn is settle, then loss or logits as often as it has epochs, with `scored` after the first, then `learned`.
+
+    Attributes:
+        left: what the last forward left for later chunks; None: nothing
+    """
+
+    left: list[Tensor] | None
+
+    def take_up(self, stream: Stream) -> None:
+        """Goes on where another run stood."""
+
+    def settle(self, window: Window, full: int) -> str | None:
+        """Gets ready for a chunk. Returns why its window is read in one forward, or None."""
+
+    def is_in_one(self, window: Window) -> bool:
+        """Whether one forward reads the whole window, so that the gradient goes through its context too."""
+
+    def logits(self, window: Window) -> Tensor:
+        """The logits [n, V] of a window's targets, with a graph over its inputs."""
+
+    def loss(self, window: Window) -> Tensor:
+        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
+
+    def scored(self) -> None:
+        """After a chunk's first forward."""
+
+    def learned(self, window: Window) -> KeptRows | None:
+        """After a chunk's last update: what is kept for the next one."""
+
+
 def may_end_early(model) -> bool:
     """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
     return not any(hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules())
@@ -75,7 +109,7 @@ class WindowReader:
         left: what a forward leaves for later chunks: nothing
     """
 
-    left = None
+    left: list[Tensor] | None = None
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient

@@ -25,7 +25,7 @@ from locas_ext.caller import caller_stacklevel
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale
-from .chunk import Window, WindowReader
+from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
 from .protocol import Protocol
 from .report import GraphReport
@@ -124,7 +124,7 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, update: Backprop, reader: WindowReader, protocol: Protocol):
+    def __init__(self, attachment: Attachment, update: Backprop, reader: Reader, protocol: Protocol):
         """protocol: says which windows are full"""
         super().__init__(attachment, update, reader)
         self.protocol = protocol

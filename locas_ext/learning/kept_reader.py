@@ -43,7 +43,7 @@ class KeptReader:
         last_layer = host.reading.last_layer if self.ends_early else None
         self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
         self.chunks = 0
-        self.left: list[Tensor] = []
+        self.left: list[Tensor] | None = None
         self.way = Way.SHORT
         self.scored_rows: list[Tensor] = []
 
@@ -145,6 +145,7 @@ class KeptReader:
 
     def scored(self) -> None:
         """After a chunk's first forward: what it left is what will be kept, whatever further epochs leave."""
+        assert self.left is not None, "a forward has just left it"
         self.scored_rows = self.left if self.epochs == 1 else [rows.clone() for rows in self.left]
 
     def learned(self, window: Window) -> KeptRows:

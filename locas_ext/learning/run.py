@@ -8,7 +8,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
 from .backprop import check_loss
-from .chunk import Window
+from .chunk import Reader, Window
 from .chunk_loop import Passage, progress_bar, read_chunks
 from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
@@ -16,7 +16,7 @@ from .protocol import Protocol
 from .report import MemorizeReport
 from .run_guards import interrupt_between_chunks, quiet_host, require_attached
 from .settings import ResolvedSettings, ResolvedWrite
-from .step import Reader, step_for
+from .step import step_for
 from .text_digest import BLOCK, TextDigest
 from .texts import learned_now, put_record, record_of
 

@@ -6,7 +6,7 @@ from locas_ext.hosts.registry import Host
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
-from .chunk import Window, WindowReader
+from .chunk import Reader, Window, WindowReader
 from .cuda_graph import GraphStep, obstacle
 from .kept_reader import KeptReader
 from .report import GraphReport
@@ -23,9 +23,6 @@ class Step(Protocol):
 
     def report(self) -> GraphReport:
         """How many of the updates so far were replayed from a CUDA graph."""
-
-
-Reader = WindowReader | KeptReader
 
 
 def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:

@@ -19,7 +19,7 @@ from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scoped
 
 from .backprop import loss_scale
-from .chunk import Window, WindowReader
+from .chunk import Reader, Window
 from .run_guards import eager_host
 from .selectors import Positions, Selector, select
 
@@ -55,7 +55,7 @@ class _Recorder:
         return self.output
 
 
-def _recorded_logits(attachment: Attachment, window: Window, reader: WindowReader) -> tuple[Tensor, list[_Recorder]]:
+def _recorded_logits(attachment: Attachment, window: Window, reader: Reader) -> tuple[Tensor, list[_Recorder]]:
     """The logits [T, V] of a window's targets, and what each FFN took in and gave out."""
     ffns = [ffn for ffn in attachment.ffns if isinstance(ffn, PatchedMlpFFN)]  # all: Locas-GLU is not written
     recorders = {ffn: _Recorder() for ffn in ffns}
@@ -79,7 +79,7 @@ def token_gradients(
     window: Window,
     tokens: Selector | Positions,
     exact: bool,
-    reader: WindowReader,
+    reader: Reader,
 ) -> TokenGradients:
     """One forward, and one backward to the FFNs' outputs (exact: one per token). Waits for the device only to choose."""
     state = attachment.state

@@ -18,7 +18,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.transforms.compress import compress_slots
 
 from .backprop import check_loss, loss_scale
-from .chunk import Window, WindowReader
+from .chunk import Reader, Window, WindowReader
 from .inputs import TokenIds, token_ids
 from .report import GraphReport
 from .room import NO_LIMIT, Room
@@ -113,7 +113,7 @@ def _write(attachment: Attachment, write: ResolvedWrite, found: TokenGradients, 
 class WriteStep:
     """A chunk's turn in a run that writes: step(window, place) -> the summed loss, before it is written."""
 
-    def __init__(self, attachment: Attachment, update: ResolvedWrite, reader: WindowReader):
+    def __init__(self, attachment: Attachment, update: ResolvedWrite, reader: Reader):
         self.attachment, self.update, self.reader = attachment, update, reader
 
     def __call__(self, window: Window, place: str) -> float:

@@ -84,6 +84,7 @@ def test_milestones_are_of_all_chunks_up_to_them():
 def _preset(name):
     base = {
         "truncation": {},
+        "sliding": {"sinks": 4},
         "long-context": {"context": 9},
         "temp-lora": dict(rank=64, alpha=None, learning_rate=5e-5, epochs=2, seed=1),
         "locas": dict(variant="glu", rank=64, init="topk", scale="paper", clip=True, learning_rate=3e-3, epochs=1, seed=1),
@@ -138,7 +139,7 @@ def test_a_scale_may_be_a_multiple_of_the_papers(multiple):
         (["--methods", "truncation,lora"], f"--methods is 'lora'; expected one of {', '.join(METHODS)}"),
         (["--methods", "locas,locas"], "names locas twice"),
         (["--methods", ","], "--methods is empty"),
-        (["--ablate", "width"], "--ablate is 'width'; expected one of init, rank, learning-rate, scale"),
+        (["--ablate", "width"], "--ablate is 'width'; expected one of context, init, rank, learning-rate, scale"),
         (["--ablate", "scale"], "needs --held-out"),
         (["--ablate", "init", "--methods", "temp-lora"], "has no arm with the methods temp-lora"),
         (["--window", "9999"], "--window is 9999; expected an integer from 2 to 2048"),

@@ -45,7 +45,8 @@ def _resume(saved: Saved) -> str:
     if saved.stream is None:
         return "no: it was saved without the optimizer"
     settings = saved.stream.settings
-    return f"yes, after token {saved.stream.position:,} (window {settings['window']}, stride {settings['stride']})"
+    kept = ", context kept" if "context" in settings else ""
+    return f"yes, after token {saved.stream.position:,} (window {settings['window']}, stride {settings['stride']}{kept})"
 
 
 def _texts(saved: Saved) -> list[str]:

@@ -119,10 +119,10 @@ def reader(host, arm: Arm) -> AbstractContextManager[Reader]:
     return _READERS[arm.method](host, arm.settings)
 
 
-def check_arm(host, arm: Arm, protocol: Protocol, longest: int) -> None:
+def check_arm(host, arm: Arm, protocol: Protocol, longest: int = 0) -> None:
     """Raises what the arm would raise only hours later: ValueError, or LocasError where peft is not installed.
 
-    longest: the tokens of the longest text
+    longest: the tokens of the longest text, which a kept context has to fit
     """
     settings = arm.settings
     keep = Keep(sinks=settings["sinks"]) if arm.method == "sliding" else context_of(settings)
