@@ -10,6 +10,7 @@ from locas_ext.state.stream import Chunk, Stream
 from .backprop import check_loss
 from .chunk import Window, WindowReader
 from .chunk_loop import Passage, progress_bar, read_chunks
+from .divergence_watch import DivergenceWatch
 from .fast_norms import fast_norms
 from .initialization import score_and_initialize
 from .protocol import Protocol
@@ -37,6 +38,7 @@ class Run:
         digest: TextDigest,
         chunks: list[Chunk],
         title: str | None,
+        on_divergence: str,
     ):
         """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
         self.attachment, self.settings, self.passage, self.digest = attachment, settings, passage, digest
@@ -49,6 +51,7 @@ class Run:
             state.resize(update.room.reserved)
         self.reader = WindowReader(attachment.host, settings.context_gradient)
         self.step = step_for(attachment, settings, self.reader)
+        self.watch = DivergenceWatch(attachment, settings, self.reader, self.report, passage.count, on_divergence)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
@@ -65,25 +68,31 @@ class Run:
         ):
             for chunk in read_chunks(self.passage, self._learn, self.report, bar):
                 self._note(chunk)
+                self.watch.tell(chunk)
                 if callback is not None:
                     callback(chunk)
                     require_attached(attachment, verb)
                     quiet()  # what a callback calls may have put the host back into training mode
                 check_interrupt()
+                if self.watch.stops:
+                    break
+            self.watch.finish()
         return self.report
 
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""
         state = self.attachment.state
         place = f"chunk {len(self.report.chunks)} (tokens {start} to {end - 1})"
-        version = state.version
+        version, learned = state.version, state.learned
         losses = []
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
             losses.append(score_and_initialize(self.attachment, window).item())
             check_loss(losses[0], state, place)
         self._settle(window)
+        self.watch.before()
         for _ in range(self.settings.epochs):
             losses.append(self.step(window, place))
+        self.watch.after(window, losses[0], learned)
         return losses[0], version
 
     def _settle(self, window: Window) -> None:
