@@ -15,8 +15,9 @@ from locas_ext.state.stream import Chunk
 EARLY, EVERY = (0, 1, 4, 16, 64), 128
 WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers
 FOLLOW_UPS = 8  # at most so many chunks in a row, so that a memory that harms a little does not cost a forward each chunk
+ENOUGH = 16  # tokens: nothing is concluded from fewer
 HARDER = 0.03  # nats per token: a chunk is called harder beyond this
-NOISE = 0.5  # nats: the mean over n tokens is known to about NOISE / sqrt(n), measured on the shipped hosts
+NOISE = 1.0  # nats: one token's difference varies by about so much where a memory moves anything; the mean of n by / sqrt(n)
 AT_ONCE = 0.5  # nats per token: no accident
 SURPRISE = 0.5  # nats per token beyond the mean of the RECENT chunks
 RECENT = 4
@@ -33,6 +34,11 @@ class Comparison(NamedTuple):
     def excess(self) -> float:
         """How much harder the memory makes a token, in nats."""
         return (self.memory - self.host) / self.tokens
+
+    @property
+    def noise(self) -> float:
+        """How much of that may be an accident."""
+        return NOISE / math.sqrt(self.tokens)
 
     @classmethod
     def of(cls, comparisons: "list[Comparison]") -> "Comparison":
@@ -58,7 +64,11 @@ class DivergenceTest:
         """Whether chunk `number` is to be compared, as far as that can be told before it is scored."""
         if self.harmed_by is not None:
             return number % WATCHED_EVERY == 0
-        return number in EARLY or number % EVERY == 0 or 0 < len(self._streak) < FOLLOW_UPS
+        return number in EARLY or number % EVERY == 0 or self._is_unclear()
+
+    def _is_unclear(self) -> bool:
+        """Whether the chunks compared last were harder, and too few to tell."""
+        return bool(self._streak) and (len(self._streak) < FOLLOW_UPS or Comparison.of(self._streak).tokens < ENOUGH)
 
     def surprises(self, number: int, loss: float, tokens: int, before: list[Chunk]) -> bool:
         """Whether a chunk is so much harder than those before it that it is to be compared all the same."""
@@ -77,12 +87,11 @@ class DivergenceTest:
         if not self._streak:
             return
         streak = Comparison.of(self._streak)
-        if comparison.excess > AT_ONCE + NOISE / math.sqrt(comparison.tokens) or (
-            len(self._streak) > 1 and streak.excess > HARDER + NOISE / math.sqrt(streak.tokens)
-        ):
+        at_once = comparison.excess > AT_ONCE + comparison.noise
+        if streak.tokens >= ENOUGH and (at_once or (len(self._streak) > 1 and streak.excess > HARDER + streak.noise)):
             self.harmed_by = streak
 
     def harms_still(self) -> bool:
         """Whether the latest comparisons say that the harm has not gone away."""
-        recent = self._since[-RECENT:]
-        return self.harmed_by is not None and (not recent or Comparison.of(recent).excess > HARDER)
+        latest = self._since[-FOLLOW_UPS:]
+        return self.harmed_by is not None and (not latest or Comparison.of(latest).excess > HARDER)

@@ -14,6 +14,7 @@ from locas_ext.state.stream import Chunk
 
 from .chunk_loop import Passage
 from .divergence_watch import ON_DIVERGENCE
+from .initialization import check_rate
 from .inputs import TokenIds, token_ids
 from .report import MemorizeReport
 from .resume import saved_run, settings_of, take_up
@@ -61,6 +62,8 @@ def memorize(
     with attachment.exclusive("memorize"):
         saved = None if resume is None else saved_run(resume)
         resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
+        if on_divergence != "ignore":
+            check_rate(attachment.config, resolved.update)
         ids = token_ids(input_ids, host.vocab_size, at_least=2)
         bos = bos_token_id(host.model) if resolved.protocol.bos else None
         if saved is None:
