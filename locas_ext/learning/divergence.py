@@ -4,7 +4,7 @@ A few chunks of a run are scored by the host alone too, in the same windows:
 
     chunk 0, 1, 4, 16, 64, 128, 256, ...     on schedule
     the one after a chunk that was harder    to tell an accident of the text from a memory that harms
-    one much harder than those before it     seldom: what happens between two chunks of the schedule shows there
+    one much harder than those before it     a harm that begins between two chunks of the schedule shows at once
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from locas_ext.state.stream import Chunk
 
 EARLY, EVERY = (0, 1, 4, 16, 64), 128
-WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers
+WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers; and the run's last RECENT chunks
 FOLLOW_UPS = 8  # at most so many chunks in a row, so that a memory that harms a little does not cost a forward each chunk
 ENOUGH = 16  # tokens: nothing is concluded from fewer
 HARDER = 0.03  # nats per token: a chunk is called harder beyond this
@@ -73,7 +73,8 @@ class DivergenceTest:
     def surprises(self, number: int, loss: float, tokens: int, before: list[Chunk]) -> bool:
         """Whether a chunk is so much harder than those before it that it is to be compared all the same."""
         recent = before[-RECENT:]
-        if self.harmed_by is not None or number - self._last < RECENT or not recent:
+        rested = number - self._last >= RECENT or number < EARLY[-1] // RECENT
+        if self.harmed_by is not None or not rested or not recent:
             return False
         mean = math.fsum(chunk.nll for chunk in recent) / sum(chunk.tokens for chunk in recent)
         return loss / tokens > mean + SURPRISE
@@ -93,5 +94,5 @@ class DivergenceTest:
 
     def harms_still(self) -> bool:
         """Whether the latest comparisons say that the harm has not gone away."""
-        latest = self._since[-FOLLOW_UPS:]
+        latest = self._since[-RECENT:]
         return self.harmed_by is not None and (not latest or Comparison.of(latest).excess > HARDER)

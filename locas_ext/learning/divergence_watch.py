@@ -13,7 +13,7 @@ from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Chunk, Stream, TextRecord
 
 from .chunk import Window, WindowReader
-from .divergence import Comparison, DivergenceTest
+from .divergence import RECENT, Comparison, DivergenceTest
 from .report import Divergence, MemorizeReport
 from .settings import ResolvedSettings
 from .update import Backprop
@@ -129,7 +129,7 @@ class DivergenceWatch:
     # ---- how -------------------------------------------------------------------------------------------------
     def _is_due(self) -> bool:
         number = len(self.report.chunks)
-        ends = self.test.harmed_by is not None and number == self.last
+        ends = self.test.harmed_by is not None and number > self.last - RECENT
         begins = number == self.first and self.last - self.first + 1 >= WORTH_KEEPING
         return ends or begins or self.test.is_due(number)
 
