@@ -19,8 +19,8 @@ from .inputs import TokenIds, token_ids
 from .run_guards import eager_host, quiet_host
 from .update import Backprop
 
-# Highest AdamW rate that did no harm with init="activation" and scale="host": tiny-glu, the shipped model (d = 256, r = 64, 6,144
-# tokens of Nostromo), perplexity 47.4 alone; 46.8 at 2e-4, 49.5 at 1e-3, 58.5 at 4e-3. Halved, as wider hosts bear less.
+# AdamW rates beyond do harm with init="activation" and scale="host". Measured on the shipped model (d 256, r 64, 6,144 tokens
+# of Nostromo): perplexity 47.4 alone; 46.8 at 2e-4, 49.5 at 1e-3, 58.5 at 4e-3. Half of the first, as wider hosts bear less.
 ACTIVATION_AT_HOST_SCALE = 1e-4
 
 
@@ -69,8 +69,8 @@ def check_rate(config: LocasConfig, update: object) -> None:
         return
     if update.optimizer == "adamw" and update.learning_rate > ACTIVATION_AT_HOST_SCALE:
         raise ValueError(
-            f"learning_rate is {update.learning_rate:g}, at which init='activation' with scale='host' diverges: such slots answer "
-            "nearly every token at once, each more strongly than a neuron of the host. Attach with scale='paper' or "
+            f"learning_rate is {update.learning_rate:g}, at which init='activation' with scale='host' diverges: such slots "
+            "answer nearly every token at once, each more strongly than a neuron of the host. Attach with scale='paper' or "
             f"init='topk', or learn with a learning_rate of at most {ACTIVATION_AT_HOST_SCALE:g}; on_divergence='ignore' "
             "lets it run"
         )

@@ -81,7 +81,7 @@ def test_one_hard_chunk_shows_nothing_nor_does_a_harm_within_the_noise():
 
 
 def test_noise_alone_never_warns():
-    """A memory that does nothing good or bad: 200 runs of 400 chunks, a token's difference 0.3 nats wide as on the shipped host."""
+    """200 runs of 400 chunks by a memory that does no good and no harm; a token varies by 0.3 nats, as on the shipped one."""
     draw = random.Random(0)
     for tokens in (64, 512):
         spread = 0.3 / math.sqrt(tokens)
