@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL, load_model
+from locas_ext.learning import cuda_graph
 from locas_ext.learning.divergence import Comparison, DivergenceTest
 from locas_ext.state import memory_state
 from locas_ext.state.memory_state import MemoryState
@@ -220,6 +221,26 @@ def test_a_text_fed_on_is_watched_too(page):
     with pytest.warns(locas.DivergenceWarning):
         report = memory.feed(page[S:], progress=False, on_divergence="stop")
     assert report.diverged is not None and len(report.chunks) < 20
+
+
+def test_a_run_with_a_cuda_graph_too(page, monkeypatch):
+    """With stand-ins for the capture: the host is scored between the replays, and what a replay takes for granted holds."""
+    monkeypatch.setattr(cuda_graph, "_is_capturable", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "rehearse", lambda work, device: work())
+    captures = []
+    monkeypatch.setattr(cuda_graph, "capture", lambda work, device: captures.append(1) or work)
+    for clip, mode in ((True, "ignore"), (True, "warn"), (False, "stop")):
+        captures.clear()
+        memory = diverging(clip=clip)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = memory.memorize(page, **{**STEEP, "learning_rate": 1.0 if mode == "stop" else 4e-3}, on_divergence=mode)
+        assert len(caught) == (mode == "stop") and (report.diverged is not None) == (mode == "stop")
+        if mode == "ignore":
+            plain = (states(memory), report.graph)
+        elif mode == "warn":
+            assert_states(memory, plain[0])
+            assert report.graph == plain[1] and report.graph.replayed == 17 and len(captures) == 1
 
 
 # ---- runs that do not ----------------------------------------------------------------------------------------
