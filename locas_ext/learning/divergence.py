@@ -19,7 +19,7 @@ ENOUGH = 16  # tokens: nothing is concluded from fewer
 HARDER = 0.03  # nats per token: a chunk is called harder beyond this
 NOISE = 1.0  # nats: one token's difference varies by about so much where a memory moves anything; the mean of n by / sqrt(n)
 AT_ONCE = 0.5  # nats per token: no accident
-SURPRISE = 0.5  # nats per token beyond the mean of the RECENT chunks
+SURPRISE = 1.0  # nats per token beyond the mean of the RECENT chunks: a text alone hardly ever jumps so
 RECENT = 4
 
 
