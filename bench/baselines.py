@@ -3,6 +3,7 @@
 truncation     one forward of the plain host over the window, without gradient; logits of the last S tokens
 host step      context forward into a cache, then forward and backward of the last S tokens, without a memory:
                what every method that learns from the chunk pays
+Both run by transformers' own code, or with the host kernels that memorizing uses (learning/host_kernels).
 """
 
 from collections.abc import Callable
@@ -10,9 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locas_ext.hosts.registry import inspect_host
+from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.learning.chunk import Window, WindowReader
 from locas_ext.learning.cuda_graph import capture, rehearse
+from locas_ext.learning.host_kernels.kernels import HostKernels, host_kernels
+
+
+def _frozen(model) -> Host:
+    return inspect_host(model.requires_grad_(False))
+
+
+def _kernels(reader: WindowReader, ids: Tensor) -> HostKernels:
+    """Those of the reader's host for windows of ids [window]; an error where they are not all there."""
+    text = torch.arange(len(ids), device=ids.device) % reader.host.vocab_size
+    kernels = host_kernels(reader.host, text, len(ids) + 1, reader.ends_early)
+    if isinstance(kernels, str) or not kernels.found.attentions or kernels.found.head is None:
+        raise SystemExit(f"the host kernels do not suit this host: {kernels if isinstance(kernels, str) else kernels.report()}")
+    return kernels
 
 
 class Truncation:
@@ -35,17 +50,33 @@ class Truncation:
         self.nll.copy_(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
 
 
+class FastTruncation:
+    """As Truncation, through the host kernels."""
+
+    def __init__(self, model, window: int, stride: int):
+        self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
+        self.stride = stride
+        self.nll = torch.zeros((), device=model.device)
+        self.kernels = _kernels(WindowReader(_frozen(model)), self.ids)
+
+    @torch.no_grad()
+    def work(self) -> None:
+        self.nll.copy_(self.kernels.nll(self.kernels.behind(self.ids[:0]), self.ids[:-1], self.ids[-self.stride :]).sum())
+
+
 class HostStep:
     """The forward and backward that learning from the last `stride` tokens of ids [window] takes, down to the embeddings."""
 
-    def __init__(self, model, window: int, stride: int):
-        self.reader = WindowReader(inspect_host(model))
+    def __init__(self, model, window: int, stride: int, kernels: bool = False):
+        """kernels: whether the host kernels read the window"""
+        self.reader = WindowReader(_frozen(model))
         self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
         self.window = Window.of(self.ids, window - stride, window, window, None)
         self.nll = torch.zeros((), device=model.device)
         self.embedded: Tensor | None = None
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        if kernels:
+            self.reader.kernels = _kernels(self.reader, self.ids)
+            self.reader.settle(self.window, window)
         model.get_input_embeddings().register_forward_hook(self._need_gradient)
 
     def _need_gradient(self, module, inputs, output: Tensor) -> Tensor:

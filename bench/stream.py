@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 
-from .baselines import HostStep, Truncation, eager, graphed
+from .baselines import FastTruncation, HostStep, Truncation, eager, graphed
 from .harness import parse, percentile, ratio, report
 
 
@@ -80,13 +80,21 @@ def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
     window, stride, plain = arguments.window, arguments.stride, load(arguments)
     truncation = Truncation(plain, window, stride)
     if arguments.device == "cpu":
-        return {"truncation": eager(truncation), "host step": eager(HostStep(load(arguments), window, stride))}
+        return {
+            "truncation": eager(truncation),
+            "truncation, host kernels": eager(FastTruncation(plain, window, stride)),
+            "host step": eager(HostStep(load(arguments), window, stride)),
+            "host step, host kernels": eager(HostStep(load(arguments), window, stride, kernels=True)),
+        }
     arms = {}
     if arguments.shape is not None:
         arms["truncation, graph, no mask"] = graphed(Truncation(plain, window, stride, causal_flag=True))
     arms["truncation, graph"] = graphed(truncation)
+    arms["truncation, graph, host kernels"] = graphed(FastTruncation(plain, window, stride))
     arms["truncation, eager"] = eager(truncation)
-    arms["host step, graph"] = graphed(HostStep(load(arguments), window, stride))
+    step = load(arguments)
+    arms["host step, graph"] = graphed(HostStep(step, window, stride))
+    arms["host step, graph, host kernels"] = graphed(HostStep(step, window, stride, kernels=True))
     return arms
 
 
@@ -103,8 +111,8 @@ def _record(arm: str, seconds: list[float], truncation: list[float], stride: int
 
 def run(
     arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]]
-) -> tuple[list[dict], locas.GraphReport]:
-    """Memorizes the text once. -> one record per arm, and how far a CUDA graph was used."""
+) -> tuple[list[dict], locas.MemorizeReport]:
+    """Memorizes the text once. -> one record per arm, and what the run said of itself."""
     window, stride = arguments.window, arguments.stride
     memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     first, *others = baselines
@@ -134,7 +142,7 @@ def run(
         if arguments.shape is None and not name.endswith(" again"):
             record["perplexity"] = math.exp(nll[name] / scored)
         records.append(record)
-    return records, report_.graph
+    return records, report_
 
 
 def _arguments() -> argparse.Namespace:
@@ -171,7 +179,8 @@ def main() -> None:
         os.environ["LOCAS_CUDA_GRAPH"] = graph
         measured, said = run(arguments, ids, baselines)
         for record in measured:
-            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said)}
+            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said.graph)}
+            record["host_kernels"] = asdict(said.host_kernels)
             records.append(record)
             rows.append(
                 [
@@ -185,7 +194,7 @@ def main() -> None:
                 ]
             )
         if arguments.device == "cuda":
-            print(f"CUDA graph: {said}", flush=True)
+            print(f"CUDA graph: {said.graph}; host kernels: {said.host_kernels}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",

@@ -20,7 +20,7 @@ import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.learning.chunk import Window, WindowReader
-from locas_ext.learning.fast_norms import fast_norms
+from locas_ext.learning.host_kernels.kernels import fast_reader
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.step import step_for
 
@@ -139,10 +139,11 @@ def one_chunk(arguments, window: int) -> list[dict]:
         attachment, chunks = memory._attachment, windows(ids, window, stride, chunk)
         memory.memorize(ids[:window], window=window, stride=stride, progress=False)
         settings = Settings(window=window, stride=chunk, update=update).resolve(attachment.host, memory.state)
-        learn = step_for(attachment, settings, WindowReader(attachment.host))
+        reader = WindowReader(attachment.host)
+        learn = step_for(attachment, settings, reader)
 
         def run():
-            with fast_norms(attachment.host.model):
+            with fast_reader(reader, ids, window):
                 learn(next(chunks)[0], "this chunk")
 
         # Until every further chunk makes the memory overflow.

@@ -131,6 +131,28 @@ def glu_ffn_forward(
     stream: int,
 ) -> None: ...
 def glu_ffn_forward_workspace(tokens: int, d: int, m: int, r: int) -> int: ...
+def layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sum: torch.Tensor | None,
+    out: torch.Tensor,
+    mean: torch.Tensor | None,
+    inverse_std: torch.Tensor | None,
+    eps: float,
+    stream: int,
+) -> None: ...
+def layer_norm_backward(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    inverse_std: torch.Tensor,
+    d_sum: torch.Tensor | None,
+    dx: torch.Tensor,
+    stream: int,
+) -> None: ...
 def neuron_importance(
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -147,10 +169,57 @@ def neuron_importance_of_products(
 ) -> None: ...
 def neuron_importance_workspace(tokens: int, m: int) -> int: ...
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, inverse_rms: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    sum: torch.Tensor | None,
+    out: torch.Tensor,
+    inverse_rms: torch.Tensor | None,
+    weight_offset: float,
+    eps: float,
+    stream: int,
 ) -> None: ...
 def rms_norm_backward(
-    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, dx: torch.Tensor
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inverse_rms: torch.Tensor,
+    d_sum: torch.Tensor | None,
+    dx: torch.Tensor,
+    weight_offset: float,
+    stream: int,
+) -> None: ...
+def rotary_backward(
+    d_query: torch.Tensor,
+    d_key: torch.Tensor,
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    query_grad: torch.Tensor,
+    key_grad: torch.Tensor,
+    head_size: int,
+    weight_offset: float,
+    eps: float,
+    stream: int,
+) -> None: ...
+def rotary_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    query_out: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor | None,
+    head_size: int,
+    weight_offset: float,
+    eps: float,
+    stream: int,
 ) -> None: ...
 def sgd_slots(
     slots: torch.Tensor,
@@ -178,7 +247,13 @@ def sgd_slots_from_factors(
     stream: int,
 ) -> None: ...
 def token_nll(
-    logits: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, d_logits: torch.Tensor | None, stream: int
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    nll: torch.Tensor,
+    d_logits: torch.Tensor | None,
+    soft_cap: float,
+    logit_scale: float,
+    stream: int,
 ) -> None: ...
 def write_slots(
     slots: torch.Tensor,

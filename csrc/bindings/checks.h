@@ -121,6 +121,11 @@ class Checker {
   T* vector_or_null(const char* name, const MaybeTensor& t, int64_t size) const {
     return t ? vector<T>({name, *t}, size) : nullptr;
   }
+  void both_or_none(const char* name, const MaybeTensor& t, const char* other_name, const MaybeTensor& other) const {
+    if (t.has_value() == other.has_value()) return;
+    fail(name, std::string(other ? "is None, but " : "is given, but ") + other_name +
+                   (other ? " is given" : " is None") + "; expected both or none");
+  }
   // A kernel's scratch memory; None will do where it needs none.
   float* workspace(const MaybeTensor& t, int64_t floats) const {
     if (floats == 0) return nullptr;
@@ -168,5 +173,13 @@ class Checker {
   const char* op_;
   const Argument like_;
 };
+
+// A checker of one call over a matrix, which gives the others shape, dtype and device.
+inline Checker matrix_checker(const char* op, const Argument& like) {
+  const Checker check(op, like);
+  if (like.tensor.ndim != 2) check.fail_shape(like, "[rows, cols]");
+  check.like_has_dtype({DType::f32, DType::bf16, DType::f16});
+  return check;
+}
 
 }  // namespace locas

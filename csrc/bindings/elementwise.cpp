@@ -1,4 +1,6 @@
-// Bindings of the kernels between matrix products: activations, importance, loss and norms.
+// Bindings of the kernels between matrix products: activations, importance and loss.
+#include <cmath>
+
 #include "bindings/checks.h"
 #include "bindings/dispatch.h"
 #include "bindings/module.h"
@@ -6,14 +8,6 @@
 
 namespace locas {
 namespace {
-
-// A checker of one call over a matrix, which gives the others shape, dtype and device.
-Checker matrix_checker(const char* op, const Argument& like) {
-  const Checker check(op, like);
-  if (like.tensor.ndim != 2) check.fail_shape(like, "[rows, cols]");
-  check.like_has_dtype({DType::f32, DType::bf16, DType::f16});
-  return check;
-}
 
 void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation,
                             float scale, uintptr_t stream) {
@@ -40,9 +34,7 @@ void glu_activation_backward(const TensorRef& d_hidden, const TensorRef& gate, c
   p.d_hidden = check.matrix({"d_hidden", d_hidden}, rows, cols);
   p.d_gate = check.matrix({"d_gate", d_gate}, rows, cols);
   p.d_up = check.matrix_or_null("d_up", d_up, rows, cols);
-  if (up.has_value() != d_up.has_value())
-    check.fail("d_up", up ? "is None, but up is given; expected both or none"
-                          : "is given, but up is None; expected both or none");
+  check.both_or_none("d_up", d_up, "up", up);
   p.hidden = check.matrix_or_null("hidden", hidden, rows, cols);
   p.scale = scale;
   p.activation = check.activation(activation);
@@ -65,7 +57,7 @@ void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, c
 }
 
 void token_nll(const TensorRef& logits, const TensorRef& targets, const TensorRef& nll, const MaybeTensor& d_logits,
-               uintptr_t stream) {
+               float soft_cap, float logit_scale, uintptr_t stream) {
   const Checker check = matrix_checker("token_nll", {"logits", logits});
   const int64_t rows = logits.shape[0], cols = logits.shape[1];
   TokenNllParams p;
@@ -73,40 +65,14 @@ void token_nll(const TensorRef& logits, const TensorRef& targets, const TensorRe
   p.d_logits = check.matrix_or_null("d_logits", d_logits, rows, cols);
   p.targets = check.vector<const int64_t>({"targets", targets}, rows);
   p.nll = check.vector<float>({"nll", nll}, rows);
+  if (!(soft_cap >= 0.0f && soft_cap < INFINITY))
+    check.fail("soft_cap", "is " + std::to_string(soft_cap) + "; expected a number of at least 0, 0 for no cap");
+  if (!(logit_scale > 0.0f && logit_scale < INFINITY))
+    check.fail("logit_scale", "is " + std::to_string(logit_scale) + "; expected a number above 0");
+  p.soft_cap = soft_cap;
+  p.logit_scale = logit_scale;
   p.dtype = logits.dtype;
   LOCAS_DISPATCH(token_nll, p, logits.device, stream);
-}
-
-void rms_norm(const TensorRef& x, const TensorRef& weight, const TensorRef& out, const MaybeTensor& inverse_rms,
-              float eps) {
-  const Checker check = matrix_checker("rms_norm", {"x", x});
-  check.like_is_on_cpu();
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  RmsNormParams p;
-  p.x = check.matrix({"x", x}, rows, cols);
-  p.weight = check.vector<const void>({"weight", weight}, cols);
-  p.out = check.matrix({"out", out}, rows, cols);
-  p.inverse_rms = check.vector_or_null<float>("inverse_rms", inverse_rms, rows);
-  p.eps = eps;
-  p.dtype = x.dtype;
-  const py::gil_scoped_release released;
-  cpu::kernels().rms_norm(p);
-}
-
-void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorRef& weight,
-                       const TensorRef& inverse_rms, const TensorRef& dx) {
-  const Checker check = matrix_checker("rms_norm_backward", {"x", x});
-  check.like_is_on_cpu();
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  RmsNormBackwardParams p;
-  p.x = check.matrix({"x", x}, rows, cols);
-  p.d_out = check.matrix({"d_out", d_out}, rows, cols);
-  p.weight = check.vector<const void>({"weight", weight}, cols);
-  p.inverse_rms = check.vector<const float>({"inverse_rms", inverse_rms}, rows);
-  p.dx = check.matrix({"dx", dx}, rows, cols);
-  p.dtype = x.dtype;
-  const py::gil_scoped_release released;
-  cpu::kernels().rms_norm_backward(p);
 }
 
 }  // namespace
@@ -120,10 +86,7 @@ void bind_elementwise(py::module_& m) {
   m.def("neuron_importance_of_products", &neuron_importance_of_products, py::arg("gate"), py::arg("up"), py::arg("out"),
         py::arg("activation"), py::arg("stream"));
   m.def("token_nll", &token_nll, py::arg("logits"), py::arg("targets"), py::arg("nll"), py::arg("d_logits"),
-        py::arg("stream"));
-  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("inverse_rms"), py::arg("eps"));
-  m.def("rms_norm_backward", &rms_norm_backward, py::arg("d_out"), py::arg("x"), py::arg("weight"),
-        py::arg("inverse_rms"), py::arg("dx"));
+        py::arg("soft_cap"), py::arg("logit_scale"), py::arg("stream"));
 }
 
 }  // namespace locas

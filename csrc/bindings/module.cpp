@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
   bind_elementwise(m);
   bind_ffn_cuda(m);
   bind_ffn_cpu(m);
+  bind_norms(m);
+  bind_rotary(m);
   bind_update_slots(m);
   bind_write_slots(m);
   m.def("build_info", &build_info);

@@ -1,4 +1,4 @@
-// Launch parameters of the kernels between matrix products: activations, importance, loss and norms.
+// Launch parameters of the kernels between matrix products: activations, importance and loss.
 #pragma once
 
 #include "common/types.h"
@@ -34,33 +34,14 @@ struct NeuronImportanceOfProductsParams {
   DType dtype;
 };
 
-// nll[t] = log(sum_j exp(logits[t, j])) - logits[t, targets[t]], and its gradient softmax(logits[t]) - onehot.
+// With z = logit_scale * logits, and soft_cap * tanh(z / soft_cap) in its place where soft_cap > 0:
+// nll[t] = log(sum_j exp(z[t, j])) - z[t, targets[t]], and its gradient softmax(z[t]) - onehot, times dz / dlogits.
 struct TokenNllParams {
   Matrix logits;           // [rows, cols]
-  Matrix d_logits;         // [rows, cols] out; data may be null
+  Matrix d_logits;         // [rows, cols] out; data may be null, or the same memory as the logits'
   const int64_t* targets;  // [rows], each in [0, cols)
   float* nll;              // [rows] out
-  DType dtype;
-};
-
-// out = weight * round(x / rms), rms = sqrt(mean(x^2) + eps) per row, rounded to the storage type in between as
-// transformers' RMS norms do.
-struct RmsNormParams {
-  Matrix x;            // [rows, cols]
-  const void* weight;  // [cols]
-  Matrix out;          // [rows, cols]
-  float* inverse_rms;  // [rows] out; may be null
-  float eps;
-  DType dtype;
-};
-
-// dx from d_out; the weight is frozen.
-struct RmsNormBackwardParams {
-  Matrix d_out;              // [rows, cols]
-  Matrix x;                  // [rows, cols]
-  const void* weight;        // [cols]
-  const float* inverse_rms;  // [rows]
-  Matrix dx;                 // [rows, cols] out
+  float soft_cap, logit_scale;
   DType dtype;
 };
 

@@ -37,6 +37,12 @@ struct Block {
   }
 };
 
+// Calls f(first column, columns) for every block of a row.
+template <class F>
+void for_each_block_of_row(int64_t cols, F&& f) {
+  for (int64_t col = 0; col < cols; col += kBlock) f(col, static_cast<int>(std::min<int64_t>(kBlock, cols - col)));
+}
+
 // Calls f(row, first column, columns) for every block, over the threads when there is enough to do.
 template <class F>
 void for_each_block(int64_t rows, int64_t cols, F&& f) {

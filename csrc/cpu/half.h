@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -77,6 +78,20 @@ inline void store_block(const float* from, f16* to, int n) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; ++i) to[i] = to_f16(from[i]);
+}
+
+// As it comes back from memory.
+inline float rounded(float x, bf16) { return to_float(to_bf16(x)); }
+inline float rounded(float x, float) { return x; }
+
+// The same of at most 2^9 values; of f16 by the instructions for several of them.
+template <class T>
+void round_block(float* values, int n) {
+  if constexpr (!std::is_same_v<T, float>) {
+    T narrow[1 << 9];
+    store_block(values, narrow, n);
+    load_block(narrow, values, n);
+  }
 }
 
 }  // namespace locas::cpu::LOCAS_ISA

@@ -5,6 +5,8 @@
 
 #include "common/elementwise_params.h"
 #include "common/ffn_params.h"
+#include "common/norm_params.h"
+#include "common/rotary_params.h"
 #include "common/slot_params.h"
 
 namespace locas::cpu {
@@ -17,6 +19,10 @@ struct Kernels {
   void (*token_nll)(const TokenNllParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*rms_norm_backward)(const RmsNormBackwardParams&);
+  void (*layer_norm)(const LayerNormParams&);
+  void (*layer_norm_backward)(const LayerNormBackwardParams&);
+  void (*rotary_forward)(const RotaryForwardParams&);
+  void (*rotary_backward)(const RotaryBackwardParams&);
   void (*adamw_slots)(const AdamwSlotsParams&);
   void (*sgd_slots)(const SgdSlotsParams&);
   void (*write_slots)(const WriteSlotsParams&);

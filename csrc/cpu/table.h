@@ -1,5 +1,5 @@
-// The kernels of one instruction set, which LOCAS_ISA names. elementwise.cpp, norms_and_loss.cpp and slots.cpp are
-// readable: they are also the specification of the CUDA kernels.
+// The kernels of one instruction set, which LOCAS_ISA names. elementwise.cpp, norms.cpp, rotary.cpp, slots.cpp
+// and token_nll.cpp are readable: they are also the specification of the CUDA kernels.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -11,10 +11,18 @@ void glu_activation_forward(const GluActivationForwardParams&);
 void glu_activation_backward(const GluActivationBackwardParams&);
 void neuron_importance_of_products(const NeuronImportanceOfProductsParams&);
 
-// norms_and_loss.cpp
+// token_nll.cpp
 void token_nll(const TokenNllParams&);
+
+// norms.cpp
 void rms_norm(const RmsNormParams&);
 void rms_norm_backward(const RmsNormBackwardParams&);
+void layer_norm(const LayerNormParams&);
+void layer_norm_backward(const LayerNormBackwardParams&);
+
+// rotary.cpp
+void rotary_forward(const RotaryForwardParams&);
+void rotary_backward(const RotaryBackwardParams&);
 
 // slots.cpp
 void adamw_slots(const AdamwSlotsParams&);

@@ -6,6 +6,8 @@
 
 #include "common/elementwise_params.h"
 #include "common/ffn_params.h"
+#include "common/norm_params.h"
+#include "common/rotary_params.h"
 #include "common/slot_params.h"
 
 namespace locas::cuda {
@@ -20,6 +22,12 @@ void glu_activation_forward(const GluActivationForwardParams&, Queue);
 void glu_activation_backward(const GluActivationBackwardParams&, Queue);
 void neuron_importance_of_products(const NeuronImportanceOfProductsParams&, Queue);
 void token_nll(const TokenNllParams&, Queue);
+void rms_norm(const RmsNormParams&, Queue);
+void rms_norm_backward(const RmsNormBackwardParams&, Queue);
+void layer_norm(const LayerNormParams&, Queue);
+void layer_norm_backward(const LayerNormBackwardParams&, Queue);
+void rotary_forward(const RotaryForwardParams&, Queue);
+void rotary_backward(const RotaryBackwardParams&, Queue);
 void adamw_slots(const AdamwSlotsParams&, Queue);
 void sgd_slots(const SgdSlotsParams&, Queue);
 void write_slots(const WriteSlotsParams&, Queue);

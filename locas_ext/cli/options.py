@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from locas_ext.config import BACKENDS, INITS, VARIANTS, LocasConfig
+from locas_ext.learning.keep import CONTEXTS, Keep
 
 from . import values
 from .values import Kind, integer, number, one_of, path, text
@@ -81,6 +82,44 @@ class ReadingOptions:
 
     window: Window = None
     stride: Stride = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    """How the context before a chunk comes about. sinks: None: the default of a kept one."""
+
+    context: Annotated[
+        str,
+        option(
+            one_of(CONTEXTS),
+            "Read each window anew, or keep what earlier chunks left in the KV cache: faster, rotary hosts only.",
+            panel=READING,
+        ),
+    ] = "recompute"
+    sinks: Annotated[
+        int | None,
+        option(integer(0), "How many of the text's first tokens stay in a kept context; default: 4.", panel=READING),
+    ] = None
+    refresh_every: Annotated[
+        int | None,
+        option(integer(1), "Read a kept context anew before every N-th chunk; default: never.", panel=READING),
+    ] = None
+
+    def settings(self, with_baseline: bool = False) -> dict[str, Any]:
+        """`context` and the fields of Keep where it is kept; otherwise nothing.
+
+        with_baseline: whether there is a method beside that takes sinks
+
+        ValueError for an option of a kept context where nothing takes it.
+        """
+        sinks = Keep().sinks if self.sinks is None else self.sinks
+        if self.context == "keep":
+            return {"context": "keep", "sinks": sinks, "refresh_every": self.refresh_every}
+        given = {"--refresh-every": self.refresh_every, "--sinks": None if with_baseline else self.sinks}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is given, but --context is {self.context}; expected --context keep")
+        return {"sinks": sinks} if self.sinks is not None else {}
 
 
 # ---- Locas ----------------------------------------------------------------------------------------------------

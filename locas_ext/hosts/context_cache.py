@@ -31,11 +31,11 @@ class ContextCache(DynamicCache):
         return result
 
     @torch.no_grad()
-    def fill(self, model, context: Tensor) -> None:
-        """Runs the context [1, n] through the model: nobody reads its logits."""
+    def fill(self, model, context: Tensor, positions: Tensor | None = None) -> None:
+        """Runs the context [1, n] through the model: nobody reads its logits. positions: [1, n]; None: from 0 on."""
         self.is_filling = True
         try:
-            model(input_ids=context, past_key_values=self, use_cache=True, logits_to_keep=1)
+            model(input_ids=context, position_ids=positions, past_key_values=self, use_cache=True, logits_to_keep=1)
         except _ContextReady:
             return
         finally:

@@ -87,6 +87,7 @@ class WindowReading:
     compares: whether runs compare two forwards with one
     verdicts: by the least number of tokens that each holds for; the probe's at 0
     build: what the host was made of when they were found
+    kernels: what else was found out about a host of this build, by whoever reads it faster
     """
 
     lengths: Lengths = field(default_factory=Lengths)
@@ -96,6 +97,7 @@ class WindowReading:
     compares: bool = True
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     build: int | None = None
+    kernels: Any = None
 
     def begin_run(self, model: nn.Module) -> None:
         """Forgets what was compared before if modules, their forwards or the config have changed since."""
@@ -103,6 +105,7 @@ class WindowReading:
         if build != self.build:
             self.verdicts = {least: verdict for least, verdict in self.verdicts.items() if least == 0}
             self.lengths, self.coarse, self.build = lengths_of(model.config), rounds_whole_texts(model), build
+            self.kernels = None
 
     def verdict(self, context: int, tokens: int) -> Verdict:
         """For a window of so many tokens, `context` of them before the chunk's inputs."""
@@ -112,6 +115,10 @@ class WindowReading:
             return Verdict(Way.ONE, f"the host turns all positions otherwise in a text of more than {length} tokens")
         known = [least for least in self.verdicts if least <= tokens]
         return self.verdicts[max(known)] if known else Verdict()
+
+    def kind(self, tokens: int, full: int) -> int:
+        """The kind of a window, by the least number of its tokens; full: those of the run's full windows."""
+        return max(least for least in (1, *(length + 1 for length in self.lengths.all), full) if least <= tokens)
 
     def settle(self, context: int, targets: Tensor, full: int, read: Callable[[Way], Tensor]) -> Verdict:
         """The verdict for a window, compared first if it is the first of its kind.
@@ -123,7 +130,7 @@ class WindowReading:
         verdict = self.verdict(context, tokens)
         if context == 0 or not self.compares or self.lengths.divides(context, tokens) is not None:
             return verdict
-        kind = max(least for least in (1, *(length + 1 for length in self.lengths.all), full) if least <= tokens)
+        kind = self.kind(tokens, full)
         if kind not in self.verdicts and verdict.way != Way.ONE:
             with torch.no_grad():
                 expected = read(Way.ONE)

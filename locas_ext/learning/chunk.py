@@ -20,8 +20,10 @@ from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, on
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import Way
 from locas_ext.ops import token_nll
+from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
+from .host_kernels.kernels import HostKernels, Kind, Level, Ours
 
 
 class Window(NamedTuple):
@@ -45,6 +47,11 @@ class Window(NamedTuple):
             context = torch.cat([ids.new_tensor([bos]), context])
         return cls(context, inputs, ids[first:end])
 
+    @property
+    def tokens(self) -> int:
+        """Those that go into the host."""
+        return len(self.context) + len(self.inputs)
+
     def to(self, device: torch.device) -> "Window":
         """The window on a device, in one copy; itself where it lies there."""
         if self.inputs.device == device:
@@ -64,11 +71,19 @@ class WindowReader:
         host: whose `reading` says in how many forwards a window is read
         context_gradient: whether the gradient goes through the context too
         ends_early: whether a context's forward may be left midway
+        kernels: what of the host runs through kernels of ours; None: nothing
+        left: what a forward leaves for later chunks: nothing
     """
+
+    left = None
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
+        self.kernels: HostKernels | None = None
+
+    def take_up(self, stream: Stream) -> None:
+        """Goes on where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
@@ -77,10 +92,15 @@ class WindowReader:
 
         Returns why the window is read in one forward, or None.
         """
-        if self.context_gradient:
-            return None
-        verdict = self.host.reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
-        return verdict.why if verdict.way == Way.ONE else None
+        window, why, reading = window.to(self.host.input_device()), None, self.host.reading
+        if not self.context_gradient:
+            verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
+            why = verdict.why if verdict.way == Way.ONE else None
+        if self.kernels is not None:
+            kind = Kind(self._how(window), len(window.context) > 0, reading.kind(window.tokens, full - 1))
+            ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if kind.how == "short" else None
+            self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
+        return why
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
@@ -89,22 +109,57 @@ class WindowReader:
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs (`is_in_one`: over its context too)."""
         window = window.to(self.host.input_device())
-        if self.context_gradient:
-            return one_forward(self.host.model, window.context, window.inputs, NoContext())
-        return self._read(window, self._way(window))
+        level = self._level(window)
+        if self.kernels is None or level == Level.NONE:
+            return self._by_the_host(window)
+        if level == Level.ALL:
+            return self._ours(window)
+        with self.kernels.pieces_bound():
+            return self._by_the_host(window)
 
     def loss(self, window: Window) -> Tensor:
         """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
         window = window.to(self.host.input_device())
+        if self._level(window) == Level.ALL:
+            return self._our_nll(window).sum()
         logits = self.logits(window)
         return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
 
+    def scored(self) -> None:
+        """After a chunk's first forward. Nothing is kept of it."""
+
+    def learned(self, window: Window) -> None:
+        """After a chunk's last update. Nothing is kept of it."""
+
     def _way(self, window: Window) -> Way:
-        return self.host.reading.verdict(len(window.context), len(window.context) + len(window.inputs)).way
+        return self.host.reading.verdict(len(window.context), window.tokens).way
+
+    def _how(self, window: Window) -> str:
+        """The way of a window, as the kernels' levels are told apart."""
+        return "whole" if self.context_gradient else self._way(window).name.lower()
+
+    def _level(self, window: Window) -> Level:
+        if self.kernels is None:
+            return Level.NONE
+        return self.kernels.level(self._how(window), len(window.context), window.tokens)
+
+    def _ours(self, window: Window) -> Tensor:
+        assert self.kernels is not None
+        return self.kernels.logits(self.kernels.behind(window.context), window.inputs)
+
+    def _our_nll(self, window: Window) -> Tensor:
+        assert self.kernels is not None
+        return self.kernels.nll(self.kernels.behind(window.context), window.inputs, window.targets)
+
+    def _by_the_host(self, window: Window) -> Tensor:
+        """`logits` by the host's own forward."""
+        if self.context_gradient:
+            return one_forward(self.host.model, window.context, window.inputs, NoContext())
+        return self._read(window, self._way(window))
 
     def _read(self, window: Window, way: Way) -> Tensor:
-        """The logits [n, V] of a window's targets by the host's own code, with a graph over what the way leaves in it."""
-        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
+        """The same in one way, with a graph over what that leaves in it."""
+        model, (context, inputs, _) = self.host.model, window
         if len(context) == 0:
             return one_forward(model, context, inputs, NoContext())
         if way == Way.ONE:

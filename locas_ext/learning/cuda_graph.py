@@ -3,7 +3,8 @@
       ids [W]  --+--> context forward -> KV cache --+
                  +--> chunk forward ----------------+--> loss -> backward -> finite? -> update unless not -> outcome [2]
 
-Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Whether loss and
+Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Of a context that is
+kept the graph reads the rows, which stay where they are, and leaves those of the chunk. Whether loss and
 gradient are finite is decided on the device, where the flag turns the update into a no-op; the host reads it afterwards and
 raises. All that a replay touches lies at fixed addresses (the arena, the host's weights); when one of them has moved, the
 step is captured anew. Windows that are not full run eagerly, as do hosts that cannot be captured: MemorizeReport.graph
@@ -129,6 +130,7 @@ class GraphStep(EagerStep):
         self.protocol = protocol
         self.replayed = 0
         self.replay: Callable[[], None] | None = None
+        self.left = reader.left
         self.captured_at: tuple = ()
 
     def __call__(self, window: Window, place: str) -> float:
@@ -140,6 +142,7 @@ class GraphStep(EagerStep):
         state.sync()  # changes from outside, which a forward would have noticed
         self.ids.copy_(torch.cat(window))
         replay()
+        self.reader.left = self.left
         loss, finite = self.outcome.tolist()
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
@@ -213,6 +216,7 @@ class GraphStep(EagerStep):
         for home in self._homes():
             home.refresh()  # always: whether a replay needs it is not known here
         loss = self._gradient()
+        self.left = self.reader.left  # held, so that every replay leaves it at the same place
         finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
         state = self.attachment.state
         OPTIMIZERS[self.update.optimizer](

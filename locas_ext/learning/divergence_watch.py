@@ -1,5 +1,6 @@
 """A run watched for divergence: the host alone scores some of its chunks too, and the best state is kept."""
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 
@@ -12,10 +13,12 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Chunk, Stream, TextRecord
 
-from .chunk import Window, WindowReader
+from .chunk import Window
 from .divergence import RECENT, Comparison, DivergenceTest
+from .kept_reader import KeptReader
 from .report import Divergence, MemorizeReport
 from .settings import ResolvedSettings
+from .step import Reader
 from .update import Backprop
 
 ON_DIVERGENCE = ("warn", "stop", "ignore")
@@ -36,7 +39,7 @@ class KeptState:
     def of(cls, attachment: Attachment) -> "KeptState":
         state = attachment.state
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state.tensors().items()}
-        return cls(tensors, state.version, state.used, attachment.stream, list(attachment.texts))
+        return cls(tensors, state.version, state.used, copy.deepcopy(attachment.stream), list(attachment.texts))
 
     def put_back(self, attachment: Attachment) -> None:
         attachment.state.load(self.tensors, self.version, self.used)
@@ -62,13 +65,15 @@ class DivergenceWatch:
         self,
         attachment: Attachment,
         settings: ResolvedSettings,
-        reader: WindowReader,
+        reader: Reader,
         report: MemorizeReport,
         chunks: int,
         on_divergence: str,
     ):
         """chunks: how many the call is to read, behind those in the report"""
-        self.attachment, self.settings, self.reader, self.report = attachment, settings, reader, report
+        self.attachment, self.settings, self.report = attachment, settings, report
+        # What is kept was made by the memory; the host alone reads each window anew.
+        self.reader = reader.anew if isinstance(reader, KeptReader) else reader
         self.mode = on_divergence
         self.first, self.last = len(report.chunks), len(report.chunks) + chunks - 1
         self.test = DivergenceTest()

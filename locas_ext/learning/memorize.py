@@ -17,9 +17,10 @@ from .divergence_watch import ON_DIVERGENCE
 from .initialization import check_rate
 from .inputs import TokenIds, token_ids
 from .report import MemorizeReport
-from .resume import saved_run, settings_of, take_up
+from .resume import check_same_run, saved_run, settings_of
 from .run import Run, tail_length
 from .settings import ResolvedSettings, ResolvedWrite, Settings
+from .step import reader_for
 from .text_digest import BLOCK, TextDigest
 
 Callback = Callable[[Chunk], None] | None
@@ -66,13 +67,17 @@ def memorize(
             check_rate(attachment.config, resolved.update)
         ids = token_ids(input_ids, host.vocab_size, at_least=2)
         bos = bos_token_id(host.model) if resolved.protocol.bos else None
+        reader = reader_for(host, resolved, len(ids))
         if saved is None:
             _check_first_chunk(attachment, resolved, ids)
-            run = Run(attachment, resolved, Passage(ids, resolved.protocol, bos), TextDigest(), [], title, on_divergence)
+            passage = Passage(ids, resolved.protocol, bos)
+            run = Run(attachment, resolved, reader, passage, TextDigest(), [], title, on_divergence)
         else:
-            digest = take_up(attachment, ids, resolved, saved)
+            digest = check_same_run(attachment, ids, resolved, saved)
+            reader.take_up(saved.stream)
+            saved.memory.put_into(attachment)
             passage = Passage(ids, resolved.protocol, bos, begin=saved.stream.position)
-            run = Run(attachment, resolved, passage, digest, saved.stream.chunks, title, on_divergence)
+            run = Run(attachment, resolved, reader, passage, digest, saved.stream.chunks, title, on_divergence)
         return run.go("memorize", progress, callback)
 
 
@@ -107,6 +112,8 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
     with torch.inference_mode(False):  # what is made there cannot be a target of a backward
         ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
+    reader = reader_for(host, resolved, stream.position - len(tail) + len(ids))
+    reader.take_up(stream)
     passage = Passage(ids, resolved.protocol, bos, begin=stream.position, offset=stream.position - len(tail))
     digest = TextDigest(stream.text_digest, stream.tail[len(tail) - stream.position % BLOCK :])
-    return Run(attachment, resolved, passage, digest, stream.chunks, None, on_divergence)
+    return Run(attachment, resolved, reader, passage, digest, stream.chunks, None, on_divergence)

@@ -49,6 +49,23 @@ class Divergence:
         )
 
 
+@dataclass(frozen=True)
+class HostKernelsReport:
+    """Which parts of the host ran through kernels of ours.
+
+    Attributes:
+        ours: of "norms", "residuals", "attention" and "loss" those that did
+        own: by part, or by kind of window, why the host's own code ran it; by "host" why all of it did
+    """
+
+    ours: tuple[str, ...] = ()
+    own: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        own = "; ".join(f"{part}: {why}" for part, why in self.own.items())
+        return (", ".join(self.ours) or "none") + (f"; the host's own: {own}" if own else "")
+
+
 @dataclass
 class MemorizeReport:
     """What a run over a text measured; print() shows one line of it.
@@ -57,6 +74,7 @@ class MemorizeReport:
         chunks: every scored Chunk, oldest first; of a run that was resumed or fed those before too
         seconds: the time that this call took
         graph: how many updates of this call ran as a CUDA graph, and what kept the others from it
+        host_kernels: which parts of the host ran through kernels of ours in this call, and why others did not
         one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
             empty where two forwards gave what one gives
         diverged: a Divergence where the memory was found to make the text harder than the host alone does; else None
@@ -65,6 +83,7 @@ class MemorizeReport:
     chunks: list[Chunk] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     graph: GraphReport = GraphReport()
+    host_kernels: HostKernelsReport = HostKernelsReport()
     one_forward: list[str] = field(default_factory=list)
     diverged: Divergence | None = None
 

@@ -1,4 +1,4 @@
-"""A saved run taken up again: its place in the text, and that text and settings are the same."""
+"""A saved run taken up again: its place in the text, and whether text and settings are the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,8 @@ def settings_of(stream: Stream, place: str | Path) -> Settings:
         raise LocasError(f"{place}: the record of the run is damaged: {type(error).__name__}: {error}") from None
 
 
-def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, saved: SavedRun) -> TextDigest:
-    """Loads the memory of a saved run; ValueError if that was not over this text with these settings.
+def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, saved: SavedRun) -> TextDigest:
+    """ValueError if a saved run was not over this text with these settings.
 
     Returns the digest of what was read of the text.
     """
@@ -53,6 +53,8 @@ def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, sav
         {**config, "layers": None, "backend": None, **run.to_record()}
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
+    recompute = {"context": "recompute"}  # what a record without the key means
+    before, wanted = {**recompute, **before}, {**recompute, **wanted}
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)
@@ -61,7 +63,6 @@ def take_up(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, sav
     digest.update(ids[: saved.stream.position])
     if not _is_of(saved.stream, ids, digest):
         raise ValueError(f"resume: {saved.memory.path} was saved by a run over another text")
-    saved.memory.put_into(attachment)
     return digest
 
 

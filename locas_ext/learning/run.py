@@ -8,16 +8,16 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
 from .backprop import check_loss
-from .chunk import Window, WindowReader
+from .chunk import Window
 from .chunk_loop import Passage, progress_bar, read_chunks
 from .divergence_watch import DivergenceWatch
-from .fast_norms import fast_norms
+from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
 from .protocol import Protocol
 from .report import MemorizeReport
 from .run_guards import interrupt_between_chunks, quiet_host, require_attached
 from .settings import ResolvedSettings, ResolvedWrite
-from .step import step_for
+from .step import Reader, step_for
 from .text_digest import BLOCK, TextDigest
 from .texts import learned_now, put_record, record_of
 
@@ -27,6 +27,11 @@ def tail_length(protocol: Protocol) -> int:
     return max(protocol.window, BLOCK) - 1
 
 
+def longest_window(protocol: Protocol) -> int:
+    """The most tokens that a window can have: with a stride as long as the window one stands before its chunk."""
+    return max(protocol.window, protocol.stride) + 1
+
+
 class Run:
     """A run over a text, and how far it has come."""
 
@@ -34,6 +39,7 @@ class Run:
         self,
         attachment: Attachment,
         settings: ResolvedSettings,
+        reader: Reader,
         passage: Passage,
         digest: TextDigest,
         chunks: list[Chunk],
@@ -41,7 +47,8 @@ class Run:
         on_divergence: str,
     ):
         """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
-        self.attachment, self.settings, self.passage, self.digest = attachment, settings, passage, digest
+        self.attachment, self.settings, self.reader = attachment, settings, reader
+        self.passage, self.digest = passage, digest
         self.position = passage.begin
         self.report = MemorizeReport(chunks=list(chunks))
         self.record = record_of(attachment.texts, digest.hexdigest(), self.position) if self.position else None
@@ -49,9 +56,8 @@ class Run:
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
-        self.reader = WindowReader(attachment.host, settings.context_gradient)
-        self.step = step_for(attachment, settings, self.reader)
-        self.watch = DivergenceWatch(attachment, settings, self.reader, self.report, passage.count, on_divergence)
+        self.step = step_for(attachment, settings, reader)
+        self.watch = DivergenceWatch(attachment, settings, reader, self.report, passage.count, on_divergence)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
@@ -62,9 +68,9 @@ class Run:
             progress_bar(progress, self.passage, self.report, "memorizing") as bar,
             interrupt_between_chunks() as check_interrupt,
             quiet_host(model) as quiet,
-            fast_norms(model),
             torch.inference_mode(False),
             torch.enable_grad(),
+            fast_reader(self.reader, self.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
         ):
             for chunk in read_chunks(self.passage, self._learn, self.report, bar):
                 self._note(chunk)
@@ -90,9 +96,12 @@ class Run:
             check_loss(losses[0], state, place)
         self._settle(window)
         self.watch.before()
-        for _ in range(self.settings.epochs):
+        for epoch in range(self.settings.epochs):
             losses.append(self.step(window, place))
+            if epoch == 0:
+                self.reader.scored()
         self.watch.after(window, losses[0], learned)
+        self.window = window
         return losses[0], version
 
     def _settle(self, window: Window) -> None:
@@ -109,8 +118,9 @@ class Run:
         begin = max(passage.offset, chunk.end - tail_length(self.settings.protocol))
         tail = passage.between(begin, chunk.end).tolist()
         record = self.settings.as_settings().to_record()
-        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail)
+        kept = self.reader.learned(self.window)
+        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail, kept)
         text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
         put_record(attachment.texts, self.record, text)
         self.record = text
-        self.report.graph = self.step.report()
+        self.report.graph, self.report.host_kernels = self.step.report(), self.kernels_report()

@@ -6,6 +6,7 @@ from locas_ext.checks import boolean
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
 
+from .keep import Keep
 from .protocol import Protocol
 from .room import NO_LIMIT, Room
 from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
@@ -28,6 +29,7 @@ class ResolvedSettings:
     protocol: Protocol
     update: Backprop | ResolvedWrite
     context_gradient: bool
+    keep: Keep | None = None
 
     @property
     def epochs(self) -> int:
@@ -50,18 +52,22 @@ class ResolvedSettings:
             )
         else:
             update = self.update
-        return Settings(self.protocol.window, self.protocol.stride, update, self.context_gradient, self.protocol.bos)
+        return Settings(self.protocol.window, self.protocol.stride, update, self.context_gradient, self.protocol.bos, self.keep)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `Memory.memorize` was asked for; `resolve` fills in what is None."""
+    """What `Memory.memorize` was asked for; `resolve` fills in what is None.
+
+    keep: how the context is kept; None: it is read anew for every chunk
+    """
 
     window: int | None = None
     stride: int | None = None
     update: Update = field(default_factory=Backprop)
     context_gradient: bool = False
     bos: bool = False
+    keep: Keep | None = None
 
     def resolve(self, host: Host, state: MemoryState, before: "Settings | None" = None) -> ResolvedSettings:
         """The settings for a memory; ValueError or TypeError for one out of range.
@@ -69,17 +75,26 @@ class Settings:
         before: those of the saved run that is resumed; the capacity that was filled in then holds for the rest too
         """
         protocol = Protocol.of(host.model, self.window, self.stride, self.bos)
+        context_gradient = boolean("context_gradient", self.context_gradient)
+        if self.keep is not None:
+            self.keep.check_fits(protocol.window, protocol.stride)
+            if context_gradient:
+                raise ValueError(
+                    "context_gradient is True, but context is 'keep': older memories computed what is kept, and no gradient "
+                    "reaches it; expected context='recompute' or context_gradient=False"
+                )
         update: Backprop | ResolvedWrite
         if isinstance(self.update, Write):
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
             require_parameters_that_learn(state)
-        return ResolvedSettings(protocol, update, boolean("context_gradient", self.context_gradient))
+        return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
-        """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults."""
+        """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults. `context` is there only
+        where one is kept, so that earlier versions read what they know how to go on with."""
         writes = isinstance(self.update, Write)
         backprop = Backprop() if isinstance(self.update, Write) else self.update
         write = (
@@ -93,6 +108,7 @@ class Settings:
             "context_gradient": self.context_gradient,
             "bos": self.bos,
             "write": write,
+            **({} if self.keep is None else {"context": asdict(self.keep)}),
         }
 
     @classmethod
@@ -103,7 +119,8 @@ class Settings:
             update = Write(**{**record["write"], "tokens": selector_from_json(record["write"]["tokens"])})
         else:
             update = Backprop(**{name: record[name] for name in ("learning_rate", "epochs", "optimizer")})
-        return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"])
+        keep = Keep(**record["context"]) if "context" in record else None
+        return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
 
 
 def require_parameters_that_learn(state: MemoryState) -> None:

@@ -1,13 +1,16 @@
-"""How a run learns a chunk: written in closed form, as a CUDA graph, or by the eager step."""
+"""How a run reads a chunk, and how it learns it: written in closed form, as a CUDA graph, or by the eager step."""
 
 from typing import Protocol
 
+from locas_ext.hosts.registry import Host
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
 from .chunk import Window, WindowReader
 from .cuda_graph import GraphStep, obstacle
+from .kept_reader import KeptReader
 from .report import GraphReport
+from .run_guards import quiet_host
 from .settings import ResolvedSettings, ResolvedWrite
 from .write import WriteStep
 
@@ -22,7 +25,18 @@ class Step(Protocol):
         """How many of the updates so far were replayed from a CUDA graph."""
 
 
-def step_for(attachment: Attachment, settings: ResolvedSettings, reader: WindowReader) -> Step:
+Reader = WindowReader | KeptReader
+
+
+def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
+    """What reads the chunks of a run over a text of so many tokens. ValueError for a host that cannot be read so."""
+    if settings.keep is None:
+        return WindowReader(host, settings.context_gradient)
+    with quiet_host(host.model):
+        return KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
+
+
+def step_for(attachment: Attachment, settings: ResolvedSettings, reader: Reader) -> Step:
     """The step of a run: eager wherever it cannot be captured."""
     update = settings.update
     if isinstance(update, ResolvedWrite):

@@ -1,5 +1,6 @@
 """The public face: a model gets a memory (attach.py), and what can be done with it (memory.py)."""
 
+from locas_ext.learning.keep import Keep
 from locas_ext.learning.report import Divergence, GraphReport, MemorizeReport
 from locas_ext.learning.selectors import LossAbove, TopLoss
 from locas_ext.learning.update import Backprop, Write
@@ -18,6 +19,7 @@ __all__ = [
     "CompressReport",
     "Divergence",
     "GraphReport",
+    "Keep",
     "LayerStatus",
     "LossAbove",
     "MemorizeReport",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from locas_ext.learning.initialization import initialize
 from locas_ext.learning.inputs import TokenIds
+from locas_ext.learning.keep import Keep, as_context
 from locas_ext.learning.memorize import feed, memorize
 from locas_ext.learning.report import MemorizeReport
 from locas_ext.learning.run_guards import require_attached
@@ -62,6 +63,7 @@ class Memory(MemoryFacts):
         optimizer: str | None = None,
         update: str | Backprop | Write = "backprop",
         context_gradient: bool = False,
+        context: str | Keep = "recompute",
         progress: bool = True,
         callback: Callable[[Chunk], None] | None = None,
         resume: str | Path | None = None,
@@ -81,6 +83,8 @@ class Memory(MemoryFacts):
             update: how a chunk is learned: "backprop" or `locas.Backprop(...)`; with Locas-MLP also "write" or
                 `locas.Write(...)`: slots in closed form
             context_gradient: bool: whether the gradient also runs through the context before the chunk; slower
+            context: "recompute": each window is read anew with the memory as it is; "keep" or `locas.Keep(...)`: over the keys
+                and values that earlier chunks left, which is faster; rotary hosts only
             progress: bool: whether a progress bar is shown
             callback: called with each finished Chunk; what it raises ends the run with the memory of the last update
             resume: a folder that save_pretrained(optimizer=True) wrote in a run over the same text with the same
@@ -108,7 +112,7 @@ class Memory(MemoryFacts):
         self._require_enabled("memorize", "nothing can be learned")
         refuse_unknown(unknown)
         chosen = as_update(update, {"learning_rate": learning_rate, "epochs": epochs, "optimizer": optimizer})
-        settings = Settings(window, stride, chosen, context_gradient, bos)
+        settings = Settings(window, stride, chosen, context_gradient, bos, as_context(context))
         return memorize(self._attachment, input_ids, settings, progress, callback, resume, title, on_divergence)
 
     def feed(

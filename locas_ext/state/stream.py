@@ -1,6 +1,11 @@
 """Where a memory stands in a text, what a resumed run needs to know and to check, and which texts it has learned."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from torch import Tensor
+
+from .kept_rows import KeptRows
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Stream:
         text_digest: of those, up to the last whole block (`TextDigest`); in files of format 1 of all
         chunks: those scored so far
         tail: the latest ids read, as many as the window of a next chunk and the digest need; None in files of format 1
+        kept: the keys and values that stand before the next chunk; None where its context is read anew
     """
 
     settings: dict
@@ -58,10 +64,16 @@ class Stream:
     text_digest: str
     chunks: list[Chunk]
     tail: list[int] | None = None
+    kept: KeptRows | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """JSON-ready: of what is kept without the rows, and without the key where nothing is."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "kept"}
+        kept = {} if self.kept is None else {"kept": self.kept.to_record()}
+        return {**values, "chunks": [asdict(chunk) for chunk in self.chunks], **kept}
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "Stream":
-        return cls(**{**fields, "chunks": [Chunk(**chunk) for chunk in fields["chunks"]]})
+    def from_dict(cls, fields: dict, tensors: Mapping[str, Tensor]) -> "Stream":
+        """tensors: what `KeptRows.tensors` gave, among others"""
+        kept = KeptRows.from_record(fields["kept"], tensors) if "kept" in fields else None
+        return cls(**{**fields, "chunks": [Chunk(**chunk) for chunk in fields["chunks"]], "kept": kept})

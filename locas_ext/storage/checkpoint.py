@@ -42,7 +42,8 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
         "stream": stream.to_dict() if stream and optimizer else None,
     }
     try:
-        memory = tensor_file.serialize(state.tensors(optimizer), fields)
+        kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
+        memory = tensor_file.serialize({**state.tensors(optimizer), **kept}, fields)
         record = config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)})
     except Wrong as error:
         raise LocasError(f"cannot save the memory: {error}; nothing in {path} was changed") from None
@@ -66,7 +67,7 @@ class Saved:
     @cached_property
     def stream(self) -> Stream | None:
         """The place in a text, where one was saved."""
-        return config_file.stream_of(self.fields)
+        return config_file.stream_of(self.fields, self.tensors)
 
     @cached_property
     def texts(self) -> list[TextRecord]:
@@ -102,7 +103,8 @@ class Saved:
             there, here = getattr(self.config, name), getattr(attachment.config, name)
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
-        state.load(self.tensors, fields["memory_version"], fields["slots_used"])
+        own = {name: tensor for name, tensor in self.tensors.items() if name in tensor_file.OF_MEMORY}
+        state.load(own, fields["memory_version"], fields["slots_used"])
         attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 

@@ -6,8 +6,11 @@ Whatever the bytes are, `parse` returns a record that the table describes or rai
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from locas_ext.config import BACKENDS, INITS, MOST_SCALE, VARIANTS, LocasConfig
 from locas_ext.errors import LocasError
@@ -61,6 +64,13 @@ _SETTINGS = {
     "bos": boolean,
     "write": nullable(record(_WRITE)),
 }
+_CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
+_ROOM = {"first": integer(0, 2**31 - 1), "latest": integer(0, 2**31 - 1)}
+_KEPT = {
+    "kept": record(
+        {"seen": _COUNT, "held": _COUNT, "head": list_of(integer(0, 2**63 - 1)), "rooms": list_of(record(_ROOM))},
+    )
+}
 _CHUNK = {"start": _COUNT, "end": _COUNT, "tokens": _COUNT, "nll": _FLOAT, "memory_version": _COUNT}
 _STREAM = {"settings": record(_SETTINGS), "position": _COUNT, "text_digest": _SHA256, "chunks": list_of(record(_CHUNK))}
 _TAIL = nullable(list_of(integer(0, 2**63 - 1)))
@@ -89,7 +99,7 @@ _FORMATS = {
         {
             **_FILE,
             "host": record({**_SIZES, "samples": list_of(_SAMPLES)}),
-            "stream": nullable(record({**_STREAM, "tail": _TAIL})),
+            "stream": nullable(record({**_STREAM, "settings": record(_SETTINGS, _CONTEXT), "tail": _TAIL}, _KEPT)),
             "texts": list_of(record(_TEXT)),
             "created_at": _TIME,
         }
@@ -130,6 +140,23 @@ def _check_stream(fields: dict) -> None:
         )
     if len(stream.get("tail") or ()) > stream["position"]:
         raise Wrong(f"stream.tail has {len(stream['tail'])} tokens; expected at most {stream['position']}, those read")
+    _check_kept(stream)
+
+
+def _check_kept(stream: dict) -> None:
+    settings, kept = stream["settings"], stream.get("kept")
+    if (kept is None) != ("context" not in settings):
+        raise Wrong("stream.kept is there without settings.context, or this without it; expected both or neither")
+    if kept is None:
+        return
+    seen = stream["position"] - 1 + settings["bos"]
+    if kept["seen"] != seen or kept["held"] > seen:
+        raise Wrong(f"stream.kept is of {kept['seen']} inputs and holds {kept['held']}; expected {seen} and at most so many")
+    first = max((room["first"] for room in kept["rooms"]), default=0)
+    if not kept["rooms"] or first > settings["context"]["sinks"] or len(kept["head"]) != min(first, seen):
+        raise Wrong(
+            f"stream.kept has a head of {len(kept['head'])} tokens; expected one for each of the text's first inputs kept"
+        )
 
 
 def check(fields: Any) -> None:
@@ -214,5 +241,6 @@ def config_of(fields: dict) -> LocasConfig:
     return LocasConfig(**{**fields["config"], "layers": fields["layers"]})
 
 
-def stream_of(fields: dict) -> Stream | None:
-    return Stream.from_dict(fields["stream"]) if fields["stream"] else None
+def stream_of(fields: dict, tensors: Mapping[str, Tensor]) -> Stream | None:
+    """tensors: those of the file beside, which hold what a run keeps of its context"""
+    return Stream.from_dict(fields["stream"], tensors) if fields["stream"] else None

@@ -103,8 +103,9 @@ def list_of(kind: Kind) -> Kind:
     return check
 
 
-def record(fields: Mapping[str, Kind]) -> Kind:
-    """An object with these keys, all of them and no other."""
+def record(fields: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) -> Kind:
+    """An object with these keys, all of them, those of `optional` or not, and no other."""
+    known = {**fields, **(optional or {})}
 
     def check(value: Any, place: str) -> None:
         prefix = f"{place}." if place else ""
@@ -114,9 +115,9 @@ def record(fields: Mapping[str, Kind]) -> Kind:
             if name not in value:
                 raise Wrong(f"{prefix}{name} is missing")
         for name in value:
-            if name not in fields:
+            if name not in known:
                 raise Wrong(f"{prefix}{short(name)} is unknown; expected the keys {', '.join(fields)}")
-        for name, kind in fields.items():
-            kind(value[name], prefix + name)
+        for name, item in value.items():
+            known[name](item, prefix + name)
 
     return check

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from locas_ext.config import MOST_SCALE
 from locas_ext.errors import LocasError
+from locas_ext.state.kept_rows import row_counts
 from locas_ext.state.memory_state import PLANES
 
 from .config_file import digest, strict_json
@@ -28,10 +29,10 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class _Tensor:
-    per: str  # "slot": [L, planes, r, d]; "layer": [L]; "memory": []
+    per: str  # "slot": [L, planes, r, d]; "layer": [L]; "memory": []; "row": [heads, rows, size] of a kept context
     low: float
     high: float
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32  # None: any of floating point
 
 
 _TENSORS = {
@@ -42,7 +43,15 @@ _TENSORS = {
     "exp_avg_sq": _Tensor("slot", 0, _LARGEST),
     "momentum_buffer": _Tensor("slot", -_LARGEST, _LARGEST),
 }
+OF_MEMORY = tuple(_TENSORS)
 _REQUIRED = ("slots", "scale")
+_ROWS = _Tensor("row", -torch.finfo(torch.float64).max, torch.finfo(torch.float64).max, None)
+
+
+def _rows_in(fields: dict) -> dict[str, tuple[int, int]]:
+    """The tensors of a kept context that a record describes, and their rows (`row_counts`)."""
+    kept = (fields.get("stream") or {}).get("kept")
+    return row_counts(kept) if kept else {}
 
 
 def slots_shape(fields: dict) -> tuple[int, int, int, int]:
@@ -53,16 +62,23 @@ def slots_shape(fields: dict) -> tuple[int, int, int, int]:
 
 
 # ---- what is in it ---------------------------------------------------------------------------------------------
-def _check_names(names: Sequence[str]) -> None:
-    if missing := [name for name in _REQUIRED if name not in names]:
+def _check_names(names: Sequence[str], fields: dict) -> None:
+    rows = _rows_in(fields)
+    if missing := [name for name in (*_REQUIRED, *rows) if name not in names]:
         raise Wrong(f"it lacks {', '.join(missing)}")
-    if extra := [name if name.isidentifier() else short(name) for name in names if name not in _TENSORS]:
+    unknown = [name for name in names if name not in _TENSORS and name not in rows]
+    if extra := [name if name.isidentifier() else short(name) for name in unknown]:
         raise Wrong(f"it holds unknown tensors: {', '.join(extra)}")
 
 
-def _check_form(name: str, dtype: torch.dtype | str, shape: Sequence[int], slots_shape: Sequence[int]) -> None:
-    known = _TENSORS[name]
-    expected = {"slot": list(slots_shape), "layer": [slots_shape[0]], "memory": []}[known.per]
+def _check_form(name: str, dtype: torch.dtype | str, shape: Sequence[int], fields: dict) -> None:
+    if name not in _TENSORS:
+        rows, floats = sum(_rows_in(fields)[name]), [dtype for dtype in _DTYPES.values() if dtype.is_floating_point]
+        if dtype not in floats or len(shape) != 3 or shape[1] != rows or 0 in shape:
+            raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected floating point [heads, {rows}, size]")
+        return
+    known, slots = _TENSORS[name], slots_shape(fields)
+    expected = {"slot": list(slots), "layer": [slots[0]], "memory": []}[known.per]
     if dtype != known.dtype or list(shape) != expected:
         raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected {known.dtype} {expected}")
 
@@ -70,13 +86,14 @@ def _check_form(name: str, dtype: torch.dtype | str, shape: Sequence[int], slots
 def check_values(tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
     """Wrong for the first number that is not finite or out of its tensor's range; it names tensor and layer."""
     for name, tensor in tensors.items():
-        known = _TENSORS[name]
-        per_layer = [tensor] if known.per == "memory" else tensor
+        known = _TENSORS.get(name, _ROWS)
+        whole = known.per in ("memory", "row")
+        per_layer = [tensor] if whole else tensor
         for index, part in enumerate(per_layer):
             low, high = (bound.item() for bound in part.aminmax())
             if known.low <= low and high <= known.high:  # false for NaN, which aminmax hands on
                 continue
-            where = "" if known.per == "memory" else f", in layer {layers[index]}"
+            where = "" if whole else f", in layer {layers[index]}"
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise Wrong(f"{name} holds numbers that are not finite{where}")
             worst = low if low < known.low else high
@@ -85,10 +102,10 @@ def check_values(tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
 
 def serialize(tensors: dict[str, Tensor], fields: dict) -> bytes:
     """The file's bytes. Wrong if `read` would not take them with this record."""
-    _check_names(list(tensors))
+    _check_names(list(tensors), fields)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in plain.items():
-        _check_form(name, tensor.dtype, tensor.shape, slots_shape(fields))
+        _check_form(name, tensor.dtype, tensor.shape, fields)
     check_values(plain, fields["layers"])
     return serialize_tensors(plain)
 
@@ -108,12 +125,13 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     return header, size - 8 - length
 
 
-def _check_header(header: dict[str, Any], data: int, expected: Sequence[int]) -> None:
+def _check_header(header: dict[str, Any], data: int, fields: dict) -> None:
     """Every tensor has its dtype and shape, and together they are the file, byte by byte."""
-    _check_names(list(header))
-    for name, entry in sorted(header.items(), key=lambda item: list(_TENSORS).index(item[0])):  # the slots first
+    _check_names(list(header), fields)
+    for name in sorted(header, key=[*_TENSORS, *_rows_in(fields)].index):  # the slots first
+        entry = header[name]
         _ENTRY(entry, name)
-        _check_form(name, _DTYPES.get(entry["dtype"], short(entry["dtype"])), entry["shape"], expected)
+        _check_form(name, _DTYPES.get(entry["dtype"], short(entry["dtype"])), entry["shape"], fields)
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
@@ -128,7 +146,7 @@ def read(path: Path, file: BinaryIO, status: os.stat_result, fields: dict) -> di
     """The tensors in an opened file that belong to a record; LocasError, which names `path`, if they do not."""
     try:
         header, data = _read_header(file, status.st_size)
-        _check_header(header, data, slots_shape(fields))
+        _check_header(header, data, fields)
         file.seek(0)
         content = file.read(status.st_size)
         if digest(content) != fields["memory_sha256"]:

@@ -62,17 +62,16 @@ def test_up_and_its_gradient_come_together():
     ],
 )
 def test_of_vectors(weight, text):
-    refused(text, _C.rms_norm, matrix(), weight, matrix(), None, 1e-6)
+    refused(text, _C.rms_norm, matrix(), None, weight, None, matrix(), None, 0.0, 1e-6, 0)
 
 
 def test_a_dtype_of_its_own_is_named():
     nll, targets = torch.zeros(ROWS), torch.zeros(ROWS, dtype=torch.int64)
-    refused("targets has dtype float32; expected int64", _C.token_nll, matrix(), nll, nll, None, 0)
-    refused("nll has dtype int64; expected float32", _C.token_nll, matrix(), targets, targets, None, 0)
+    refused("targets has dtype float32; expected int64", _C.token_nll, matrix(), nll, nll, None, 0.0, 1.0, 0)
+    refused("nll has dtype int64; expected float32", _C.token_nll, matrix(), targets, targets, None, 0.0, 1.0, 0)
     narrow = matrix(torch.bfloat16)
-    refused(
-        "d_logits has dtype bfloat16; expected float32, the dtype of logits", _C.token_nll, matrix(), targets, nll, narrow, 0
-    )
+    text = "d_logits has dtype bfloat16; expected float32, the dtype of logits"
+    refused(text, _C.token_nll, matrix(), targets, nll, narrow, 0.0, 1.0, 0)
 
 
 # ---- slots -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ def test_kernels_on_the_simt_runner(record_property):
         "adamw_slots_from_factors",
         "glu_activation_forward",
         "token_nll",
+        "rms_norm",
+        "layer_norm",
+        "rotary",
         "write_slots",
     ]:
         assert any(line.startswith(kernel) for line in lines), f"{kernel} did not run"

@@ -67,6 +67,9 @@ def assert_same_run(memory, report, other, other_report, dtype=torch.float32):
         {"window": 9, "stride": 8, "bos": True},
         {"window": 31, "stride": 5},
         {"window": 8, "stride": 1},
+        {"context": "keep"},
+        {"context": locas.Keep(sinks=2, refresh_every=3), "epochs": 2, "bos": True},
+        {"context": locas.Keep(sinks=0), "window": 31, "stride": 5},
     ],
     ids=str,
 )
@@ -212,10 +215,12 @@ def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeyp
         assert torch.equal(memory.state.tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize("context", ["recompute", "keep", locas.Keep(refresh_every=2)], ids=str)
 @pytest.mark.parametrize("rehome", [False, True])
-def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, rehome, tmp_path):
+def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, rehome, context, tmp_path):
+    settings = {**SETTINGS, "context": context}
     whole = attached(device, rehome=rehome)[1]
-    whole_report = whole.memorize(TEXT, **SETTINGS)
+    whole_report = whole.memorize(TEXT, **settings)
     for stop in (14, 42):  # before and behind the first full window
         _, memory = attached(device, rehome=rehome)
 
@@ -224,10 +229,10 @@ def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, rehome,
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            memory.memorize(TEXT, **SETTINGS, callback=interrupt)
+            memory.memorize(TEXT, **settings, callback=interrupt)
         memory.save_pretrained(tmp_path / str(stop), optimizer=True)
         _, later = attached(device, rehome=rehome)
-        report = later.memorize(TEXT, **SETTINGS, resume=tmp_path / str(stop))
+        report = later.memorize(TEXT, **settings, resume=tmp_path / str(stop))
         assert torch.equal(later.slots, whole.slots)
         assert [chunk.nll for chunk in report.chunks] == [chunk.nll for chunk in whole_report.chunks]
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import TEXT, assert_as_exact_as_torch, attached, tiny_model
-from transformers import Gemma2Config
+from support.helpers import TEXT, assert_as_exact_as_torch, attached
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from locas_ext.learning.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
-from locas_ext.learning.fast_norms import RMSNormFunction, fast_norms
+from locas_ext.learning.host_kernels.norms import RMSNormFunction, fast_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -27,26 +26,24 @@ def test_rms_norm_against_float64(shape, dtype):
     def exact(x_):
         return norm.weight.double() * x_ / (x_.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
-    ours = run(lambda x_: RMSNormFunction.apply(x_, norm.weight, 1e-5), lambda t: t)
+    ours = run(lambda x_: RMSNormFunction.apply(x_, None, norm.weight, 1e-5, 0.0)[0], lambda t: t)
     peer = run(norm, lambda t: t)
     truth = run(exact, lambda t: t.double())
     for name, a, b, c in zip(("y", "dx"), ours, peer, truth, strict=False):
         assert_as_exact_as_torch(name, a, b, c)
 
 
-def test_only_plain_norms_of_this_formula_are_replaced_and_given_back():
-    model = tiny_model("qwen3").requires_grad_(False)
-    hooked = model.model.layers[0].input_layernorm
-    gemma = Gemma2RMSNorm(Gemma2Config().hidden_size)
-    torch.nn.init.normal_(gemma.weight)
-    model.gemma = gemma.requires_grad_(False)
-    with fast_norms(model):
-        assert "forward" in model.model.norm.__dict__ and "forward" in hooked.__dict__
-        assert "forward" not in gemma.__dict__, "Gemma's weight counts from 1: another formula"
-    assert not any("forward" in module.__dict__ for module in model.modules())
-    model.requires_grad_(True)
-    with fast_norms(model):
-        assert "forward" not in model.model.norm.__dict__, "a weight that learns keeps its own forward"
+def test_only_norms_of_a_known_formula_are_computed():
+    norm, gemma = Qwen3RMSNorm(33), Gemma2RMSNorm(33)
+    for module in (norm, gemma):
+        torch.nn.init.normal_(module.weight)
+        assert fast_norm(module) is None, "a weight that learns keeps its own forward"
+        module.requires_grad_(False)
+    assert fast_norm(norm).weight_offset == 0 and fast_norm(gemma).weight_offset == 1
+    norm.forward = lambda x: x
+    assert fast_norm(norm) is None
+    gemma.register_forward_hook(lambda module, inputs, out: out)
+    assert fast_norm(gemma) is None
 
 
 @pytest.mark.parametrize("heads, groups, n, k, size", [(1, 1, 1, 2, 4), (4, 2, 5, 19, 8), (6, 3, 16, 16, 5), (8, 1, 9, 40, 16)])

@@ -1,11 +1,19 @@
 """The loss kernel against float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import assert_as_exact_as_torch
+from support.mlp_ops import DEVICES, DTYPES
 
 from locas_ext import ops
+from locas_ext.ops.backends import elementwise
+
+
+def on_all(test):
+    return pytest.mark.parametrize("device", DEVICES)(pytest.mark.parametrize("dtype", DTYPES, ids=str)(test))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -57,3 +65,50 @@ def test_bad_targets():
         ops.token_nll(logits, torch.tensor([0, 5]))
     with pytest.raises(ValueError, match=r"targets has shape \[3\]; expected \[2\]"):
         ops.token_nll(logits, torch.tensor([0, 1, 2]))
+
+
+@on_all
+@pytest.mark.parametrize("soft_cap, logit_scale", [(0.0, 1.0), (30.0, 1.0), (0.0, 0.0625), (3.0, 2.0)])
+@pytest.mark.parametrize("tokens, vocab", [(1, 1), (5, 256), (7, 1031), (64, 4099), (2, 40000)])
+def test_the_loss_of_scaled_and_capped_logits(tokens, vocab, soft_cap, logit_scale, dtype, device):
+    logits = (5 * torch.randn(tokens, vocab)).to(device, dtype)
+    targets = torch.randint(0, vocab, (tokens,), device=device)
+
+    def run(cast):
+        x = cast(logits).detach().requires_grad_()
+        z = x.float() * logit_scale if x.dtype != torch.float64 else x * logit_scale
+        z = soft_cap * torch.tanh(z / soft_cap) if soft_cap else z
+        nll = F.cross_entropy(z, targets, reduction="none")
+        return nll.detach(), torch.autograd.grad(nll.sum(), x)[0], z.abs().max().item()
+
+    peer, exact = run(lambda t: t), run(lambda t: t.double())
+    nll, d_logits = elementwise.token_nll(logits, targets, True, soft_cap, logit_scale)
+    alone, none = elementwise.token_nll(logits, targets, False, soft_cap, logit_scale)
+    assert nll.dtype == torch.float32 and d_logits.dtype == dtype and none is None and torch.equal(nll, alone)
+    # A difference of two numbers that are each as large as a logit.
+    torch.testing.assert_close(nll.double(), exact[0], rtol=1e-6, atol=3 * torch.finfo(torch.float32).eps * (1 + exact[2]))
+    assert_as_exact_as_torch("d_logits", d_logits.cpu(), peer[1].cpu(), exact[1].cpu())
+    again, written = elementwise.token_nll(logits, targets, True, soft_cap, logit_scale, in_place=True)
+    assert written is logits and torch.equal(again, nll) and torch.equal(logits, d_logits)
+
+
+@on_all
+def test_logits_in_the_rows_of_something_larger(dtype, device):
+    for gap, vocab in itertools.product((0, 1, 8), (17, 264)):
+        logits = torch.randn(5, vocab + gap).to(device, dtype)[:, :vocab]
+        targets = torch.randint(0, vocab, (5,), device=device)
+        nll, d_logits = elementwise.token_nll(logits, targets, True)
+        expected, expected_gradient = elementwise.token_nll(logits.contiguous(), targets, True)
+        # where a row's pieces of 16 bytes begin decides the order of its sum
+        torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(d_logits, expected_gradient)
+
+
+@on_all
+def test_what_the_loss_refuses(dtype, device):
+    logits, targets = torch.randn(2, 5).to(device, dtype), torch.zeros(2, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"^token_nll: soft_cap is -1\.0+; expected a number of at least 0, 0 for no cap"):
+        elementwise.token_nll(logits, targets, False, soft_cap=-1.0)
+    for scale in (0.0, -2.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^token_nll: logit_scale is .*; expected a number above 0"):
+            elementwise.token_nll(logits, targets, False, logit_scale=scale)

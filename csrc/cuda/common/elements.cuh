@@ -13,6 +13,12 @@ namespace locas::cuda {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// As it comes back from memory.
+template <class T>
+LOCAS_DEVICE float rounded(float x) {
+  return ptx::to_float(ptx::from_float<T>(x));
+}
+
 // Neighbouring elements that move in one access.
 template <class T, int count>
 struct alignas(count * sizeof(T)) Elements {
@@ -75,6 +81,9 @@ template <class T>
 bool is_aligned(const Matrix& m) {
   return m.data == nullptr || (reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * sizeof(T) % 16 == 0);
 }
+
+// The same of a vector, such as a norm's weight.
+inline bool is_aligned(const void* vector) { return reinterpret_cast<uintptr_t>(vector) % 16 == 0; }
 
 // with_type for the fused kernels, which take the half types only.
 template <class F>

@@ -1,9 +1,14 @@
 // The summed terms of a language-model loss and their gradient, one pass of each kind over the logits.
 //
-//      logits [rows, cols]    CTA b owns row b: its threads stride over the row, once for a running maximum and sum of
-//                             exponentials, once for the gradient. Partial results are combined in a fixed order.
+//      logits [rows, cols]    [ edge | 16 bytes | 16 bytes | ... | edge ]
+//
+// CTA b owns row b. Its threads stride over the row, kBatch pieces of 16 bytes at a time, once for a running maximum
+// and sum of exponentials, once for the gradient. The edges, what lies before the first and behind the last whole
+// piece, go by single elements. Partial results are combined in a fixed order.
 #include <cmath>
 
+#include "common/logits.h"
+#include "cuda/common/block_sum.cuh"
 #include "cuda/common/elements.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
@@ -15,69 +20,156 @@
 namespace locas::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
+static_assert(kWarps == 32, "a lane takes up each warp's result");
 
-// sum of exp(x - maximum) over what has been seen
+// The largest of the values seen, and the sum of exp(value - maximum). A NaN shows in the sum.
 struct Softmax {
   float maximum, sum;
 };
 
-LOCAS_DEVICE Softmax combine(Softmax a, Softmax b) {
-  const float maximum = fmaxf(a.maximum, b.maximum);
-  // An empty part has maximum -inf; exp(-inf - maximum) is 0, but -inf - -inf would be NaN.
-  const float from_a = a.maximum == -INFINITY ? 0.0f : a.sum * expf(a.maximum - maximum);
-  const float from_b = b.maximum == -INFINITY ? 0.0f : b.sum * expf(b.maximum - maximum);
-  return {maximum, from_a + from_b};
+// What is subtracted in the exponents: of nothing but -inf too, it must be a number.
+LOCAS_DEVICE float anchor(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// The warp's result in each of its lanes.
+LOCAS_DEVICE Softmax combine_lanes(Softmax part) {
+  float maximum = part.maximum;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) maximum = fmaxf(maximum, ptx::shuffle_xor(maximum, mask));
+  return {maximum, lane_sum<32>(part.sum * expf(part.maximum - anchor(maximum)))};
 }
 
 struct Shared {
   Softmax warp_parts[kWarps];
 };
 
+// A row as this thread goes over it.
 template <class T>
+struct Pieces {
+  static constexpr int kElements = 16 / sizeof(T), kBatch = 4;
+  using Piece = Elements<T, kElements>;
+  int64_t cols, head, count;  // elements, those before the first whole piece, pieces
+
+  // `others` has the same columns; where its pieces begin elsewhere there are none.
+  LOCAS_DEVICE Pieces(const T* row, const T* others, int64_t cols) : cols(cols), head(cols), count(0) {
+    const auto misaligned = reinterpret_cast<uintptr_t>(row) % 16;
+    if (others && reinterpret_cast<uintptr_t>(others) % 16 != misaligned) return;
+    const int64_t before = misaligned == 0 ? 0 : (16 - misaligned) / sizeof(T);
+    if (before >= cols) return;
+    head = before;
+    count = (cols - head) / kElements;
+  }
+  // Calls f(column) for each element of the edges that this thread owns.
+  template <class F>
+  LOCAS_DEVICE void for_each_of_edges(F&& f) const {
+    const int64_t edges = cols - count * kElements;
+    for (int64_t i = ptx::thread_index(); i < edges; i += kThreads) f(i < head ? i : i + count * kElements);
+  }
+  // Calls f(pieces of this thread: columns, how many of kBatch exist).
+  template <class F>
+  LOCAS_DEVICE void for_each_batch(F&& f) const {
+    for (int64_t first = ptx::thread_index(); first < count; first += kThreads * kBatch)
+      f(head + first * kElements, static_cast<int>((count - first + kThreads - 1) / kThreads));
+  }
+  // The column of a batch's piece k.
+  static LOCAS_DEVICE int64_t column(int64_t col, int k) {
+    return col + static_cast<int64_t>(k) * kThreads * kElements;
+  }
+  static LOCAS_DEVICE void load(const T* row, int64_t col, int existing, Piece (&to)[kBatch]) {
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (k < existing) to[k] = ptx::load(reinterpret_cast<const Piece*>(row + column(col, k)));
+  }
+};
+
+template <class T, LogitMap map>
 struct TokenNll {
   using Params = TokenNllParams;
+  using Row = Pieces<T>;
   static constexpr const char* name = "token_nll";
   static constexpr int threads = kThreads, min_blocks = 1;
 
+  static LOCAS_DEVICE ValueAndSlope mapped(const Params& p, T logit) {
+    return map_logit<map>(ptx::to_float(logit), p.logit_scale, p.soft_cap);
+  }
+
+  template <int count>
+  static LOCAS_DEVICE void add(Softmax& part, const float (&z)[count]) {
+    float maximum = part.maximum;
+#pragma unroll
+    for (int i = 0; i < count; ++i) maximum = fmaxf(maximum, z[i]);
+    const float base = anchor(maximum);
+    float sum = part.sum * expf(part.maximum - base);
+#pragma unroll
+    for (int i = 0; i < count; ++i) sum += expf(z[i] - base);
+    part = {maximum, sum};
+  }
+
+  static LOCAS_DEVICE Softmax softmax_of_thread(const Params& p, const T* logits, const Row& row) {
+    Softmax part{-INFINITY, 0.0f};
+    row.for_each_of_edges([&](int64_t col) { add<1>(part, {mapped(p, ptx::load(logits + col)).value}); });
+    row.for_each_batch([&](int64_t first, int existing) {
+      typename Row::Piece pieces[Row::kBatch];
+      Row::load(logits, first, existing, pieces);
+#pragma unroll
+      for (int k = 0; k < Row::kBatch; ++k) {
+        if (k >= existing) continue;
+        float z[Row::kElements];
+#pragma unroll
+        for (int i = 0; i < Row::kElements; ++i) z[i] = mapped(p, pieces[k].at[i]).value;
+        add(part, z);
+      }
+    });
+    return part;
+  }
+
+  static LOCAS_DEVICE void write_gradient(const Params& p, const T* logits, const Row& row, T* out, Softmax all,
+                                          int64_t target) {
+    const float inverse = 1.0f / all.sum;
+    const auto gradient = [&](T logit, int64_t col) {
+      const ValueAndSlope z = mapped(p, logit);
+      return ptx::from_float<T>((expf(z.value - all.maximum) * inverse - (col == target ? 1.0f : 0.0f)) * z.slope);
+    };
+    row.for_each_of_edges([&](int64_t col) { ptx::store(out + col, gradient(ptx::load(logits + col), col)); });
+    row.for_each_batch([&](int64_t first, int existing) {
+      typename Row::Piece pieces[Row::kBatch];
+      Row::load(logits, first, existing, pieces);
+#pragma unroll
+      for (int k = 0; k < Row::kBatch; ++k) {
+        if (k >= existing) continue;
+        const int64_t col = Row::column(first, k);
+#pragma unroll
+        for (int i = 0; i < Row::kElements; ++i) pieces[k].at[i] = gradient(pieces[k].at[i], col + i);
+        ptx::store(reinterpret_cast<typename Row::Piece*>(out + col), pieces[k]);
+      }
+    });
+  }
+
   static LOCAS_DEVICE void run(const Params& p, unsigned char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int64_t row = ptx::block_index(), target = ptx::load(p.targets + row);
-    const T* logits = p.logits.at<const T>(row, 0);
+    const int64_t index = ptx::block_index(), target = ptx::load(p.targets + index);
+    const T* logits = p.logits.at<const T>(index, 0);
+    T* out = p.d_logits.data ? p.d_logits.at<T>(index, 0) : nullptr;
+    // Before the barrier, behind which the gradient may be written over it.
+    const float target_logit = mapped(p, ptx::load(logits + target)).value;
 
-    Softmax part{-INFINITY, 0.0f};
-    bool nan = false;
-    for (int64_t col = ptx::thread_index(); col < p.logits.cols; col += kThreads) {
-      const float x = ptx::to_float(ptx::load(logits + col));
-      nan |= x != x;
-      part = combine(part, {x, 1.0f});
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2)
-      part = combine(part, {ptx::shuffle_xor(part.maximum, mask), ptx::shuffle_xor(part.sum, mask)});
+    const Row row(logits, out, p.logits.cols);
+    const Softmax part = combine_lanes(softmax_of_thread(p, logits, row));
     if (ptx::lane_index() == 0) ptx::store(&shared.warp_parts[ptx::warp_index()], part);
-    nan = ptx::sync_threads_or(nan);  // fmaxf drops NaN, so it is carried apart
-    Softmax all{-INFINITY, 0.0f};
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) all = combine(all, ptx::load(&shared.warp_parts[warp]));
-    if (nan) all.sum = NAN;
+    ptx::sync_threads();
+    const Softmax all = combine_lanes(ptx::load(&shared.warp_parts[ptx::lane_index()]));
 
-    if (ptx::thread_index() == 0)
-      ptx::store(p.nll + row, logf(all.sum) + all.maximum - ptx::to_float(ptx::load(logits + target)));
-    if (!p.d_logits.data) return;
-    T* out = p.d_logits.at<T>(row, 0);
-    const float inverse = 1.0f / all.sum;
-    for (int64_t col = ptx::thread_index(); col < p.logits.cols; col += kThreads) {
-      const float probability = expf(ptx::to_float(ptx::load(logits + col)) - all.maximum) * inverse;
-      ptx::store(out + col, ptx::from_float<T>(probability - (col == target ? 1.0f : 0.0f)));
-    }
+    if (ptx::thread_index() == 0) ptx::store(p.nll + index, logf(all.sum) + all.maximum - target_logit);
+    if (out) write_gradient(p, logits, row, out, all, target);
   }
 };
 
 }  // namespace
 
 void token_nll(const TokenNllParams& p, Queue queue) {
-  with_type(p.dtype, [&]<class T>() { launch<TokenNll<T>>(p.logits.rows, sizeof(Shared), queue, p); });
+  with_type(p.dtype, [&]<class T>() {
+    with_logit_map(p, [&]<LogitMap map>() { launch<TokenNll<T, map>>(p.logits.rows, sizeof(Shared), queue, p); });
+  });
 }
 
 }  // namespace locas::cuda

@@ -11,6 +11,7 @@ from locas_ext.cli.options import (
     MEMORY,
     WRITING,
     Bos,
+    ContextOptions,
     HostOptions,
     MaxTokens,
     MemoryOptions,
@@ -21,6 +22,7 @@ from locas_ext.cli.options import (
     option,
 )
 from locas_ext.cli.values import TOKENS, integer, number, one_of, path, text
+from locas_ext.learning.keep import context_of
 from locas_ext.terminal import Terminal
 
 EXAMPLES = (
@@ -76,6 +78,7 @@ def memorize(
     out: Annotated[Path, option(path("DIR"), "Where the memory goes: a new folder, or see --resume.")],
     title: Annotated[str | None, option(text("TITLE"), "What the memory calls the text; default: the files' names.")] = None,
     reading: ReadingOptions = ReadingOptions(),
+    context: ContextOptions = ContextOptions(),
     bos: Bos = False,
     max_tokens: MaxTokens = None,
     memory: MemoryOptions = MemoryOptions(),
@@ -107,13 +110,13 @@ def memorize(
     """
     with importing():
         from locas_ext.cli.tasks.memorize import MemorizeTask, run_memorize
-
     settings: dict[str, Any] = {
         "window": reading.window,
         "stride": reading.stride,
         "bos": bos,
         "context_gradient": context_gradient,
         "on_divergence": on_divergence,
+        "context": context_of(context.settings()) or "recompute",
         "title": title or ", ".join(file.stem for file in texts),
     }
     task = MemorizeTask(

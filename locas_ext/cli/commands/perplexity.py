@@ -9,6 +9,7 @@ from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     READING,
     Bos,
+    ContextOptions,
     HeldOut,
     HeldOutTokens,
     HostOptions,
@@ -24,6 +25,7 @@ from locas_ext.cli.options import (
 from locas_ext.cli.values import integer, names, one_of, path
 from locas_ext.evaluation.methods.arm import METHODS
 from locas_ext.evaluation.perplexity.ablations import PRESETS
+from locas_ext.learning.keep import Keep
 from locas_ext.terminal import Terminal
 
 EXAMPLES = (
@@ -38,12 +40,16 @@ def perplexity(
     out: ResultsFolder,
     methods: Annotated[
         Any,  # list[str] | None: a list's type would make typer take the option several times
-        option(names(), f"Of {', '.join(METHODS)}; default: truncation,locas, or all of the ablation."),
+        option(
+            names(),
+            f"Of {', '.join(METHODS)}; default: truncation,locas, with --context keep also sliding, or all of the ablation.",
+        ),
     ] = None,
     ablate: Annotated[
         str | None, option(one_of(tuple(PRESETS)), "Many settings side by side, of the kind that is named.")
     ] = None,
     reading: ReadingOptions = ReadingOptions(),
+    context: ContextOptions = ContextOptions(),
     max_tokens: MaxTokens = None,
     locas: LocasOptions = LocasOptions(),
     temp_lora: TempLoraOptions = TempLoraOptions(),
@@ -63,14 +69,16 @@ def perplexity(
         from locas_ext.evaluation.perplexity.command import run_perplexity
         from locas_ext.evaluation.perplexity.study import PerplexityTask
 
+    kept = context.settings(with_baseline=ablate == "context" or "sliding" in (methods or []))
     task = PerplexityTask(
         books=books,
         model=model,
         out=out,
         methods=methods,
         ablate=ablate,
-        locas=asdict(locas),
+        locas={**asdict(locas), **kept},
         temp_lora=temp_lora.settings(locas.seed),
+        sinks=kept.get("sinks", Keep().sinks),
         long_context=long_context,
         window=reading.window,
         stride=reading.stride,

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-METHODS = ("truncation", "long-context", "temp-lora", "locas")
+METHODS = ("truncation", "sliding", "long-context", "temp-lora", "locas")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,13 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.keep import Keep, context_of
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Chunk, MemorizeReport
 
 from .arm import Arm
 from .long_context import long_context
+from .sliding import check_keep, sliding
 from .temp_lora import lora, require_peft, temp_lora
 from .truncation import truncation
 
@@ -70,6 +73,11 @@ def _truncation(host, settings: dict) -> Iterator[Reader]:
 
 
 @contextmanager
+def _sliding(host, settings: dict) -> Iterator[Reader]:
+    yield Reader(partial(sliding, host, sinks=settings["sinks"]))
+
+
+@contextmanager
 def _long_context(host, settings: dict) -> Iterator[Reader]:
     """A window of its own, but the chunks of all."""
     yield Reader(lambda ids, window, stride, **options: long_context(host, ids, settings["context"], stride, **options))
@@ -88,7 +96,8 @@ def locas_config(settings: dict) -> LocasConfig:
 
 @contextmanager
 def _locas(host, settings: dict) -> Iterator[Reader]:
-    learning = {name: settings[name] for name in ("learning_rate", "epochs")}
+    learning: dict[str, Any] = {name: settings[name] for name in ("learning_rate", "epochs")}
+    learning["context"] = context_of(settings) or "recompute"
     memory = locas.attach(host, locas_config(settings))
     try:
         # Truncation says how hard the text is without a memory, and a run that diverges is a result too.
@@ -98,7 +107,13 @@ def _locas(host, settings: dict) -> Iterator[Reader]:
         memory.detach()
 
 
-_READERS = {"truncation": _truncation, "long-context": _long_context, "temp-lora": _temp_lora, "locas": _locas}
+_READERS = {
+    "truncation": _truncation,
+    "sliding": _sliding,
+    "long-context": _long_context,
+    "temp-lora": _temp_lora,
+    "locas": _locas,
+}
 
 
 def reader(host, arm: Arm) -> AbstractContextManager[Reader]:
@@ -106,9 +121,15 @@ def reader(host, arm: Arm) -> AbstractContextManager[Reader]:
     return _READERS[arm.method](host, arm.settings)
 
 
-def check_arm(host, arm: Arm, protocol: Protocol) -> None:
-    """Raises what the arm would raise only hours later: ValueError, or LocasError where peft is not installed."""
+def check_arm(host, arm: Arm, protocol: Protocol, longest: int) -> None:
+    """Raises what the arm would raise only hours later: ValueError, or LocasError where peft is not installed.
+
+    longest: the tokens of the longest text
+    """
     settings = arm.settings
+    keep = Keep(sinks=settings["sinks"]) if arm.method == "sliding" else context_of(settings)
+    if keep is not None:
+        check_keep(host, protocol, keep, longest)
     if arm.method == "temp-lora":
         require_peft()
     if arm.method == "long-context":

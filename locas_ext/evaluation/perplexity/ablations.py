@@ -65,5 +65,12 @@ def _scale(base: dict[str, dict]) -> list[Arm]:
     return [make_arm(base, "truncation"), *locas, *temp_lora]
 
 
-PRESETS = {"init": _init, "rank": _rank, "learning-rate": _learning_rate, "scale": _scale}
+def _context(base: dict[str, dict]) -> list[Arm]:
+    """Windows read anew and contexts kept, without a memory and with one."""
+    refreshed = [make_arm(base, "locas", context="keep", refresh_every=every) for every in (4, 16)]
+    anew, kept = make_arm(base, "locas", context="recompute"), make_arm(base, "locas", context="keep")
+    return [make_arm(base, "truncation"), make_arm(base, "sliding"), anew, kept, *refreshed]
+
+
+PRESETS = {"context": _context, "init": _init, "rank": _rank, "learning-rate": _learning_rate, "scale": _scale}
 NEED_HELD_OUT = ("scale",)  # presets that are about forgetting

@@ -22,8 +22,9 @@ from .parallel import world_size
 class PerplexityTask:
     """The arguments of the command.
 
-    methods: None: "truncation" and "locas"; with `ablate`: all of the preset
+    methods: None: "truncation" and "locas", beside a kept context "sliding" too; with `ablate`: all of the preset
     locas, temp_lora: the settings of those methods
+    sinks: of "sliding"
     long_context: tokens; None: the host's positions
     held_out_tokens: at most so many of each held-out text; None: all
     """
@@ -35,6 +36,7 @@ class PerplexityTask:
     ablate: str | None
     locas: dict
     temp_lora: dict
+    sinks: int
     long_context: int | None
     window: int | None
     stride: int | None
@@ -70,9 +72,17 @@ def _check(task: PerplexityTask) -> None:
 
 
 def _arms(task: PerplexityTask, context: int) -> list[Arm]:
-    base = {"truncation": {}, "long-context": {"context": context}, "temp-lora": task.temp_lora, "locas": task.locas}
+    base = {
+        "truncation": {},
+        "sliding": {"sinks": task.sinks},
+        "long-context": {"context": context},
+        "temp-lora": task.temp_lora,
+        "locas": task.locas,
+    }
     if task.ablate is None:
-        return [make_arm(base, method) for method in task.methods or ("truncation", "locas")]
+        kept = task.locas.get("context") == "keep"
+        default = ("truncation", "sliding", "locas") if kept else ("truncation", "locas")
+        return [make_arm(base, method) for method in task.methods or default]
     arms = [arm for arm in PRESETS[task.ablate](base) if task.methods is None or arm.method in task.methods]
     if not arms:
         assert task.methods is not None, "a preset has arms unless methods leave them out"
@@ -93,9 +103,9 @@ class Study:
         self.host, tokenizer = load_host(task.model, task.dtype, device)
         self.protocol = Protocol.of(self.host, task.window, task.stride, task.bos, prefix="--")
         self.arms = _arms(task, max_positions(self.host) if task.long_context is None else task.long_context)
-        for arm in self.arms:
-            check_arm(self.host, arm, self.protocol)
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]
+        for arm in self.arms:
+            check_arm(self.host, arm, self.protocol, max(len(book.ids) for book in self.books))
         for path, book in zip(task.books, self.books, strict=True):
             if len(book.ids) < self.protocol.window:
                 raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 
 class Call(NamedTuple):
@@ -50,10 +51,13 @@ def _copied(value: Any) -> Any:
 
 
 @torch.no_grad()
-def record(model: nn.Module, ids: Tensor, modules: Iterable[nn.Module] | None = None) -> Recording:
-    """Runs ids [batch, n] through a causal language model, without a KV cache.
+def record(
+    model: nn.Module, ids: Tensor, modules: Iterable[nn.Module] | None = None, cache: DynamicCache | None = None
+) -> Recording:
+    """Runs ids [batch, n] through a causal language model.
 
     modules: whose calls are recorded; None: those of every module in the model
+    cache: an empty one, which then holds the text's keys and values; None: without a KV cache
 
     The recording keeps no reference to what the model itself holds, and no hook stays on the model.
     """
@@ -73,7 +77,7 @@ def record(model: nn.Module, ids: Tensor, modules: Iterable[nn.Module] | None = 
         for module in model.modules() if modules is None else modules:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, return_dict=True).logits
     finally:
         for handle in handles:
             handle.remove()

@@ -14,9 +14,15 @@ PAPER, INK, FAINT = "#fbf8f1", "#2f3437", "#b9b2a3"
 WITHOUT, WITH = "#8c8577", "#0f766e"
 WIDTH, DPI = 9.6, 160  # inches, dots an inch
 # Besides the hue, Locas and Temp-LoRA differ in lightness, line and marker, for eyes that do not tell the hues apart.
-METHOD_COLORS = {"truncation": WITHOUT, "locas": WITH, "temp-lora": "#dd7a1f", "long-context": "#4a5aa8"}
-METHOD_LINES = {"temp-lora": (0, (4, 1.2)), "long-context": (0, (1, 1))}
-METHOD_MARKERS = {"truncation": "D", "locas": "o", "temp-lora": "s", "long-context": "^"}
+METHOD_COLORS = {
+    "truncation": WITHOUT,
+    "sliding": "#8a5a83",
+    "locas": WITH,
+    "temp-lora": "#dd7a1f",
+    "long-context": "#4a5aa8",
+}
+METHOD_LINES = {"sliding": (0, (5, 1, 1, 1)), "temp-lora": (0, (4, 1.2)), "long-context": (0, (1, 1))}
+METHOD_MARKERS = {"truncation": "D", "sliding": "v", "locas": "o", "temp-lora": "s", "long-context": "^"}
 
 
 def new_figure(height: float) -> Figure:

@@ -1,0 +1,90 @@
+"""Attention of a window's last rows over all of it, forward and backward.
+
+        rows ->   context k - n ....... | chunk n
+        queries n [   all of it         | causal ]       a sliding layer sees its last `window` rows only
+
+CUDA: flash attention, whose backward makes dK and dV of the context too; they are left.
+CPU: chunk_attention.py's, whose backward stops at the context.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from locas_ext.learning.chunk_attention import attention, attention_backward
+
+
+class Heads(NamedTuple):
+    """The attention of one layer.
+
+    groups: heads of keys and values
+    window: how many rows, its own included, a query of a sliding layer sees; None: all before it
+    """
+
+    head_size: int
+    groups: int
+    scaling: float
+    window: int | None
+
+
+def obstacle(heads: Heads, like: Tensor) -> str | None:
+    """Why these heads cannot be computed here, or None."""
+    if like.is_cpu:
+        return None
+    if like.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention takes bfloat16 and float16, and the host is {str(like.dtype).removeprefix('torch.')}"
+    if heads.head_size % 8 or heads.head_size > 256:
+        return f"flash attention takes heads of up to 256 numbers, a multiple of 8; the host's have {heads.head_size}"
+    return None
+
+
+def additive_mask(n: int, k: int, window: int | None, like: Tensor) -> Tensor:
+    """[1, 1, n, k]: 0 where a query sees a key, -inf elsewhere; the last n of k rows are the queries' own."""
+    queries = torch.arange(k - n, k, device=like.device)[:, None]
+    keys = torch.arange(k, device=like.device)
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys > queries - window
+    return torch.zeros(n, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)[None, None]
+
+
+def _reach(heads: Heads, k: int) -> int | None:
+    """flash attention's window_size_left."""
+    return None if heads.window is None or heads.window >= k else heads.window - 1
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None) -> tuple[Tensor, tuple]:
+    """query [n, H, D], key and value [k, G, D], mask as `additive_mask` (CPU) -> [n, H, D], what the backward needs."""
+    n, k = len(query), len(key)
+    if query.is_cuda:
+        out, *saved = torch.ops.aten._flash_attention_forward(
+            query[None], key[None], value[None], None, None, n, k, 0.0, True, False,
+            scale=heads.scaling, window_size_left=_reach(heads, k), window_size_right=0,
+        )  # fmt: skip
+        return out[0], (out, *saved[:3])
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if mask is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=heads.scaling, enable_gqa=True)
+        return out[0].transpose(0, 1), ()
+    out, kept = attention(query, key, value, mask, heads.scaling)
+    return out[0].transpose(0, 1), (out, kept)
+
+
+def attend_backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, saved: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of query [n, H, D] and of the queries' own rows of key and value [n, G, D]."""
+    n, k = len(query), len(key)
+    if query.is_cuda:
+        out, logsumexp, rng_state, unused = saved
+        gradients = torch.ops.aten._flash_attention_backward(
+            d_out[None], query[None], key[None], value[None], out, logsumexp, None, None, n, k, 0.0, True, rng_state, unused,
+            scale=heads.scaling, window_size_left=_reach(heads, k), window_size_right=0,
+        )  # fmt: skip
+        d_query, d_key, d_value = (gradient[0] for gradient in gradients)
+        return d_query, d_key[k - n :], d_value[k - n :]
+    d_out, query, key, value = (x.transpose(0, 1)[None] for x in (d_out, query, key, value))
+    d_query, d_key, d_value = attention_backward(d_out, query, key, value, mask, *saved, heads.scaling)
+    return tuple(gradient[0].transpose(0, 1) for gradient in (d_query, d_key, d_value))

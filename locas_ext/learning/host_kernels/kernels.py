@@ -1,0 +1,233 @@
+"""Windows read through the pieces found in a host, as far as they gave what the host's own code gives."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from locas_ext.hosts.registry import Host
+from locas_ext.hosts.window_reading import misfit, tolerance
+from locas_ext.learning.report import HostKernelsReport
+from locas_ext.ops import token_nll
+
+from .binding import bound
+from .find import TOKENS, Found, find
+from .window_cache import WindowBuffers, WindowCache
+
+# Names no mask that transformers knows how to make: attentions of ours read none.
+_NO_MASK = "locas_window"
+
+
+class Level(IntEnum):
+    """How much of a window's reading is ours."""
+
+    ALL = 0  # keys and values in buffers of ours, attention and loss included
+    PIECES = 1  # norms and residuals only
+    NONE = 2
+
+
+@contextmanager
+def _without_masks(decoder: Any) -> Iterator[None]:
+    """Inside, transformers makes no attention mask for this decoder."""
+    config = decoder.config
+    twin = object.__new__(type(config))
+    twin.__dict__.update(config.__dict__, _attn_implementation_internal=_NO_MASK)
+    decoder.__dict__["config"] = twin
+    try:
+        yield
+    finally:
+        decoder.__dict__["config"] = config
+
+
+class Kind(NamedTuple):
+    """Windows that are read alike.
+
+    how: "short", "full", "one", "whole" (with the context's gradient) or "kept"; behind: whether something stands before
+    the inputs; least: the least number of tokens
+    """
+
+    how: str
+    behind: bool
+    least: int
+
+
+class Ours(NamedTuple):
+    """A window read by all of ours: its logits [n, V], and each target's loss [n]."""
+
+    logits: Callable[[], Tensor]
+    nll: Callable[[], Tensor]
+
+
+class HostKernels:
+    """What stands in for a host's own code while windows of one run are read."""
+
+    def __init__(self, host: Host, found: Found, rows: int, last_layer: int | None):
+        """rows: the tokens of the longest window; last_layer: as in ContextCache"""
+        self.host, self.found, self.last_layer = host, found, last_layer
+        self.buffers = WindowBuffers(rows)
+        self.pieces, self.levels = found.pieces(), found.levels
+        self.all_pieces = self.pieces + found.attention_pieces()
+
+    # ---- how much of it is right -----------------------------------------------------------------------------
+    def level(self, how: str, context: int, tokens: int) -> Level:
+        """How a window of so many tokens is read, `context` of them before the chunk's inputs."""
+        behind = context > 0
+        known = [kind.least for kind in self.levels if kind[:2] == (how, behind) and kind.least <= tokens]
+        return Level(self.levels[Kind(how, behind, max(known))]) if known else Level.NONE
+
+    @torch.no_grad()
+    def settle(self, kind: Kind, targets: Tensor, read: Callable[[], Tensor], ours: Ours | None) -> None:
+        """Compares the levels for a window that is the first of its kind, and takes the first that reads it right.
+
+        targets: [n]; read: -> its logits [n, V] by the host's own code; ours: None where that is not for all of ours
+        """
+        if kind in self.levels:
+            return
+        own = read()
+        levels = {Level.PIECES: lambda: self._with_pieces(read)} if self.pieces else {}
+        if ours is not None and self.found.attentions:
+            levels = {Level.ALL: ours.logits, **levels}
+        self.levels[kind] = Level.NONE
+        for level, logits in levels.items():
+            error = misfit(logits(), own, targets)
+            if level == Level.ALL and ours is not None:
+                loss = ours.nll().mean() - token_nll(own, targets.to(own.device)).mean()
+                error = max(error, abs(loss.item()))
+            if error <= tolerance(own, self.host.reading.coarse):
+                self.levels[kind] = level
+                return
+            behind = " behind a context" if kind.behind else ""
+            self.found.own[f"windows of {kind.least} or more tokens{behind}"] = (
+                f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
+            )
+
+    def report(self) -> HostKernelsReport:
+        taken = set(self.levels.values())
+        ours = []
+        if taken - {Level.NONE}:
+            ours += ["norms"] + ["residuals"] * any(layer is not None for layer in self.found.layers)
+        if Level.ALL in taken:
+            ours += ["attention"] + ["loss"] * (self.found.head is not None)
+        return HostKernelsReport(tuple(ours), dict(self.found.own))
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+    def _with_pieces(self, read: Callable[[], Tensor]) -> Tensor:
+        with bound(self.pieces):
+            return read()
+
+    @contextmanager
+    def pieces_bound(self) -> Iterator[None]:
+        """Inside, norms and residuals are ours."""
+        with bound(self.pieces):
+            yield
+
+    @contextmanager
+    def _all_bound(self) -> Iterator[None]:
+        with bound(self.all_pieces), _without_masks(self.host.model.get_decoder()):
+            yield
+
+    def behind(self, context: Tensor) -> WindowCache:
+        """What stands before the inputs: context [c], read now, without a gradient."""
+        cache = WindowCache(self.buffers, self.last_layer)
+        if len(context):
+            with self._all_bound():
+                cache.fill(self.host.model, context)
+        return cache
+
+    def behind_rows(self, rows: Sequence[Sequence[Tensor]], context: int) -> WindowCache:
+        """What stands before the inputs: `context` tokens, of which each layer has its latest keys and values.
+
+        rows: for 2 L tensors, keys before values, parts [G, n, D] that follow one another; none: no context
+        """
+        cache = WindowCache(self.buffers, None)
+        cache.put(rows, context)
+        return cache
+
+    def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""
+        return self._read(self.host.model, cache, inputs, positions).logits[0]
+
+    def nll(self, cache: WindowCache, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[n] float32 of targets [n], which follow the last n inputs, with a graph over the inputs."""
+        if self.found.head is None:
+            return token_nll(self.logits(cache, inputs, positions)[-len(targets) :], targets)
+        hidden = self._read(self.host.model.get_decoder(), cache, inputs, positions).last_hidden_state[0]
+        return self.found.head.nll(hidden[-len(targets) :], targets)
+
+    def _read(self, part: Any, cache: WindowCache, inputs: Tensor, positions: Tensor | None) -> Any:
+        """What the model or its decoder returns."""
+        places = {} if positions is None else {"position_ids": positions[None]}
+        with self._all_bound():
+            return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places)
+
+
+def _obstacle(host: Host) -> str | None:
+    """Why nothing of a host may be replaced, or None."""
+    model = host.model
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return "the host lies on several devices"
+    device = devices.pop()
+    if device.type not in ("cpu", "cuda"):
+        return f"the host is on {device}"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} has hooks of accelerate or is compiled"
+    return None
+
+
+def _found(host: Host, ids: Tensor) -> Found:
+    """The pieces of a host, remembered until something about it changes."""
+    key = (host.model.dtype, host.input_device())
+    remembered = host.reading.kernels
+    if remembered is None or remembered[0] != key or not remembered[1].holds():
+        host.reading.kernels = remembered = (key, find(host.model, ids))
+    return remembered[1]
+
+
+def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKernels | str:
+    """What of a host runs through kernels of ours, or why nothing does.
+
+    ids: [n], the text; rows: the tokens of the longest window; ends_early: whether a context's forward may be left midway
+    """
+    if not host.reading.compares:
+        return "LOCAS_PROBE is 0, so they are not compared with the host"
+    if (why := _obstacle(host)) is not None:
+        return why
+    if len(ids) < 2:
+        return "the text has fewer than 2 tokens"
+    try:
+        found = _found(host, ids[:TOKENS].to(host.input_device()))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"its forward could not be recorded: {type(error).__name__}: {error}"
+    return HostKernels(host, found, rows, host.reading.last_layer if ends_early else None)
+
+
+class Reader(Protocol):
+    """What reads windows. kernels: what of the host runs through kernels of ours; None: nothing"""
+
+    host: Host
+    ends_early: bool
+    kernels: HostKernels | None
+
+
+@contextmanager
+def fast_reader(reader: Reader, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
+    """Inside, windows are read by kernels of ours as far as they suit the host. Yields what says how far that is.
+
+    ids: [n], the text; rows: the tokens of the longest window
+    """
+    found = host_kernels(reader.host, ids, rows, reader.ends_early)
+    if isinstance(found, str):
+        yield lambda: HostKernelsReport(own={"host": found})
+        return
+    reader.kernels = found
+    try:
+        yield found.report
+    finally:
+        reader.kernels = None

@@ -1,0 +1,62 @@
+"""Keep: chunks are read over the keys and values that the chunks before them left (docs/method.md, "A kept context")."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from locas_ext.checks import integer
+
+CONTEXTS = ("recompute", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """The context before a chunk is not read anew: what each chunk left in the KV cache when it was scored is kept.
+
+    A kept key has seen an older memory and a longer past, so the figures are not those of `context="recompute"`; a chunk costs
+    its own forward and backward only. Rotary hosts whose positions have no end.
+
+    Args:
+        sinks: int >= 0: how many of the text's first inputs stay in the window when it moves on, right before the others
+        refresh_every: int >= 1: every so many chunks the window is read anew with the memory as it then is; None: never
+
+    Raises TypeError or ValueError for a value outside these. Source: docs/method.md; the sinks are those of StreamingLLM
+    (arXiv 2309.17453).
+
+    >>> import locas_ext as locas
+    >>> locas.Keep(refresh_every=16)
+    Keep(sinks=4, refresh_every=16)
+    """
+
+    sinks: int = 4
+    refresh_every: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sinks", integer("sinks", self.sinks, 0))
+        if self.refresh_every is not None:
+            object.__setattr__(self, "refresh_every", integer("refresh_every", self.refresh_every, 1))
+
+    def check_fits(self, window: int, stride: int) -> None:
+        """ValueError for a window in which the sinks have no place before a chunk."""
+        if window - stride <= self.sinks:
+            raise ValueError(
+                f"sinks is {self.sinks}, but before a chunk of {stride} tokens a window of {window} has room for "
+                f"{max(window - stride - 1, 0)} inputs; expected at most so many sinks, a larger window or a smaller stride"
+            )
+
+
+def as_context(context: object) -> Keep | None:
+    """What memorize() is asked for: "recompute" (None), "keep" (the defaults) or a Keep. ValueError or TypeError otherwise."""
+    if isinstance(context, Keep):
+        return context
+    if not isinstance(context, str):
+        raise TypeError(f"context is {context!r}; expected 'recompute', 'keep' or locas.Keep(...)")
+    if context not in CONTEXTS:
+        raise ValueError(f"context is {context!r}; expected 'recompute', 'keep' or locas.Keep(...)")
+    return Keep() if context == "keep" else None
+
+
+def context_of(settings: Mapping[str, object]) -> Keep | None:
+    """The context that a command's settings name: `context` and, where it is "keep", fields of Keep; without any, None."""
+    if settings.get("context", "recompute") != "keep":
+        return None
+    return Keep(**{name: settings[name] for name in ("sinks", "refresh_every") if name in settings})  # type: ignore[arg-type]

@@ -1,0 +1,163 @@
+"""A text's kept context: what of it stands before the next chunk, and the chunk's forward over it.
+
+        0 .. sinks-1 | ........ | b + sinks .......... s-2 | s-1 ......... e-2          inputs; b = max(0, e - W)
+        first rows, turned to   | latest rows, as they     | S positions, gradient
+        b .. b + sinks - 1      | were computed            | -> logits, and the rows that are kept of them
+
+Inputs stand at their own places in the text. A layer whose attention slides keeps its own window and no first rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locas_ext.errors import LocasError
+from locas_ext.hosts.kept_cache import KeptCache
+from locas_ext.hosts.key_turning import find_turning, reaches, turned
+from locas_ext.hosts.lengths import lengths_of
+from locas_ext.state.kept_rows import KeptRows, LayerRoom
+
+
+def _rooms(model: Any, window: int, sinks: int) -> list[LayerRoom]:
+    """What a window needs of each layer once it has moved. A reach of a whole window is none."""
+    most = window - 2  # a chunk has at least one token, and the last one of a window is only a target
+    return [
+        LayerRoom(sinks, most - sinks) if reach is None or reach > most else LayerRoom(0, min(reach - 1, most))
+        for reach in reaches(model)
+    ]
+
+
+def check_positions(model: Any, inputs: int) -> None:
+    """ValueError for a host that turns positions otherwise in a text of so many inputs than in a shorter one."""
+    lengths = lengths_of(model.config)
+    kinds = [("longrope", length) for length in lengths.rotary] + [("dynamic scaling", length) for length in lengths.growing]
+    for kind, length in kinds:
+        if inputs > length:
+            raise ValueError(
+                f"context is 'keep', but the host's rotary positions have {kind}, which turns all of them otherwise in a "
+                f"text of more than {length} tokens, and the text has {inputs}: kept keys would not fit; expected "
+                "context='recompute'"
+            )
+
+
+class KeptContext:
+    """Attributes:
+    rows: what is kept
+    left: the rows of the inputs read last, which `keep` takes
+    """
+
+    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, last_layer: int | None = None):
+        """device: where token ids go; last_layer: as in ContextCache. ValueError for a host whose context cannot be kept."""
+        try:
+            rooms, self.turning = _rooms(model, window, sinks), find_turning(model, device)
+        except ValueError as error:
+            raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
+        self.model, self.device, self.window, self.last_layer = model, device, window, last_layer
+        self.rows = KeptRows(rooms)
+        self.left: list[Tensor] = []
+        self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it
+        self.context = 0
+        self.front: list[Tensor] = []  # per group of rows, what stands in the place of the first ones: [g, H, sinks, D]
+
+    def take_up(self, rows: KeptRows, seen: int) -> None:
+        """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
+        try:
+            if rows.rooms != self.rows.rooms or rows.seen != seen:
+                raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")
+            self.rows = rows.on(self.turning.like)
+        except ValueError as error:
+            raise LocasError(f"the kept context does not fit: {error}") from None
+        self.front = []
+
+    # ---- before a chunk --------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def prepare(self, count: int) -> None:
+        """Puts what stands before the next `count` inputs in its place."""
+        rows = self.rows
+        self.context = min(rows.seen, self.window - 1 - count)
+        self.begin.fill_(rows.seen)
+        if not self.front:
+            self.front = [torch.zeros_like(group.first) for group in rows.groups]
+        moved = rows.seen - self.context
+        for group, front in zip(rows.groups, self.front, strict=True):
+            front.copy_(group.first)
+            if moved and front.numel():
+                self._turn(group.members, group.first, front, moved)
+
+    def _turn(self, members: list[int], first: Tensor, front: Tensor, moved: int) -> None:
+        """The keys among first [g, H, n, D], of tensors with these numbers, turned on by `moved` positions, into front."""
+        ways: dict[Any, list[int]] = {}
+        for place, number in enumerate(members):
+            if number % 2 == 0 and (way := self.turning.layers[number // 2]) is not None:
+                ways.setdefault(way, []).append(place)
+        old = torch.arange(first.shape[2], device=self.device)
+        for way, places in ways.items():
+            cos, sin = (part.to(first.device) for part in self.turning.angles(way.rotary, old, old + moved))
+            if places == list(range(0, len(members), 2)):
+                front[::2] = turned(first[::2], cos, sin, way.interleaved)  # all keys alike: no copies of them
+                continue
+            for place in places:
+                front[place] = turned(first[place], cos, sin, way.interleaved)
+
+    @torch.no_grad()
+    def refresh(self, context: Tensor) -> None:
+        """After `prepare`: reads the context anew, tokens [c], and the text's first inputs; with the memory as it is now."""
+        latest = self._rows_of(context, self.rows.seen - self.context)
+        first = self._rows_of(torch.tensor(self.rows.head, dtype=torch.int64), 0) if self.rows.head else latest
+        self.rows.replace(first, latest)
+        if not self.front:
+            self.front = [torch.zeros_like(group.first) for group in self.rows.groups]
+        for group, front in zip(self.rows.groups, self.front, strict=True):
+            for place, number in enumerate(group.members):
+                beginning = latest[number][:, : front.shape[2]]
+                front[place, :, : beginning.shape[1]] = beginning
+
+    def _rows_of(self, tokens: Tensor, begin: int) -> list[Tensor]:
+        """The rows that tokens [n] leave at positions from `begin` on, with nothing before them."""
+        tokens = tokens.to(self.device)
+        cache = KeptCache(self.model, self.device, 0, [], self.last_layer)
+        cache.fill(self.model, tokens[None], torch.arange(begin, begin + len(tokens), device=self.device)[None])
+        return cache.left
+
+    def put_before(self, token: int) -> None:
+        """Reads a token that stands before the text."""
+        inputs = torch.tensor([token])
+        self.keep(inputs, self._rows_of(inputs, 0))
+
+    # ---- a chunk ---------------------------------------------------------------------------------------------
+    def parts(self) -> list[Sequence[Tensor]]:
+        """Per tensor the rows that stand before the inputs."""
+        rows = self.rows
+        parts: dict[int, Sequence[Tensor]] = {}
+        for group, front in zip(rows.groups, self.front, strict=True):
+            first, room = min(front.shape[2], rows.seen), group.latest.shape[2]
+            latest = min(self.context - first, room)
+            assert latest <= rows.held, "rows are only let go of before they are read anew"
+            for place, number in enumerate(group.members):
+                parts[number] = front[place, :, :first], group.latest[place, :, room - latest :]
+        return [parts[number] for number in sorted(parts)]
+
+    def positions(self, inputs: Tensor) -> Tensor:
+        """Where the next inputs [n] stand in the text; after `prepare`."""
+        return self.begin + torch.arange(len(inputs), device=self.device)
+
+    def read(self, inputs: Tensor) -> Tensor:
+        """The logits [n, V] of the next inputs [n], with a graph over these alone; after `prepare`."""
+        cache = KeptCache(self.model, self.device, self.context, self.parts())
+        logits = self.model(
+            input_ids=inputs[None],
+            position_ids=self.positions(inputs)[None],
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits[0]
+        self.left = cache.left
+        return logits
+
+    def keep(self, inputs: Tensor, left: Sequence[Tensor]) -> None:
+        """Takes the rows that inputs [n] left."""
+        rows = self.rows
+        rows.head += inputs[: max(0, rows.first - rows.seen)].tolist()
+        rows.append(left)
