@@ -15,9 +15,9 @@ from locas_ext.state.stream import Chunk
 EARLY, EVERY = (0, 1, 4, 16, 64), 128
 WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers; and the run's last RECENT chunks
 FOLLOW_UPS = 8  # at most so many chunks in a row, so that a memory that harms a little does not cost a forward each chunk
-ENOUGH = 16  # tokens: nothing is concluded from fewer
+ENOUGH = 32  # tokens: nothing is concluded from fewer
 HARDER = 0.03  # nats per token: a chunk is called harder beyond this
-NOISE = 1.0  # nats: one token's difference varies by about so much where a memory moves anything; the mean of n by / sqrt(n)
+NOISE = 1.5  # nats: one token's difference varies by about so much where a memory moves anything; the mean of n by / sqrt(n)
 AT_ONCE = 0.5  # nats per token: no accident
 SURPRISE = 1.0  # nats per token beyond the mean of the RECENT chunks: a text alone hardly ever jumps so
 RECENT = 4

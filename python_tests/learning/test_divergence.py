@@ -90,8 +90,8 @@ def test_noise_alone_never_warns():
 
 
 def test_nothing_is_concluded_from_few_tokens():
-    test, asked = fed([0.0, *[3.0] * 20], tokens=1)
-    assert asked[:17] == list(range(17)) and test.harmed_by.tokens == 16
+    test, asked = fed([0.0, *[3.0] * 32], tokens=1)
+    assert asked == list(range(33)) and test.harmed_by.tokens == 32
 
 
 def test_a_jump_between_two_chunks_of_the_schedule_is_looked_at():
@@ -172,9 +172,22 @@ def test_what_was_learned_before_it_went_wrong_is_kept():
     _, memory = attached()
     with pytest.warns(locas.DivergenceWarning, match="the state of version 16 is put back, which has learned 128 tokens"):
         report = good_then_bad(memory, on_divergence="stop")
-    assert report.chunks[-1].end <= 176 and memory.tokens_seen == 128
+    assert report.chunks[-1].end <= 192 and memory.tokens_seen == 128
     _, short = attached()
     short.memorize(repeated_text(16, 8), **SETTINGS)
+    assert_states(memory, states(short))
+
+
+def test_a_kept_context_is_put_back_with_the_state_that_it_belongs_to(page):
+    steep = {**STEEP, "context": locas.Keep(sinks=2)}
+    memory, short = diverging(clip=True), diverging(clip=True)
+    with pytest.warns(locas.DivergenceWarning, match="put back"):
+        memory.memorize(page, **steep, on_divergence="stop")
+    seen = memory.tokens_seen
+    assert seen == S * memory.version > 0
+    short.memorize(page[:seen], **steep, on_divergence="ignore")
+    for each in (memory, short):
+        each.feed(page[seen : seen + 5 * S], progress=False, on_divergence="ignore")
     assert_states(memory, states(short))
 
 
@@ -183,7 +196,7 @@ def test_a_written_memory_too():
         return locas.attach(tiny_opt(), locas.LocasConfig("mlp", rank=4, scale="host"))
 
     update = locas.Write(epsilon=100.0)
-    settings = dict(window=24, stride=8, progress=False, update=update)
+    settings = dict(window=48, stride=16, progress=False, update=update)
     memory = fresh()
     with pytest.warns(locas.DivergenceWarning, match=r"smaller epsilon \(now 100\)"):
         report = memory.memorize(HARD, **settings, on_divergence="stop")
@@ -244,7 +257,11 @@ def test_a_run_with_a_cuda_graph_too(page, monkeypatch):
 
 
 # ---- runs that do not ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("changes", [{}, dict(epochs=2), dict(stride=24), dict(context_gradient=True), dict(bos=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(epochs=2), dict(stride=24), dict(context_gradient=True), dict(bos=True), dict(context="keep")],
+    ids=str,
+)
 def test_watching_changes_no_bit_of_a_run(changes):
     runs = []
     for mode in ("warn", "stop", "ignore"):
