@@ -60,12 +60,21 @@ def initial_rows(
     return [_unit_rows(rows[neurons]) for rows in host_rows]
 
 
+def _bears_little(config: LocasConfig) -> bool:
+    return (config.init, config.scale) == ("activation", "host")
+
+
+def default_rate(config: LocasConfig) -> float | None:
+    """The AdamW rate of a memory that does not bear Backprop's own default; None for the others."""
+    return ACTIVATION_AT_HOST_SCALE if _bears_little(config) else None
+
+
 def check_rate(config: LocasConfig, update: object) -> None:
     """ValueError for a learning rate at which rows of FFN inputs are known to diverge with the host's scale.
 
     Slots along FFN inputs answer nearly every token, all together, each by its input's squared length.
     """
-    if (config.init, config.scale) != ("activation", "host") or not isinstance(update, Backprop):
+    if not _bears_little(config) or not isinstance(update, Backprop):
         return
     if update.optimizer == "adamw" and update.learning_rate > ACTIVATION_AT_HOST_SCALE:
         raise ValueError(

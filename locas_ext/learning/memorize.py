@@ -63,13 +63,14 @@ def memorize(
     with attachment.exclusive("memorize"):
         saved = None if resume is None else saved_run(resume)
         resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
-        if on_divergence != "ignore":
-            check_rate(attachment.config, resolved.update)
         ids = token_ids(input_ids, host.vocab_size, at_least=2)
         bos = bos_token_id(host.model) if resolved.protocol.bos else None
         reader = reader_for(host, resolved, len(ids))
         if saved is None:
             _check_first_chunk(attachment, resolved, ids)
+        if on_divergence != "ignore":
+            check_rate(attachment.config, resolved.update)
+        if saved is None:
             passage = Passage(ids, resolved.protocol, bos)
             run = Run(attachment, resolved, reader, passage, TextDigest(), [], title, on_divergence)
         else:

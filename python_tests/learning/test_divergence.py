@@ -308,12 +308,15 @@ def test_other_values_are_refused(wrong):
 # ---- init="activation" with scale="host" ---------------------------------------------------------------------
 def test_rates_at_which_activation_rows_diverge_are_refused():
     _, memory = attached(init="activation")
-    for rate in ({}, dict(learning_rate=2e-3)):
+    for rate in (dict(update=locas.Backprop()), dict(learning_rate=2e-3)):
         with pytest.raises(ValueError, match=r"learning_rate is 0.00[24].*init='activation' with scale='host'.*scale='paper'"):
             memory.memorize(TEXT, window=24, stride=8, progress=False, **rate)
     assert memory.version == 0 and not memory.state.initialized
     memory.memorize(TEXT, window=24, stride=8, progress=False, learning_rate=1e-4)
     assert memory.version == 8
+    _, other = attached(init="activation")
+    other.memorize(TEXT, window=24, stride=8, progress=False)  # a default that it bears
+    assert_states(other, states(memory))
 
 
 @pytest.mark.parametrize(
