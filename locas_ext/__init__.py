@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     import locas_ext.ops as ops
     import locas_ext.reference as reference
     from locas_ext.config import LocasConfig
-    from locas_ext.errors import LocasError
+    from locas_ext.errors import DivergenceWarning, LocasError
     from locas_ext.learning.optimizers import SlotAdamW, SlotSGD
     from locas_ext.memory import (
         Backprop,
         Chunk,
         CompressReport,
+        Divergence,
         GraphReport,
         Keep,
         LayerStatus,
@@ -37,6 +38,8 @@ __all__ = [
     "Backprop",
     "Chunk",
     "CompressReport",
+    "Divergence",
+    "DivergenceWarning",
     "GraphReport",
     "Keep",
     "LayerStatus",
@@ -63,12 +66,13 @@ __all__ = [
 
 _FROM = {
     "config": ("LocasConfig",),
-    "errors": ("LocasError",),
+    "errors": ("DivergenceWarning", "LocasError"),
     "learning.optimizers": ("SlotAdamW", "SlotSGD"),
     "memory": (
         "Backprop",
         "Chunk",
         "CompressReport",
+        "Divergence",
         "GraphReport",
         "Keep",
         "LayerStatus",

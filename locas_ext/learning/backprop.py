@@ -12,6 +12,7 @@ from locas_ext.state.memory_state import MemoryState
 from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
 from .report import GraphReport
+from .settings import require_parameters_that_learn
 from .update import Backprop
 
 # Lifts the gradients of a float16 host out of its subnormal range; divided out before the update.
@@ -29,6 +30,7 @@ def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
     Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
     """
     state, tokens = attachment.state, len(window.inputs)
+    require_parameters_that_learn(state)  # a callback may have frozen the last one
     if reader.is_in_one(window):
         tokens += len(window.context)
     with state.accumulating(as_factors=attachment.keeps_factors(tokens)):

@@ -41,13 +41,23 @@ class Passage:
         """The text's tokens [start, end)."""
         return self.ids[start - self.offset : end - self.offset]
 
-    def chunks(self) -> Iterator[tuple[int, int, Window]]:
-        """(start, end, window) of every chunk; a text's first token alone is none, as nothing of it is scored."""
+    @property
+    def count(self) -> int:
+        """How many chunks there are."""
+        return sum(1 for _ in self._places())
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """[start, end) of every chunk; a text's first token alone is none, as nothing of it is scored."""
         for start in range(self.begin, self.end, self.protocol.stride):
             end = min(start + self.protocol.stride, self.end)
             if end > 1:
-                place = start - self.offset, end - self.offset
-                yield start, end, Window.of(self.ids, *place, self.protocol.window, self.bos)
+                yield start, end
+
+    def chunks(self) -> Iterator[tuple[int, int, Window]]:
+        """(start, end, window) of every chunk."""
+        for start, end in self._places():
+            place = start - self.offset, end - self.offset
+            yield start, end, Window.of(self.ids, *place, self.protocol.window, self.bos)
 
 
 def progress_bar(progress: bool, passage: Passage, report: MemorizeReport, title: str) -> StreamProgress | NoProgress:

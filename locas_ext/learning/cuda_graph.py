@@ -166,7 +166,8 @@ class GraphStep(EagerStep):
         tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
         tensors += [*(home.down for home in self._homes()), *model.parameters(), *model.buffers()]
         addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return attachment.attached, state.disabled, arena.used, *arena.scales, *addresses
+        learning = (parameter.requires_grad for parameter in arena.parameters)
+        return attachment.attached, state.disabled, arena.used, *learning, *arena.scales, *addresses
 
     def _homes(self) -> list:
         return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]

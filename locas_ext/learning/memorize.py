@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from locas_ext.checks import boolean
+from locas_ext.checks import boolean, one_of
 from locas_ext.errors import LocasError
 from locas_ext.hosts.text_config import bos_token_id
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk
 
 from .chunk_loop import Passage
+from .divergence_watch import ON_DIVERGENCE
+from .initialization import check_rate
 from .inputs import TokenIds, token_ids
 from .report import MemorizeReport
 from .resume import check_same_run, saved_run, settings_of
@@ -24,8 +26,9 @@ from .text_digest import BLOCK, TextDigest
 Callback = Callable[[Chunk], None] | None
 
 
-def _check(progress: bool, callback: Callback) -> None:
+def _check(progress: bool, callback: Callback, on_divergence: str) -> None:
     boolean("progress", progress)
+    one_of("on_divergence", on_divergence, ON_DIVERGENCE)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {callback!r}; expected a function that takes a Chunk, or None")
 
@@ -50,9 +53,10 @@ def memorize(
     callback: Callback = None,
     resume: str | Path | None = None,
     title: str | None = None,
+    on_divergence: str = "warn",
 ) -> MemorizeReport:
     """See `Memory.memorize`."""
-    _check(progress, callback)
+    _check(progress, callback, on_divergence)
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title is {title!r}; expected a string or None")
     host = attachment.host
@@ -64,24 +68,34 @@ def memorize(
         reader = reader_for(host, resolved, len(ids))
         if saved is None:
             _check_first_chunk(attachment, resolved, ids)
-            run = Run(attachment, resolved, reader, Passage(ids, resolved.protocol, bos), TextDigest(), [], title)
+        if on_divergence != "ignore":
+            check_rate(attachment.config, resolved.update)
+        if saved is None:
+            passage = Passage(ids, resolved.protocol, bos)
+            run = Run(attachment, resolved, reader, passage, TextDigest(), [], title, on_divergence)
         else:
             digest = check_same_run(attachment, ids, resolved, saved)
             reader.take_up(saved.stream)
             saved.memory.put_into(attachment)
             passage = Passage(ids, resolved.protocol, bos, begin=saved.stream.position)
-            run = Run(attachment, resolved, reader, passage, digest, saved.stream.chunks, title)
+            run = Run(attachment, resolved, reader, passage, digest, saved.stream.chunks, title, on_divergence)
         return run.go("memorize", progress, callback)
 
 
-def feed(attachment: Attachment, input_ids: TokenIds, progress: bool = True, callback: Callback = None) -> MemorizeReport:
+def feed(
+    attachment: Attachment,
+    input_ids: TokenIds,
+    progress: bool = True,
+    callback: Callback = None,
+    on_divergence: str = "warn",
+) -> MemorizeReport:
     """See `Memory.feed`."""
-    _check(progress, callback)
+    _check(progress, callback, on_divergence)
     with attachment.exclusive("feed"):
-        return _fed_run(attachment, input_ids).go("feed", progress, callback)
+        return _fed_run(attachment, input_ids, on_divergence).go("feed", progress, callback)
 
 
-def _fed_run(attachment: Attachment, input_ids: TokenIds) -> Run:
+def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) -> Run:
     """The run that goes on where the last one ended."""
     host, stream = attachment.host, attachment.stream
     if stream is None:
@@ -103,4 +117,4 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds) -> Run:
     reader.take_up(stream)
     passage = Passage(ids, resolved.protocol, bos, begin=stream.position, offset=stream.position - len(tail))
     digest = TextDigest(stream.text_digest, stream.tail[len(tail) - stream.position % BLOCK :])
-    return Run(attachment, resolved, reader, passage, digest, stream.chunks, None)
+    return Run(attachment, resolved, reader, passage, digest, stream.chunks, None, on_divergence)

@@ -41,13 +41,20 @@ def _allocate(state: MemoryState, *names: str) -> None:
             arena.state(name)
 
 
-def _gradient(arena: SlotArena, scale: float, from_grad: Callable, from_factors: Callable) -> tuple:
-    """-> the update function for what the backward left, and its arguments for the gradient."""
-    if arena.factors is not None:
-        return from_factors, arena.factors, scale
-    if scale != 1.0:
+def _scale_gradient(arena: SlotArena, scale: float) -> None:
+    if arena.factors is None and scale != 1.0:
         arena.grad *= scale
-    return from_grad, arena.grad
+
+
+def _gradient(arena: SlotArena, part: slice, scale: float, from_grad: Callable, from_factors: Callable) -> tuple:
+    """-> the update function for what the backward left, and its arguments for the gradient of some layers."""
+    if arena.factors is not None:
+        return from_factors, arena.factors[part], scale
+    return from_grad, arena.grad[part]
+
+
+def _of(tensor: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[part]
 
 
 @torch.no_grad()
@@ -69,18 +76,22 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-        update, *gradient = _gradient(arena, gradient_scale, slot_updates.adamw_slots_, slot_updates.adamw_slots_from_factors_)
-        update(
-            arena.slots,
-            *gradient,
-            arena.exp_avg,
-            arena.exp_avg_sq,
-            arena.step,
-            _learning_rate_tensor(learning_rate, arena),
-            AdamW(*betas, eps, weight_decay, clip),
-            _kernel_copy(arena),
-            finite,
-        )
+        _scale_gradient(arena, gradient_scale)
+        rate, copy = _learning_rate_tensor(learning_rate, arena), _kernel_copy(arena)
+        kernels = slot_updates.adamw_slots_, slot_updates.adamw_slots_from_factors_
+        for part in arena.learning_parts():  # neither moments nor decay nor clip move the others
+            update, *gradient = _gradient(arena, part, gradient_scale, *kernels)
+            update(
+                arena.slots[part],
+                *gradient,
+                arena.state("exp_avg")[part],
+                arena.state("exp_avg_sq")[part],
+                arena.step,
+                rate,
+                AdamW(*betas, eps, weight_decay, clip),
+                _of(copy, part),
+                finite,
+            )
     if finite is None:
         _finish(state)
 
@@ -100,16 +111,20 @@ def sgd_step(
         _allocate(state, "momentum_buffer")
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
-        update, *gradient = _gradient(arena, gradient_scale, slot_updates.sgd_slots_, slot_updates.sgd_slots_from_factors_)
-        update(
-            arena.slots,
-            *gradient,
-            buffer,
-            _learning_rate_tensor(learning_rate, arena),
-            SGD(momentum, weight_decay, clip),
-            _kernel_copy(arena),
-            finite,
-        )
+        _scale_gradient(arena, gradient_scale)
+        rate, copy = _learning_rate_tensor(learning_rate, arena), _kernel_copy(arena)
+        kernels = slot_updates.sgd_slots_, slot_updates.sgd_slots_from_factors_
+        for part in arena.learning_parts():
+            update, *gradient = _gradient(arena, part, gradient_scale, *kernels)
+            update(
+                arena.slots[part],
+                *gradient,
+                _of(buffer, part),
+                rate,
+                SGD(momentum, weight_decay, clip),
+                _of(copy, part),
+                finite,
+            )
     if finite is None:
         _finish(state)
 

@@ -27,6 +27,29 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """A run whose memory made the text harder than the host alone does.
+
+    Attributes:
+        chunk: the Chunk at which it was noticed
+        memory, host: nats per token, with the memory and by the host alone, over the chunks that showed it
+        restored_version: the version of the state that was put back at the run's end; None where the run ended with a
+            memory that had recovered, or was ended by an exception
+    """
+
+    chunk: Chunk
+    memory: float
+    host: float
+    restored_version: int | None = None
+
+    def __str__(self) -> str:
+        back = "" if self.restored_version is None else f"; put back: the state of version {self.restored_version}"
+        return (
+            f"diverged at token {self.chunk.start:,}: {self.memory:.2f} nats per token, {self.host:.2f} by the host alone{back}"
+        )
+
+
+@dataclass(frozen=True)
 class HostKernelsReport:
     """Which parts of the host ran through kernels of ours.
 
@@ -54,6 +77,7 @@ class MemorizeReport:
         host_kernels: which parts of the host ran through kernels of ours in this call, and why others did not
         one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
             empty where two forwards gave what one gives
+        diverged: a Divergence where the memory was found to make the text harder than the host alone does; else None
     """
 
     chunks: list[Chunk] = field(default_factory=list, repr=False)
@@ -61,6 +85,7 @@ class MemorizeReport:
     graph: GraphReport = GraphReport()
     host_kernels: HostKernelsReport = HostKernelsReport()
     one_forward: list[str] = field(default_factory=list)
+    diverged: Divergence | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,4 +108,5 @@ class MemorizeReport:
         return str(self.graph)
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens in {len(self.chunks):,} chunks, perplexity {self.perplexity:.2f}, {self.seconds:.1f} s"
+        said = f"{self.tokens:,} tokens in {len(self.chunks):,} chunks, perplexity {self.perplexity:.2f}, {self.seconds:.1f} s"
+        return said if self.diverged is None else f"{said}; {self.diverged}"

@@ -10,6 +10,7 @@ from locas_ext.state.stream import Chunk, Stream
 from .backprop import check_loss
 from .chunk import Reader, Window
 from .chunk_loop import Passage, progress_bar, read_chunks
+from .divergence_watch import DivergenceWatch
 from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
 from .protocol import Protocol
@@ -43,6 +44,7 @@ class Run:
         digest: TextDigest,
         chunks: list[Chunk],
         title: str | None,
+        on_divergence: str,
     ):
         """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
         self.attachment, self.settings, self.reader = attachment, settings, reader
@@ -55,6 +57,7 @@ class Run:
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
         self.step = step_for(attachment, settings, reader)
+        self.watch = DivergenceWatch(attachment, settings, reader, self.report, passage.count, on_divergence)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
@@ -71,27 +74,33 @@ class Run:
         ):
             for chunk in read_chunks(self.passage, self._learn, self.report, bar):
                 self._note(chunk)
+                self.watch.tell(chunk)
                 if callback is not None:
                     callback(chunk)
                     require_attached(attachment, verb)
                     quiet()  # what a callback calls may have put the host back into training mode
                 check_interrupt()
+                if self.watch.stops:
+                    break
+            self.watch.finish()
         return self.report
 
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""
         state = self.attachment.state
         place = f"chunk {len(self.report.chunks)} (tokens {start} to {end - 1})"
-        version = state.version
+        version, learned = state.version, state.learned
         losses = []
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
             losses.append(score_and_initialize(self.attachment, window).item())
             check_loss(losses[0], state, place)
         self._settle(window)
+        self.watch.before()
         for epoch in range(self.settings.epochs):
             losses.append(self.step(window, place))
             if epoch == 0:
                 self.reader.scored()
+        self.watch.after(window, losses[0], learned)
         self.window = window
         return losses[0], version
 

@@ -88,7 +88,7 @@ class Settings:
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
-            _require_parameters_that_learn(state)
+            require_parameters_that_learn(state)
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
     # ---- in a file -------------------------------------------------------------------------------------------
@@ -123,7 +123,8 @@ class Settings:
         return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
 
 
-def _require_parameters_that_learn(state: MemoryState) -> None:
+def require_parameters_that_learn(state: MemoryState) -> None:
+    """ValueError if every layer of the memory is frozen."""
     if not any(parameter.requires_grad for arena in state.arenas for parameter in arena.parameters):
         raise ValueError(
             "update is 'backprop', but requires_grad is False on all of memory.parameters(), so nothing can be learned; "

@@ -1,7 +1,7 @@
 """The public face: a model gets a memory (attach.py), and what can be done with it (memory.py)."""
 
 from locas_ext.learning.keep import Keep
-from locas_ext.learning.report import GraphReport, MemorizeReport
+from locas_ext.learning.report import Divergence, GraphReport, MemorizeReport
 from locas_ext.learning.selectors import LossAbove, TopLoss
 from locas_ext.learning.update import Backprop, Write
 from locas_ext.learning.write import WriteReport
@@ -17,6 +17,7 @@ __all__ = [
     "Backprop",
     "Chunk",
     "CompressReport",
+    "Divergence",
     "GraphReport",
     "Keep",
     "LayerStatus",

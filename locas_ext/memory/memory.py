@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locas_ext.learning.initialization import initialize
+from locas_ext.learning.initialization import default_rate, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
 from locas_ext.learning.memorize import feed, memorize
@@ -69,6 +69,7 @@ class Memory(MemoryFacts):
         resume: str | Path | None = None,
         bos: bool = False,
         title: str | None = None,
+        on_divergence: str = "warn",
         **unknown: object,
     ) -> MemorizeReport:
         """Streams a text through the model and learns it: each chunk is scored first and learned from after.
@@ -90,6 +91,10 @@ class Memory(MemoryFacts):
                 settings: goes on behind the tokens already seen, bit for bit as if never interrupted
             bos: bool: whether the host's BOS token is put before every window
             title: str: a name for the text in `texts`
+            on_divergence: what happens where the memory makes the text harder than the host alone does, which scores a
+                few of the chunks too: "warn" warns early and goes on, "stop" ends the run there, "ignore" never looks.
+                A run that stops or ends like that puts the best state back, with its place in the text; `report.diverged`
+                says so
 
         Returns a MemorizeReport. Raises ValueError, TypeError or LocasError for arguments that do not fit, and
         LocasError at a loss or gradient that is not finite (the memory then is that of the last finished update).
@@ -106,12 +111,18 @@ class Memory(MemoryFacts):
         self._require_attached("memorize")
         self._require_enabled("memorize", "nothing can be learned")
         refuse_unknown(unknown)
+        if learning_rate is None and update == "backprop" and optimizer in (None, "adamw"):
+            learning_rate = default_rate(self.config)
         chosen = as_update(update, {"learning_rate": learning_rate, "epochs": epochs, "optimizer": optimizer})
         settings = Settings(window, stride, chosen, context_gradient, bos, as_context(context))
-        return memorize(self._attachment, input_ids, settings, progress, callback, resume, title)
+        return memorize(self._attachment, input_ids, settings, progress, callback, resume, title, on_divergence)
 
     def feed(
-        self, input_ids: TokenIds, progress: bool = True, callback: Callable[[Chunk], None] | None = None
+        self,
+        input_ids: TokenIds,
+        progress: bool = True,
+        callback: Callable[[Chunk], None] | None = None,
+        on_divergence: str = "warn",
     ) -> MemorizeReport:
         """Goes on where the last run ended, with what comes next in its text: same settings, position and optimizer.
 
@@ -121,7 +132,7 @@ class Memory(MemoryFacts):
         Args:
             input_ids: [n] or [1, n] integers (tensor or list), at least 1: without the text before, whose end is kept
             progress: bool: whether a progress bar is shown
-            callback: called with each finished Chunk, as in `memorize`
+            callback, on_divergence: as in `memorize`
 
         Returns a MemorizeReport of the whole text so far. Raises ValueError if there is no run to go on with, and what
         `memorize` raises.
@@ -135,7 +146,7 @@ class Memory(MemoryFacts):
         """
         self._require_attached("feed")
         self._require_enabled("feed", "nothing can be learned")
-        return feed(self._attachment, input_ids, progress, callback)
+        return feed(self._attachment, input_ids, progress, callback, on_divergence)
 
     def write(
         self,

@@ -212,11 +212,21 @@ class SlotArena:
                     grad.add_(parameter.grad)
         self._bind_grads()
 
+    def learning_parts(self) -> list[slice]:
+        """The layers that learn, whose parameters require a gradient, as runs of neighbours: nearly always one of all."""
+        parts: list[slice] = []
+        for index, parameter in enumerate(self.parameters):
+            if parameter.requires_grad:
+                start = parts.pop().start if parts and parts[-1].stop == index else index
+                parts.append(slice(start, index + 1))
+        return parts
+
     def gradient_norm(self) -> Tensor:
         """[] float32, not finite if the gradient is not; of factors an upper bound."""
         if self.factors is None:
             return self.grad.norm()
-        return torch.stack([factors.norm_bound() for factors in self.factors]).sum()
+        bounds = [layer.norm_bound() for part in self.learning_parts() for layer in self.factors[part]]
+        return torch.stack(bounds).sum()
 
     def gather_grad(self) -> None:
         """Brings back gradients that a `zero_grad(set_to_none=True)` moved out of the arena."""
@@ -261,7 +271,8 @@ class SlotArena:
                     setattr(copy, name, value.detach().clone())
                 elif name not in ("parameters", "views", "grads"):
                     setattr(copy, name, value)
-            copy.parameters = [nn.Parameter(layer) for layer in copy.slots]
+            learn = [parameter.requires_grad for parameter in self.parameters]
+            copy.parameters = [nn.Parameter(*layer) for layer in zip(copy.slots, learn, strict=True)]
             memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters, strict=False)})
             copy._grads_are_bound = True
             copy._bind(self.compute.dtype)

@@ -31,6 +31,7 @@ EXAMPLES = (
     "locas memorize notes.txt --model facebook/opt-125m --variant mlp --update write --tokens top-loss:8 --out notes",
 )
 UPDATES, OPTIMIZERS, WHEN_FULL = ("backprop", "write"), ("adamw", "sgd"), ("error", "drop_oldest", "compress")
+ON_DIVERGENCE = ("warn", "stop", "ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,10 @@ def memorize(
         flag("Let the gradient run through the context before the chunk too; slower.", "--context-gradient", panel=LEARNING),
     ] = False,
     writing: WritingOptions = WritingOptions(),
+    on_divergence: Annotated[
+        str,
+        option(one_of(ON_DIVERGENCE), "What to do where the memory makes the text harder than the host alone.", panel=LEARNING),
+    ] = "warn",
     resume: Annotated[bool, flag("Resume the run that --out holds.", "--resume")] = False,
     save_every: Annotated[int, option(integer(1), "Save after this many chunks.")] = 50,
     host: HostOptions = HostOptions(),
@@ -110,6 +115,7 @@ def memorize(
         "stride": reading.stride,
         "bos": bos,
         "context_gradient": context_gradient,
+        "on_divergence": on_divergence,
         "context": context_of(context.settings()) or "recompute",
         "title": title or ", ".join(file.stem for file in texts),
     }

@@ -16,6 +16,7 @@ from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
 from locas_ext.evaluation.texts import read_texts
 from locas_ext.hosts.text_config import bos_token_id
+from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.selectors import LossAbove, TopLoss
 from locas_ext.learning.update import Backprop, Write
 from locas_ext.memory import Chunk, MemorizeReport, Memory
@@ -144,10 +145,11 @@ def run_memorize(task: MemorizeTask, console: Console) -> MemorizeReport:
 
 def _say_what_came_of_it(task: MemorizeTask, memory: Memory, ids: Tensor, report: MemorizeReport, console: Console) -> None:
     console.print(f"{report.tokens:,} tokens scored, perplexity {report.perplexity:.2f} while reading, {report.seconds:.1f} s")
-    stream = checkpoint.read(task.out).stream
-    assert stream is not None, "saved with the optimizer"
-    bos = bos_token_id(memory.model) if stream.settings["bos"] else None
-    if sides := compare(memory, ids, report, stream.settings["window"], bos):
+    if report.diverged is not None:
+        console.print(f"{report.diverged}; tokens learned in what is kept: {memory.tokens_seen:,}")
+    protocol = Protocol.of(memory.model, task.settings["window"], task.settings["stride"], task.settings["bos"])
+    bos = bos_token_id(memory.model) if protocol.bos else None
+    if sides := compare(memory, ids, report, protocol.window, bos):
         console.print(
             f"on {sides.chunks} of its {len(report.chunks):,} chunks: {sides.memory:.2f} while reading, "
             f"{sides.host:.2f} by the host alone"

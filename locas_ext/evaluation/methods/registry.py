@@ -100,7 +100,9 @@ def _locas(host, settings: dict) -> Iterator[Reader]:
     learning["context"] = context_of(settings) or "recompute"
     memory = locas.attach(host, locas_config(settings))
     try:
-        yield Reader(partial(memory.memorize, **learning), memory.num_parameters, memory.save_pretrained)
+        # Truncation says how hard the text is without a memory, and a run that diverges is a result too.
+        memorize = partial(memory.memorize, **learning, on_divergence="ignore")
+        yield Reader(memorize, memory.num_parameters, memory.save_pretrained)
     finally:
         memory.detach()
 

@@ -1,0 +1,163 @@
+"""A run watched for divergence: the host alone scores some of its chunks too, and the best state is kept."""
+
+import copy
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from locas_ext.caller import caller_stacklevel
+from locas_ext.errors import DivergenceWarning
+from locas_ext.patching.attachment import Attachment
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.stream import Chunk, Stream, TextRecord
+
+from .chunk import Window
+from .divergence import RECENT, Comparison, DivergenceTest
+from .kept_reader import KeptReader
+from .report import Divergence, MemorizeReport
+from .settings import ResolvedSettings
+from .step import Reader
+from .update import Backprop
+
+ON_DIVERGENCE = ("warn", "stop", "ignore")
+WORTH_KEEPING = 16  # chunks of a call: from so many on, the state that it began with is compared and kept
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A memory's whole state, on the CPU, and its place in the text."""
+
+    tensors: dict[str, Tensor]
+    version: int
+    used: int
+    stream: Stream | None
+    texts: list[TextRecord]
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> "KeptState":
+        state = attachment.state
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state.tensors().items()}
+        return cls(tensors, state.version, state.used, copy.deepcopy(attachment.stream), list(attachment.texts))
+
+    def put_back(self, attachment: Attachment) -> None:
+        attachment.state.load(self.tensors, self.version, self.used)
+        attachment.stream, attachment.texts = self.stream, list(self.texts)
+
+
+@dataclass
+class _Best:
+    """The newest state with which the text was no harder than by the host alone, or else the least harmful one."""
+
+    state: KeptState | None = None
+    excess: float = float("inf")
+
+    def take(self, state: KeptState | None, excess: float) -> None:
+        if state is not None and excess <= max(self.excess, 0.0):
+            self.state, self.excess = state, excess
+
+
+class DivergenceWatch:
+    """Watches one call of memorize() or feed(); with on_divergence="ignore" it does nothing at all."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        settings: ResolvedSettings,
+        reader: Reader,
+        report: MemorizeReport,
+        chunks: int,
+        on_divergence: str,
+    ):
+        """chunks: how many the call is to read, behind those in the report"""
+        self.attachment, self.settings, self.report = attachment, settings, report
+        # What is kept was made by the memory; the host alone reads each window anew.
+        self.reader = reader.anew if isinstance(reader, KeptReader) else reader
+        self.mode = on_divergence
+        self.first, self.last = len(report.chunks), len(report.chunks) + chunks - 1
+        self.test = DivergenceTest()
+        self.best = _Best()
+        self.candidate: KeptState | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to end here."""
+        return self.mode == "stop" and self.report.diverged is not None
+
+    # ---- around each chunk -----------------------------------------------------------------------------------
+    def before(self) -> None:
+        """Called before the next chunk is learned: what scores a compared chunk is what may be kept."""
+        self.candidate = None
+        if self.mode != "ignore" and self.report.diverged is None and self._is_due():
+            self.candidate = KeptState.of(self.attachment)
+
+    def after(self, window: Window, loss: float, learned: bool) -> None:
+        """Called when the chunk is scored and learned. Compares it if it is its turn.
+
+        loss: its summed loss; learned: whether the memory that scored it had learned anything
+        """
+        number, tokens = len(self.report.chunks), len(window.targets)
+        if self.mode == "ignore" or not (
+            self._is_due() or self.test.surprises(number, loss, tokens, self.report.chunks[self.first :])
+        ):
+            return
+        comparison = Comparison(tokens, loss, self._host_loss(window) if learned else loss)
+        self.best.take(self.candidate, comparison.excess)
+        self.candidate = None
+        self.test.add(number, comparison)
+
+    def tell(self, chunk: Chunk) -> None:
+        """Called when the chunk is noted down. Notes a divergence in the report, and warns of one that the run outlives."""
+        harm = self.test.harmed_by
+        if harm is None or self.report.diverged is not None:
+            return
+        self.report.diverged = Divergence(chunk, harm.memory / harm.tokens, harm.host / harm.tokens)
+        if self.mode == "warn":
+            self._warn("the run goes on, and if it ends like that, the best state is put back; on_divergence='stop' ends it")
+
+    def finish(self) -> None:
+        """Called at the run's end: puts the best state back where the memory does harm."""
+        diverged, state = self.report.diverged, self.best.state
+        if diverged is None or not (self.stops or self.test.harms_still()):
+            return
+        if state is not None:
+            state.put_back(self.attachment)
+            self.report.diverged = replace(diverged, restored_version=state.version)
+        if self.stops:
+            back = "there was no better state to put back"
+            if state is not None:
+                place = self.attachment.stream.position if self.attachment.stream else 0
+                back = f"the state of version {state.version} is put back, which has learned {place:,} tokens"
+            self._warn(f"the run ends here; {back}")
+
+    # ---- how -------------------------------------------------------------------------------------------------
+    def _is_due(self) -> bool:
+        number = len(self.report.chunks)
+        ends = self.test.harmed_by is not None and number > self.last - RECENT
+        begins = number == self.first and self.last - self.first + 1 >= WORTH_KEEPING
+        return ends or begins or self.test.is_due(number)
+
+    def _host_loss(self, window: Window) -> float:
+        state: MemoryState = self.attachment.state
+        with state.disable(), torch.no_grad():
+            return self.reader.loss(window).item()
+
+    def _warn(self, consequence: str) -> None:
+        said = self.report.diverged
+        assert said is not None
+        chunk, config, update = said.chunk, self.attachment.config, self.settings.update
+        if isinstance(update, Backprop):
+            levers = [f"a smaller learning_rate (now {update.learning_rate:g})"]
+        else:
+            levers = [f"a smaller epsilon (now {update.epsilon:g})"]
+        if config.scale != "paper":
+            levers.append(f"a smaller scale (now {config.scale!r})")
+        if config.init != "topk" and isinstance(update, Backprop):
+            levers.append(f"init='topk' (now {config.init!r})")
+        warnings.warn(
+            f"the memory makes the text harder than the host alone: {said.memory:.2f} nats per token against {said.host:.2f}, "
+            f"noticed at tokens {chunk.start} to {chunk.end - 1}. Try {' or '.join(levers)}. Now {consequence}",
+            DivergenceWarning,
+            stacklevel=caller_stacklevel(),
+        )
