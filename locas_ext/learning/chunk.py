@@ -24,7 +24,7 @@ from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
-from .host_kernels.kernels import HostKernels, Kind, Level, Ours
+from .host_kernels.kernels import HostKernels, Kind, Level, Ours, TakesKernels
 
 
 class Window(NamedTuple):
@@ -60,7 +60,7 @@ class Window(NamedTuple):
         return Window(*torch.cat(self).to(device).split([len(part) for part in self]))
 
 
-class Reader(Protocol):
+class Reader(TakesKernels, Protocol):
     """Reads the windows of a run one after another: `WindowReader`, or `KeptReader` over a kept context.
 
     A chunk's turn is settle, then loss or logits as often as it has epochs, with `scored` after the first, then `learned`.

@@ -206,7 +206,8 @@ def test_other_peoples_hooks_are_called_and_kept():
     calls = []
     model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
     memorize(memory, TEXT)
-    assert len(calls) >= 8 and torch.equal(memory.slots, learned()[1].slots)
+    assert len(calls) >= 8
+    torch.testing.assert_close(memory.slots, learned()[1].slots, rtol=1e-4, atol=1e-6)  # a hooked layer runs as it is
 
 
 def test_memorizing_inside_disabled_is_refused():

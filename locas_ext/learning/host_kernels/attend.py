@@ -106,5 +106,7 @@ def attend_backward(
         d_query, d_key, d_value = (gradient[0] for gradient in gradients)
         return d_query, d_key[k - n :], d_value[k - n :]
     d_out, query, key, value = (x.transpose(0, 1)[None] for x in (d_out, query, key, value))
-    d_query, d_key, d_value = attention_backward(d_out, query, key, value, mask, *saved, heads.scaling)
-    return tuple(gradient[0].transpose(0, 1) for gradient in (d_query, d_key, d_value))
+    assert mask is not None, "made wherever a backward follows"
+    out, kept = saved
+    d_query, d_key, d_value = attention_backward(d_out, query, key, value, mask, out, kept, heads.scaling)
+    return d_query[0].transpose(0, 1), d_key[0].transpose(0, 1), d_value[0].transpose(0, 1)

@@ -52,7 +52,7 @@ def _turned(query: Tensor, key: Tensor, value: Tensor, rotation: _Rotation, plac
     n, size = len(query), place.heads.head_size
     rows = slice(place.start, place.start + n)
     key_rows, value_rows = (buffer[rows].view(n, -1) for buffer in (place.keys, place.values))
-    if rotation.cos is None:
+    if rotation.cos is None or rotation.sin is None:
         key_rows.copy_(key)
         value_rows.copy_(value)
         return query.reshape(n, -1, size)

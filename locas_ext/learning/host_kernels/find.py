@@ -93,10 +93,12 @@ def _layer(layer: Any, norms: dict[nn.Module, FastNorm], recording: Recording) -
     """ValueError, which says why, for a layer that is not built as it would have to be."""
     call, fast = _one_call(recording, layer), FastLayer(layer, norms)
     attention = _one_call(recording, layer.self_attn)
-    taken = []
-    out = fast.over(call.input, lambda x: taken.append(x) or attention.result)
-    _compare(taken[0], attention.input)
-    _compare(out, call.result)
+
+    def recorded(x: Tensor) -> Tensor:
+        _compare(x, attention.input)
+        return attention.result
+
+    _compare(fast.over(call.input, recorded), call.result)
     return fast
 
 

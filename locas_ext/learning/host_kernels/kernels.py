@@ -208,7 +208,7 @@ def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKe
     return HostKernels(host, found, rows, host.reading.last_layer if ends_early else None)
 
 
-class Reader(Protocol):
+class TakesKernels(Protocol):
     """What reads windows. kernels: what of the host runs through kernels of ours; None: nothing"""
 
     host: Host
@@ -217,7 +217,7 @@ class Reader(Protocol):
 
 
 @contextmanager
-def fast_reader(reader: Reader, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
+def fast_reader(reader: TakesKernels, ids: Tensor, rows: int) -> Iterator[Callable[[], HostKernelsReport]]:
     """Inside, windows are read by kernels of ours as far as they suit the host. Yields what says how far that is.
 
     ids: [n], the text; rows: the tokens of the longest window

@@ -55,18 +55,19 @@ class HeadLoss:
 
     def slices(self, hidden: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """-> nll [n], and with `gradient` each one's by its row of hidden [n, d]."""
-        weight: Any = self.head.weight
+        head: Any = self.head
+        weight: Tensor = head.weight
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if gradient else None
         rows = max(1, _SLICE[hidden.device.type] // (weight.shape[0] * weight.element_size()))
         rows = rows if rows < 64 else rows // 64 * 64
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            logits = F.linear(hidden[part], weight, self.head.bias)
+            logits = F.linear(hidden[part], weight, head.bias)
             nll[part], d_logits = elementwise.token_nll(
                 logits, targets[part], gradient, self.soft_cap, self.logit_scale, in_place=True
             )
-            if d_hidden is not None:
+            if d_hidden is not None and d_logits is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
         return nll, d_hidden
 
