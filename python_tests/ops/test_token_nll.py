@@ -87,7 +87,10 @@ def test_the_loss_of_scaled_and_capped_logits(tokens, vocab, soft_cap, logit_sca
     assert nll.dtype == torch.float32 and d_logits.dtype == dtype and none is None and torch.equal(nll, alone)
     # A difference of two numbers that are each as large as a logit.
     torch.testing.assert_close(nll.double(), exact[0], rtol=1e-6, atol=3 * torch.finfo(torch.float32).eps * (1 + exact[2]))
-    assert_as_exact_as_torch("d_logits", d_logits.cpu(), peer[1].cpu(), exact[1].cpu())
+    if vocab > 1:
+        assert_as_exact_as_torch("d_logits", d_logits.cpu(), peer[1].cpu(), exact[1].cpu())
+    else:  # 0, but for the rounding of exp(z - nll)
+        assert d_logits.abs().max() <= 1e-6
     again, written = elementwise.token_nll(logits, targets, True, soft_cap, logit_scale, in_place=True)
     assert written is logits and torch.equal(again, nll) and torch.equal(logits, d_logits)
 
