@@ -43,7 +43,9 @@ def test_sliding_is_the_kept_context_of_a_host_that_learns_nothing(run):
     assert [chunk.nll for chunk in report.chunks] == pytest.approx(expected, rel=1e-5)
     assert {chunk.memory_version for chunk in report.chunks} == {0} and report.tokens == 89
     keep = locas.Keep(sinks=settings.pop("sinks", 4))
-    learned = attached("qwen3")[1].memorize(IDS, **settings, learning_rate=0.0, context=keep, progress=False)
+    learned = attached("qwen3")[1].memorize(
+        IDS, **settings, learning_rate=0.0, context=keep, progress=False, on_divergence="ignore"
+    )
     assert [chunk.nll for chunk in report.chunks] == pytest.approx([chunk.nll for chunk in learned.chunks], rel=1e-5)
 
 

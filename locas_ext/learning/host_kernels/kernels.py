@@ -1,5 +1,6 @@
 """Windows read through the pieces found in a host, as far as they gave what the host's own code gives."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -29,13 +30,23 @@ class Level(IntEnum):
     NONE = 2
 
 
+class _Maskless:
+    """A config as it is, but for the name of its attention in one thread."""
+
+    def __init__(self, config: Any):
+        self._config, self._thread = config, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation" and threading.get_ident() == self._thread:
+            return _NO_MASK
+        return getattr(self._config, name)
+
+
 @contextmanager
 def _without_masks(decoder: Any) -> Iterator[None]:
-    """Inside, transformers makes no attention mask for this decoder."""
+    """Inside, transformers makes no attention mask for this decoder, in this thread."""
     config = decoder.config
-    twin = object.__new__(type(config))
-    twin.__dict__.update(config.__dict__, _attn_implementation_internal=_NO_MASK)
-    decoder.__dict__["config"] = twin
+    decoder.__dict__["config"] = _Maskless(config)
     try:
         yield
     finally:
@@ -202,7 +213,7 @@ def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKe
     if len(ids) < 2:
         return "the text has fewer than 2 tokens"
     try:
-        found = _found(host, ids[:TOKENS].to(host.input_device()))
+        found = _found(host, ids[: min(TOKENS, rows - 1)].to(host.input_device()))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"its forward could not be recorded: {type(error).__name__}: {error}"
     return HostKernels(host, found, rows, host.reading.last_layer if ends_early else None)
