@@ -43,7 +43,7 @@ def _glu_ffn(
 ) -> tuple[Tensor, ...]:
     host = HostWeights(gate, up, down, gate_bias, up_bias, down_bias)
     y, saved = _BACKENDS[backend].glu_ffn_forward(x, host, SlotViews.of(slots), scale, activation_index(activation), save=True)
-    return (y, *saved, *[x.new_empty(0, 0)] * (3 - len(saved)))
+    return (y, *saved, *(x.new_empty(0, 0) for _ in range(3 - len(saved))))
 
 
 def _glu_ffn_fake(
@@ -59,7 +59,7 @@ def _glu_ffn_fake(
     **__: Tensor | None,
 ) -> tuple[Tensor, ...]:
     shapes = _BACKENDS[backend].saved_shapes(x.shape[0], gate.shape[0], slots.shape[1])
-    return (x.new_empty(x.shape), *[x.new_empty(shape) for shape in shapes], *[x.new_empty(0, 0)] * (3 - len(shapes)))
+    return (x.new_empty(x.shape), *[x.new_empty(shape) for shape in shapes], *(x.new_empty(0, 0) for _ in range(3 - len(shapes))))
 
 
 def _glu_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
