@@ -59,7 +59,11 @@ def _glu_ffn_fake(
     **__: Tensor | None,
 ) -> tuple[Tensor, ...]:
     shapes = _BACKENDS[backend].saved_shapes(x.shape[0], gate.shape[0], slots.shape[1])
-    return (x.new_empty(x.shape), *[x.new_empty(shape) for shape in shapes], *(x.new_empty(0, 0) for _ in range(3 - len(shapes))))
+    return (
+        x.new_empty(x.shape),
+        *[x.new_empty(shape) for shape in shapes],
+        *(x.new_empty(0, 0) for _ in range(3 - len(shapes))),
+    )
 
 
 def _glu_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
