@@ -14,6 +14,10 @@ class GraphReport:
         replayed: the updates that ran as a graph
         updates: all updates by backpropagation in this call
         why_not: what kept the run, or its rest, from using a graph; None if nothing did
+
+    >>> import locas_ext as locas
+    >>> print(locas.GraphReport(replayed=3, updates=5, why_not="the last chunk is shorter"))
+    3 of 5 updates, then not: the last chunk is shorter
     """
 
     replayed: int = 0
@@ -31,11 +35,18 @@ class MemorizeReport:
     """What a run over a text measured; print() shows one line of it.
 
     Attributes:
-        chunks: every scored Chunk, oldest first; of a run that was resumed or fed those before too
+        chunks: every scored Chunk, oldest first; for a run that was resumed or fed, earlier calls' chunks too
         seconds: the time that this call took
-        graph: how many updates of this call ran as a CUDA graph, and what kept the others from it
-        one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
-            empty where two forwards gave what one gives
+        graph: a GraphReport: how many updates of this call ran as a CUDA graph, and what kept the others from it
+        one_forward: the reasons why windows of this call were read in one forward, and learned from as with
+            context_gradient=True; empty if two forwards gave the same result as one
+
+    >>> import locas_ext as locas
+    >>> report = locas.MemorizeReport([locas.Chunk(0, 9, 8, 16.0, 0), locas.Chunk(9, 13, 4, 5.0, 1)], seconds=1.0)
+    >>> report.tokens, report.nll
+    (12, 21.0)
+    >>> print(report)
+    12 tokens in 2 chunks, perplexity 5.75, 1.0 s
     """
 
     chunks: list[Chunk] = field(default_factory=list, repr=False)
@@ -45,12 +56,12 @@ class MemorizeReport:
 
     @property
     def tokens(self) -> int:
-        """The scored tokens: all of the text but its first."""
+        """int: the number of scored tokens: all of the text but its first."""
         return sum(chunk.tokens for chunk in self.chunks)
 
     @property
     def nll(self) -> float:
-        """Their summed negative log-likelihood in nats, each token's before it was learned from."""
+        """float: the scored tokens' summed negative log-likelihood in nats, each token's before it was learned from."""
         return math.fsum(chunk.nll for chunk in self.chunks)
 
     @property
