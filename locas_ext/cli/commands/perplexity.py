@@ -1,6 +1,5 @@
 """`locas perplexity`: its arguments and their help."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +8,16 @@ from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     READING,
     Bos,
+    ContextGradient,
     HeldOut,
     HeldOutTokens,
     HostOptions,
-    LocasOptions,
+    LearningOptions,
     MaxTokens,
+    MemoryOptions,
     Model,
     ReadingOptions,
+    Rehome,
     ResultsFolder,
     TempLoraOptions,
     argument,
@@ -45,7 +47,10 @@ def perplexity(
     ] = None,
     reading: ReadingOptions = ReadingOptions(),
     max_tokens: MaxTokens = None,
-    locas: LocasOptions = LocasOptions(),
+    memory: MemoryOptions = MemoryOptions(),
+    rehome: Rehome = False,
+    learning: LearningOptions = LearningOptions(),
+    context_gradient: ContextGradient = False,
     temp_lora: TempLoraOptions = TempLoraOptions(),
     long_context: Annotated[
         int | None,
@@ -60,8 +65,10 @@ def perplexity(
 ) -> None:
     """Read books with several methods side by side, each scored before it learns; perplexity, time, forgetting."""
     with importing():
+        from locas_ext.evaluation.methods.registry import locas_settings
         from locas_ext.evaluation.perplexity.command import run_perplexity
         from locas_ext.evaluation.perplexity.study import PerplexityTask
+        from locas_ext.memory import Backprop
 
     task = PerplexityTask(
         books=books,
@@ -69,8 +76,8 @@ def perplexity(
         out=out,
         methods=methods,
         ablate=ablate,
-        locas=asdict(locas),
-        temp_lora=temp_lora.settings(locas.seed),
+        locas=locas_settings(memory.config(), Backprop(**learning.given()), rehome, context_gradient),
+        temp_lora=temp_lora.settings(memory.seed),
         long_context=long_context,
         window=reading.window,
         stride=reading.stride,

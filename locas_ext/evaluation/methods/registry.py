@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from locas_ext.errors import LocasError
 from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
-from locas_ext.memory import Chunk, MemorizeReport
+from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
 from .arm import Arm
 from .long_context import long_context
@@ -82,16 +82,22 @@ def _temp_lora(host, settings: dict) -> Iterator[Reader]:
         yield Reader(partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters))
 
 
+def locas_settings(config: LocasConfig, learning: Backprop, rehome: bool, context_gradient: bool) -> dict:
+    """The settings of the method "locas": what attaches the memory and what it learns by, ready for JSON."""
+    return {**config.to_dict(), **asdict(learning), "rehome": rehome, "context_gradient": context_gradient}
+
+
 def locas_config(settings: dict) -> LocasConfig:
-    return LocasConfig(**{name: settings[name] for name in ("variant", "rank", "init", "scale", "clip", "seed")})
+    return LocasConfig(**{field.name: settings[field.name] for field in fields(LocasConfig)})
 
 
 @contextmanager
 def _locas(host, settings: dict) -> Iterator[Reader]:
-    learning = {name: settings[name] for name in ("learning_rate", "epochs")}
-    memory = locas.attach(host, locas_config(settings))
+    update = Backprop(**{field.name: settings[field.name] for field in fields(Backprop)})
+    memory = locas.attach(host, locas_config(settings), rehome=settings["rehome"])
     try:
-        yield Reader(partial(memory.memorize, **learning), memory.num_parameters, memory.save_pretrained)
+        read = partial(memory.memorize, update=update, context_gradient=settings["context_gradient"])
+        yield Reader(read, memory.num_parameters, memory.save_pretrained)
     finally:
         memory.detach()
 
