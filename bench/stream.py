@@ -7,7 +7,6 @@ truncation: in a graph where there is one.
 """
 
 import argparse
-import math
 import os
 import statistics
 import time
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.learning.perplexity import perplexity
 
 from .baselines import HostStep, Truncation, eager, graphed
 from .harness import parse, percentile, ratio, report
@@ -132,7 +132,7 @@ def run(
     for name, values in seconds.items():
         record = _record(name, values, seconds[first], stride)
         if arguments.shape is None and not name.endswith(" again"):
-            record["perplexity"] = math.exp(nll[name] / scored)
+            record["perplexity"] = perplexity(nll[name], scored)
         records.append(record)
     return records, report_.graph
 
