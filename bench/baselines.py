@@ -27,7 +27,7 @@ def _frozen(model) -> Host:
 def _kernels(reader: WindowReader, ids: Tensor) -> HostKernels:
     """Those of the reader's host for windows of ids [window]; an error where they are not all there."""
     text = torch.arange(len(ids), device=ids.device) % reader.host.vocab_size
-    kernels = host_kernels(reader.host, text, len(ids) + 1, reader.ends_early)
+    kernels = host_kernels(reader.host, text, len(ids) + 1)
     if isinstance(kernels, str) or not kernels.found.attentions or kernels.found.head is None:
         raise SystemExit(f"the host kernels do not suit this host: {kernels if isinstance(kernels, str) else kernels.report()}")
     return kernels

@@ -9,26 +9,19 @@ class _ContextReady(Exception):
     """The last layer's keys and values of the context are in the cache."""
 
 
-class ContextCache(DynamicCache):
+class EndingCache(DynamicCache):
     """A KV cache that ends the context's forward as soon as nothing more is needed of it.
 
     Of the last layer only keys and values are read later, so its attention and FFN over the context are not computed.
     """
 
-    def __init__(self, model, device: torch.device, last_layer: int | None):
-        """last_layer: the `layer_idx` of the attention that runs last; None: the context's forward runs to its end"""
-        super().__init__(config=model.config)
-        for layer in self.layers:  # transformers copies this number to the device, which a CUDA graph cannot
-            if hasattr(layer, "_sliding_window_tensor"):
-                layer._sliding_window_tensor = torch.full((), layer.sliding_window, device=device)
-        self.last_layer = last_layer
-        self.is_filling = False
+    last_layer: int | None = None  # the `layer_idx` of the attention that runs last; None: the forward runs to its end
+    is_filling = False
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+    def written(self, layer_idx: int) -> None:
+        """A layer's keys and values are in their place: while the context is read, the last layer's end its forward."""
         if self.is_filling and layer_idx == self.last_layer:
             raise _ContextReady
-        return result
 
     @torch.no_grad()
     def fill(self, model, context: Tensor, positions: Tensor | None = None) -> None:
@@ -40,6 +33,23 @@ class ContextCache(DynamicCache):
             return
         finally:
             self.is_filling = False
+
+
+class ContextCache(EndingCache):
+    """Keys and values of a context as transformers itself keeps them."""
+
+    def __init__(self, model, device: torch.device, last_layer: int | None):
+        """last_layer: as in EndingCache"""
+        super().__init__(config=model.config)
+        for layer in self.layers:  # transformers copies this number to the device, which a CUDA graph cannot
+            if hasattr(layer, "_sliding_window_tensor"):
+                layer._sliding_window_tensor = torch.full((), layer.sliding_window, device=device)
+        self.last_layer = last_layer
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.written(layer_idx)
+        return result
 
 
 class NoContext(DynamicCache):

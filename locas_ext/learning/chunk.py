@@ -19,12 +19,13 @@ from torch import Tensor
 from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward, two_forwards
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import Way
-from locas_ext.ops import token_nll
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
 from .chunk_attention import chunk_attention
-from .host_kernels.kernels import HostKernels, Kind, Level, Ours, TakesKernels
+from .host_kernels.kernels import TakesKernels
+from .host_kernels.reading import KernelReading
+from .run_guards import surrounded
 
 
 class Window(NamedTuple):
@@ -95,10 +96,10 @@ class Reader(TakesKernels, Protocol):
 
 def may_end_early(model) -> bool:
     """Whether a forward may be left midway: not where hooks of another library or a compiled graph surround a layer."""
-    return not any(hasattr(module, "_hf_hook") or module._compiled_call_impl is not None for module in model.modules())
+    return surrounded(model) is None
 
 
-class WindowReader:
+class WindowReader(KernelReading):
     """Reads windows with a host: logits and loss of their targets, with a graph over their inputs.
 
     Attributes:
@@ -114,7 +115,6 @@ class WindowReader:
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
-        self.kernels: HostKernels | None = None
 
     def take_up(self, stream: Stream) -> None:
         """Goes on where another run stood. Nothing was kept of it."""
@@ -130,34 +130,12 @@ class WindowReader:
         if not self.context_gradient:
             verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
             why = verdict.why if verdict.way == Way.ONE else None
-        if self.kernels is not None:
-            kind = Kind(self._how(window), len(window.context) > 0, reading.kind(window.tokens, full - 1))
-            ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if kind.how == "short" else None
-            self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
+        self.settle_kernels(window, full - 1, whole=not self.context_gradient and self._way(window) == Way.SHORT)
         return why
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
         return self.context_gradient or self._way(window) == Way.ONE
-
-    def logits(self, window: Window) -> Tensor:
-        """The logits [n, V] of a window's targets, with a graph over its inputs (`is_in_one`: over its context too)."""
-        window = window.to(self.host.input_device())
-        level = self._level(window)
-        if self.kernels is None or level == Level.NONE:
-            return self._by_the_host(window)
-        if level == Level.ALL:
-            return self._ours(window)
-        with self.kernels.pieces_bound():
-            return self._by_the_host(window)
-
-    def loss(self, window: Window) -> Tensor:
-        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
-        window = window.to(self.host.input_device())
-        if self._level(window) == Level.ALL:
-            return self._our_nll(window).sum()
-        logits = self.logits(window)
-        return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
 
     def scored(self) -> None:
         """After a chunk's first forward. Nothing is kept of it."""
@@ -168,14 +146,9 @@ class WindowReader:
     def _way(self, window: Window) -> Way:
         return self.host.reading.verdict(len(window.context), window.tokens).way
 
-    def _how(self, window: Window) -> str:
-        """The way of a window, as the kernels' levels are told apart."""
-        return "whole" if self.context_gradient else self._way(window).name.lower()
-
-    def _level(self, window: Window) -> Level:
-        if self.kernels is None:
-            return Level.NONE
-        return self.kernels.level(self._how(window), len(window.context), window.tokens)
+    def _kind(self, window: Window) -> tuple[str, int, int]:
+        how = "whole" if self.context_gradient else self._way(window).name.lower()
+        return how, len(window.context), window.tokens
 
     def _ours(self, window: Window) -> Tensor:
         assert self.kernels is not None
@@ -186,7 +159,6 @@ class WindowReader:
         return self.kernels.nll(self.kernels.behind(window.context), window.inputs, window.targets)
 
     def _by_the_host(self, window: Window) -> Tensor:
-        """`logits` by the host's own forward."""
         if self.context_gradient:
             return one_forward(self.host.model, window.context, window.inputs, NoContext())
         return self._read(window, self._way(window))

@@ -29,6 +29,7 @@ from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
 from .protocol import Protocol
 from .report import GraphReport
+from .run_guards import surrounded
 from .update import Backprop
 
 
@@ -46,9 +47,9 @@ def obstacle(attachment: Attachment) -> str | None:
         return "the reference backend waits for the device"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
+    if (why := surrounded(model)) is not None:
+        return why
     for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
-            return f"{name or 'the model'} has hooks of accelerate or is compiled"
         hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
         if set(hooks) - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"

@@ -1,7 +1,6 @@
 """Reads a text's chunks over a kept context: `WindowReader`'s interface for a run with context="keep"."""
 
 from contextlib import nullcontext
-from functools import partial
 
 from torch import Tensor
 
@@ -9,13 +8,13 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.text_config import bos_token_id
 from locas_ext.hosts.window_reading import Way
-from locas_ext.ops import token_nll
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
 from .chunk import Window, WindowReader
 from .chunk_attention import chunk_attention
-from .host_kernels.kernels import HostKernels, Kind, Level, Ours
+from .host_kernels.kernels import HostKernels
+from .host_kernels.reading import KernelReading
 from .host_kernels.window_cache import WindowCache
 from .keep import Keep
 from .kept_context import KeptContext, check_positions
@@ -23,10 +22,9 @@ from .protocol import Protocol
 from .run_guards import eager_host
 
 
-class KeptReader:
+class KeptReader(KernelReading):
     """Attributes:
-    host, context: what reads, and what stands before
-    kernels: what of the host runs through kernels of ours; None: nothing
+    context: what stands before the inputs
     left: what the last forward left of its inputs
     """
 
@@ -38,9 +36,7 @@ class KeptReader:
         self.host, self.keep, self.epochs = host, keep, epochs
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)
-        self.ends_early = self.anew.ends_early
-        self.kernels: HostKernels | None = None
-        last_layer = host.reading.last_layer if self.ends_early else None
+        last_layer = host.reading.last_layer if self.anew.ends_early else None
         self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
         self.chunks = 0
         self.left: list[Tensor] | None = None
@@ -65,24 +61,15 @@ class KeptReader:
         why = self.anew.settle(window, full)
         if why is not None:
             raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
-        tokens = len(window.context) + len(window.inputs)
-        self.way = self.host.reading.verdict(len(window.context), tokens).way
+        self.way = self.host.reading.verdict(len(window.context), window.tokens).way
         with eager_host(self.host.model):
             if self.bos is not None and not self.context.rows.seen:
                 self.context.put_before(self.bos)
             self.context.prepare(len(window.inputs))
             if self._is_refreshed(self.chunks):
                 self.context.refresh(window.context)
-        if self.kernels is not None:
-            self._settle_kernels(self.kernels, window, full)
+        self.settle_kernels(window, full - 1, whole=self.way == Way.SHORT)
         return None
-
-    def _settle_kernels(self, kernels: HostKernels, window: Window, full: int) -> None:
-        inputs, targets = (part.to(self.host.input_device()) for part in (window.inputs, window.targets))
-        context = self.context.context
-        kind = Kind("kept", context > 0, self.host.reading.kind(context + len(inputs), full - 1))
-        ours = Ours(partial(self._ours, inputs), partial(self._our_nll, inputs, targets)) if self.way == Way.SHORT else None
-        kernels.settle(kind, targets, partial(self._by_the_host, inputs), ours)
 
     def _is_refreshed(self, chunk: int) -> bool:
         """Whether the window of a chunk is read anew; before the first one there is nothing to read."""
@@ -93,33 +80,12 @@ class KeptReader:
         """Never: what is kept has no gradient."""
         return False
 
-    def logits(self, window: Window) -> Tensor:
-        """The logits [n, V] of a window's targets, with a graph over its inputs."""
-        inputs = window.inputs.to(self.host.input_device())
-        level = self._level(inputs)
-        if self.kernels is None or level == Level.NONE:
-            return self._by_the_host(inputs)
-        if level == Level.ALL:
-            return self._ours(inputs)
-        with self.kernels.pieces_bound():
-            return self._by_the_host(inputs)
+    def _kind(self, window: Window) -> tuple[str, int, int]:
+        return "kept", self.context.context, self.context.context + len(window.inputs)
 
-    def loss(self, window: Window) -> Tensor:
-        """As WindowReader.loss."""
-        if self._level(window.inputs) == Level.ALL:
-            return self._our_nll(*(part.to(self.host.input_device()) for part in (window.inputs, window.targets))).sum()
-        logits = self.logits(window)
-        return token_nll(logits, window.targets.to(logits.device)).sum()
-
-    def _level(self, inputs: Tensor) -> Level:
-        if self.kernels is None:
-            return Level.NONE
-        return self.kernels.level("kept", self.context.context, self.context.context + len(inputs))
-
-    def _by_the_host(self, inputs: Tensor) -> Tensor:
-        """`logits` by the host's own forward."""
+    def _by_the_host(self, window: Window) -> Tensor:
         with eager_host(self.host.model), chunk_attention(self.host) if self.way == Way.SHORT else nullcontext():
-            logits = self.context.read(inputs)
+            logits = self.context.read(window.inputs)
         self.left = self.context.left
         return logits
 
@@ -127,16 +93,16 @@ class KeptReader:
         assert self.kernels is not None
         return self.kernels, self.kernels.behind_rows(self.context.parts(), self.context.context)
 
-    def _ours(self, inputs: Tensor) -> Tensor:
+    def _ours(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        logits = kernels.logits(cache, inputs, self.context.positions(inputs))
-        self._leave(kernels, len(inputs))
+        logits = kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
+        self._leave(kernels, len(window.inputs))
         return logits
 
-    def _our_nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _our_nll(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        nll = kernels.nll(cache, inputs, targets, self.context.positions(inputs))
-        self._leave(kernels, len(inputs))
+        nll = kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
+        self._leave(kernels, len(window.inputs))
         return nll
 
     def _leave(self, kernels: HostKernels, count: int) -> None:

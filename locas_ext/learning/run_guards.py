@@ -35,6 +35,14 @@ def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
             module.training = training
 
 
+def surrounded(model: nn.Module) -> str | None:
+    """What stands between a model's code and its caller, hooks of accelerate or a compiled graph; None: nothing."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
+            return f"{name or 'the model'} has hooks of accelerate or is compiled"
+    return None
+
+
 @contextmanager
 def eager_host(model: nn.Module) -> Iterator[None]:
     """Compiled modules of the host run as they are written: a graph neither asks a context nor shows what is inside it."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import misfit, tolerance
 from locas_ext.learning.report import HostKernelsReport
+from locas_ext.learning.run_guards import surrounded
 from locas_ext.ops import token_nll
 
 from .binding import bound
@@ -75,9 +76,9 @@ class Ours(NamedTuple):
 class HostKernels:
     """What stands in for a host's own code while windows of one run are read."""
 
-    def __init__(self, host: Host, found: Found, rows: int, last_layer: int | None):
-        """rows: the tokens of the longest window; last_layer: as in ContextCache"""
-        self.host, self.found, self.last_layer = host, found, last_layer
+    def __init__(self, host: Host, found: Found, rows: int):
+        """rows: the tokens of the longest window"""
+        self.host, self.found = host, found
         self.buffers = WindowBuffers(rows)
         self.pieces, self.levels = found.pieces(), found.levels
         self.all_pieces = self.pieces + found.attention_pieces()
@@ -125,15 +126,13 @@ class HostKernels:
         return HostKernelsReport(tuple(ours), dict(self.found.own))
 
     # ---- reading ---------------------------------------------------------------------------------------------
-    def _with_pieces(self, read: Callable[[], Tensor]) -> Tensor:
-        with bound(self.pieces):
-            return read()
-
-    @contextmanager
-    def pieces_bound(self) -> Iterator[None]:
+    def pieces_bound(self) -> AbstractContextManager[None]:
         """Inside, norms and residuals are ours."""
-        with bound(self.pieces):
-            yield
+        return bound(self.pieces)
+
+    def _with_pieces(self, read: Callable[[], Tensor]) -> Tensor:
+        with self.pieces_bound():
+            return read()
 
     @contextmanager
     def _all_bound(self) -> Iterator[None]:
@@ -142,10 +141,10 @@ class HostKernels:
 
     def behind(self, context: Tensor) -> WindowCache:
         """What stands before the inputs: context [c], read now, without a gradient."""
-        cache = WindowCache(self.buffers, self.last_layer)
+        cache = WindowCache(self.buffers, self.host.reading.last_layer)
         if len(context):
             with self._all_bound():
-                cache.fill(self.host.model, context)
+                cache.fill(self.host.model, context[None])
         return cache
 
     def behind_rows(self, rows: Sequence[Sequence[Tensor]], context: int) -> WindowCache:
@@ -186,10 +185,7 @@ def _obstacle(host: Host) -> str | None:
         return f"the host is on {device}"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
-    for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
-            return f"{name or 'the model'} has hooks of accelerate or is compiled"
-    return None
+    return surrounded(model)
 
 
 def _found(host: Host, ids: Tensor) -> Found:
@@ -201,10 +197,10 @@ def _found(host: Host, ids: Tensor) -> Found:
     return remembered[1]
 
 
-def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKernels | str:
+def host_kernels(host: Host, ids: Tensor, rows: int) -> HostKernels | str:
     """What of a host runs through kernels of ours, or why nothing does.
 
-    ids: [n], the text; rows: the tokens of the longest window; ends_early: whether a context's forward may be left midway
+    ids: [n], the text; rows: the tokens of the longest window
     """
     if not host.reading.compares:
         return "LOCAS_PROBE is 0, so they are not compared with the host"
@@ -216,14 +212,13 @@ def host_kernels(host: Host, ids: Tensor, rows: int, ends_early: bool) -> HostKe
         found = _found(host, ids[: min(TOKENS, rows - 1)].to(host.input_device()))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"its forward could not be recorded: {type(error).__name__}: {error}"
-    return HostKernels(host, found, rows, host.reading.last_layer if ends_early else None)
+    return HostKernels(host, found, rows)
 
 
 class TakesKernels(Protocol):
     """What reads windows. kernels: what of the host runs through kernels of ours; None: nothing"""
 
     host: Host
-    ends_early: bool
     kernels: HostKernels | None
 
 
@@ -233,7 +228,7 @@ def fast_reader(reader: TakesKernels, ids: Tensor, rows: int) -> Iterator[Callab
 
     ids: [n], the text; rows: the tokens of the longest window
     """
-    found = host_kernels(reader.host, ids, rows, reader.ends_early)
+    found = host_kernels(reader.host, ids, rows)
     if isinstance(found, str):
         yield lambda: HostKernelsReport(own={"host": found})
         return

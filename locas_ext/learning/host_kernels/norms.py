@@ -50,7 +50,7 @@ class FastNorm:
 
     def __init__(self, module: Any, weight_offset: float):
         """module: a norm as `is_plain` finds it, of a class of the host's"""
-        self.module, self.own = module, module.forward
+        self.module = module
         self.eps: float = getattr(module, "variance_epsilon", None) or module.eps
         self.weight_offset = weight_offset
 

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-
-class _ContextReady(Exception):
-    """The last layer's keys and values of the context are in their buffers."""
+from locas_ext.hosts.context_cache import EndingCache
 
 
 class WindowBuffers:
@@ -43,24 +40,18 @@ class WindowBuffers:
         return [rows[begin:end].transpose(0, 1) for layer in sorted(self.layers) for rows in self.layers[layer]]
 
 
-class WindowCache(DynamicCache):
+class WindowCache(EndingCache):
     """What transformers takes for a KV cache of `length` tokens; attentions of ours find their buffers in it."""
 
     def __init__(self, buffers: WindowBuffers, last_layer: int | None):
-        """last_layer: as in ContextCache"""
+        """last_layer: as in EndingCache"""
         super().__init__()
         self.buffers, self.last_layer = buffers, last_layer
         self.length = 0
-        self.is_filling = False
         self.masks: dict[Any, Tensor] = {}  # made once for all layers that share them
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
-
-    def written(self, layer: int) -> None:
-        """A layer's keys and values are in their buffers: the last layer's end the context's forward."""
-        if self.is_filling and layer == self.last_layer:
-            raise _ContextReady
 
     @torch.no_grad()
     def put(self, rows: Sequence[Sequence[Tensor]], context: int) -> None:
@@ -74,15 +65,8 @@ class WindowCache(DynamicCache):
                 buffer[begin : begin + count].transpose(0, 1).copy_(part)
                 begin += count
 
-    @torch.no_grad()
-    def fill(self, model: Any, context: Tensor) -> None:
-        """Runs the context [c] through the model: nobody reads its logits."""
-        self.is_filling = True
-        try:
-            model(input_ids=context[None], past_key_values=self, use_cache=True, logits_to_keep=1)
-        except _ContextReady:
-            pass
-        finally:
-            self.is_filling = False
-        self.length = len(context)
+    def fill(self, model: Any, context: Tensor, positions: Tensor | None = None) -> None:
+        """As EndingCache.fill, into the first rows."""
+        super().fill(model, context, positions)
+        self.length = context.shape[1]
         self.masks.clear()
