@@ -22,7 +22,23 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from locas_ext.hosts.registry import Host
 
-NAME = "locas_chunk"
+
+class _Name(str):
+    """By this name transformers finds our attention in its tables; to a host that asks, it is "sdpa".
+
+    Some hosts look at the name to choose a mask or a branch of their own, and must go on as without us.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == "sdpa" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+NAME = _Name("locas_chunk")
 _ADDITIVE = "_locas_additive"  # a boolean mask's attribute: itself as numbers
 # Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.
 _KEPT, _PIECE = 1 << 19, 1 << 22

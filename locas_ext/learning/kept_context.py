@@ -46,17 +46,19 @@ class KeptContext:
     """Attributes:
     rows: what is kept
     left: the rows of the inputs read last, which `keep` takes
+    writes: as in ContextCache, for what is read anew
     """
 
-    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, last_layer: int | None = None):
-        """device: where token ids go; last_layer: as in ContextCache. ValueError for a host whose context cannot be kept."""
+    def __init__(self, model: Any, device: torch.device, window: int, sinks: int):
+        """device: where token ids go. ValueError for a host whose context cannot be kept."""
         try:
             rooms, self.turning = _rooms(model, window, sinks), find_turning(model, device)
         except ValueError as error:
             raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
-        self.model, self.device, self.window, self.last_layer = model, device, window, last_layer
+        self.model, self.device, self.window = model, device, window
         self.rows = KeptRows(rooms)
         self.left: list[Tensor] = []
+        self.writes: int | None = None
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it
         self.context = 0
         self.front: list[Tensor] = []  # per group of rows, what stands in the place of the first ones: [g, H, sinks, D]
@@ -117,7 +119,7 @@ class KeptContext:
     def _rows_of(self, tokens: Tensor, begin: int) -> list[Tensor]:
         """The rows that tokens [n] leave at positions from `begin` on, with nothing before them."""
         tokens = tokens.to(self.device)
-        cache = KeptCache(self.model, self.device, 0, [], self.last_layer)
+        cache = KeptCache(self.model, self.device, 0, [], self.writes)
         cache.fill(self.model, tokens[None], torch.arange(begin, begin + len(tokens), device=self.device)[None])
         return cache.left
 

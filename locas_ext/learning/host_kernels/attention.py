@@ -155,10 +155,12 @@ class FastAttention:
         rotation = _Rotation(cos, sin, query_norm, key_norm)
         learns = torch.is_grad_enabled() and query.requires_grad
         place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
-        if cache.is_filling and self.layer == cache.last_layer:
+        if cache.ends_here:
             _turned(query, key, value, rotation, place)
-            cache.written(self.layer)
-        return self.module.o_proj(WindowAttentionFunction.apply(query, key, value, rotation, place)[None])
+            cache.wrote()
+        out = WindowAttentionFunction.apply(query, key, value, rotation, place)
+        cache.wrote()
+        return self.module.o_proj(out[None])
 
     def _mask(self, n: int, like: Tensor, cache: WindowCache) -> Tensor | None:
         """The mask that the CPU's attention needs; None where causal is all there is to say, or nobody reads one."""

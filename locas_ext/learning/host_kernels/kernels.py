@@ -1,7 +1,7 @@
 """Windows read through the pieces found in a host, as far as they gave what the host's own code gives."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -57,11 +57,11 @@ def _without_masks(decoder: Any) -> Iterator[None]:
 class Kind(NamedTuple):
     """Windows that are read alike.
 
-    how: "short", "full", "one", "whole" (with the context's gradient) or "kept"; behind: whether something stands before
-    the inputs; least: the least number of tokens
+    how: a Way, "whole" (with the context's gradient) or "kept"; behind: whether something stands before the inputs
+    least: the least number of tokens
     """
 
-    how: str
+    how: Hashable
     behind: bool
     least: int
 
@@ -84,7 +84,7 @@ class HostKernels:
         self.all_pieces = self.pieces + found.attention_pieces()
 
     # ---- how much of it is right -----------------------------------------------------------------------------
-    def level(self, how: str, context: int, tokens: int) -> Level:
+    def level(self, how: Hashable, context: int, tokens: int) -> Level:
         """How a window of so many tokens is read, `context` of them before the chunk's inputs."""
         behind = context > 0
         known = [kind.least for kind in self.levels if kind[:2] == (how, behind) and kind.least <= tokens]
@@ -141,7 +141,7 @@ class HostKernels:
 
     def behind(self, context: Tensor) -> WindowCache:
         """What stands before the inputs: context [c], read now, without a gradient."""
-        cache = WindowCache(self.buffers, self.host.reading.last_layer)
+        cache = WindowCache(self.buffers, self.host.reading.writes)
         if len(context):
             with self._all_bound():
                 cache.fill(self.host.model, context[None])

@@ -43,10 +43,10 @@ class WindowBuffers:
 class WindowCache(EndingCache):
     """What transformers takes for a KV cache of `length` tokens; attentions of ours find their buffers in it."""
 
-    def __init__(self, buffers: WindowBuffers, last_layer: int | None):
-        """last_layer: as in EndingCache"""
+    def __init__(self, buffers: WindowBuffers, writes: int | None):
+        """writes: as in EndingCache"""
         super().__init__()
-        self.buffers, self.last_layer = buffers, last_layer
+        self.buffers, self.writes = buffers, writes
         self.length = 0
         self.masks: dict[Any, Tensor] = {}  # made once for all layers that share them
 
