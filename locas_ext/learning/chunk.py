@@ -10,6 +10,7 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
+import warnings
 from collections.abc import Hashable
 from contextlib import nullcontext
 from functools import partial
@@ -18,9 +19,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward
+from locas_ext.hosts.probe.agreement import distances
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.window_reading import ONE, SHORT, Way
+from locas_ext.hosts.window_reading import ONE, SHORT, Way, tolerance
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
@@ -130,10 +133,31 @@ class WindowReader(KernelReading):
         """
         window, why, reading = window.to(self.host.input_device()), None, self.host.reading
         if not self.context_gradient:
+            known = len(reading.verdicts)
             verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
             why = verdict.why if verdict.way == ONE else None
+            if why is not None and len(reading.verdicts) > known:
+                self._check_causal(window)
         self.settle_kernels(window, full - 1, whole=not self.context_gradient and self._way(window) == SHORT)
         return why
+
+    @torch.no_grad()
+    def _check_causal(self, window: Window) -> None:
+        """Warns of a host whose tokens see later ones in windows as long as this one; a probe's text is too short to show it."""
+        model, (context, inputs, _) = self.host.model, window
+        half = len(inputs) // 2
+        if not half:
+            return
+        others = torch.cat([inputs[:half], inputs[:1].expand(len(inputs) - half)])
+        logits, moved_logits = (one_forward(model, context, tokens)[:half] for tokens in (inputs, others))
+        moved = distances(moved_logits, logits).max().item()
+        if not moved <= tolerance(logits, self.host.reading.coarse):
+            warnings.warn(
+                f"{type(model).__name__} is not causal in a text of {window.tokens} tokens: its last tokens move the logits of "
+                f"earlier ones by up to {moved:.2g} of their spread, so a chunk is scored with its own tokens in sight; "
+                "memorize with a shorter window",
+                stacklevel=caller_stacklevel(),
+            )
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""

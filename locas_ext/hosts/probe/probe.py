@@ -100,7 +100,7 @@ def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
         else:
             _check_backward(model, context, inputs, gradients)
     reading.verdicts[0] = verdict
-    reading.plain_cache = verdict.way.in_two and holds_keys_and_values_only(model)
+    reading.plain_cache &= verdict.way.in_two
 
 
 def _check_backward(model: Any, context: Tensor, inputs: Tensor, gradients: Embedded) -> None:
@@ -121,7 +121,7 @@ def probe(host: Host) -> ProbeReport:
     with: one that is not causal, or whose FFNs do not take part in its forward.
     """
     began = time.perf_counter()
-    host.reading.lengths = lengths_of(host.model.config)
+    host.reading.lengths, host.reading.plain_cache = lengths_of(host.model.config), holds_keys_and_values_only(host.model)
     off = os.environ.get("LOCAS_PROBE", "1") == "0"
     skipped = "LOCAS_PROBE is 0" if off else None
     if not off:

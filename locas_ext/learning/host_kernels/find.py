@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from locas_ext.hosts.context_cache import holds_keys_and_values_only
 from locas_ext.hosts.probe.recording import Recording, record
 
 from .agreement import agree, distance
@@ -114,7 +115,7 @@ def _find_layers(found: Found, layers: list[Any], recording: Recording) -> None:
 def _find_attentions(found: Found, layers: list[Any], recording: Recording, cache: DynamicCache) -> None:
     for index, layer in enumerate(layers):
         try:
-            if not hasattr(layer, "self_attn"):
+            if not isinstance(getattr(layer, "self_attn", None), nn.Module):
                 raise ValueError("it has no self_attn")
             found.attentions.append(_attention(layer.self_attn, recording, cache))
         except ValueError as why:
@@ -144,9 +145,9 @@ def find(model: Any, ids: Tensor) -> Found:
     found.norms = {module: fast for module in decoder.modules() if (fast := fast_norm(module)) is not None}
     if not found.norms:
         found.own["norms"] = "it has no plain RMS norm"
-    watched = [*layers, *(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))]
+    watched = [module for layer in layers for module in (layer, getattr(layer, "self_attn", None)) if module is not None]
     watched += [decoder.norm] if isinstance(getattr(decoder, "norm", None), nn.Module) else []
-    cache = DynamicCache()
+    cache = DynamicCache() if holds_keys_and_values_only(model) else DynamicCache(config=model.config)
     recording = record(model, ids[None], watched, cache)
     _find_layers(found, layers, recording)
     _find_attentions(found, layers, recording, cache)

@@ -54,7 +54,7 @@ class FastLayer:
         self.layer = layer
         if (why := why_not_bound(layer)) is not None:
             raise ValueError(why)
-        if not hasattr(layer, "self_attn") or not hasattr(layer, "mlp"):
+        if not all(isinstance(getattr(layer, name, None), nn.Module) for name in ("self_attn", "mlp")):
             raise ValueError("it has no self_attn and mlp")
         if getattr(layer, "residual_multiplier", 1) != 1:
             raise ValueError("it scales its residual")
