@@ -65,6 +65,7 @@ class KeptContext:
         self.left: list[Tensor] = []
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it
         self.context = self.inputs = 0
+        self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
     def take_up(self, rows: KeptRows, seen: int) -> None:
         """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
@@ -74,6 +75,7 @@ class KeptContext:
             self.rows = rows.on(self.turning.like, self.room)
         except ValueError as error:
             raise LocasError(f"the kept context does not fit: {error}") from None
+        self.ahead = None
 
     # ---- before a chunk --------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -84,7 +86,19 @@ class KeptContext:
         self.context, self.inputs = min(rows.seen, self.room.before + 1 - count), count
         self.begin.fill_(rows.seen)
         if moved := rows.seen - self.context:
-            rows.cover(self.context, [self._turned(group, moved) for group in rows.groups])
+            if self.ahead is None or self.ahead[0] != moved:
+                self.ahead = moved, self._all_turned(moved)
+            rows.cover(self.context, self.ahead[1])
+
+    @torch.no_grad()
+    def look_ahead(self) -> None:
+        """After `prepare`: turns the first rows to where they will stand before the next inputs, should these be as many."""
+        if self.rows.seen > self.context:  # all of the first rows are there, and no chunk adds to them
+            moved = self.rows.seen - self.context + self.inputs
+            self.ahead = moved, self._all_turned(moved)
+
+    def _all_turned(self, moved: int) -> list[Tensor]:
+        return [self._turned(group, moved) for group in self.rows.groups]
 
     def _turned(self, group: RowGroup, moved: int) -> Tensor:
         """A group's first rows [g, first, H, D], their keys turned on by `moved` positions."""
@@ -111,6 +125,7 @@ class KeptContext:
         latest = self._rows_of(context, self.rows.seen - self.context)
         first = self._rows_of(torch.tensor(self.rows.head, dtype=torch.int64), 0) if self.rows.head else latest
         self.rows.replace(first, latest)
+        self.ahead = None
 
     def _rows_of(self, tokens: Tensor, begin: int) -> list[Tensor]:
         """The rows that tokens [n] leave at positions from `begin` on, with nothing before them."""

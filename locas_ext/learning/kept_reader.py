@@ -63,11 +63,12 @@ class KeptReader(KernelReading):
         if why is not None:
             raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
         self.way = self.host.reading.verdict(len(window.context), window.tokens).way
-        with eager_host(self.host.model):
-            if self.bos is not None and not self.context.rows.seen:
+        if self.bos is not None and not self.context.rows.seen:
+            with eager_host(self.host.model):
                 self.context.put_before(self.bos)
-            self.context.prepare(len(window.inputs))
-            if self._is_refreshed(self.chunks):
+        self.context.prepare(len(window.inputs))
+        if self._is_refreshed(self.chunks):
+            with eager_host(self.host.model):
                 self.context.refresh(window.context)
         self.settle_kernels(window, full - 1, whole=self.way == Way.SHORT)
         return None
@@ -105,6 +106,10 @@ class KeptReader(KernelReading):
     def _our_nll(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
         return kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
+
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk: turns the first rows to where they stand before a next one as long."""
+        self.context.look_ahead()
 
     def scored(self) -> None:
         """After a chunk's first forward: what it left is what will be kept, whatever further epochs leave."""

@@ -96,8 +96,6 @@ class HostKernels:
 
         targets: [n]; read: -> its logits [n, V] by the host's own code; ours: None where that is not for all of ours
         """
-        if kind in self.levels:
-            return
         own = read()
         levels = {Level.PIECES: lambda: self._with_pieces(read)} if self.pieces else {}
         if ours is not None and self.found.attentions:
