@@ -42,15 +42,16 @@ class Keep:
         if self.refresh_every is not None:
             object.__setattr__(self, "refresh_every", integer("refresh_every", self.refresh_every, 1))
 
-    def check_fits(self, window: int, stride: int) -> None:
-        """Checks that the sinks have a place in the window before a chunk.
+    def check_fits(self, window: int, stride: int, context_gradient: bool = False) -> None:
+        """Checks that a context can be kept in a run with these settings.
 
         Args:
             window: int: W
             stride: int: S
+            context_gradient: bool: whether the run asks for a gradient through the context
 
         Raises:
-            ValueError: W - S <= sinks
+            ValueError: W - S <= sinks, so the sinks have no place before a chunk; or context_gradient is True
 
         >>> import locas_ext as locas
         >>> locas.Keep(sinks=4).check_fits(window=12, stride=8)
@@ -62,6 +63,11 @@ sinks, a larger window or a smaller stride
             raise ValueError(
                 f"sinks is {self.sinks}, but before a chunk of {stride} tokens a window of {window} has room for "
                 f"{max(window - stride - 1, 0)} inputs; expected at most so many sinks, a larger window or a smaller stride"
+            )
+        if context_gradient:
+            raise ValueError(
+                "context_gradient is True, but context is 'keep': older memories computed what is kept, and no gradient "
+                "reaches it; expected context='recompute' or context_gradient=False"
             )
 
 

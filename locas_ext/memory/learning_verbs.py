@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from locas_ext.learning.initialization import default_rate, initialize
+from locas_ext.learning.initialization import default_learning, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
 from locas_ext.learning.memorize import feed, memorize
@@ -123,9 +124,10 @@ class MemoryLearning(MemoryFacts):
         self._require_attached("memorize")
         self._require_enabled("memorize", "nothing can be learned")
         refuse_unknown(unknown)
-        if learning_rate is None and update == "backprop" and optimizer in (None, "adamw"):
-            learning_rate = default_rate(self.config)
-        chosen = as_update(update, {"learning_rate": learning_rate, "epochs": epochs, "optimizer": optimizer})
+        learning: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "optimizer": optimizer}
+        if update == "backprop":
+            learning.update(default_learning(self.config, learning))
+        chosen = as_update(update, learning)
         settings = Settings(window, stride, chosen, context_gradient, bos, as_context(context))
         return memorize(self._attachment, input_ids, settings, progress, callback, resume, title, on_divergence)
 

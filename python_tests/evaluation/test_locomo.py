@@ -219,6 +219,24 @@ def test_a_two_layer_host_answers_with_a_memory_of_its_kind(data, tokenizer, tmp
     assert results.read(tmp_path / "run")["settings"]["memories"]["locas"]["variant"] == "mlp"
 
 
+def test_a_memory_may_read_the_dialogues_over_a_kept_context(data, host_folder, tmp_path, capsys, monkeypatch):
+    read = []
+    memorize = locas.Memory.memorize
+
+    def noting(memory, ids, *arguments, **options):
+        read.append((options["context"], options["context_gradient"]))
+        return memorize(memory, ids, *arguments, **options)
+
+    monkeypatch.setattr(locas.Memory, "memorize", noting)
+    kept = ["--context", "keep", "--sinks", "2", "--refresh-every", "3"]
+    status, _, err = run(capsys, data, host_folder, tmp_path / "run", "no-context+locas", *kept)
+    assert status == 0, err
+    assert set(read) == {(locas.Keep(sinks=2, refresh_every=3), False)}
+    assert results.read(tmp_path / "run")["settings"]["memories"]["locas"]["context"] == "keep"
+    status, _, err = run(capsys, data, host_folder, tmp_path / "no", "no-context+locas", *kept, "--context-gradient")
+    assert status == 2 and "context_gradient is True, but context is 'keep'" in err and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_host_is_as_before_at_the_end(data, host_folder, tmp_path, capsys, monkeypatch, fail):
     model, tokenizer = command.load_host(str(host_folder), None, "cpu")
