@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from locas_ext.state.stream import Chunk
 
+from .perplexity import perplexity
+
 
 @dataclass(frozen=True)
 class GraphReport:
@@ -118,8 +120,8 @@ class MemorizeReport:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll / tokens); NaN without tokens."""
-        return math.exp(self.nll / self.tokens) if self.tokens else math.nan
+        """float: exp(nll / tokens); infinite where no float can hold it, NaN without tokens."""
+        return perplexity(self.nll, self.tokens)
 
     @property
     def cuda_graph(self) -> str:

@@ -19,6 +19,7 @@ from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.initialization import default_learning
 from locas_ext.learning.keep import Keep, context_of
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
@@ -47,10 +48,10 @@ class Measurement:
 
 
 def held_out_perplexity(host, texts: list[Text], protocol: Protocol) -> float | None:
-    """exp(sum NLL / tokens) over all texts, read in windows side by side by the model as it is; None without texts."""
+    """Over all texts together, read in windows side by side by the model as it is; None without texts."""
     reports = [truncation(host, text.ids, protocol.window, protocol.room, progress=False, bos=protocol.bos) for text in texts]
     tokens = sum(report.tokens for report in reports)
-    return math.exp(math.fsum(report.nll for report in reports) / tokens) if tokens else None
+    return perplexity(math.fsum(report.nll for report in reports), tokens) if tokens else None
 
 
 # ---- the methods ---------------------------------------------------------------------------------------------

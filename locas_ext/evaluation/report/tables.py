@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from locas_ext.evaluation.display import markdown
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.terminal import Figures
 
 MISSING = "–"
@@ -45,7 +46,7 @@ def geometric_mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
-    return math.exp(sum(math.log(value) for value in known) / len(known))
+    return perplexity(sum(math.log(value) for value in known), len(known))
 
 
 def collect_arms(records: list[dict]) -> list[ArmResults]:
