@@ -90,8 +90,9 @@ class HostFFN(ABC):
         """Why the weights cannot be used directly, or None."""
         if self.differs is not None:
             return self.differs
-        for name, projection in zip(self.names, self.projections(), strict=True):
-            if problem := linear_obstacle(projection, self.plain):
+        modules, plain = self.module._modules, self.plain
+        for name in self.names:
+            if (problem := linear_obstacle(modules[name], plain)) is not None:  # type: ignore[arg-type]  # it is there
                 return f"{name} {problem}"
         return None
 
@@ -132,7 +133,8 @@ class GatedFFN(HostFFN):
 
     def weights(self) -> HostWeights:
         """The host's own tensors, not copies; meaningful where obstacle() is None."""
-        gate, up, down = (projection._parameters for projection in self.projections())
+        modules: Any = self.module._modules
+        gate, up, down = [modules[name]._parameters for name in self.names]
         return HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,9 +90,9 @@ class Host:
         """The module that holds the layers."""
         return _decoder(self.model, self.family)
 
-    def ffn_modules(self) -> list[nn.Module]:
-        """The FFN of each layer as it is now: modules may be swapped."""
-        return _ffn_modules(self.decoder(), self.family)
+    def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
+        """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
+        return _ffn_modules(decoder, self.family)
 
     @property
     def config(self):

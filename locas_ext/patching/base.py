@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,19 @@ class Binding:
                 arena.place(device, dtype)
 
 
+class RunningForward(NamedTuple):
+    """A forward of the decoder in this context; decoder_watch.py begins and ends it."""
+
+    state: MemoryState
+    epoch: int  # of the memory when it began
+    fresh_cache: bool
+    looking: Any  # the scope to leave at its end, or None
+    outer: "RunningForward | None"
+
+
+running_forward: ContextVar[RunningForward | None] = ContextVar("locas_running_forward", default=None)
+
+
 class PatchedFFN(ABC, Generic[FFN]):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 
@@ -77,14 +91,19 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
         self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
+        self._noted: str | None = None  # what obstacle() said when the latest forward of the decoder began
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        """The modules to bind, each with the forward that stands in for its own."""
+    def modules(self) -> list[nn.Module]:
+        """The modules to bind, as the host has them now."""
+
+    @abstractmethod
+    def forwards(self) -> list[Callable]:
+        """The forwards that stand in for theirs."""
 
     def bind(self) -> None:
-        self.patches = [ForwardPatch(module, forward) for module, forward in self.forwards()]
+        self.patches = [ForwardPatch(*pair) for pair in zip(self.modules(), self.forwards(), strict=True)]
         self.formula = self.ffn.formula_obstacle()
         self.attached = True
 
@@ -96,9 +115,7 @@ class PatchedFFN(ABC, Generic[FFN]):
 
     def follow(self, module: nn.Module) -> None:
         """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
-        if module is self.ffn.module and all(
-            patch.module is bound for patch, (bound, _) in zip(self.patches, self.forwards(), strict=True)
-        ):
+        if module is self.ffn.module and [patch.module for patch in self.patches] == self.modules():
             return
         with self.state.exclusion.lock:
             for patch in self.patches:
@@ -111,6 +128,10 @@ class PatchedFFN(ABC, Generic[FFN]):
         return self.patches[0].original(*arguments, **named)
 
     # ---- the route -------------------------------------------------------------------------------------------
+    def look(self) -> None:
+        """Looks at the host's modules for all calls in the decoder's forward that begins."""
+        self._noted = self.obstacle()
+
     def route(self, x: Tensor, scope: Scope | None) -> Route:
         """What computes this call: found once, and again only where what it depends on has changed."""
         state, arena = self.state, self.arena
@@ -125,9 +146,10 @@ class PatchedFFN(ABC, Generic[FFN]):
             return Route.HOST
         if not by_address(x):
             return Route.TRACED
-        device = x.device
-        autocast = torch.is_autocast_enabled(device.type)
-        depends_on = (state.generation, arena.placement, self.obstacle(), x.dtype, device, autocast)
+        forward = running_forward.get()
+        obstacle = self._noted if forward is not None and forward.state is state else self.obstacle()
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # by_address takes no others
+        depends_on = (state.generation, arena.placement, obstacle, x.dtype, x.device, autocast)
         resolved = self._resolved  # one tuple: other threads replace it whole
         if resolved[0] != depends_on:
             resolved = self._resolved = self._resolve(x, autocast)

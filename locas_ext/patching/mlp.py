@@ -33,11 +33,11 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
 
     traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
 
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        if not isinstance(self.ffn, TwoLayerFFN):
-            return [(self.ffn.module, self.around)]
-        first, last = self.ffn.projections()
-        return [(first, self.enter), (last, self.leave)]
+    def modules(self) -> list[nn.Module]:
+        return self.ffn.projections() if isinstance(self.ffn, TwoLayerFFN) else [self.ffn.module]
+
+    def forwards(self) -> list[Callable]:
+        return [self.enter, self.leave] if isinstance(self.ffn, TwoLayerFFN) else [self.around]
 
     def enter(self, *arguments: Any, **named: Any) -> Tensor:
         """The first projection's forward."""
