@@ -40,7 +40,7 @@ class HostFFN(ABC):
         self.replace_module(module)
 
     def replace_module(self, module: nn.Module) -> None:
-        """Goes on with another module in the place of this FFN's. ValueError if it has not the projections."""
+        """Replaces this FFN's module. ValueError if the new one lacks the projections."""
         if missing := [name for name in self.names if name not in module._modules]:
             raise ValueError(
                 f"an FFN of the host is a {class_name(module)} without {' and '.join(missing)}; expected one with "

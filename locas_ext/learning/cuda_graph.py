@@ -186,7 +186,7 @@ class GraphStep(EagerStep):
             self.replay = capture(self._work, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
-            message = f"memorizing goes on without a CUDA graph, with the same results but slower: {error}"
+            message = f"memorizing continues without a CUDA graph, with the same results but slower: {error}"
             warnings.warn(message, stacklevel=caller_stacklevel())
         finally:
             self._undo_python(captured=self.replay is not None)

@@ -89,7 +89,7 @@ class Settings:
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
         """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults. `context` is there only
-        where one is kept, so that earlier versions read what they know how to go on with."""
+        where one is kept, so that earlier versions read what they know how to continue."""
         writes = isinstance(self.update, Write)
         backprop = Backprop() if isinstance(self.update, Write) else self.update
         write = (

@@ -136,7 +136,7 @@ class Memory(MemoryLearning):
             snapshot_: what `snapshot` returned, of this memory or of another one of the same host, layers and rank
 
         Raises:
-            TypeError: it is no Snapshot
+            TypeError: it is not a Snapshot
             ValueError: it is of another host or of other slots; the memory is unchanged
             RuntimeError: another thread is changing the memory
 

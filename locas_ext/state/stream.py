@@ -69,7 +69,7 @@ class TextRecord:
 
 @dataclass
 class Stream:
-    """Where memorize() stands in a text: what a run that goes on needs to know and to check.
+    """Where memorize() stands in a text: what a run that is continued needs to know and to check.
 
     Attributes:
         settings: the run's, as `ResolvedSettings.to_record` puts them

@@ -115,5 +115,5 @@ class Saved:
 
 
 def read(path: str | Path) -> Saved:
-    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if there is no whole one."""
+    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it."""
     return Saved(Path(path), *folder.read(Path(path)))

@@ -36,7 +36,7 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
 
     Raises ValueError for key and value of other shapes or dtypes (half precision has to be converted first), empty or
     with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
-    an unknown activation; TypeError for a rank that is no integer.
+    an unknown activation; TypeError for a rank that is not an integer.
     """
     lipschitz = _LIPSCHITZ[activation_function(activation)]
     _check(key, value, rank, threshold)

@@ -181,7 +181,7 @@ def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_fold
     monkeypatch.setattr(command, "answer", ends_in_the_second_dialogue)
     status, _, err = run(capsys, data, host_folder, out, methods)
     count = len(command.METHODS)
-    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "goes on" in err
+    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "the same command continues" in err
     # as if it had been ended a moment earlier: predictions written, results not yet
     content = json.loads((out / "results.json").read_text())
     assert content["records"].pop()["dialogue"] == "long"

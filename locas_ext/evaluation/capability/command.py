@@ -224,7 +224,7 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
 
     Returns the records. Raises ValueError or OSError for arguments that do not fit, LocasError where tasks are asked
     for and lm-eval is not installed, for a memory of another host and, after everything is printed and written, if
-    detach() did not give the host back; Interrupted at Ctrl-C.
+    detach() did not restore the host; Interrupted at Ctrl-C.
     """
     at_least(2, held_out_tokens=task.held_out_tokens)
     harness = Harness(task.tasks) if task.tasks else None
@@ -254,7 +254,7 @@ def _run(
     except KeyboardInterrupt:
         if not task.out or not records:
             raise Interrupted("nothing was kept") from None
-        raise Interrupted(f"{len(records)} records are kept in {task.out}; the same command goes on") from None
+        raise Interrupted(f"{len(records)} records are kept in {task.out}; the same command continues") from None
     for table in console_tables(records):
         console.print(table)
     is_host, sentence = detached_verdict(records)

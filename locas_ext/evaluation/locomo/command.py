@@ -184,7 +184,7 @@ def _run(
         total = len(dialogues) * (len(task.methods) + 1)
         raise Interrupted(
             f"{len(output.records)} of {total} pairs of method and dialogue are finished and kept in {task.out}; "
-            "the same command goes on"
+            "the same command continues"
         ) from None
     content = results.read(task.out)
     console.print(table(content))

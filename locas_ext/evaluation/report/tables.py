@@ -13,7 +13,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class ArmResults:
-    """What was measured under one label: one record a book, those that failed left out."""
+    """What was measured under one label: one record per book, those that failed left out."""
 
     label: str
     method: str
@@ -121,7 +121,7 @@ LABEL = Column("arm", lambda arm: markdown(arm.label))
 
 
 def arm_table(arms: list[ArmResults], columns: list[Column], first: Column = LABEL) -> list[str]:
-    """A row an arm, headed by `first`. A column in which nothing is known is left out."""
+    """A row per arm, headed by `first`. A column in which nothing is known is left out."""
     cells = [[column.text(arm) for arm in arms] for column in columns]
     known = [index for index, texts in enumerate(cells) if any(text != MISSING for text in texts)]
     rows = [[first.text(arm), *(cells[index][row] for index in known)] for row, arm in enumerate(arms)]
