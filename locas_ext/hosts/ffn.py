@@ -52,6 +52,10 @@ class HostFFN(ABC):
         modules = self.module._modules
         return [modules[name] for name in self.names]
 
+    def parts(self) -> list[Any]:
+        """All modules right inside the FFN's, to be compared with those of another moment."""
+        return list(self.module._modules.values())
+
     @property
     def width(self) -> int | None:
         """How many neurons there are; None where the output projection does not say."""

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.projections import projection_device
@@ -91,7 +92,7 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
         self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
-        self._noted: str | None = None  # what obstacle() said when the latest forward of the decoder began
+        self._noted: tuple[int, list[Any], str | None] = (-1, [], None)  # hooks so far, the FFN's parts, the obstacle
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
@@ -129,8 +130,17 @@ class PatchedFFN(ABC, Generic[FFN]):
 
     # ---- the route -------------------------------------------------------------------------------------------
     def look(self) -> None:
-        """Looks at the host's modules for all calls in the decoder's forward that begins."""
-        self._noted = self.obstacle()
+        """Looks at the host's modules on behalf of the calls in the decoder's forward that begins."""
+        self._noted = (RemovableHandle.next_id, self.ffn.parts(), self.obstacle())
+
+    def _obstacle_now(self) -> str | None:
+        """obstacle(); as look() noted it where a forward of the decoder runs here, with no new hook or module since."""
+        forward = running_forward.get()
+        if forward is not None and forward.state is self.state:
+            hooks, parts, obstacle = self._noted  # one tuple: other threads replace it whole
+            if hooks == RemovableHandle.next_id and parts == self.ffn.parts():
+                return obstacle
+        return self.obstacle()
 
     def route(self, x: Tensor, scope: Scope | None) -> Route:
         """What computes this call: found once, and again only where what it depends on has changed."""
@@ -146,10 +156,8 @@ class PatchedFFN(ABC, Generic[FFN]):
             return Route.HOST
         if not by_address(x):
             return Route.TRACED
-        forward = running_forward.get()
-        obstacle = self._noted if forward is not None and forward.state is state else self.obstacle()
         autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # by_address takes no others
-        depends_on = (state.generation, arena.placement, obstacle, x.dtype, x.device, autocast)
+        depends_on = (state.generation, arena.placement, self._obstacle_now(), x.dtype, x.device, autocast)
         resolved = self._resolved  # one tuple: other threads replace it whole
         if resolved[0] != depends_on:
             resolved = self._resolved = self._resolve(x, autocast)

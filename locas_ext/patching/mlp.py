@@ -79,6 +79,12 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
                 y = y + self._traced(x)
         return y if tap is None else tap(self, x, y)
 
+    def look(self) -> None:
+        pass  # beside the host whatever its modules are
+
+    def _obstacle_now(self) -> str:
+        return self.obstacle()
+
     def obstacle(self) -> str:
         return "Locas-MLP runs beside the host's FFN"
 
