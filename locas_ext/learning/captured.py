@@ -30,7 +30,6 @@ class _HostTensors:
     """A host's parameters and buffers, found without a walk through its modules as long as these are the same."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
         modules = list(model.modules())
         self.children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         self.held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
@@ -121,7 +120,7 @@ class Captured:
             self.graph = capture(self._run, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
-            message = f"memorizing goes on without a CUDA graph, with the same results but slower: {error}"
+            message = f"memorizing continues without a CUDA graph, with the same results but slower: {error}"
             warnings.warn(message, stacklevel=caller_stacklevel())
         finally:
             self._undo_python()

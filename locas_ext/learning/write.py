@@ -40,8 +40,15 @@ class WriteReport:
     Attributes:
         tokens: the positions in input_ids of the tokens that got a slot, ascending
         nll: their summed negative log-likelihood before, in nats
-        gradient_norm: ||G|| of each, over all layers
+        gradient_norm: each token's ||G||, the norm of its log-likelihood's gradient over all layers
         slots_used: how many slots each layer holds now
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(gated=False), locas.LocasConfig("mlp", rank=4))
+    >>> report = memory.write([5, 9, 13, 17], tokens=[1, 3])
+    >>> report.tokens, report.slots_used
+    ([1, 3], 2)
     """
 
     tokens: list[int]
