@@ -8,7 +8,6 @@ the step as a CUDA graph and without. The ratios are to the faster kind of trunc
 
 import argparse
 import itertools
-import math
 import os
 import statistics
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.learning.perplexity import perplexity
 
 from .baselines import FastTruncation, HostStep, Sliding, Truncation, eager, graphed
 from .harness import parse, percentile, ratio, report
@@ -145,7 +145,7 @@ def run(
     for name, values in seconds.items():
         record = _record(name, values, seconds[first], stride)
         if arguments.shape is None and not name.endswith(" again"):
-            record["perplexity"] = math.exp(nll[name] / scored)
+            record["perplexity"] = perplexity(nll[name], scored)
         records.append(record)
     return records, report_
 

@@ -83,7 +83,7 @@ def _one_line(model: str) -> Iterator[None]:
 
 
 def _check_loaded(model: str, found: dict) -> None:
-    """LocasError for weights that the checkpoint has not; a warning for those that the model has no use for."""
+    """LocasError for weights that the checkpoint lacks; a warning for those that the model has no use for."""
     if missing := sorted(found["missing_keys"]):
         raise LocasError(
             f"--model: the weights of {model} are not whole: {len(missing)} tensors are missing, such as {missing[0]}"
