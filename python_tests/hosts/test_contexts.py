@@ -1,12 +1,16 @@
 """Windows of hosts with states, latents, indexers or shared keys: as one forward reads them, with the chunk's own gradient."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.context_hosts import HOSTS, context_model, probed
-from support.helpers import random_ids
+from support.helpers import random_ids, tiny_model
 
+import locas_ext as locas
 from locas_ext.hosts.context_cache import ContextCache, EndingCache, logits_on
+from locas_ext.hosts.text_config import NO_END, bos_token_id, max_positions
 from locas_ext.hosts.window_reading import ONE, SHORT
 from locas_ext.learning.chunk import Window, WindowReader
 
@@ -27,17 +31,17 @@ def plain_loss(model, window):
 
 @pytest.mark.parametrize("model_type", HOSTS)
 def test_windows_are_read_as_one_forward_reads_them(model_type):
-    model = context_model(model_type, seed=torch.seed() % 1000)
+    model = context_model(model_type, seed=1)
     host = probed(model)
     reader, expected_way = WindowReader(host), HOSTS[model_type][1]
     with torch.enable_grad():
-        for window in windows(seed=torch.seed() % 1000):
+        for window in windows(seed=1):
             why = reader.settle(window, WINDOW)
-            expected = pytest.approx(plain_loss(model, window), rel=1e-3)
+            # keys that an indexer likes equally well may be chosen otherwise
+            expected = pytest.approx(plain_loss(model, window), rel=1e-2 if model_type == "deepseek_v32" else 1e-4)
             assert reader.loss(window).item() == expected, (why, host.reading)
             assert WindowReader(host, context_gradient=True).loss(window).item() == expected
     way = reader._way(window)
-    # a tie of an indexer's top keys may fall otherwise in one forward; then that is how the window is read
     assert way == expected_way or (model_type == "deepseek_v32" and way == ONE)
     assert (why is None) == way.in_two
 
@@ -134,3 +138,85 @@ def test_a_host_that_asks_for_the_name_of_its_attention_takes_its_own_branch():
     with torch.enable_grad():
         reader._read(window, SHORT)
     assert seen and all(seen)
+
+
+class NoBackward(torch.autograd.Function):
+    """x, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no kernel for this backward")
+
+
+@pytest.mark.parametrize("behind_a_cache", [True, False])
+def test_a_host_without_a_backward(behind_a_cache):
+    model = tiny_model()
+    own = model.model.layers[0].self_attn.o_proj
+
+    def forward(x, plain=own.forward):
+        return plain(x) if behind_a_cache and not calls["cached"] else NoBackward.apply(plain(x))
+
+    calls = {"cached": False}
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.update(cached=kwargs.get("past_key_values") is not None), with_kwargs=True
+    )
+    own.forward = forward
+    if not behind_a_cache:
+        with pytest.raises(ValueError, match="no gradient comes back through the forward of LlamaForCausalLM.*no kernel for"):
+            locas.attach(model, locas.LocasConfig(rank=4))
+        return
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    report = memory.memorize(random_ids(48), window=24, stride=8, progress=False)
+    assert memory.version > 0 and "raises RuntimeError: no kernel for this backward" in report.one_forward[0]
+
+
+def test_a_host_whose_tokens_see_later_ones_in_long_windows_only_is_warned_of():
+    model = tiny_model()
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, args, y: y + 0.5 * y.mean(1, keepdim=True) if y.shape[1] > 20 else y)
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is not causal in a text of 2[0-9] tokens: .*shorter window"):
+        report = memory.memorize(random_ids(64), window=28, stride=8, progress=False)
+    assert len(report.one_forward) == 1
+    memory.memorize(random_ids(64), window=20, stride=8, progress=False)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))])
+def test_a_causal_host_that_is_read_in_one_forward_is_not_warned_of(settings):
+    model = tiny_model(**settings)
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, position_ids * (1 + x.shape[1] // 5))  # each length turns otherwise
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    assert memory.memorize(random_ids(64), window=28, stride=8, progress=False).one_forward
+
+
+class Config:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def get_text_config(self, decoder):
+        return self
+
+    @property
+    def context_length(self):
+        raise RuntimeError("it differs from layer to layer")
+
+
+@pytest.mark.parametrize(
+    "values, positions",
+    [
+        (dict(max_position_embeddings=77), 77),
+        (dict(max_target_positions=48), 48),
+        (dict(max_position_embeddings=-1, max_seq_len=9), 9),
+        (dict(max_position_embeddings=None), NO_END),
+        ({}, NO_END),
+    ],
+)
+def test_the_positions_of_a_config(values, positions):
+    model = types.SimpleNamespace(config=Config(**values))
+    assert max_positions(model) == positions and bos_token_id(model) is None
