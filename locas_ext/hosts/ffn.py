@@ -56,6 +56,18 @@ class HostFFN(ABC):
         """All modules right inside the FFN's, to be compared with those of another moment."""
         return list(self.module._modules.values())
 
+    def relevant_modules(self) -> list[Any]:
+        """The projections and the activation, if that is a module."""
+        act = self.module._modules.get(self.activation_name)
+        return self.projections() + ([] if act is None else [act])
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where what obstacle() depends on is kept, hooks left out: dicts, each with a key."""
+        modules, own = self.module._modules, self.module.__dict__
+        places = [(modules, name) for name in (*self.names, self.activation_name)] + [(own, "forward"), (own, "_old_forward")]
+        places += [(module.__dict__, "forward") for module in self.relevant_modules()]
+        return places + [(part._parameters, name) for part in self.projections() for name in part._parameters]
+
     @property
     def width(self) -> int | None:
         """How many neurons there are; None where the output projection does not say."""

@@ -94,6 +94,13 @@ class Host:
         """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
         return _ffn_modules(decoder, self.family)
 
+    def ffn_places(self, decoder: nn.Module) -> list[tuple[dict[str, Any], str]]:
+        """Where the host keeps what `ffn_modules` returns: dicts, each with a key."""
+        layers: Any = decoder._modules[self.family.layers]
+        places = [(decoder._modules, self.family.layers), *((layers._modules, key) for key in layers._modules)]
+        ffn = self.family.ffn
+        return places if ffn is None else places + [(layer._modules, ffn) for layer in layers._modules.values()]
+
     @property
     def config(self):
         return self.model.config.get_text_config(decoder=True)

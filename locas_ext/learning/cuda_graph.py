@@ -185,14 +185,14 @@ class GraphStep(EagerStep):
         if not self.tensors.holds():
             self.tensors = _HostTensors(attachment.host.model)
         tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
-        tensors += [home.down for home in self._homes()]
+        tensors += [rehomed.down for rehomed in self._rehomed_ffns()]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         learning = (parameter.requires_grad for parameter in arena.parameters)
         how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
         return *how, *addresses, *self.tensors.addresses()
 
-    def _homes(self) -> list:
-        return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]
+    def _rehomed_ffns(self) -> list:
+        return [ffn.rehomed for ffn in self.attachment.ffns if ffn.rehomed is not None and ffn.rehomed.reason is None]
 
     # ---- capturing -------------------------------------------------------------------------------------------
     def _captured(self, window: Window) -> Callable[[], None] | None:
@@ -221,10 +221,10 @@ class GraphStep(EagerStep):
         self.learning_rate = torch.tensor(self.update.learning_rate, dtype=torch.float64, device=device)
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
         if self.update.optimizer == "adamw":
-            arena.state("exp_avg"), arena.state("exp_avg_sq")
+            arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
         for ffn in self.attachment.ffns:
-            if ffn.home is not None:
-                ffn.home.ready()
+            if ffn.rehomed is not None:
+                ffn.rehomed.ready()
 
     def _gradient(self) -> Tensor:
         return gradient(self.attachment, self.window, self.reader)
@@ -235,8 +235,8 @@ class GraphStep(EagerStep):
 
     def _work(self) -> None:
         (arena,) = self.attachment.state.arenas
-        for home in self._homes():
-            home.refresh()  # always: whether a replay needs it is not known here
+        for rehomed in self._rehomed_ffns():
+            rehomed.refresh()  # always: whether a replay needs it is not known here
         loss = self._gradient()
         self.left = self.reader.left  # held, so that every replay leaves it at the same place
         finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
@@ -249,7 +249,7 @@ class GraphStep(EagerStep):
 
     def _undo_python(self, captured: bool) -> None:
         """A capture runs the Python and not the kernels: what only Python noted down is not so."""
-        for home in self._homes():
-            home.generation = 0
+        for rehomed in self._rehomed_ffns():
+            rehomed.generation = 0
         if not captured:
             self.attachment.state.zero_grad()

@@ -61,7 +61,7 @@ class Binding:
             )
         with self.state.exclusion.lock:
             if arena.compute.device != device or arena.compute.dtype != dtype:
-                arena.place(device, dtype)
+                arena.move_to(device, dtype)
 
 
 class RunningForward(NamedTuple):
@@ -87,7 +87,7 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.beside = "reference" if self.backend == "reference" else "auto"  # for a memory beside the host's FFN
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
-        self.home: RehomedFFN | None = None  # with attach(rehome=True)
+        self.rehomed: RehomedFFN | None = None  # with attach(rehome=True)
         self.attached = False
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
@@ -170,7 +170,7 @@ class PatchedFFN(ABC, Generic[FFN]):
             route = Route.PUBLIC_BESIDE if beside or autocast else Route.PUBLIC_WHOLE
         else:
             self.binding.relocate(self.arena, x.device, x.dtype)
-            route = Route.BESIDE if beside else Route.WHOLE if self.home is None else Route.REHOMED
+            route = Route.BESIDE if beside else Route.WHOLE if self.rehomed is None else Route.REHOMED
         depends_on = (self.state.generation, self.arena.placement, obstacle, x.dtype, x.device, autocast)
         return depends_on, route
 

@@ -23,8 +23,11 @@ def is_empty(cache: Any) -> bool:
 
 
 def stamp(cache: Any, state: MemoryState, fresh: bool) -> None:
-    """Notes down which state of the memory filled a cache; fresh: whether this was its first filling."""
-    now = state.output_state()
+    """Notes down which state of the memory filled a cache; fresh: whether this was its first filling.
+
+    The forward that filled it has looked for changes from outside: a later one is no business of this cache.
+    """
+    now = state.output_state
     # A cache without a stamp comes from before attach: the host alone filled it.
     setattr(cache, _STAMP, now if fresh or getattr(cache, _STAMP, 0) == now else _SEVERAL)
 
@@ -58,7 +61,8 @@ class StaleCacheGuard:
         """
         assert self.original is not None, "bind() puts this in the place of an original only"
         cache = kwargs.get("past_key_values")
-        now = self.state.output_state()
+        self.state.sync()
+        now = self.state.output_state
         if cache is not None and not allow_stale_cache and not is_empty(cache) and getattr(cache, _STAMP, 0) != now:
             raise ValueError(
                 "past_key_values was filled before the memory changed, so the text in it was read with another "

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.seen import SeenHost
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scope_of, scoped
 
@@ -21,6 +22,7 @@ class DecoderWatch:
     def __init__(self, host: Host, state: MemoryState, ffns: Sequence[PatchedFFN]):
         self.host, self.state, self.ffns = host, state, ffns
         self.handles: tuple[RemovableHandle, ...] = ()
+        self.seen: SeenHost | None = None  # as of the latest look
 
     def bind(self) -> None:
         decoder: nn.Module = self.host.decoder()
@@ -32,20 +34,15 @@ class DecoderWatch:
     def unbind(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles = ()
+        self.handles, self.seen = (), None
 
     def before(self, decoder: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         """Follows swapped modules, takes over slots written by others, notes down what the end is compared with."""
         if torch.compiler.is_compiling():
             return
         state, looking = self.state, None
-        modules = self.host.ffn_modules(decoder)
-        for ffn, layer in zip(self.ffns, state.layers, strict=True):
-            module = bound = ffn.ffn.module
-            if layer < len(modules) and modules[layer] is not bound and not any(other is bound for other in modules):
-                module = modules[layer]  # a bound one elsewhere was moved with its layer
-            ffn.follow(module)
-            ffn.look()
+        if self.seen is None or not self.seen.holds():
+            self._look(decoder)
         if state.watched and not scope_of(state).looked and not scope_of(state).disabled:
             state.sync()
             looking = scoped(state, looked=True)
@@ -53,6 +50,17 @@ class DecoderWatch:
         cache = named.get("past_key_values")
         fresh = cache is None or is_empty(cache)
         running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
+
+    def _look(self, decoder: nn.Module) -> None:
+        """Binds the FFNs that the decoder now has, and looks at what they hold."""
+        modules = self.host.ffn_modules(decoder)
+        for ffn, layer in zip(self.ffns, self.state.layers, strict=True):
+            module = bound = ffn.ffn.module
+            if layer < len(modules) and modules[layer] is not bound and not any(other is bound for other in modules):
+                module = modules[layer]  # a bound one elsewhere was moved with its layer
+            ffn.follow(module)
+            ffn.look()
+        self.seen = SeenHost(self.host, decoder, [ffn.ffn for ffn in self.ffns])
 
     def after(self, decoder: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
         """Called after an error too, then without an output. RuntimeError where the memory has changed meanwhile."""

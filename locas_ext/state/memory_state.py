@@ -75,9 +75,9 @@ class MemoryState:
         self.generation = next(_generations)
         self.learned = value > 0  # what compiled graphs guard on: a counter would recompile them at every update
 
+    @property
     def output_state(self) -> int:
-        """A number that changes whenever the model's outputs may have: 0 while the host computes alone."""
-        self.sync()
+        """A number that changes whenever the model's outputs may have; 0 while the host computes alone. `sync` comes before."""
         return self.generation if self.learned and not self.disabled else 0
 
     def watch(self) -> None:
@@ -92,7 +92,7 @@ class MemoryState:
         with self.exclusion.lock:
             if any([arena.refresh(by_content) for arena in self.arenas]):
                 if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
-                    self.use(self.capacity)
+                    self.set_used(self.capacity)
                 self.version += 1
 
     # ---- who uses it, and where ------------------------------------------------------------------------------
@@ -141,29 +141,29 @@ class MemoryState:
         """Whether the number of slots may change, as that of Locas-MLP may."""
         return self.planes == PLANES["mlp"]
 
-    def use(self, used: int) -> None:
+    def set_used(self, used: int) -> None:
         for arena in self.arenas:
-            arena.use(used)
+            arena.set_used(used)
 
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` slots a layer; what is in the first ones stays."""
         resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
         for arena, tensors in zip(self.arenas, resized, strict=True):
-            arena.take(tensors, arena.compute.dtype)
+            arena.replace_tensors(tensors, arena.compute.dtype)
 
     def append(self, slots: list[Tensor]) -> None:
         """Writes new slots, [l, planes, n, d] an arena, behind those used. One update."""
         used = self.used + slots[0].shape[2]
         for arena, rows in zip(self.arenas, slots, strict=True):
-            arena.put(rows, self.used)
-        self.use(used)
+            arena.write_rows(rows, self.used)
+        self.set_used(used)
         self.finish_update()
 
     def drop_oldest(self, count: int) -> None:
         """Takes the first `count` slots out; the others move up, and zeros take their place."""
         for arena in self.arenas:
             arena.drop_oldest(count)
-        self.use(self.used - count)
+        self.set_used(self.used - count)
 
     # ---- all layers, in their order --------------------------------------------------------------------------
     def in_layer_order(self, of_arena: Callable[[SlotArena], Iterable[_Item]]) -> list[_Item]:
@@ -210,7 +210,7 @@ class MemoryState:
     def _put(self, name: str, tensor: Tensor) -> None:
         """The reverse of `whole`, for the first slots; an optimizer state comes into use by it."""
         for arena in self.arenas:
-            target = arena.state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
+            target = arena.optimizer_state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
             tensor_here = tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions]
             (target[:, :, : tensor.shape[2]] if tensor.dim() == 4 else target).copy_(tensor_here)
 
@@ -235,7 +235,7 @@ class MemoryState:
             for arena in self.arenas:
                 arena.round_slots()
                 arena.forget_optimizer()
-            self.use(slots.shape[2] if used is None else used)
+            self.set_used(slots.shape[2] if used is None else used)
             self.version = version
 
     def reset(self) -> None:
@@ -288,7 +288,7 @@ class MemoryState:
     def finish_update(self) -> None:
         """Called when the update kernels have written every arena, of a memory that nobody has initialized too."""
         if self.used == 0:
-            self.use(self.capacity)
+            self.set_used(self.capacity)
         for arena in self.arenas:
             arena.finish_update()
         self.version += 1
