@@ -1,50 +1,55 @@
-"""Whether a host's FFNs are as they were when they were last looked at: runs once per forward of the decoder."""
+"""Whether what was looked at is still as it was: dicts compared entry by entry, by identity, in loops that stay in C."""
 
 from collections.abc import Sequence
 from operator import attrgetter, is_
 from typing import Any
 
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .ffn import HostFFN
-from .registry import Host
-
+Place = tuple[dict[str, Any], str]  # a dict, and a key that it may or may not have
 _requires_grad = attrgetter("requires_grad")
 
 
-class SeenHost:
-    """What decides how a host's patched FFNs compute, as it is now.
+class SeenPlaces:
+    """What some places hold now."""
 
-    The FFN of each layer, and inside it the modules, their classes and forwards, the projections' parameters and whether
-    these require a gradient; and how many hooks anybody has registered anywhere. `holds` compares by identity, in loops
-    that stay in C: a decode step of a small host takes a few milliseconds.
+    def __init__(self, places: Sequence[Place]):
+        self._dicts, self._keys = [place[0] for place in places], [place[1] for place in places]
+        self._values = list(map(dict.get, self._dicts, self._keys))
+
+    def hold(self) -> bool:
+        """Whether they still hold the same objects."""
+        return all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied host was not looked at."""
+
+
+class SeenFFN:
+    """What decides whether a host's FFN computes its family's formula on its own weights.
+
+    Modules with their classes and forwards, parameters and whether they require a gradient, and how many hooks anybody has
+    registered anywhere.
+
+    Attributes:
+        obstacle: what HostFFN.obstacle() said of it
     """
 
-    def __init__(self, host: Host, decoder: nn.Module, ffns: Sequence[HostFFN]):
-        self._hooks = RemovableHandle.next_id
-        places = host.ffn_places(decoder)
-        modules: list[Any] = []
-        parameters: list[Any] = []
-        for ffn in ffns:
-            places += ffn.places()
-            modules += [ffn.module, *ffn.relevant_modules()]
-            parameters += [each for part in ffn.projections() for each in part._parameters.values() if each is not None]
-        self._dicts, self._keys = map(list, zip(*places, strict=True))
-        self._values = list(map(dict.get, self._dicts, self._keys))
-        self._objects = modules + parameters
-        self._kinds = list(map(type, self._objects))
-        self._classes: list[Any] = list({type(module) for module in modules})
-        self._forwards = [kind.forward for kind in self._classes]
-        self._parameters, self._learn = parameters, list(map(_requires_grad, parameters))
+    def __init__(self, places: Sequence[Place], modules: list[Any], parameters: list[Any]):
+        """modules: the FFN's own first"""
+        self._hooks, self._places = RemovableHandle.next_id, SeenPlaces(places)
+        self._objects, self._parameters = [*modules, *parameters], parameters
+        self._kinds: list[Any] = list(map(type, self._objects))
+        self._learn, self._forward = list(map(_requires_grad, parameters)), self._kinds[0].forward
+        self.obstacle: str | None = None
 
     def holds(self) -> bool:
         """Whether all of it is still so."""
         return (
             self._hooks == RemovableHandle.next_id
-            and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            and self._places.hold()
             and all(map(is_, map(type, self._objects), self._kinds))
-            and [kind.forward for kind in self._classes] == self._forwards
+            and self._kinds[0].forward is self._forward
             and list(map(_requires_grad, self._parameters)) == self._learn
         )
 

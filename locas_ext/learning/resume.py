@@ -1,4 +1,4 @@
-"""A saved run taken up again: its place in the text, and whether text and settings are the same."""
+"""A saved run resumed: its place in the text, and whether text and settings are the same."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,12 +22,16 @@ def is_empty(cache: Any) -> bool:
     return not (length.any() if isinstance(length, Tensor) else length)
 
 
-def stamp(cache: Any, state: MemoryState, fresh: bool) -> None:
+def is_first_filling(cache: Any, state: MemoryState) -> bool:
+    """What `stamp` asks of the cache that a forward is about to fill; it does not ask where the stamp stays as it is."""
+    return cache is None or (getattr(cache, _STAMP, None) != state.output_state and is_empty(cache))
+
+
+def stamp(cache: Any, now: int, fresh: bool) -> None:
     """Notes down which state of the memory filled a cache; fresh: whether this was its first filling.
 
-    The forward that filled it has looked for changes from outside: a later one is no business of this cache.
+    now: the state's `output_state` as the forward has seen it, which has looked for changes from outside
     """
-    now = state.output_state
     # A cache without a stamp comes from before attach: the host alone filled it.
     setattr(cache, _STAMP, now if fresh or getattr(cache, _STAMP, 0) == now else _SEVERAL)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from locas_ext import ops
 from locas_ext.hosts.ffn import GatedFFN
+from locas_ext.hosts.seen import Place
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
@@ -26,6 +27,9 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
 
     def modules(self) -> list[nn.Module]:
         return [self.ffn.module]
+
+    def places(self) -> list[Place]:
+        return []
 
     def forwards(self) -> list[Callable]:
         return [self.forward]

@@ -76,7 +76,7 @@ class RehomedFFN:
     def __init__(self, ffn: GatedFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
         """index: the layer's place in its arena."""
         self.ffn, self.state, self.arena, self.index, self.model = ffn, state, arena, index, model
-        self.reason: str | None = "not moved yet"  # why the buffers are not used
+        self.reason: str | None = "not moved in yet"  # why the buffers are not used
         self.shared = False  # whether the weights lie in another memory's buffers
         self.parameters: tuple[Tensor | None, ...] = ()
         self._addresses: tuple[int, ...] = ()
@@ -179,7 +179,7 @@ class RehomedFFN:
         return "rehomed: host and memory in one matrix" if self.reason is None else f"not rehomed: {self.reason}"
 
     def __deepcopy__(self, memo):
-        """Of a copied model: the copied weights move in at the next forward. Of a fork: they stay where they are."""
+        """In a copied model the copied weights move at the next forward; in a fork they stay where they are."""
         new = memo[id(self)] = object.__new__(RehomedFFN)
         parts = self.ffn, self.state, self.arena, self.index, self.model
         RehomedFFN.__init__(new, *copy.deepcopy(parts, memo))

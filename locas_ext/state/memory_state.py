@@ -1,4 +1,4 @@
-"""The state of a memory: one arena a device, and what the arenas share.
+"""The state of a memory: one arena per device, and what the arenas share.
 
 Nearly always there is one arena. A host spread over several devices (accelerate's device_map) has one on each, so that a
 layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots` are in layer order all the same.
@@ -39,8 +39,8 @@ class MemoryState:
     Attributes:
         layers: the decoder layers that have slots, ascending
         arenas: the slots themselves; each layer is in one of them
-        planes: 3 rows a slot (gate, key, value), or for Locas-MLP 2 (key, value)
-        rank: the slots a layer begins with; Locas-MLP can grow
+        planes: 3 rows per slot (gate, key, value), or for Locas-MLP 2 (key, value)
+        rank: the slots per layer at the start; Locas-MLP can grow
         version: the number of updates so far; at 0 the memory is a no-op
         exclusion: who may change it
     """
@@ -55,7 +55,7 @@ class MemoryState:
         devices: list[torch.device],
         dtype: torch.dtype,
     ):
-        """layers, scale, devices: one entry a layer; dtype: what the layers compute in."""
+        """layers, scale, devices: one entry per layer; dtype: what the layers compute in."""
         self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
         self.arenas = [
             SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
@@ -124,7 +124,7 @@ class MemoryState:
     # ---- how many slots --------------------------------------------------------------------------------------
     @property
     def capacity(self) -> int:
-        """How many slots a layer there is room for."""
+        """How many slots per layer there is room for."""
         return self.arenas[0].capacity
 
     @property
@@ -146,13 +146,13 @@ class MemoryState:
             arena.set_used(used)
 
     def resize(self, capacity: int) -> None:
-        """Makes room for `capacity` slots a layer; what is in the first ones stays."""
+        """Makes room for `capacity` slots per layer; what is in the first ones stays."""
         resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
         for arena, tensors in zip(self.arenas, resized, strict=True):
             arena.replace_tensors(tensors, arena.compute.dtype)
 
     def append(self, slots: list[Tensor]) -> None:
-        """Writes new slots, [l, planes, n, d] an arena, behind those used. One update."""
+        """Writes new slots, [l, planes, n, d] per arena, behind those used. One update."""
         used = self.used + slots[0].shape[2]
         for arena, rows in zip(self.arenas, slots, strict=True):
             arena.write_rows(rows, self.used)

@@ -40,7 +40,7 @@ class CompressReport:
 
 
 def compress_slots(state: MemoryState, activation: str, rank: int, threshold: float = 0.0) -> CompressReport:
-    """Puts at most `rank` slots a layer in the place of the used ones; the capacity stays. One update.
+    """Puts at most `rank` slots per layer in the place of the used ones; the capacity stays. One update.
 
     ValueError, with the memory unchanged, for what nl_svd does not take.
     """

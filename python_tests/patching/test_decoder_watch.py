@@ -12,15 +12,15 @@ from locas_ext.hosts.ffn import HostFFN
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How often the projections of each FFN were looked at."""
+    """How often each FFN was looked at."""
     counted = Counter()
-    original = HostFFN.projection_obstacle
+    original = HostFFN.obstacle
 
-    def projection_obstacle(ffn):
+    def obstacle(ffn):
         counted[id(ffn)] += 1
         return original(ffn)
 
-    monkeypatch.setattr(HostFFN, "projection_obstacle", projection_obstacle)
+    monkeypatch.setattr(HostFFN, "obstacle", obstacle)
     return counted
 
 
@@ -79,10 +79,10 @@ def test_a_change_between_two_forwards_is_seen_by_the_next(name, looks):
     change(model.model.layers[0].mlp)
     ffn = memory._attachment.ffns[0]
     torch.testing.assert_close(logits_of(model, TEXT), expected, rtol=1e-5, atol=1e-5)  # none changes what comes out
-    assert looks and reason in ffn._noted[2]
+    assert looks and reason in ffn.ffn.seen_obstacle()
     looks.clear()
     logits_of(model, TEXT)
-    assert not looks and reason in ffn._noted[2]
+    assert not looks and reason in ffn.ffn.seen_obstacle()
 
 
 def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch, looks):
@@ -92,7 +92,21 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch, looks):
     forward = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x))
     logits_of(model, TEXT)
-    assert "whose forward was replaced" in memory._attachment.ffns[0]._noted[2]
+    assert "whose forward was replaced" in memory._attachment.ffns[0].ffn._seen.obstacle
+
+
+def test_an_ffn_is_followed_however_often_it_is_swapped():
+    model, memory = learned()[:2]
+    expected = logits_of(model, TEXT)
+    for _ in range(3):
+        old = model.model.layers[1].mlp
+        new = type(old)(model.config).eval().requires_grad_(False)
+        new.load_state_dict(old.state_dict())
+        model.model.layers[1].mlp = new
+        torch.testing.assert_close(logits_of(model, TEXT), expected, rtol=1e-5, atol=1e-5)
+        assert memory._attachment.ffns[1].ffn.module is new and "forward" not in old.__dict__
+    hooked(new)
+    assert not torch.allclose(logits_of(model, TEXT), expected, atol=1e-4)
 
 
 def test_layers_that_change_places_take_their_memory_along():
@@ -115,11 +129,11 @@ def test_a_copied_host_is_looked_at_itself(looks):
     looks.clear()
     frozen_no_more(fork.model.model.layers[0].mlp)  # of the weight that both share
     logits_of(fork.model, TEXT)
-    assert set(looks) == {id(ffn.ffn) for ffn in fork._attachment.ffns}
+    assert set(looks) == {id(fork._attachment.ffns[0].ffn)}
     looks.clear()
     own_forward(fork.model.model.layers[0].mlp.up_proj)  # of the copy alone
     logits_of(fork.model, TEXT)
-    assert looks and "up_proj has a forward" in fork._attachment.ffns[0]._noted[2]
+    assert looks and "up_proj has a forward" in fork._attachment.ffns[0].ffn._seen.obstacle
 
 
 def doubled(module, arguments, output):

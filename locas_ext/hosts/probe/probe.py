@@ -28,7 +28,7 @@ from .formula import DidNotRun, difference
 from .recording import Recording, record
 from .undisturbed import undisturbed
 
-# Of the probe's tokens the first so many are the context, and the others differ between its two texts.
+# The first so many of the probe's tokens are the context; the others differ between its two texts.
 _CONTEXT, _CHUNK = 4, 2
 
 
