@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.hosts.context_cache import two_forwards
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
@@ -27,7 +28,7 @@ from .formula import DidNotRun, difference
 from .recording import Recording, record
 from .undisturbed import undisturbed
 
-# Of the probe's tokens the first so many are the context, and the others differ between its two texts.
+# The first so many of the probe's tokens are the context; the others differ between its two texts.
 _CONTEXT, _CHUNK = 4, 2
 
 
@@ -123,7 +124,7 @@ def probe(host: Host) -> ProbeReport:
             warnings.warn(
                 f"{type(host.model).__name__} could not be probed, so its FFNs and its attention are taken for what its config "
                 f"says: {skipped}",
-                stacklevel=5,
+                stacklevel=caller_stacklevel(),
             )
     host.reading.unprobed, host.reading.compares = skipped, not off
     return ProbeReport(time.perf_counter() - began, skipped)

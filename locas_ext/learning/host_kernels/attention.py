@@ -127,7 +127,7 @@ class FastAttention:
             return None
         fast = fast_norm(norm)
         if fast is None:
-            raise ValueError(f"its {name} is no plain RMS norm")
+            raise ValueError(f"its {name} is not a plain RMS norm")
         return fast
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:

@@ -153,7 +153,7 @@ class HostKernels:
         return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, context)
 
     def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""
+        """[n, V] of inputs [n], with a graph over them. positions: [n], where they do not just continue the cache's."""
         return self._read(self.host.model, cache, inputs, positions).logits[0]
 
     def nll(self, cache: WindowCache, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:

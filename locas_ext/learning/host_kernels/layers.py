@@ -1,7 +1,7 @@
 """A decoder layer whose residuals are added by the kernel that norms their sum, across layers too.
 
 x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
-                                one kernel                  one kernel, whose norm the next layer takes up
+                                one kernel                  one kernel, whose norm the next layer uses
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class FastLayer:
         fast = [None if name is None else norms.get(getattr(layer, name)) for name in names]
         for name, norm in zip(names, fast, strict=True):
             if name is not None and norm is None:
-                raise ValueError(f"its {name} is no plain RMS norm")
+                raise ValueError(f"its {name} is not a plain RMS norm")
         self.before_attention, self.after_attention, self.before_ffn, self.after_ffn = fast
         self.input_norm = GivenNorm()
         self.next_norm: FastNorm | None = None  # what reads this layer's output
