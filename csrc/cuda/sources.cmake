@@ -3,8 +3,7 @@ set(LOCAS_CUDA_KERNELS
   elementwise/glu_activation.cu
   elementwise/layer_norm.cu
   elementwise/rms_norm.cu
-  elementwise/rotary_backward.cu
-  elementwise/rotary_forward.cu
+  elementwise/rotary.cu
   elementwise/token_nll.cu
   ffn/sm80/backward.cu
   ffn/sm80/decode.cu

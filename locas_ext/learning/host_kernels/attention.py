@@ -16,18 +16,23 @@ from .window_cache import WindowCache
 
 
 class _Rotation(NamedTuple):
-    """The rotary embedding of a window's last n rows; cos and sin [n, R], or None where a layer turns nothing."""
+    """The rotary embedding of a window's last n rows; cos and sin [n, R], or None where a layer turns nothing.
+
+    interleaved: as the kernels' own
+    """
 
     cos: Tensor | None
     sin: Tensor | None
+    interleaved: bool
     query_norm: FastRMSNorm | None
     key_norm: FastRMSNorm | None
 
     @property
-    def norms(self) -> dict[str, Any]:
+    def how(self) -> dict[str, Any]:
         if self.query_norm is None or self.key_norm is None:
-            return {"weights": None}
+            return {"interleaved": self.interleaved}
         return {
+            "interleaved": self.interleaved,
             "weights": (self.query_norm.weight, self.key_norm.weight),
             "weight_offset": self.query_norm.weight_offset,
             "eps": self.query_norm.eps,
@@ -59,7 +64,7 @@ def _turned(query: Tensor, key: Tensor, value: Tensor, rotation: _Rotation, plac
         return query.reshape(n, -1, size)
     turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     elementwise.rotary_forward(
-        query, key, rotation.cos, rotation.sin, size, turned, key_rows, value, value_rows, **rotation.norms
+        query, key, rotation.cos, rotation.sin, size, turned, key_rows, value, value_rows, **rotation.how
     )
     return turned.view(n, -1, size)
 
@@ -89,7 +94,7 @@ class WindowAttentionFunction(torch.autograd.Function):
         d_query, d_key, d_value = (gradient.reshape(len(d_out), -1) for gradient in gradients)
         if rotation.cos is not None:
             d_query, d_key = elementwise.rotary_backward(
-                d_query, d_key, rotation.cos, rotation.sin, place.heads.head_size, query, key, **rotation.norms
+                d_query, d_key, rotation.cos, rotation.sin, place.heads.head_size, query, key, **rotation.how
             )
         return d_query, d_key, d_value, None, None
 
@@ -97,9 +102,9 @@ class WindowAttentionFunction(torch.autograd.Function):
 class FastAttention:
     """Stands in for the forward of one attention module, which projects, turns, attends and projects."""
 
-    def __init__(self, module: Any):
-        """AttributeError, TypeError or ValueError, which says why, for a module that is built otherwise."""
-        self.module = module
+    def __init__(self, module: Any, interleaved: bool):
+        """interleaved: as the kernels' own. AttributeError, TypeError or ValueError, which says why, for one built otherwise."""
+        self.module, self.interleaved = module, interleaved
         if (why := why_not_bound(module)) is not None:
             raise ValueError(why)
         self.layer: int = module.layer_idx
@@ -140,7 +145,7 @@ class FastAttention:
             query_norm = key_norm = None
         keys, values = cache.buffers.of(self.layer, key.shape[-1] // size, size, key)
         cos, sin = (turn[0] for turn in turns) if self.turns and turns is not None else (None, None)
-        rotation = _Rotation(cos, sin, query_norm, key_norm)
+        rotation = _Rotation(cos, sin, self.interleaved, query_norm, key_norm)
         learns = torch.is_grad_enabled() and query.requires_grad
         place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
         if cache.is_filling and self.layer == cache.last_layer:
@@ -159,10 +164,10 @@ class FastAttention:
         return cache.masks[kind]
 
 
-def fast_attention(module: Any) -> FastAttention:
+def fast_attention(module: Any, interleaved: bool) -> FastAttention:
     """What computes this module's attention; ValueError, which says why, where that is not known how."""
     try:
-        fast = FastAttention(module)
+        fast = FastAttention(module, interleaved)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is built otherwise: {error}") from None
     why = obstacle(fast.heads, next(module.parameters()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas_ext.hosts.probe.recording import Recording, record
+from locas_ext.hosts.probe.recording import Call, Recording, record
 from locas_ext.hosts.registry import Host
 
 from .agreement import agree, distance
@@ -76,19 +76,31 @@ def _compare(ours: Tensor, own: Tensor) -> None:
 
 
 def _attention(module: Any, recording: Recording, cache: DynamicCache) -> FastAttention:
-    """ValueError, which says why, for an attention that the kernels do not compute.
+    """ValueError, which says why, for an attention that the kernels do not compute."""
+    call, problem = _one_call(recording, module), None
+    turns = call.kwargs.get("position_embeddings")
+    for interleaved in (False,) if turns is None else (False, True):
+        fast = fast_attention(module, interleaved)
+        try:
+            _check_attention(fast, call, turns, cache)
+            return fast
+        except ValueError as why:
+            problem = problem or why
+    assert problem is not None
+    raise problem
+
+
+def _check_attention(fast: FastAttention, call: Call, turns: tuple[Tensor, Tensor] | None, cache: DynamicCache) -> None:
+    """ValueError where it does not give what the host's own gave.
 
     Keys and values are compared too: the attention of a host whose scores are nearly equal hardly shows how it turns them.
     """
-    call, fast = _one_call(recording, module), fast_attention(module)
-    n = call.input.shape[1]
-    buffers = WindowBuffers(n)
-    out = fast.over(call.input, call.kwargs.get("position_embeddings"), WindowCache(buffers, None))
-    own = cache.layers[fast.layer]
+    buffers = WindowBuffers(call.input.shape[1])
+    out = fast.over(call.input, turns, WindowCache(buffers, None))
+    own: Any = cache.layers[fast.layer]
     for ours, theirs in zip(buffers.layers[fast.layer], (own.keys, own.values), strict=True):
         _compare(ours, theirs[0].transpose(0, 1))
     _compare(out, call.result)
-    return fast
 
 
 def _layer(layer: Any, norms: dict[nn.Module, FastNorm], recording: Recording) -> FastLayer:
