@@ -103,7 +103,7 @@ class FastAttention:
     """Stands in for the forward of one attention module, which projects, turns, attends and projects."""
 
     def __init__(self, module: Any, interleaved: bool):
-        """interleaved: as the kernels' own. AttributeError, TypeError or ValueError, which says why, for one built otherwise."""
+        """interleaved: as the kernels' own. AttributeError, TypeError or ValueError, which says why, for any other module."""
         self.module, self.interleaved = module, interleaved
         if (why := why_not_bound(module)) is not None:
             raise ValueError(why)
