@@ -87,6 +87,9 @@ class Reader(TakesKernels, Protocol):
     def loss(self, window: Window) -> Tensor:
         """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
 
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk: gets ready what the next one can need whatever comes of this one."""
+
     def scored(self) -> None:
         """After a chunk's first forward."""
 
@@ -126,7 +129,7 @@ class WindowReader(KernelReading):
 
         Returns why the window is read in one forward, or None.
         """
-        window, why, reading = window.to(self.host.input_device()), None, self.host.reading
+        why, reading = None, self.host.reading
         if not self.context_gradient:
             verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
             why = verdict.why if verdict.way == Way.ONE else None
@@ -136,6 +139,9 @@ class WindowReader(KernelReading):
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
         return self.context_gradient or self._way(window) == Way.ONE
+
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk. Nothing is kept to get ready."""
 
     def scored(self) -> None:
         """After a chunk's first forward. Nothing is kept of it."""
@@ -165,7 +171,7 @@ class WindowReader(KernelReading):
 
     def _read(self, window: Window, way: Way) -> Tensor:
         """The same in one way, with a graph over what that leaves in it."""
-        model, (context, inputs, _) = self.host.model, window
+        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
         if len(context) == 0:
             return one_forward(model, context, inputs, NoContext())
         if way == Way.ONE:

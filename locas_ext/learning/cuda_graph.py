@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils, modeling_utils
 
 from locas_ext.caller import caller_stacklevel
@@ -122,6 +122,23 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 # ---- the step -------------------------------------------------------------------------------------------------
+class _HostTensors:
+    """A host's parameters and buffers, found without a walk through its modules as long as these are the same."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        modules = list(model.modules())
+        self.children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self.held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+
+    def holds(self) -> bool:
+        """Whether the modules are those that were found."""
+        return all(tuple(now.values()) == then for now, then in self.children)
+
+    def addresses(self) -> list[int]:
+        return [0 if tensor is None else tensor.data_ptr() for tensors in self.held for tensor in tensors.values()]
+
+
 class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
@@ -133,6 +150,7 @@ class GraphStep(EagerStep):
         self.replay: Callable[[], None] | None = None
         self.left = reader.left
         self.captured_at: tuple = ()
+        self.tensors = _HostTensors(attachment.host.model)
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
@@ -144,6 +162,7 @@ class GraphStep(EagerStep):
         self.ids.copy_(torch.cat(window))
         replay()
         self.reader.left = self.left
+        self.reader.look_ahead()
         loss, finite = self.outcome.tolist()
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
@@ -163,12 +182,14 @@ class GraphStep(EagerStep):
     def _signature(self) -> tuple:
         """What a replay takes for granted: where everything lies that it reads or writes, and what is not a tensor."""
         attachment, (arena,) = self.attachment, self.attachment.state.arenas
-        model, state = attachment.host.model, attachment.state
+        if not self.tensors.holds():
+            self.tensors = _HostTensors(attachment.host.model)
         tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
-        tensors += [*(home.down for home in self._homes()), *model.parameters(), *model.buffers()]
-        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        tensors += [home.down for home in self._homes()]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         learning = (parameter.requires_grad for parameter in arena.parameters)
-        return attachment.attached, state.disabled, arena.used, *learning, *arena.scales, *addresses
+        how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
+        return *how, *addresses, *self.tensors.addresses()
 
     def _homes(self) -> list:
         return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]

@@ -37,7 +37,8 @@ class KeptReader(KernelReading):
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)
         last_layer = host.reading.last_layer if self.anew.ends_early else None
-        self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
+        window, stride = protocol.window, protocol.stride
+        self.context = KeptContext(host.model, host.input_device(), window, keep.sinks, stride, last_layer)
         self.chunks = 0
         self.left: list[Tensor] | None = None
         self.way = Way.SHORT
@@ -62,11 +63,12 @@ class KeptReader(KernelReading):
         if why is not None:
             raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
         self.way = self.host.reading.verdict(len(window.context), window.tokens).way
-        with eager_host(self.host.model):
-            if self.bos is not None and not self.context.rows.seen:
+        if self.bos is not None and not self.context.rows.seen:
+            with eager_host(self.host.model):
                 self.context.put_before(self.bos)
-            self.context.prepare(len(window.inputs))
-            if self._is_refreshed(self.chunks):
+        self.context.prepare(len(window.inputs))
+        if self._is_refreshed(self.chunks):
+            with eager_host(self.host.model):
                 self.context.refresh(window.context)
         self.settle_kernels(window, full - 1, whole=self.way == Way.SHORT)
         return None
@@ -90,29 +92,33 @@ class KeptReader(KernelReading):
         return logits
 
     def _behind(self) -> tuple[HostKernels, WindowCache]:
+        """The inputs' rows are written where they will be kept."""
         assert self.kernels is not None
-        return self.kernels, self.kernels.behind_rows(self.context.parts(), self.context.context)
+        self.left = []
+        context, rows = self.context.context, self.context.rows
+        layers = rows.layers(rows.before - context, rows.before + self.context.room.inputs)
+        return self.kernels, self.kernels.behind_rows(list(zip(layers[::2], layers[1::2], strict=True)), context)
 
     def _ours(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        logits = kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
-        self._leave(kernels, len(window.inputs))
-        return logits
+        return kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
 
     def _our_nll(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        nll = kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
-        self._leave(kernels, len(window.inputs))
-        return nll
+        return kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
 
-    def _leave(self, kernels: HostKernels, count: int) -> None:
-        """Notes where the rows of the last `count` inputs are: in the buffers, until the next chunk's take their place."""
-        self.left = kernels.buffers.left(self.context.context, self.context.context + count)
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk: turns the first rows to where they stand before a next one as long."""
+        self.context.look_ahead()
 
     def scored(self) -> None:
         """After a chunk's first forward: what it left is what will be kept, whatever further epochs leave."""
         assert self.left is not None, "a forward has just left it"
-        self.scored_rows = self.left if self.epochs == 1 else [rows.clone() for rows in self.left]
+        self.scored_rows = self.left
+        if self.epochs > 1:
+            rows, inputs = self.context.rows, self.context.inputs
+            left = self.left or [layer.transpose(0, 1) for layer in rows.layers(rows.before, rows.before + inputs)]
+            self.scored_rows = [layer.clone() for layer in left]
 
     def learned(self, window: Window) -> KeptRows:
         """After a chunk's last update: keeps what it left, and returns all that is kept."""

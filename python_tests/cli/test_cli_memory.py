@@ -124,6 +124,7 @@ def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: torch's products may differ by threads
         )
         if kill:
             first = (out / "locas_config.json").stat().st_mtime_ns if resume else 0

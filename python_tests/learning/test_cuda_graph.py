@@ -166,6 +166,26 @@ def test_a_callback_that_looks_and_changes(device, monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_swapped_module_is_captured_anew(device, monkeypatch):
+    captures = []
+    capture = cuda_graph.capture
+    monkeypatch.setattr(cuda_graph, "capture", lambda *args: captures.append(1) or capture(*args))
+
+    def run(memory, memorize):
+        def callback(chunk):
+            if chunk.end == 56:
+                attention = memory.model.model.layers[1].self_attn
+                attention.q_proj = copy.deepcopy(attention.q_proj)
+                attention.q_proj.weight.mul_(0.5)
+
+        return memorize(memory, TEXT, **SETTINGS, callback=torch.no_grad()(callback))
+
+    memory, plain = (attached(device)[1] for _ in "ab")
+    report = run(memory, locas.Memory.memorize)
+    assert len(captures) == 2
+    assert_same_run(memory, report, plain, run(plain, lambda *a, **k: eagerly(monkeypatch, *a, **k)))
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer, epochs):

@@ -96,8 +96,6 @@ class HostKernels:
 
         targets: [n]; read: -> its logits [n, V] by the host's own code; ours: None where that is not for all of ours
         """
-        if kind in self.levels:
-            return
         own = read()
         levels = {Level.PIECES: lambda: self._with_pieces(read)} if self.pieces else {}
         if ours is not None and self.found.attentions:
@@ -147,14 +145,12 @@ class HostKernels:
                 cache.fill(self.host.model, context[None])
         return cache
 
-    def behind_rows(self, rows: Sequence[Sequence[Tensor]], context: int) -> WindowCache:
-        """What stands before the inputs: `context` tokens, of which each layer has its latest keys and values.
+    def behind_rows(self, layers: Sequence[tuple[Tensor, Tensor]], context: int) -> WindowCache:
+        """What stands before the inputs: `context` tokens, whose rows lie in each layer's keys and values [rows, G, D].
 
-        rows: for 2 L tensors, keys before values, parts [G, n, D] that follow one another; none: no context
+        The inputs' rows are written behind them.
         """
-        cache = WindowCache(self.buffers, None)
-        cache.put(rows, context)
-        return cache
+        return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, context)
 
     def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""

@@ -49,9 +49,11 @@ class KernelReading(ABC):
         """
         if self.kernels is None:
             return
-        window = window.to(self.host.input_device())
         how, context, tokens = self._kind(window)
         kind = Kind(how, context > 0, self.host.reading.kind(tokens, full))
+        if kind in self.kernels.levels:
+            return
+        window = window.to(self.host.input_device())
         ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if whole else None
         self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
 
