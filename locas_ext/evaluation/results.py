@@ -1,4 +1,4 @@
-"""results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can go on."""
+"""results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can be resumed."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def make(folder: Path) -> None:
 
 
 def open_folder(folder: Path, settings: dict) -> list[dict]:
-    """Makes the output folder, or takes up an earlier run's. Returns the records that are there already.
+    """Makes the output folder, or opens that of an earlier run. Returns the records that are there already.
 
     Raises ValueError if they are of other settings, naming those that differ, FileExistsError for a folder that
     holds something else, LocasError if results.json is damaged.

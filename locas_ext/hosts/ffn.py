@@ -40,7 +40,7 @@ class HostFFN(ABC):
         self.replace_module(module)
 
     def replace_module(self, module: nn.Module) -> None:
-        """Goes on with another module in the place of this FFN's. ValueError if it has not the projections."""
+        """Replaces this FFN's module. ValueError if the new one lacks the projections."""
         if missing := [name for name in self.names if name not in module._modules]:
             raise ValueError(
                 f"an FFN of the host is a {class_name(module)} without {' and '.join(missing)}; expected one with "
@@ -51,6 +51,10 @@ class HostFFN(ABC):
     def projections(self) -> list[Projection]:
         modules = self.module._modules
         return [modules[name] for name in self.names]
+
+    def parts(self) -> list[Any]:
+        """All modules right inside the FFN's, to be compared with those of another moment."""
+        return list(self.module._modules.values())
 
     @property
     def width(self) -> int | None:
@@ -90,8 +94,9 @@ class HostFFN(ABC):
         """Why the weights cannot be used directly, or None."""
         if self.differs is not None:
             return self.differs
-        for name, projection in zip(self.names, self.projections(), strict=True):
-            if problem := linear_obstacle(projection, self.plain):
+        modules, plain = self.module._modules, self.plain
+        for name in self.names:
+            if (problem := linear_obstacle(modules[name], plain)) is not None:  # type: ignore[arg-type]  # it is there
                 return f"{name} {problem}"
         return None
 
@@ -132,7 +137,8 @@ class GatedFFN(HostFFN):
 
     def weights(self) -> HostWeights:
         """The host's own tensors, not copies; meaningful where obstacle() is None."""
-        gate, up, down = (projection._parameters for projection in self.projections())
+        modules: Any = self.module._modules
+        gate, up, down = [modules[name]._parameters for name in self.names]
         return HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:

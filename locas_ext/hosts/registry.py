@@ -94,9 +94,9 @@ class Host:
         """The decoder's layers as they are now."""
         return _layers(self.decoder(), self.family)
 
-    def ffn_modules(self) -> list[nn.Module]:
-        """The FFN of each layer as it is now: modules may be swapped."""
-        return _ffn_modules(self.decoder(), self.family)
+    def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
+        """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
+        return _ffn_modules(decoder, self.family)
 
     @property
     def config(self):
@@ -131,7 +131,7 @@ class Host:
 def inspect_host(model) -> Host:
     """Finds the FFNs of a model.
 
-    Raises TypeError if it is no transformers model, ValueError if it has no language-model head, is of a family that
+    Raises TypeError if it is not a transformers model, ValueError if it has no language-model head, is of a family that
     is not supported, or uses an activation without a kernel; the message says what would work.
     """
     model = _unwrapped(model)
@@ -186,7 +186,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_reads_text(model: PreTrainedModel) -> None:
-    """ValueError for a model that is no decoder of text alone."""
+    """ValueError for a model that is not a decoder of text alone."""
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder and a decoder; expected a decoder-only language model")

@@ -23,7 +23,7 @@ from .texts import learned_now, put_record, record_of
 
 
 def tail_length(protocol: Protocol) -> int:
-    """How many of the latest tokens a run needs to go on: those that a window and the digest reach back to."""
+    """How many of the latest tokens a run needs to be continued: those that a window and the digest reach back to."""
     return max(protocol.window, BLOCK) - 1
 
 

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.projections import projection_device
@@ -62,6 +64,19 @@ class Binding:
                 arena.place(device, dtype)
 
 
+class RunningForward(NamedTuple):
+    """A forward of the decoder in this context; decoder_watch.py begins and ends it."""
+
+    state: MemoryState
+    epoch: int  # of the memory when it began
+    fresh_cache: bool
+    looking: Any  # the scope to leave at its end, or None
+    outer: "RunningForward | None"
+
+
+running_forward: ContextVar[RunningForward | None] = ContextVar("locas_running_forward", default=None)
+
+
 class PatchedFFN(ABC, Generic[FFN]):
     """What the variants share: where the memory is, how it is computed, and the binding."""
 
@@ -77,14 +92,19 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
         self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
+        self._noted: tuple[int, list[Any], str | None] = (-1, [], None)  # hooks so far, the FFN's parts, the obstacle
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        """The modules to bind, each with the forward that stands in for its own."""
+    def modules(self) -> list[nn.Module]:
+        """The modules to bind, as the host has them now."""
+
+    @abstractmethod
+    def forwards(self) -> list[Callable]:
+        """The forwards that stand in for theirs."""
 
     def bind(self) -> None:
-        self.patches = [ForwardPatch(module, forward) for module, forward in self.forwards()]
+        self.patches = [ForwardPatch(*pair) for pair in zip(self.modules(), self.forwards(), strict=True)]
         self.formula = self.ffn.formula_obstacle()
         self.attached = True
 
@@ -96,9 +116,7 @@ class PatchedFFN(ABC, Generic[FFN]):
 
     def follow(self, module: nn.Module) -> None:
         """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
-        if module is self.ffn.module and all(
-            patch.module is bound for patch, (bound, _) in zip(self.patches, self.forwards(), strict=True)
-        ):
+        if module is self.ffn.module and [patch.module for patch in self.patches] == self.modules():
             return
         with self.state.exclusion.lock:
             for patch in self.patches:
@@ -111,6 +129,19 @@ class PatchedFFN(ABC, Generic[FFN]):
         return self.patches[0].original(*arguments, **named)
 
     # ---- the route -------------------------------------------------------------------------------------------
+    def look(self) -> None:
+        """Looks at the host's modules on behalf of the calls in the decoder's forward that begins."""
+        self._noted = (RemovableHandle.next_id, self.ffn.parts(), self.obstacle())
+
+    def _obstacle_now(self) -> str | None:
+        """obstacle(); as look() noted it where a forward of the decoder runs here, with no new hook or module since."""
+        forward = running_forward.get()
+        if forward is not None and forward.state is self.state:
+            hooks, parts, obstacle = self._noted  # one tuple: other threads replace it whole
+            if hooks == RemovableHandle.next_id and parts == self.ffn.parts():
+                return obstacle
+        return self.obstacle()
+
     def route(self, x: Tensor, scope: Scope | None) -> Route:
         """What computes this call: found once, and again only where what it depends on has changed."""
         state, arena = self.state, self.arena
@@ -125,9 +156,8 @@ class PatchedFFN(ABC, Generic[FFN]):
             return Route.HOST
         if not by_address(x):
             return Route.TRACED
-        device = x.device
-        autocast = torch.is_autocast_enabled(device.type)
-        depends_on = (state.generation, arena.placement, self.obstacle(), x.dtype, device, autocast)
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # by_address takes no others
+        depends_on = (state.generation, arena.placement, self._obstacle_now(), x.dtype, x.device, autocast)
         resolved = self._resolved  # one tuple: other threads replace it whole
         if resolved[0] != depends_on:
             resolved = self._resolved = self._resolve(x, autocast)

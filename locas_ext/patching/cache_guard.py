@@ -62,7 +62,7 @@ class StaleCacheGuard:
         if cache is not None and not allow_stale_cache and not is_empty(cache) and getattr(cache, _STAMP, 0) != now:
             raise ValueError(
                 "past_key_values was filled before the memory changed, so the text in it was read with another "
-                "memory; start from a fresh cache, or pass allow_stale_cache=True to go on with it"
+                "memory; start from a fresh cache, or pass allow_stale_cache=True to use it all the same"
             )
         if not self.state.watched or scope_of(self.state).looked:
             return self.original(*args, **kwargs)

@@ -1,8 +1,6 @@
 """Once per forward of the decoder: changes from outside are taken over, and a forward that a change overtook is refused."""
 
 from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +11,8 @@ from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scope_of, scoped
 
-from .base import PatchedFFN
+from .base import PatchedFFN, RunningForward, running_forward
 from .cache_guard import is_empty, stamp
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A forward of the decoder in this context."""
-
-    watch: "DecoderWatch"
-    epoch: int  # of the memory when it began
-    fresh_cache: bool
-    looking: Any  # the scope to leave at its end, or None
-    outer: "_Running | None"
-
-
-_running: ContextVar[_Running | None] = ContextVar("locas_running", default=None)
 
 
 class DecoderWatch:
@@ -55,25 +39,27 @@ class DecoderWatch:
         if torch.compiler.is_compiling():
             return
         state, looking = self.state, None
-        modules = self.host.ffn_modules()
-        present = set(map(id, modules))
+        modules = self.host.ffn_modules(decoder)
         for ffn, layer in zip(self.ffns, state.layers, strict=True):
-            bound = ffn.ffn.module
-            ffn.follow(bound if id(bound) in present or layer >= len(modules) else modules[layer])
+            module = bound = ffn.ffn.module
+            if layer < len(modules) and modules[layer] is not bound and not any(other is bound for other in modules):
+                module = modules[layer]  # a bound one elsewhere was moved with its layer
+            ffn.follow(module)
+            ffn.look()
         if state.watched and not scope_of(state).looked and not scope_of(state).disabled:
             state.sync()
             looking = scoped(state, looked=True)
             looking.__enter__()
         cache = named.get("past_key_values")
         fresh = cache is None or is_empty(cache)
-        _running.set(_Running(self, state.exclusion.epoch, fresh, looking, _running.get()))
+        running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
 
     def after(self, decoder: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
         """Called after an error too, then without an output. RuntimeError where the memory has changed meanwhile."""
-        running = None if torch.compiler.is_compiling() else _running.get()
-        if running is None or running.watch is not self:
+        running = None if torch.compiler.is_compiling() else running_forward.get()
+        if running is None or running.state is not self.state:
             return
-        _running.set(running.outer)
+        running_forward.set(running.outer)
         try:
             if output is None or self.state.disabled:
                 overtaken = False

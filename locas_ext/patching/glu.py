@@ -24,8 +24,11 @@ from .rehome import RehomedFFN, RehomedFunction, rehomed_forward
 class PatchedGluFFN(PatchedFFN[GatedFFN]):
     """Locas-GLU in a gated FFN: host and memory as one op where the host's projections are plain."""
 
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        return [(self.ffn.module, self.forward)]
+    def modules(self) -> list[nn.Module]:
+        return [self.ffn.module]
+
+    def forwards(self) -> list[Callable]:
+        return [self.forward]
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """The FFN's output for its input [..., d], however it is passed."""

@@ -33,11 +33,11 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
 
     traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
 
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        if not isinstance(self.ffn, TwoLayerFFN):
-            return [(self.ffn.module, self.around)]
-        first, last = self.ffn.projections()
-        return [(first, self.enter), (last, self.leave)]
+    def modules(self) -> list[nn.Module]:
+        return self.ffn.projections() if isinstance(self.ffn, TwoLayerFFN) else [self.ffn.module]
+
+    def forwards(self) -> list[Callable]:
+        return [self.enter, self.leave] if isinstance(self.ffn, TwoLayerFFN) else [self.around]
 
     def enter(self, *arguments: Any, **named: Any) -> Tensor:
         """The first projection's forward."""
@@ -78,6 +78,12 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
             case Route.TRACED:
                 y = y + self._traced(x)
         return y if tap is None else tap(self, x, y)
+
+    def look(self) -> None:
+        pass  # beside the host whatever its modules are
+
+    def _obstacle_now(self) -> str:
+        return self.obstacle()
 
     def obstacle(self) -> str:
         return "Locas-MLP runs beside the host's FFN"

@@ -14,13 +14,22 @@ from .nl_svd import nl_svd
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compression kept. The lists have one entry a layer.
+    """What a compression kept. The lists have one entry per layer.
 
-    slots_before, slots_used: a layer's slots before and after
-    kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
-    error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span,
-        tau included
-    dtype: what it was computed in
+    Attributes:
+        slots_before, slots_used: the slots per layer before and after
+        kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
+        error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span,
+            tau included
+        dtype: the dtype that it was computed in
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(gated=False), locas.LocasConfig("mlp", rank=4))
+    >>> _ = memory.write(list(range(3, 35)))
+    >>> report = memory.compress(8)
+    >>> report.slots_before, report.slots_used, len(report.kept_energy)
+    (31, 8, 2)
     """
 
     slots_before: int

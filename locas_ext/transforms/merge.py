@@ -114,10 +114,25 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Slices a merged model back to the host it was, bit for bit; in place, returns the model.
+    """Slices a merged model back to the host it was, bit for bit, in place.
 
-    It works on a merged model in memory or one read back from its checkpoint. Raises ValueError if the model's config
-    does not record a merge, or one that cannot have been.
+    Args:
+        model: a merged model, in memory or read back from its checkpoint
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has a memory attached, or its config records no merge, or an impossible one
+        TypeError: model is not a language model
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> _ = memory.memorize(list(range(3, 35)), window=16, stride=8, progress=False)
+    >>> model = locas.unmerge(memory.merge_and_unload(pad_to_multiple_of=8))
+    >>> model.config.intermediate_size
+    32
     """
     if (m := getattr(_text_config(model), ORIGINAL_WIDTH_KEY, None)) is None:
         raise ValueError("model is not a merged one: its config does not record the width before a merge")

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locas_ext.ops.activations import activate, activation_index
+from locas_ext.ops.activations import activate, activation_function
 
-# The largest |act'| of each activation, rounded up, by activation_index.
-_LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0)
+# The largest |act'| of each activation, rounded up.
+_LIPSCHITZ = {"silu": 1.0999, "gelu_pytorch_tanh": 1.1290, "gelu": 1.1290, "relu": 1.0}
 
 
 class Compressed(NamedTuple):
@@ -36,9 +36,9 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
 
     Raises ValueError for key and value of other shapes or dtypes (half precision has to be converted first), empty or
     with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
-    an unknown activation; TypeError for a rank that is no integer.
+    an unknown activation; TypeError for a rank that is not an integer.
     """
-    lipschitz = _LIPSCHITZ[activation_index(activation)]
+    lipschitz = _LIPSCHITZ[activation_function(activation)]
     _check(key, value, rank, threshold)
     # Always float64: eigenvalues are squares; float32 loses norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()

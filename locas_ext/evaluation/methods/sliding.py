@@ -15,9 +15,9 @@ from locas_ext.memory import Chunk, MemorizeReport
 from .streaming import stream
 
 
-def check_keep(model, protocol: Protocol, keep: Keep, tokens: int) -> None:
-    """ValueError for a window, a text of so many tokens or a host that a context cannot be kept for."""
-    keep.check_fits(protocol.window, protocol.stride)
+def check_keep(model, protocol: Protocol, keep: Keep, tokens: int, context_gradient: bool = False) -> None:
+    """ValueError for a window, a text of so many tokens, a host or a gradient that a context cannot be kept for."""
+    keep.check_fits(protocol.window, protocol.stride, context_gradient)
     check_positions(model, tokens - 1 + protocol.bos)
     KeptContext(model, model.device, protocol.window, keep.sinks, protocol.stride)
 
