@@ -118,7 +118,7 @@ class HostKernels:
         taken = set(self.levels.values())
         ours = []
         if taken - {Level.NONE}:
-            ours += ["norms"] + ["residuals"] * any(layer is not None for layer in self.found.layers)
+            ours += ["norms"] * bool(self.pieces) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))
@@ -189,7 +189,7 @@ def _found(host: Host, ids: Tensor) -> Found:
     key = (host.model.dtype, host.input_device())
     remembered = host.reading.kernels
     if remembered is None or remembered[0] != key or not remembered[1].holds():
-        host.reading.kernels = remembered = (key, find(host.model, ids))
+        host.reading.kernels = remembered = (key, find(host, ids))
     return remembered[1]
 
 
