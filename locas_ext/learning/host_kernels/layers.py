@@ -51,8 +51,8 @@ ARRANGEMENTS = (
 def attention_of(layer: Any) -> Any:
     """A layer's attention module. ValueError where it has none by a known name."""
     for name in dict.fromkeys(parts.attention for parts in ARRANGEMENTS):
-        if hasattr(layer, name):
-            return getattr(layer, name)
+        if isinstance(attention := getattr(layer, name, None), nn.Module):
+            return attention
     raise ValueError("it has no attention by a known name")
 
 
@@ -89,7 +89,10 @@ class FastLayer:
         if not getattr(layer, "do_layer_norm_before", True):
             raise ValueError("it norms behind its residuals")
         parts = _parts(layer)
-        if not (hasattr(layer, "mlp") or all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2"))):
+        if not (
+            isinstance(getattr(layer, "mlp", None), nn.Module)
+            or all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2"))
+        ):
             raise ValueError("it has no FFN by a known name")
         fast = [None if name is None else norms.get(getattr(layer, name)) for name in parts.norms]
         for name, norm in zip(parts.norms, fast, strict=True):
