@@ -78,7 +78,7 @@ class Reader(TakesKernels, Protocol):
     left: list[Tensor] | None
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood."""
+        """Continues where another run stood."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Gets ready for a chunk. Returns why its window is read in one forward, or None."""
@@ -125,7 +125,7 @@ class WindowReader(KernelReading):
         self.ends_early = may_end_early(host.model)
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood. Nothing was kept of it."""
+        """Continues where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.

@@ -70,7 +70,7 @@ class KeptContext:
         self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
     def take_up(self, rows: KeptRows, seen: int) -> None:
-        """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
+        """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:
                 raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")

@@ -44,7 +44,7 @@ class KeptReader(KernelReading):
         self.scored_rows: list[Tensor] = []
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood."""
+        """Continues where another run stood."""
         if stream.kept is None:
             raise LocasError("the run's record holds no kept context")
         self.chunks = len(stream.chunks)

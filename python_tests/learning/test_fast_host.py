@@ -6,44 +6,64 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import TEXT, assert_as_exact_as_torch, attached
+from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from locas_ext.learning.chunk_attention import _AS_SDPA, NAME, ChunkAttentionFunction, chunk_attention
-from locas_ext.learning.host_kernels.norms import RMSNormFunction, fast_norm
+from locas_ext.learning.host_kernels.norms import FastLayerNorm, FastRMSNorm, NormFunction, fast_norm
+
+
+def norm_of(kind, width, dtype):
+    norm = Qwen3RMSNorm(width, eps=1e-5) if kind == "rms" else nn.LayerNorm(width, eps=1e-5, bias=kind == "layer")
+    for parameter in norm.to(dtype).requires_grad_(False).parameters():
+        parameter.copy_(torch.rand(width) + 0.5)
+    return norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 4, 33), (1, 3, 257), (70, 640)])
-def test_rms_norm_against_float64(shape, dtype):
-    x, d_out = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    norm = Qwen3RMSNorm(shape[-1], eps=1e-5).to(dtype).requires_grad_(False)
-    norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer", "plain layer"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 4, 33), (1, 3, 257), (70, 640)])
+def test_norms_against_float64(kind, shape, adds, dtype):
+    x, residual, d_out, d_sum = (torch.randn(shape).add(1).to(dtype) for _ in range(4))
+    norm = norm_of(kind, shape[-1], dtype)
+    fast = FastLayerNorm(norm) if "layer" in kind else FastRMSNorm(norm, 0.0)
 
     def run(function, cast):
-        x_ = cast(x).detach().requires_grad_()
-        y = function(x_)
-        return y.detach(), torch.autograd.grad(y, x_, cast(d_out))[0]
+        inputs = [cast(t).detach().requires_grad_() for t in ((x, residual) if adds else (x,))]
+        out, total = function(*inputs)
+        gradients = torch.autograd.grad((out, total) if adds else (out,), inputs, tuple(map(cast, (d_out, d_sum)[: 1 + adds])))
+        return out.detach(), total.detach(), *gradients
 
-    def exact(x_):
-        return norm.weight.double() * x_ / (x_.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    def added(norm_, cast):
+        return run(lambda x_, *others: (norm_(sum(others, x_)), sum(others, x_)), cast)
 
-    ours = run(lambda x_: RMSNormFunction.apply(x_, None, norm.weight, 1e-5, 0.0)[0], lambda t: t)
-    peer = run(norm, lambda t: t)
-    truth = run(exact, lambda t: t.double())
-    for name, a, b, c in zip(("y", "dx"), ours, peer, truth, strict=False):
+    ours = run(lambda x_, other=None: NormFunction.apply(x_, other, fast, norm.weight), lambda t: t)
+    exact = copy.deepcopy(norm).double() if "layer" in kind else exact_rms(norm)
+    peer, truth = added(norm, lambda t: t), added(exact, torch.Tensor.double)
+    for name, a, b, c in zip(("y", "sum", "dx", "d_residual"), ours, peer, truth, strict=False):
         assert_as_exact_as_torch(name, a, b, c)
 
 
+def exact_rms(norm):
+    return lambda x: norm.weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 def test_only_norms_of_a_known_formula_are_computed():
-    norm, gemma = Qwen3RMSNorm(33), Gemma2RMSNorm(33)
-    for module in (norm, gemma):
+    norm, gemma, layer = Qwen3RMSNorm(33), Gemma2RMSNorm(33), nn.LayerNorm(33)
+    for module in (norm, gemma, layer):
         torch.nn.init.normal_(module.weight)
         assert fast_norm(module) is None, "a weight that learns keeps its own forward"
         module.requires_grad_(False)
     assert fast_norm(norm).weight_offset == 0 and fast_norm(gemma).weight_offset == 1
+    assert isinstance(fast_norm(layer), FastLayerNorm)
+    assert fast_norm(nn.LayerNorm(33, elementwise_affine=False)) is None
+    assert fast_norm(nn.LayerNorm((3, 33)).requires_grad_(False)) is None
+    layer.bias.requires_grad_(True)
+    assert fast_norm(layer) is None
     norm.forward = lambda x: x
     assert fast_norm(norm) is None
     gemma.register_forward_hook(lambda module, inputs, out: out)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.hosts.context_cache import ContextCache, holds_keys_and_values_only, logits_on, one_forward
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
@@ -28,7 +29,7 @@ from .gradient import Embedded, embedded
 from .recording import record
 from .undisturbed import undisturbed
 
-# Of the probe's tokens the first so many are the context, and the others differ between its two texts.
+# The first so many of the probe's tokens are the context; the others differ between its two texts.
 _CONTEXT, _CHUNK = 4, 2
 
 
@@ -135,7 +136,7 @@ def probe(host: Host) -> ProbeReport:
             warnings.warn(
                 f"{type(host.model).__name__} could not be probed, so its FFNs and its attention are taken for what its config "
                 f"says: {skipped}",
-                stacklevel=5,
+                stacklevel=caller_stacklevel(),
             )
     host.reading.unprobed, host.reading.compares = skipped, not off
     return ProbeReport(time.perf_counter() - began, skipped)

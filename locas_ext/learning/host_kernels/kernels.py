@@ -128,7 +128,7 @@ class HostKernels:
         taken = set(self.levels.values())
         ours = []
         if taken - {Level.NONE}:
-            ours += ["norms"] + ["residuals"] * any(layer is not None for layer in self.found.layers)
+            ours += ["norms"] * bool(self.pieces) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))
@@ -163,7 +163,7 @@ class HostKernels:
         return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, context)
 
     def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""
+        """[n, V] of inputs [n], with a graph over them. positions: [n], where they do not just continue the cache's."""
         return self._read(self.host.model, cache, inputs, positions).logits[0]
 
     def nll(self, cache: WindowCache, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -205,7 +205,7 @@ def _found(host: Host, ids: Tensor) -> Found:
     key = (host.model.dtype, host.input_device())
     remembered = host.reading.kernels
     if remembered is None or remembered[0] != key or not remembered[1].holds():
-        host.reading.kernels = remembered = (key, find(host.model, ids))
+        host.reading.kernels = remembered = (key, find(host, ids))
     return remembered[1]
 
 
