@@ -43,7 +43,7 @@ def argument(kind: Kind, help: str) -> Any:
 
 
 # ---- what every command that loads a model has ----------------------------------------------------------------
-Model = Annotated[str, option(text("MODEL"), "A folder or a hub name.", panel=HOST)]
+Model = Annotated[str, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)]
 Dtype = Annotated[
     str | None, option(one_of(DTYPES), "The host's dtype; default: float32 on CPU, the checkpoint's on CUDA.", panel=HOST)
 ]

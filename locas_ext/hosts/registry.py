@@ -91,6 +91,10 @@ class Host:
         """The module that holds the layers."""
         return _decoder(self.model, self.family)
 
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers as they are now."""
+        return _layers(self.decoder(), self.family)
+
     def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
         """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
         return _ffn_modules(decoder, self.family)

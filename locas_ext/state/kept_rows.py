@@ -145,9 +145,7 @@ class KeptRows:
             inputs = group.window[:, before : before + count]
             if (fresh := min(group.room.first - self.seen, count)) > 0:
                 group.first[:, self.seen : self.seen + fresh] = inputs[:, :fresh]
-            if kept := group.room.first + group.room.latest:
-                moved = group.window[:, before + count - kept : before + count]
-                group.window[:, before - kept : before] = moved.clone() if count < kept else moved
+            _move(group.window, before - (group.room.first + group.room.latest), before, count)
         self.seen += count
         self.held += count
 
@@ -222,6 +220,16 @@ class KeptRows:
         rooms = [LayerRoom(**room) for room in record["rooms"]]
         packed = {name: tensors[name] for name in row_counts(record)}
         return cls(rooms, record["seen"], record["held"], list(record["head"]), packed=packed)
+
+
+def _move(window: Tensor, begin: int, end: int, count: int) -> None:
+    """Moves what lies `count` rows behind window [g, rows, H, D]'s rows [begin, end) into these."""
+    if 8 * count < end - begin:  # many copies of a few rows would take longer than one more copy of all
+        window[:, begin:end] = window[:, begin + count : end + count].clone()
+        return
+    for start in range(begin, end, count):  # parts that do not overlap with where they come from
+        stop = min(start + count, end)
+        window[:, start:stop] = window[:, start + count : stop + count]
 
 
 def row_names(layer: int) -> tuple[str, str]:

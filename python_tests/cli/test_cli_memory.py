@@ -176,7 +176,10 @@ def test_merge_writes_a_plain_checkpoint(page, memory_folder, tmp_path, capsys):
         (["memorize", "{letter}", "--model", "{model}", "--out", "{new}"], "{letter} holds 1 token; expected at least"),
         (["memorize", "{foreign}", "--model", "{model}", "--out", "{new}"], "{foreign}: Is a directory"),
         (["memorize", "{page}", "--model", "{missing}", "--out", "{new}"], "is not a folder"),
-        (["memorize", "{page}", "--model", "{page}", "--out", "{new}"], "is a file; expected a folder or a hub name"),
+        (
+            ["memorize", "{page}", "--model", "{page}", "--out", "{new}"],
+            "a folder, a hub name or a GGUF file",
+        ),
         (["memorize", "{page}", "--model", "{model}", "--out", "{page}"], "is a file; expected a folder"),
         (["memorize", "{page}", "--model", "{model}", "--out", "{page}/m"], "Not a directory"),
         (["memorize", "{page}", "--model", "{model}"], "Missing option '--out'"),

@@ -26,6 +26,6 @@ def imported() -> set[str]:
 def test_every_imported_library_is_declared():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["eval"]
+    declared = project["dependencies"] + project["optional-dependencies"]["eval"] + project["optional-dependencies"]["gguf"]
     names = {re.split(r"[\[<>=~! ]", line)[0].lower().replace("-", "_") for line in declared}
     assert {PACKAGE_OF.get(name, name).lower() for name in imported()} <= names
