@@ -207,14 +207,14 @@ def test_a_state_that_is_bad_already_is_not_put_back(monkeypatch):
 
 
 def test_a_kept_context_that_reads_worse_is_no_harm_of_the_memory(page, monkeypatch):
-    """Here it reads worse with any memory, and with none: by 1 nat per token."""
+    """Here it reads worse with any memory, and with none: by 3 nats per token."""
     loss = KeptReader.loss
-    monkeypatch.setattr(KeptReader, "loss", lambda self, window: loss(self, window) + len(window.targets))
+    monkeypatch.setattr(KeptReader, "loss", lambda self, window: loss(self, window) + 3 * len(window.targets))
     memory = locas.attach(load_model(), locas.LocasConfig(rank=16))
     report = memory.memorize(page, window=WINDOW, stride=S, context="keep", progress=False)
     host = load_model()
     harder = [chunk.nll - truncated_nll(host, page, chunk.start, chunk.end, WINDOW).item() for chunk in report.chunks]
-    assert sum(harder[1:]) / (19 * S) > 0.9, "a comparison with the host's own reading would find harm"
+    assert sum(harder[1:]) / (19 * S) > 2.5, "a comparison with the host's own reading would find harm"
     assert report.diverged is None
 
 
