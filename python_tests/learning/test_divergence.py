@@ -211,10 +211,10 @@ def test_a_kept_context_that_reads_worse_is_no_harm_of_the_memory(page, monkeypa
     loss = KeptReader.loss
     monkeypatch.setattr(KeptReader, "loss", lambda self, window: loss(self, window) + 3 * len(window.targets))
     memory = locas.attach(load_model(), locas.LocasConfig(rank=16))
-    report = memory.memorize(page, window=WINDOW, stride=S, context="keep", progress=False)
+    report = memory.memorize(page, window=96, stride=32, context="keep", progress=False)  # 32 tokens are enough to conclude
     host = load_model()
-    harder = [chunk.nll - truncated_nll(host, page, chunk.start, chunk.end, WINDOW).item() for chunk in report.chunks]
-    assert sum(harder[1:]) / (19 * S) > 2.5, "a comparison with the host's own reading would find harm"
+    harder = [chunk.nll - truncated_nll(host, page, chunk.start, chunk.end, 96).item() for chunk in report.chunks[1:]]
+    assert min(harder) / 32 > 2, "a comparison with the host's own reading would find harm"
     assert report.diverged is None
 
 
