@@ -43,7 +43,7 @@ def _one_layer_host() -> torch.nn.Module:
 
 @contextmanager
 def _forward_of(model: torch.nn.Module, memory: locas.Memory):
-    """What goes on around the layers of a decoder's forward."""
+    """What is done around the layers in a decoder's forward."""
     watch, decoder = memory._attachment.watch, model.base_model
     watch.before(decoder, (), {})
     yield

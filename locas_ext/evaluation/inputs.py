@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.errors import LocasError
 
 from .gguf_files import is_gguf, load_gguf
@@ -98,7 +99,7 @@ def _check_loaded(model: str, found: dict) -> None:
     if unexpected := sorted(found["unexpected_keys"]):
         warnings.warn(
             f"{model} holds {len(unexpected)} tensors that its architecture has no use for, such as {unexpected[0]}",
-            stacklevel=4,
+            stacklevel=caller_stacklevel(),
         )
 
 

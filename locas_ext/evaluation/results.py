@@ -34,7 +34,7 @@ def _what_else(folder: Path) -> str:
 
 
 def differences(before: dict, wanted: dict) -> str:
-    """In words, which settings are others now; empty if none is. Of an object, or a list of them: what differs in it."""
+    """In words, which settings differ now; empty if none does. For an object, or a list of them: what differs in it."""
     return ", ".join(_differences("", before, wanted))
 
 

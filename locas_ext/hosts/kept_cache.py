@@ -39,9 +39,9 @@ class KeptCache(ContextCache):
     left: per layer the keys and the values [H, n, D] that a forward came with, without a gradient; [2 L] in all
     """
 
-    def __init__(self, model, device: torch.device, context: int, rows: Sequence[Tensor], last_layer: int | None = None):
+    def __init__(self, model, device: torch.device, context: int, rows: Sequence[Tensor], writes: int | None = None):
         """context: the tokens before; rows: 2 L tensors, keys before values, as in KeptLayer; none: no context"""
-        super().__init__(model, device, last_layer)
+        super().__init__(model, device, writes)
         plain: list[Any] = self.layers  # type: ignore[has-type]
         self.layers = [
             KeptLayer(context, getattr(layer, "is_sliding", False), rows[2 * number : 2 * number + 2])

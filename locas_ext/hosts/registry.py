@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from locas_ext.ops.activations import INDEX
 
 from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
+from .seen import Place
 from .text_config import max_positions
 from .window_reading import WindowReading
 
@@ -70,7 +71,7 @@ class Host:
 
     model: PreTrainedModel
     family: HostFamily
-    ffns: tuple[HostFFN, ...]  # one a decoder layer
+    ffns: tuple[HostFFN, ...]  # one per decoder layer
     hidden_size: int
     intermediate_size: int
     max_positions: int
@@ -97,6 +98,13 @@ class Host:
     def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
         """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
         return _ffn_modules(decoder, self.family)
+
+    def ffn_places(self, decoder: nn.Module) -> list[Place]:
+        """Where the host keeps what `ffn_modules` returns."""
+        layers: Any = decoder._modules[self.family.layers]
+        places: list[Place] = [(decoder._modules, self.family.layers), *((layers._modules, key) for key in layers._modules)]
+        ffn = self.family.ffn
+        return places if ffn is None else places + [(layer._modules, ffn) for layer in layers._modules.values()]
 
     @property
     def config(self):

@@ -98,14 +98,14 @@ class Captured:
         if not self.tensors.holds():
             self.tensors = _HostTensors(attachment.host.model)
         tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
-        tensors += [home.down for home in self._homes()]
+        tensors += [rehomed.down for rehomed in self._rehomed_ffns()]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         learning = (parameter.requires_grad for parameter in arena.parameters)
         how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
         return *how, *addresses, *self.tensors.addresses()
 
-    def _homes(self) -> list[RehomedFFN]:
-        return [ffn.home for ffn in self.attachment.ffns if ffn.home is not None and ffn.home.away is None]
+    def _rehomed_ffns(self) -> list[RehomedFFN]:
+        return [ffn.rehomed for ffn in self.attachment.ffns if ffn.rehomed is not None and ffn.rehomed.reason is None]
 
     # ---- capturing -------------------------------------------------------------------------------------------
     def _captured(self, window: Window) -> Callable[[], None] | None:
@@ -132,18 +132,18 @@ class Captured:
         self.window = Window(*self.ids.split([len(part) for part in window]))
         self.work.prepare(device)
         for ffn in self.attachment.ffns:
-            if ffn.home is not None:
-                ffn.home.ready()
+            if ffn.rehomed is not None:
+                ffn.rehomed.ready()
 
     def _run(self) -> None:
-        for home in self._homes():
-            home.refresh()  # always: whether a replay needs it is not known here
+        for rehomed in self._rehomed_ffns():
+            rehomed.refresh()  # always: whether a replay needs it is not known here
         self.work.run(self.window)
         self.left = self.reader.left  # held, so that every replay leaves it at the same place
 
     def _undo_python(self) -> None:
         """A capture runs the Python and not the kernels: what only Python noted down is not so."""
-        for home in self._homes():
-            home.generation = 0
+        for rehomed in self._rehomed_ffns():
+            rehomed.generation = 0
         if self.graph is None:
             self.attachment.state.zero_grad()

@@ -50,7 +50,7 @@ class GraphStep(EagerStep):
         self.learning_rate = torch.tensor(self.update.learning_rate, dtype=torch.float64, device=device)
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
         if self.update.optimizer == "adamw":
-            arena.state("exp_avg"), arena.state("exp_avg_sq")
+            arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
 
     def rehearse(self, window: Window) -> None:
         gradient(self.attachment, window, self.reader)

@@ -48,10 +48,11 @@ class KeptContext:
     context: how many of it stand before the next inputs
     inputs: how many these are
     left: the rows that the inputs read last left elsewhere than in the window; none: they lie there
+    writes: as in ContextCache, for what is read anew
     """
 
-    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, inputs: int, last_layer: int | None = None):
-        """device: where token ids go; inputs: at most so many are read at once; last_layer: as in ContextCache.
+    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, inputs: int):
+        """device: where token ids go; inputs: at most so many are read at once.
 
         ValueError for a host whose context cannot be kept.
         """
@@ -59,16 +60,17 @@ class KeptContext:
             rooms, self.turning = _rooms(model, window, sinks), find_turning(model, device)
         except ValueError as error:
             raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
-        self.model, self.device, self.last_layer = model, device, last_layer
+        self.model, self.device = model, device
         self.room = WindowRoom(window - 2, inputs)  # a chunk has at least one token, and a window's last is only a target
         self.rows = KeptRows(rooms).on(self.turning.like, self.room)
         self.left: list[Tensor] = []
+        self.writes: int | None = None
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it
         self.context = self.inputs = 0
         self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
     def take_up(self, rows: KeptRows, seen: int) -> None:
-        """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
+        """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:
                 raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")
@@ -130,7 +132,7 @@ class KeptContext:
     def _rows_of(self, tokens: Tensor, begin: int) -> list[Tensor]:
         """The rows that tokens [n] leave at positions from `begin` on, with nothing before them."""
         tokens = tokens.to(self.device)
-        cache = KeptCache(self.model, self.device, 0, [], self.last_layer)
+        cache = KeptCache(self.model, self.device, 0, [], self.writes)
         cache.fill(self.model, tokens[None], torch.arange(begin, begin + len(tokens), device=self.device)[None])
         return cache.left
 

@@ -35,7 +35,7 @@ def _allocate(state: MemoryState, *names: str) -> None:
     """Makes the optimizer states of every arena, so that no arena is updated if another's find no room."""
     for arena in state.arenas:
         for name in names:
-            arena.state(name)
+            arena.optimizer_state(name)
 
 
 def _scale_gradient(arena: SlotArena, scale: float) -> None:
@@ -81,8 +81,8 @@ def adamw_step(
             update(
                 arena.slots[part],
                 *gradient,
-                arena.state("exp_avg")[part],
-                arena.state("exp_avg_sq")[part],
+                arena.optimizer_state("exp_avg")[part],
+                arena.optimizer_state("exp_avg_sq")[part],
                 arena.step,
                 rate,
                 AdamW(*betas, eps, weight_decay, clip),

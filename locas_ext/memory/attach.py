@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from locas_ext import checks
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
@@ -83,7 +84,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     >>> loaded.version, bool((loaded.slots == memory.slots).all())
     (4, True)
     """
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(checks.path("path", path))
     saved.check_host(inspect_host(model))
     saved.check_room()
     memory, obstacle = _attach_saved(model, saved.config, rehome)

@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from locas_ext.storage import checkpoint, snapshot
+from locas_ext import checks
+from locas_ext.storage import checkpoint
+from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.merge import merge
 
@@ -78,7 +80,7 @@ class Memory(MemoryLearning):
         ...     sorted(os.listdir(folder))
         ['locas_config.json', 'locas_memory.safetensors']
         """
-        checkpoint.save(self._attachment, path, optimizer)
+        checkpoint.save(self._attachment, checks.path("path", path), checks.boolean("optimizer", optimizer))
 
     def load(self, path: str | Path) -> None:
         """Replaces the memory with the one saved in `path`; a compiled model stays compiled if the scale is the same.
@@ -103,7 +105,7 @@ class Memory(MemoryLearning):
         >>> memory.version
         0
         """
-        saved = checkpoint.read(path)
+        saved = checkpoint.read(checks.path("path", path))
         with self._attachment.exclusive("load"):
             saved.put_into(self._attachment)
 
@@ -127,13 +129,13 @@ class Memory(MemoryLearning):
         """
         attachment = self._attachment
         with self.state.exclusion.read("snapshot"):
-            return snapshot.take(self.state, attachment.host, attachment.stream, attachment.texts)
+            return snapshots.take(self.state, attachment.host, attachment.stream, attachment.texts)
 
-    def restore(self, snapshot_: Snapshot) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Puts a snapshot back, bit for bit.
 
         Args:
-            snapshot_: what `snapshot` returned, of this memory or of another one of the same host, layers and rank
+            snapshot: what `snapshot` returned, of this memory or of another one of the same host, layers and rank
 
         Raises:
             TypeError: it is not a Snapshot
@@ -152,7 +154,7 @@ class Memory(MemoryLearning):
         """
         attachment = self._attachment
         with attachment.exclusive("restore"):
-            attachment.stream, attachment.texts = snapshot.restore(self.state, attachment.host, snapshot_)
+            attachment.stream, attachment.texts = snapshots.restore(self.state, attachment.host, snapshot)
 
     def fork(self) -> "Memory":
         """A second, independent memory that starts as a copy of this one, on a model of its own (`.model`).
@@ -176,7 +178,7 @@ class Memory(MemoryLearning):
         """
         self._require_attached("fork")
         with self.state.exclusion.read("fork"):
-            model: Any = snapshot.copy_sharing_weights(self.model)
+            model: Any = snapshots.copy_sharing_weights(self.model)
         return model._locas_memory
 
     # ---- ending it -------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.seen import Place
 from locas_ext.ops.activations import activation_index
 from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotFactors
@@ -61,7 +61,7 @@ class Binding:
             )
         with self.state.exclusion.lock:
             if arena.compute.device != device or arena.compute.dtype != dtype:
-                arena.place(device, dtype)
+                arena.move_to(device, dtype)
 
 
 class RunningForward(NamedTuple):
@@ -87,17 +87,20 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.beside = "reference" if self.backend == "reference" else "auto"  # for a memory beside the host's FFN
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
-        self.home: RehomedFFN | None = None  # with attach(rehome=True)
+        self.rehomed: RehomedFFN | None = None  # with attach(rehome=True)
         self.attached = False
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
         self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
-        self._noted: tuple[int, list[Any], str | None] = (-1, [], None)  # hooks so far, the FFN's parts, the obstacle
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
     def modules(self) -> list[nn.Module]:
         """The modules to bind, as the host has them now."""
+
+    @abstractmethod
+    def places(self) -> list[Place]:
+        """Where the host keeps those of them that lie inside its FFN."""
 
     @abstractmethod
     def forwards(self) -> list[Callable]:
@@ -114,33 +117,28 @@ class PatchedFFN(ABC, Generic[FFN]):
             patch.end(self)
         self.ffn.forget()
 
-    def follow(self, module: nn.Module) -> None:
-        """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
+    def follow(self, module: nn.Module) -> bool:
+        """Binds anew where somebody has put other modules in the place of those bound. Returns whether somebody has.
+
+        module: the FFN as it is now
+        """
         if module is self.ffn.module and [patch.module for patch in self.patches] == self.modules():
-            return
+            return False
         with self.state.exclusion.lock:
             for patch in self.patches:
                 patch.end(self)
             self.ffn.replace_module(module)
             self.bind()
+        return True
 
     def original(self, *arguments: Any, **named: Any) -> Tensor:
         """The host's own forward of the first module bound."""
         return self.patches[0].original(*arguments, **named)
 
     # ---- the route -------------------------------------------------------------------------------------------
-    def look(self) -> None:
-        """Looks at the host's modules on behalf of the calls in the decoder's forward that begins."""
-        self._noted = (RemovableHandle.next_id, self.ffn.parts(), self.obstacle())
-
     def _obstacle_now(self) -> str | None:
-        """obstacle(); as look() noted it where a forward of the decoder runs here, with no new hook or module since."""
-        forward = running_forward.get()
-        if forward is not None and forward.state is self.state:
-            hooks, parts, obstacle = self._noted  # one tuple: other threads replace it whole
-            if hooks == RemovableHandle.next_id and parts == self.ffn.parts():
-                return obstacle
-        return self.obstacle()
+        """obstacle() for a call."""
+        return self.ffn.seen_obstacle()
 
     def route(self, x: Tensor, scope: Scope | None) -> Route:
         """What computes this call: found once, and again only where what it depends on has changed."""
@@ -170,7 +168,7 @@ class PatchedFFN(ABC, Generic[FFN]):
             route = Route.PUBLIC_BESIDE if beside or autocast else Route.PUBLIC_WHOLE
         else:
             self.binding.relocate(self.arena, x.device, x.dtype)
-            route = Route.BESIDE if beside else Route.WHOLE if self.home is None else Route.REHOMED
+            route = Route.BESIDE if beside else Route.WHOLE if self.rehomed is None else Route.REHOMED
         depends_on = (self.state.generation, self.arena.placement, obstacle, x.dtype, x.device, autocast)
         return depends_on, route
 

@@ -60,7 +60,7 @@ class SlotArena:
         self.compute = self.slots if dtype == torch.float32 else self.slots.to(dtype)
         self.grads = list(self.grad)
         self._pointers = [layer.data_ptr() for layer in self.slots]
-        self.use(self.used)
+        self.set_used(self.used)
         self._bind_grads()
         self.record_versions()
 
@@ -74,17 +74,17 @@ class SlotArena:
     def capacity(self) -> int:
         return self.slots.shape[2]
 
-    def use(self, used: int) -> None:
+    def set_used(self, used: int) -> None:
         self.used = used
         self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+    def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
         with torch.inference_mode(False), torch.no_grad():
-            self.take({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
+            self.replace_tensors({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
 
     def resized(self, capacity: int) -> dict[str, Tensor]:
-        """Copies of all tensors with room for `capacity` slots, for `take`."""
+        """Copies of all tensors with room for `capacity` slots, for `replace_tensors`."""
         rows = min(self.capacity, capacity)
         with torch.inference_mode(False), torch.no_grad():
             tensors = {}
@@ -97,7 +97,7 @@ class SlotArena:
             return tensors
 
     @torch.no_grad()
-    def put(self, rows: Tensor, start: int) -> None:
+    def write_rows(self, rows: Tensor, start: int) -> None:
         """Writes rows [l, planes, n, d] over the slots from `start` on; `finish_update` is to follow."""
         for tensor in (self.slots,) if self.compute is self.slots else (self.slots, self.compute):
             tensor[:, :, start : start + rows.shape[2]] = rows
@@ -117,7 +117,7 @@ class SlotArena:
         names = ("slots", "grad", "step", *OPTIMIZER_STATES)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
-    def take(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def replace_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Puts other tensors in the place of those of the same names."""
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in tensors.items():
@@ -248,7 +248,7 @@ class SlotArena:
                     grad.copy_(parameter.grad)
         self._bind_grads()
 
-    def state(self, name: str) -> Tensor:
+    def optimizer_state(self, name: str) -> Tensor:
         """An optimizer state, zero when first asked for."""
         if getattr(self, name) is None:
             with torch.inference_mode(False):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from locas_ext.checks import integer
 from locas_ext.hosts.ffn import Packed, put_in
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.state.memory_state import VALUE, MemoryState
@@ -90,8 +91,7 @@ def _check_mergeable(host: Host, state: MemoryState) -> None:
 @torch.no_grad()
 def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrainedModel:
     """See `Memory.merge_and_unload`."""
-    if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
+    pad_to_multiple_of = integer("pad_to_multiple_of", pad_to_multiple_of, 1)
     state.sync()
     _check_mergeable(host, state)
     rank = state.shape[2]

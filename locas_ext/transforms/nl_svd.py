@@ -1,12 +1,12 @@
 """NL-SVD: a two-layer memory of many slots as one of few (docs/method.md, "NL-SVD"). One layer, plain torch."""
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from locas_ext.checks import integer, number
 from locas_ext.ops.activations import activate, activation_function
 
 # The largest |act'| of each activation, rounded up.
@@ -102,12 +102,6 @@ def _check(key: Tensor, value: Tensor, rank: int, threshold: float) -> None:
     for what in ("shape", "dtype", "device"):
         if getattr(key, what) != getattr(value, what):
             raise ValueError(f"value has {what} {getattr(value, what)}; expected that of key, {getattr(key, what)}")
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank is {rank!r}; expected an integer")
     m, d = key.shape
-    if not 1 <= rank <= min(m, d):
-        raise ValueError(
-            f"rank is {rank}; expected 1 to {min(m, d)}, no more than the {m} slots there are and the hidden size {d}"
-        )
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"threshold is {threshold!r}; expected a finite number >= 0")
+    integer("rank", rank, 1, min(m, d), f"the {m} slots there are, and the hidden size {d}")
+    number("threshold", threshold, 0)

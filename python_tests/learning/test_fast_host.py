@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.helpers import TEXT, assert_as_exact_as_torch, attached
 from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -68,14 +70,24 @@ def test_only_norms_of_a_known_formula_are_computed():
     assert fast_norm(gemma) is None
 
 
-@pytest.mark.parametrize("heads, groups, n, k, size", [(1, 1, 1, 2, 4), (4, 2, 5, 19, 8), (6, 3, 16, 16, 5), (8, 1, 9, 40, 16)])
+@pytest.mark.parametrize(
+    "heads, groups, n, k, size, value_size",
+    [
+        (1, 1, 1, 2, 4, 4),
+        (4, 2, 5, 19, 8, 8),
+        (6, 3, 16, 16, 5, 5),
+        (8, 1, 9, 40, 16, 16),
+        (4, 4, 7, 21, 12, 8),
+        (4, 2, 3, 9, 5, 7),
+    ],
+)
 @pytest.mark.parametrize("kept", [True, False])
-def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, kept, monkeypatch):
+def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, value_size, kept, monkeypatch):
     if not kept:
         monkeypatch.setattr("locas_ext.learning.chunk_attention._KEPT", 0)
     monkeypatch.setattr("locas_ext.learning.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
-    query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, size)
-    key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, size)
+    query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, value_size)
+    key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, value_size)
     mask = torch.zeros(n, k).masked_fill(torch.ones(n, k).tril(k - n) == 0, -torch.inf)[None, None]
 
     def run(function, cast):
@@ -95,6 +107,14 @@ def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, 
     for name, i in (("d_key", 2), ("d_value", 3)):
         assert_as_exact_as_torch(name, ours[i][:, :, own], peer[i][:, :, own], exact[i][:, :, own])
         assert not ours[i][:, :, : k - n].any()
+
+
+def test_a_host_that_asks_takes_its_attention_for_sdpa():
+    for name in (NAME, copy.copy(NAME)):
+        assert name == "sdpa" and "sdpa" == name and name in ("eager", "sdpa") and not name != "sdpa"
+        assert name == NAME and name != "eager" and name not in ("eager", "flash_attention_2") and name is not None
+        assert AttentionInterface()[name] is not AttentionInterface()["sdpa"]
+    assert AttentionMaskInterface()[NAME] is AttentionMaskInterface()["sdpa"]
 
 
 def test_the_hosts_attention_setting_is_given_back():

@@ -201,7 +201,7 @@ def test_a_host_changed_between_runs_is_looked_at_again():
     norm = memory.model.model.layers[0].input_layernorm
     norm.weight.requires_grad_(True)
     report = memory.memorize(text(), **SETTINGS).host_kernels
-    assert "input_layernorm is no plain norm" in report.own["residuals"]
+    assert "input_layernorm is not a plain norm" in report.own["residuals"]
     norm.weight.requires_grad_(False)
     assert memory.memorize(text(), **SETTINGS).host_kernels.ours == ALL
 

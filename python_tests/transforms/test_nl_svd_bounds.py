@@ -124,7 +124,7 @@ def test_needs_no_gradient_and_leaves_the_slots_alone():
 # ---- bad input ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape, rank", [((6, 9), 7), ((9, 6), 7), ((9, 6), 0), ((6, 9), -1)])
 def test_rank_out_of_range(shape, rank):
-    with pytest.raises(ValueError, match=rf"rank is {rank}; expected 1 to 6, .*{shape[0]} slots.*{shape[1]}"):
+    with pytest.raises(ValueError, match=rf"rank is {rank}; expected an integer from 1 to 6 .*{shape[0]} slots.*{shape[1]}"):
         nl_svd(torch.randn(shape), torch.randn(shape), rank)
 
 

@@ -154,7 +154,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
 def run_locomo(task: LocomoTask, console: Console) -> dict:
     """Answers every question by every method; prints a table, writes a report and returns the content of results.json.
 
-    A folder that an ended run of the same settings left is taken up after its last finished dialogue.
+    A folder that an ended run with the same settings left is continued after its last finished dialogue.
 
     Raises ValueError or OSError for arguments or data that do not fit, LocasError if a library is missing, Interrupted
     at Ctrl-C.

@@ -128,7 +128,7 @@ class FastAttention:
             return None
         fast = fast_norm(norm)
         if not isinstance(fast, FastRMSNorm):
-            raise ValueError(f"its {name} is no plain RMS norm")
+            raise ValueError(f"its {name} is not a plain RMS norm")
         return fast
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -148,10 +148,12 @@ class FastAttention:
         rotation = _Rotation(cos, sin, self.interleaved, query_norm, key_norm)
         learns = torch.is_grad_enabled() and query.requires_grad
         place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
-        if cache.is_filling and self.layer == cache.last_layer:
+        if cache.ends_here:
             _turned(query, key, value, rotation, place)
-            cache.written(self.layer)
-        return self.projections.out(WindowAttentionFunction.apply(query, key, value, rotation, place))
+            cache.wrote()
+        out = WindowAttentionFunction.apply(query, key, value, rotation, place)
+        cache.wrote()
+        return self.projections.out(out)
 
     def _mask(self, n: int, like: Tensor, cache: WindowCache) -> Tensor | None:
         """The mask that the CPU's attention needs; None where causal is all there is to say, or nobody reads one."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from locas_ext.hosts.context_cache import holds_keys_and_values_only
 from locas_ext.hosts.probe.recording import Call, Recording, record
 from locas_ext.hosts.registry import Host
 
@@ -172,7 +173,7 @@ def find(host: Host, ids: Tensor) -> Found:
     found.norms = {module: fast for module in model.get_decoder().modules() if (fast := fast_norm(module)) is not None}
     if not found.norms:
         found.own["norms"] = "it has no plain norm"
-    cache = DynamicCache()
+    cache = DynamicCache() if holds_keys_and_values_only(model) else DynamicCache(config=model.config)
     recording = record(model, ids[None], [model.get_decoder(), *layers, *_attentions(layers)], cache)
     _find_layers(found, layers, recording)
     _find_attentions(found, layers, recording, cache)

@@ -1,7 +1,7 @@
 """A decoder layer whose residuals are added by the kernel that norms their sum, across layers too.
 
 one after the other:  x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
-                                                      one kernel                  one kernel, whose norm the next layer takes up
+                                                      one kernel                  one kernel, whose norm the next layer uses
 side by side:         x --norm--> attention --+
                       x --norm--> FFN --------+-- + x --norm of the next layer-->
 """
@@ -51,8 +51,8 @@ ARRANGEMENTS = (
 def attention_of(layer: Any) -> Any:
     """A layer's attention module. ValueError where it has none by a known name."""
     for name in dict.fromkeys(parts.attention for parts in ARRANGEMENTS):
-        if hasattr(layer, name):
-            return getattr(layer, name)
+        if isinstance(attention := getattr(layer, name, None), nn.Module):
+            return attention
     raise ValueError("it has no attention by a known name")
 
 
@@ -89,12 +89,15 @@ class FastLayer:
         if not getattr(layer, "do_layer_norm_before", True):
             raise ValueError("it norms behind its residuals")
         parts = _parts(layer)
-        if not (hasattr(layer, "mlp") or all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2"))):
+        if not (
+            isinstance(getattr(layer, "mlp", None), nn.Module)
+            or all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2"))
+        ):
             raise ValueError("it has no FFN by a known name")
         fast = [None if name is None else norms.get(getattr(layer, name)) for name in parts.norms]
         for name, norm in zip(parts.norms, fast, strict=True):
             if name is not None and norm is None:
-                raise ValueError(f"its {name} is no plain norm")
+                raise ValueError(f"its {name} is not a plain norm")
         self.before_attention, self.after_attention, self.before_ffn, self.after_ffn = fast
         self.attention_name = parts.attention
         # GPT-NeoX has both ways, told apart by a setting.

@@ -1,6 +1,7 @@
 """What WindowReader and KeptReader share: a window goes through the kernels as far as they read its kind right."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,7 @@ class KernelReading(ABC):
         return Level.NONE if self.kernels is None else self.kernels.level(*self._kind(window))
 
     @abstractmethod
-    def _kind(self, window: Any) -> tuple[str, int, int]:
+    def _kind(self, window: Any) -> tuple[Hashable, int, int]:
         """How a window is read (Kind.how), the tokens before its inputs, and all that it reads."""
 
     @abstractmethod

@@ -38,10 +38,10 @@ class WindowBuffers:
 class WindowCache(EndingCache):
     """What transformers takes for a KV cache of `length` tokens; attentions of ours find their buffers in it."""
 
-    def __init__(self, buffers: WindowBuffers, last_layer: int | None, length: int = 0):
-        """last_layer: as in EndingCache; length: the tokens whose rows lie in the buffers already"""
+    def __init__(self, buffers: WindowBuffers, writes: int | None, length: int = 0):
+        """writes: as in EndingCache; length: the tokens whose rows lie in the buffers already"""
         super().__init__()
-        self.buffers, self.last_layer, self.length = buffers, last_layer, length
+        self.buffers, self.writes, self.length = buffers, writes, length
         self.masks: dict[Any, Tensor] = {}  # made once for all layers that share them
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
