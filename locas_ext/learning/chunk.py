@@ -208,5 +208,5 @@ class WindowReader(KernelReading):
             return one_forward(model, context, inputs)
         cache = ContextCache(model, context.device, self.host.reading.writes if way.ends_early and self.ends_early else None)
         cache.fill(model, context[None])
-        with chunk_attention(self.host) if way.own_attention else nullcontext():
+        with chunk_attention(self.host, not self.ends_early) if way.own_attention else nullcontext():
             return logits_on(model, inputs, cache, len(context) if way.positions else None)

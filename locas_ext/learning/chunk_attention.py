@@ -22,9 +22,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from locas_ext.hosts.registry import Host
 
+NAME = "locas_chunk"
+
 
 class _Name(str):
-    """By this name transformers finds our attention in its tables; to a host that asks, it is "sdpa".
+    """NAME, by which transformers finds our attention in its tables; to a host that asks, it is "sdpa".
 
     Some hosts look at the name to choose a mask or a branch of their own, and must go on as without us.
     """
@@ -39,7 +41,7 @@ class _Name(str):
         return hash(str(self))
 
 
-NAME = _Name("locas_chunk")
+_AS_SDPA = _Name(NAME)
 _ADDITIVE = "_locas_additive"  # a boolean mask's attribute: itself as numbers
 # Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.
 _KEPT, _PIECE = 1 << 19, 1 << 22
@@ -157,22 +159,25 @@ def _attentions(host: Host) -> list[Any]:
     ]
 
 
-def _reading_chunks(config: Any) -> Any:
+def _reading_chunks(config: Any, name: str) -> Any:
     """A shallow copy of a config that names this attention; copy.copy() would take a tenth of a millisecond."""
     twin = object.__new__(type(config))
-    twin.__dict__.update(config.__dict__, _attn_implementation_internal=NAME)
+    twin.__dict__.update(config.__dict__, _attn_implementation_internal=name)
     return twin
 
 
 @contextmanager
-def chunk_attention(host: Host) -> Iterator[None]:
+def chunk_attention(host: Host, compiled: bool = False) -> Iterator[None]:
     """Inside this block the host's attention stops its gradient at the cache; hosts it does not suit stay as they are.
+
+    compiled: whether torch.compile may read the configs, which takes plain strings only
 
     Each attention gets a copy of its config to read: the config itself may be another model's too, or that of a vision tower.
     """
     attentions = _attentions(host) if host.input_device().type == "cpu" else []
     configs = [module.config for module in attentions]
-    copies = {id(config): _reading_chunks(config) for config in configs}
+    name = NAME if compiled else _AS_SDPA
+    copies = {id(config): _reading_chunks(config, name) for config in configs}
     try:
         for module, config in zip(attentions, configs, strict=True):
             module.__dict__["config"] = copies[id(config)]

@@ -86,7 +86,8 @@ class KeptReader(KernelReading):
         return "kept", self.context.context, self.context.context + len(window.inputs)
 
     def _by_the_host(self, window: Window) -> Tensor:
-        with eager_host(self.host.model), chunk_attention(self.host) if self.way.own_attention else nullcontext():
+        attention = chunk_attention(self.host, not self.anew.ends_early) if self.way.own_attention else nullcontext()
+        with eager_host(self.host.model), attention:
             logits = self.context.read(window.inputs)
         self.left = self.context.left
         return logits

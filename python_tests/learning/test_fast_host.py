@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from locas_ext.learning.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
+from locas_ext.learning.chunk_attention import _AS_SDPA, NAME, ChunkAttentionFunction, chunk_attention
 from locas_ext.learning.host_kernels.norms import FastLayerNorm, FastRMSNorm, NormFunction, fast_norm
 
 
@@ -110,11 +110,11 @@ def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, 
 
 
 def test_a_host_that_asks_takes_its_attention_for_sdpa():
-    for name in (NAME, copy.copy(NAME)):
+    for name in (_AS_SDPA, copy.copy(_AS_SDPA)):
         assert name == "sdpa" and "sdpa" == name and name in ("eager", "sdpa") and not name != "sdpa"
         assert name == NAME and name != "eager" and name not in ("eager", "flash_attention_2") and name is not None
-        assert AttentionInterface()[name] is not AttentionInterface()["sdpa"]
-    assert AttentionMaskInterface()[NAME] is AttentionMaskInterface()["sdpa"]
+        assert AttentionInterface()[name] is AttentionInterface()[NAME] is not AttentionInterface()["sdpa"]
+        assert AttentionMaskInterface()[name] is AttentionMaskInterface()["sdpa"]
 
 
 def test_the_hosts_attention_setting_is_given_back():
