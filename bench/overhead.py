@@ -1,8 +1,8 @@
 """What a memory costs in Python around its kernels: per call of a patched FFN, and per forward of the decoder.
 
 The FFN is too small to compute, so its time is that of the calls. `alone` is a call of the FFN by itself, `in a forward` one
-inside a forward of the decoder, which looks at the host's FFNs once for all of them; from both the time of the kernels and of
-an empty module's call is subtracted. A decode step is one token through the shipped model behind 64 others in a KV cache:
+inside a forward of the decoder, whose hooks take over changes from outside once for all FFNs; from both the time of the kernels
+and of an empty module's call is subtracted. A decode step is one token through the shipped model behind 64 in a KV cache:
 `watch` is what the hooks on the decoder take of it, with the slots compared or not. Times are of this thread's CPU, so a busy
 machine counts as far as it makes caches cold.
 """

@@ -107,13 +107,14 @@ class HostFFN(ABC):
         return self.formula_obstacle() or self.projection_obstacle()
 
     def seen_obstacle(self) -> str | None:
-        """obstacle(), looked for again only where something has changed. Runs on every call."""
+        """obstacle(); where there was none, looked for again only if something has changed. Runs on every call."""
         seen = self._seen  # one object: other threads replace it whole
-        if seen is None or not seen.holds():
+        if seen is not None and seen.holds():
+            return None
+        if (problem := self.obstacle()) is None:
             seen = self._see()
-            seen.obstacle = self.obstacle()
-            self._seen = seen
-        return seen.obstacle
+            self._seen = seen if self.obstacle() is None else None  # again: another thread may have changed it meanwhile
+        return problem
 
     def activate(self, pre: Tensor) -> Tensor:
         """The activation as the module has it."""

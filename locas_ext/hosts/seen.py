@@ -26,13 +26,10 @@ class SeenPlaces:
 
 
 class SeenFFN:
-    """What decides whether a host's FFN computes its family's formula on its own weights.
+    """What decides whether a host's FFN, without hooks, computes its family's formula on its own weights.
 
     Modules with their classes and forwards, parameters and whether they require a gradient, and how many hooks anybody has
     registered anywhere.
-
-    Attributes:
-        obstacle: what HostFFN.obstacle() said of it
     """
 
     def __init__(self, places: Sequence[Place], modules: list[Any], parameters: list[Any]):
@@ -41,7 +38,6 @@ class SeenFFN:
         self._objects, self._parameters = [*modules, *parameters], parameters
         self._kinds: list[Any] = list(map(type, self._objects))
         self._learn, self._forward = list(map(_requires_grad, parameters)), self._kinds[0].forward
-        self.obstacle: str | None = None
 
     def holds(self) -> bool:
         """Whether all of it is still so."""

@@ -37,7 +37,8 @@ class _Name(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:  # in Python: torch.compile traces no inherited C one
+        return hash(str(self))
 
 
 _AS_SDPA = _Name(NAME)

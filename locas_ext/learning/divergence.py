@@ -2,7 +2,7 @@
 
 A few chunks of a run are scored by the host alone too, in the same windows:
 
-    chunk 0, 1, 4, 16, 64, 128, 256, ...     on schedule
+    chunk 0, 1, 16, 128, 256, 384, ...       on schedule
     the one after a chunk that was harder    to tell an accident of the text from a memory that harms
     one much harder than those before it     a harm that begins between two chunks of the schedule shows at once
 """
@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from locas_ext.state.stream import Chunk
 
-EARLY, EVERY = (0, 1, 4, 16, 64), 128
+EARLY, EVERY = (0, 1, 16), 128
+UNJUDGED = (4, 64)  # chunks before which a state is kept though nothing is compared: it is judged if it is needed
+BEGINNING = 16  # chunks: until then a surprise is looked at however recent the last comparison is
 WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers; and the run's last RECENT chunks
 FOLLOW_UPS = 8  # at most so many chunks in a row, so that a memory that harms a little does not cost a forward each chunk
 ENOUGH = 32  # tokens: nothing is concluded from fewer
@@ -56,7 +58,8 @@ class DivergenceTest:
 
     def __init__(self) -> None:
         self.harmed_by: Comparison | None = None
-        self._streak: list[Comparison] = []  # the latest comparisons, as far as they were all harder
+        self._suspected = False  # the latest comparison was harder, but not of like with like
+        self._streak: list[Comparison] = []  # the latest comparisons of like with like, as far as they were all harder
         self._since: list[Comparison] = []  # those after the harm showed
         self._last = -RECENT  # the number of the chunk compared last
 
@@ -68,19 +71,30 @@ class DivergenceTest:
 
     def _is_unclear(self) -> bool:
         """Whether the chunks compared last were harder, and too few to tell."""
-        return bool(self._streak) and (len(self._streak) < FOLLOW_UPS or Comparison.of(self._streak).tokens < ENOUGH)
+        few = len(self._streak) < FOLLOW_UPS or Comparison.of(self._streak).tokens < ENOUGH
+        return self._suspected or (bool(self._streak) and few)
+
+    @property
+    def wants_like_with_like(self) -> bool:
+        """Whether the next comparison must be one, as something may be concluded from it."""
+        return self._suspected or bool(self._streak) or self.harmed_by is not None
 
     def surprises(self, number: int, loss: float, tokens: int, before: list[Chunk]) -> bool:
         """Whether a chunk is so much harder than those before it that it is to be compared all the same."""
         recent = before[-RECENT:]
-        rested = number - self._last >= RECENT or number < EARLY[-1] // RECENT
+        rested = number - self._last >= RECENT or number < BEGINNING
         if self.harmed_by is not None or not rested or not recent:
             return False
         mean = math.fsum(chunk.nll for chunk in recent) / sum(chunk.tokens for chunk in recent)
         return loss / tokens > mean + SURPRISE
 
-    def add(self, number: int, comparison: Comparison) -> None:
+    def add(self, number: int, comparison: Comparison, like_with_like: bool = True) -> None:
+        """like_with_like: whether both sides read the same; if not, it only says whether to look again"""
         self._last = number
+        self._suspected = not like_with_like and comparison.excess > HARDER
+        if not like_with_like:
+            self._streak = []
+            return
         if self.harmed_by is not None:
             self._since.append(comparison)
             return

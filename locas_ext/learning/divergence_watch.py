@@ -1,6 +1,5 @@
 """A run watched for divergence: the host alone scores some of its chunks too, and the best state is kept."""
 
-import copy
 import warnings
 from dataclasses import dataclass, replace
 
@@ -10,11 +9,11 @@ from torch import Tensor
 from locas_ext.caller import caller_stacklevel
 from locas_ext.errors import DivergenceWarning
 from locas_ext.patching.attachment import Attachment
-from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Chunk, Stream, TextRecord
 
 from .chunk import Window
-from .divergence import RECENT, Comparison, DivergenceTest
+from .divergence import RECENT, UNJUDGED, Comparison, DivergenceTest
 from .kept_reader import KeptReader
 from .report import Divergence, MemorizeReport
 from .settings import ResolvedSettings
@@ -23,6 +22,10 @@ from .update import Backprop
 
 ON_DIVERGENCE = ("warn", "stop", "ignore")
 WORTH_KEEPING = 16  # chunks of a call: from so many on, the state that it began with is compared and kept
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class KeptState:
     @classmethod
     def of(cls, attachment: Attachment) -> "KeptState":
         state = attachment.state
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state.tensors().items()}
-        return cls(tensors, state.version, state.used, copy.deepcopy(attachment.stream), list(attachment.texts))
+        stream = attachment.stream  # another one takes its place with every chunk; kept rows stay and change
+        if stream is not None and stream.kept is not None:
+            rows = _on_cpu(stream.kept.tensors())
+            stream = replace(stream, kept=KeptRows.from_record(stream.kept.to_record(), rows))
+        return cls(_on_cpu(state.tensors()), state.version, state.used, stream, list(attachment.texts))
 
     def put_back(self, attachment: Attachment) -> None:
         attachment.state.load(self.tensors, self.version, self.used)
@@ -53,9 +59,12 @@ class _Best:
     state: KeptState | None = None
     excess: float = float("inf")
 
-    def take(self, state: KeptState | None, excess: float) -> None:
-        if state is not None and excess <= max(self.excess, 0.0):
-            self.state, self.excess = state, excess
+    def take(self, state: KeptState | None, excess: float) -> bool:
+        """-> whether the state is the best now"""
+        if state is None or not excess <= max(self.excess, 0.0):
+            return False
+        self.state, self.excess = state, excess
+        return True
 
 
 class DivergenceWatch:
@@ -73,12 +82,16 @@ class DivergenceWatch:
         """chunks: how many the call is to read, behind those in the report"""
         self.attachment, self.settings, self.report = attachment, settings, report
         # What is kept was made by the memory; the host alone reads each window anew.
+        self.keeps = isinstance(reader, KeptReader)
         self.reader = reader.anew if isinstance(reader, KeptReader) else reader
         self.mode = on_divergence
         self.first, self.last = len(report.chunks), len(report.chunks) + chunks - 1
         self.test = DivergenceTest()
         self.best = _Best()
         self.candidate: KeptState | None = None
+        self.unjudged: KeptState | None = None
+        self.anew: float | None = None  # what the memory scores a kept context's chunk when it reads the window anew
+        self.compared: tuple[Window, float] | None = None  # the latest, and what the host alone scored
 
     @property
     def stops(self) -> bool:
@@ -86,11 +99,18 @@ class DivergenceWatch:
         return self.mode == "stop" and self.report.diverged is not None
 
     # ---- around each chunk -----------------------------------------------------------------------------------
-    def before(self) -> None:
-        """Called before the next chunk is learned: what scores a compared chunk is what may be kept."""
-        self.candidate = None
-        if self.mode != "ignore" and self.report.diverged is None and self._is_due():
+    def before(self, window: Window) -> None:
+        """Called before the next chunk is read: what scores a compared chunk is what may be kept."""
+        self.candidate = self.anew = None
+        if self.mode == "ignore":
+            return
+        due = self._is_due()
+        if self.report.diverged is None and due:
             self.candidate = KeptState.of(self.attachment)
+        elif self.report.diverged is None and len(self.report.chunks) in UNJUDGED:
+            self.unjudged = KeptState.of(self.attachment)
+        if due and self.keeps and self.test.wants_like_with_like:
+            self.anew = self._loss(window)
 
     def after(self, window: Window, loss: float, learned: bool) -> None:
         """Called when the chunk is scored and learned. Compares it if it is its turn.
@@ -102,10 +122,12 @@ class DivergenceWatch:
             self._is_due() or self.test.surprises(number, loss, tokens, self.report.chunks[self.first :])
         ):
             return
-        comparison = Comparison(tokens, loss, self._host_loss(window) if learned else loss)
-        self.best.take(self.candidate, comparison.excess)
-        self.candidate = None
-        self.test.add(number, comparison)
+        host = self._host_loss(window) if learned else loss
+        comparison = Comparison(tokens, loss if self.anew is None else self.anew, host)
+        if self.best.take(self.candidate, comparison.excess):
+            self.unjudged = None
+        self.candidate, self.compared = None, (window, host)
+        self.test.add(number, comparison, like_with_like=not self.keeps or self.anew is not None or not learned)
 
     def tell(self, chunk: Chunk) -> None:
         """Called when the chunk is noted down. Notes a divergence in the report, and warns of one that the run outlives."""
@@ -118,9 +140,10 @@ class DivergenceWatch:
 
     def finish(self) -> None:
         """Called at the run's end: puts the best state back where the memory does harm."""
-        diverged, state = self.report.diverged, self.best.state
+        diverged = self.report.diverged
         if diverged is None or not (self.stops or self.test.harms_still()):
             return
+        state = self._best_state()
         if state is not None:
             state.put_back(self.attachment)
             self.report.diverged = replace(diverged, restored_version=state.version)
@@ -138,10 +161,24 @@ class DivergenceWatch:
         begins = number == self.first and self.last - self.first + 1 >= WORTH_KEEPING
         return ends or begins or self.test.is_due(number)
 
+    def _best_state(self) -> KeptState | None:
+        """The unjudged state where it is newer and reads the chunk compared last no worse than the best one; else the best."""
+        unjudged, best = self.unjudged, self.best
+        if unjudged is None or self.compared is None:
+            return best.state
+        now, (window, host) = KeptState.of(self.attachment), self.compared
+        unjudged.put_back(self.attachment)
+        excess = (self._loss(window) - host) / len(window.targets)
+        now.put_back(self.attachment)
+        return unjudged if excess <= max(best.excess, 0.0) else best.state
+
+    @torch.no_grad()
+    def _loss(self, window: Window) -> float:
+        return self.reader.loss(window).item()
+
     def _host_loss(self, window: Window) -> float:
-        state: MemoryState = self.attachment.state
-        with state.disable(), torch.no_grad():
-            return self.reader.loss(window).item()
+        with self.attachment.state.disable():
+            return self._loss(window)
 
     def _warn(self, consequence: str) -> None:
         said = self.report.diverged

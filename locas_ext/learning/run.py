@@ -95,8 +95,8 @@ class Run:
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
             losses.append(score_and_initialize(self.attachment, window).item())
             check_loss(losses[0], state, place)
+        self.watch.before(window)
         self._settle(window)
-        self.watch.before()
         for epoch in range(self.settings.epochs):
             losses.append(self.step(window, place))
             if epoch == 0:

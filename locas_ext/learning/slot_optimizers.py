@@ -25,6 +25,8 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
         """One step of all slots with the settings of a parameter group."""
 
     def __init__(self, memory, settings: dict):
+        if not isinstance(getattr(memory, "state", None), MemoryState):
+            raise TypeError(f"memory is {type(memory).__name__}; expected a locas.Memory")
         settings = self._checked(settings)
         self.memory = memory
         super().__init__(memory.parameters(), settings)
@@ -159,7 +161,7 @@ class SlotAdamW(_SlotOptimizer):
         eps, weight_decay: floats >= 0: as there; the defaults are those of `Memory.memorize` (no decay)
 
     Raises:
-        TypeError: a setting is not a number
+        TypeError: memory is not a Memory, or a setting is not a number
         ValueError: a setting is out of range
 
     Source: arXiv 2602.05085, section 3; docs/method.md, "Scale and clip" and "Learning".
@@ -183,8 +185,10 @@ class SlotAdamW(_SlotOptimizer):
 
     @staticmethod
     def _checked(settings):
-        beta1, beta2 = settings["betas"]
-        betas = number("betas[0]", beta1, 0, below=1), number("betas[1]", beta2, 0, below=1)
+        betas = settings["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas is {betas!r}; expected two numbers >= 0 and < 1")
+        betas = number("betas[0]", betas[0], 0, below=1), number("betas[1]", betas[1], 0, below=1)
         return {"betas": betas, **{name: number(name, settings[name], 0) for name in ("lr", "eps", "weight_decay")}}
 
     def _update(self, state, group):
@@ -202,7 +206,7 @@ class SlotSGD(_SlotOptimizer):
         weight_decay: float >= 0
 
     Raises:
-        TypeError: a setting is not a number
+        TypeError: memory is not a Memory, or a setting is not a number
         ValueError: a setting is out of range
 
     >>> import locas_ext as locas

@@ -49,7 +49,7 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     """
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
-    memory = Memory(Attachment(model, config or LocasConfig(), rehome))
+    memory = Memory(Attachment(model, config or LocasConfig(), checks.boolean("rehome", rehome)))
     host: Any = memory.model
     host._locas_memory = memory
     return memory
