@@ -102,7 +102,11 @@ class ContextCache(EndingCache):
 
 def holds_keys_and_values_only(model) -> bool:
     """Whether a KV cache made for a model holds keys and values, and no states of other kinds."""
-    return {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} <= _PLAIN
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # kinds that transformers does not know
+        return False
+    return {type(layer).__name__ for layer in layers} <= _PLAIN
 
 
 class NoContext(DynamicCache):

@@ -195,6 +195,16 @@ def test_a_causal_host_that_is_read_in_one_forward_is_not_warned_of(settings):
     assert memory.memorize(random_ids(64), window=28, stride=8, progress=False).one_forward
 
 
+def test_layers_for_which_transformers_has_no_cache():
+    model = tiny_model()
+    model.config.__dict__["layer_types"] = ["of another library"] * 2
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    report = memory.memorize(random_ids(40), window=24, stride=8, progress=False)
+    assert memory.version > 0 and "behind a cache of the context the host raises" in report.one_forward[0]
+    with pytest.raises(ValueError, match="context is 'keep', but behind a cache of the context the host raises"):
+        memory.memorize(random_ids(40), window=24, stride=8, context="keep", progress=False)
+
+
 class Config:
     def __init__(self, **values):
         self.__dict__.update(values)
