@@ -24,10 +24,10 @@ from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.compress import CompressReport, compress
 from locas_ext.transforms.merge import merge
 
-from .facts import MemoryFacts
+from .studying import StudyingMemory
 
 
-class Memory(MemoryFacts):
+class Memory(StudyingMemory):
     """A memory attached to a model; `locas.attach` makes one.
 
     Everything here leaves the host's own weights alone, and a call that fails leaves the memory as it was.

@@ -1,0 +1,65 @@
+"""The verb that makes a text recallable."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from locas_ext.learning.run_guards import require_attached
+from locas_ext.learning.study.report import StudyReport
+from locas_ext.learning.study.settings import StudySettings
+from locas_ext.learning.study.study import study
+
+from .facts import MemoryFacts
+
+
+class StudyingMemory(MemoryFacts):
+    """The part of `Memory` that studies."""
+
+    def study(
+        self,
+        texts: str | Sequence[str],
+        tokenizer: Any,
+        loss: str = "kl",
+        pairs: Sequence[tuple[str, str]] | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        settings: StudySettings | None = None,
+        cache: str | Path | None = None,
+    ) -> StudyReport:
+        """Learns texts so that questions about them can be answered without them in the window.
+
+        The host reads each passage of the texts, writes questions about it and answers them; further questions are made from
+        the passage's sentences. The memory then learns each answer from its question, without the passage, mixed with the
+        text itself, while a guard keeps general answers and free text as the bare host gives them.
+
+        Args:
+            texts: a text or several, at least 8 tokens each
+            tokenizer: the host's, with its chat template if it has one
+            loss: "kl": the answer's distribution as the host gives it with the passage in view; "ce": the answer itself
+            pairs: [(question, answer), ...] to learn instead of the host's own
+            seed: int >= 0: of questions, draws and order
+            progress: bool: whether progress bars are shown, and before learning how long it will take
+            settings: a `locas.StudySettings`; None: its defaults
+            cache: a folder that keeps questions and progress, so that the same call goes on where an ended one stood; None:
+                nothing is kept on disk
+
+        Returns a StudyReport. Raises ValueError or TypeError for arguments that do not fit; LocasError where no question can be
+        used (with the counts), a cache is damaged, or a loss or gradient is not finite. Ctrl-C takes effect between updates:
+        the memory is that of the last one, and the cache goes on there. A run of `memorize` ends here: `feed` does not go on
+        behind a study. Source: docs/method.md, "Study".
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.evaluation.assets import MODEL, load_model
+        >>> from transformers import AutoTokenizer
+        >>> memory = locas.attach(load_model(), locas.LocasConfig(rank=4, scale="host"))
+        >>> settings = locas.StudySettings(epochs=1, guard=0.0)
+        >>> pairs = [("Who keeps the gate?", "Anna"), ("Where does Anna live?", "Bergen")]
+        >>> text = "Anna, who lives in Bergen, keeps the gate of the old town."
+        >>> report = memory.study(text, AutoTokenizer.from_pretrained(MODEL), "ce", pairs, progress=False, settings=settings)
+        >>> report.used, report.steps, memory.version
+        (2, 1, 1)
+        """
+        require_attached(self._attachment, "study")
+        if self.state.disabled:
+            raise ValueError("study: the memory is disabled here, so nothing can be learned; leave the disabled() block")
+        return study(self._attachment, texts, tokenizer, loss, pairs, seed, progress, settings, cache)
