@@ -12,20 +12,11 @@ from locas_ext.evaluation.recall import command, measuring
 from locas_ext.evaluation.recall.nonce import nonce_document
 from locas_ext.evaluation.report import build
 
-METHODS = "none,window,retrieval,locas,temp-lora,locas+retrieval"
+METHODS = "none,window,retrieval,locas,temp-lora,locas+retrieval,study,study-given+retrieval"
 OPTIONS = ["--window", "64", "--stride", "32", "--rank", "4", "--learning-rate", "0.02", "--device", "cpu", "--general", "0"]
-OPTIONS += [
-    "--temp-lora-rank",
-    "2",
-    "--facts",
-    "5",
-    "--max-new-tokens",
-    "3",
-    "--retrieval-chunks",
-    "2",
-    "--retrieval-tokens",
-    "32",
-]
+OPTIONS += ["--temp-lora-rank", "2", "--facts", "5", "--max-new-tokens", "3"]
+OPTIONS += ["--retrieval-chunks", "2", "--retrieval-tokens", "32"]
+OPTIONS += ["--loss", "ce", "--study-epochs", "1", "--questions", "2", "--guard", "0", "--study-learning-rate", "0.02"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +59,10 @@ def test_results_hold_every_answer_and_what_it_is_summed_up_to(finished):
     assert records["none"]["other_kl"] == pytest.approx(0, abs=1e-9) == records["retrieval"]["other_kl"]
     assert records["locas"]["other_kl"] == records["locas+retrieval"]["other_kl"] > 1e-5 < records["temp-lora"]["other_kl"]
     assert records["locas"]["perplexity"] < records["none"]["perplexity"]
+    assert "questions about" in records["study"]["note"] and "10 given" not in records["study"]["note"]
+    assert "10 questions about" in records["study-given+retrieval"]["note"] and records["locas"]["note"] is None
+    assert records["study"]["other_kl"] > 1e-6 and records["study"]["extra_parameters"] == 3 * 4 * 32
+    assert (finished / "studies" / "study-nonce-0" / "progress.json").exists()
     assert records["locas"]["extra_parameters"] == 3 * 4 * 32 and records["none"]["extra_parameters"] == 0
 
 
@@ -91,6 +86,7 @@ def test_a_memory_answers_as_one_that_read_the_text_by_itself(finished, host_fol
 def test_the_report_has_intervals_a_plot_and_what_was_not_measured(finished, tmp_path):
     text = (finished / "report.md").read_text()
     assert "| locas+retrieval |" in text and "- window, nonce-0: does not fit" in text
+    assert "What learning says:" in text and "- study, nonce-0: " in text
     assert (finished / "recall.png").stat().st_size > 10_000 and "95% bootstrap intervals over questions" in text
     merged = build.merge_reports([finished], tmp_path / "merged").read_text()
     assert f"{finished.name}: locas+retrieval" in merged
@@ -107,11 +103,10 @@ def test_an_ended_run_goes_on_with_what_is_missing(finished, host_folder, tmp_pa
 
     monkeypatch.setattr(command, "ask_all", ends_at_the_third)
     out = tmp_path / "run"
-    assert run(host_folder, out) == 130 and "3 of 6 pairs of method and text are finished" in capsys.readouterr().err
-    assert run(host_folder, out) == 0 and len(measured) == 3 + 3
-    timeless = lambda folder: [
-        {key: value for key, value in record.items() if "seconds" not in key} for record in results.read(folder)["records"]
-    ]
+    assert run(host_folder, out) == 130 and "3 of 8 pairs of method and text are finished" in capsys.readouterr().err
+    assert run(host_folder, out) == 0 and len(measured) == 3 + 5
+    told = ("seconds", "seconds_asking", "note")  # how long it took
+    timeless = lambda folder: [{k: v for k, v in r.items() if k not in told} for r in results.read(folder)["records"]]
     assert timeless(out) == timeless(finished)
     before = (out / "results.json").read_bytes()
     assert run(host_folder, out, "--passes", 2) == 2 and "passes was 1, is 2" in capsys.readouterr().err
@@ -136,11 +131,19 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     assert "intervals over texts" in (out / "report.md").read_text()
 
 
+def test_a_study_has_nothing_given_where_the_data_brings_nothing(host_folder, tmp_path):
+    questions = [{"question": "What is it?", "answers": ["a word"]}]
+    (tmp_path / "texts.json").write_text(json.dumps({"title": "t", "text": "It is a word. " * 9, "questions": questions}))
+    assert run(host_folder, tmp_path / "run", methods="study-given", data=tmp_path / "texts.json") == 0
+    (record,) = results.read(tmp_path / "run")["records"]
+    assert "there are no given pairs" in record["error"]
+
+
 def test_the_host_is_as_before(host_folder, tmp_path, monkeypatch):
     model, tokenizer = command.load_host(str(host_folder), None, "cpu")
     before = snapshot(model)
     monkeypatch.setattr(command, "load_host", lambda *arguments: (model, tokenizer))
-    assert run(host_folder, tmp_path / "run", methods="locas,temp-lora") == 0
+    assert run(host_folder, tmp_path / "run", methods="locas,temp-lora,study") == 0
     assert_same_host(model, before)
 
 
@@ -151,6 +154,9 @@ def test_the_host_is_as_before(host_folder, tmp_path, monkeypatch):
         (["--facts", 4], "--facts is 4; expected an integer >= 5"),
         (["--facts", 61], "facts is 61; expected an integer from 5 to 60"),
         (["--passes", 0], "--passes is 0"),
+        (["--gold", 2], "gold is 2"),
+        (["--study-passes", -1], "--study-passes is -1"),
+        (["--kinds", "asked,talk"], "--kinds is 'asked,talk'; expected names of asked, asked-for"),
         (["--retrieval-chunks", 0], "--retrieval-chunks is 0"),
         (["--window", 300], "window is 300; expected an integer from 2 to 256"),
     ],

@@ -19,7 +19,8 @@ from locas_ext.cli.options import (
     argument,
     option,
 )
-from locas_ext.cli.values import integer, names, path
+from locas_ext.cli.study_options import STUDY, StudyOptions
+from locas_ext.cli.values import integer, names, number, path
 from locas_ext.terminal import Terminal
 
 RETRIEVAL = "Retrieval"
@@ -49,9 +50,10 @@ def recall(
         option(
             names(),
             "none: the host alone; window: the whole text in the window; retrieval: BM25; locas, temp-lora: a memory that has "
-            "read the text; locas+retrieval, temp-lora+retrieval: both.",
+            "read the text; study: one that has studied it; study-given: with nonce's own questions; each of these four also "
+            "with +retrieval.",
         ),
-    ] = ["none", "window", "retrieval", "locas"],  # noqa: B006 (typer copies it)
+    ] = ["none", "window", "retrieval", "locas", "study"],  # noqa: B006 (typer copies it)
     documents: Annotated[
         int | None, option(integer(1), "How many texts; default: all, of nonce one. Each text of nonce has another seed.")
     ] = None,
@@ -60,6 +62,10 @@ def recall(
     passes: Annotated[int, option(integer(1), "How often locas and temp-lora read each text.", panel=READING)] = 1,
     locas: LocasOptions = LocasOptions(scale="host", learning_rate=2e-3),
     temp_lora: TempLoraOptions = TempLoraOptions(temp_lora_lr=5e-4),
+    studying: StudyOptions = StudyOptions(),
+    study_epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=STUDY)] = 6,
+    study_learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=STUDY)] = 2e-3,
+    study_passes: Annotated[int, option(integer(0), "How often a text is streamed before it is studied.", panel=STUDY)] = 0,
     retrieval: RetrievalOptions = RetrievalOptions(),
     general: Annotated[
         int, option(integer(0), "General questions that the host answers right, asked again of each method; 0: none.")
@@ -89,6 +95,11 @@ def recall(
         locas=asdict(locas),
         temp_lora=temp_lora.settings(locas.seed),
         passes=passes,
+        study={
+            "loss": studying.loss,
+            "passes": study_passes,
+            "study": studying.fields(study_epochs, study_learning_rate),
+        },
         window=reading.window,
         stride=reading.stride,
         retrieval=Retrieval(retrieval.retrieval_chunks, retrieval.retrieval_tokens),

@@ -23,6 +23,7 @@ from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
+from locas_ext.memory import StudySettings
 
 from .asking import Advance, View, prompt_lengths
 from .distractors import with_distractors
@@ -41,7 +42,7 @@ from .measuring import (
     right_general,
     summarize,
 )
-from .methods import METHODS, Retrieval, having_read, split, view_of
+from .methods import METHODS, STUDYING, Reading, Retrieval, having_read, split, view_of
 from .nonce import nonce_document
 
 NONCE = "nonce"
@@ -56,6 +57,7 @@ class RecallTask:
     documents: how many of the texts; None: all, of NONCE one
     facts: of each invented text
     passes: how often a memory that streams reads each text
+    study: {"loss", "passes", "study": the fields of StudySettings}; passes: how often a text is streamed before it is studied
     """
 
     data: str
@@ -67,6 +69,7 @@ class RecallTask:
     locas: dict
     temp_lora: dict
     passes: int
+    study: dict
     window: int | None
     stride: int | None
     retrieval: Retrieval
@@ -83,10 +86,17 @@ class RecallTask:
 def _check(task: RecallTask) -> None:
     choose("--methods", task.methods, METHODS)
     check_learning(task.locas, task.temp_lora)
-    at_least(1, documents=task.documents, passes=task.passes, max_new_tokens=task.asking.max_new_tokens)
+    at_least(
+        1,
+        documents=task.documents,
+        passes=task.passes,
+        study_passes=task.study["passes"] or None,
+        max_new_tokens=task.asking.max_new_tokens,
+    )
     at_least(1, batch_size=task.asking.batch_size, retrieval_chunks=task.retrieval.chunks)
     at_least(2, retrieval_tokens=task.retrieval.tokens)
-    at_least(0, general=task.asking.general)
+    at_least(0, general=task.asking.general, study_passes=task.study["passes"])
+    StudySettings(**task.study["study"])
 
 
 def _documents(task: RecallTask) -> list[Document]:
@@ -100,7 +110,8 @@ def _documents(task: RecallTask) -> list[Document]:
 
 def _arms(task: RecallTask) -> dict[str, Arm]:
     """The memories that the task's methods need, by name."""
-    base = {"locas": task.locas, "temp-lora": task.temp_lora}
+    study = {**task.study, "memory": task.locas}
+    base = {"locas": task.locas, "temp-lora": task.temp_lora, "study": study, "study-given": study}
     return {name: make_arm(base, name) for name in dict.fromkeys(split(method)[0] for method in task.methods) if name}
 
 
@@ -137,7 +148,8 @@ class Recall:
         self.protocol = Protocol.of(host, task.window, task.stride, bos, prefix="--")
         self.arms = _arms(task)
         for arm in self.arms.values():
-            check_arm(host, arm, self.protocol)
+            check_arm(host, Arm("locas", "", task.locas) if arm.method in STUDYING else arm, self.protocol)
+        self.reading = Reading(self.protocol, task.passes, task.out / "studies")
         self.settings = _settings(task, documents, host, self.protocol, self.prompter)
 
     def host_alone(self) -> HostAlone:
@@ -166,7 +178,7 @@ class Recall:
             alone.priors[document.title] = priors_of(self.host, self.prompter, list(document.questions), self.task.asking)
         arm, started = self.arms.get(memory) if memory else None, time.perf_counter()
         try:
-            with having_read(self.host, self.prompter, arm, document, self.protocol, self.task.passes) as learned:
+            with having_read(self.host, self.prompter, arm, document, self.reading) as learned:
                 seconds = time.perf_counter() - started
                 record |= self._asked(method, document, view, alone)
         except LocasError as error:

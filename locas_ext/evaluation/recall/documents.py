@@ -12,6 +12,7 @@ from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.locomo.data import ADVERSARIAL, Dialogue, read_dialogues
 from locas_ext.evaluation.locomo.prompts import dialogue_text
 from locas_ext.evaluation.schemas import anything, fields
+from locas_ext.evaluation.texts import read_whole
 from locas_ext.storage.schema import Wrong, list_of, short, text
 
 CLOZE, QUESTION, REVERSED, ABSENT = "cloze", "question", "reversed", "absent"
@@ -132,17 +133,10 @@ def _read_file(file: Path) -> list[Document]:
     beside = file.with_suffix(".txt")
     if isinstance(content, dict) and "text" not in content and "context" not in content and beside.exists():
         _checked(file, content, _novel, "")
-        return [_from_entry(content, _read_novel(beside))]
+        return [_from_entry(content, read_whole(beside))]
     for index, entry in enumerate(entries):
         _checked(file, entry, _entry, f"[{index}]" if isinstance(content, list) else "")
     return [_from_entry(entry, entry["text"] if "text" in entry else entry["context"]) for entry in entries]
-
-
-def _read_novel(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LocasError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _files(source: str) -> list[Path]:

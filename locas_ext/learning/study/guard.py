@@ -54,7 +54,7 @@ _TASKS = (
     "How do I boil an egg?",
     "What should I see in Paris?",
 )
-PROMPTS = tuple(prompt for pair in zip(_QUESTIONS, (*_TASKS, *_TASKS[:8]), strict=True) for prompt in pair)
+PROMPTS = (*_QUESTIONS, *_TASKS)
 FREE_TEXTS = 24  # of the host's own
 
 
@@ -65,7 +65,7 @@ def guard_rows(
 
     Half are answers to PROMPTS, the others what the host writes of itself. The model is the bare host here.
     """
-    prompts = [prompter.ask(prompt) for prompt in dict.fromkeys(PROMPTS)]
+    prompts = [prompter.ask(prompt) for prompt in PROMPTS]
     begin = prompter.context() or prompter.encode("\n")
     texts = write(model, prompter.tokenizer, prompts, new_tokens, seed)
     free = write(model, prompter.tokenizer, [begin] * FREE_TEXTS, 2 * new_tokens, seed, temperature=1.0)

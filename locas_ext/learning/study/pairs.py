@@ -132,8 +132,8 @@ def require_usable(kept: list[Pair], written: int, refused: dict[str, int]) -> N
     if not kept:
         reasons = ", ".join(f"{count} {why}" for why, count in refused.items() if count) or "none was written"
         raise LocasError(
-            f"study: of {written} questions that the host was to write none can be used ({reasons}); expected a host that "
-            "follows instructions, or pairs=[(question, answer), ...] of your own"
+            f"study: of {written} questions none can be used ({reasons}); expected a host that follows instructions, loss='ce' "
+            "for what is made from sentences, or pairs=[(question, answer), ...] of your own"
         )
 
 
