@@ -1,14 +1,27 @@
 """The options of a study, of `locas study` and of the methods of `locas recall` that study."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
-from .options import flag, option
+from .options import MemoryOptions, flag, option
 from .values import integer, names, number, one_of
 
 STUDY = "Studying"
 LOSSES = ("kl", "ce")
 KINDS = ("asked", "asked-for", "blank", "about", "continued")
+
+NEW_MEMORY = MemoryOptions(scale="host")  # the scale that a study needs: with the paper's it learns little
+
+
+def check_new_only(options: MemoryOptions, memory: Path | None) -> None:
+    """ValueError for an option of a new memory beside --memory; the seed is one of the command too."""
+    if memory is None:
+        return
+    for field in fields(MemoryOptions):
+        value = getattr(options, field.name)
+        if field.name != "seed" and value != getattr(NEW_MEMORY, field.name):
+            raise ValueError(f"--{field.name} is {value}, but --memory says what the memory is made of; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

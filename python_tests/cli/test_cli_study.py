@@ -11,7 +11,7 @@ import locas_ext as locas
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.learning.study.learner import Learner
 
-OPTIONS = ["--rank", 4, "--loss", "ce", "--epochs", 3, "--batch", 2, "--guard", 0, "--device", "cpu"]
+OPTIONS = ["--loss", "ce", "--epochs", 3, "--batch", 2, "--guard", 0, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,8 @@ def files(tmp_path_factory):
 
 
 def study(capsys, files, out, *more, text="text.txt"):
+    if "--memory" not in more:
+        more = ("--rank", 4, *more)
     return run(capsys, "study", files / text, "--model", files / "host", "--out", out, *OPTIONS, *more)
 
 
@@ -88,6 +90,7 @@ def test_bad_arguments_leave_nothing_behind(files, tmp_path, capsys):
     for options, text, message in (
         (["--gold", 2], "text.txt", "gold is 2"),
         (["--memory", files], "text.txt", "holds no memory"),
+        (["--memory", files, "--scale", "paper"], "text.txt", "--scale is paper, but --memory says"),
         ([], "short.txt", "expected at least 8, to ask about"),
         ([], "bytes.txt", "is not UTF-8 text"),
         ([], "absent.txt", "absent.txt"),

@@ -6,7 +6,7 @@ from typing import Annotated
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import HOST, LEARNING, HostOptions, MemoryOptions, Model, argument, option
-from locas_ext.cli.study_options import STUDY, StudyOptions
+from locas_ext.cli.study_options import NEW_MEMORY, STUDY, StudyOptions, check_new_only
 from locas_ext.cli.values import integer, number, path
 from locas_ext.terminal import Terminal
 
@@ -35,7 +35,7 @@ def study(
     studying: StudyOptions = StudyOptions(),
     epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 6,
     learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=LEARNING)] = 2e-3,
-    options: MemoryOptions = MemoryOptions(scale="host"),
+    options: MemoryOptions = NEW_MEMORY,
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,
 ) -> None:
@@ -44,6 +44,7 @@ def study(
     The host writes questions about each passage and answers them; the memory learns the answers without the passage. Ctrl-C
     keeps what was written and learned; the same command continues.
     """
+    check_new_only(options, memory)
     with importing():
         from locas_ext.cli.tasks.study import StudyTask, run_study
         from locas_ext.memory import StudySettings

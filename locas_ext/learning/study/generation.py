@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-_TOGETHER = 1 << 15  # tokens of prompts that are answered together, what is written included
+_TOGETHER = 1 << 16  # tokens of prompts that are answered together, what is written included
 
 
 def write(
