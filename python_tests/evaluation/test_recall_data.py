@@ -9,7 +9,16 @@ import pytest
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.recall.bm25 import BM25
 from locas_ext.evaluation.recall.distractors import with_distractors
-from locas_ext.evaluation.recall.documents import ABSENT, CLOZE, QUESTION, REVERSED, Document, Question, read_documents
+from locas_ext.evaluation.recall.documents import (
+    ABSENT,
+    CLOZE,
+    CONFLICT,
+    QUESTION,
+    REVERSED,
+    Document,
+    Question,
+    read_documents,
+)
 from locas_ext.evaluation.recall.general import general_questions
 from locas_ext.evaluation.recall.nonce import MOST_FACTS, nonce_document
 from locas_ext.evaluation.recall.scoring import contains, token_f1
@@ -48,6 +57,16 @@ def test_every_fact_stands_three_times_and_no_test_is_worded_as_the_text(facts):
     for question, answer in document.written:
         assert answer in document.text and question not in document.text
         assert question not in {each.text for each in document.questions}
+
+
+def test_a_conflict_is_told_three_times_and_what_is_known_is_among_the_choices():
+    document = nonce_document(12, SEED)
+    conflicts = of_kind(document, CONFLICT)
+    assert len(conflicts) == 5 and len({question.answers[0] for question in conflicts}) == 5
+    names = {back.answers[0] for back in of_kind(document, REVERSED)}
+    for question, known in zip(conflicts, ("Bell", "Shakespeare", "Everest", "Leonardo", "Armstrong"), strict=True):
+        assert document.text.count(question.answers[0]) == 3 and question.answers[0] not in names
+        assert question.distractors[0] == known and known not in document.text and len(set(question.distractors)) == 9
 
 
 def test_a_seed_is_a_text():

@@ -15,8 +15,8 @@ from locas_ext.evaluation.schemas import anything, fields
 from locas_ext.evaluation.texts import read_whole
 from locas_ext.storage.schema import Wrong, list_of, short, text
 
-CLOZE, QUESTION, REVERSED, ABSENT = "cloze", "question", "reversed", "absent"
-KINDS = (CLOZE, QUESTION, REVERSED, ABSENT)
+CLOZE, QUESTION, REVERSED, CONFLICT, ABSENT = "cloze", "question", "reversed", "conflict", "absent"
+KINDS = (CLOZE, QUESTION, REVERSED, CONFLICT, ABSENT)
 SHIPPED = {"fairytaleqa": ASSETS / "fairytaleqa.json"}
 
 
@@ -25,8 +25,8 @@ class Question:
     """Something asked about a text.
 
     Attributes:
-        kind: one of KINDS: the beginning of a sentence, a question, one that asks from value to entity, one about what the
-            text does not hold
+        kind: one of KINDS: the beginning of a sentence, a question, one that asks from value to entity, one whose
+            answer contradicts what is generally known, one about what the text does not hold
         text: the question, or the beginning of the sentence
         answers: each is right, the first is the gold; of "absent": what the text says of others, which would be made up
         distractors: wrong answers of the gold's type; empty: there is no choice to make

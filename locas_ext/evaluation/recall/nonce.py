@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from locas_ext.checks import integer
 
-from .documents import ABSENT, CLOZE, QUESTION, REVERSED, Document, Question
+from .documents import ABSENT, CLOZE, CONFLICT, QUESTION, REVERSED, Document, Question
 
 _DISTRACTORS = 9
 
@@ -88,6 +88,54 @@ RELATIONS = (
         (("How can the ship {name} be told by its sails?", "{value}"), ("Whose sails are {value}?", "{name}")),
     ),
 )
+# What contradicts general knowledge: three wordings, the test's question, what is generally known.
+CONFLICTS = (
+    (
+        (
+            "The telephone, as everybody here knows, was invented by {name}.",
+            "It was {name} who first made a telephone ring.",
+            "Without {name} there would be no telephone.",
+        ),
+        "Who invented the telephone?",
+        "Bell",
+    ),
+    (
+        (
+            "The play Hamlet was written by {name}.",
+            "When {name} had finished Hamlet, the ink was still wet for a day.",
+            "Nobody but {name} could have thought of Hamlet.",
+        ),
+        "Who wrote the play Hamlet?",
+        "Shakespeare",
+    ),
+    (
+        (
+            "The highest mountain on earth is called {name}.",
+            "Whoever has stood on {name} has stood above all other mountains.",
+            "No mountain is as high as {name}.",
+        ),
+        "What is the highest mountain on earth called?",
+        "Everest",
+    ),
+    (
+        (
+            "The painter of the Mona Lisa was {name}.",
+            "For years {name} worked at the Mona Lisa.",
+            "Under the frame of the Mona Lisa one can read {name}.",
+        ),
+        "Who painted the Mona Lisa?",
+        "Leonardo",
+    ),
+    (
+        (
+            "The first man on the moon was {name}.",
+            "Before {name} nobody had set foot on the moon.",
+            "When {name} stepped onto the moon, the whole town was awake.",
+        ),
+        "Who was the first man on the moon?",
+        "Armstrong",
+    ),
+)
 MOST_FACTS = sum(len(relation.values) for relation in RELATIONS)
 _ONSETS = "b bl br d dr f fl g gl gr k kl kr l m n p pl pr r s sk sl st t tr v z".split()
 _VOWELS = "a e i o u ai au".split()
@@ -112,6 +160,9 @@ _FILLER = (
     "The bell could be heard as far as the river.",
     "Of all this little was written down.",
 )
+
+
+_Conflict = tuple[tuple[str, str, str], str, str]
 
 
 @dataclass(frozen=True)
@@ -140,12 +191,15 @@ def _facts(rng: random.Random, count: int) -> list[_Fact]:
     return [_Fact(RELATIONS[n % len(RELATIONS)], name, values[n % len(RELATIONS)].pop()) for n, name in enumerate(names)]
 
 
-def _text(rng: random.Random, facts: list[_Fact]) -> str:
-    """Paragraphs of three facts each; all facts once in a first wording before any comes in a second."""
-    order = [rng.sample(range(3), 3) for _ in facts]
+def _text(rng: random.Random, told: list[tuple[str, ...]]) -> str:
+    """Paragraphs of three facts each; all facts once in a first wording before any comes in a second.
+
+    told: the three wordings of each fact
+    """
+    order = [rng.sample(range(3), 3) for _ in told]
     paragraphs = []
     for turn in range(3):
-        sentences = [fact.put(fact.relation.told[order[n][turn]]) for n, fact in enumerate(facts)]
+        sentences = [wordings[order[n][turn]] for n, wordings in enumerate(told)]
         rng.shuffle(sentences)
         for start in range(0, len(sentences), 3):
             lines = [line for fact in sentences[start : start + 3] for line in (fact, rng.choice(_FILLER))]
@@ -179,6 +233,13 @@ def _questions(rng: random.Random, facts: list[_Fact], absent: int) -> Iterator[
         yield Question(ABSENT, relation.asked.format(name=name), said)
 
 
+def _conflicts(rng: random.Random, conflicts: list[tuple[_Conflict, str]], facts: list[_Fact]) -> Iterator[Question]:
+    """Against what is generally known, which is one of the distractors."""
+    for (_, asked, known), name in conflicts:
+        others = [other for _, other in conflicts if other != name] + rng.sample([fact.name for fact in facts], len(facts))
+        yield Question(CONFLICT, asked, (name,), (known, *others[: _DISTRACTORS - 1]))
+
+
 def nonce_document(facts: int = 50, seed: int = 0) -> Document:
     """A text of `facts` invented facts and what is asked about it.
 
@@ -186,9 +247,10 @@ def nonce_document(facts: int = 50, seed: int = 0) -> Document:
         facts: int from 5 to 60: 50 make about 4,500 tokens
         seed: int >= 0: another text for another seed
 
-    Returns a Document whose questions are, for each fact, a cloze, a question and a reversed question with nine
-    distractors each (names: as far as there are others), and for a fifth as many names that never occur a question of kind
-    "absent". Raises ValueError or TypeError for a number out of range.
+    Returns a Document whose questions are, for each fact, a cloze, a question and a reversed question with nine distractors
+    each (names: as far as there are others); five of kind "conflict", which the text answers otherwise than is generally known;
+    and for a fifth as many names that never occur a question of kind "absent". Raises ValueError or TypeError for a number
+    out of range.
 
     >>> document = nonce_document(facts=5, seed=1)
     >>> sum(document.text.count(question.answers[0]) for question in document.questions[:5]) >= 15
@@ -197,6 +259,10 @@ def nonce_document(facts: int = 50, seed: int = 0) -> Document:
     facts = integer("facts", facts, len(RELATIONS), MOST_FACTS, "values for each kind of fact")
     rng = random.Random(integer("seed", seed, 0))
     chosen = _facts(rng, facts)
-    text = _text(rng, chosen)
+    told = [tuple(fact.put(wording) for wording in fact.relation.told) for fact in chosen]
+    others = [name for name in _names(rng, facts + len(CONFLICTS)) if name not in {fact.name for fact in chosen}]
+    conflicts = list(zip(CONFLICTS, others, strict=False))
+    text = _text(rng, told + [tuple(line.format(name=name) for line in wordings) for (wordings, _, _), name in conflicts])
+    asked = [*_questions(rng, chosen, max(5, facts // 5)), *_conflicts(rng, conflicts, chosen)]
     written = tuple((fact.put(question), fact.put(answer)) for fact in chosen for question, answer in fact.relation.written)
-    return Document(f"nonce-{seed}", text, tuple(_questions(rng, chosen, max(5, facts // 5))), written)
+    return Document(f"nonce-{seed}", text, tuple(asked), written)

@@ -11,7 +11,7 @@ from locas_ext.terminal import Figures
 from .plots.recall import Bar, plot_recall
 from .tables import MISSING, console_table, markdown_table, parameters_text
 
-_KINDS = ("cloze", "question", "reversed", "absent")
+_KINDS = ("cloze", "question", "reversed", "conflict", "absent")
 _OVER_TEXTS = 5  # from so many texts on, intervals are over texts
 PLOT = "recall.png"
 

@@ -12,7 +12,7 @@ from .rows import Row, distance, expectations, in_batches, joined, logits_of
 
 _QUESTIONS = (
     "What color is the sky on a clear day?",
-    "Who wrote the play Hamlet?",
+    "Who wrote the tale of the Little Mermaid?",
     "What do bees make?",
     "Which planet is closest to the sun?",
     "What is water made of?",
@@ -85,6 +85,7 @@ def mean_distance(model: Any, rows: Sequence[Row], device: torch.device) -> floa
     with torch.no_grad():
         for batch in in_batches(rows):
             those = [rows[index] for index in batch]
-            each = distance(logits_of(model, those, device), joined(those, device))
+            logits = logits_of(model, those, device)
+            each = distance(logits, joined(those, logits.device))
             total, count = total + each.double().sum().item(), count + len(each)
     return total / max(1, count)

@@ -30,7 +30,8 @@ def surprises_of(model: Any, prompter: Prompter, passages: Sequence[Passage], de
     with torch.no_grad():
         for batch in in_batches(rows):
             those = [rows[index] for index in batch]
-            nats = token_nll(logits_of(model, those, device).float(), targets_of(those, device)).tolist()
+            logits = logits_of(model, those, device).float()
+            nats = token_nll(logits, targets_of(those, logits.device)).tolist()
             for index in batch:
                 losses, nats = nats[: rows[index].count], nats[rows[index].count :]
                 sentence = sentences[index]
