@@ -166,7 +166,7 @@ _RECALL_DONE = fields(
         "kept_interval": _interval,
         "answers": list_of(_RECALL_ANSWER),
     },
-    {"extra_parameters": _count, "note": nullable(text)},
+    {"extra_parameters": _count, "notes": list_of(text)},
 )
 
 
@@ -175,6 +175,7 @@ def _recall_record(value: Any, place: str) -> None:
     fields({"method": text, "document": text, "error": nullable(text), "seconds": _not_negative}, _COMMON)(value, place)
     if value["error"] is None:
         _RECALL_DONE(value, place)
+        fields({}, {"after": _RECALL_DONE})(value, place)
 
 
 # ---- settings and machine ------------------------------------------------------------------------------------

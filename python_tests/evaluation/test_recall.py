@@ -59,10 +59,10 @@ def test_results_hold_every_answer_and_what_it_is_summed_up_to(finished):
     assert records["none"]["other_kl"] == pytest.approx(0, abs=1e-9) == records["retrieval"]["other_kl"]
     assert records["locas"]["other_kl"] == records["locas+retrieval"]["other_kl"] > 1e-5 < records["temp-lora"]["other_kl"]
     assert records["locas"]["perplexity"] < records["none"]["perplexity"]
-    assert "questions about" in records["study"]["note"] and "10 given" not in records["study"]["note"]
-    assert "10 questions about" in records["study-given+retrieval"]["note"] and records["locas"]["note"] is None
+    assert "questions about" in records["study"]["notes"][0] and "10 given" not in records["study"]["notes"][0]
+    assert "10 questions about" in records["study-given+retrieval"]["notes"][0] and records["locas"]["notes"] == []
     assert records["study"]["other_kl"] > 1e-6 and records["study"]["extra_parameters"] == 3 * 4 * 32
-    assert (finished / "studies" / "study-nonce-0" / "progress.json").exists()
+    assert (finished / "studies" / "study" / "nonce-0" / "progress.json").exists()
     assert records["locas"]["extra_parameters"] == 3 * 4 * 32 and records["none"]["extra_parameters"] == 0
 
 
@@ -105,7 +105,7 @@ def test_an_ended_run_goes_on_with_what_is_missing(finished, host_folder, tmp_pa
     out = tmp_path / "run"
     assert run(host_folder, out) == 130 and "3 of 8 pairs of method and text are finished" in capsys.readouterr().err
     assert run(host_folder, out) == 0 and len(measured) == 3 + 5
-    told = ("seconds", "seconds_asking", "note")  # how long it took
+    told = ("seconds", "seconds_asking", "notes")  # how long it took
     timeless = lambda folder: [{k: v for k, v in r.items() if k not in told} for r in results.read(folder)["records"]]
     assert timeless(out) == timeless(finished)
     before = (out / "results.json").read_bytes()
@@ -129,6 +129,27 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     assert all(record["kept"] == 0.5 and record["kept_questions"] == 10 for record in records)
     assert all(answer["options"] == 3 for answer in records[0]["answers"])
     assert "intervals over texts" in (out / "report.md").read_text()
+
+
+def test_what_is_retained_after_further_texts(host_folder, tokenizer, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(host_folder, out, "--further", 1, methods="none,locas,study") == 0
+    records = {record["method"]: record for record in results.read(out)["records"]}
+    assert "after" not in records["none"] and len(records["study"]["notes"]) == 2
+    assert "question gen, 1 texts later" in (out / "report.md").read_text()
+    model, _ = command.load_host(str(host_folder), None, "cpu")
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host"))
+    for seed in (0, 1_000_000):
+        ids = tokenizer(nonce_document(5, seed).text, add_special_tokens=False)["input_ids"]
+        memory.memorize(ids, window=64, stride=32, learning_rate=0.02, progress=False, on_divergence="ignore")
+    first = tokenizer(nonce_document(5, 0).text, add_special_tokens=False)["input_ids"]
+    expected = measuring.truncation(model, first, 64, 32, progress=False).perplexity
+    assert records["locas"]["after"]["perplexity"] == pytest.approx(expected) != records["locas"]["perplexity"]
+    (tmp_path / "one.json").write_text(
+        json.dumps({"title": "t", "text": "w " * 9, "questions": [{"question": "q?", "answer": "w"}]})
+    )
+    assert run(host_folder, tmp_path / "other", "--further", 1, methods="locas", data=tmp_path / "one.json") == 2
+    assert "--further is 1, but there are 1 texts" in capsys.readouterr().err
 
 
 def test_a_study_has_nothing_given_where_the_data_brings_nothing(host_folder, tmp_path):

@@ -60,6 +60,9 @@ def recall(
     facts: Annotated[int, option(integer(5), "Invented facts in each text of nonce.")] = 50,
     reading: ReadingOptions = ReadingOptions(),
     passes: Annotated[int, option(integer(1), "How often locas and temp-lora read each text.", panel=READING)] = 1,
+    further: Annotated[
+        int, option(integer(0), "More texts that a memory learns before it is asked again: what it retains.", panel=READING)
+    ] = 0,
     locas: LocasOptions = LocasOptions(scale="host", learning_rate=2e-3),
     temp_lora: TempLoraOptions = TempLoraOptions(temp_lora_lr=5e-4),
     studying: StudyOptions = StudyOptions(),
@@ -95,6 +98,7 @@ def recall(
         locas=asdict(locas),
         temp_lora=temp_lora.settings(locas.seed),
         passes=passes,
+        further=further,
         study={
             "loss": studying.loss,
             "passes": study_passes,

@@ -42,10 +42,11 @@ from .measuring import (
     right_general,
     summarize,
 )
-from .methods import METHODS, STUDYING, Reading, Retrieval, having_read, split, view_of
+from .methods import METHODS, STUDYING, Learned, Reading, Retrieval, having_learned, split, view_of
 from .nonce import nonce_document
 
 NONCE = "nonce"
+_FURTHER_SEED = 1_000_000
 _AT_ONCE = 96  # general questions between two looks at whether enough are right
 
 
@@ -57,6 +58,7 @@ class RecallTask:
     documents: how many of the texts; None: all, of NONCE one
     facts: of each invented text
     passes: how often a memory that streams reads each text
+    further: how many more texts a memory learns before it is asked again
     study: {"loss", "passes", "study": the fields of StudySettings}; passes: how often a text is streamed before it is studied
     """
 
@@ -69,6 +71,7 @@ class RecallTask:
     locas: dict
     temp_lora: dict
     passes: int
+    further: int
     study: dict
     window: int | None
     stride: int | None
@@ -95,7 +98,7 @@ def _check(task: RecallTask) -> None:
     )
     at_least(1, batch_size=task.asking.batch_size, retrieval_chunks=task.retrieval.chunks)
     at_least(2, retrieval_tokens=task.retrieval.tokens)
-    at_least(0, general=task.asking.general, study_passes=task.study["passes"])
+    at_least(0, general=task.asking.general, study_passes=task.study["passes"], further=task.further)
     StudySettings(**task.study["study"])
 
 
@@ -105,7 +108,10 @@ def _documents(task: RecallTask) -> list[Document]:
         return [nonce_document(task.facts, task.seed + number) for number in range(count)]
     if task.data not in SHIPPED and not Path(task.data).exists():
         raise FileNotFoundError(f"DATA: {task.data} is not there; expected {NONCE}, {', '.join(SHIPPED)}, a file or a folder")
-    return with_distractors(read_documents(task.data, task.documents), task.seed)
+    documents = with_distractors(read_documents(task.data, task.documents), task.seed)
+    if len(documents) <= task.further:
+        raise ValueError(f"--further is {task.further}, but there are {len(documents)} texts; expected fewer further ones")
+    return documents
 
 
 def _arms(task: RecallTask) -> dict[str, Arm]:
@@ -130,6 +136,7 @@ def _settings(task: RecallTask, documents: list[Document], host: Any, protocol: 
         "window": protocol.window,
         "stride": protocol.stride,
         "passes": task.passes,
+        "further": task.further,
         "seed": task.seed,
         "memories": {name: arm.settings for name, arm in _arms(task).items()},
         "retrieval": asdict(task.retrieval),
@@ -178,20 +185,31 @@ class Recall:
             alone.priors[document.title] = priors_of(self.host, self.prompter, list(document.questions), self.task.asking)
         arm, started = self.arms.get(memory) if memory else None, time.perf_counter()
         try:
-            with having_read(self.host, self.prompter, arm, document, self.reading) as learned:
+            with having_learned(self.host, self.prompter, arm, self.reading) as learned:
+                learned.learn(document)
                 seconds = time.perf_counter() - started
                 record |= self._asked(method, document, view, alone)
+                if arm is not None and self.task.further:
+                    record["after"] = self._asked_after(method, document, view, alone, learned)
         except LocasError as error:
             return {**record, "error": one_line(error), "seconds": time.perf_counter() - started}
         asking = time.perf_counter() - started - seconds
-        return {
-            **record,
-            "error": None,
-            "seconds": seconds,
-            "seconds_asking": asking,
-            "extra_parameters": learned.extra_parameters,
-            "note": learned.note,
-        }
+        own = {"seconds": seconds, "seconds_asking": asking, "extra_parameters": learned.extra_parameters}
+        return {**record, **own, "error": None, "notes": learned.notes}
+
+    def _asked_after(self, method: str, document: Document, view: View, alone: HostAlone, learned: Learned) -> dict:
+        """The same asked again after the same memory has learned further texts."""
+        for further in self._further(document):
+            learned.learn(further)
+        return self._asked(method, document, view, alone)
+
+    def _further(self, document: Document) -> list[Document]:
+        """Texts that are learned after this one: invented ones of other seeds, else those that follow it in the data."""
+        task = self.task
+        if task.data == NONCE:
+            return [nonce_document(task.facts, task.seed + _FURTHER_SEED + number) for number in range(task.further)]
+        place = self.documents.index(document)
+        return [*self.documents[place + 1 :], *self.documents[:place]][: task.further]
 
     def _asked(self, method: str, document: Document, view: View, alone: HostAlone) -> dict:
         host, prompter, task = self.host, self.prompter, self.task

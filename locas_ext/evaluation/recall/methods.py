@@ -1,8 +1,8 @@
 """The rungs of the ladder: what has learned the text, and what of it stands in the window when questions are asked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,49 +71,59 @@ class Reading:
     studies: Path
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learned:
-    """A host with what it has learned in place. note: what is said of the learning beside its figures, or None."""
+    """A host with what it has learned in place.
 
+    learn: has the same memory learn a further text
+    notes: what was said of the learning of each text beside its figures
+    """
+
+    learn: Callable[[Document], None]
     extra_parameters: int = 0
-    note: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def having_read(host: Any, prompter: Prompter, arm: Arm | None, document: Document, reading: Reading) -> Iterator[Learned]:
-    """Inside the block the host has a fresh memory that has learned the text; without an arm it is alone.
+def having_learned(host: Any, prompter: Prompter, arm: Arm | None, reading: Reading) -> Iterator[Learned]:
+    """Inside the block the host has a fresh memory that learns texts; without an arm it is alone and learns nothing.
 
-    Raises LocasError where a method has nothing to learn from.
+    `learn` raises LocasError where a method has nothing to learn from.
     """
     if arm is None:
-        yield Learned()
-        return
-    ids = torch.tensor(prompter.encode(document.text), dtype=torch.long)
-    if arm.method in STUDYING:
-        with _having_studied(host, prompter, arm, document, ids, reading) as learned:
+        yield Learned(lambda document: None)
+    elif arm.method in STUDYING:
+        with _studying(host, prompter, arm, reading) as learned:
             yield learned
-        return
-    with reader(host, arm) as reads:
-        for _ in range(reading.passes):
-            reads.read(ids, reading.protocol.window, reading.protocol.stride, bos=reading.protocol.bos)
-        yield Learned(reads.extra_parameters)
+    else:
+        with reader(host, arm) as reads:
+            protocol = reading.protocol
+
+            def learn(document: Document) -> None:
+                ids = torch.tensor(prompter.encode(document.text), dtype=torch.long)
+                for _ in range(reading.passes):
+                    reads.read(ids, protocol.window, protocol.stride, bos=protocol.bos)
+
+            yield Learned(learn, reads.extra_parameters)
 
 
 @contextmanager
-def _having_studied(
-    host: Any, prompter: Prompter, arm: Arm, document: Document, ids: torch.Tensor, reading: Reading
-) -> Iterator[Learned]:
-    """passes of the arm's settings: how often the text is streamed first, by the settings of locas"""
-    settings, pairs = arm.settings, document.written if arm.method == "study-given" else None
-    if pairs is not None and not pairs:
-        raise LocasError("there are no given pairs: only the invented facts of nonce bring some")
+def _studying(host: Any, prompter: Prompter, arm: Arm, reading: Reading) -> Iterator[Learned]:
+    """passes of the arm's settings: how often a text is streamed first, by the settings of locas"""
+    settings, protocol = arm.settings, reading.protocol
+    streaming = {name: settings["memory"][name] for name in ("learning_rate", "epochs")}
     memory = locas.attach(host, locas_config(settings["memory"]))
-    try:
+    titles: list[str] = []
+    notes: list[str] = []
+
+    def learn(document: Document) -> None:
+        pairs = document.written if arm.method == "study-given" else None
+        if pairs is not None and not pairs:
+            raise LocasError("there are no given pairs: only the invented facts of nonce bring some")
+        ids = torch.tensor(prompter.encode(document.text), dtype=torch.long)
         for _ in range(settings["passes"]):
-            protocol = reading.protocol
-            learning = {name: settings["memory"][name] for name in ("learning_rate", "epochs")}
-            memory.memorize(ids, protocol.window, protocol.stride, bos=protocol.bos, on_divergence="ignore", **learning)
-        cache = reading.studies / f"{slug(arm.method)}-{slug(document.title)}"
+            memory.memorize(ids, protocol.window, protocol.stride, bos=protocol.bos, on_divergence="ignore", **streaming)
+        titles.append(slug(document.title))
         report = memory.study(
             document.text,
             prompter.tokenizer,
@@ -121,8 +131,11 @@ def _having_studied(
             pairs,
             settings["memory"]["seed"],
             settings=StudySettings(**settings["study"]),
-            cache=cache,
+            cache=reading.studies / slug(arm.method) / "+".join(titles),
         )
-        yield Learned(memory.num_parameters, str(report).replace("\n", "; "))
+        notes.append(str(report).replace("\n", "; "))
+
+    try:
+        yield Learned(learn, memory.num_parameters, notes)
     finally:
         memory.detach()

@@ -14,6 +14,7 @@ from .tables import MISSING, console_table, markdown_table, parameters_text
 _KINDS = ("cloze", "question", "reversed", "conflict", "absent")
 _OVER_TEXTS = 5  # from so many texts on, intervals are over texts
 PLOT = "recall.png"
+Found = tuple[float, list[float] | None] | None
 
 
 # ---- figures of a method over all texts ------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def _by_method(content: dict) -> dict[str, list[dict]]:
     return result
 
 
-def _pooled(texts: list[list[float]], seed: int = 0) -> tuple[float, list[float] | None] | None:
+def _pooled(texts: list[list[float]], seed: int = 0) -> Found:
     """The mean over questions of several texts, and its interval: over texts where there are enough, else over questions."""
     texts = [values for values in texts if values]
     if not texts:
@@ -43,7 +44,7 @@ def _pooled(texts: list[list[float]], seed: int = 0) -> tuple[float, list[float]
     return float(np.mean(flat)), interval(sums[:, 0] / sums[:, 1])
 
 
-def figure(records: list[dict], kind: str, measure: str) -> tuple[float, list[float] | None] | None:
+def figure(records: list[dict], kind: str, measure: str) -> Found:
     """A measure of a kind of question over the texts of some records; None where nothing is known."""
     return _pooled(
         [
@@ -58,7 +59,7 @@ def _mean(records: list[dict], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _kept(records: list[dict]) -> tuple[float, list[float] | None] | None:
+def _kept(records: list[dict]) -> Found:
     """Over texts; of one text, with its interval over questions."""
     known = [record for record in records if record.get("kept") is not None]
     if len(known) == 1:
@@ -67,7 +68,7 @@ def _kept(records: list[dict]) -> tuple[float, list[float] | None] | None:
 
 
 # ---- text ------------------------------------------------------------------------------------------------------
-def _percent(found: tuple[float, list[float] | None] | None, with_interval: bool) -> str:
+def _percent(found: Found, with_interval: bool) -> str:
     if found is None:
         return MISSING
     value, bounds = found
@@ -75,7 +76,7 @@ def _percent(found: tuple[float, list[float] | None] | None, with_interval: bool
     return text + (f" [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]" if with_interval and bounds else "")
 
 
-def _nats(found: tuple[float, list[float] | None] | None, with_interval: bool) -> str:
+def _nats(found: Found, with_interval: bool) -> str:
     if found is None:
         return MISSING
     value, bounds = found
@@ -98,6 +99,7 @@ def _rows(content: dict, with_intervals: bool) -> tuple[list[str], list[list[str
             columns[f"{kind} {name}"] = [_percent(each, with_intervals) for each in found]
     found = [figure(records, "question", "gold_nats") for records in methods.values()]
     columns["gold, nats a token"] = [_nats(each, with_intervals) for each in found]
+    columns |= _after(content, methods, with_intervals)
     columns["kept"] = [_percent(_kept(records), with_intervals) for records in methods.values()]
     for title, name, form in (
         ("other KL", "other_kl", ".3f"),
@@ -108,6 +110,16 @@ def _rows(content: dict, with_intervals: bool) -> tuple[list[str], list[list[str
     columns["parameters"] = [parameters_text(_mean(records, "extra_parameters")) for records in methods.values()]
     known = {title: cells for title, cells in columns.items() if any(cell != MISSING for cell in cells)}
     return list(known), [list(row) for row in zip(*known.values(), strict=True)]
+
+
+def _after(content: dict, methods: dict[str, list[dict]], with_intervals: bool) -> dict[str, list[str]]:
+    """The columns of what is left after further texts."""
+    columns = {}
+    for measure, name in {"contained": "gen", "calibrated": "cal"}.items():
+        title = f"question {name}, {content['settings'].get('further') or 'some'} texts later"
+        found = [figure([r["after"] for r in records if r.get("after")], "question", measure) for records in methods.values()]
+        columns[title] = [_percent(each, with_intervals) for each in found]
+    return columns
 
 
 def _title(content: dict) -> str:
@@ -153,8 +165,12 @@ def _errors(content: dict) -> list[str]:
 
 
 def _notes(content: dict) -> list[str]:
-    noted = [record for record in content["records"] if record.get("note")]
-    lines = [f"- {markdown(r['method'])}, {markdown(r['document'])}: {markdown(r['note'])}" for r in noted]
+    records = content["records"]
+    lines = [
+        f"- {markdown(record['method'])}, {markdown(record['document'])}: {markdown(note)}"
+        for record in records
+        for note in record.get("notes") or []
+    ]
     return ["What learning says:", "", *lines, ""] if lines else []
 
 
