@@ -38,7 +38,7 @@ class StudyingMemory(MemoryFacts):
             loss: "kl": the answer's distribution as the host gives it with the passage in view; "ce": the answer itself
             pairs: [(question, answer), ...] to learn instead of the host's own
             seed: int >= 0: of questions, draws and order
-            progress: bool: whether progress bars are shown, and before learning how long it will take
+            progress: bool: whether progress bars are shown, and before writing and before learning about how long it will take
             settings: a `locas.StudySettings`; None: its defaults
             cache: a folder that keeps questions and progress, so that the same call goes on where an ended one stood; None:
                 nothing is kept on disk

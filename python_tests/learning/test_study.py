@@ -121,6 +121,16 @@ def test_a_host_that_writes_nothing_usable_is_refused_with_the_counts():
     assert memory.version == before and not memory.texts
 
 
+def test_how_long_it_takes_is_said_before_it_starts(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    chosen = settings(kinds=("asked", "blank"), questions=2, epochs=1, guard=0.0, check=False)
+    memory = studying(SEED)
+    report = memory.study(TEXT, study_tokenizer(CHAT), "ce", settings=chosen)
+    said = capsys.readouterr().err
+    assert f"{report.asked} questions to write, about " in said and f"{report.planned} updates, about " in said
+    assert said.index("to write") < said.index("asking") < said.index("updates, about") < said.index("studying")
+
+
 # ---- ended and gone on -----------------------------------------------------------------------------------------
 def test_an_ended_study_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     tokenizer = study_tokenizer()

@@ -243,3 +243,19 @@ def test_a_question_in_what_was_written(text, question):
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} is"):
         StudySettings(**{name: value})
+
+
+def test_how_long_writing_takes_is_told_from_a_few_tokens(monkeypatch):
+    """With a clock that moves by the work: a unit a prompt's reading, a tenth a token that is written after it."""
+    now = [0.0]
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+
+    def works(model, tokenizer, prompts, new_tokens, seed, temperature=0.0):
+        now[0] += len(prompts) * (1 + 0.1 * new_tokens)
+
+    monkeypatch.setattr(generation, "write", works)
+    model = study_host(SEED)
+    for count in (1, 16, 50):
+        seconds = generation.seconds_to_write(model, study_tokenizer(), [[5] * 9] * count, 20, SEED)
+        assert seconds == pytest.approx(count * (1 + 0.1 * 20))
+    assert generation.seconds_to_write(model, study_tokenizer(), [], 20, SEED) == 0

@@ -16,6 +16,7 @@ from locas_ext.errors import LocasError
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.texts import read_whole
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.study.generation import ends_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import Memory
 
@@ -109,6 +110,7 @@ class Chat:
                 max_new_tokens=task.max_new_tokens,
                 streamer=streamer,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                eos_token_id=ends_of(model, self.tokenizer),
                 **sampling,
             )
         said = self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True).strip()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .generation import write
+from .generation import seconds_to_write, write
 from .pairs import Pair, Salience
 from .passages import Passage, sentences_of, words_of
 from .prompts import Prompter
@@ -70,6 +70,26 @@ def _wishes(passage: Passage, salient: Salience, settings: StudySettings, rng: r
         chosen = rng.sample(words, settings.questions) if len(words) > settings.questions else words
         wishes += [(SEED_FOR.format(word), word) for word in chosen]
     return wishes
+
+
+def seconds_to_ask(
+    model: Any,
+    prompter: Prompter,
+    passages: Sequence[Passage],
+    numbers: Sequence[int],
+    salient: Salience,
+    settings: StudySettings,
+    seed: int,
+) -> tuple[int, float]:
+    """How many questions `ask_about` would have the host write about some passages, and about how long that takes."""
+    prompts = []
+    for number in numbers:
+        rng = random.Random(f"{seed} {number}")
+        prompts += [prompter.ask(told, passages[number].text) for told, _ in _wishes(passages[number], salient, settings, rng)]
+    # questions, and the answers to those that had none
+    answered = settings.questions * len(numbers) if ASKED in settings.kinds else 0
+    seconds = seconds_to_write(model, prompter.tokenizer, prompts, settings.new_tokens, seed)
+    return len(prompts), seconds * (1 + answered / max(1, len(prompts)))
 
 
 def ask_about(

@@ -1,10 +1,12 @@
 """Text that a host writes, many prompts at once."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+_TRIED = 16  # prompts that are written after to see how long it takes
 _TOGETHER = 1 << 16  # tokens of prompts that are answered together, what is written included
 
 
@@ -36,6 +38,31 @@ def write(
     return result
 
 
+def ends_of(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the model's own and the tokenizer's; None if neither names one."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in ends if token is not None)) or None
+
+
+def seconds_to_write(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int) -> float:
+    """About how long `write` takes for these prompts, from a few tokens after some of them."""
+    if not prompts:
+        return 0.0
+    some = sorted(prompts, key=len)[len(prompts) // 2 :][:_TRIED] or list(prompts[:_TRIED])
+    times = []
+    for count in (1, 1, 5):  # the first one warms up
+        started = time.perf_counter()
+        write(model, tokenizer, some, count, seed, temperature=1.0)
+        times.append(time.perf_counter() - started)
+    token = max(0.0, times[2] - times[1]) / 4
+    batches = max(1.0, sum(len(prompt) + new_tokens for prompt in prompts) / _TOGETHER)
+    # reading costs by the prompt, writing by the batch where a device is not yet busy, by the prompt where it is
+    reading = (times[1] - token) * len(prompts) / len(some)
+    busy = len(prompts) / len(some) if model.device.type == "cpu" else batches
+    return reading + token * new_tokens * busy
+
+
 def _fitting(lengths: list[int], new_tokens: int) -> int:
     """How many prompts, from the shortest on, fit together."""
     count = 1
@@ -57,5 +84,12 @@ def _batch(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=padding, **sampling)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            pad_token_id=padding,
+            eos_token_id=ends_of(model, tokenizer),
+            **sampling,
+        )
     return [tokenizer.decode(row, skip_special_tokens=True) for row in output[:, width:].tolist()]

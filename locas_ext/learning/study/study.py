@@ -24,7 +24,7 @@ from locas_ext.storage.config_file import digest as tensor_digest
 from locas_ext.terminal import Terminal
 
 from .arguments import prompter_of, texts_of
-from .asking import Written, ask_about
+from .asking import Written, ask_about, seconds_to_ask
 from .guard import guard_rows
 from .learner import Learner, Material, Progress
 from .pairs import Pair, Salience, given_pairs, made_pairs, require_usable
@@ -95,6 +95,10 @@ class Study:
         written, done = self.store.written()
         if self.prompter.has_chat and any(kind in settings.kinds for kind in BY_THE_HOST):
             missing = [number for number in range(len(self.passages)) if number not in done]
+            if self.shows and missing:
+                asks = self.model, self.prompter, self.passages, missing, salient, settings, self.seed
+                count, seconds = seconds_to_ask(*asks)
+                Terminal(stderr=True).print(f"{count:,} questions to write, about {seconds:,.0f} s")
             with self._bar("asking", len(missing), "passages") as advance:
                 for start in range(0, len(missing), _AT_ONCE):
                     self._ask(missing[start : start + _AT_ONCE], salient, written, advance)
