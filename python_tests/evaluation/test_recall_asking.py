@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.assets import MODEL
+from locas_ext.evaluation.recall import measuring
 from locas_ext.evaluation.recall.asking import View, choice_scores, prompt_lengths, written_answers
 from locas_ext.evaluation.recall.documents import CLOZE, QUESTION, Question
 from locas_ext.learning.study.prompts import Prompter
@@ -88,6 +89,31 @@ def test_the_answers_are_those_of_generate(name, prompter, model):
         context = view.shared if view.of is None else view.of(question)
         prompt = torch.tensor(plain_prompt(prompter, question, context))
         assert text == plain_answer(model, prompter.tokenizer, prompt, 6)
+
+
+def test_a_choice_is_made_with_and_without_what_the_host_thinks_of_the_answers(prompter):
+    question = Question(QUESTION, "What do they sell?", ("salt",), ("wool", "honey"))
+    for scores, prior, choice, calibrated in (
+        ([-3.0, -2.0, -9.0], [-5.0, -1.0, -9.5], False, True),
+        ([-1.0, -2.0, -9.0], [-1.0, -8.0, -9.5], True, False),
+        ([-1.0, -2.0, -9.0], [-2.0, -2.5, -9.5], True, True),
+    ):
+        priors = {("question", text): nats for text, nats in zip(("salt", "wool", "honey"), prior, strict=True)}
+        found = measuring._choice(prompter, question, scores, priors)
+        assert (found["choice"], found["calibrated"], found["options"]) == (choice, calibrated, 3)
+        assert found["gold_nats"] == pytest.approx(scores[0] / len(prompter.answer("salt")))
+    alone = measuring._choice(prompter, Question(QUESTION, "?", ("salt",)), [-1.0], {("question", "salt"): -2.0})
+    assert alone["choice"] is None and alone["calibrated"] is None
+
+
+def test_what_the_host_thinks_of_an_answer_is_asked_with_an_empty_question(prompter, model):
+    asked = [Question(QUESTION, "What?", ("salt",), ("wool",)), Question(CLOZE, "They sell", ("salt",), ("tin",))]
+    priors = measuring.priors_of(model, prompter, asked, measuring.Asking())
+    assert set(priors) == {("question", "salt"), ("question", "wool"), (CLOZE, "salt"), (CLOZE, "tin")}
+    for (form, text), nats in priors.items():
+        empty = Question(form, "" if form == QUESTION else "The", (text,))
+        ((expected,),) = choice_scores(model, prompter, [empty], View(), 1, lambda count: None)
+        assert nats == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

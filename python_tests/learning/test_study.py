@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import assert_same_host, snapshot
+from support.helpers import assert_same_host, snapshot, tiny_opt
 from support.study import CHAT, PAIRS, TEXT, answer_nats, study_host, study_tokenizer, studying
 
 import locas_ext as locas
@@ -37,6 +37,14 @@ def test_answers_become_likelier_without_the_passage(loss):
     with memory.disabled():
         assert answer_nats(memory.model, tokenizer) == pytest.approx(nats)
     assert "4 questions" in str(report) and "24 of 24 updates" in str(report)
+
+
+def test_a_two_layer_host_studies_too():
+    tokenizer, host = study_tokenizer(), tiny_opt(4096, positions=256)
+    memory = locas.attach(host, locas.LocasConfig(variant="mlp", rank=8, scale=2.0))
+    nats = answer_nats(host, tokenizer)
+    memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=settings(guard=0.1, most_kl=1e6))
+    assert answer_nats(host, tokenizer) < nats - 1
 
 
 def test_the_guard_keeps_the_host_as_it_is():
@@ -187,6 +195,7 @@ def test_what_the_host_wrote_is_kept_passage_by_passage(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_bytes(lines + b'{"kind": "asked", "question": "cut o')
     report = studying(SEED).study(TEXT, tokenizer, "ce", progress=False, settings=chosen, cache=tmp_path)
     passages = report.passages
+    assert (tmp_path / "pairs.jsonl").read_bytes().startswith(lines)  # what was there before is kept too
     assert asked == [[0, 1], [2, 3], *([n for n in (k, k + 1) if n < passages] for k in range(2, passages, 2))]
     assert report.questions["asked"] == len(asked) - 1
     (tmp_path / "pairs.jsonl").write_bytes(lines.replace(b'"answer"', b'"reply"'))

@@ -163,8 +163,10 @@ class Recall:
         """Asks the general questions until enough are right, and reads the unrelated text."""
         prompter, asking = self.prompter, self.task.asking
         ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
-        questions: list[Question] = general_questions() if asking.general else []
+        questions: list[Question] = general_questions()
         right: list[Question] = []
+        if not asking.general:
+            return HostAlone(right, other_logits(self.host, ids), ids)
         with _progress("general questions", len(questions)) as advance:
             for start in range(0, len(questions), _AT_ONCE):
                 if len(right) >= asking.general:
