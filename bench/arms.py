@@ -194,15 +194,15 @@ def _ours(backend):
 
 def rehomed(operands):
     mlp = copy.deepcopy(operands.mlp)  # the others keep the weights as they are
-    home = RehomedFFN(GatedFFN(mlp, "silu"), operands.state, operands.arena, 0, mlp)
-    home.move_in(storage_users(mlp))
-    home.refresh()
+    rehomed = RehomedFFN(GatedFFN(mlp, "silu"), operands.state, operands.arena, 0, mlp)
+    rehomed.adopt(storage_users(mlp))
+    rehomed.refresh()
     slots, grad = operands.arena.parameters[0], operands.arena.grads[0]
 
     def ffn(x):
         if torch.is_grad_enabled():
-            return RehomedFunction.apply(x, slots, home, None, 0, grad)
-        return rehomed_forward(x, home, None, 0, save=False)[0]
+            return RehomedFunction.apply(x, slots, rehomed, None, 0, grad)
+        return rehomed_forward(x, rehomed, None, 0, save=False)[0]
 
     return ffn, []
 

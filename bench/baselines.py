@@ -82,7 +82,7 @@ class Sliding:
         if not torch.equal(
             self.latest[self.stride :], self.ids[: -self.stride]
         ):  # another text, whose beginning is read at once
-            self.kept = KeptContext(self.model, self.model.device, len(self.ids), Keep().sinks)
+            self.kept = KeptContext(self.model, self.model.device, len(self.ids), Keep().sinks, len(self.ids))
             self._read(context)
         self.latest = self.ids.clone()
         logits = self._read(inputs)

@@ -70,7 +70,9 @@ def _driver() -> str | None:
     return lines[0] if lines else None
 
 
-def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each arm in each round; a round runs every arm once, A, B, C, so that noise hits all alike."""
     for _ in range(warmup):
         for run in arms.values():
@@ -79,10 +81,10 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int 
     for _ in range(rounds):
         for name, run in arms.items():
             _wait_for_gpu()
-            start = time.perf_counter()
+            start = clock()
             run()
             _wait_for_gpu()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

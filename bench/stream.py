@@ -3,12 +3,13 @@
 After each chunk in a full window, every baseline (baselines.py) runs once on the same window with a second,
 unpatched copy of the host, so whatever disturbs the machine disturbs all arms. The text is memorized over windows that are
 read anew and over a kept context. On CUDA the baselines run eagerly and in CUDA graphs, and each way of memorizing runs with
-the step as a CUDA graph and without. The ratios are to the faster kind of truncation: in a graph where there is one.
+the step as a CUDA graph and without. The ratios are to the faster kind of truncation: in a graph where there is one. Peak GPU
+memory is measured beforehand, with one host at a time.
 """
 
 import argparse
+import gc
 import itertools
-import math
 import os
 import statistics
 import time
@@ -22,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.learning.perplexity import perplexity
 
 from .baselines import FastTruncation, HostStep, Sliding, Truncation, eager, graphed
-from .harness import parse, percentile, ratio, report
+from .harness import parse, percentile, print_table, ratio, report
 
 
 class Shape(NamedTuple):
@@ -145,9 +147,36 @@ def run(
     for name, values in seconds.items():
         record = _record(name, values, seconds[first], stride)
         if arguments.shape is None and not name.endswith(" again"):
-            record["perplexity"] = math.exp(nll[name] / scored)
+            record["perplexity"] = perplexity(nll[name], scored)
         records.append(record)
     return records, report_
+
+
+def peak_memory(arguments, ids: torch.Tensor) -> list[dict]:
+    """What the GPU holds at most for the host alone, which reads a window, and for a host that memorizes; each by itself."""
+
+    def alone() -> None:
+        baseline = Truncation(load(arguments), arguments.window, arguments.stride)
+        eager(baseline)(ids[: arguments.window].to(arguments.device))
+
+    def memorizing(context: str) -> None:
+        memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+        few = ids[: arguments.window + 3 * arguments.stride]
+        memory.memorize(few, window=arguments.window, stride=arguments.stride, context=context, progress=False)
+
+    records = []
+    for name, work in {
+        "host alone": alone,
+        "memorizing": lambda: memorizing("recompute"),
+        "memorizing, context kept": lambda: memorizing("keep"),
+    }.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        records.append({"arm": name, "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30})
+    return records
 
 
 def _arguments() -> argparse.Namespace:
@@ -179,6 +208,7 @@ def main() -> None:
         ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
     graphs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
     contexts = {"": "recompute", ", context kept": "keep"}
+    peaks = [] if arguments.device == "cpu" else peak_memory(arguments, ids)
     baselines = _baselines(arguments)
     rows, records = [], []
     for (kept, context), (eagerly, graph) in itertools.product(contexts.items(), graphs.items()):
@@ -203,11 +233,13 @@ def main() -> None:
         if arguments.device == "cuda":
             print(f"CUDA graph: {said.graph}; host kernels: {said.host_kernels}", flush=True)
     settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+    if peaks:
+        print_table("Peak GPU memory", ["arm", "GiB"], [[peak["arm"], f"{peak['peak_gib']:.2f}"] for peak in peaks])
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",
         ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"],
         rows,
-        {"settings": settings, "records": records},
+        {"settings": settings, "records": records, "peaks": peaks},
         arguments.out,
     )
 

@@ -105,7 +105,7 @@ def one_segment(arguments, tokens: int) -> list[dict]:
 
     def write_into_empty():
         # Its rows are written over; reset() would allocate and clear them too.
-        empty.state.use(0)
+        empty.state.set_used(0)
         empty.state.version = 0
         empty.write(ids)
 

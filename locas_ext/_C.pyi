@@ -203,6 +203,7 @@ def rotary_backward(
     head_size: int,
     weight_offset: float,
     eps: float,
+    interleaved: bool,
     stream: int,
 ) -> None: ...
 def rotary_forward(
@@ -219,6 +220,7 @@ def rotary_forward(
     head_size: int,
     weight_offset: float,
     eps: float,
+    interleaved: bool,
     stream: int,
 ) -> None: ...
 def sgd_slots(

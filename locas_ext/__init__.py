@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import locas_ext.reference as reference
     from locas_ext.config import LocasConfig
     from locas_ext.errors import DivergenceWarning, LocasError
-    from locas_ext.learning.optimizers import SlotAdamW, SlotSGD
+    from locas_ext.learning.slot_optimizers import SlotAdamW, SlotSGD
     from locas_ext.memory import (
         Backprop,
         Chunk,
@@ -71,7 +71,7 @@ __all__ = [
 _FROM = {
     "config": ("LocasConfig",),
     "errors": ("DivergenceWarning", "LocasError"),
-    "learning.optimizers": ("SlotAdamW", "SlotSGD"),
+    "learning.slot_optimizers": ("SlotAdamW", "SlotSGD"),
     "memory": (
         "Backprop",
         "Chunk",

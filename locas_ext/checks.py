@@ -5,7 +5,9 @@ numpy's scalars, and arrays and tensors without dimensions, count as the number 
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -141,6 +143,30 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
     return choices[choices.index(value)]
+
+
+def path(name: str, value: object) -> Path:
+    """The value as a Path.
+
+    Args:
+        name: how the caller knows the argument
+        value: a str or an os.PathLike that holds one
+
+    Returns:
+        The same path as a Path.
+
+    Raises:
+        TypeError: anything else
+
+    >>> path("resume", "book-memory").name
+    'book-memory'
+    >>> path("resume", True)
+    Traceback (most recent call last):
+    TypeError: resume is True; expected a str or a Path
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {value!r}; expected a str or a Path")
+    return Path(value)
 
 
 def integers(name: str, values: object, low: float = -math.inf, high: float = math.inf, why: str = "") -> tuple[int, ...]:

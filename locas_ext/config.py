@@ -44,16 +44,19 @@ class LocasConfig:
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
             the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
             directions; "activation" takes the FFN inputs of random tokens
-        scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows over r), a multiple of it
-            such as "16x", "host" (the mean norm without 1/r) or a float other than 0
+        scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows, divided by r), a multiple of
+            it such as "16x", "host" (the mean norm itself) or a float other than 0, from -1e6 to 1e6
         clip: bool: whether each slot row is kept at length 1 or less after every update
         backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
             "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
             first two was measured to be faster
-        seed: int: of the random inits
+        seed: int from -2**63 to 2**64 - 1: of the random inits
 
-    Raises ValueError or TypeError for a setting outside these. Source: the paper's Locas-GLU and Locas-MLP
-    (docs/method.md).
+    Raises:
+        TypeError: a setting is of another type
+        ValueError: a setting is none of these values
+
+    Source: arXiv 2602.05085, section 3 (Locas-GLU and Locas-MLP); docs/method.md.
 
     >>> LocasConfig(rank=16, scale="host", layers=[0, -1]).layers
     (0, -1)
@@ -86,7 +89,16 @@ class LocasConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "LocasConfig":
-        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), but for `changes`.
+        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), except for `changes`.
+
+        Args:
+            changes: fields with other values
+
+        Returns:
+            A LocasConfig.
+
+        Raises:
+            TypeError, ValueError: as LocasConfig does
 
         >>> LocasConfig.paper(rank=128).scale
         'paper'
@@ -94,7 +106,21 @@ class LocasConfig:
         return cls(**{"variant": "glu", "rank": 64, "init": "topk", "scale": "paper", "clip": True, **changes})
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layer indices in ascending order; IndexError out of range, ValueError for one named twice."""
+        """`layers` for a host with so many layers.
+
+        Args:
+            num_layers: int: the host's decoder layers
+
+        Returns:
+            The layer indices, each from 0 to num_layers - 1, ascending.
+
+        Raises:
+            IndexError: an index is out of range
+            ValueError: a layer is named twice
+
+        >>> LocasConfig(layers=[-1, 0]).resolve_layers(24)
+        (0, 23)
+        """
         if self.layers is None:
             return tuple(range(num_layers))
         resolved = []
@@ -111,7 +137,14 @@ class LocasConfig:
         return tuple(sorted(resolved))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that LocasConfig(**it) takes back."""
+        """The fields as plain values, ready for JSON.
+
+        Returns:
+            A dict; LocasConfig(**it) equals this config.
+
+        >>> LocasConfig(rank=16).to_dict()["rank"]
+        16
+        """
         fields = asdict(self)
         fields["layers"] = None if self.layers is None else list(self.layers)
         return fields

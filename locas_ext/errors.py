@@ -1,9 +1,35 @@
 class LocasError(ValueError):
-    """A memory file, a memory folder or a run that cannot be used, with what was wrong and what to do."""
+    """A memory file, a memory folder or a run that cannot be used, with what was wrong and what to do.
+
+    >>> import tempfile
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> memory.slots.fill_(float("nan")).isfinite().any().item()
+    False
+    >>> try:
+    ...     memory.save_pretrained(tempfile.gettempdir() + "/never-made")
+    ... except locas.LocasError as error:
+    ...     print(str(error).partition(":")[0])
+    cannot save the memory
+    """
 
 
 class DivergenceWarning(UserWarning):
-    """A run's memory makes its text harder than the host alone does, with what to change."""
+    """A run's memory makes its text harder than the host alone does, with what to change.
+
+    `Memory.memorize` warns once per run, unless `on_divergence` is "ignore".
+
+    >>> import warnings
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", locas.DivergenceWarning)  # a run that diverges now ends with this exception
+    ...     report = memory.memorize(list(range(3, 51)), window=16, stride=8, progress=False)
+    >>> report.diverged is None
+    True
+    """
 
 
 class Interrupted(Exception):

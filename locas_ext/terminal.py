@@ -44,7 +44,7 @@ class Terminal(Console):
             yield segment if segment.control else Segment(neutral(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """Called while a BrokenPipeError is handled; goes on with it, where rich would end the process."""
+        """Called while a BrokenPipeError is handled; continues, where rich would end the process."""
         raise
 
 

@@ -34,6 +34,9 @@ class Checker {
  public:
   Checker(const char* op, const Argument& like) : op_(op), like_(like) {}
 
+  // The same op's checks, in which another tensor gives dtype and device.
+  Checker with_like(const Argument& like) const { return {op_, like}; }
+
   [[noreturn]] void fail(const char* argument, const std::string& problem) const {
     throw py::value_error(std::string(op_) + ": " + argument + " " + problem);
   }

@@ -8,21 +8,41 @@
 namespace locas {
 namespace {
 
-void rms_norm(const TensorRef& x, const MaybeTensor& residual, const TensorRef& weight, const MaybeTensor& sum,
-              const TensorRef& out, const MaybeTensor& inverse_rms, float weight_offset, float eps, uintptr_t stream) {
-  const Checker check = matrix_checker("rms_norm", {"x", x});
+// What both norms are given, and whose tensors tell shape and dtype: x [rows, cols].
+NormParams norm_params(const Checker& check, const TensorRef& x, const MaybeTensor& residual, const TensorRef& weight,
+                       const MaybeTensor& sum, const TensorRef& out, float eps) {
   const int64_t rows = x.shape[0], cols = x.shape[1];
-  RmsNormParams p;
+  NormParams p{};
   p.x = check.matrix({"x", x}, rows, cols);
   p.residual = check.matrix_or_null("residual", residual, rows, cols);
   p.weight = check.vector<const void>({"weight", weight}, cols);
   p.sum = check.matrix_or_null("sum", sum, rows, cols);
   check.both_or_none("sum", sum, "residual", residual);
   p.out = check.matrix({"out", out}, rows, cols);
-  p.inverse_rms = check.vector_or_null<float>("inverse_rms", inverse_rms, rows);
-  p.weight_offset = weight_offset;
   p.eps = eps;
   p.dtype = x.dtype;
+  return p;
+}
+
+NormBackwardParams norm_backward_params(const Checker& check, const TensorRef& d_out, const TensorRef& x,
+                                        const TensorRef& weight, const MaybeTensor& d_sum, const TensorRef& dx) {
+  const int64_t rows = x.shape[0], cols = x.shape[1];
+  NormBackwardParams p{};
+  p.x = check.matrix({"x", x}, rows, cols);
+  p.d_out = check.matrix({"d_out", d_out}, rows, cols);
+  p.weight = check.vector<const void>({"weight", weight}, cols);
+  p.d_sum = check.matrix_or_null("d_sum", d_sum, rows, cols);
+  p.dx = check.matrix({"dx", dx}, rows, cols);
+  p.dtype = x.dtype;
+  return p;
+}
+
+void rms_norm(const TensorRef& x, const MaybeTensor& residual, const TensorRef& weight, const MaybeTensor& sum,
+              const TensorRef& out, const MaybeTensor& inverse_rms, float weight_offset, float eps, uintptr_t stream) {
+  const Checker check = matrix_checker("rms_norm", {"x", x});
+  NormParams p = norm_params(check, x, residual, weight, sum, out, eps);
+  p.inverse = check.vector_or_null<float>("inverse_rms", inverse_rms, p.x.rows);
+  p.weight_offset = weight_offset;
   LOCAS_DISPATCH(rms_norm, p, x.device, stream);
 }
 
@@ -30,16 +50,9 @@ void rms_norm_backward(const TensorRef& d_out, const TensorRef& x, const TensorR
                        const TensorRef& inverse_rms, const MaybeTensor& d_sum, const TensorRef& dx, float weight_offset,
                        uintptr_t stream) {
   const Checker check = matrix_checker("rms_norm_backward", {"x", x});
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  RmsNormBackwardParams p;
-  p.x = check.matrix({"x", x}, rows, cols);
-  p.d_out = check.matrix({"d_out", d_out}, rows, cols);
-  p.weight = check.vector<const void>({"weight", weight}, cols);
-  p.inverse_rms = check.vector<const float>({"inverse_rms", inverse_rms}, rows);
-  p.d_sum = check.matrix_or_null("d_sum", d_sum, rows, cols);
-  p.dx = check.matrix({"dx", dx}, rows, cols);
+  NormBackwardParams p = norm_backward_params(check, d_out, x, weight, d_sum, dx);
+  p.inverse = check.vector<const float>({"inverse_rms", inverse_rms}, p.x.rows);
   p.weight_offset = weight_offset;
-  p.dtype = x.dtype;
   LOCAS_DISPATCH(rms_norm_backward, p, x.device, stream);
 }
 
@@ -47,20 +60,11 @@ void layer_norm(const TensorRef& x, const MaybeTensor& residual, const TensorRef
                 const MaybeTensor& sum, const TensorRef& out, const MaybeTensor& mean, const MaybeTensor& inverse_std,
                 float eps, uintptr_t stream) {
   const Checker check = matrix_checker("layer_norm", {"x", x});
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  LayerNormParams p;
-  p.x = check.matrix({"x", x}, rows, cols);
-  p.residual = check.matrix_or_null("residual", residual, rows, cols);
-  p.weight = check.vector<const void>({"weight", weight}, cols);
-  p.bias = check.vector_or_null<const void>("bias", bias, cols);
-  p.sum = check.matrix_or_null("sum", sum, rows, cols);
-  check.both_or_none("sum", sum, "residual", residual);
-  p.out = check.matrix({"out", out}, rows, cols);
-  p.mean = check.vector_or_null<float>("mean", mean, rows);
-  p.inverse_std = check.vector_or_null<float>("inverse_std", inverse_std, rows);
+  NormParams p = norm_params(check, x, residual, weight, sum, out, eps);
+  p.bias = check.vector_or_null<const void>("bias", bias, p.x.cols);
+  p.mean = check.vector_or_null<float>("mean", mean, p.x.rows);
+  p.inverse = check.vector_or_null<float>("inverse_std", inverse_std, p.x.rows);
   check.both_or_none("inverse_std", inverse_std, "mean", mean);
-  p.eps = eps;
-  p.dtype = x.dtype;
   LOCAS_DISPATCH(layer_norm, p, x.device, stream);
 }
 
@@ -68,16 +72,9 @@ void layer_norm_backward(const TensorRef& d_out, const TensorRef& x, const Tenso
                          const TensorRef& inverse_std, const MaybeTensor& d_sum, const TensorRef& dx,
                          uintptr_t stream) {
   const Checker check = matrix_checker("layer_norm_backward", {"x", x});
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  LayerNormBackwardParams p;
-  p.x = check.matrix({"x", x}, rows, cols);
-  p.d_out = check.matrix({"d_out", d_out}, rows, cols);
-  p.weight = check.vector<const void>({"weight", weight}, cols);
-  p.mean = check.vector<const float>({"mean", mean}, rows);
-  p.inverse_std = check.vector<const float>({"inverse_std", inverse_std}, rows);
-  p.d_sum = check.matrix_or_null("d_sum", d_sum, rows, cols);
-  p.dx = check.matrix({"dx", dx}, rows, cols);
-  p.dtype = x.dtype;
+  NormBackwardParams p = norm_backward_params(check, d_out, x, weight, d_sum, dx);
+  p.mean = check.vector<const float>({"mean", mean}, p.x.rows);
+  p.inverse = check.vector<const float>({"inverse_std", inverse_std}, p.x.rows);
   LOCAS_DISPATCH(layer_norm_backward, p, x.device, stream);
 }
 

@@ -28,60 +28,67 @@ int64_t rotated(const Checker& check, const TensorRef& cos, int head_size) {
   return cos.shape[1];
 }
 
+// What both directions are told of the turn; like: the query's heads or their gradient
+RotaryTurn rotary_turn(const Checker& check, const TensorRef& like, const TensorRef& cos, const TensorRef& sin,
+                       const MaybeTensor& query_weight, const MaybeTensor& key_weight, int head_size,
+                       float weight_offset, float eps, bool interleaved) {
+  const Argument angles{"cos", cos};
+  const int64_t rows = like.shape[0], turned = rotated(check, cos, head_size);
+  check.is_beside_like(angles);
+  const Checker angle_check = cos.dtype == DType::f32 ? check.with_like(angles) : check;
+  RotaryTurn turn;
+  turn.cos = angle_check.matrix(angles, rows, turned);
+  turn.sin = angle_check.matrix({"sin", sin}, rows, turned);
+  turn.query_weight = check.vector_or_null<const void>("query_weight", query_weight, head_size);
+  turn.key_weight = check.vector_or_null<const void>("key_weight", key_weight, head_size);
+  check.both_or_none("key_weight", key_weight, "query_weight", query_weight);
+  turn.head_size = head_size;
+  turn.weight_offset = weight_offset;
+  turn.eps = eps;
+  turn.interleaved = interleaved;
+  turn.dtype = like.dtype;
+  turn.angle_dtype = cos.dtype;
+  return turn;
+}
+
 void rotary_forward(const TensorRef& query, const TensorRef& key, const MaybeTensor& value, const TensorRef& cos,
                     const TensorRef& sin, const MaybeTensor& query_weight, const MaybeTensor& key_weight,
                     const TensorRef& query_out, const TensorRef& key_out, const MaybeTensor& value_out, int head_size,
-                    float weight_offset, float eps, uintptr_t stream) {
+                    float weight_offset, float eps, bool interleaved, uintptr_t stream) {
   const Checker check = matrix_checker("rotary_forward", {"query", query});
   check_head_size(check, head_size);
-  const int64_t rows = query.shape[0], turned = rotated(check, cos, head_size);
+  const int64_t rows = query.shape[0];
   RotaryForwardParams p;
   p.query = heads(check, {"query", query}, rows, head_size);
   p.key = heads(check, {"key", key}, rows, head_size);
   p.value = check.matrix_or_null("value", value, rows, p.key.cols);
-  p.cos = check.matrix({"cos", cos}, rows, turned);
-  p.sin = check.matrix({"sin", sin}, rows, turned);
-  p.query_weight = check.vector_or_null<const void>("query_weight", query_weight, head_size);
-  p.key_weight = check.vector_or_null<const void>("key_weight", key_weight, head_size);
-  check.both_or_none("key_weight", key_weight, "query_weight", query_weight);
+  p.turn = rotary_turn(check, query, cos, sin, query_weight, key_weight, head_size, weight_offset, eps, interleaved);
   p.query_out = check.matrix({"query_out", query_out}, rows, p.query.cols);
   p.key_out = check.matrix({"key_out", key_out}, rows, p.key.cols);
   p.value_out = check.matrix_or_null("value_out", value_out, rows, p.key.cols);
   check.both_or_none("value_out", value_out, "value", value);
-  if (p.query_weight && (p.query_out.data == p.query.data || p.key_out.data == p.key.data))
+  if (query_weight && (p.query_out.data == p.query.data || p.key_out.data == p.key.data))
     check.fail("query_out", "or key_out is the memory of query or key; expected others, as the heads are normed");
-  p.head_size = head_size;
-  p.weight_offset = weight_offset;
-  p.eps = eps;
-  p.dtype = query.dtype;
   LOCAS_DISPATCH(rotary_forward, p, query.device, stream);
 }
 
 void rotary_backward(const TensorRef& d_query, const TensorRef& d_key, const MaybeTensor& query, const MaybeTensor& key,
                      const TensorRef& cos, const TensorRef& sin, const MaybeTensor& query_weight,
                      const MaybeTensor& key_weight, const TensorRef& query_grad, const TensorRef& key_grad,
-                     int head_size, float weight_offset, float eps, uintptr_t stream) {
+                     int head_size, float weight_offset, float eps, bool interleaved, uintptr_t stream) {
   const Checker check = matrix_checker("rotary_backward", {"d_query", d_query});
   check_head_size(check, head_size);
-  const int64_t rows = d_query.shape[0], turned = rotated(check, cos, head_size);
+  const int64_t rows = d_query.shape[0];
   RotaryBackwardParams p;
   p.d_query = heads(check, {"d_query", d_query}, rows, head_size);
   p.d_key = heads(check, {"d_key", d_key}, rows, head_size);
-  p.cos = check.matrix({"cos", cos}, rows, turned);
-  p.sin = check.matrix({"sin", sin}, rows, turned);
-  p.query_weight = check.vector_or_null<const void>("query_weight", query_weight, head_size);
-  p.key_weight = check.vector_or_null<const void>("key_weight", key_weight, head_size);
-  check.both_or_none("key_weight", key_weight, "query_weight", query_weight);
+  p.turn = rotary_turn(check, d_query, cos, sin, query_weight, key_weight, head_size, weight_offset, eps, interleaved);
   p.query = check.matrix_or_null("query", query, rows, p.d_query.cols);
   p.key = check.matrix_or_null("key", key, rows, p.d_key.cols);
   check.both_or_none("query", query, "query_weight", query_weight);
   check.both_or_none("key", key, "key_weight", key_weight);
   p.query_grad = check.matrix({"query_grad", query_grad}, rows, p.d_query.cols);
   p.key_grad = check.matrix({"key_grad", key_grad}, rows, p.d_key.cols);
-  p.head_size = head_size;
-  p.weight_offset = weight_offset;
-  p.eps = eps;
-  p.dtype = d_query.dtype;
   LOCAS_DISPATCH(rotary_backward, p, d_query.device, stream);
 }
 
@@ -90,10 +97,12 @@ void rotary_backward(const TensorRef& d_query, const TensorRef& d_key, const May
 void bind_rotary(py::module_& m) {
   m.def("rotary_forward", &rotary_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("cos"),
         py::arg("sin"), py::arg("query_weight"), py::arg("key_weight"), py::arg("query_out"), py::arg("key_out"),
-        py::arg("value_out"), py::arg("head_size"), py::arg("weight_offset"), py::arg("eps"), py::arg("stream"));
+        py::arg("value_out"), py::arg("head_size"), py::arg("weight_offset"), py::arg("eps"), py::arg("interleaved"),
+        py::arg("stream"));
   m.def("rotary_backward", &rotary_backward, py::arg("d_query"), py::arg("d_key"), py::arg("query"), py::arg("key"),
         py::arg("cos"), py::arg("sin"), py::arg("query_weight"), py::arg("key_weight"), py::arg("query_grad"),
-        py::arg("key_grad"), py::arg("head_size"), py::arg("weight_offset"), py::arg("eps"), py::arg("stream"));
+        py::arg("key_grad"), py::arg("head_size"), py::arg("weight_offset"), py::arg("eps"), py::arg("interleaved"),
+        py::arg("stream"));
 }
 
 }  // namespace locas

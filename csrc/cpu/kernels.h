@@ -17,10 +17,10 @@ struct Kernels {
   void (*glu_activation_backward)(const GluActivationBackwardParams&);
   void (*neuron_importance_of_products)(const NeuronImportanceOfProductsParams&);
   void (*token_nll)(const TokenNllParams&);
-  void (*rms_norm)(const RmsNormParams&);
-  void (*rms_norm_backward)(const RmsNormBackwardParams&);
-  void (*layer_norm)(const LayerNormParams&);
-  void (*layer_norm_backward)(const LayerNormBackwardParams&);
+  void (*rms_norm)(const NormParams&);
+  void (*rms_norm_backward)(const NormBackwardParams&);
+  void (*layer_norm)(const NormParams&);
+  void (*layer_norm_backward)(const NormBackwardParams&);
   void (*rotary_forward)(const RotaryForwardParams&);
   void (*rotary_backward)(const RotaryBackwardParams&);
   void (*adamw_slots)(const AdamwSlotsParams&);

@@ -24,141 +24,96 @@ void add_residual(const Matrix& x_rows, const Matrix& residual_rows, const Matri
   });
 }
 
-template <class T>
-void rms_norm_typed(const RmsNormParams& p) {
-  const int64_t rows = p.x.rows, cols = p.x.cols;
-  const Matrix& from = p.residual.data ? p.sum : p.x;
-#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
-  for (int64_t row = 0; row < rows; ++row) {
-    if (p.residual.data) add_residual<T>(p.x, p.residual, p.sum, row);
-    Block<T> x_block, weight_block, out_block;
-    float sum = 0.0f;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* x = x_block.load(from.at<T>(row, col), n);
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) sum += x[i] * x[i];
-    });
-    const float inverse = 1.0f / std::sqrt(sum / cols + p.eps);
-    if (p.inverse_rms) p.inverse_rms[row] = inverse;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* x = x_block.load(from.at<T>(row, col), n);
-      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
-      T* to = p.out.at<T>(row, col);
-      normalize_block<T>(x, weight, inverse, p.weight_offset, out_block.begin_store(to), n);
-      out_block.end_store(to, n);
-    });
-  }
-}
-
-template <class T>
-void rms_norm_backward_typed(const RmsNormBackwardParams& p) {
-  const int64_t rows = p.x.rows, cols = p.x.cols;
-  const float offset = p.weight_offset;
-#pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
-  for (int64_t row = 0; row < rows; ++row) {
-    Block<T> d_out_block, x_block, weight_block, d_sum_block, dx_block;
-    const float inverse = p.inverse_rms[row];
-    float dot = 0.0f;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
-      const float* x = x_block.load(p.x.at<T>(row, col), n);
-      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
-#pragma omp simd reduction(+ : dot)
-      for (int i = 0; i < n; ++i) dot += d_out[i] * (offset + weight[i]) * x[i];
-    });
-    const float shift = dot * inverse * inverse / cols;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
-      const float* x = x_block.load(p.x.at<T>(row, col), n);
-      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
-      T* to = p.dx.at<T>(row, col);
-      float* dx = dx_block.begin_store(to);
-      if (p.d_sum.data) {
-        const float* d_sum = d_sum_block.load(p.d_sum.at<T>(row, col), n);
-#pragma omp simd
-        for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * (offset + weight[i]) - x[i] * shift) + d_sum[i];
-      } else {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * (offset + weight[i]) - x[i] * shift);
-      }
-      dx_block.end_store(to, n);
-    });
-  }
-}
-
-template <class T>
-void layer_norm_typed(const LayerNormParams& p) {
+// centres: layer_norm, whose formula is that of the centred row; otherwise rms_norm.
+template <class T, bool centres>
+void norm_typed(const NormParams& p) {
   const int64_t rows = p.x.rows, cols = p.x.cols;
   const Matrix& from = p.residual.data ? p.sum : p.x;
 #pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
     if (p.residual.data) add_residual<T>(p.x, p.residual, p.sum, row);
     Block<T> x_block, weight_block, bias_block, out_block;
-    float sum = 0.0f, squares = 0.0f;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* x = x_block.load(from.at<T>(row, col), n);
+    float sum = 0.0f, squares = 0.0f, mean = 0.0f;
+    if constexpr (centres) {
+      for_each_block_of_row(cols, [&](int64_t col, int n) {
+        const float* x = x_block.load(from.at<T>(row, col), n);
 #pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) sum += x[i];
-    });
-    const float mean = sum / cols;
+        for (int i = 0; i < n; ++i) sum += x[i];
+      });
+      mean = sum / cols;
+    }
     for_each_block_of_row(cols, [&](int64_t col, int n) {
       const float* x = x_block.load(from.at<T>(row, col), n);
 #pragma omp simd reduction(+ : squares)
-      for (int i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+      for (int i = 0; i < n; ++i) squares += centres ? (x[i] - mean) * (x[i] - mean) : x[i] * x[i];
     });
     const float inverse = 1.0f / std::sqrt(squares / cols + p.eps);
-    if (p.mean) {
-      p.mean[row] = mean;
-      p.inverse_std[row] = inverse;
-    }
+    if (centres && p.mean) p.mean[row] = mean;
+    if (p.inverse) p.inverse[row] = inverse;
     for_each_block_of_row(cols, [&](int64_t col, int n) {
       const float* x = x_block.load(from.at<T>(row, col), n);
       const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
       T* to = p.out.at<T>(row, col);
       float* out = out_block.begin_store(to);
+      if constexpr (centres) {
 #pragma omp simd
-      for (int i = 0; i < n; ++i) out[i] = (x[i] - mean) * inverse * weight[i];
-      if (p.bias) {
-        const float* bias = bias_block.load(static_cast<const T*>(p.bias) + col, n);
+        for (int i = 0; i < n; ++i) out[i] = (x[i] - mean) * inverse * weight[i];
+        if (p.bias) {
+          const float* bias = bias_block.load(static_cast<const T*>(p.bias) + col, n);
 #pragma omp simd
-        for (int i = 0; i < n; ++i) out[i] += bias[i];
+          for (int i = 0; i < n; ++i) out[i] += bias[i];
+        }
+      } else {
+        normalize_block<T>(x, weight, inverse, p.weight_offset, out, n);
       }
       out_block.end_store(to, n);
     });
   }
 }
 
-template <class T>
-void layer_norm_backward_typed(const LayerNormBackwardParams& p) {
+template <class T, bool centres>
+void norm_backward_typed(const NormBackwardParams& p) {
   const int64_t rows = p.x.rows, cols = p.x.cols;
+  const float offset = p.weight_offset;
 #pragma omp parallel for schedule(static) if (rows * cols >= kParallelElements)
   for (int64_t row = 0; row < rows; ++row) {
     Block<T> d_out_block, x_block, weight_block, d_sum_block, dx_block;
-    const float mean = p.mean[row], inverse = p.inverse_std[row];
+    const float mean = centres ? p.mean[row] : 0.0f, inverse = p.inverse[row];
     float sum = 0.0f, dot = 0.0f;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
-      const float* x = x_block.load(p.x.at<T>(row, col), n);
-      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+    // Calls f(column, columns, d_out, x, weight) for each block of the row.
+    const auto for_each_block_loaded = [&](auto&& f) {
+      for_each_block_of_row(cols, [&](int64_t col, int n) {
+        f(col, n, d_out_block.load(p.d_out.at<T>(row, col), n), x_block.load(p.x.at<T>(row, col), n),
+          weight_block.load(static_cast<const T*>(p.weight) + col, n));
+      });
+    };
+    for_each_block_loaded([&](int64_t, int n, const float* d_out, const float* x, const float* weight) {
+      if constexpr (centres) {
 #pragma omp simd reduction(+ : sum, dot)
-      for (int i = 0; i < n; ++i) {
-        sum += d_out[i] * weight[i];
-        dot += d_out[i] * weight[i] * (x[i] - mean);
+        for (int i = 0; i < n; ++i) {
+          sum += d_out[i] * weight[i];
+          dot += d_out[i] * weight[i] * (x[i] - mean);
+        }
+      } else {
+#pragma omp simd reduction(+ : dot)
+        for (int i = 0; i < n; ++i) dot += d_out[i] * (offset + weight[i]) * x[i];
       }
     });
     const float shift = sum / cols, slope = dot * inverse * inverse / cols;
-    for_each_block_of_row(cols, [&](int64_t col, int n) {
-      const float* d_out = d_out_block.load(p.d_out.at<T>(row, col), n);
-      const float* x = x_block.load(p.x.at<T>(row, col), n);
-      const float* weight = weight_block.load(static_cast<const T*>(p.weight) + col, n);
+    for_each_block_loaded([&](int64_t col, int n, const float* d_out, const float* x, const float* weight) {
       T* to = p.dx.at<T>(row, col);
       float* dx = dx_block.begin_store(to);
+      const float* d_sum = p.d_sum.data ? d_sum_block.load(p.d_sum.at<T>(row, col), n) : nullptr;
+      const auto gradient = [&](int i) {
+        if constexpr (centres) return inverse * (d_out[i] * weight[i] - shift - (x[i] - mean) * slope);
+        else return inverse * (d_out[i] * (offset + weight[i]) - x[i] * slope);
+      };
+      if (d_sum) {
 #pragma omp simd
-      for (int i = 0; i < n; ++i) dx[i] = inverse * (d_out[i] * weight[i] - shift - (x[i] - mean) * slope);
-      if (p.d_sum.data) {
-        const float* d_sum = d_sum_block.load(p.d_sum.at<T>(row, col), n);
+        for (int i = 0; i < n; ++i) dx[i] = gradient(i) + d_sum[i];
+      } else {
 #pragma omp simd
-        for (int i = 0; i < n; ++i) dx[i] += d_sum[i];
+        for (int i = 0; i < n; ++i) dx[i] = gradient(i);
       }
       dx_block.end_store(to, n);
     });
@@ -167,20 +122,20 @@ void layer_norm_backward_typed(const LayerNormBackwardParams& p) {
 
 }  // namespace
 
-void rms_norm(const RmsNormParams& p) {
-  with_type(p.dtype, [&]<class T>() { rms_norm_typed<T>(p); });
+void rms_norm(const NormParams& p) {
+  with_type(p.dtype, [&]<class T>() { norm_typed<T, false>(p); });
 }
 
-void rms_norm_backward(const RmsNormBackwardParams& p) {
-  with_type(p.dtype, [&]<class T>() { rms_norm_backward_typed<T>(p); });
+void rms_norm_backward(const NormBackwardParams& p) {
+  with_type(p.dtype, [&]<class T>() { norm_backward_typed<T, false>(p); });
 }
 
-void layer_norm(const LayerNormParams& p) {
-  with_type(p.dtype, [&]<class T>() { layer_norm_typed<T>(p); });
+void layer_norm(const NormParams& p) {
+  with_type(p.dtype, [&]<class T>() { norm_typed<T, true>(p); });
 }
 
-void layer_norm_backward(const LayerNormBackwardParams& p) {
-  with_type(p.dtype, [&]<class T>() { layer_norm_backward_typed<T>(p); });
+void layer_norm_backward(const NormBackwardParams& p) {
+  with_type(p.dtype, [&]<class T>() { norm_backward_typed<T, true>(p); });
 }
 
 }  // namespace locas::cpu::LOCAS_ISA

@@ -15,10 +15,10 @@ void neuron_importance_of_products(const NeuronImportanceOfProductsParams&);
 void token_nll(const TokenNllParams&);
 
 // norms.cpp
-void rms_norm(const RmsNormParams&);
-void rms_norm_backward(const RmsNormBackwardParams&);
-void layer_norm(const LayerNormParams&);
-void layer_norm_backward(const LayerNormBackwardParams&);
+void rms_norm(const NormParams&);
+void rms_norm_backward(const NormBackwardParams&);
+void layer_norm(const NormParams&);
+void layer_norm_backward(const NormBackwardParams&);
 
 // rotary.cpp
 void rotary_forward(const RotaryForwardParams&);

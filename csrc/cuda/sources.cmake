@@ -1,10 +1,8 @@
 # The files that hold CUDA kernels, for both builds: nvcc's for the GPU, and the SIMT runner's for the CPU.
 set(LOCAS_CUDA_KERNELS
   elementwise/glu_activation.cu
-  elementwise/layer_norm.cu
-  elementwise/rms_norm.cu
-  elementwise/rotary_backward.cu
-  elementwise/rotary_forward.cu
+  elementwise/norms.cu
+  elementwise/rotary.cu
   elementwise/token_nll.cu
   ffn/sm80/backward.cu
   ffn/sm80/decode.cu

@@ -13,6 +13,7 @@ from . import values
 from .values import Kind, integer, number, one_of, path, text
 
 DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "sgd")
 HOST, READING, MEMORY, LEARNING, WRITING = (
     "The host",
     "How the text is read",
@@ -42,7 +43,7 @@ def argument(kind: Kind, help: str) -> Any:
 
 
 # ---- what every command that loads a model has ----------------------------------------------------------------
-Model = Annotated[str, option(text("MODEL"), "A folder or a hub name.", panel=HOST)]
+Model = Annotated[str, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)]
 Dtype = Annotated[
     str | None, option(one_of(DTYPES), "The host's dtype; default: float32 on CPU, the checkpoint's on CUDA.", panel=HOST)
 ]
@@ -138,6 +139,13 @@ Backend = Annotated[str, option(one_of(BACKENDS), "What computes the FFN with it
 Seed = Annotated[int, option(integer(0), "Seed of the random draws.")]
 LearningRate = Annotated[float, option(number(low=0), "Learning rate of the optimizer.", panel=LEARNING)]
 Epochs = Annotated[int, option(integer(1), "Learning passes over each chunk.", panel=LEARNING)]
+Rehome = Annotated[
+    bool,
+    flag("Move the host's FFN weights next to the memory, so that one product computes both.", "--rehome", panel=MEMORY),
+]
+ContextGradient = Annotated[
+    bool, flag("Let the gradient run through the context before the chunk too; slower.", "--context-gradient", panel=LEARNING)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,17 +166,18 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocasOptions:
-    """Locas as a method among others."""
+class LearningOptions:
+    """The fields of Backprop. None: its default, so that one given beside --update write can be told."""
 
-    variant: Variant = "glu"
-    rank: Rank = 64
-    init: Init = "topk"
-    scale: Scale = "paper"
-    clip: Clip = True
-    learning_rate: LearningRate = 4e-3
-    epochs: Epochs = 1
-    seed: Seed = 0
+    learning_rate: Annotated[
+        float | None, option(number(low=0), "Learning rate of the optimizer; default: 0.004.", panel=LEARNING)
+    ] = None
+    epochs: Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)] = None
+    optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: adamw.", panel=LEARNING)] = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that the command line or the file says."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 # ---- Temp-LoRA ------------------------------------------------------------------------------------------------

@@ -31,11 +31,9 @@ def needs_extra(what: str, library: str, error: ImportError) -> LocasError:
     return LocasError(f"{what} needs {library}, which is not installed ({error}): pip install 'locas_ext[eval]'")
 
 
-def check_learning(locas: dict, temp_lora: dict) -> None:
-    """ValueError or TypeError for settings of the two kinds of memory that no host can make good."""
-    at_least(1, rank=locas["rank"], epochs=locas["epochs"])
+def check_temp_lora(temp_lora: dict) -> None:
+    """ValueError or TypeError for settings of Temp-LoRA that no host can make good."""
     at_least(1, temp_lora_rank=temp_lora["rank"], temp_lora_epochs=temp_lora["epochs"])
-    number("--learning-rate", locas["learning_rate"], 0)
     number("--temp-lora-lr", temp_lora["learning_rate"], 0)
     if temp_lora["alpha"] is not None:
         number("--temp-lora-alpha", temp_lora["alpha"], above=0)

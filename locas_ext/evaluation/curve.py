@@ -1,16 +1,7 @@
 """Perplexity along a text, from the chunks of a report."""
 
-import math
-
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.memory import Chunk
-
-
-def perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens); infinite where no float can hold it."""
-    try:
-        return math.exp(nll / tokens)
-    except OverflowError:
-        return math.inf
 
 
 def running_perplexity(chunks: list[Chunk]) -> list[tuple[int, float]]:
@@ -33,7 +24,7 @@ def local_gain(before: list[Chunk], after: list[Chunk], width: int) -> list[tupl
     for index in range(width, len(before) + 1):
         part = slice(index - width, index)
         tokens = sum(chunk.tokens for chunk in before[part])
-        change = sum(a.nll - b.nll for a, b in zip(after[part], before[part], strict=True)) / tokens
+        change = sum(a.nll - b.nll for a, b in zip(after[part], before[part], strict=True))
         middle = (before[index - width].start + before[index - 1].end) / 2
-        gain.append((middle, 100 * (1 - math.exp(change))))
+        gain.append((middle, 100 * (1 - perplexity(change, tokens))))
     return gain

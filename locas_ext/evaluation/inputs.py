@@ -10,8 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.errors import LocasError
 
+from .gguf_files import is_gguf, load_gguf
 from .hub import must_use_cache
 from .model_files import check_config_files, check_weight_files
 
@@ -22,8 +24,8 @@ _SAMPLES = 4096
 def load_host(model: str, dtype: str | None, device: str | None):
     """A causal language model in evaluation mode, and its tokenizer. No code that comes with a model is run.
 
-    model: a folder or a hub name
-    dtype: float32, bfloat16 or float16; None: float32 on the CPU, the checkpoint's own on CUDA
+    model: a folder, a hub name or a GGUF file
+    dtype: float32, bfloat16 or float16; None: float32 on the CPU, on CUDA the checkpoint's own, for a GGUF file bfloat16
     device: such as "cpu" or "cuda:0"; None: CUDA where there is one
 
     Raises ValueError for a dtype or device that is not there, OSError or LocasError, in one line, if the model cannot
@@ -32,6 +34,12 @@ def load_host(model: str, dtype: str | None, device: str | None):
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     place = _device(device)
+    if is_gguf(model):
+        with _quiet_transformers(), _one_line(model):
+            of_file = DTYPES[dtype or ("float32" if place.type == "cpu" else "bfloat16")]
+            host, tokenizer, found = load_gguf(model, of_file)
+            _check_loaded(model, found)
+            return host.to(place).eval(), tokenizer
     chosen = DTYPES[dtype] if dtype else torch.float32 if place.type == "cpu" else "auto"
     from_cache = _check_name(model)
     check_config_files(model, from_cache)
@@ -48,7 +56,7 @@ def load_host(model: str, dtype: str | None, device: str | None):
 def _check_name(model: str) -> bool:
     """Whether only files of the hub's cache are to be used. OSError for what is neither a folder nor a hub name."""
     if Path(model).is_file():
-        raise NotADirectoryError(f"--model: {model} is a file; expected a folder or a hub name")
+        raise NotADirectoryError(f"--model: {model} is a file; expected a folder, a hub name or a GGUF file")
     if Path(model).is_dir():
         return True
     if not model or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
@@ -83,7 +91,7 @@ def _one_line(model: str) -> Iterator[None]:
 
 
 def _check_loaded(model: str, found: dict) -> None:
-    """LocasError for weights that the checkpoint has not; a warning for those that the model has no use for."""
+    """LocasError for weights that the checkpoint lacks; a warning for those that the model has no use for."""
     if missing := sorted(found["missing_keys"]):
         raise LocasError(
             f"--model: the weights of {model} are not whole: {len(missing)} tensors are missing, such as {missing[0]}"
@@ -91,7 +99,7 @@ def _check_loaded(model: str, found: dict) -> None:
     if unexpected := sorted(found["unexpected_keys"]):
         warnings.warn(
             f"{model} holds {len(unexpected)} tensors that its architecture has no use for, such as {unexpected[0]}",
-            stacklevel=4,
+            stacklevel=caller_stacklevel(),
         )
 
 

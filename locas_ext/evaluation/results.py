@@ -1,4 +1,4 @@
-"""results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can go on."""
+"""results.json of a task, {"settings", "machine", "records"}: written whole after every record, so a run can be resumed."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def _what_else(folder: Path) -> str:
 
 
 def differences(before: dict, wanted: dict) -> str:
-    """In words, which settings are others now; empty if none is. Of an object, or a list of them: what differs in it."""
+    """In words, which settings differ now; empty if none does. For an object, or a list of them: what differs in it."""
     return ", ".join(_differences("", before, wanted))
 
 
@@ -71,7 +71,7 @@ def make(folder: Path) -> None:
 
 
 def open_folder(folder: Path, settings: dict) -> list[dict]:
-    """Makes the output folder, or takes up an earlier run's. Returns the records that are there already.
+    """Makes the output folder, or opens that of an earlier run. Returns the records that are there already.
 
     Raises ValueError if they are of other settings, naming those that differ, FileExistsError for a folder that
     holds something else, LocasError if results.json is damaged.

@@ -107,7 +107,7 @@ _CAPABILITY_TEXT = fields(
         "text": text,
         "tokens": _count,
         "windows": _count,
-        "perplexity": _positive,
+        "perplexity": nullable(_positive),
         **dict.fromkeys(("perplexity_ratio", "top1_agreement", "kl"), nullable(_any_number)),
         **dict.fromkeys(("perplexity_ratio_interval", "top1_agreement_interval", "kl_interval"), _interval),
         "same_bits_as_host": boolean,

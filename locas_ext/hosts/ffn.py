@@ -13,6 +13,7 @@ from locas_ext.ops.types import HostWeights
 
 from .formula import bound_forward, class_name, class_obstacle, has_hooks, is_plain_activation
 from .projections import dense_weight, linear_obstacle
+from .seen import Place, SeenFFN
 
 # A module that acts as a linear layer; which class it is of is the host's affair.
 Projection = Any
@@ -35,22 +36,36 @@ class HostFFN(ABC):
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
         self.activation_name = "act_fn"  # of the module's activation module
-        self._plain: tuple[Any, ...] = ()  # what formula_obstacle last found to be plain
         self.modeling = type(module).__module__  # the Python module that defines the decoder layer
         self.replace_module(module)
 
     def replace_module(self, module: nn.Module) -> None:
-        """Goes on with another module in the place of this FFN's. ValueError if it has not the projections."""
+        """Replaces this FFN's module. ValueError if the new one lacks the projections."""
         if missing := [name for name in self.names if name not in module._modules]:
             raise ValueError(
                 f"an FFN of the host is a {class_name(module)} without {' and '.join(missing)}; expected one with "
                 f"{', '.join(self.names)}"
             )
         self.module = module
+        self._seen: SeenFFN | None = None  # as of the latest look
 
     def projections(self) -> list[Projection]:
         modules = self.module._modules
         return [modules[name] for name in self.names]
+
+    def relevant_modules(self) -> list[Any]:
+        """The projections and the activation, if that is a module."""
+        act = self.module._modules.get(self.activation_name)
+        return self.projections() + ([] if act is None else [act])
+
+    def _see(self) -> SeenFFN:
+        """What obstacle() depends on, as it is now."""
+        modules, own, relevant = self.module._modules, self.module.__dict__, self.relevant_modules()
+        places: list[Place] = [(modules, name) for name in (*self.names, self.activation_name)]
+        places += [(own, "forward"), (own, "_old_forward"), *((module.__dict__, "forward") for module in relevant)]
+        places += [(part._parameters, name) for part in self.projections() for name in part._parameters]
+        parameters = [each for part in self.projections() for each in part._parameters.values() if each is not None]
+        return SeenFFN(places, [self.module, *relevant], parameters)
 
     @property
     def width(self) -> int | None:
@@ -60,44 +75,45 @@ class HostFFN(ABC):
         return width if isinstance(width, int) else None
 
     def formula_obstacle(self) -> str | None:
-        """Why the module may compute something else than its family's formula, or None. Runs on every call."""
-        module: Any = self.module
-        kind, attributes = type(module), module.__dict__
-        act: Any = module._modules.get(self.activation_name)
-        seen = (kind.forward, attributes.get("forward"), attributes.get("_old_forward"), act, type(act))
-        if seen != self._plain:
-            if problem := self._look_at(kind, act):
-                return problem
-            self._plain = seen
-        if "forward" in act.__dict__ and bound_forward(act) is not None:
-            return f"{self.activation_name} has a forward of its own"
-        return f"{self.activation_name} has hooks" if has_hooks(act) else None
-
-    def forget(self) -> None:
-        """Lets go of what was looked at: a memory's forward is among it."""
-        self._plain = ()
-
-    def _look_at(self, kind: Any, act: Any) -> str | None:
+        """Why the module may compute something else than its family's formula, or None."""
+        kind: Any = type(self.module)
+        act: Any = self.module._modules.get(self.activation_name)
         if (problem := class_obstacle(kind, kind.forward, self.modeling)) is not None:
             return f"the FFN {problem}"
         if bound_forward(self.module) is not None:
             return "the FFN has a forward of its own (of another library)"
         if not is_plain_activation(act, self.activation):
             return f"{self.activation_name} is a {class_name(act)}, not a plain {self.activation}"
-        return None
+        if "forward" in act.__dict__ and bound_forward(act) is not None:
+            return f"{self.activation_name} has a forward of its own"
+        return f"{self.activation_name} has hooks" if has_hooks(act) else None
+
+    def forget(self) -> None:
+        """Lets go of what was looked at: a memory's forward is among it."""
+        self._seen = None
 
     def projection_obstacle(self) -> str | None:
         """Why the weights cannot be used directly, or None."""
         if self.differs is not None:
             return self.differs
-        for name, projection in zip(self.names, self.projections(), strict=True):
-            if problem := linear_obstacle(projection, self.plain):
+        modules, plain = self.module._modules, self.plain
+        for name in self.names:
+            if (problem := linear_obstacle(modules[name], plain)) is not None:  # type: ignore[arg-type]  # it is there
                 return f"{name} {problem}"
         return None
 
     def obstacle(self) -> str | None:
         """Why the formula on the host's own weights does not stand for the module, or None."""
         return self.formula_obstacle() or self.projection_obstacle()
+
+    def seen_obstacle(self) -> str | None:
+        """obstacle(), looked for again only where something has changed. Runs on every call."""
+        seen = self._seen  # one object: other threads replace it whole
+        if seen is None or not seen.holds():
+            seen = self._see()
+            seen.obstacle = self.obstacle()
+            self._seen = seen
+        return seen.obstacle
 
     def activate(self, pre: Tensor) -> Tensor:
         """The activation as the module has it."""
@@ -132,7 +148,8 @@ class GatedFFN(HostFFN):
 
     def weights(self) -> HostWeights:
         """The host's own tensors, not copies; meaningful where obstacle() is None."""
-        gate, up, down = (projection._parameters for projection in self.projections())
+        modules: Any = self.module._modules
+        gate, up, down = [modules[name]._parameters for name in self.names]
         return HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,17 @@ from .context_cache import ContextCache
 class KeptLayer(DynamicLayer):
     """One layer's kept rows, as transformers' own layers would hold them behind a context of `context` tokens."""
 
-    def __init__(self, context: int, is_sliding: bool, keys: Sequence[Tensor], values: Sequence[Tensor]):
-        """keys, values: parts [H, n, D] that follow one another, together the latest rows that this layer sees"""
+    def __init__(self, context: int, is_sliding: bool, rows: Sequence[Tensor]):
+        """rows: keys and values [H, n, D], the latest that this layer sees; none: no context"""
         super().__init__()
-        self.context, self.is_sliding = context, is_sliding
-        self.parts = keys, values
-        self.held = sum(part.shape[1] for part in keys)
+        self.context, self.is_sliding, self.rows = context, is_sliding, rows
+        self.held = rows[0].shape[1] if rows else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        kept_keys, kept_values = self.parts
-        keys = torch.cat([*(part[None] for part in kept_keys), key_states], dim=2)
-        return keys, torch.cat([*(part[None] for part in kept_values), value_states], dim=2)
+        if not self.held:
+            return key_states, value_states
+        keys, values = self.rows
+        return torch.cat([keys[None], key_states], dim=2), torch.cat([values[None], value_states], dim=2)
 
     def get_seq_length(self) -> int:
         return self.context
@@ -39,18 +39,15 @@ class KeptCache(ContextCache):
     left: per layer the keys and the values [H, n, D] that a forward came with, without a gradient; [2 L] in all
     """
 
-    def __init__(
-        self, model, device: torch.device, context: int, parts: Sequence[Sequence[Tensor]], last_layer: int | None = None
-    ):
-        """context: the tokens before; parts: for 2 L tensors, keys before values, as in KeptLayer; none: no context"""
-        super().__init__(model, device, last_layer)
+    def __init__(self, model, device: torch.device, context: int, rows: Sequence[Tensor], writes: int | None = None):
+        """context: the tokens before; rows: 2 L tensors, keys before values, as in KeptLayer; none: no context"""
+        super().__init__(model, device, writes)
         plain: list[Any] = self.layers  # type: ignore[has-type]
-        parts = parts or [[]] * (2 * len(plain))
         self.layers = [
-            KeptLayer(context, getattr(layer, "is_sliding", False), parts[2 * number], parts[2 * number + 1])
+            KeptLayer(context, getattr(layer, "is_sliding", False), rows[2 * number : 2 * number + 2])
             for number, layer in enumerate(plain)
         ]
-        self.left: list[Tensor] = [torch.empty(0)] * len(parts)
+        self.left: list[Tensor] = [torch.empty(0)] * (2 * len(plain))
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         self.left[2 * layer_idx : 2 * layer_idx + 2] = key_states[0].detach(), value_states[0].detach()

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .context_cache import one_forward
 from .kept_cache import KeptCache
 from .probe.agreement import rounding, rounds_whole_texts
 from .probe.undisturbed import undisturbed
 from .window_reading import misfit, tolerance
 
 _TOKENS, _SHIFT = 6, 5  # what is compared: so many tokens at two places
+_KEPT = 4  # of these, whose rows are kept in another comparison
 
 
 class Rotary:
@@ -127,6 +129,22 @@ def _read(model: Any, ids: Tensor, begin: int) -> tuple[Tensor, list[Tensor]]:
     return logits, cache.left
 
 
+def _read_behind(model: Any, ids: Tensor, rows: Sequence[Tensor], kept: int) -> Tensor:
+    """Logits [n - kept, V] of the tokens ids [n] from the kept first ones on, over rows [H, n, D] of all of them."""
+    cache = KeptCache(model, ids.device, kept, [part[:, :kept] for part in rows])
+    positions = torch.arange(kept, len(ids), device=ids.device)[None]
+    return model(input_ids=ids[None, kept:], position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+
+
+def _check_kept_rows(model: Any, ids: Tensor, logits: Tensor, rows: Sequence[Tensor]) -> None:
+    """ValueError for a host that reads a text otherwise once its rows [H, n, D] are kept. logits: [n, V], read with them."""
+    plain = one_forward(model, ids[:0], ids)
+    for read, how in ((logits, "at given positions"), (_read_behind(model, ids, rows, _KEPT), "over kept keys and values")):
+        error = misfit(read, plain[-len(read) :], ids[-len(read) :])
+        if not error <= tolerance(plain, rounds_whole_texts(model)):
+            raise ValueError(f"the logits of {type(model).__name__} {how} differ from its own by {error:.2g} of their spread")
+
+
 def _layer_turning(rotary: int, cos: Tensor, sin: Tensor, keys: Tensor, elsewhere: Tensor) -> LayerTurning | None:
     """Which of the ways to turn by these angles brings keys elsewhere; LookupError if none does."""
     ways = [None, LayerTurning(rotary, False), LayerTurning(rotary, True)]
@@ -153,6 +171,7 @@ def find_turning(model: Any, device: torch.device) -> KeyTurning:
             raise ValueError(
                 f"{name} does not turn the keys of layer {missing[0]} by rotary positions; learned ones end with their table"
             )
+        _check_kept_rows(model, ids, logits, rows)
         logits_elsewhere, elsewhere = _read(model, ids, _SHIFT)
         error = misfit(logits_elsewhere, logits, ids)
         if not error <= tolerance(logits, rounds_whole_texts(model)):

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 
 # What configs call the reach of attention that does not see everything before it.
-_REACHES = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "window_size")
+_REACHES = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "attention_window_size",
+    "window_size",
+    "keep_window_size",
+    "index_topk",
+    "indexer_budget",
+)
 
 
 @dataclass(frozen=True)

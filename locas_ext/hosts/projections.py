@@ -32,11 +32,13 @@ def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> st
     """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
     if type(linear) is not plain:
         return f"is a {class_name(linear)}, not a plain {plain.__name__}"
-    if "forward" in linear.__dict__ and not _only_moves_the_input(linear):
+    own = linear.__dict__  # looked into directly, which takes less than an attribute
+    if "forward" in own and not _only_moves_the_input(linear):
         return "has a forward of its own (a hook of another library)"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has hooks"
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    parameters = own["_parameters"]
+    weight, bias = parameters["weight"], parameters["bias"]
     if type(weight) is not nn.Parameter:
         return f"holds a {type(weight).__name__}, not a plain Parameter"
     if weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from locas_ext.ops.activations import INDEX
 
 from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
+from .seen import Place
 from .text_config import max_positions
 from .window_reading import WindowReading
 
@@ -70,7 +71,7 @@ class Host:
 
     model: PreTrainedModel
     family: HostFamily
-    ffns: tuple[HostFFN, ...]  # one a decoder layer
+    ffns: tuple[HostFFN, ...]  # one per decoder layer
     hidden_size: int
     intermediate_size: int
     max_positions: int
@@ -90,9 +91,20 @@ class Host:
         """The module that holds the layers."""
         return _decoder(self.model, self.family)
 
-    def ffn_modules(self) -> list[nn.Module]:
-        """The FFN of each layer as it is now: modules may be swapped."""
-        return _ffn_modules(self.decoder(), self.family)
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers as they are now."""
+        return _layers(self.decoder(), self.family)
+
+    def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
+        """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
+        return _ffn_modules(decoder, self.family)
+
+    def ffn_places(self, decoder: nn.Module) -> list[Place]:
+        """Where the host keeps what `ffn_modules` returns."""
+        layers: Any = decoder._modules[self.family.layers]
+        places: list[Place] = [(decoder._modules, self.family.layers), *((layers._modules, key) for key in layers._modules)]
+        ffn = self.family.ffn
+        return places if ffn is None else places + [(layer._modules, ffn) for layer in layers._modules.values()]
 
     @property
     def config(self):
@@ -127,7 +139,7 @@ class Host:
 def inspect_host(model) -> Host:
     """Finds the FFNs of a model.
 
-    Raises TypeError if it is no transformers model, ValueError if it has no language-model head, is of a family that
+    Raises TypeError if it is not a transformers model, ValueError if it has no language-model head, is of a family that
     is not supported, or uses an activation without a kernel; the message says what would work.
     """
     model = _unwrapped(model)
@@ -182,7 +194,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_reads_text(model: PreTrainedModel) -> None:
-    """ValueError for a model that is no decoder of text alone."""
+    """ValueError for a model that is not a decoder of text alone."""
     name = f"{type(model).__name__} (model type {model.config.model_type!r})"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder and a decoder; expected a decoder-only language model")

@@ -1,14 +1,14 @@
 """How a host's windows are read: context and chunk in two forwards where that gives what one plain forward gives.
 
 Two forwards cost less, and keep the gradient out of the context. But whether a token computes the same behind a cache as in
-one forward is the host's affair. So the two are compared: at attach over a few tokens, and in a run wherever something may
-change, which is at the first window, at the first one beyond each length that the config states, and at the first full one.
+one forward is the host's affair. So the two are compared: at attach over a few tokens, backward included, and in a run
+wherever something may change, which is at the first window, at the first one beyond each length that the config states, and at
+the first full one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,33 @@ from .lengths import Lengths, lengths_of
 from .probe.agreement import COARSE, distances, rounding, rounds_whole_texts
 
 
-class Way(IntEnum):
-    """How a window is read, the cheapest first."""
+class Way(NamedTuple):
+    """How a window is read; the defaults are the cheapest way.
 
-    SHORT = 0  # two forwards; the context's ends early, and the chunk's attention may have a backward of its own
-    FULL = 1  # two forwards, with nothing left out
-    ONE = 2  # one plain forward, with a gradient through the context too
+    in_two: two forwards; or one plain forward, with a gradient through the context too
+    ends_early: the context's forward ends at its last write into the cache
+    own_attention: the chunk's attention may have a backward of its own, which stops at the cache
+    positions: the chunk's forward is told where its tokens stand
+    """
+
+    in_two: bool = True
+    ends_early: bool = True
+    own_attention: bool = True
+    positions: bool = False
+
+    def full(self) -> "Way":
+        """The same with nothing left out or replaced."""
+        return self._replace(ends_early=False, own_attention=False)
+
+
+SHORT, FULL, ONE = Way(), Way().full(), Way(False, False, False)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """A way to read windows, and why not the cheapest."""
 
-    way: Way = Way.SHORT
+    way: Way = SHORT
     why: str | None = None
 
 
@@ -50,24 +64,48 @@ def tolerance(logits: Tensor, coarse: bool) -> float:
     return COARSE if coarse else 1e-3 + 16 * rounding(logits)
 
 
-def cheapest(known: Verdict, read: Callable[[Way], Tensor], expected: Tensor, targets: Tensor, coarse: bool) -> Verdict:
+def cheapest(
+    known: Verdict,
+    read: Callable[[Way], Tensor],
+    expected: Tensor,
+    targets: Tensor,
+    coarse: bool,
+    otherwise: Sequence[Way] = (),
+) -> Verdict:
     """The cheapest way, no cheaper than the known one, that gives the logits of one plain forward.
 
     read: -> logits [n, V] of a window's chunk, read in some way
     expected: [n, V], what one plain forward gives; targets: [n]
     coarse: whether the host rounds whole texts to one grid (rounds_whole_texts)
+    otherwise: ways to try where neither the known one nor its full form gives them
     """
     why = known.why
-    for way in (Way.SHORT, Way.FULL)[known.way :]:
+
+    def fits(way: Way) -> bool:
+        nonlocal why
         try:
             error = misfit(read(way), expected, targets)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as problem:
             why = f"behind a cache of the context the host raises {type(problem).__name__}: {problem}"
-            continue
-        if error <= tolerance(expected, coarse):
+            return False
+        if not error <= tolerance(expected, coarse):
+            told = f"differ from those of one forward by {error:.2g} of their spread"
+            why = f"behind a cache of the context the host's logits {told}"
+            return False
+        return True
+
+    for way in (known.way, *otherwise):
+        if fits(way):
             return Verdict(way, why)
-        why = f"behind a cache of the context the host's logits differ from those of one forward by {error:.2g} of their spread"
-    return Verdict(Way.ONE, why)
+        full = way.full()
+        if full == way or not fits(full):
+            continue
+        why_not = why
+        for between in (way._replace(ends_early=False), way._replace(own_attention=False)):
+            if between not in (way, full) and fits(between):
+                return Verdict(between, why_not)
+        return Verdict(full, why_not)
+    return Verdict(ONE, why)
 
 
 def _build(model: Any) -> int:
@@ -81,7 +119,8 @@ class WindowReading:
     """How the windows of one host are read, as far as they have been compared.
 
     lengths: where its config says that something changes
-    last_layer: the `layer_idx` of the attention that runs last; None: not known, and no context's forward ends early
+    writes: how often a forward writes into a KV cache; None: not known, and no context's forward ends early
+    plain_cache: whether a forward over a whole window may be given a cache that keeps nothing (NoContext)
     coarse: whether it rounds whole texts to one grid of numbers, so that comparisons have to allow more
     unprobed: why the probe found nothing out, or None
     compares: whether runs compare two forwards with one
@@ -91,7 +130,8 @@ class WindowReading:
     """
 
     lengths: Lengths = field(default_factory=Lengths)
-    last_layer: int | None = None
+    writes: int | None = None
+    plain_cache: bool = True
     coarse: bool = False
     unprobed: str | None = None
     compares: bool = True
@@ -112,7 +152,7 @@ class WindowReading:
         if context == 0:
             return Verdict()
         if (length := self.lengths.divides(context, tokens)) is not None:
-            return Verdict(Way.ONE, f"the host turns all positions otherwise in a text of more than {length} tokens")
+            return Verdict(ONE, f"the host turns all positions otherwise in a text of more than {length} tokens")
         known = [least for least in self.verdicts if least <= tokens]
         return self.verdicts[max(known)] if known else Verdict()
 
@@ -131,15 +171,17 @@ class WindowReading:
         if context == 0 or not self.compares or self.lengths.divides(context, tokens) is not None:
             return verdict
         kind = self.kind(tokens, full)
-        if kind not in self.verdicts and verdict.way != Way.ONE:
+        if kind not in self.verdicts and verdict.way != ONE:
             with torch.no_grad():
-                expected = read(Way.ONE)
-            self.verdicts[kind] = cheapest(verdict, read, expected, targets, self.coarse)
+                expected = read(ONE)
+            otherwise = () if 0 in self.verdicts else (SHORT._replace(positions=True),)  # which the probe would have tried
+            self.verdicts[kind] = cheapest(verdict, read, expected, targets, self.coarse, otherwise)
         return self.verdict(context, tokens)
 
     def describe(self) -> str:
         """One line for a status."""
         for least, verdict in sorted(self.verdicts.items()):
-            if verdict.way == Way.ONE:
+            if verdict.way == ONE:
                 return f"one forward per window of {max(least, 1)} or more tokens: {verdict.why}"
-        return "two forwards per window" + (f"; the host was not probed: {self.unprobed}" if self.unprobed else "")
+        told = ", the chunk's with its positions" if any(verdict.way.positions for verdict in self.verdicts.values()) else ""
+        return f"two forwards per window{told}" + (f"; the host was not probed: {self.unprobed}" if self.unprobed else "")

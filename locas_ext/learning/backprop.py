@@ -1,4 +1,4 @@
-"""One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; cuda_graph.py captures the same."""
+"""One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; graph_step.py captures the same."""
 
 import math
 

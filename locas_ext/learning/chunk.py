@@ -10,15 +10,20 @@ The S positions that predict the chunk's own tokens run with gradient on top of 
 the chunk.
 """
 
+import warnings
+from collections.abc import Hashable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward, two_forwards
+from locas_ext.caller import caller_stacklevel
+from locas_ext.hosts.context_cache import ContextCache, NoContext, logits_on, one_forward
+from locas_ext.hosts.probe.agreement import distances
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.window_reading import Way
+from locas_ext.hosts.window_reading import ONE, SHORT, Way, tolerance
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
@@ -73,7 +78,7 @@ class Reader(TakesKernels, Protocol):
     left: list[Tensor] | None
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood."""
+        """Continues where another run stood."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Gets ready for a chunk. Returns why its window is read in one forward, or None."""
@@ -86,6 +91,9 @@ class Reader(TakesKernels, Protocol):
 
     def loss(self, window: Window) -> Tensor:
         """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
+
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk: gets ready what the next one can need whatever comes of this one."""
 
     def scored(self) -> None:
         """After a chunk's first forward."""
@@ -117,7 +125,7 @@ class WindowReader(KernelReading):
         self.ends_early = may_end_early(host.model)
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood. Nothing was kept of it."""
+        """Continues where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:
         """Compares the ways to read a window that is the first of its kind, and takes the cheapest that reads it right.
@@ -126,16 +134,40 @@ class WindowReader(KernelReading):
 
         Returns why the window is read in one forward, or None.
         """
-        window, why, reading = window.to(self.host.input_device()), None, self.host.reading
+        why, reading = None, self.host.reading
         if not self.context_gradient:
+            known = len(reading.verdicts)
             verdict = reading.settle(len(window.context), window.targets, full - 1, partial(self._read, window))
-            why = verdict.why if verdict.way == Way.ONE else None
-        self.settle_kernels(window, full - 1, whole=not self.context_gradient and self._way(window) == Way.SHORT)
+            why = verdict.why if verdict.way == ONE else None
+            if why is not None and len(reading.verdicts) > known:
+                self._check_causal(window)
+        self.settle_kernels(window, full - 1, whole=not self.context_gradient and self._way(window) == SHORT)
         return why
+
+    @torch.no_grad()
+    def _check_causal(self, window: Window) -> None:
+        """Warns of a host whose tokens see later ones in windows as long as this one, which a short probe may not show."""
+        model, (context, inputs, _) = self.host.model, window
+        half = len(inputs) // 2
+        if not half:
+            return
+        others = torch.cat([inputs[:half], inputs[:1].expand(len(inputs) - half)])
+        logits, moved_logits = (one_forward(model, context, tokens)[:half] for tokens in (inputs, others))
+        moved = distances(moved_logits, logits).max().item()
+        if not moved <= tolerance(logits, self.host.reading.coarse):
+            warnings.warn(
+                f"{type(model).__name__} is not causal in a text of {window.tokens} tokens: its last tokens move the logits of "
+                f"earlier ones by up to {moved:.2g} of their spread, so a chunk is scored with its own tokens in sight; "
+                "memorize with a shorter window",
+                stacklevel=caller_stacklevel(),
+            )
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
-        return self.context_gradient or self._way(window) == Way.ONE
+        return self.context_gradient or self._way(window) == ONE
+
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk. Nothing is kept to get ready."""
 
     def scored(self) -> None:
         """After a chunk's first forward. Nothing is kept of it."""
@@ -146,9 +178,8 @@ class WindowReader(KernelReading):
     def _way(self, window: Window) -> Way:
         return self.host.reading.verdict(len(window.context), window.tokens).way
 
-    def _kind(self, window: Window) -> tuple[str, int, int]:
-        how = "whole" if self.context_gradient else self._way(window).name.lower()
-        return how, len(window.context), window.tokens
+    def _kind(self, window: Window) -> tuple[Hashable, int, int]:
+        return "whole" if self.context_gradient else self._way(window), len(window.context), window.tokens
 
     def _ours(self, window: Window) -> Tensor:
         assert self.kernels is not None
@@ -160,19 +191,22 @@ class WindowReader(KernelReading):
 
     def _by_the_host(self, window: Window) -> Tensor:
         if self.context_gradient:
-            return one_forward(self.host.model, window.context, window.inputs, NoContext())
+            return self._whole(window)
         return self._read(window, self._way(window))
+
+    def _whole(self, window: Window) -> Tensor:
+        """The same in one forward, over a cache that keeps nothing where the host can be given one."""
+        cache = NoContext() if self.host.reading.plain_cache else None
+        return one_forward(self.host.model, window.context, window.inputs, cache)
 
     def _read(self, window: Window, way: Way) -> Tensor:
         """The same in one way, with a graph over what that leaves in it."""
-        model, (context, inputs, _) = self.host.model, window
+        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
         if len(context) == 0:
-            return one_forward(model, context, inputs, NoContext())
-        if way == Way.ONE:
+            return self._whole(window)
+        if not way.in_two:
             return one_forward(model, context, inputs)
-        if way == Way.FULL:
-            return two_forwards(model, context, inputs)
-        cache = ContextCache(model, context.device, self.host.reading.last_layer if self.ends_early else None)
+        cache = ContextCache(model, context.device, self.host.reading.writes if way.ends_early and self.ends_early else None)
         cache.fill(model, context[None])
-        with chunk_attention(self.host):
-            return logits_on(model, inputs, cache)
+        with chunk_attention(self.host) if way.own_attention else nullcontext():
+            return logits_on(model, inputs, cache, len(context) if way.positions else None)

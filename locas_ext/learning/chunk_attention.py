@@ -22,7 +22,23 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from locas_ext.hosts.registry import Host
 
-NAME = "locas_chunk"
+
+class _Name(str):
+    """By this name transformers finds our attention in its tables; to a host that asks, it is "sdpa".
+
+    Some hosts look at the name to choose a mask or a branch of their own, and must go on as without us.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == "sdpa" or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+NAME = _Name("locas_chunk")
 _ADDITIVE = "_locas_additive"  # a boolean mask's attribute: itself as numbers
 # Of up to this many elements P is kept from the forward; of more it is made again, this many at once, at least a key head's.
 _KEPT, _PIECE = 1 << 19, 1 << 22
@@ -39,25 +55,25 @@ def _probabilities(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, Tensor | None]:
-    """query [1, H, n, D], key and value [1, G, k, D], mask [1, 1, n, k] additive -> [1, H, n, D], P where it is kept."""
+    """query [1, H, n, D], key [1, G, k, D], value [1, G, k, E], mask [1, 1, n, k] additive -> [1, H, n, E], P where kept."""
     (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
     if heads * n * k > _KEPT:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True), None
     queries = query.reshape(groups, heads // groups * n, size) * scaling
     p = _probabilities(_repeated(mask, heads // groups), queries, key[0])
-    return (p @ value[0]).view(query.shape), p
+    return (p @ value[0]).view(1, heads, n, -1), p
 
 
 def attention_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tensor, kept: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dQ [1, H, n, D], and dK and dV [1, G, n, D] of the queries' own rows; kept: P from the forward."""
-    (_, heads, n, size), (_, groups, k, _) = query.shape, key.shape
+    """-> dQ [1, H, n, D], and dK [1, G, n, D] and dV [1, G, n, E] of the queries' own rows; kept: P from the forward."""
+    (_, heads, n, size), (_, groups, k, _), value_size = query.shape, key.shape, value.shape[-1]
     shape, rows = query.shape, heads // groups * n  # the queries that share a key head, as one matrix
     query = query.reshape(groups, rows, size) * scaling
-    d_out, out = d_out.reshape(groups, rows, size), out.reshape(groups, rows, size)
+    d_out, out = d_out.reshape(groups, rows, value_size), out.reshape(groups, rows, value_size)
     d_query = torch.empty_like(query)
-    d_key, d_value = (key.new_empty(1, groups, n, size) for _ in range(2))
+    d_key, d_value = (key.new_empty(1, groups, n, length) for length in (size, value_size))
     step = groups if kept is not None else max(1, _PIECE // (rows * k))
     for first in range(0, groups, step):
         part = slice(first, first + step)
@@ -72,7 +88,7 @@ def attention_backward(
 
 
 class ChunkAttentionFunction(torch.autograd.Function):
-    """apply(query [1, H, n, D], key, value [1, G, k, D], mask [1, 1, n, k] additive, scaling) -> [1, H, n, D].
+    """apply(query [1, H, n, D], key [1, G, k, D], value [1, G, k, E], mask [1, 1, n, k] additive, scaling) -> [1, H, n, E].
 
     The last n of the k keys are the queries' own; H is a multiple of G. The gradient of the first k - n keys and values
     is left 0.
@@ -114,7 +130,7 @@ def _chunk_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         and not torch.is_autocast_enabled("cpu")  # which makes queries, keys and P of several dtypes
         and attention_mask is not None
         and attention_mask.shape == (1, 1, query.shape[2], key.shape[2])
-        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and query.shape[-1] == key.shape[-1]
         and dropout == 0.0
         and others.get("position_bias") is None
     )

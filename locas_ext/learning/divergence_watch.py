@@ -114,7 +114,7 @@ class DivergenceWatch:
             return
         self.report.diverged = Divergence(chunk, harm.memory / harm.tokens, harm.host / harm.tokens)
         if self.mode == "warn":
-            self._warn("the run goes on, and if it ends like that, the best state is put back; on_divergence='stop' ends it")
+            self._warn("the run continues, and if it ends like that, the best state is put back; on_divergence='stop' ends it")
 
     def finish(self) -> None:
         """Called at the run's end: puts the best state back where the memory does harm."""

@@ -1,6 +1,6 @@
 """How a memory's rows begin (docs/method.md, "Initialization")."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,9 +64,13 @@ def _bears_little(config: LocasConfig) -> bool:
     return (config.init, config.scale) == ("activation", "host")
 
 
-def default_rate(config: LocasConfig) -> float | None:
-    """The AdamW rate of a memory that does not bear Backprop's own default; None for the others."""
-    return ACTIVATION_AT_HOST_SCALE if _bears_little(config) else None
+def default_learning(config: LocasConfig, given: Mapping[str, Any]) -> dict[str, float]:
+    """The AdamW rate of a memory that does not bear Backprop's own default, unless a rate is given; empty for the others.
+
+    given: fields of Backprop; None: left to the default
+    """
+    of_adamw = given.get("optimizer") in (None, "adamw") and given.get("learning_rate") is None
+    return {"learning_rate": ACTIVATION_AT_HOST_SCALE} if of_adamw and _bears_little(config) else {}
 
 
 def check_rate(config: LocasConfig, update: object) -> None:

@@ -17,7 +17,7 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.kept_cache import KeptCache
 from locas_ext.hosts.key_turning import find_turning, reaches, turned
 from locas_ext.hosts.lengths import lengths_of
-from locas_ext.state.kept_rows import KeptRows, LayerRoom
+from locas_ext.state.kept_rows import KeptRows, LayerRoom, RowGroup, WindowRoom
 
 
 def _rooms(model: Any, window: int, sinks: int) -> list[LayerRoom]:
@@ -45,61 +45,81 @@ def check_positions(model: Any, inputs: int) -> None:
 class KeptContext:
     """Attributes:
     rows: what is kept
-    left: the rows of the inputs read last, which `keep` takes
+    context: how many of it stand before the next inputs
+    inputs: how many these are
+    left: the rows that the inputs read last left elsewhere than in the window; none: they lie there
+    writes: as in ContextCache, for what is read anew
     """
 
-    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, last_layer: int | None = None):
-        """device: where token ids go; last_layer: as in ContextCache. ValueError for a host whose context cannot be kept."""
+    def __init__(self, model: Any, device: torch.device, window: int, sinks: int, inputs: int):
+        """device: where token ids go; inputs: at most so many are read at once.
+
+        ValueError for a host whose context cannot be kept.
+        """
         try:
             rooms, self.turning = _rooms(model, window, sinks), find_turning(model, device)
         except ValueError as error:
             raise ValueError(f"context is 'keep', but {error}; expected context='recompute'") from None
-        self.model, self.device, self.window, self.last_layer = model, device, window, last_layer
-        self.rows = KeptRows(rooms)
+        self.model, self.device = model, device
+        self.room = WindowRoom(window - 2, inputs)  # a chunk has at least one token, and a window's last is only a target
+        self.rows = KeptRows(rooms).on(self.turning.like, self.room)
         self.left: list[Tensor] = []
+        self.writes: int | None = None
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a CUDA graph reads it
-        self.context = 0
-        self.front: list[Tensor] = []  # per group of rows, what stands in the place of the first ones: [g, H, sinks, D]
+        self.context = self.inputs = 0
+        self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
     def take_up(self, rows: KeptRows, seen: int) -> None:
-        """Goes on with rows that another run has kept. LocasError if they are not of this host, window and place."""
+        """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:
                 raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")
-            self.rows = rows.on(self.turning.like)
+            self.rows = rows.on(self.turning.like, self.room)
         except ValueError as error:
             raise LocasError(f"the kept context does not fit: {error}") from None
-        self.front = []
+        self.ahead = None
 
     # ---- before a chunk --------------------------------------------------------------------------------------
     @torch.no_grad()
     def prepare(self, count: int) -> None:
         """Puts what stands before the next `count` inputs in its place."""
         rows = self.rows
-        self.context = min(rows.seen, self.window - 1 - count)
+        rows.uncover()
+        self.context, self.inputs = min(rows.seen, self.room.before + 1 - count), count
         self.begin.fill_(rows.seen)
-        if not self.front:
-            self.front = [torch.zeros_like(group.first) for group in rows.groups]
-        moved = rows.seen - self.context
-        for group, front in zip(rows.groups, self.front, strict=True):
-            front.copy_(group.first)
-            if moved and front.numel():
-                self._turn(group.members, group.first, front, moved)
+        if moved := rows.seen - self.context:
+            if self.ahead is None or self.ahead[0] != moved:
+                self.ahead = moved, self._all_turned(moved)
+            rows.cover(self.context, self.ahead[1])
 
-    def _turn(self, members: list[int], first: Tensor, front: Tensor, moved: int) -> None:
-        """The keys among first [g, H, n, D], of tensors with these numbers, turned on by `moved` positions, into front."""
+    @torch.no_grad()
+    def look_ahead(self) -> None:
+        """After `prepare`: turns the first rows to where they will stand before the next inputs, should these be as many."""
+        if self.rows.seen > self.context:  # all of the first rows are there, and no chunk adds to them
+            moved = self.rows.seen - self.context + self.inputs
+            self.ahead = moved, self._all_turned(moved)
+
+    def _all_turned(self, moved: int) -> list[Tensor]:
+        return [self._turned(group, moved) for group in self.rows.groups]
+
+    def _turned(self, group: RowGroup, moved: int) -> Tensor:
+        """A group's first rows [g, first, H, D], their keys turned on by `moved` positions."""
+        if not group.first.numel():
+            return group.first
         ways: dict[Any, list[int]] = {}
-        for place, number in enumerate(members):
+        for place, number in enumerate(group.members):
             if number % 2 == 0 and (way := self.turning.layers[number // 2]) is not None:
                 ways.setdefault(way, []).append(place)
-        old = torch.arange(first.shape[2], device=self.device)
+        front = group.first.clone()
+        old = torch.arange(group.room.first, device=self.device)
         for way, places in ways.items():
-            cos, sin = (part.to(first.device) for part in self.turning.angles(way.rotary, old, old + moved))
-            if places == list(range(0, len(members), 2)):
-                front[::2] = turned(first[::2], cos, sin, way.interleaved)  # all keys alike: no copies of them
+            cos, sin = (part.to(front.device)[:, None] for part in self.turning.angles(way.rotary, old, old + moved))
+            if places == list(range(0, len(group.members), 2)):
+                front[::2] = turned(front[::2], cos, sin, way.interleaved)  # all keys alike: no copies of them
                 continue
             for place in places:
-                front[place] = turned(first[place], cos, sin, way.interleaved)
+                front[place] = turned(front[place], cos, sin, way.interleaved)
+        return front
 
     @torch.no_grad()
     def refresh(self, context: Tensor) -> None:
@@ -107,17 +127,12 @@ class KeptContext:
         latest = self._rows_of(context, self.rows.seen - self.context)
         first = self._rows_of(torch.tensor(self.rows.head, dtype=torch.int64), 0) if self.rows.head else latest
         self.rows.replace(first, latest)
-        if not self.front:
-            self.front = [torch.zeros_like(group.first) for group in self.rows.groups]
-        for group, front in zip(self.rows.groups, self.front, strict=True):
-            for place, number in enumerate(group.members):
-                beginning = latest[number][:, : front.shape[2]]
-                front[place, :, : beginning.shape[1]] = beginning
+        self.ahead = None
 
     def _rows_of(self, tokens: Tensor, begin: int) -> list[Tensor]:
         """The rows that tokens [n] leave at positions from `begin` on, with nothing before them."""
         tokens = tokens.to(self.device)
-        cache = KeptCache(self.model, self.device, 0, [], self.last_layer)
+        cache = KeptCache(self.model, self.device, 0, [], self.writes)
         cache.fill(self.model, tokens[None], torch.arange(begin, begin + len(tokens), device=self.device)[None])
         return cache.left
 
@@ -127,17 +142,12 @@ class KeptContext:
         self.keep(inputs, self._rows_of(inputs, 0))
 
     # ---- a chunk ---------------------------------------------------------------------------------------------
-    def parts(self) -> list[Sequence[Tensor]]:
-        """Per tensor the rows that stand before the inputs."""
-        rows = self.rows
-        parts: dict[int, Sequence[Tensor]] = {}
-        for group, front in zip(rows.groups, self.front, strict=True):
-            first, room = min(front.shape[2], rows.seen), group.latest.shape[2]
-            latest = min(self.context - first, room)
-            assert latest <= rows.held, "rows are only let go of before they are read anew"
-            for place, number in enumerate(group.members):
-                parts[number] = front[place, :, :first], group.latest[place, :, room - latest :]
-        return [parts[number] for number in sorted(parts)]
+    def behind(self) -> list[Tensor]:
+        """Per tensor the rows [n, H, D] that stand before the inputs: of a layer that slides its latest ones."""
+        rows, before = self.rows, self.room.before
+        kept = [min(self.context, room.first + room.latest) for room in rows.rooms]
+        assert max(kept) <= rows.held + rows.first, "rows are only let go of before they are read anew"
+        return [layer[before - kept[number // 2] :] for number, layer in enumerate(rows.layers(0, before))]
 
     def positions(self, inputs: Tensor) -> Tensor:
         """Where the next inputs [n] stand in the text; after `prepare`."""
@@ -145,7 +155,7 @@ class KeptContext:
 
     def read(self, inputs: Tensor) -> Tensor:
         """The logits [n, V] of the next inputs [n], with a graph over these alone; after `prepare`."""
-        cache = KeptCache(self.model, self.device, self.context, self.parts())
+        cache = KeptCache(self.model, self.device, self.context, [rows.transpose(0, 1) for rows in self.behind()])
         logits = self.model(
             input_ids=inputs[None],
             position_ids=self.positions(inputs)[None],
@@ -157,7 +167,9 @@ class KeptContext:
         return logits
 
     def keep(self, inputs: Tensor, left: Sequence[Tensor]) -> None:
-        """Takes the rows that inputs [n] left."""
+        """Takes the rows that inputs [n] left. left: [H, n, D], one per tensor; none: they lie in the window"""
         rows = self.rows
         rows.head += inputs[: max(0, rows.first - rows.seen)].tolist()
-        rows.append(left)
+        if left:
+            rows.put(left, self.room.before)
+        rows.append(len(inputs))

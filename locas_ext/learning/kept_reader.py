@@ -1,5 +1,6 @@
 """Reads a text's chunks over a kept context: `WindowReader`'s interface for a run with context="keep"."""
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from locas_ext.errors import LocasError
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.text_config import bos_token_id
-from locas_ext.hosts.window_reading import Way
+from locas_ext.hosts.window_reading import ONE, SHORT
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Stream
 
@@ -31,20 +32,19 @@ class KeptReader(KernelReading):
     def __init__(self, host: Host, protocol: Protocol, keep: Keep, epochs: int, length: int):
         """length: of the text, as far as it is known. ValueError for a host whose context cannot be kept."""
         check_positions(host.model, length - 1 + protocol.bos)
-        if (verdict := host.reading.verdict(1, 2)).way == Way.ONE:
+        if (verdict := host.reading.verdict(1, 2)).way == ONE:
             raise ValueError(f"context is 'keep', but {verdict.why}; expected context='recompute'")
         self.host, self.keep, self.epochs = host, keep, epochs
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)
-        last_layer = host.reading.last_layer if self.anew.ends_early else None
-        self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, last_layer)
+        self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, protocol.stride)
         self.chunks = 0
         self.left: list[Tensor] | None = None
-        self.way = Way.SHORT
+        self.way = SHORT
         self.scored_rows: list[Tensor] = []
 
     def take_up(self, stream: Stream) -> None:
-        """Goes on where another run stood."""
+        """Continues where another run stood."""
         if stream.kept is None:
             raise LocasError("the run's record holds no kept context")
         self.chunks = len(stream.chunks)
@@ -62,13 +62,15 @@ class KeptReader(KernelReading):
         if why is not None:
             raise LocasError(f"context is 'keep', but {why}; expected context='recompute'")
         self.way = self.host.reading.verdict(len(window.context), window.tokens).way
-        with eager_host(self.host.model):
-            if self.bos is not None and not self.context.rows.seen:
+        self.context.writes = self.host.reading.writes if self.way.ends_early and self.anew.ends_early else None
+        if self.bos is not None and not self.context.rows.seen:
+            with eager_host(self.host.model):
                 self.context.put_before(self.bos)
-            self.context.prepare(len(window.inputs))
-            if self._is_refreshed(self.chunks):
+        self.context.prepare(len(window.inputs))
+        if self._is_refreshed(self.chunks):
+            with eager_host(self.host.model):
                 self.context.refresh(window.context)
-        self.settle_kernels(window, full - 1, whole=self.way == Way.SHORT)
+        self.settle_kernels(window, full - 1, whole=self.way == SHORT)
         return None
 
     def _is_refreshed(self, chunk: int) -> bool:
@@ -80,39 +82,43 @@ class KeptReader(KernelReading):
         """Never: what is kept has no gradient."""
         return False
 
-    def _kind(self, window: Window) -> tuple[str, int, int]:
+    def _kind(self, window: Window) -> tuple[Hashable, int, int]:
         return "kept", self.context.context, self.context.context + len(window.inputs)
 
     def _by_the_host(self, window: Window) -> Tensor:
-        with eager_host(self.host.model), chunk_attention(self.host) if self.way == Way.SHORT else nullcontext():
+        with eager_host(self.host.model), chunk_attention(self.host) if self.way.own_attention else nullcontext():
             logits = self.context.read(window.inputs)
         self.left = self.context.left
         return logits
 
     def _behind(self) -> tuple[HostKernels, WindowCache]:
+        """The inputs' rows are written where they will be kept."""
         assert self.kernels is not None
-        return self.kernels, self.kernels.behind_rows(self.context.parts(), self.context.context)
+        self.left = []
+        context, rows = self.context.context, self.context.rows
+        layers = rows.layers(rows.before - context, rows.before + self.context.room.inputs)
+        return self.kernels, self.kernels.behind_rows(list(zip(layers[::2], layers[1::2], strict=True)), context)
 
     def _ours(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        logits = kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
-        self._leave(kernels, len(window.inputs))
-        return logits
+        return kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
 
     def _our_nll(self, window: Window) -> Tensor:
         kernels, cache = self._behind()
-        nll = kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
-        self._leave(kernels, len(window.inputs))
-        return nll
+        return kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
 
-    def _leave(self, kernels: HostKernels, count: int) -> None:
-        """Notes where the rows of the last `count` inputs are: in the buffers, until the next chunk's take their place."""
-        self.left = kernels.buffers.left(self.context.context, self.context.context + count)
+    def look_ahead(self) -> None:
+        """While the device still works on a chunk: turns the first rows to where they stand before a next one as long."""
+        self.context.look_ahead()
 
     def scored(self) -> None:
         """After a chunk's first forward: what it left is what will be kept, whatever further epochs leave."""
         assert self.left is not None, "a forward has just left it"
-        self.scored_rows = self.left if self.epochs == 1 else [rows.clone() for rows in self.left]
+        self.scored_rows = self.left
+        if self.epochs > 1:
+            rows, inputs = self.context.rows, self.context.inputs
+            left = self.left or [layer.transpose(0, 1) for layer in rows.layers(rows.before, rows.before + inputs)]
+            self.scored_rows = [layer.clone() for layer in left]
 
     def learned(self, window: Window) -> KeptRows:
         """After a chunk's last update: keeps what it left, and returns all that is kept."""

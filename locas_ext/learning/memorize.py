@@ -1,4 +1,4 @@
-"""Online memorization: score a chunk, learn from it, go on (docs/method.md, "The online protocol")."""
+"""Online memorization: score a chunk, learn from it, continue (docs/method.md, "The online protocol")."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,13 +96,13 @@ def feed(
 
 
 def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) -> Run:
-    """The run that goes on where the last one ended."""
+    """The run that continues the last one."""
     host, stream = attachment.host, attachment.stream
     if stream is None:
-        raise ValueError("feed: there is no run to go on with; begin a text with memorize()")
+        raise ValueError("feed: there is no run to continue; begin a text with memorize()")
     if stream.tail is None:
         raise ValueError(
-            "feed: the run was saved without the tokens that it ended with, as files of format 1 are; go on with "
+            "feed: the run was saved without the tokens that it ended with, as files of format 1 are; continue with "
             "memorize(the whole text, resume=folder)"
         )
     resolved = settings_of(stream, "feed").resolve(host, attachment.state)

@@ -1,10 +1,10 @@
 """The progress bar of a run over a text: tokens/s, running perplexity, time left; on standard error."""
 
-import math
-
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from locas_ext.terminal import Terminal
+
+from .perplexity import perplexity
 
 
 def progress_bar(unit: str, *fields: str) -> Progress:
@@ -49,7 +49,7 @@ class StreamProgress:
         self.task = self.progress.add_task(title, total=total, completed=position, rate=0.0, perplexity=self._perplexity())
 
     def _perplexity(self) -> float:
-        return math.exp(self._nll / self._tokens) if self._tokens else math.nan
+        return perplexity(self._nll, self._tokens)
 
     def __enter__(self) -> "StreamProgress":
         self.progress.start()

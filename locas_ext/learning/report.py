@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from locas_ext.state.stream import Chunk
 
+from .perplexity import perplexity
+
 
 @dataclass(frozen=True)
 class GraphReport:
@@ -14,6 +16,10 @@ class GraphReport:
         replayed: the updates that ran as a graph
         updates: all updates by backpropagation in this call
         why_not: what kept the run, or its rest, from using a graph; None if nothing did
+
+    >>> import locas_ext as locas
+    >>> print(locas.GraphReport(replayed=3, updates=5, why_not="the last chunk is shorter"))
+    3 of 5 updates, then not: the last chunk is shorter
     """
 
     replayed: int = 0
@@ -33,8 +39,12 @@ class Divergence:
     Attributes:
         chunk: the Chunk at which it was noticed
         memory, host: nats per token, with the memory and by the host alone, over the chunks that showed it
-        restored_version: the version of the state that was put back at the run's end; None where the run ended with a
+        restored_version: the version of the state that was put back at the run's end; None if the run ended with a
             memory that had recovered, or was ended by an exception
+
+    >>> import locas_ext as locas
+    >>> print(locas.Divergence(locas.Chunk(1024, 1536, 512, 2560.0, 2), memory=5.0, host=4.0, restored_version=1))
+    diverged at token 1,024: 5.00 nats per token, 4.00 by the host alone; put back: the state of version 1
     """
 
     chunk: Chunk
@@ -51,11 +61,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class HostKernelsReport:
-    """Which parts of the host ran through kernels of ours.
+    """Which parts of the host ran through native kernels.
 
     Attributes:
-        ours: of "norms", "residuals", "attention" and "loss" those that did
-        own: by part, or by kind of window, why the host's own code ran it; by "host" why all of it did
+        ours: those of "norms", "residuals", "attention" and "loss" that did
+        own: why the host's own code ran the others, by part or by kind of window; by "host" if that ran everything
+
+    >>> from locas_ext.learning.report import HostKernelsReport
+    >>> print(HostKernelsReport(("norms", "loss"), {"attention": "eager attention"}))
+    norms, loss; the host's own: attention: eager attention
     """
 
     ours: tuple[str, ...] = ()
@@ -71,13 +85,20 @@ class MemorizeReport:
     """What a run over a text measured; print() shows one line of it.
 
     Attributes:
-        chunks: every scored Chunk, oldest first; of a run that was resumed or fed those before too
+        chunks: every scored Chunk, oldest first; for a run that was resumed or fed, earlier calls' chunks too
         seconds: the time that this call took
-        graph: how many updates of this call ran as a CUDA graph, and what kept the others from it
-        host_kernels: which parts of the host ran through kernels of ours in this call, and why others did not
-        one_forward: why windows of this call were read in one forward, and learned from as with context_gradient=True;
-            empty where two forwards gave what one gives
-        diverged: a Divergence where the memory was found to make the text harder than the host alone does; else None
+        graph: a GraphReport: how many updates of this call ran as a CUDA graph, and what kept the others from it
+        host_kernels: a HostKernelsReport: which parts of the host ran through native kernels in this call
+        one_forward: the reasons why windows of this call were read in one forward, and learned from as with
+            context_gradient=True; empty if two forwards gave the same result as one
+        diverged: a Divergence if the memory was found to make the text harder than the host alone does; else None
+
+    >>> import locas_ext as locas
+    >>> report = locas.MemorizeReport([locas.Chunk(0, 9, 8, 16.0, 0), locas.Chunk(9, 13, 4, 5.0, 1)], seconds=1.0)
+    >>> report.tokens, report.nll
+    (12, 21.0)
+    >>> print(report)
+    12 tokens in 2 chunks, perplexity 5.75, 1.0 s
     """
 
     chunks: list[Chunk] = field(default_factory=list, repr=False)
@@ -89,18 +110,18 @@ class MemorizeReport:
 
     @property
     def tokens(self) -> int:
-        """The scored tokens: all of the text but its first."""
+        """int: the number of scored tokens: all of the text but its first."""
         return sum(chunk.tokens for chunk in self.chunks)
 
     @property
     def nll(self) -> float:
-        """Their summed negative log-likelihood in nats, each token's before it was learned from."""
+        """float: the scored tokens' summed negative log-likelihood in nats, each token's before it was learned from."""
         return math.fsum(chunk.nll for chunk in self.chunks)
 
     @property
     def perplexity(self) -> float:
-        """exp(nll / tokens); NaN without tokens."""
-        return math.exp(self.nll / self.tokens) if self.tokens else math.nan
+        """float: exp(nll / tokens); infinite where no float can hold it, NaN without tokens."""
+        return perplexity(self.nll, self.tokens)
 
     @property
     def cuda_graph(self) -> str:

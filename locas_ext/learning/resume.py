@@ -1,10 +1,11 @@
-"""A saved run taken up again: its place in the text, and whether text and settings are the same."""
+"""A saved run resumed: its place in the text, and whether text and settings are the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from locas_ext.checks import path
 from locas_ext.errors import LocasError
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream
@@ -25,7 +26,7 @@ class SavedRun:
 
 def saved_run(resume: str | Path) -> SavedRun:
     """LocasError if the folder holds no run, or one that cannot be read."""
-    memory = checkpoint.read(resume)
+    memory = checkpoint.read(path("resume", resume))
     if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "

@@ -69,6 +69,12 @@ class Room:
             )
         self.check_fits(count)
 
+    def after(self, used: int, count: int) -> int:
+        """How many slots of `used` are used once `count` more are written."""
+        if used + count <= self.capacity:
+            return used + count
+        return self.compress_to + count if self.when_full == "compress" else self.capacity
+
 
 def _compress_to(write: Write, capacity: int, hidden_size: int) -> int:
     if capacity < 2:

@@ -23,7 +23,7 @@ from .texts import learned_now, put_record, record_of
 
 
 def tail_length(protocol: Protocol) -> int:
-    """How many of the latest tokens a run needs to go on: those that a window and the digest reach back to."""
+    """How many of the latest tokens a run needs to be continued: those that a window and the digest reach back to."""
     return max(protocol.window, BLOCK) - 1
 
 
@@ -53,6 +53,7 @@ class Run:
         self.report = MemorizeReport(chunks=list(chunks))
         self.record = record_of(attachment.texts, digest.hexdigest(), self.position) if self.position else None
         self.title = self.record.title if self.record is not None and title is None else title
+        self.asked_for = settings.as_settings().to_record()
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
@@ -117,9 +118,8 @@ class Run:
         self.position = chunk.end
         begin = max(passage.offset, chunk.end - tail_length(self.settings.protocol))
         tail = passage.between(begin, chunk.end).tolist()
-        record = self.settings.as_settings().to_record()
         kept = self.reader.learned(self.window)
-        attachment.stream = Stream(record, chunk.end, self.digest.blocks, list(self.report.chunks), tail, kept)
+        attachment.stream = Stream(self.asked_for, chunk.end, self.digest.blocks, list(self.report.chunks), tail, kept)
         text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
         put_record(attachment.texts, self.record, text)
         self.record = text

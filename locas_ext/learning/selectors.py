@@ -17,9 +17,11 @@ class TopLoss:
     """Selects the tokens with the largest loss.
 
     Args:
-        n: int >= 1: how many of each text of `write`, of each chunk of `memorize`; all of a shorter one
+        n: int >= 1: how many tokens per text (`write`) or per chunk (`memorize`); all of a text or chunk with fewer
 
-    Raises TypeError or ValueError if n is not such a number.
+    Raises:
+        TypeError: n is not an integer
+        ValueError: n is less than 1
 
     >>> import locas_ext as locas
     >>> locas.Write(tokens=locas.TopLoss(8)).tokens
@@ -37,9 +39,11 @@ class LossAbove:
     """Selects the tokens whose loss is at least a threshold.
 
     Args:
-        nats: finite float: the negative log-likelihood from which on a token gets a slot
+        nats: finite float: a token gets a slot if its negative log-likelihood is at least this
 
-    Raises TypeError or ValueError if nats is not such a number.
+    Raises:
+        TypeError: nats is not a number
+        ValueError: nats is not finite
 
     >>> import locas_ext as locas
     >>> locas.Write(tokens=locas.LossAbove(2)).tokens

@@ -77,12 +77,7 @@ class Settings:
         protocol = Protocol.of(host.model, self.window, self.stride, self.bos)
         context_gradient = boolean("context_gradient", self.context_gradient)
         if self.keep is not None:
-            self.keep.check_fits(protocol.window, protocol.stride)
-            if context_gradient:
-                raise ValueError(
-                    "context_gradient is True, but context is 'keep': older memories computed what is kept, and no gradient "
-                    "reaches it; expected context='recompute' or context_gradient=False"
-                )
+            self.keep.check_fits(protocol.window, protocol.stride, context_gradient)
         update: Backprop | ResolvedWrite
         if isinstance(self.update, Write):
             update = _resolve_write(self.update, state, protocol.stride, before)
@@ -94,7 +89,7 @@ class Settings:
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
         """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults. `context` is there only
-        where one is kept, so that earlier versions read what they know how to go on with."""
+        where one is kept, so that earlier versions read what they know how to continue."""
         writes = isinstance(self.update, Write)
         backprop = Backprop() if isinstance(self.update, Write) else self.update
         write = (

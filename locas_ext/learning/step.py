@@ -7,7 +7,8 @@ from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
 from .chunk import Reader, Window, WindowReader
-from .cuda_graph import GraphStep, obstacle
+from .cuda_graph import obstacle
+from .graph_step import GraphStep
 from .kept_reader import KeptReader
 from .report import GraphReport
 from .run_guards import quiet_host
@@ -35,10 +36,9 @@ def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
 
 def step_for(attachment: Attachment, settings: ResolvedSettings, reader: Reader) -> Step:
     """The step of a run: eager wherever it cannot be captured."""
-    update = settings.update
+    update, why_not = settings.update, obstacle(attachment)
     if isinstance(update, ResolvedWrite):
-        return WriteStep(attachment, update, reader)
-    why_not = obstacle(attachment)
+        return WriteStep(attachment, update, reader, settings.protocol, why_not)
     if why_not is not None:
         return EagerStep(attachment, update, reader, why_not)
     return GraphStep(attachment, update, reader, settings.protocol)

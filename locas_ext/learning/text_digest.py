@@ -1,4 +1,4 @@
-"""What identifies a text: a digest of its token ids that can be put down and taken up again."""
+"""What identifies a text: a digest of its token ids that can be saved and resumed."""
 
 import hashlib
 from collections.abc import Sequence

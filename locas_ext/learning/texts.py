@@ -11,7 +11,7 @@ def learned_now(title: str | None, digest: str, tokens: int) -> TextRecord:
 
 
 def record_of(texts: list[TextRecord], digest: str, tokens: int) -> TextRecord | None:
-    """The latest record of exactly this much of a text, for a run that goes on in it."""
+    """The latest record of exactly this much of a text, for a run that continues it."""
     return next((record for record in reversed(texts) if (record.digest, record.tokens) == (digest, tokens)), None)
 
 

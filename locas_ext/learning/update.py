@@ -22,7 +22,11 @@ class Backprop:
         epochs: int >= 1: learning passes over each chunk
         optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
 
-    Raises TypeError or ValueError for a value outside these.
+    Raises:
+        TypeError: a value is of another type
+        ValueError: a value is out of range
+
+    Source: arXiv 2602.05085, section 3; docs/method.md, "Learning".
 
     >>> import locas_ext as locas
     >>> locas.Backprop(learning_rate=1e-3, epochs=2)
@@ -40,7 +44,21 @@ class Backprop:
 
     @classmethod
     def paper(cls, **changes: Any) -> "Backprop":
-        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), but for `changes`."""
+        """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), except for `changes`.
+
+        Args:
+            changes: fields with other values
+
+        Returns:
+            A Backprop.
+
+        Raises:
+            TypeError, ValueError: as Backprop does
+
+        >>> import locas_ext as locas
+        >>> locas.Backprop.paper(epochs=2)
+        Backprop(learning_rate=0.004, epochs=2, optimizer='adamw')
+        """
         return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **changes})
 
 
@@ -49,7 +67,7 @@ class Write:
     """Learning by slots in closed form, without training; Locas-MLP only (docs/method.md, "Writing").
 
     Args:
-        epsilon: float > 0: the length of the step that a slot makes, over all layers together, before tau
+        epsilon: float > 0: the length of the step that a token's slots make, over all layers together, before tau
         tokens: which tokens of a chunk get a slot: "all", `TopLoss(n)` or `LossAbove(nats)`
         capacity: int >= 1: the most slots per layer; None: the slots used before the run plus twice the stride or
             twice the rank, whichever is more (no limit with when_full="error")
@@ -57,7 +75,11 @@ class Write:
         compress_to: int >= 1: slots per layer that a compression keeps, fewer than the capacity and at most the hidden
             size; None: half the capacity, or the hidden size if that is less
 
-    Raises TypeError or ValueError for a value outside these. Source: the paper's Locas-MLP and its NL-SVD appendix.
+    Raises:
+        TypeError: a value is of another type
+        ValueError: a value is out of range
+
+    Source: arXiv 2602.05085, section 3 (Locas-MLP) and appendix (NL-SVD); docs/method.md, "Writing".
 
     >>> import locas_ext as locas
     >>> locas.Write(epsilon=0.05, tokens=locas.TopLoss(8), capacity=64).when_full is None

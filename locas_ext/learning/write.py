@@ -18,12 +18,14 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.transforms.compress import compress_slots
 
 from .backprop import check_loss, loss_scale
+from .captured import Captured
 from .chunk import Reader, Window, WindowReader
 from .inputs import TokenIds, token_ids
+from .protocol import Protocol
 from .report import GraphReport
 from .room import NO_LIMIT, Room
 from .run_guards import interrupt_between_chunks, quiet_host
-from .selectors import check_positions
+from .selectors import LossAbove, TopLoss, check_positions
 from .settings import ResolvedWrite
 from .text_digest import text_digest
 from .texts import learned_now
@@ -38,8 +40,15 @@ class WriteReport:
     Attributes:
         tokens: the positions in input_ids of the tokens that got a slot, ascending
         nll: their summed negative log-likelihood before, in nats
-        gradient_norm: ||G|| of each, over all layers
+        gradient_norm: each token's ||G||, the norm of its log-likelihood's gradient over all layers
         slots_used: how many slots each layer holds now
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(gated=False), locas.LocasConfig("mlp", rank=4))
+    >>> report = memory.write([5, 9, 13, 17], tokens=[1, 3])
+    >>> report.tokens, report.slots_used
+    ([1, 3], 2)
     """
 
     tokens: list[int]
@@ -78,18 +87,35 @@ def _new_slots(found: TokenGradients, epsilon: float) -> tuple[list[Tensor], lis
     return slots, norms
 
 
-def _write(attachment: Attachment, write: ResolvedWrite, found: TokenGradients, place: str) -> tuple[WriteReport, float]:
-    """Writes a slot for each chosen target behind the slots there are: one update if any is chosen.
+@dataclass(frozen=True)
+class _Found:
+    """What is to be written of a window: per arena slots [l, 2, n, d], and every number that Python has to see, [m].
+
+    count: how many targets are chosen
+    """
+
+    count: int
+    slots: list[Tensor]
+    numbers: Tensor
+
+
+def _find(attachment: Attachment, write: ResolvedWrite, window: Window, reader: Reader, exact: bool = False) -> _Found:
+    """Waits for the device only to choose."""
+    found = token_gradients(attachment, window, write.tokens, exact, reader)
+    slots, norms = _new_slots(found, write.epsilon)
+    # One read of all the numbers, as each read waits for the device; float64 holds indices too.
+    numbers = [found.chosen, found.nll, *(norm.to(found.nll.device) for norm in norms)]
+    return _Found(len(found.chosen), slots, torch.cat([tensor.double() for tensor in numbers]))
+
+
+def _write(attachment: Attachment, room: Room, found: _Found, targets: int, place: str) -> tuple[WriteReport, float]:
+    """Writes a slot for each chosen one of so many targets behind the slots there are: one update if any is chosen.
 
     Returns what was written, and the summed loss of all targets before. LocasError, with nothing written, if the loss,
     an input or a gradient is not finite.
     """
-    state = attachment.state
-    slots, norms_of_arenas = _new_slots(found, write.epsilon)
-    # One read of all the numbers, as each read waits for the device; float64 holds indices too.
-    numbers = [found.chosen, found.nll, *(norms.to(found.nll.device) for norms in norms_of_arenas)]
-    values = torch.cat([tensor.double() for tensor in numbers]).tolist()
-    count, targets = len(found.chosen), len(found.nll)
+    state, count = attachment.state, found.count
+    values = found.numbers.tolist()
     chosen = [int(index) for index in values[:count]]
     nll, norms = values[count:][:targets], values[count + targets :]
     loss = math.fsum(nll)
@@ -99,8 +125,8 @@ def _write(attachment: Attachment, write: ResolvedWrite, found: TokenGradients, 
             f"the gradient is not finite at {place}, so nothing was written; the memory stays at version {state.version}"
         )
     if count:
-        _make_room(attachment, count, write.room)
-        state.append(slots)
+        _make_room(attachment, count, room)
+        state.append(found.slots)
     scale = loss_scale(state)
     return WriteReport(
         tokens=[index + 1 for index in chosen],
@@ -111,17 +137,49 @@ def _write(attachment: Attachment, write: ResolvedWrite, found: TokenGradients, 
 
 
 class WriteStep:
-    """A chunk's turn in a run that writes: step(window, place) -> the summed loss, before it is written."""
+    """A chunk's turn in a run that writes: step(window, place) -> the summed loss, before it is written.
 
-    def __init__(self, attachment: Attachment, update: ResolvedWrite, reader: Reader):
+    Where a memory has as many slots before each chunk, what is to be written comes from a CUDA graph: a full one, of which
+    the oldest slots give way. While it grows, and where it is not known how many tokens are written, it does not.
+    """
+
+    def __init__(
+        self, attachment: Attachment, update: ResolvedWrite, reader: Reader, protocol: Protocol, why_not: str | None = None
+    ):
+        """why_not: why no step is a CUDA graph; None where one may be"""
         self.attachment, self.update, self.reader = attachment, update, reader
+        if isinstance(update.tokens, LossAbove):
+            why_not = why_not or "how many tokens are written is known only when they are scored"
+        self.captured = Captured(attachment, reader, protocol, self, why_not)
+        self.updates = 0
 
     def __call__(self, window: Window, place: str) -> float:
-        found = token_gradients(self.attachment, window, self.update.tokens, False, self.reader)
-        return _write(self.attachment, self.update, found, place)[1]
+        self.updates += 1
+        replayed = self.captured.replay(window)
+        found = self.found if replayed else _find(self.attachment, self.update, window, self.reader)
+        return _write(self.attachment, self.update.room, found, len(window.targets), place)[1]
 
     def report(self) -> GraphReport:
-        return GraphReport(why_not="slots are written in closed form")
+        why_not = self.captured.why_not
+        if why_not is None and not self.captured.replayed:
+            why_not = "the memory did not keep one size over full windows"
+        return GraphReport(self.captured.replayed, self.updates, why_not)
+
+    # ---- what is captured ------------------------------------------------------------------------------------
+    def repeats(self, window: Window) -> bool:
+        """Decided by numbers alone, so that a resumed run goes the same ways."""
+        used, room, tokens = self.attachment.state.used, self.update.room, self.update.tokens
+        count = min(tokens.n, len(window.targets)) if isinstance(tokens, TopLoss) else len(window.targets)
+        return room.after(used, count) == used
+
+    def prepare(self, device: torch.device) -> None:
+        """What is found has places of its own."""
+
+    def rehearse(self, window: Window) -> None:
+        _find(self.attachment, self.update, window, self.reader)
+
+    def run(self, window: Window) -> None:
+        self.found = _find(self.attachment, self.update, window, self.reader)
 
 
 def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: object, request: Write) -> WriteReport:
@@ -147,8 +205,8 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
         torch.enable_grad(),
     ):
         window = Window(ids[:0], ids[:-1], ids[1:])
-        found = token_gradients(attachment, window, resolved.tokens, exact, WindowReader(host))
-        report, _ = _write(attachment, resolved, found, f"tokens 1 to {len(ids) - 1}")
+        found = _find(attachment, resolved, window, WindowReader(host), exact)
+        report, _ = _write(attachment, room, found, len(window.targets), f"tokens 1 to {len(ids) - 1}")
         if report.tokens:
             attachment.texts.append(learned_now(None, text_digest(ids), len(ids)))
         check_interrupt()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from locas_ext import checks
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
@@ -23,13 +24,22 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
     Args:
         model: a transformers causal language model of a supported type
-        config: a LocasConfig; None: the defaults
+        config: a LocasConfig; None: LocasConfig()
         rehome: bool: whether the host's FFN weights move into buffers with room for the memory, so that one product
             computes both (docs/architecture.md, "Re-homing"); detach() moves them out again
 
-    Returns the Memory. Raises TypeError or ValueError if the model is not a language model, of a family that is not
-    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
-    the model then is as it was. Source: the paper's "sideway" FFN (docs/method.md).
+    Returns:
+        The Memory.
+
+    Raises:
+        TypeError: model is not a language model, or config is not a LocasConfig
+        ValueError: the model's family is not supported, it already has a memory, a setting does not fit it, or its
+            weights cannot be rehomed
+        IndexError: config.layers names a layer that the model does not have
+
+        The model then is as it was.
+
+    Source: arXiv 2602.05085, section 3 (the "sideway" FFN); docs/method.md.
 
     >>> import locas_ext as locas
     >>> from locas_ext.hosts.tiny import tiny_host
@@ -50,11 +60,18 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
 
     Args:
         model: the host that the memory was saved with
-        path: the folder that `Memory.save_pretrained` wrote
-        rehome: as in `attach`
+        path: str or Path: the folder that `Memory.save_pretrained` wrote
+        rehome: bool: as in `attach`
 
-    Returns the Memory; a backend that is not available here gives way to "auto", with a warning. Raises as `attach` and
-    `Memory.load` do; the model then is as it was.
+    Returns:
+        The Memory. A backend that is not available here is replaced by "auto", with a warning.
+
+    Raises:
+        FileNotFoundError, OSError: the folder or its files cannot be read
+        LocasError: the files are damaged or of another host
+        TypeError, ValueError, IndexError: as in `attach`
+
+        The model then is as it was.
 
     >>> import tempfile
     >>> import locas_ext as locas
@@ -67,7 +84,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     >>> loaded.version, bool((loaded.slots == memory.slots).all())
     (4, True)
     """
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(checks.path("path", path))
     saved.check_host(inspect_host(model))
     saved.check_room()
     memory, obstacle = _attach_saved(model, saved.config, rehome)
@@ -94,7 +111,24 @@ def _attach_saved(model: nn.Module, config: LocasConfig, rehome: bool) -> tuple[
 
 
 def memory_of(model: nn.Module) -> Memory:
-    """The memory attached to a model (of a deep copy of a model: its own). ValueError if there is none."""
+    """The memory attached to a model; a deep copy of a model has a memory of its own.
+
+    Args:
+        model: an nn.Module
+
+    Returns:
+        The Memory.
+
+    Raises:
+        ValueError: the model has none
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> model = tiny_host()
+    >>> memory = locas.attach(model, locas.LocasConfig(rank=4))
+    >>> locas.memory_of(model) is memory
+    True
+    """
     memory = getattr(model, "_locas_memory", None)
     if memory is None:
         raise ValueError("model has no memory attached; locas.attach(model) gives it one")

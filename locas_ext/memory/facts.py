@@ -19,6 +19,7 @@ class MemoryFacts:
 
     @property
     def config(self) -> LocasConfig:
+        """The settings that the memory was attached with."""
         return self._attachment.config
 
     @property
@@ -33,9 +34,9 @@ class MemoryFacts:
 
     @property
     def slots(self) -> Tensor:
-        """[L, 3, r, d] float32: per layer gate, key and value rows; of Locas-MLP [L, 2, capacity, d], key and value rows.
+        """[L, 3, r, d] float32: gate, key and value rows per layer; Locas-MLP: [L, 2, capacity, d], key and value rows.
 
-        The memory itself, to be read or written. RuntimeError where the host lies on several devices.
+        It is the memory itself, not a copy, and may be written. Raises RuntimeError where the host lies on several devices.
         """
         if len(self.state.arenas) > 1:
             raise RuntimeError(
@@ -44,7 +45,17 @@ class MemoryFacts:
         return self.state.whole("slots")
 
     def gather_slots(self) -> Tensor:
-        """A copy of `slots`, on any number of devices; of several, on that of the first layer."""
+        """A copy of `slots`, whether the host lies on one device or on several.
+
+        Returns:
+            As `slots`, on the first layer's device.
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> list(memory.gather_slots().shape)
+        [2, 3, 4, 16]
+        """
         return torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
 
     @property
@@ -59,31 +70,51 @@ class MemoryFacts:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The decoder layers that have a memory."""
+        """The indices of the decoder layers that have a memory, ascending."""
         return self.state.layers
 
     @property
     def version(self) -> int:
-        """The number of updates so far: 0 after attach, initialize and reset."""
+        """int: the number of updates so far; 0 after attach, initialize and reset."""
         self.state.sync()
         return self.state.version
 
     @property
     def tokens_seen(self) -> int:
-        """How far into its text the latest memorize() run has read."""
+        """int: how far into its text the latest memorize() run has read."""
         return self._attachment.stream.position if self._attachment.stream else 0
 
     @property
     def texts(self) -> tuple[TextRecord, ...]:
-        """Every text the memory has learned from, oldest first; one that is resumed or fed goes on in its record."""
+        """Every text the memory has learned from, oldest first; a run that is resumed or fed extends its text's record."""
         return tuple(self._attachment.texts)
 
     def parameters(self) -> list[nn.Parameter]:
-        """L parameters, views of the slots, each as `slots` of one layer, for a training loop of one's own (see SlotAdamW)."""
+        """The slots as parameters, for a training loop of your own (see `locas.SlotAdamW`).
+
+        Returns:
+            L parameters [3, r, d] (Locas-MLP: [2, capacity, d]), views of `slots`.
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> [list(parameter.shape) for parameter in memory.parameters()]
+        [[3, 4, 16], [3, 4, 16]]
+        """
         return self.state.parameters
 
     def status(self) -> list[LayerStatus]:
-        """One entry per layer with a memory."""
+        """How each layer's memory is computed, and how full it is.
+
+        Returns:
+            One LayerStatus per layer with a memory, in the order of `layers`.
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> [(layer.layer, layer.path, layer.slots_used) for layer in memory.status()]
+        [(0, 'whole', 0), (1, 'whole', 0)]
+        """
         return layer_status(self._attachment)
 
     def __repr__(self) -> str:

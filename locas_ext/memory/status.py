@@ -15,12 +15,17 @@ class LayerStatus:
         device, dtype: where and in what the layer computes, such as "cuda:0" and "torch.bfloat16"
         backend_name: what computes it: "fused", "matmul" or "reference"
         path: "whole" where host and memory run as one op, "sideway" where the memory is added beside the host's FFN
-        backend: the two in one string, such as "fused, whole"
         reason: why this path
         slots_used, capacity: the slots that hold something, and those there is room for
         scale: tau
         gate_norm, key_norm, value_norm: mean length of the used rows of each kind; Locas-MLP has no gate: None
         windows: in how many forwards a run reads its windows, and why
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> status = locas.attach(tiny_host(), locas.LocasConfig(rank=4)).status()[0]
+    >>> status.device, status.dtype, status.capacity
+    ('cpu', 'torch.float32', 4)
     """
 
     layer: int
@@ -39,6 +44,7 @@ class LayerStatus:
 
     @property
     def backend(self) -> str:
+        """backend_name and path in one string, such as "fused, whole"."""
         return f"{self.backend_name}, {self.path}"
 
 

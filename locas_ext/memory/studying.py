@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from locas_ext.learning.run_guards import require_attached
 from locas_ext.learning.study.report import StudyReport
 from locas_ext.learning.study.settings import StudySettings
 from locas_ext.learning.study.study import study
 
-from .facts import MemoryFacts
+from .learning_verbs import MemoryLearning
 
 
-class StudyingMemory(MemoryFacts):
+class MemoryStudy(MemoryLearning):
     """The part of `Memory` that studies."""
 
     def study(
@@ -43,10 +42,18 @@ class StudyingMemory(MemoryFacts):
             cache: a folder that keeps questions and progress, so that the same call goes on where an ended one stood; None:
                 nothing is kept on disk
 
-        Returns a StudyReport. Raises ValueError or TypeError for arguments that do not fit; LocasError where no question can be
-        used (with the counts), a cache is damaged, or a loss or gradient is not finite. Ctrl-C takes effect between updates:
-        the memory is that of the last one, and the cache goes on there. A run of `memorize` ends here: `feed` does not go on
-        behind a study. Source: docs/method.md, "Study".
+        Returns:
+            A StudyReport. Ctrl-C takes effect between updates: the memory is that of the last one, and the cache goes on
+            there. A run of `memorize` ends here: `feed` does not go on behind a study.
+
+        Raises:
+            ValueError: the memory is detached or disabled here, or an argument is out of range
+            TypeError: an argument is of another type
+            LocasError: no question can be used (with the counts), the cache is damaged, or a loss or gradient is not finite
+            FileExistsError: the cache holds something else
+            RuntimeError: another thread is changing the memory
+
+        Source: arXiv 2506.06266 for learning from self-made questions; docs/method.md, "Study".
 
         >>> import locas_ext as locas
         >>> from locas_ext.evaluation.assets import MODEL, load_model
@@ -59,7 +66,6 @@ class StudyingMemory(MemoryFacts):
         >>> report.used, report.steps, memory.version
         (2, 1, 1)
         """
-        require_attached(self._attachment, "study")
-        if self.state.disabled:
-            raise ValueError("study: the memory is disabled here, so nothing can be learned; leave the disabled() block")
+        self._require_attached("study")
+        self._require_enabled("study", "nothing can be learned")
         return study(self._attachment, texts, tokenizer, loss, pairs, seed, progress, settings, cache)

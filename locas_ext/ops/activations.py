@@ -33,6 +33,11 @@ def activation_index(name: str) -> int:
         raise ValueError(f"activation is {name!r}; expected one of {', '.join(INDEX)}") from None
 
 
+def activation_function(name: str) -> str:
+    """The one name of the function that `name` means: "gelu_pytorch_tanh" for "gelu_new". ValueError as activation_index."""
+    return _C.ACTIVATIONS[activation_index(name)]
+
+
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """act(x) in plain torch."""
-    return _FUNCTIONS[_C.ACTIVATIONS[activation_index(name)]](x)
+    return _FUNCTIONS[activation_function(name)](x)

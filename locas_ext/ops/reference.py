@@ -1,5 +1,6 @@
 """The operations of `locas_ext.ops` in plain torch: any device, any float dtype, gradients by autograd.
 
+Arguments and results are those of the operation that each docstring names; errors are torch's own.
 This is the oracle the kernels are tested against and the `reference` backend. docs/method.md has the mathematics.
 """
 
@@ -11,13 +12,21 @@ from .activations import activate
 
 
 def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu") -> Tensor:
-    """scale * [act(x G^T) * (x K^T)] V for x [..., d] and slots [3, r, d] = (G, K, V)."""
+    """scale * [act(x G^T) * (x K^T)] V for x [..., d] and slots [3, r, d] = (G, K, V): `locas_ext.ops.sideway_glu`.
+
+    >>> sideway_glu(torch.ones(1, 2), torch.ones(3, 4, 2), scale=0.5, activation="relu").tolist()  # 0.5 * 4 * 2 * 2
+    [[8.0, 8.0]]
+    """
     gate, key, value = slots.to(x.dtype)
     return scale * (activate(x @ gate.T, activation) * (x @ key.T)) @ value
 
 
 def sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str = "relu") -> Tensor:
-    """scale * act(x K^T) V for x [..., d] and slots [2, r, d] = (K, V)."""
+    """scale * act(x K^T) V for x [..., d] and slots [2, r, d] = (K, V): `locas_ext.ops.sideway_mlp`.
+
+    >>> sideway_mlp(torch.ones(1, 2), torch.ones(2, 4, 2), scale=0.5).tolist()  # 0.5 * 4 * 2
+    [[4.0, 4.0]]
+    """
     key, value = slots.to(x.dtype)
     return scale * activate(x @ key.T, activation) @ value
 
@@ -34,7 +43,12 @@ def glu_ffn(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """The host FFN plus its memory: see `locas_ext.ops.glu_ffn`."""
+    """The host FFN plus its memory: `locas_ext.ops.glu_ffn`.
+
+    >>> x, weight = torch.ones(1, 2), torch.eye(2)
+    >>> glu_ffn(x, weight, weight, weight, torch.ones(3, 4, 2), scale=0.5, activation="relu").tolist()  # 1 + 8
+    [[9.0, 9.0]]
+    """
     gate = F.linear(x, gate_weight, gate_bias)
     up = F.linear(x, up_weight, up_bias)
     host = F.linear(activate(gate, activation) * up, down_weight, down_bias)
@@ -49,7 +63,11 @@ def neuron_importance(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the tokens of |act(x W_gate^T) * (x W_up^T)|: [m], in float32 (float64 for float64 x)."""
+    """Mean over the tokens of |act(x W_gate^T) * (x W_up^T)|, [m] float32 or float64: `locas_ext.ops.neuron_importance`.
+
+    >>> neuron_importance(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.eye(2), activation="relu").tolist()
+    [1.0, 0.0]
+    """
     x = x.reshape(-1, x.shape[-1])
     hidden = activate(F.linear(x, gate_weight, gate_bias), activation) * F.linear(x, up_weight, up_bias)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -77,7 +95,13 @@ def update_slots_(
     compute: Tensor | None = None,
     finite: Tensor | None = None,
 ) -> None:
-    """One AdamW step and the row clip, in place: see `locas_ext.ops.update_slots_`."""
+    """One AdamW step and the row clip, in place: `locas_ext.ops.update_slots_`.
+
+    >>> slots, exp_avg, exp_avg_sq = torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)
+    >>> update_slots_(slots, torch.ones(3, 2, 4), exp_avg, exp_avg_sq, step=1, learning_rate=0.25)
+    >>> bool(torch.allclose(slots, torch.tensor(-0.25)))
+    True
+    """
     if finite is not None and not finite:
         return
     t, lr = float(step), float(learning_rate)
@@ -106,7 +130,13 @@ def sgd_slots_(
     compute: Tensor | None = None,
     finite: Tensor | None = None,
 ) -> None:
-    """One SGD step and the row clip, in place: see `locas_ext.ops.sgd_slots_`."""
+    """One SGD step and the row clip, in place: `locas_ext.ops.sgd_slots_`.
+
+    >>> slots = torch.zeros(3, 2, 4)
+    >>> sgd_slots_(slots, torch.ones(3, 2, 4), learning_rate=0.25)
+    >>> bool((slots == -0.25).all())
+    True
+    """
     if finite is not None and not finite:
         return
     lr = float(learning_rate)
@@ -130,7 +160,11 @@ def write_slots_(
     compute: Tensor | None = None,
     gradient_norm: Tensor | None = None,
 ) -> Tensor:
-    """Closed-form slots, one per token and layer, in place: see `locas_ext.ops.write_slots_`."""
+    """Closed-form slots, one per token and layer, in place: `locas_ext.ops.write_slots_`.
+
+    >>> write_slots_(torch.zeros(1, 2, 8, 4), 0, torch.ones(1, 3, 4), torch.ones(1, 3, 4), epsilon=0.5).tolist()
+    [2.0, 2.0, 2.0]
+    """
     inputs, gradients = inputs.double(), gradients.double()
     norm = gradients.square().sum((0, 2)).sqrt() if gradient_norm is None else gradient_norm
     norm = norm.to(slots.dtype)

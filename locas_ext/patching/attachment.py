@@ -164,13 +164,13 @@ class Attachment:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
         ffns = [ffn for ffn in self.ffns if isinstance(ffn, PatchedGluFFN)]  # all: _resolve_backend refuses the others
-        homes = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
-        for home, layer in zip(homes, self.state.layers, strict=True):
-            if (problem := obstacle(home.ffn, users)) is not None:
+        rehomed_ffns = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
+        for rehomed, layer in zip(rehomed_ffns, self.state.layers, strict=True):
+            if (problem := obstacle(rehomed.ffn, users)) is not None:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
-        for ffn, home in zip(ffns, homes, strict=True):
-            ffn.home = home  # before it moves in, so that detach() finds it
-            home.move_in(users)
+        for ffn, rehomed in zip(ffns, rehomed_ffns, strict=True):
+            ffn.rehomed = rehomed  # before its weights move, so that detach() finds it
+            rehomed.adopt(users)
 
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
@@ -202,6 +202,6 @@ class Attachment:
             self.watch.unbind()
             for ffn in self.ffns:
                 ffn.unbind()
-                if ffn.home is not None:
-                    ffn.home.move_out()
+                if ffn.rehomed is not None:
+                    ffn.rehomed.release()
             self.freeze.release()

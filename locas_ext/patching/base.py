@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.seen import Place
 from locas_ext.ops.activations import activation_index
 from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotFactors
@@ -59,7 +61,20 @@ class Binding:
             )
         with self.state.exclusion.lock:
             if arena.compute.device != device or arena.compute.dtype != dtype:
-                arena.place(device, dtype)
+                arena.move_to(device, dtype)
+
+
+class RunningForward(NamedTuple):
+    """A forward of the decoder in this context; decoder_watch.py begins and ends it."""
+
+    state: MemoryState
+    epoch: int  # of the memory when it began
+    fresh_cache: bool
+    looking: Any  # the scope to leave at its end, or None
+    outer: "RunningForward | None"
+
+
+running_forward: ContextVar[RunningForward | None] = ContextVar("locas_running_forward", default=None)
 
 
 class PatchedFFN(ABC, Generic[FFN]):
@@ -72,7 +87,7 @@ class PatchedFFN(ABC, Generic[FFN]):
         self.beside = "reference" if self.backend == "reference" else "auto"  # for a memory beside the host's FFN
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
-        self.home: RehomedFFN | None = None  # with attach(rehome=True)
+        self.rehomed: RehomedFFN | None = None  # with attach(rehome=True)
         self.attached = False
         self.patches: list[ForwardPatch] = []
         self.formula: str | None = None  # what HostFFN.formula_obstacle said last, for compiled graphs
@@ -80,11 +95,19 @@ class PatchedFFN(ABC, Generic[FFN]):
 
     # ---- binding ---------------------------------------------------------------------------------------------
     @abstractmethod
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        """The modules to bind, each with the forward that stands in for its own."""
+    def modules(self) -> list[nn.Module]:
+        """The modules to bind, as the host has them now."""
+
+    @abstractmethod
+    def places(self) -> list[Place]:
+        """Where the host keeps those of them that lie inside its FFN."""
+
+    @abstractmethod
+    def forwards(self) -> list[Callable]:
+        """The forwards that stand in for theirs."""
 
     def bind(self) -> None:
-        self.patches = [ForwardPatch(module, forward) for module, forward in self.forwards()]
+        self.patches = [ForwardPatch(*pair) for pair in zip(self.modules(), self.forwards(), strict=True)]
         self.formula = self.ffn.formula_obstacle()
         self.attached = True
 
@@ -94,23 +117,29 @@ class PatchedFFN(ABC, Generic[FFN]):
             patch.end(self)
         self.ffn.forget()
 
-    def follow(self, module: nn.Module) -> None:
-        """Binds anew where somebody has put other modules in the place of those bound; module: the FFN as it is now."""
-        if module is self.ffn.module and all(
-            patch.module is bound for patch, (bound, _) in zip(self.patches, self.forwards(), strict=True)
-        ):
-            return
+    def follow(self, module: nn.Module) -> bool:
+        """Binds anew where somebody has put other modules in the place of those bound. Returns whether somebody has.
+
+        module: the FFN as it is now
+        """
+        if module is self.ffn.module and [patch.module for patch in self.patches] == self.modules():
+            return False
         with self.state.exclusion.lock:
             for patch in self.patches:
                 patch.end(self)
             self.ffn.replace_module(module)
             self.bind()
+        return True
 
     def original(self, *arguments: Any, **named: Any) -> Tensor:
         """The host's own forward of the first module bound."""
         return self.patches[0].original(*arguments, **named)
 
     # ---- the route -------------------------------------------------------------------------------------------
+    def _obstacle_now(self) -> str | None:
+        """obstacle() for a call."""
+        return self.ffn.seen_obstacle()
+
     def route(self, x: Tensor, scope: Scope | None) -> Route:
         """What computes this call: found once, and again only where what it depends on has changed."""
         state, arena = self.state, self.arena
@@ -125,9 +154,8 @@ class PatchedFFN(ABC, Generic[FFN]):
             return Route.HOST
         if not by_address(x):
             return Route.TRACED
-        device = x.device
-        autocast = torch.is_autocast_enabled(device.type)
-        depends_on = (state.generation, arena.placement, self.obstacle(), x.dtype, device, autocast)
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # by_address takes no others
+        depends_on = (state.generation, arena.placement, self._obstacle_now(), x.dtype, x.device, autocast)
         resolved = self._resolved  # one tuple: other threads replace it whole
         if resolved[0] != depends_on:
             resolved = self._resolved = self._resolve(x, autocast)
@@ -140,7 +168,7 @@ class PatchedFFN(ABC, Generic[FFN]):
             route = Route.PUBLIC_BESIDE if beside or autocast else Route.PUBLIC_WHOLE
         else:
             self.binding.relocate(self.arena, x.device, x.dtype)
-            route = Route.BESIDE if beside else Route.WHOLE if self.home is None else Route.REHOMED
+            route = Route.BESIDE if beside else Route.WHOLE if self.rehomed is None else Route.REHOMED
         depends_on = (self.state.generation, self.arena.placement, obstacle, x.dtype, x.device, autocast)
         return depends_on, route
 

@@ -22,9 +22,16 @@ def is_empty(cache: Any) -> bool:
     return not (length.any() if isinstance(length, Tensor) else length)
 
 
-def stamp(cache: Any, state: MemoryState, fresh: bool) -> None:
-    """Notes down which state of the memory filled a cache; fresh: whether this was its first filling."""
-    now = state.output_state()
+def is_first_filling(cache: Any, state: MemoryState) -> bool:
+    """What `stamp` asks of the cache that a forward is about to fill; it does not ask where the stamp stays as it is."""
+    return cache is None or (getattr(cache, _STAMP, None) != state.output_state and is_empty(cache))
+
+
+def stamp(cache: Any, now: int, fresh: bool) -> None:
+    """Notes down which state of the memory filled a cache; fresh: whether this was its first filling.
+
+    now: the state's `output_state` as the forward has seen it, which has looked for changes from outside
+    """
     # A cache without a stamp comes from before attach: the host alone filled it.
     setattr(cache, _STAMP, now if fresh or getattr(cache, _STAMP, 0) == now else _SEVERAL)
 
@@ -58,11 +65,12 @@ class StaleCacheGuard:
         """
         assert self.original is not None, "bind() puts this in the place of an original only"
         cache = kwargs.get("past_key_values")
-        now = self.state.output_state()
+        self.state.sync()
+        now = self.state.output_state
         if cache is not None and not allow_stale_cache and not is_empty(cache) and getattr(cache, _STAMP, 0) != now:
             raise ValueError(
                 "past_key_values was filled before the memory changed, so the text in it was read with another "
-                "memory; start from a fresh cache, or pass allow_stale_cache=True to go on with it"
+                "memory; start from a fresh cache, or pass allow_stale_cache=True to use it all the same"
             )
         if not self.state.watched or scope_of(self.state).looked:
             return self.original(*args, **kwargs)

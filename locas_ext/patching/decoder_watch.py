@@ -1,8 +1,6 @@
 """Once per forward of the decoder: changes from outside are taken over, and a forward that a change overtook is refused."""
 
 from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,25 +8,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.seen import SeenPlaces
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scope_of, scoped
 
-from .base import PatchedFFN
-from .cache_guard import is_empty, stamp
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A forward of the decoder in this context."""
-
-    watch: "DecoderWatch"
-    epoch: int  # of the memory when it began
-    fresh_cache: bool
-    looking: Any  # the scope to leave at its end, or None
-    outer: "_Running | None"
-
-
-_running: ContextVar[_Running | None] = ContextVar("locas_running", default=None)
+from .base import PatchedFFN, RunningForward, running_forward
+from .cache_guard import is_first_filling, stamp
 
 
 class DecoderWatch:
@@ -37,6 +22,7 @@ class DecoderWatch:
     def __init__(self, host: Host, state: MemoryState, ffns: Sequence[PatchedFFN]):
         self.host, self.state, self.ffns = host, state, ffns
         self.handles: tuple[RemovableHandle, ...] = ()
+        self.seen: SeenPlaces | None = None  # where the modules to be bound were found
 
     def bind(self) -> None:
         decoder: nn.Module = self.host.decoder()
@@ -48,40 +34,46 @@ class DecoderWatch:
     def unbind(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles = ()
+        self.handles, self.seen = (), None
 
     def before(self, decoder: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         """Follows swapped modules, takes over slots written by others, notes down what the end is compared with."""
         if torch.compiler.is_compiling():
             return
         state, looking = self.state, None
-        modules = self.host.ffn_modules()
-        present = set(map(id, modules))
-        for ffn, layer in zip(self.ffns, state.layers, strict=True):
-            bound = ffn.ffn.module
-            ffn.follow(bound if id(bound) in present or layer >= len(modules) else modules[layer])
+        if self.seen is None or not self.seen.hold():
+            self._follow(decoder)
         if state.watched and not scope_of(state).looked and not scope_of(state).disabled:
             state.sync()
             looking = scoped(state, looked=True)
             looking.__enter__()
-        cache = named.get("past_key_values")
-        fresh = cache is None or is_empty(cache)
-        _running.set(_Running(self, state.exclusion.epoch, fresh, looking, _running.get()))
+        fresh = is_first_filling(named.get("past_key_values"), state)
+        running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
+
+    def _follow(self, decoder: nn.Module) -> None:
+        """Binds the FFNs that the decoder now has."""
+        places = self.host.ffn_places(decoder) + [place for ffn in self.ffns for place in ffn.places()]
+        seen, modules, swapped = SeenPlaces(places), self.host.ffn_modules(decoder), False
+        for ffn, layer in zip(self.ffns, self.state.layers, strict=True):
+            module = bound = ffn.ffn.module
+            if layer < len(modules) and modules[layer] is not bound and not any(other is bound for other in modules):
+                module = modules[layer]  # a bound one elsewhere was moved with its layer
+            swapped |= ffn.follow(module)
+        # From before the loop, so that no swap by another thread is missed. After a swap the next forward looks again.
+        self.seen = None if swapped else seen
 
     def after(self, decoder: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
         """Called after an error too, then without an output. RuntimeError where the memory has changed meanwhile."""
-        running = None if torch.compiler.is_compiling() else _running.get()
-        if running is None or running.watch is not self:
+        running = None if torch.compiler.is_compiling() else running_forward.get()
+        if running is None or running.state is not self.state:
             return
-        _running.set(running.outer)
+        running_forward.set(running.outer)
         try:
-            if output is None or self.state.disabled:
-                overtaken = False
-            else:
-                overtaken = running.epoch != self.state.exclusion.epoch
+            now = self.state.output_state
+            overtaken = running.epoch != self.state.exclusion.epoch and output is not None and not self.state.disabled
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
-                stamp(cache, self.state, running.fresh_cache)
+                stamp(cache, now, running.fresh_cache)
         finally:
             if running.looking is not None:
                 running.looking.__exit__(None, None, None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from locas_ext import ops
 from locas_ext.hosts.ffn import GatedFFN
+from locas_ext.hosts.seen import Place
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
@@ -24,8 +25,14 @@ from .rehome import RehomedFFN, RehomedFunction, rehomed_forward
 class PatchedGluFFN(PatchedFFN[GatedFFN]):
     """Locas-GLU in a gated FFN: host and memory as one op where the host's projections are plain."""
 
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        return [(self.ffn.module, self.forward)]
+    def modules(self) -> list[nn.Module]:
+        return [self.ffn.module]
+
+    def places(self) -> list[Place]:
+        return []
+
+    def forwards(self) -> list[Callable]:
+        return [self.forward]
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """The FFN's output for its input [..., d], however it is passed."""
@@ -49,9 +56,9 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
             case Route.TRACED:
                 return self._traced(x, arguments, named)
             case Route.REHOMED:
-                home = self.home
-                assert home is not None, "_resolve() gives this route only where there is one"
-                return self._rehomed(x, home, scope) if home.ready() else self._whole(x, scope)
+                rehomed = self.rehomed
+                assert rehomed is not None, "_resolve() gives this route only where there is one"
+                return self._rehomed(x, rehomed, scope) if rehomed.ready() else self._whole(x, scope)
 
     def _with_graph(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.learns())
@@ -66,12 +73,12 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
             return SidewayGluFunction.apply(x2d, parameter, views, scale, activation, sink).view_as(x)
         return sideway_glu_forward(x2d, views, scale, activation)[0].view_as(x)
 
-    def _rehomed(self, x: Tensor, home: RehomedFFN, scope: Scope | None) -> Tensor:
+    def _rehomed(self, x: Tensor, rehomed: RehomedFFN, scope: Scope | None) -> Tensor:
         x2d, bias, activation = x.reshape(-1, x.shape[-1]), self.ffn.weights().down_bias, self.activation_index
         if self._with_graph(x):
             parameter = self.arena.parameters[self.index]
-            return RehomedFunction.apply(x2d, parameter, home, bias, activation, self.sink(scope)).view_as(x)
-        return rehomed_forward(x2d, home, bias, activation, save=False)[0].view_as(x)
+            return RehomedFunction.apply(x2d, parameter, rehomed, bias, activation, self.sink(scope)).view_as(x)
+        return rehomed_forward(x2d, rehomed, bias, activation, save=False)[0].view_as(x)
 
     def _whole(self, x: Tensor, scope: Scope | None) -> Tensor:
         arena, x2d, views, host = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index], self.ffn.weights()
@@ -140,7 +147,7 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
         compute, host = self.arena.compute, self.binding.host
-        if not compute.is_cuda or self.home is not None or self.obstacle() is not None:
+        if not compute.is_cuda or self.rehomed is not None or self.obstacle() is not None:
             return False
         return self.backend == "fused" or (
             self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
@@ -150,6 +157,6 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         obstacle = self.obstacle()
         if obstacle:
             return "sideway", obstacle
-        if self.home is not None:
-            return "whole", self.home.status()
+        if self.rehomed is not None:
+            return "whole", self.rehomed.status()
         return "whole", "plain projections"

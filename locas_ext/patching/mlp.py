@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from locas_ext import ops
 from locas_ext.hosts.ffn import HostFFN, TwoLayerFFN
+from locas_ext.hosts.seen import Place
 from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
@@ -33,11 +34,15 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
 
     traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
 
-    def forwards(self) -> list[tuple[nn.Module, Callable]]:
-        if not isinstance(self.ffn, TwoLayerFFN):
-            return [(self.ffn.module, self.around)]
-        first, last = self.ffn.projections()
-        return [(first, self.enter), (last, self.leave)]
+    def modules(self) -> list[nn.Module]:
+        return self.ffn.projections() if isinstance(self.ffn, TwoLayerFFN) else [self.ffn.module]
+
+    def places(self) -> list[Place]:
+        inside = isinstance(self.ffn, TwoLayerFFN)
+        return [(self.ffn.module._modules, name) for name in self.ffn.names] if inside else []
+
+    def forwards(self) -> list[Callable]:
+        return [self.enter, self.leave] if isinstance(self.ffn, TwoLayerFFN) else [self.around]
 
     def enter(self, *arguments: Any, **named: Any) -> Tensor:
         """The first projection's forward."""
@@ -79,6 +84,9 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
                 y = y + self._traced(x)
         return y if tap is None else tap(self, x, y)
 
+    def _obstacle_now(self) -> str:
+        return self.obstacle()
+
     def obstacle(self) -> str:
         return "Locas-MLP runs beside the host's FFN"
 
@@ -106,7 +114,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         return ops.sideway_mlp(x, slots, arena.scales[self.index], self.activation, backend)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """With the empty slots, so that the number of used ones is no part of a graph."""
+        """With the empty slots, so that the number of used ones is not part of a graph."""
         backend = "reference" if x.dtype == torch.float64 else self.beside
         return ops.sideway_mlp(x, self.traced_slots(), self.arena.scales[self.index], self.activation, backend)
 
@@ -114,7 +122,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         state, arena = self.state, self.arena
         if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
             return y
-        # With the empty slots, so that the number of used ones is no part of the graph.
+        # With the empty slots, so that the number of used ones is not part of the graph.
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside
         memory = ops.sideway_mlp(x, parameter, scale, self.activation, backend)

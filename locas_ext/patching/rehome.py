@@ -64,7 +64,7 @@ class RehomedFFN:
 
     Attributes: gate_up [2, n, d], down [d, n], bias [2, n] or None, all in the host's dtype; memory, the slice of the n
     that is the memory's; factors, 1 for the gate rows and tau for the key rows, [2, 1, 1] float32. None of them is there
-    while the weights are not at home.
+    while `reason` says why.
     """
 
     gate_up: Tensor
@@ -76,20 +76,20 @@ class RehomedFFN:
     def __init__(self, ffn: GatedFFN, state: MemoryState, arena: SlotArena, index: int, model: nn.Module):
         """index: the layer's place in its arena."""
         self.ffn, self.state, self.arena, self.index, self.model = ffn, state, arena, index, model
-        self.away: str | None = "not moved in yet"  # why the buffers are not used
-        self.shared = False  # whether the weights are at home in another memory's buffers
+        self.reason: str | None = "not moved in yet"  # why the buffers are not used
+        self.shared = False  # whether the weights lie in another memory's buffers
         self.parameters: tuple[Tensor | None, ...] = ()
         self._addresses: tuple[int, ...] = ()
-        self._refused: tuple[int, ...] | None = None  # where the weights lay when they could not move in
+        self._refused_at: tuple[int, ...] | None = None  # where the weights lay when they could not be moved
         self.scale: float | None = None  # tau, as in factors
         self.generation = 0  # of the slots that the memory's rows were written from
         self.handle: RemovableHandle | None = None  # of the hook on the FFN's state_dict
 
     # ---- moving ----------------------------------------------------------------------------------------------
-    def move_in(self, users: Counter) -> None:
-        """Moves the weights into new buffers; where that cannot be, `away` says why and nothing has changed."""
+    def adopt(self, users: Counter) -> None:
+        """Moves the weights into new buffers; where that cannot be, `reason` says why and nothing has changed."""
         if (problem := obstacle(self.ffn, users)) is not None:
-            self.away = problem
+            self.reason = problem
             return
         host = self.ffn.weights()
         m, d = host.gate.shape
@@ -98,25 +98,25 @@ class RehomedFFN:
         with torch.inference_mode(False), torch.no_grad():
             gate_up, down = host.gate.new_zeros(2, n, d), host.gate.new_zeros(d, n)
             bias = None if host.gate_bias is None and host.up_bias is None else host.gate.new_zeros(2, n)
-            homes = [
+            places = [
                 gate_up[0, :m],
                 gate_up[1, :m],
                 down[:, :m],
                 None if bias is None or host.gate_bias is None else bias[0, :m],
                 None if bias is None or host.up_bias is None else bias[1, :m],
             ]
-            for parameter, home in zip(host, homes, strict=False):
-                if parameter is not None and home is not None:
-                    home.copy_(parameter)
-                    parameter.data = home
+            for parameter, place in zip(host, places, strict=False):
+                if parameter is not None and place is not None:
+                    place.copy_(parameter)
+                    parameter.data = place
         self.gate_up, self.down, self.bias, self.memory = gate_up, down, bias, slice(m, m + rank)
-        self.parameters = tuple(host[: len(homes)])
+        self.parameters = tuple(host[: len(places)])
         self._addresses = self._where(self.parameters)
-        self.away, self.generation = None, 0
+        self.reason, self.generation = None, 0
         if self.handle is None:
             self.handle = self.ffn.module.register_state_dict_post_hook(_with_storage_of_its_own)
 
-    def move_out(self) -> None:
+    def release(self) -> None:
         """Gives the parameters that are still here contiguous storage of their own, bitwise the same."""
         with torch.inference_mode(False), torch.no_grad():
             for parameter, address in zip(self.parameters, self._addresses, strict=False):
@@ -125,7 +125,7 @@ class RehomedFFN:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
-        self.away, self.parameters, self._addresses = "detached", (), ()
+        self.reason, self.parameters, self._addresses = "detached", (), ()
         self.scale = None
         for buffer in ("gate_up", "down", "bias", "factors"):
             self.__dict__.pop(buffer, None)
@@ -134,31 +134,31 @@ class RehomedFFN:
     def _where(parameters) -> tuple[int, ...]:
         return tuple(0 if parameter is None else parameter.data_ptr() for parameter in parameters)
 
-    def _at_home(self) -> bool:
+    def _is_in_place(self) -> bool:
         return bool(self._addresses) and self._where(self.ffn.weights()[: len(self._addresses)]) == self._addresses
 
     # ---- using it --------------------------------------------------------------------------------------------
     def ready(self) -> bool:
-        """Whether the buffers hold host and memory as they are now; moves in and refreshes as needed."""
+        """Whether the buffers hold host and memory as they are now; moves the weights and refreshes as needed."""
         if self.shared:
             return False
-        if not self._at_home():
+        if not self._is_in_place():
             with self.state.exclusion.lock:
-                if not (self._at_home() or self._return_home()):
+                if not (self._is_in_place() or self._adopt_again()):
                     return False
         if self.generation != self.state.generation:
             with self.state.exclusion.lock:
                 self.refresh()
         return True
 
-    def _return_home(self) -> bool:
+    def _adopt_again(self) -> bool:
         refused = self._where(self.ffn.weights())
-        if refused == self._refused:
+        if refused == self._refused_at:
             return False
-        self.move_out()
-        self.move_in(storage_users(self.model))
-        self._refused = None if self.away is None else refused
-        return self.away is None
+        self.release()
+        self.adopt(storage_users(self.model))
+        self._refused_at = None if self.reason is None else refused
+        return self.reason is None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -174,12 +174,12 @@ class RehomedFFN:
         """Where the weights are, in words for Memory.status()."""
         if self.shared:
             return "not rehomed: the weights are shared with the memory this one was forked from"
-        if self.away is None and not self._at_home():
+        if self.reason is None and not self._is_in_place():
             return "rehomed; the weights have been moved since and move back in at the next forward"
-        return "rehomed: host and memory in one matrix" if self.away is None else f"not rehomed: {self.away}"
+        return "rehomed: host and memory in one matrix" if self.reason is None else f"not rehomed: {self.reason}"
 
     def __deepcopy__(self, memo):
-        """Of a copied model: the copied weights move in at the next forward. Of a fork: they stay where they are."""
+        """In a copied model the copied weights move at the next forward; in a fork they stay where they are."""
         new = memo[id(self)] = object.__new__(RehomedFFN)
         parts = self.ffn, self.state, self.arena, self.index, self.model
         RehomedFFN.__init__(new, *copy.deepcopy(parts, memo))
@@ -198,14 +198,14 @@ def _with_storage_of_its_own(module: nn.Module, state_dict: dict, prefix: str, _
 
 
 # ---- the mathematics -----------------------------------------------------------------------------------------
-def rehomed_forward(x: Tensor, home: RehomedFFN, down_bias: Tensor | None, activation: int, save: bool):
+def rehomed_forward(x: Tensor, rehomed: RehomedFFN, down_bias: Tensor | None, activation: int, save: bool):
     """-> y [T, d] and the pre-activations [T, 2, n] of host and memory, None unless `save`."""
-    n, d = home.gate_up.shape[1:]
-    gate_up = F.linear(x, home.gate_up.view(2 * n, d), None if home.bias is None else home.bias.view(2 * n))
+    n, d = rehomed.gate_up.shape[1:]
+    gate_up = F.linear(x, rehomed.gate_up.view(2 * n, d), None if rehomed.bias is None else rehomed.bias.view(2 * n))
     gate, up = gate_up.tensor_split(2, dim=1)
     hidden = gate.new_empty(gate.shape)
     _C.glu_activation_forward(gate, up, hidden, activation, 1.0, stream_of(x))
-    return F.linear(hidden, home.down, down_bias), gate_up.view(-1, 2, n) if save else None
+    return F.linear(hidden, rehomed.down, down_bias), gate_up.view(-1, 2, n) if save else None
 
 
 def rehomed_backward(
@@ -238,15 +238,15 @@ def rehomed_backward(
 
 
 class RehomedFunction(torch.autograd.Function):
-    """apply(x [T, d], slots, home, down_bias, activation index, slots_grad) -> y [T, d]; as autograd.GluFfnFunction."""
+    """apply(x [T, d], slots, rehomed, down_bias, activation index, slots_grad) -> y [T, d]; as autograd.GluFfnFunction."""
 
     @staticmethod
-    def forward(ctx, x, slots, home, down_bias, activation, slots_grad):
-        y, gate_up = rehomed_forward(x, home, down_bias, activation, save=True)
+    def forward(ctx, x, slots, rehomed, down_bias, activation, slots_grad):
+        y, gate_up = rehomed_forward(x, rehomed, down_bias, activation, save=True)
         if not ctx.needs_input_grad[0]:
-            gate_up = gate_up[:, :, home.memory].contiguous()
-        ctx.save_for_backward(x, gate_up, home.gate_up, home.down, home.factors)
-        ctx.memory, ctx.activation = home.memory, activation
+            gate_up = gate_up[:, :, rehomed.memory].contiguous()
+        ctx.save_for_backward(x, gate_up, rehomed.gate_up, rehomed.down, rehomed.factors)
+        ctx.memory, ctx.activation = rehomed.memory, activation
         ctx.slots_grad, ctx.slots_dtype = slots_grad, slots.dtype
         return y
 

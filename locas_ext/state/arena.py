@@ -14,6 +14,11 @@ from locas_ext.ops.types import SlotFactors, SlotViews
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits, to be compared: NaN is itself. In the widest integers that fit, which takes half the time."""
+    return tensor.view(-1).view(torch.int32 if tensor.numel() % 2 else torch.int64)
+
+
 class SlotArena:
     """The slots of the layers that lie on one device.
 
@@ -54,7 +59,8 @@ class SlotArena:
         self.scales = self.scale.tolist()
         self.compute = self.slots if dtype == torch.float32 else self.slots.to(dtype)
         self.grads = list(self.grad)
-        self.use(self.used)
+        self._pointers = [layer.data_ptr() for layer in self.slots]
+        self.set_used(self.used)
         self._bind_grads()
         self.record_versions()
 
@@ -68,17 +74,17 @@ class SlotArena:
     def capacity(self) -> int:
         return self.slots.shape[2]
 
-    def use(self, used: int) -> None:
+    def set_used(self, used: int) -> None:
         self.used = used
         self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+    def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
         with torch.inference_mode(False), torch.no_grad():
-            self.take({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
+            self.replace_tensors({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
 
     def resized(self, capacity: int) -> dict[str, Tensor]:
-        """Copies of all tensors with room for `capacity` slots, for `take`."""
+        """Copies of all tensors with room for `capacity` slots, for `replace_tensors`."""
         rows = min(self.capacity, capacity)
         with torch.inference_mode(False), torch.no_grad():
             tensors = {}
@@ -91,7 +97,7 @@ class SlotArena:
             return tensors
 
     @torch.no_grad()
-    def put(self, rows: Tensor, start: int) -> None:
+    def write_rows(self, rows: Tensor, start: int) -> None:
         """Writes rows [l, planes, n, d] over the slots from `start` on; `finish_update` is to follow."""
         for tensor in (self.slots,) if self.compute is self.slots else (self.slots, self.compute):
             tensor[:, :, start : start + rows.shape[2]] = rows
@@ -111,7 +117,7 @@ class SlotArena:
         names = ("slots", "grad", "step", *OPTIMIZER_STATES)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
-    def take(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def replace_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Puts other tensors in the place of those of the same names."""
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in tensors.items():
@@ -149,9 +155,10 @@ class SlotArena:
         by_content: whether numbers are compared too, where the arena is watched
         """
         adopted = self._adopt_replaced_data()
-        changed = adopted or not all(self.is_current(index) for index in range(len(self.positions)))
+        changed = adopted or self.slots._version != self._seen_version
+        changed = changed or [parameter._version for parameter in self.parameters] != self._seen_parameters
         if not changed and by_content and self.seen is not None and not self._is_capturing():
-            changed = not torch.equal(self.slots.view(torch.int32), self.seen.view(torch.int32))  # bits: NaN is itself
+            changed = not torch.equal(_bits(self.slots), _bits(self.seen))
         if changed:
             self.round_slots()
         return changed
@@ -162,6 +169,9 @@ class SlotArena:
 
     def _adopt_replaced_data(self) -> bool:
         """Brings tensors that replaced a parameter's `.data` back into the arena. Returns whether there were any."""
+        places = zip(self.parameters, self._pointers, strict=True)
+        if all([parameter.data_ptr() == pointer and parameter.dtype is torch.float32 for parameter, pointer in places]):
+            return False
         replaced = False
         with torch.inference_mode(False), torch.no_grad():
             for position, parameter, layer in zip(self.positions, self.parameters, self.slots, strict=True):
@@ -238,7 +248,7 @@ class SlotArena:
                     grad.copy_(parameter.grad)
         self._bind_grads()
 
-    def state(self, name: str) -> Tensor:
+    def optimizer_state(self, name: str) -> Tensor:
         """An optimizer state, zero when first asked for."""
         if getattr(self, name) is None:
             with torch.inference_mode(False):

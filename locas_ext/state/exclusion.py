@@ -61,6 +61,17 @@ class Exclusion:
                 "memory.disabled()"
             )
 
+    @contextmanager
+    def read(self, verb: str) -> Iterator[None]:
+        """What this block reads of the memory is of one moment; RuntimeError if another thread changes it."""
+        holder = self.holder
+        if holder is not None and holder[0] != threading.get_ident():
+            raise RuntimeError(f"{verb}: {self._who()}; wait until it is done")
+        epoch = self.epoch
+        yield
+        if self.epoch != epoch:
+            raise RuntimeError(f"{verb}: another thread changed this memory meanwhile; try again")
+
     def _who(self) -> str:
         holder = self.holder
         return f"{holder[1] if holder else 'a verb'}() is changing this memory in another thread"

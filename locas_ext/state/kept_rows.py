@@ -1,6 +1,6 @@
 """The keys and values that a run keeps of the inputs it has read: the text's first ones, and the latest ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -15,31 +15,54 @@ class LayerRoom:
     latest: int
 
 
+@dataclass(frozen=True)
+class WindowRoom:
+    """How many rows a window has: before its inputs, and for these, at most."""
+
+    before: int
+    inputs: int
+
+
 @dataclass
 class RowGroup:
     """Tensors of one shape on one device: members are their numbers; row i of each is member i's.
 
-    first: [g, H, first, D]; latest: [g, H, latest, D], the newest row last
+          window [g, rows, H, D] -> | ...... | context ............... | inputs ...... |
+                                             before - context          before
+
+    first: [g, first, H, D], of the text's first inputs, as they were computed
+    covered: [g, first, H, D], the window's rows in whose place the first ones stand
     """
 
     members: list[int]
+    room: LayerRoom
     first: Tensor
-    latest: Tensor
+    window: Tensor
+    covered: Tensor
 
 
-def _groups(rooms: Sequence[LayerRoom], rows: Sequence[Tensor]) -> list[RowGroup]:
-    """Empty groups for tensors such as these: rows [H, n, D], two per layer."""
+def _groups(rooms: Sequence[LayerRoom], like: Sequence[Tensor], window: WindowRoom) -> list[RowGroup]:
+    """Empty groups for tensors such as these: rows [H, n, D], two per layer.
+
+    Zeros: what a mask hides is still multiplied by 0, which NaN would survive.
+    """
     members: dict[tuple, list[int]] = {}
-    for number, tensor in enumerate(rows):
+    for number, tensor in enumerate(like):
         heads, _, size = tensor.shape
         members.setdefault((rooms[number // 2], heads, size, tensor.dtype, tensor.device), []).append(number)
+
+    def zeros(count: int, rows: int, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(count, rows, heads, size, dtype=dtype, device=device)
+
     return [
         RowGroup(
             numbers,
-            torch.zeros(len(numbers), heads, room.first, size, dtype=dtype, device=device),
-            torch.zeros(len(numbers), heads, room.latest, size, dtype=dtype, device=device),
+            room,
+            zeros(len(numbers), room.first, *form),
+            zeros(len(numbers), window.before + window.inputs, *form),
+            zeros(len(numbers), room.first, *form),
         )
-        for (room, heads, size, dtype, device), numbers in members.items()
+        for (room, *form), numbers in members.items()
     ]
 
 
@@ -51,7 +74,9 @@ class KeptRows:
     seen: how many inputs were read
     held: of how many of the latest of them the rows are held, by layers with room for so many; 0: nothing here is needed
     head: the tokens of the text's first inputs, as many as any layer keeps rows of
-    groups: made when the first rows come
+    window: of the groups
+    groups: made by `on`
+    covering: the context before which the first rows stand; None: they stand nowhere
     packed: what a file held, until it is put in place; None: nothing
     """
 
@@ -59,7 +84,9 @@ class KeptRows:
     seen: int = 0
     held: int = 0
     head: list[int] = field(default_factory=list)
+    window: WindowRoom | None = None
     groups: list[RowGroup] = field(default_factory=list, repr=False)
+    covering: int | None = None
     packed: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -67,55 +94,105 @@ class KeptRows:
         """How many of the text's first inputs are kept at most."""
         return max(room.first for room in self.rooms)
 
-    def append(self, rows: Sequence[Tensor]) -> None:
-        """Takes the rows [H, n, D] of the next n inputs, one tensor per number; their gradients are not kept."""
-        with torch.no_grad():
-            self.groups = self.groups or _groups(self.rooms, rows)
-            count = rows[0].shape[1]
-            for group in self.groups:
-                new = [rows[number] for number in group.members]
-                _put_first(group.first, new, self.seen)
-                _shift_in(group.latest, new)
+    @property
+    def before(self) -> int:
+        """The row of a window's first input."""
+        assert self.window is not None, "placed by `on`"
+        return self.window.before
+
+    # ---- rows in a window ------------------------------------------------------------------------------------
+    def layers(self, begin: int, end: int) -> list[Tensor]:
+        """The window's rows [begin, end) of each tensor, [n, H, D]."""
+        return [group.window[place, begin:end] for group, place in self._places()]
+
+    @torch.no_grad()
+    def cover(self, context: int, first: Sequence[Tensor]) -> None:
+        """Puts rows of the text's first inputs at the beginning of a context, until `uncover`.
+
+        first: [g, first, H, D], one per group
+        """
+        assert self.covering is None
+        begin = self.before - context
+        for group, rows in zip(self.groups, first, strict=True):
+            place = group.window[:, begin : begin + group.room.first]
+            group.covered.copy_(place)
+            place.copy_(rows)
+        self.covering = context
+
+    @torch.no_grad()
+    def uncover(self) -> None:
+        """Puts back what the first rows stand in the place of, if they do."""
+        if self.covering is None:
+            return
+        begin = self.before - self.covering
+        for group in self.groups:
+            group.window[:, begin : begin + group.room.first] = group.covered
+        self.covering = None
+
+    @torch.no_grad()
+    def put(self, rows: Sequence[Tensor], begin: int) -> None:
+        """Puts rows [H, n, D], one tensor per number, into the window from row `begin` on."""
+        for group in self.groups:
+            new = [rows[number].transpose(0, 1) for number in group.members]
+            torch._foreach_copy_(list(group.window[:, begin : begin + len(new[0])]), new)
+
+    @torch.no_grad()
+    def append(self, count: int) -> None:
+        """Keeps the rows of the window's `count` inputs."""
+        self.uncover()
+        before = self.before
+        for group in self.groups:
+            inputs = group.window[:, before : before + count]
+            if (fresh := min(group.room.first - self.seen, count)) > 0:
+                group.first[:, self.seen : self.seen + fresh] = inputs[:, :fresh]
+            _move(group.window, before - (group.room.first + group.room.latest), before, count)
         self.seen += count
         self.held += count
 
+    @torch.no_grad()
     def replace(self, first: Sequence[Tensor], latest: Sequence[Tensor]) -> None:
         """Puts other rows in the place of those held: first and latest [H, n, D], one tensor per number."""
-        with torch.no_grad():
-            self.groups = self.groups or _groups(self.rooms, latest)
-            for group in self.groups:
-                _put_first(group.first, [first[number] for number in group.members], 0)
-                _shift_in(group.latest, [latest[number] for number in group.members])
+        self.uncover()
+        for group in self.groups:
+            for place, number in enumerate(group.members):
+                beginning = first[number][:, : group.room.first].transpose(0, 1)
+                group.first[place, : len(beginning)] = beginning
         self.held = latest[0].shape[1]
+        self.put(latest, self.before - self.held)
 
     def forget(self) -> None:
         """Lets go of all rows, where the window is read anew next."""
         self.held = 0
 
-    def on(self, like: Sequence[Tensor]) -> "KeptRows":
+    def on(self, like: Sequence[Tensor], window: WindowRoom) -> "KeptRows":
         """These where tensors `like`, one per number, are and in their dtypes; itself where they lie there.
 
         ValueError for rows of other shapes.
         """
-        form = lambda tensor: (tensor.device, tensor.dtype, tensor.shape[0], tensor.shape[2])
-        if self.groups and all(form(latest) == form(like[number]) for number, (_, latest) in self._by_number().items()):
+        form = lambda tensor, heads: (tensor.device, tensor.dtype, tensor.shape[heads], tensor.shape[-1])
+        here = [form(group.window[place], 1) for group, place in self._places()]
+        if self.window == window and here == [form(tensor, 0) for tensor in like]:
             return self
         packed, counts = self.tensors(), row_counts(self.to_record())
-        moved = KeptRows(self.rooms, self.seen, self.held, list(self.head), _groups(self.rooms, like))
-        for number, (first, latest) in moved._by_number().items():
+        moved = KeptRows(self.rooms, self.seen, self.held, list(self.head), window, _groups(self.rooms, like, window))
+        for number, (group, place) in enumerate(moved._places()):
             if (name := row_names(number // 2)[number % 2]) not in counts:
                 continue
             of_first, of_latest = counts[name]
-            if packed[name].shape[::2] != first.shape[::2]:
-                raise ValueError(f"{name} is {list(packed[name].shape)}; expected heads and size of {list(first.shape)}")
-            first[:, :of_first] = packed[name][:, :of_first]
-            latest[:, latest.shape[1] - of_latest :] = packed[name][:, of_first:]
+            heads, _, size = packed[name].shape
+            if (heads, size) != tuple(group.window.shape[2:]):
+                raise ValueError(f"{name} is {list(packed[name].shape)}; expected heads and size of {list(like[number].shape)}")
+            rows = packed[name].transpose(0, 1)
+            group.first[place, :of_first] = rows[:of_first]
+            group.window[place, window.before - of_latest : window.before] = rows[of_first:]
+            if self.seen <= window.before:  # nothing has moved: they also stand where they were computed
+                group.window[place, window.before - self.seen :][:of_first] = rows[:of_first]
         return moved
 
-    def _by_number(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The first [H, first, D] and the latest rows [H, latest, D] of each tensor; empty before the first rows."""
-        places = [(group, place, number) for group in self.groups for place, number in enumerate(group.members)]
-        return {n: (group.first[place], group.latest[place]) for group, place, n in sorted(places, key=lambda item: item[2])}
+    def _places(self) -> Iterator[tuple[RowGroup, int]]:
+        """Each tensor's group, and which of its members it is; nothing before `on`."""
+        places = {number: (group, place) for group in self.groups for place, number in enumerate(group.members)}
+        return (places[number] for number in sorted(places))
 
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
@@ -127,12 +204,14 @@ class KeptRows:
         """The rows that are needed, [H, n, D]: of the text's first inputs, then of the latest; only those there are."""
         if self.packed is not None:
             return self.packed
+        self.uncover()
         counts = row_counts(self.to_record())
         result = {}
-        for number, (first, latest) in self._by_number().items():
+        for number, (group, place) in enumerate(self._places()):
             if (name := row_names(number // 2)[number % 2]) in counts:
                 of_first, of_latest = counts[name]
-                result[name] = torch.cat([first[:, :of_first], latest[:, latest.shape[1] - of_latest :]], dim=1)
+                latest = group.window[place, self.before - of_latest : self.before]
+                result[name] = torch.cat([group.first[place, :of_first], latest]).transpose(0, 1).contiguous()
         return result
 
     @classmethod
@@ -141,6 +220,16 @@ class KeptRows:
         rooms = [LayerRoom(**room) for room in record["rooms"]]
         packed = {name: tensors[name] for name in row_counts(record)}
         return cls(rooms, record["seen"], record["held"], list(record["head"]), packed=packed)
+
+
+def _move(window: Tensor, begin: int, end: int, count: int) -> None:
+    """Moves what lies `count` rows behind window [g, rows, H, D]'s rows [begin, end) into these."""
+    if 8 * count < end - begin:  # many copies of a few rows would take longer than one more copy of all
+        window[:, begin:end] = window[:, begin + count : end + count].clone()
+        return
+    for start in range(begin, end, count):  # parts that do not overlap with where they come from
+        stop = min(start + count, end)
+        window[:, start:stop] = window[:, start + count : stop + count]
 
 
 def row_names(layer: int) -> tuple[str, str]:
@@ -157,20 +246,3 @@ def row_counts(record: dict) -> dict[str, tuple[int, int]]:
         if first + latest:
             counts.update(dict.fromkeys(row_names(layer), (first, latest)))
     return counts
-
-
-def _put_first(target: Tensor, rows: Sequence[Tensor], seen: int) -> None:
-    """Into target [g, H, first, D] what of rows, g of [H, n, D] that follow on `seen` inputs, belongs there."""
-    count = min(target.shape[2] - seen, rows[0].shape[1])
-    if count > 0:
-        torch._foreach_copy_(list(target[:, :, seen : seen + count]), [row[:, :count] for row in rows])
-
-
-def _shift_in(target: Tensor, rows: Sequence[Tensor]) -> None:
-    """Moves target [g, H, latest, D] on by rows, g of [H, n, D]."""
-    room, count = target.shape[2], min(target.shape[2], rows[0].shape[1])
-    if not count:
-        return
-    if count < room:
-        target[:, :, : room - count] = target[:, :, count:].clone()
-    torch._foreach_copy_(list(target[:, :, room - count :]), [row[:, rows[0].shape[1] - count :] for row in rows])

@@ -1,4 +1,4 @@
-"""The state of a memory: one arena a device, and what the arenas share.
+"""The state of a memory: one arena per device, and what the arenas share.
 
 Nearly always there is one arena. A host spread over several devices (accelerate's device_map) has one on each, so that a
 layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots` are in layer order all the same.
@@ -39,8 +39,8 @@ class MemoryState:
     Attributes:
         layers: the decoder layers that have slots, ascending
         arenas: the slots themselves; each layer is in one of them
-        planes: 3 rows a slot (gate, key, value), or for Locas-MLP 2 (key, value)
-        rank: the slots a layer begins with; Locas-MLP can grow
+        planes: 3 rows per slot (gate, key, value), or for Locas-MLP 2 (key, value)
+        rank: the slots per layer at the start; Locas-MLP can grow
         version: the number of updates so far; at 0 the memory is a no-op
         exclusion: who may change it
     """
@@ -55,7 +55,7 @@ class MemoryState:
         devices: list[torch.device],
         dtype: torch.dtype,
     ):
-        """layers, scale, devices: one entry a layer; dtype: what the layers compute in."""
+        """layers, scale, devices: one entry per layer; dtype: what the layers compute in."""
         self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
         self.arenas = [
             SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
@@ -75,9 +75,9 @@ class MemoryState:
         self.generation = next(_generations)
         self.learned = value > 0  # what compiled graphs guard on: a counter would recompile them at every update
 
+    @property
     def output_state(self) -> int:
-        """A number that changes whenever the model's outputs may have: 0 while the host computes alone."""
-        self.sync()
+        """A number that changes whenever the model's outputs may have; 0 while the host computes alone. `sync` comes before."""
         return self.generation if self.learned and not self.disabled else 0
 
     def watch(self) -> None:
@@ -92,7 +92,7 @@ class MemoryState:
         with self.exclusion.lock:
             if any([arena.refresh(by_content) for arena in self.arenas]):
                 if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
-                    self.use(self.capacity)
+                    self.set_used(self.capacity)
                 self.version += 1
 
     # ---- who uses it, and where ------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class MemoryState:
     # ---- how many slots --------------------------------------------------------------------------------------
     @property
     def capacity(self) -> int:
-        """How many slots a layer there is room for."""
+        """How many slots per layer there is room for."""
         return self.arenas[0].capacity
 
     @property
@@ -141,29 +141,29 @@ class MemoryState:
         """Whether the number of slots may change, as that of Locas-MLP may."""
         return self.planes == PLANES["mlp"]
 
-    def use(self, used: int) -> None:
+    def set_used(self, used: int) -> None:
         for arena in self.arenas:
-            arena.use(used)
+            arena.set_used(used)
 
     def resize(self, capacity: int) -> None:
-        """Makes room for `capacity` slots a layer; what is in the first ones stays."""
+        """Makes room for `capacity` slots per layer; what is in the first ones stays."""
         resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
         for arena, tensors in zip(self.arenas, resized, strict=True):
-            arena.take(tensors, arena.compute.dtype)
+            arena.replace_tensors(tensors, arena.compute.dtype)
 
     def append(self, slots: list[Tensor]) -> None:
-        """Writes new slots, [l, planes, n, d] an arena, behind those used. One update."""
+        """Writes new slots, [l, planes, n, d] per arena, behind those used. One update."""
         used = self.used + slots[0].shape[2]
         for arena, rows in zip(self.arenas, slots, strict=True):
-            arena.put(rows, self.used)
-        self.use(used)
+            arena.write_rows(rows, self.used)
+        self.set_used(used)
         self.finish_update()
 
     def drop_oldest(self, count: int) -> None:
         """Takes the first `count` slots out; the others move up, and zeros take their place."""
         for arena in self.arenas:
             arena.drop_oldest(count)
-        self.use(self.used - count)
+        self.set_used(self.used - count)
 
     # ---- all layers, in their order --------------------------------------------------------------------------
     def in_layer_order(self, of_arena: Callable[[SlotArena], Iterable[_Item]]) -> list[_Item]:
@@ -210,7 +210,7 @@ class MemoryState:
     def _put(self, name: str, tensor: Tensor) -> None:
         """The reverse of `whole`, for the first slots; an optimizer state comes into use by it."""
         for arena in self.arenas:
-            target = arena.state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
+            target = arena.optimizer_state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
             tensor_here = tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions]
             (target[:, :, : tensor.shape[2]] if tensor.dim() == 4 else target).copy_(tensor_here)
 
@@ -235,7 +235,7 @@ class MemoryState:
             for arena in self.arenas:
                 arena.round_slots()
                 arena.forget_optimizer()
-            self.use(slots.shape[2] if used is None else used)
+            self.set_used(slots.shape[2] if used is None else used)
             self.version = version
 
     def reset(self) -> None:
@@ -288,7 +288,7 @@ class MemoryState:
     def finish_update(self) -> None:
         """Called when the update kernels have written every arena, of a memory that nobody has initialized too."""
         if self.used == 0:
-            self.use(self.capacity)
+            self.set_used(self.capacity)
         for arena in self.arenas:
             arena.finish_update()
         self.version += 1

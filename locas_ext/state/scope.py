@@ -15,7 +15,7 @@ class Scope:
 
     disabled: how many `disabled()` blocks are open
     observer: called with each patched FFN and its input [..., d], whether or not the memory is in use
-    tap: while writing: takes a patched FFN, its input and its output, and returns the output to go on with
+    tap: while writing: takes a patched FFN, its input and its output, and returns the output to continue with
     accumulates: whether backwards add the slots' gradient into the arenas instead of handing it to autograd
     looked: whether changes from outside have been looked for already
     """

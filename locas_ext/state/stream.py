@@ -17,6 +17,11 @@ class Chunk:
         tokens: how many of them were scored (the first token of a text never is)
         nll: their summed negative log-likelihood, in nats, before the chunk was learned from
         memory_version: the version of the memory that scored them
+
+    >>> import locas_ext as locas
+    >>> chunk = locas.Chunk(start=512, end=1024, tokens=512, nll=1843.2, memory_version=1)
+    >>> round(chunk.nll / chunk.tokens, 2)
+    3.6
     """
 
     start: int
@@ -35,6 +40,13 @@ class TextRecord:
         digest: `text_digest` of its token ids, as far as they were learned
         tokens: how many those are
         learned_at: when the latest of them was learned, UTC, ISO 8601
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> _ = memory.memorize(list(range(3, 35)), window=16, stride=8, progress=False, title="a scale")
+    >>> [(text.title, text.tokens) for text in memory.texts]
+    [('a scale', 32)]
     """
 
     title: str | None
@@ -43,12 +55,21 @@ class TextRecord:
     learned_at: str
 
     def to_dict(self) -> dict:
+        """The fields as plain values, ready for JSON.
+
+        Returns:
+            A dict; TextRecord(**it) equals this record.
+
+        >>> import locas_ext as locas
+        >>> locas.TextRecord("a scale", "e3b0", 32, "2026-01-31T12:00:00+00:00").to_dict()["tokens"]
+        32
+        """
         return asdict(self)
 
 
 @dataclass
 class Stream:
-    """Where memorize() stands in a text: what a run that goes on needs to know and to check.
+    """Where memorize() stands in a text: what a run that is continued needs to know and to check.
 
     Attributes:
         settings: the run's, as `ResolvedSettings.to_record` puts them

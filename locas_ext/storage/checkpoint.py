@@ -23,8 +23,15 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
-def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
+def save(attachment: Attachment, path: Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes."""
+    with attachment.state.exclusion.read("save_pretrained"):
+        record, memory = _serialized(attachment, path, optimizer)
+    folder.write(path, record, memory)
+
+
+def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[bytes, bytes]:
+    """-> the config file's and the tensor file's bytes. LocasError for what a reader would refuse."""
     state, stream = attachment.state, attachment.stream
     state.sync()
     fields = {
@@ -44,10 +51,9 @@ def save(attachment: Attachment, path: str | Path, optimizer: bool) -> None:
     try:
         kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
         memory = tensor_file.serialize({**state.tensors(optimizer), **kept}, fields)
-        record = config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)})
+        return config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)}), memory
     except Wrong as error:
         raise LocasError(f"cannot save the memory: {error}; nothing in {path} was changed") from None
-    folder.write(Path(path), record, memory)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -108,6 +114,6 @@ class Saved:
         attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 
-def read(path: str | Path) -> Saved:
-    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if there is no whole one."""
-    return Saved(Path(path), *folder.read(Path(path)))
+def read(path: Path) -> Saved:
+    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it."""
+    return Saved(path, *folder.read(path))

@@ -133,7 +133,7 @@ def _check_stream(fields: dict) -> None:
     for index, chunk in enumerate(stream["chunks"]):
         start, end_before, end = chunk["start"], end, chunk["end"]
         if start != end_before or end <= start or chunk["tokens"] != end - max(start, 1):
-            raise Wrong(f"stream.chunks[{index}] does not go on where the one before it ends, or counts its tokens wrongly")
+            raise Wrong(f"stream.chunks[{index}] does not begin where the one before it ends, or counts its tokens wrongly")
     if not stream["position"] == end == fields["tokens_seen"]:
         raise Wrong(
             f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {fields['tokens_seen']}"

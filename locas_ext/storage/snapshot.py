@@ -14,7 +14,23 @@ from locas_ext.state.stream import Stream, TextRecord
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What `Memory.snapshot` returns: independent copies, to be given to `Memory.restore`."""
+    """What `Memory.snapshot` returns: independent copies, to be given to `Memory.restore`.
+
+    Attributes:
+        layers: the decoder layers that have slots
+        host: the host's fingerprint
+        tensors: "slots", "scale" and "step", and the optimizer states there are, by name
+        memory_version: the memory's version
+        slots_used: the slots per layer that hold something
+        stream: where the memory stands in its text; None if it has read none
+        texts: a TextRecord for each text learned
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> snapshot = locas.attach(tiny_host(), locas.LocasConfig(rank=4)).snapshot()
+    >>> sorted(snapshot.tensors), snapshot.memory_version
+    (['scale', 'slots', 'step'], 0)
+    """
 
     layers: tuple[int, ...]
     host: dict

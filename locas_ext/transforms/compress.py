@@ -1,12 +1,12 @@
 """Compressing a Locas-MLP memory: each layer's many slots as few that agree with them (docs/method.md, "NL-SVD")."""
 
-import numbers
 import warnings
 from dataclasses import dataclass
 
 import torch
 
 from locas_ext.caller import caller_stacklevel
+from locas_ext.checks import integer, number
 from locas_ext.state.memory_state import KEY, VALUE, MemoryState
 
 from .nl_svd import nl_svd
@@ -14,13 +14,22 @@ from .nl_svd import nl_svd
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compression kept. The lists have one entry a layer.
+    """What a compression kept. The lists have one entry per layer.
 
-    slots_before, slots_used: a layer's slots before and after
-    kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
-    error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span,
-        tau included
-    dtype: what it was computed in
+    Attributes:
+        slots_before, slots_used: the slots per layer before and after
+        kept_energy: the share of the slots' energy (docs/method.md) that the probes hold, 0 to 1
+        error_bound: the most that the memory's output can differ for an input x, per unit of x outside the probes' span,
+            tau included
+        dtype: the dtype that it was computed in
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(gated=False), locas.LocasConfig("mlp", rank=4))
+    >>> _ = memory.write(list(range(3, 35)))
+    >>> report = memory.compress(8)
+    >>> report.slots_before, report.slots_used, len(report.kept_energy)
+    (31, 8, 2)
     """
 
     slots_before: int
@@ -31,7 +40,7 @@ class CompressReport:
 
 
 def compress_slots(state: MemoryState, activation: str, rank: int, threshold: float = 0.0) -> CompressReport:
-    """Puts at most `rank` slots a layer in the place of the used ones; the capacity stays. One update.
+    """Puts at most `rank` slots per layer in the place of the used ones; the capacity stays. One update.
 
     ValueError, with the memory unchanged, for what nl_svd does not take.
     """
@@ -63,8 +72,9 @@ def compress(state: MemoryState, activation: str, rank: int, threshold: float) -
         raise ValueError("compress: the memory holds no slots yet")
     if not state.learned:
         raise ValueError("compress: the memory's values are all 0; it must have learned or written something first")
-    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
-        raise TypeError(f"threshold is {threshold!r}; expected a number >= 0")
+    most = min(state.used, state.hidden_size)
+    rank = integer("rank", rank, 1, most, f"the {state.used} slots in use, and the hidden size {state.hidden_size}")
+    threshold = number("threshold", threshold, 0)
     host_dtype = state.arenas[0].compute.dtype
     if host_dtype in (torch.float16, torch.bfloat16):
         warnings.warn(

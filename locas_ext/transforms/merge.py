@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from locas_ext.checks import integer
 from locas_ext.hosts.ffn import Packed, put_in
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.state.memory_state import VALUE, MemoryState
@@ -90,8 +91,7 @@ def _check_mergeable(host: Host, state: MemoryState) -> None:
 @torch.no_grad()
 def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrainedModel:
     """See `Memory.merge_and_unload`."""
-    if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of!r}; expected an integer >= 1")
+    pad_to_multiple_of = integer("pad_to_multiple_of", pad_to_multiple_of, 1)
     state.sync()
     _check_mergeable(host, state)
     rank = state.shape[2]
@@ -114,10 +114,25 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> nn.Module:
-    """Slices a merged model back to the host it was, bit for bit; in place, returns the model.
+    """Slices a merged model back to the host it was, bit for bit, in place.
 
-    It works on a merged model in memory or one read back from its checkpoint. Raises ValueError if the model's config
-    does not record a merge, or one that cannot have been.
+    Args:
+        model: a merged model, in memory or read back from its checkpoint
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has a memory attached, or its config records no merge, or an impossible one
+        TypeError: model is not a language model
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> _ = memory.memorize(list(range(3, 35)), window=16, stride=8, progress=False)
+    >>> model = locas.unmerge(memory.merge_and_unload(pad_to_multiple_of=8))
+    >>> model.config.intermediate_size
+    32
     """
     if (m := getattr(_text_config(model), ORIGINAL_WIDTH_KEY, None)) is None:
         raise ValueError("model is not a merged one: its config does not record the width before a merge")

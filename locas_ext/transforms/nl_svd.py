@@ -1,16 +1,16 @@
 """NL-SVD: a two-layer memory of many slots as one of few (docs/method.md, "NL-SVD"). One layer, plain torch."""
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from locas_ext.ops.activations import activate, activation_index
+from locas_ext.checks import integer, number
+from locas_ext.ops.activations import activate, activation_function
 
-# The largest |act'| of each activation, rounded up, by activation_index.
-_LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0)
+# The largest |act'| of each activation, rounded up.
+_LIPSCHITZ = {"silu": 1.0999, "gelu_pytorch_tanh": 1.1290, "gelu": 1.1290, "relu": 1.0}
 
 
 class Compressed(NamedTuple):
@@ -36,9 +36,9 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
 
     Raises ValueError for key and value of other shapes or dtypes (half precision has to be converted first), empty or
     with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
-    an unknown activation; TypeError for a rank that is no integer.
+    an unknown activation; TypeError for a rank that is not an integer.
     """
-    lipschitz = _LIPSCHITZ[activation_index(activation)]
+    lipschitz = _LIPSCHITZ[activation_function(activation)]
     _check(key, value, rank, threshold)
     # Always float64: eigenvalues are squares; float32 loses norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()
@@ -102,12 +102,6 @@ def _check(key: Tensor, value: Tensor, rank: int, threshold: float) -> None:
     for what in ("shape", "dtype", "device"):
         if getattr(key, what) != getattr(value, what):
             raise ValueError(f"value has {what} {getattr(value, what)}; expected that of key, {getattr(key, what)}")
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"rank is {rank!r}; expected an integer")
     m, d = key.shape
-    if not 1 <= rank <= min(m, d):
-        raise ValueError(
-            f"rank is {rank}; expected 1 to {min(m, d)}, no more than the {m} slots there are and the hidden size {d}"
-        )
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"threshold is {threshold!r}; expected a finite number >= 0")
+    integer("rank", rank, 1, min(m, d), f"the {m} slots there are, and the hidden size {d}")
+    number("threshold", threshold, 0)

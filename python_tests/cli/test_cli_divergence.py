@@ -48,7 +48,7 @@ def test_a_run_that_stops_says_so_and_keeps_the_best_state(place, page, tmp_path
 
 
 def test_the_default_warns_and_ignore_says_nothing(page, tmp_path):
-    with pytest.warns(locas.DivergenceWarning, match="the run goes on"):
+    with pytest.warns(locas.DivergenceWarning, match="the run continues"):
         assert memorize(page, tmp_path / "a", *HARMFUL) == 0
     assert memorize(page, tmp_path / "b", *HARMFUL, "--on-divergence", "ignore") == 0  # warnings are errors here
     assert locas.load(load_model(), tmp_path / "b").version > 10

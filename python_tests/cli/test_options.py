@@ -12,10 +12,10 @@ import typer
 
 import locas_ext as locas
 from locas_ext.cli import main
+from locas_ext.cli import options as options_module
 from locas_ext.cli.app import app
 from locas_ext.cli.commands import memorize as memorize_command
 from locas_ext.cli.grouped import grouped
-from locas_ext.cli.options import DTYPES
 from locas_ext.evaluation.inputs import DTYPES as LOADABLE
 from locas_ext.learning.optimizers import OPTIMIZERS
 from locas_ext.learning.update import UPDATES, WHEN_FULL
@@ -37,10 +37,20 @@ def test_memorize_has_every_setting_of_the_api():
     assert api - only_in_python - {"refused", "unknown"} <= set(options("memorize")) | {"config"}
 
 
+@pytest.mark.parametrize("command", ["perplexity", "locomo"])
+def test_a_method_locas_has_the_options_of_memorize(command):
+    wanted = {field.name for kind in (locas.LocasConfig, locas.Backprop) for field in fields(kind)}
+    kept = {"context", "sinks", "refresh_every"}
+    for name in (*wanted, *kept, "rehome", "context_gradient", "window", "stride"):
+        here, there = options(command)[name], options("memorize")[name]
+        for what in ("opts", "help", "default", "rich_help_panel"):
+            assert getattr(here, what) == getattr(there, what), (name, what)
+
+
 def test_choices_are_those_of_the_library():
-    assert memorize_command.OPTIMIZERS == tuple(OPTIMIZERS)
+    assert options_module.OPTIMIZERS == tuple(OPTIMIZERS)
     assert memorize_command.UPDATES == UPDATES and memorize_command.WHEN_FULL == WHEN_FULL
-    assert DTYPES == tuple(LOADABLE)
+    assert options_module.DTYPES == tuple(LOADABLE)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"info", "report"}))
@@ -57,8 +67,10 @@ def test_one_option_is_the_same_wherever_it_is_declared():
     kept: dict = {}
     for command in COMMANDS:
         for name, parameter in options(command).items():
-            if name in ("out", "memory", "window", "dtype", "learning_rate", "epochs", "methods", "max_tokens", "config"):
+            if name in ("out", "memory", "window", "dtype", "methods", "max_tokens", "config"):
                 continue  # what they mean differs by command
+            if command in ("demo", "recall", "study") and name in ("learning_rate", "epochs"):
+                continue  # their defaults, or what they mean, are their own
             help_text = kept.setdefault(name, parameter.help)
             assert parameter.help == help_text, (command, name)
 

@@ -181,7 +181,7 @@ def test_an_ended_run_goes_on_behind_what_was_finished(finished, data, host_fold
     monkeypatch.setattr(command, "answer", ends_in_the_second_dialogue)
     status, _, err = run(capsys, data, host_folder, out, methods)
     count = len(command.METHODS)
-    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "goes on" in err
+    assert status == 130 and f"{count + 3} of {2 * (count + 1)} pairs" in err and "the same command continues" in err
     # as if it had been ended a moment earlier: predictions written, results not yet
     content = json.loads((out / "results.json").read_text())
     assert content["records"].pop()["dialogue"] == "long"
@@ -217,6 +217,24 @@ def test_a_two_layer_host_answers_with_a_memory_of_its_kind(data, tokenizer, tmp
     assert status == 0, err
     assert len(predictions(tmp_path / "run", "no-context+locas")) == 9
     assert results.read(tmp_path / "run")["settings"]["memories"]["locas"]["variant"] == "mlp"
+
+
+def test_a_memory_may_read_the_dialogues_over_a_kept_context(data, host_folder, tmp_path, capsys, monkeypatch):
+    read = []
+    memorize = locas.Memory.memorize
+
+    def noting(memory, ids, *arguments, **options):
+        read.append((options["context"], options["context_gradient"]))
+        return memorize(memory, ids, *arguments, **options)
+
+    monkeypatch.setattr(locas.Memory, "memorize", noting)
+    kept = ["--context", "keep", "--sinks", "2", "--refresh-every", "3"]
+    status, _, err = run(capsys, data, host_folder, tmp_path / "run", "no-context+locas", *kept)
+    assert status == 0, err
+    assert set(read) == {(locas.Keep(sinks=2, refresh_every=3), False)}
+    assert results.read(tmp_path / "run")["settings"]["memories"]["locas"]["context"] == "keep"
+    status, _, err = run(capsys, data, host_folder, tmp_path / "no", "no-context+locas", *kept, "--context-gradient")
+    assert status == 2 and "context_gradient is True, but context is 'keep'" in err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("fail", [False, True])

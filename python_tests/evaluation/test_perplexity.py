@@ -106,12 +106,17 @@ def test_results_json_is_complete(study, texts):
     assert locas_arm["arm_settings"] == {
         "variant": "glu",
         "rank": 4,
+        "layers": None,
         "init": "topk",
         "scale": "host",
         "clip": True,
+        "backend": "auto",
         "learning_rate": 4e-3,
         "epochs": 1,
+        "optimizer": "adamw",
         "seed": 0,
+        "rehome": False,
+        "context_gradient": False,
     }
     assert lora_arm["arm_settings"] == {"rank": 2, "alpha": 2, "learning_rate": 1e-3, "epochs": 2, "seed": 0}
 

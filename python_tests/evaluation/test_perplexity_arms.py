@@ -87,7 +87,7 @@ def _preset(name):
         "sliding": {"sinks": 4},
         "long-context": {"context": 9},
         "temp-lora": dict(rank=64, alpha=None, learning_rate=5e-5, epochs=2, seed=1),
-        "locas": dict(variant="glu", rank=64, init="topk", scale="paper", clip=True, learning_rate=3e-3, epochs=1, seed=1),
+        "locas": registry.locas_settings(locas.LocasConfig(seed=1), {"learning_rate": 3e-3}, False, False, {}),
     }
     return PRESETS[name](base)
 

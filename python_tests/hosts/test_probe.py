@@ -121,7 +121,7 @@ def test_every_family_computes_its_formula_in_every_dtype(family, dtype):
     attachment = memory._attachment
     assert attachment.probe.skipped is None and [ffn.differs for ffn in attachment.host.ffns] == [None, None]
     assert {entry.windows for entry in memory.status()} == {"two forwards per window"}
-    assert attachment.host.reading.last_layer == 1
+    assert attachment.host.reading.writes == 2
 
 
 class Clamped(nn.Module):
@@ -278,7 +278,7 @@ def test_a_contexts_forward_ends_at_the_layer_that_runs_last(family, name):
     decoder = model.get_decoder()
     setattr(decoder, name, nn.ModuleList(reversed(getattr(decoder, name))))
     memory = locas.attach(model, config_for(family))
-    assert memory._attachment.host.reading.last_layer == 0
+    assert memory._attachment.host.reading.writes == 3
     ran = []
     layers = getattr(decoder, name)
     for layer in layers:

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from locas_ext.hosts.lengths import Lengths, lengths_of
-from locas_ext.hosts.window_reading import Verdict, Way, WindowReading
+from locas_ext.hosts.window_reading import FULL, ONE, SHORT, Verdict, WindowReading
 
 LONG = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4)
 
@@ -78,7 +78,7 @@ class Host:
         def read(way):
             self.read_ways.append(way)
             logits = torch.randn(inputs, 7, generator=torch.Generator().manual_seed(0))
-            problem = way != Way.ONE and self.wrong(way, context + inputs)
+            problem = way.in_two and self.wrong(way, context + inputs)
             if problem == "raises":
                 raise IndexError("list index out of range")
             return logits + 0.01 * torch.randn(inputs, 7) if problem else logits
@@ -93,35 +93,41 @@ def test_each_kind_of_window_is_compared_once():
     assert compared == [False, True, False, True, False, True, False, False, False]
     assert reading.describe() == "two forwards per window"
     host.settle(reading, 23, 8, full=31)
-    assert host.read_ways == [Way.ONE, Way.SHORT], "full windows of another length"
+    assert host.read_ways == [ONE, SHORT], "full windows of another length"
 
 
 @pytest.mark.parametrize(
     "wrong, way, why",
     [
-        (lambda way, tokens: way == Way.SHORT, Way.FULL, "differ"),
-        (lambda way, tokens: True, Way.ONE, "differ"),
-        (lambda way, tokens: "raises", Way.ONE, "raises IndexError: list index out of range"),
-        (lambda way, tokens: way == Way.SHORT and "raises", Way.FULL, "raises IndexError"),
+        (lambda way, tokens: way.ends_early, SHORT._replace(ends_early=False), "differ"),
+        (lambda way, tokens: way.own_attention, SHORT._replace(own_attention=False), "differ"),
+        (lambda way, tokens: way != FULL, FULL, "differ"),
+        (lambda way, tokens: not way.positions, SHORT._replace(positions=True), "differ"),
+        (lambda way, tokens: not way.positions or way.ends_early, SHORT._replace(positions=True, ends_early=False), "differ"),
+        (lambda way, tokens: True, ONE, "differ"),
+        (lambda way, tokens: "raises", ONE, "raises IndexError: list index out of range"),
+        (lambda way, tokens: way.ends_early and "raises", SHORT._replace(ends_early=False), "raises IndexError"),
     ],
 )
 def test_a_way_that_gives_other_logits_gives_way_to_the_next(wrong, way, why):
     verdict = Host(wrong).settle(WindowReading(), 8, 8)
     assert verdict.way == way and why in verdict.why
+    if not way.positions:  # the probe has found out whether they are needed
+        assert Host(wrong).settle(WindowReading(verdicts={0: Verdict()}), 8, 8).way == way
 
 
 def test_what_fails_at_some_length_fails_for_longer_windows_only():
     host, reading = Host(lambda way, tokens: tokens > 20), WindowReading(Lengths(reaches=(20,)))
-    assert host.settle(reading, 8, 8).way == Way.SHORT
-    assert host.settle(reading, 16, 8).way == Way.ONE
-    assert host.settle(reading, 55, 8).way == Way.ONE and host.read_ways == []
-    assert host.settle(reading, 8, 8).way == Way.SHORT
+    assert host.settle(reading, 8, 8).way == SHORT
+    assert host.settle(reading, 16, 8).way == ONE
+    assert host.settle(reading, 55, 8).way == ONE and host.read_ways == []
+    assert host.settle(reading, 8, 8).way == SHORT
     assert reading.describe().startswith("one forward per window of 21 or more tokens: behind a cache")
 
 
 def test_what_is_not_finite_differs():
     nan = torch.full((3, 5), torch.nan)
-    assert WindowReading().settle(4, torch.zeros(3, dtype=torch.long), 63, lambda way: nan).way == Way.ONE
+    assert WindowReading().settle(4, torch.zeros(3, dtype=torch.long), 63, lambda way: nan).way == ONE
 
 
 def test_a_changed_host_is_compared_anew():
@@ -136,7 +142,7 @@ def test_a_changed_host_is_compared_anew():
         change()
         reading.begin_run(model)
         assert list(reading.verdicts) == [0]
-        reading.verdicts[1] = Verdict(Way.FULL)
+        reading.verdicts[1] = Verdict(FULL)
         reading.begin_run(model)
         assert list(reading.verdicts) == [0, 1]
     assert reading.lengths == Lengths(reaches=(8,))

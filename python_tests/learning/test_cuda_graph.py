@@ -14,7 +14,7 @@ from support.hosts import TWO_LAYER, tiny
 
 import locas_ext as locas
 from locas_ext import _C
-from locas_ext.learning import cuda_graph
+from locas_ext.learning import captured, cuda_graph, graph_step
 
 no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
 IDS = random_ids(20, seed=5)
@@ -27,8 +27,8 @@ def device(request, monkeypatch):
     monkeypatch.delenv("LOCAS_CUDA_GRAPH", raising=False)
     if request.param == "cpu":
         monkeypatch.setattr(cuda_graph, "_is_capturable", lambda device: True)
-        monkeypatch.setattr(cuda_graph, "rehearse", lambda work, device: work())
-        monkeypatch.setattr(cuda_graph, "capture", lambda work, device: work)
+        monkeypatch.setattr(captured, "rehearse", lambda work, device: work())
+        monkeypatch.setattr(captured, "capture", lambda work, device: work)
     return request.param
 
 
@@ -108,11 +108,57 @@ def test_two_layer_hosts(device, family, monkeypatch):
     assert report.graph == locas.GraphReport(11, memory.version)
 
 
+WRITE = dict(window=24, stride=7, progress=False)
+
+
+@pytest.mark.parametrize("tokens", ["all", locas.TopLoss(3)], ids=str)
+@pytest.mark.parametrize("family", TWO_LAYER)
+def test_a_full_memory_is_written_from_a_graph(device, family, tokens, monkeypatch):
+    """Once the oldest slots give way everything stays in its place."""
+    update = locas.Write(epsilon=0.05, tokens=tokens, capacity=14, when_full="drop_oldest")
+    memory, plain = (locas.attach(tiny(family).to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
+    report = memory.memorize(TEXT, **WRITE, update=update)
+    plain_report = eagerly(monkeypatch, plain, TEXT, **WRITE, update=update)
+    assert_same_run(memory, report, plain, plain_report)
+    assert report.graph == locas.GraphReport(11 if tokens == "all" else 9, 15)
+
+
+@pytest.mark.parametrize(
+    "update, why_not",
+    [
+        (dict(tokens=locas.LossAbove(0.1), capacity=14, when_full="drop_oldest"), "known only when they are scored"),
+        (dict(when_full="error"), "did not keep one size"),
+        (dict(capacity=21, when_full="compress", compress_to=7), "did not keep one size"),
+    ],
+    ids=str,
+)
+def test_a_memory_that_is_another_one_with_each_chunk_is_written_eagerly(device, update, why_not):
+    memory = locas.attach(tiny("opt").to(device), locas.LocasConfig("mlp", rank=5, scale="host"))
+    report = memory.memorize(TEXT, **WRITE, update=locas.Write(epsilon=0.05, **update))
+    assert report.graph.replayed == 0 and report.graph.updates == 15 and why_not in report.graph.why_not
+
+
+@pytest.mark.parametrize("part", ["rehearse", "capture"])
+def test_a_write_that_cannot_be_captured_goes_on(device, part, monkeypatch):
+    real = getattr(captured, part)
+
+    def fails(work, device):
+        real(work, device)
+        raise RuntimeError("no graphs today")
+
+    monkeypatch.setattr(captured, part, fails)
+    update = locas.Write(epsilon=0.05, capacity=14, when_full="drop_oldest")
+    memory, plain = (locas.attach(tiny("opt").to(device), locas.LocasConfig("mlp", rank=5, scale="host")) for _ in "ab")
+    with pytest.warns(UserWarning, match="without a CUDA graph.*no graphs today"):
+        report = memory.memorize(TEXT, **WRITE, update=update)
+    assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **WRITE, update=update))
+
+
 def test_a_memory_that_grows_on_the_way(device, monkeypatch):
     """Slots written from a callback: the memory is another one, in another place, so the step is captured anew."""
     captures = []
-    capture = cuda_graph.capture
-    monkeypatch.setattr(cuda_graph, "capture", lambda *args: captures.append(1) or capture(*args))
+    capture = captured.capture
+    monkeypatch.setattr(captured, "capture", lambda *args: captures.append(1) or capture(*args))
 
     def run(memory, memorize):
         def callback(chunk):
@@ -166,6 +212,26 @@ def test_a_callback_that_looks_and_changes(device, monkeypatch):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_swapped_module_is_captured_anew(device, monkeypatch):
+    captures = []
+    capture = captured.capture
+    monkeypatch.setattr(captured, "capture", lambda *args: captures.append(1) or capture(*args))
+
+    def run(memory, memorize):
+        def callback(chunk):
+            if chunk.end == 56:
+                attention = memory.model.model.layers[1].self_attn
+                attention.q_proj = copy.deepcopy(attention.q_proj)
+                attention.q_proj.weight.mul_(0.5)
+
+        return memorize(memory, TEXT, **SETTINGS, callback=torch.no_grad()(callback))
+
+    memory, plain = (attached(device)[1] for _ in "ab")
+    report = run(memory, locas.Memory.memorize)
+    assert len(captures) == 2
+    assert_same_run(memory, report, plain, run(plain, lambda *a, **k: eagerly(monkeypatch, *a, **k)))
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer, epochs):
@@ -192,7 +258,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeypatch):
     model, memory = attached(device)
-    factor, gradient = torch.ones((), device=device), cuda_graph.gradient
+    factor, gradient = torch.ones((), device=device), graph_step.gradient
 
     def overflowing(attachment, *arguments):
         loss, arena = gradient(attachment, *arguments), attachment.state.arenas[0]
@@ -200,7 +266,7 @@ def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeyp
             tensor.mul_(factor)
         return loss
 
-    monkeypatch.setattr(cuda_graph, "gradient", overflowing)
+    monkeypatch.setattr(graph_step, "gradient", overflowing)
     kept = []
 
     def callback(chunk):
@@ -241,13 +307,13 @@ def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, rehome,
 @pytest.mark.parametrize("rehome", [False, True])
 def test_a_capture_that_fails_warns_once_and_loses_nothing(device, part, rehome, monkeypatch):
     memory, plain = attached(device, rehome=rehome)[1], attached(device, rehome=rehome)[1]
-    real = getattr(cuda_graph, part)
+    real = getattr(captured, part)
 
     def fails(work, device):
         real(work, device)
         raise RuntimeError("no graphs today")
 
-    monkeypatch.setattr(cuda_graph, part, fails)
+    monkeypatch.setattr(captured, part, fails)
     with pytest.warns(UserWarning, match="without a CUDA graph.*no graphs today") as warned:
         report = memory.memorize(TEXT, **SETTINGS)
     assert len(warned) == 1

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL, load_model
-from locas_ext.learning import cuda_graph
+from locas_ext.learning import captured, cuda_graph
 from locas_ext.learning.divergence import Comparison, DivergenceTest
 from locas_ext.state import memory_state
 from locas_ext.state.memory_state import MemoryState
@@ -239,9 +239,9 @@ def test_a_text_fed_on_is_watched_too(page):
 def test_a_run_with_a_cuda_graph_too(page, monkeypatch):
     """With stand-ins for the capture: the host is scored between the replays, and what a replay takes for granted holds."""
     monkeypatch.setattr(cuda_graph, "_is_capturable", lambda device: True)
-    monkeypatch.setattr(cuda_graph, "rehearse", lambda work, device: work())
+    monkeypatch.setattr(captured, "rehearse", lambda work, device: work())
     captures = []
-    monkeypatch.setattr(cuda_graph, "capture", lambda work, device: captures.append(1) or work)
+    monkeypatch.setattr(captured, "capture", lambda work, device: captures.append(1) or work)
     for clip, mode in ((True, "ignore"), (True, "warn"), (False, "stop")):
         captures.clear()
         memory = diverging(clip=clip)

@@ -1,59 +1,93 @@
 """The parts of a host that run faster while memorizing on the CPU: norms and the attention over a cached context."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.helpers import TEXT, assert_as_exact_as_torch, attached
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from locas_ext.learning.chunk_attention import NAME, ChunkAttentionFunction, chunk_attention
-from locas_ext.learning.host_kernels.norms import RMSNormFunction, fast_norm
+from locas_ext.learning.host_kernels.norms import FastLayerNorm, FastRMSNorm, NormFunction, fast_norm
+
+
+def norm_of(kind, width, dtype):
+    norm = Qwen3RMSNorm(width, eps=1e-5) if kind == "rms" else nn.LayerNorm(width, eps=1e-5, bias=kind == "layer")
+    for parameter in norm.to(dtype).requires_grad_(False).parameters():
+        parameter.copy_(torch.rand(width) + 0.5)
+    return norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 4, 33), (1, 3, 257), (70, 640)])
-def test_rms_norm_against_float64(shape, dtype):
-    x, d_out = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    norm = Qwen3RMSNorm(shape[-1], eps=1e-5).to(dtype).requires_grad_(False)
-    norm.weight.copy_(torch.rand(shape[-1]) + 0.5)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer", "plain layer"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 4, 33), (1, 3, 257), (70, 640)])
+def test_norms_against_float64(kind, shape, adds, dtype):
+    x, residual, d_out, d_sum = (torch.randn(shape).add(1).to(dtype) for _ in range(4))
+    norm = norm_of(kind, shape[-1], dtype)
+    fast = FastLayerNorm(norm) if "layer" in kind else FastRMSNorm(norm, 0.0)
 
     def run(function, cast):
-        x_ = cast(x).detach().requires_grad_()
-        y = function(x_)
-        return y.detach(), torch.autograd.grad(y, x_, cast(d_out))[0]
+        inputs = [cast(t).detach().requires_grad_() for t in ((x, residual) if adds else (x,))]
+        out, total = function(*inputs)
+        gradients = torch.autograd.grad((out, total) if adds else (out,), inputs, tuple(map(cast, (d_out, d_sum)[: 1 + adds])))
+        return out.detach(), total.detach(), *gradients
 
-    def exact(x_):
-        return norm.weight.double() * x_ / (x_.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    def added(norm_, cast):
+        return run(lambda x_, *others: (norm_(sum(others, x_)), sum(others, x_)), cast)
 
-    ours = run(lambda x_: RMSNormFunction.apply(x_, None, norm.weight, 1e-5, 0.0)[0], lambda t: t)
-    peer = run(norm, lambda t: t)
-    truth = run(exact, lambda t: t.double())
-    for name, a, b, c in zip(("y", "dx"), ours, peer, truth, strict=False):
+    ours = run(lambda x_, other=None: NormFunction.apply(x_, other, fast, norm.weight), lambda t: t)
+    exact = copy.deepcopy(norm).double() if "layer" in kind else exact_rms(norm)
+    peer, truth = added(norm, lambda t: t), added(exact, torch.Tensor.double)
+    for name, a, b, c in zip(("y", "sum", "dx", "d_residual"), ours, peer, truth, strict=False):
         assert_as_exact_as_torch(name, a, b, c)
 
 
+def exact_rms(norm):
+    return lambda x: norm.weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 def test_only_norms_of_a_known_formula_are_computed():
-    norm, gemma = Qwen3RMSNorm(33), Gemma2RMSNorm(33)
-    for module in (norm, gemma):
+    norm, gemma, layer = Qwen3RMSNorm(33), Gemma2RMSNorm(33), nn.LayerNorm(33)
+    for module in (norm, gemma, layer):
         torch.nn.init.normal_(module.weight)
         assert fast_norm(module) is None, "a weight that learns keeps its own forward"
         module.requires_grad_(False)
     assert fast_norm(norm).weight_offset == 0 and fast_norm(gemma).weight_offset == 1
+    assert isinstance(fast_norm(layer), FastLayerNorm)
+    assert fast_norm(nn.LayerNorm(33, elementwise_affine=False)) is None
+    assert fast_norm(nn.LayerNorm((3, 33)).requires_grad_(False)) is None
+    layer.bias.requires_grad_(True)
+    assert fast_norm(layer) is None
     norm.forward = lambda x: x
     assert fast_norm(norm) is None
     gemma.register_forward_hook(lambda module, inputs, out: out)
     assert fast_norm(gemma) is None
 
 
-@pytest.mark.parametrize("heads, groups, n, k, size", [(1, 1, 1, 2, 4), (4, 2, 5, 19, 8), (6, 3, 16, 16, 5), (8, 1, 9, 40, 16)])
+@pytest.mark.parametrize(
+    "heads, groups, n, k, size, value_size",
+    [
+        (1, 1, 1, 2, 4, 4),
+        (4, 2, 5, 19, 8, 8),
+        (6, 3, 16, 16, 5, 5),
+        (8, 1, 9, 40, 16, 16),
+        (4, 4, 7, 21, 12, 8),
+        (4, 2, 3, 9, 5, 7),
+    ],
+)
 @pytest.mark.parametrize("kept", [True, False])
-def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, kept, monkeypatch):
+def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, value_size, kept, monkeypatch):
     if not kept:
         monkeypatch.setattr("locas_ext.learning.chunk_attention._KEPT", 0)
     monkeypatch.setattr("locas_ext.learning.chunk_attention._PIECE", 1)  # a group of heads at a time, as in large hosts
-    query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, size)
-    key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, size)
+    query, d_out = torch.randn(1, heads, n, size), torch.randn(1, heads, n, value_size)
+    key, value = torch.randn(1, groups, k, size), torch.randn(1, groups, k, value_size)
     mask = torch.zeros(n, k).masked_fill(torch.ones(n, k).tril(k - n) == 0, -torch.inf)[None, None]
 
     def run(function, cast):
@@ -73,6 +107,14 @@ def test_chunk_attention_against_autograd_in_float64(heads, groups, n, k, size, 
     for name, i in (("d_key", 2), ("d_value", 3)):
         assert_as_exact_as_torch(name, ours[i][:, :, own], peer[i][:, :, own], exact[i][:, :, own])
         assert not ours[i][:, :, : k - n].any()
+
+
+def test_a_host_that_asks_takes_its_attention_for_sdpa():
+    for name in (NAME, copy.copy(NAME)):
+        assert name == "sdpa" and "sdpa" == name and name in ("eager", "sdpa") and not name != "sdpa"
+        assert name == NAME and name != "eager" and name not in ("eager", "flash_attention_2") and name is not None
+        assert AttentionInterface()[name] is not AttentionInterface()["sdpa"]
+    assert AttentionMaskInterface()[NAME] is AttentionMaskInterface()["sdpa"]
 
 
 def test_the_hosts_attention_setting_is_given_back():

@@ -146,7 +146,7 @@ def test_a_callback_sees_the_new_chunks_and_the_host_stays_as_it_was():
 
 def test_what_cannot_be_fed(tmp_path):
     _, memory = attached()
-    with pytest.raises(ValueError, match="feed: there is no run to go on with; begin a text with memorize"):
+    with pytest.raises(ValueError, match="feed: there is no run to continue; begin a text with memorize"):
         memory.feed(IDS)
     memory.memorize(IDS[:32], **RUN)
     before = memory.slots.clone()
@@ -168,7 +168,7 @@ def test_what_cannot_be_fed(tmp_path):
         memory.feed(IDS)
     memory.save_pretrained(tmp_path / "m")  # without the optimizer, and so without the place
     memory.load(tmp_path / "m")
-    with pytest.raises(ValueError, match="no run to go on with"):
+    with pytest.raises(ValueError, match="no run to continue"):
         memory.feed(IDS)
     for end in (memory.reset, memory.detach):
         memory.memorize(IDS[:32], **RUN)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.helpers import assert_as_exact_as_torch
-from support.hosts import TWO_LAYER, config_for, tiny
+from support.hosts import config_for, tiny
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
@@ -13,7 +13,6 @@ from locas_ext.learning.backprop import gradient
 from locas_ext.learning.chunk import Window, WindowReader
 from locas_ext.learning.host_kernels.kernels import Level, fast_reader
 
-GATED = [family for family in HOSTS if family not in TWO_LAYER]
 ALL = ("norms", "residuals", "attention", "loss")
 SETTINGS = dict(window=32, stride=8, learning_rate=1e-2, progress=False)
 
@@ -56,7 +55,7 @@ def slots_for(memory, seed=5):
 # ---- what they compute ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("context", [0, 1, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", GATED)
+@pytest.mark.parametrize("family", HOSTS)
 def test_loss_and_gradient_against_float64(family, dtype, context):
     ids = text(40)
     window = Window(ids[:context], ids[context:-1], ids[context + 1 :])
@@ -66,8 +65,7 @@ def test_loss_and_gradient_against_float64(family, dtype, context):
     truth = window_gradient(exact, slots, window, False, ids)
     own = window_gradient(peer, slots, window, False, ids)
     fast = window_gradient(ours, slots, window, True, ids)
-    wide_turns = family == "olmo2" and dtype != torch.float32  # its cos and sin stay in float32
-    assert fast[2] == (Level.PIECES if family in ("gemma2", "glm4") or wide_turns else Level.ALL)
+    assert fast[2] == (Level.PIECES if family == "gemma2" else Level.ALL)
     for name, a, b, c in zip(("loss", "gradient"), fast, own, truth, strict=False):
         assert_as_exact_as_torch(name, a.float(), b.float(), c.double(), rounding=4 * torch.finfo(dtype).eps)
 
@@ -98,10 +96,8 @@ def test_windows_of_every_length(bos, context_gradient):
 # ---- where they run -------------------------------------------------------------------------------------------
 def test_which_pieces_run_is_reported():
     assert memory_on("llama").memorize(text(), **SETTINGS).host_kernels.ours == ALL
-    report = memory_on("glm4").memorize(text(), **SETTINGS).host_kernels
+    report = memory_on("gemma2").memorize(text(), **SETTINGS).host_kernels
     assert report.ours == ("norms", "residuals") and list(report.own) == ["attention"]
-    report = memory_on("gpt2").memorize(text(), **SETTINGS).host_kernels
-    assert report.ours == () and "norms" in report.own
 
 
 def test_nothing_of_the_host_stays_replaced():
@@ -205,7 +201,7 @@ def test_a_host_changed_between_runs_is_looked_at_again():
     norm = memory.model.model.layers[0].input_layernorm
     norm.weight.requires_grad_(True)
     report = memory.memorize(text(), **SETTINGS).host_kernels
-    assert "input_layernorm is no plain RMS norm" in report.own["residuals"]
+    assert "input_layernorm is not a plain norm" in report.own["residuals"]
     norm.weight.requires_grad_(False)
     assert memory.memorize(text(), **SETTINGS).host_kernels.ours == ALL
 

@@ -9,7 +9,7 @@ from support.hosts import tiny
 from support.online import memorize
 
 import locas_ext as locas
-from locas_ext.hosts.window_reading import Verdict, Way
+from locas_ext.hosts.window_reading import ONE, Verdict
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_positions_that_turn_otherwise_in_a_longer_text(settings, kind):
 
 def test_a_host_that_does_not_read_behind_a_cache_as_in_one_forward():
     memory = attached()[1]
-    memory._attachment.host.reading.verdicts[0] = Verdict(Way.ONE, "it was found to differ")
+    memory._attachment.host.reading.verdicts[0] = Verdict(ONE, "it was found to differ")
     with pytest.raises(ValueError, match="context is 'keep', but it was found to differ; expected context='recompute'"):
         memorize(memory, TEXT, context="keep")
 

@@ -278,5 +278,5 @@ def test_a_run_over_a_text_ends_with_a_study():
     version = memory.version
     memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=settings(epochs=1, guard=0.0))
     assert memory.version > version and len(memory.texts) == 2
-    with pytest.raises(ValueError, match="there is no run to go on with"):
+    with pytest.raises(ValueError, match="there is no run to continue"):
         memory.feed(ids, progress=False)

@@ -53,7 +53,7 @@ def test_one_ffn_and_its_gradients_are_as_exact_as_torch(device, dtype, biases, 
         return run(lambda xs: plain_ffn(xs, host, parameter, arena.scales[0], "silu", act), cast, parameter)
 
     ours = run(ffn.forward, lambda t: t, arena.parameters[0])
-    assert ffn.home.away is None
+    assert ffn.rehomed.reason is None
     for name, a, b, c in zip(
         ["y", "dx", "d_slots"] if needs_dx else ["y", "d_slots"],
         ours,
@@ -170,15 +170,15 @@ def test_a_failure_while_moving_leaves_the_model_as_it_was(monkeypatch):
     from locas_ext.patching import rehome
 
     model = tiny_model()
-    before, moved, move_in = snapshot(model), [], rehome.RehomedFFN.move_in
+    before, moved, adopt = snapshot(model), [], rehome.RehomedFFN.adopt
 
     def fails_at_the_second(self, users):
         if moved:
             raise torch.OutOfMemoryError("out of memory")
         moved.append(self)
-        move_in(self, users)
+        adopt(self, users)
 
-    monkeypatch.setattr(rehome.RehomedFFN, "move_in", fails_at_the_second)
+    monkeypatch.setattr(rehome.RehomedFFN, "adopt", fails_at_the_second)
     with pytest.raises(torch.OutOfMemoryError):
         locas.attach(model, locas.LocasConfig(rank=4), rehome=True)
     assert_same_host(model, before)

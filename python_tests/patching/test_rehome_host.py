@@ -84,7 +84,7 @@ def test_to_another_device_and_back():
     before = snapshot(model)
     model.to("cuda")
     memory.memorize(TEXT, **SETTINGS)
-    assert reasons(memory) == {HOME} and memory._attachment.ffns[0].home.down.is_cuda
+    assert reasons(memory) == {HOME} and memory._attachment.ffns[0].rehomed.down.is_cuda
     on_gpu = logits_of(model, IDS.cuda()).cpu()
     model.to("cpu")
     torch.testing.assert_close(logits_of(model, IDS), on_gpu, rtol=1e-3, atol=1e-3)

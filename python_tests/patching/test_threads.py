@@ -10,6 +10,7 @@ from support.hosts import tiny
 
 import locas_ext as locas
 from bench.soak import soak
+from locas_ext.storage import tensor_file
 
 OTHER = random_ids(20, seed=8)
 
@@ -148,10 +149,13 @@ def memorized_beside(work):
         lambda model, memory, pending: memory.initialize(OTHER),
         lambda model, memory, pending: memory.reset(),
         lambda model, memory, pending: memory.restore(memory.snapshot()),
+        lambda model, memory, pending: memory.snapshot(),
+        lambda model, memory, pending: memory.fork(),
+        lambda model, memory, pending: memory.save_pretrained("never-made"),
         lambda model, memory, pending: memory.detach(),
         lambda model, memory, pending: memory.merge_and_unload(pad_to_multiple_of=8),
     ],
-    ids=["train", "read", "memorize", "initialize", "reset", "restore", "detach", "merge"],
+    ids=["train", "read", "memorize", "initialize", "reset", "restore", "snapshot", "fork", "save", "detach", "merge"],
 )
 def test_what_would_spoil_memorize_is_refused(work):
     want, _ = memorized_beside(lambda *_: None)
@@ -189,6 +193,27 @@ def test_a_forward_that_a_change_overtakes_is_refused():
         logits_of(model, TEXT)
     handle.remove()
     assert torch.equal(logits_of(model, TEXT), logits_of(attached()[0], TEXT))
+
+
+def test_a_save_that_a_change_overtakes_writes_nothing(tmp_path, monkeypatch):
+    _, memory = learned()
+    serialize = tensor_file.serialize
+
+    def overtaken(*arguments):
+        in_thread(memory.reset)
+        return serialize(*arguments)
+
+    monkeypatch.setattr(tensor_file, "serialize", overtaken)
+    with pytest.raises(RuntimeError, match="save_pretrained: another thread changed this memory meanwhile"):
+        memory.save_pretrained(tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_callback_may_keep_the_memory(tmp_path):
+    _, memory = attached()
+    kept = []
+    memory.memorize(TEXT, **SETTINGS, callback=lambda _: kept.append((memory.snapshot(), memory.save_pretrained(tmp_path))))
+    assert kept[-1][0].memory_version == memory.version
 
 
 def test_memorize_gives_no_gradient_to_anything_but_the_slots():

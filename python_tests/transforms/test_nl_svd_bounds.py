@@ -8,6 +8,9 @@ from support.helpers import ACTIVATIONS
 from support.nl_svd import SHAPES, assert_agrees_on_probes, energy_matrix, f, slots
 from torch.nn.functional import normalize
 
+from locas_ext import _C
+from locas_ext.ops.activations import activate
+from locas_ext.transforms import nl_svd as nl_svd_module
 from locas_ext.transforms.nl_svd import nl_svd
 
 LIPSCHITZ = {"relu": 1.0, "silu": 1.09984, "gelu": 1.12891, "gelu_pytorch_tanh": 1.129, "gelu_new": 1.129}
@@ -33,6 +36,14 @@ def test_bound_holds_off_the_span(m, d, rank, activation):
     assert (error.norm(dim=1) <= bound + 1e-9).all()
     discarded = sorted(torch.linalg.eigvalsh(energy_matrix(key, value)).tolist())[-rank - 1]
     assert new.error_bound <= LIPSCHITZ[activation] * 1.001 * math.sqrt(m * discarded)
+
+
+def test_the_steepest_slope_of_every_activation_is_known():
+    x = torch.linspace(-30, 30, 600_001, dtype=torch.float64, requires_grad=True)
+    assert set(nl_svd_module._LIPSCHITZ) == set(_C.ACTIVATIONS)
+    for name, bound in nl_svd_module._LIPSCHITZ.items():
+        (slope,) = torch.autograd.grad(activate(x, name).sum(), x)
+        assert slope.abs().max() <= bound <= 1.001 * slope.abs().max(), name
 
 
 @pytest.mark.parametrize("copies", [1, 4, 9])
@@ -113,7 +124,7 @@ def test_needs_no_gradient_and_leaves_the_slots_alone():
 # ---- bad input ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape, rank", [((6, 9), 7), ((9, 6), 7), ((9, 6), 0), ((6, 9), -1)])
 def test_rank_out_of_range(shape, rank):
-    with pytest.raises(ValueError, match=rf"rank is {rank}; expected 1 to 6, .*{shape[0]} slots.*{shape[1]}"):
+    with pytest.raises(ValueError, match=rf"rank is {rank}; expected an integer from 1 to 6 .*{shape[0]} slots.*{shape[1]}"):
         nl_svd(torch.randn(shape), torch.randn(shape), rank)
 
 

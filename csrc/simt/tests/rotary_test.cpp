@@ -1,4 +1,4 @@
-// rotary_forward and rotary_backward against the formulas in float64; without norms bit for bit against what
+// rotary_forward and rotary_backward, with angles in the heads' type and in float32, against the formulas in float64; without norms bit for bit against what
 // transformers computes, each product and each sum rounded to the storage type. With norms the peer is that too.
 #include "simt/tests/harness.h"
 
@@ -12,12 +12,13 @@ struct Case {
   bool value = true;
   int64_t gap = 0;    // elements between the rows of every matrix
   size_t offset = 0;  // elements before each matrix
+  bool interleaved = false;
 };
 
 constexpr float kEps = 1e-5f;
 
-// One head as `Real` computes it, rounded to T where transformers does so and `rounds` says so.
-template <class Real, class T>
+// One head as `Real` computes it, rounded to T where transformers does so and `rounds` says so; products to Angle.
+template <class Real, class T, class Angle>
 class HeadReference {
  public:
   using Numbers = std::vector<Real>;
@@ -32,22 +33,20 @@ class HeadReference {
         x[i] = r((c_.weight_offset + weight[i]) * (c_.weight_offset == 0 ? r(normed) : normed));
       }
     }
-    const int64_t half = c_.rotated / 2;
     Numbers y = x;
-    for (int64_t j = 0; j < half; ++j) {
-      y[j] = r(r(x[j] * cos[j]) - r(x[j + half] * sin[j]));
-      y[j + half] = r(r(x[j + half] * cos[j + half]) + r(x[j] * sin[j + half]));
-    }
+    for_each_pair([&](int64_t low, int64_t high, int64_t angle_low, int64_t angle_high) {
+      y[low] = r(a(x[low] * cos[angle_low]) - a(x[high] * sin[angle_low]));
+      y[high] = r(a(x[high] * cos[angle_high]) + a(x[low] * sin[angle_high]));
+    });
     return y;
   }
 
   Numbers backward(Numbers d, const Numbers& x, const Numbers& weight, const Numbers& cos, const Numbers& sin) const {
-    const int64_t half = c_.rotated / 2;
     const Numbers d_out = d;
-    for (int64_t j = 0; j < half; ++j) {
-      d[j] = r(r(d_out[j] * cos[j]) + r(d_out[j + half] * sin[j + half]));
-      d[j + half] = r(r(d_out[j + half] * cos[j + half]) - r(d_out[j] * sin[j]));
-    }
+    for_each_pair([&](int64_t low, int64_t high, int64_t angle_low, int64_t angle_high) {
+      d[low] = r(a(d_out[low] * cos[angle_low]) + a(d_out[high] * sin[angle_high]));
+      d[high] = r(a(d_out[high] * cos[angle_high]) - a(d_out[low] * sin[angle_low]));
+    });
     if (!c_.normed) return d;
     Real dot = 0;
     for (int64_t i = 0; i < c_.size; ++i) {
@@ -62,6 +61,15 @@ class HeadReference {
 
  private:
   Real r(Real value) const { return rounds_ ? static_cast<Real>(round_to<T>(value)) : value; }
+  Real a(Real value) const { return rounds_ ? static_cast<Real>(round_to<Angle>(value)) : value; }
+  template <class F>
+  void for_each_pair(F&& f) const {
+    const int64_t half = c_.rotated / 2;
+    for (int64_t j = 0; j < half; ++j) {
+      if (c_.interleaved) f(2 * j, 2 * j + 1, j, j);
+      else f(j, j + half, j, j + half);
+    }
+  }
   Real inverse_rms(const Numbers& x) const {
     Real squares = 0;
     for (const Real value : x) squares += value * value;
@@ -71,9 +79,10 @@ class HeadReference {
   const bool rounds_;
 };
 
-template <class T>
+template <class T, class Angle>
 struct Data {
-  std::vector<T> x[2], d_out[2], weight[2], cos, sin, value;  // of query and key
+  std::vector<T> x[2], d_out[2], weight[2], value;  // of query and key
+  std::vector<Angle> cos, sin;
 
   explicit Data(const Case& c) {
     Random random(c.rows * 100000 + c.size * 100 + c.rotated);
@@ -86,19 +95,19 @@ struct Data {
     value = random.normals<T>(c.rows * c.keys * c.size);
     for (int64_t i = 0; i < c.rows * c.rotated; ++i) {  // the halves differ: a swapped column would show
       const double angle = random.normal();
-      cos.push_back(ptx::from_float<T>(static_cast<float>(std::cos(angle))));
-      sin.push_back(ptx::from_float<T>(static_cast<float>(std::sin(angle))));
+      cos.push_back(ptx::from_float<Angle>(static_cast<float>(std::cos(angle))));
+      sin.push_back(ptx::from_float<Angle>(static_cast<float>(std::sin(angle))));
     }
   }
 };
 
-template <class Real, class T>
+template <class Real, class T, class Angle>
 struct Turned {
   std::vector<double> out[2], grad[2];
 
-  Turned(const Case& c, const Data<T>& data, bool rounds) {
-    const HeadReference<Real, T> reference(c, rounds);
-    const auto part = [](const std::vector<T>& values, int64_t first, int64_t count) {
+  Turned(const Case& c, const Data<T, Angle>& data, bool rounds) {
+    const HeadReference<Real, T, Angle> reference(c, rounds);
+    const auto part = [](const auto& values, int64_t first, int64_t count) {
       std::vector<Real> result;
       for (int64_t i = 0; i < count; ++i) result.push_back(static_cast<Real>(exact(values[first + i])));
       return result;
@@ -120,15 +129,30 @@ struct Turned {
   }
 };
 
-template <class T>
+template <class T, class Angle>
+RotaryTurn turn_of(const Case& c, const Matrix& cos, const Matrix& sin, const T* query_weight, const T* key_weight) {
+  const int size = static_cast<int>(c.size);
+  return {cos,
+          sin,
+          c.normed ? query_weight : nullptr,
+          c.normed ? key_weight : nullptr,
+          size,
+          c.weight_offset,
+          kEps,
+          c.interleaved,
+          kDType<T>,
+          kDType<Angle>};
+}
+
+template <class T, class Angle = T>
 void check(const Case& c) {
-  const Data<T> data(c);
-  const Turned<double, T> truth(c, data, false);
-  const Turned<float, T> peer(c, data, true);
+  const Data<T, Angle> data(c);
+  const Turned<double, T, Angle> truth(c, data, false);
+  const Turned<float, T, Angle> peer(c, data, true);
   for_each_seed([&] {
     const int64_t query_cols = c.queries * c.size, key_cols = c.keys * c.size;
-    const auto input = [&](const char* name, const std::vector<T>& values, int64_t cols) {
-      return StridedBuffer<T>(name, values, c.rows, cols, cols + c.gap, c.offset);
+    const auto input = [&]<class Value>(const char* name, const std::vector<Value>& values, int64_t cols) {
+      return StridedBuffer<Value>(name, values, c.rows, cols, cols + c.gap, c.offset);
     };
     const auto output = [&](const char* name, int64_t cols) {
       return StridedBuffer<T>(name, c.rows, cols, cols + c.gap, c.offset);
@@ -146,12 +170,11 @@ void check(const Case& c) {
          value_out = output("value_out", key_cols);
     simt::Buffer<T> query_weight("query_weight", data.weight[0], c.offset),
         key_weight("key_weight", data.weight[1], c.offset);
-    const void* weights[2] = {c.normed ? query_weight.data() : nullptr, c.normed ? key_weight.data() : nullptr};
+    const RotaryTurn turn = turn_of<T, Angle>(c, cos.view(), sin.view(), query_weight.data(), key_weight.data());
     const Matrix none;
     const auto forward = [&](const Matrix& to_query, const Matrix& to_key) {
-      cuda::rotary_forward({query.view(), key.view(), c.value ? value.view() : none, cos.view(), sin.view(), weights[0],
-                            weights[1], to_query, to_key, c.value ? value_out.view() : none, static_cast<int>(c.size),
-                            c.weight_offset, kEps, kDType<T>},
+      cuda::rotary_forward({query.view(), key.view(), c.value ? value.view() : none, to_query, to_key,
+                            c.value ? value_out.view() : none, turn},
                            kQueue);
     };
     forward(query_out.view(), key_out.view());
@@ -163,8 +186,7 @@ void check(const Case& c) {
     auto query_grad = output("query_grad", query_cols), key_grad = output("key_grad", key_cols);
     const auto backward = [&](const Matrix& to_query, const Matrix& to_key) {
       cuda::rotary_backward({d_query.view(), d_key.view(), c.normed ? query.view() : none, c.normed ? key.view() : none,
-                             cos.view(), sin.view(), weights[0], weights[1], to_query, to_key, static_cast<int>(c.size),
-                             c.weight_offset, kEps, kDType<T>},
+                             to_query, to_key, turn},
                             kQueue);
     };
     backward(query_grad.view(), key_grad.view());
@@ -199,19 +221,27 @@ LOCAS_TEST(rotary, "rotary_forward, rotary_backward") {
       {2, 1, 0, 3, 2, true},
       {2, 16, 0, 3, 2},
   };
-  for (int i = 0; i < 4; ++i) {
+  for (const Case& c : std::vector<Case>(cases)) {
+    cases.push_back(c);
+    cases.back().interleaved = true;
+  }
+  for (int i = 0; i < 8; ++i) {
     const int64_t size = fresh().integer(2, 70), rotated = 2 * fresh().integer(1, size / 2),
                   heads = fresh().integer(1, 12);
-    cases.push_back({fresh().integer(1, 9), size, rotated, heads, fresh().integer(1, heads), i % 2 == 0, i / 2 * 1.0f});
+    cases.push_back({fresh().integer(1, 9), size, rotated, heads, fresh().integer(1, heads), i % 2 == 0,
+                     i / 2 % 2 * 1.0f, true, 0, 0, i >= 4});
     const int64_t pieces = fresh().integer(1, 8), turning = fresh().integer(1, pieces);
-    cases.push_back({fresh().integer(1, 9), 16 * pieces, 16 * turning, heads, 1, i % 2 == 0, i / 2 * 1.0f, true, 8});
+    cases.push_back(
+        {fresh().integer(1, 9), 16 * pieces, 16 * turning, heads, 1, i % 2 == 0, i / 2 % 2 * 1.0f, true, 8, 0, i >= 4});
   }
   for (const Case& c : cases) {
     check<bf16>(c);
     check<f16>(c);
     check<float>(c);
+    check<bf16, float>(c);
+    check<f16, float>(c);
   }
-  return std::to_string(3 * cases.size()) + " cases, 10 seeds";
+  return std::to_string(5 * cases.size()) + " cases, 10 seeds";
 }
 
 }  // namespace

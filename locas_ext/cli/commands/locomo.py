@@ -1,6 +1,5 @@
 """`locas locomo`: its arguments and their help."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +7,15 @@ from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     BatchSize,
+    ContextGradient,
+    ContextOptions,
     HostOptions,
-    LocasOptions,
+    LearningOptions,
     MaxNewTokens,
+    MemoryOptions,
     Model,
     ReadingOptions,
+    Rehome,
     ResultsFolder,
     TempLoraOptions,
     argument,
@@ -39,7 +42,11 @@ def locomo(
         ),
     ] = ["full-context", "no-context", "full-context+locas", "no-context+locas"],  # noqa: B006 (typer copies it)
     reading: ReadingOptions = ReadingOptions(),
-    locas: LocasOptions = LocasOptions(),
+    context: ContextOptions = ContextOptions(),
+    memory: MemoryOptions = MemoryOptions(),
+    rehome: Rehome = False,
+    learning: LearningOptions = LearningOptions(),
+    context_gradient: ContextGradient = False,
     temp_lora: TempLoraOptions = TempLoraOptions(),
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 8,
@@ -49,14 +56,15 @@ def locomo(
     """Answer LoCoMo's questions about long dialogues, with the dialogue in the window, in a memory, both or neither."""
     with importing():
         from locas_ext.evaluation.locomo.command import LocomoTask, run_locomo
+        from locas_ext.evaluation.methods.registry import locas_settings
 
     task = LocomoTask(
         data=data,
         model=model,
         methods=methods,
         out=out,
-        locas=asdict(locas),
-        temp_lora=temp_lora.settings(locas.seed),
+        locas=locas_settings(memory.config(), learning.given(), rehome, context_gradient, context.settings()),
+        temp_lora=temp_lora.settings(memory.seed),
         window=reading.window,
         stride=reading.stride,
         max_new_tokens=max_new_tokens,

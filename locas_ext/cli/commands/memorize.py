@@ -8,15 +8,17 @@ from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     LEARNING,
-    MEMORY,
     WRITING,
     Bos,
+    ContextGradient,
     ContextOptions,
     HostOptions,
+    LearningOptions,
     MaxTokens,
     MemoryOptions,
     Model,
     ReadingOptions,
+    Rehome,
     argument,
     flag,
     option,
@@ -30,19 +32,8 @@ EXAMPLES = (
     "locas memorize book.txt --model Qwen/Qwen3-0.6B --out book-memory --resume",
     "locas memorize notes.txt --model facebook/opt-125m --variant mlp --update write --tokens top-loss:8 --out notes",
 )
-UPDATES, OPTIMIZERS, WHEN_FULL = ("backprop", "write"), ("adamw", "sgd"), ("error", "drop_oldest", "compress")
+UPDATES, WHEN_FULL = ("backprop", "write"), ("error", "drop_oldest", "compress")
 ON_DIVERGENCE = ("warn", "stop", "ignore")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningOptions:
-    """The fields of Backprop. None: its default, so that one given beside --update write can be told."""
-
-    learning_rate: Annotated[
-        float | None, option(number(low=0), "Learning rate of the optimizer; default: 0.004.", panel=LEARNING)
-    ] = None
-    epochs: Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)] = None
-    optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: adamw.", panel=LEARNING)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +73,12 @@ def memorize(
     bos: Bos = False,
     max_tokens: MaxTokens = None,
     memory: MemoryOptions = MemoryOptions(),
-    rehome: Annotated[
-        bool,
-        flag("Move the host's FFN weights next to the memory, so that one product computes both.", "--rehome", panel=MEMORY),
-    ] = False,
+    rehome: Rehome = False,
     update: Annotated[
         str, option(one_of(UPDATES), "How slots change; write, for --variant mlp, makes them in closed form.", panel=LEARNING)
     ] = "backprop",
     learning: LearningOptions = LearningOptions(),
-    context_gradient: Annotated[
-        bool,
-        flag("Let the gradient run through the context before the chunk too; slower.", "--context-gradient", panel=LEARNING),
-    ] = False,
+    context_gradient: ContextGradient = False,
     writing: WritingOptions = WritingOptions(),
     on_divergence: Annotated[
         str,

@@ -1,6 +1,5 @@
 """`locas perplexity`: its arguments and their help."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,14 +8,17 @@ from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     READING,
     Bos,
+    ContextGradient,
     ContextOptions,
     HeldOut,
     HeldOutTokens,
     HostOptions,
-    LocasOptions,
+    LearningOptions,
     MaxTokens,
+    MemoryOptions,
     Model,
     ReadingOptions,
+    Rehome,
     ResultsFolder,
     TempLoraOptions,
     argument,
@@ -51,7 +53,10 @@ def perplexity(
     reading: ReadingOptions = ReadingOptions(),
     context: ContextOptions = ContextOptions(),
     max_tokens: MaxTokens = None,
-    locas: LocasOptions = LocasOptions(),
+    memory: MemoryOptions = MemoryOptions(),
+    rehome: Rehome = False,
+    learning: LearningOptions = LearningOptions(),
+    context_gradient: ContextGradient = False,
     temp_lora: TempLoraOptions = TempLoraOptions(),
     long_context: Annotated[
         int | None,
@@ -66,6 +71,7 @@ def perplexity(
 ) -> None:
     """Read books with several methods side by side, each scored before it learns; perplexity, time, forgetting."""
     with importing():
+        from locas_ext.evaluation.methods.registry import locas_settings
         from locas_ext.evaluation.perplexity.command import run_perplexity
         from locas_ext.evaluation.perplexity.study import PerplexityTask
 
@@ -76,8 +82,8 @@ def perplexity(
         out=out,
         methods=methods,
         ablate=ablate,
-        locas={**asdict(locas), **kept},
-        temp_lora=temp_lora.settings(locas.seed),
+        locas=locas_settings(memory.config(), learning.given(), rehome, context_gradient, kept),
+        temp_lora=temp_lora.settings(memory.seed),
         sinks=kept.get("sinks", Keep().sinks),
         long_context=long_context,
         window=reading.window,

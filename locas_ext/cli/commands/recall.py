@@ -1,17 +1,18 @@
 """`locas recall`: its arguments and their help."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
+    LEARNING,
     READING,
     BatchSize,
     HostOptions,
-    LocasOptions,
     MaxNewTokens,
+    MemoryOptions,
     Model,
     ReadingOptions,
     ResultsFolder,
@@ -19,11 +20,12 @@ from locas_ext.cli.options import (
     argument,
     option,
 )
-from locas_ext.cli.study_options import STUDY, StudyOptions
+from locas_ext.cli.study_options import NEW_MEMORY, STUDY, StudyOptions
 from locas_ext.cli.values import integer, names, number, path
 from locas_ext.terminal import Terminal
 
 RETRIEVAL = "Retrieval"
+TEMP_LORA = TempLoraOptions(temp_lora_lr=5e-4)  # its best of three in earlier comparisons; its public code's learns little here
 EXAMPLES = (
     "locas recall nonce --model HuggingFaceTB/SmolLM2-135M-Instruct --out recall",
     "locas recall fairytaleqa --documents 5 --model Qwen/Qwen3-0.6B --methods none,window,retrieval,locas --out tales",
@@ -63,8 +65,10 @@ def recall(
     further: Annotated[
         int, option(integer(0), "More texts that a memory learns before it is asked again: what it retains.", panel=READING)
     ] = 0,
-    locas: LocasOptions = LocasOptions(scale="host", learning_rate=2e-3),
-    temp_lora: TempLoraOptions = TempLoraOptions(temp_lora_lr=5e-4),
+    memory: MemoryOptions = NEW_MEMORY,
+    learning_rate: Annotated[float, option(number(low=0), "Learning rate of the memory that streams.", panel=LEARNING)] = 2e-3,
+    epochs: Annotated[int, option(integer(1), "Its learning passes over each chunk.", panel=LEARNING)] = 1,
+    temp_lora: TempLoraOptions = TEMP_LORA,
     studying: StudyOptions = StudyOptions(),
     study_epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=STUDY)] = 6,
     study_learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=STUDY)] = 2e-3,
@@ -84,6 +88,7 @@ def recall(
     by a choice of ten; beside the host alone, the text in the window and retrieval.
     """
     with importing():
+        from locas_ext.evaluation.methods.registry import locas_settings
         from locas_ext.evaluation.recall.command import RecallTask, run_recall
         from locas_ext.evaluation.recall.measuring import Asking
         from locas_ext.evaluation.recall.methods import Retrieval
@@ -95,8 +100,8 @@ def recall(
         out=out,
         documents=documents,
         facts=facts,
-        locas=asdict(locas),
-        temp_lora=temp_lora.settings(locas.seed),
+        locas=locas_settings(memory.config(), {"learning_rate": learning_rate, "epochs": epochs}, False, False, {}),
+        temp_lora=temp_lora.settings(memory.seed),
         passes=passes,
         further=further,
         study={

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.memory import Chunk, MemorizeReport, Memory
 
 MOST_CHUNKS = 8
@@ -54,6 +55,6 @@ def compare(memory: Memory, ids: Tensor, report: MemorizeReport, window: int, bo
     tokens = sum(chunk.tokens for chunk in chunks)
     return Sides(
         chunks=len(chunks),
-        host=math.exp(alone / tokens),
-        memory=math.exp(math.fsum(chunk.nll for chunk in chunks) / tokens),
+        host=perplexity(alone, tokens),
+        memory=perplexity(math.fsum(chunk.nll for chunk in chunks), tokens),
     )

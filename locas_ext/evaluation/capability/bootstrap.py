@@ -9,7 +9,7 @@ def resampled_sums(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -
     """Column sums of resamples: n units drawn with replacement, each with its whole row, so that what is compared stays
     paired.
 
-    values: [n, k], a row a unit (a window, a question), a column a quantity
+    values: [n, k], a row per unit (a window, a question), a column per quantity
 
     Returns [resamples, k] float64; the same for the same seed. Raises ValueError for fewer than 2 units, of which no
     spread can be told, and for resamples < 1.

@@ -74,16 +74,18 @@ def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _summary(state: str, text: str, windows: list[list[float]], seed: int) -> dict:
-    """Figures and their intervals; null where a KL is unknown, and intervals where there is one window only."""
+    """Figures and their intervals; null where a KL is unknown, where no float holds it, and intervals of one window."""
     values = np.array(windows, dtype=np.float64)
-    figures = {name: float(value) for name, value in _figures(values.sum(0)).items()}
-    intervals = dict.fromkeys(figures)
-    if len(values) > 1:
-        intervals = {name: interval(each) for name, each in _figures(resampled_sums(values, seed=seed)).items()}
+    with np.errstate(over="ignore", invalid="ignore"):
+        figures = {name: float(value) for name, value in _figures(values.sum(0)).items()}
+        intervals = dict.fromkeys(figures)
+        if len(values) > 1:
+            intervals = {name: interval(each) for name, each in _figures(resampled_sums(values, seed=seed)).items()}
     result = {"state": state, "text": text, "tokens": int(values[:, TOKENS].sum()), "windows": len(values)}
     for name, figure in figures.items():
-        known = not math.isnan(figure)  # JSON knows no NaN
-        result |= {name: figure if known else None, f"{name}_interval": intervals[name] if known else None}
+        known = math.isfinite(figure)  # JSON knows no NaN and no infinity
+        certain = known and np.isfinite(bounds := intervals[name] or ()).all()
+        result |= {name: figure if known else None, f"{name}_interval": (bounds or None) if certain else None}
     return result
 
 
@@ -222,7 +224,7 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
 
     Returns the records. Raises ValueError or OSError for arguments that do not fit, LocasError where tasks are asked
     for and lm-eval is not installed, for a memory of another host and, after everything is printed and written, if
-    detach() did not give the host back; Interrupted at Ctrl-C.
+    detach() did not restore the host; Interrupted at Ctrl-C.
     """
     at_least(2, held_out_tokens=task.held_out_tokens)
     harness = Harness(task.tasks) if task.tasks else None
@@ -252,7 +254,7 @@ def _run(
     except KeyboardInterrupt:
         if not task.out or not records:
             raise Interrupted("nothing was kept") from None
-        raise Interrupted(f"{len(records)} records are kept in {task.out}; the same command goes on") from None
+        raise Interrupted(f"{len(records)} records are kept in {task.out}; the same command continues") from None
     for table in console_tables(records):
         console.print(table)
     is_host, sentence = detached_verdict(records)

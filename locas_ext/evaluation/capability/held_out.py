@@ -98,7 +98,7 @@ def _read_host(model, ids: Tensor, window: int) -> tuple[StateScores, list[_Wind
 def _compare(scores: StateScores, host: _Window, host_logits: Tensor | None, model, ids: Tensor) -> None:
     """Adds a window, as `model` reads it, to `scores`.
 
-    host_logits: None where the host is no longer there to ask; the same bits then have KL 0, others a KL of NaN
+    host_logits: None if the host cannot be asked any more; the same bits then have KL 0, others a KL of NaN
     """
     with _timed(scores):
         logits, nll, top1 = _read(model, ids, host.start, host.end, scores.state)

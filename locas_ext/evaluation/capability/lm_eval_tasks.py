@@ -110,7 +110,7 @@ def _mean_of(metric: str, samples: list[dict], value: float) -> list[float] | No
     numbers = [float(each) for each in values if isinstance(each, int | float)]
     if not values or len(numbers) < len(values):
         return None
-    # A group weighted otherwise, or a metric like perplexity, is no mean over its questions.
+    # A group weighted otherwise, or a metric like perplexity, is not a mean over its questions.
     return numbers if math.isclose(sum(numbers) / len(numbers), value, rel_tol=1e-9) else None
 
 

@@ -15,7 +15,7 @@ from .prompts import dialogue_text, question_text
 class Prompts:
     """A dialogue's prompts as token ids.
 
-    context: [n], what all questions go on from; n may be 0
+    context: [n], what all questions continue; n may be 0
     questions: one [m] each
     cut_tokens: by how much the context is shorter than with the whole dialogue
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation import results
-from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
 from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
@@ -36,7 +36,7 @@ class LocomoTask:
     """The arguments of the command.
 
     methods: of METHODS
-    locas, temp_lora: the settings of the two memories
+    locas, temp_lora: the settings of the two memories; methods/registry.py, `locas_settings`
     batch_size: how many questions are answered at once
     """
 
@@ -127,7 +127,7 @@ def _prompts(host, tokenizer, dialogue: Dialogue, method: str, task: LocomoTask)
 def _check(task: LocomoTask) -> None:
     """ValueError or LocasError for what can be seen before anything is loaded."""
     choose("--methods", task.methods, METHODS)
-    check_learning(task.locas, task.temp_lora)
+    check_temp_lora(task.temp_lora)
     at_least(1, max_new_tokens=task.max_new_tokens, batch_size=task.batch_size)
     check_installed()
 
@@ -154,7 +154,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
 def run_locomo(task: LocomoTask, console: Console) -> dict:
     """Answers every question by every method; prints a table, writes a report and returns the content of results.json.
 
-    A folder that an ended run of the same settings left is taken up after its last finished dialogue.
+    A folder that an ended run with the same settings left is continued after its last finished dialogue.
 
     Raises ValueError or OSError for arguments or data that do not fit, LocasError if a library is missing, Interrupted
     at Ctrl-C.
@@ -165,8 +165,9 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
     protocol = Protocol.of(host, task.window, task.stride, starts_with_bos(tokenizer), prefix="--")
     for dialogue in dialogues:
         _prompts(host, tokenizer, dialogue, "no-context", task)  # raises if a question does not fit
+    longest = max(len(token_ids(tokenizer, dialogue_text(dialogue))) for dialogue in dialogues)
     for arm in _arms(task).values():
-        check_arm(host, arm, protocol)
+        check_arm(host, arm, protocol, longest)
     settings = _settings(task, dialogues, host, protocol)
     with results.only_run(task.out):
         return _run(task, dialogues, host, tokenizer, protocol, settings, console)
@@ -183,7 +184,7 @@ def _run(
         total = len(dialogues) * (len(task.methods) + 1)
         raise Interrupted(
             f"{len(output.records)} of {total} pairs of method and dialogue are finished and kept in {task.out}; "
-            "the same command goes on"
+            "the same command continues"
         ) from None
     content = results.read(task.out)
     console.print(table(content))

@@ -168,7 +168,7 @@ class Place:
         return Place(f"{self.name}: {key}", content[key])
 
     def get(self, key: str, kind):
-        """The value of `key`, which must be of `kind`, a type or a union; a bool is no int here."""
+        """The value of `key`, which must be of `kind`, a type or a union; a bool is not an int here."""
         place = self.child(key)
         if not isinstance(place.content, kind) or isinstance(place.content, bool):
             raise ValueError(f"{place.name} is {short(place.content)}; expected {getattr(kind, '__name__', kind)}")

@@ -46,7 +46,7 @@ def dialogue_text(dialogue: Dialogue, skip: int = 0) -> str:
 
 
 def question_text(dialogue: Dialogue, question: Question) -> str:
-    """The prompt that the answer goes on from, with or without the dialogue before it."""
+    """The prompt that the answer continues, with or without the dialogue before it."""
     hint = {TEMPORAL: PROMPTS["temporal hint"], ADVERSARIAL: PROMPTS["adversarial hint"]}.get(question.category, "")
     a, b = dialogue.speakers
     return PROMPTS["question"].format(a=a, b=b, question=question.text + hint)

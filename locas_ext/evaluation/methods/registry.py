@@ -3,9 +3,9 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
+from locas_ext.learning.initialization import default_learning
 from locas_ext.learning.keep import Keep, context_of
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
-from locas_ext.memory import Chunk, MemorizeReport
+from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
 from .arm import Arm
 from .long_context import long_context
@@ -46,10 +48,10 @@ class Measurement:
 
 
 def held_out_perplexity(host, texts: list[Text], protocol: Protocol) -> float | None:
-    """exp(sum NLL / tokens) over all texts, read in windows side by side by the model as it is; None without texts."""
+    """Over all texts together, read in windows side by side by the model as it is; None without texts."""
     reports = [truncation(host, text.ids, protocol.window, protocol.room, progress=False, bos=protocol.bos) for text in texts]
     tokens = sum(report.tokens for report in reports)
-    return math.exp(math.fsum(report.nll for report in reports) / tokens) if tokens else None
+    return perplexity(math.fsum(report.nll for report in reports), tokens) if tokens else None
 
 
 # ---- the methods ---------------------------------------------------------------------------------------------
@@ -90,19 +92,36 @@ def _temp_lora(host, settings: dict) -> Iterator[Reader]:
         yield Reader(partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters))
 
 
+def locas_settings(
+    config: LocasConfig, learning: Mapping[str, Any], rehome: bool, context_gradient: bool, context: Mapping[str, Any]
+) -> dict:
+    """The settings of the method "locas": what attaches the memory and what it learns by, ready for JSON.
+
+    learning: fields of Backprop; those left out are as `Memory.memorize` fills them in
+    context: what keep.py, `context_of`, reads; empty if each window is read anew
+    """
+    update = asdict(Backprop(**{**default_learning(config, learning), **learning}))
+    return {**config.to_dict(), **update, "rehome": rehome, "context_gradient": context_gradient, **context}
+
+
 def locas_config(settings: dict) -> LocasConfig:
-    return LocasConfig(**{name: settings[name] for name in ("variant", "rank", "init", "scale", "clip", "seed")})
+    return LocasConfig(**{field.name: settings[field.name] for field in fields(LocasConfig)})
 
 
 @contextmanager
 def _locas(host, settings: dict) -> Iterator[Reader]:
-    learning: dict[str, Any] = {name: settings[name] for name in ("learning_rate", "epochs")}
-    learning["context"] = context_of(settings) or "recompute"
-    memory = locas.attach(host, locas_config(settings))
+    update = Backprop(**{field.name: settings[field.name] for field in fields(Backprop)})
+    memory = locas.attach(host, locas_config(settings), rehome=settings["rehome"])
     try:
         # Truncation says how hard the text is without a memory, and a run that diverges is a result too.
-        memorize = partial(memory.memorize, **learning, on_divergence="ignore")
-        yield Reader(memorize, memory.num_parameters, memory.save_pretrained)
+        read = partial(
+            memory.memorize,
+            update=update,
+            context_gradient=settings["context_gradient"],
+            context=context_of(settings) or "recompute",
+            on_divergence="ignore",
+        )
+        yield Reader(read, memory.num_parameters, memory.save_pretrained)
     finally:
         memory.detach()
 
@@ -129,7 +148,7 @@ def check_arm(host, arm: Arm, protocol: Protocol, longest: int = 0) -> None:
     settings = arm.settings
     keep = Keep(sinks=settings["sinks"]) if arm.method == "sliding" else context_of(settings)
     if keep is not None:
-        check_keep(host, protocol, keep, longest)
+        check_keep(host, protocol, keep, longest, settings.get("context_gradient", False))
     if arm.method == "temp-lora":
         require_peft()
     if arm.method == "long-context":

@@ -15,11 +15,11 @@ from locas_ext.memory import Chunk, MemorizeReport
 from .streaming import stream
 
 
-def check_keep(model, protocol: Protocol, keep: Keep, tokens: int) -> None:
-    """ValueError for a window, a text of so many tokens or a host that a context cannot be kept for."""
-    keep.check_fits(protocol.window, protocol.stride)
+def check_keep(model, protocol: Protocol, keep: Keep, tokens: int, context_gradient: bool = False) -> None:
+    """ValueError for a window, a text of so many tokens, a host or a gradient that a context cannot be kept for."""
+    keep.check_fits(protocol.window, protocol.stride, context_gradient)
     check_positions(model, tokens - 1 + protocol.bos)
-    KeptContext(model, model.device, protocol.window, keep.sinks)
+    KeptContext(model, model.device, protocol.window, keep.sinks, protocol.stride)
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def sliding(
     """
     protocol = Protocol.of(model, window, stride, bos)
     check_keep(model, protocol, Keep(sinks=sinks), len(input_ids))
-    kept = KeptContext(model, model.device, protocol.window, sinks)
+    kept = KeptContext(model, model.device, protocol.window, sinks, protocol.stride)
     if bos and (token := bos_token_id(model)) is not None:
         kept.put_before(token)
 

@@ -82,9 +82,9 @@ def _loss(model, reading: WindowReading, part: Window, full: int) -> Tensor:
     context, inputs, targets = part
 
     def read(way: Way) -> Tensor:
-        if way == Way.ONE or not len(context):
+        if not way.in_two or not len(context):
             return one_forward(model, context, inputs)
-        return two_forwards(model, context, inputs)
+        return two_forwards(model, context, inputs, way.positions)
 
     logits = read(reading.settle(len(context), targets, full - 1, read).way)
     return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -83,7 +83,7 @@ def run_perplexity(task: PerplexityTask, console: Console) -> None:
             _work(study, jobs, progress=processes == 1 == world_size())
     except KeyboardInterrupt:
         done = sum(job.done for job in jobs)
-        raise Interrupted(f"{done} of {len(jobs)} records are kept in {task.out}; the same command goes on") from None
+        raise Interrupted(f"{done} of {len(jobs)} records are kept in {task.out}; the same command continues") from None
     if not all(job.done for job in jobs):
         return  # other processes are still at it; the last one reports
     publish(study, jobs)

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from locas_ext.evaluation import results
-from locas_ext.evaluation.curve import perplexity, running_perplexity
+from locas_ext.evaluation.curve import running_perplexity
 from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.methods.arm import Arm, slug
 from locas_ext.evaluation.methods.registry import Measurement, measure
 from locas_ext.evaluation.schemas import JOB_RECORD
 from locas_ext.evaluation.texts import Text
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.storage.files import write_atomically
 from locas_ext.storage.lock import folder_lock
 

@@ -77,5 +77,5 @@ def spawned(count: int, target: Callable, *arguments) -> Iterator[None]:
     if failed := [process.exitcode for process in processes if process.exitcode != 0]:
         raise LocasError(
             f"{len(failed)} of {count} more processes ended with status {failed[0]}; finished records are kept, and "
-            "the same command goes on"
+            "the same command continues"
         )

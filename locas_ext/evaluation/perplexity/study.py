@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from locas_ext.checks import one_of
-from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import METHODS, Arm, make_arm, slug
 from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
@@ -23,7 +23,7 @@ class PerplexityTask:
     """The arguments of the command.
 
     methods: None: "truncation" and "locas", beside a kept context "sliding" too; with `ablate`: all of the preset
-    locas, temp_lora: the settings of those methods
+    locas, temp_lora: the settings of those methods; registry.py, `locas_settings`
     sinks: of "sliding"
     long_context: tokens; None: the host's positions
     held_out_tokens: at most so many of each held-out text; None: all
@@ -58,7 +58,7 @@ def _check(task: PerplexityTask) -> None:
         one_of("--ablate", task.ablate, tuple(PRESETS))
         if task.ablate in NEED_HELD_OUT and not task.held_out:
             raise ValueError(f"--ablate {task.ablate} compares learning with forgetting: it needs --held-out TEXT")
-    check_learning(task.locas, task.temp_lora)
+    check_temp_lora(task.temp_lora)
     at_least(1, processes=task.processes)
     at_least(2, max_tokens=task.max_tokens, held_out_tokens=task.held_out_tokens)
     if task.processes > 1 and world_size() > 1:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
-from locas_ext.evaluation.arguments import at_least, check_learning, choose
+from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
 from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
@@ -58,6 +58,7 @@ class RecallTask:
     documents: how many of the texts; None: all, of NONCE one
     facts: of each invented text
     passes: how often a memory that streams reads each text
+    locas, temp_lora: the settings of the two memories that stream; methods/registry.py, `locas_settings`
     further: how many more texts a memory learns before it is asked again
     study: {"loss", "passes", "study": the fields of StudySettings}; passes: how often a text is streamed before it is studied
     """
@@ -88,7 +89,7 @@ class RecallTask:
 # ---- arguments -------------------------------------------------------------------------------------------------
 def _check(task: RecallTask) -> None:
     choose("--methods", task.methods, METHODS)
-    check_learning(task.locas, task.temp_lora)
+    check_temp_lora(task.temp_lora)
     at_least(
         1,
         documents=task.documents,

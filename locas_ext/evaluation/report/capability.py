@@ -24,7 +24,8 @@ def _text_row(record: dict) -> list[str]:
     compared = (("perplexity_ratio", ".4f"), ("top1_agreement", ".4f"), ("kl", "#.3g"))
     is_host = record["state"] == "host"
     cells = [MISSING if is_host else _with_interval(record, name, form) for name, form in compared]
-    return [record["state"], f"{record['perplexity']:.3f}", *cells]
+    perplexity = MISSING if record["perplexity"] is None else f"{record['perplexity']:.3f}"
+    return [record["state"], perplexity, *cells]
 
 
 def _task_row(record: dict) -> list[str]:

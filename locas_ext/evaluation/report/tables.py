@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from locas_ext.evaluation.display import markdown
+from locas_ext.learning.perplexity import perplexity
 from locas_ext.terminal import Figures
 
 MISSING = "–"
@@ -12,7 +13,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class ArmResults:
-    """What was measured under one label: one record a book, those that failed left out."""
+    """What was measured under one label: one record per book, those that failed left out."""
 
     label: str
     method: str
@@ -45,7 +46,7 @@ def geometric_mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
-    return math.exp(sum(math.log(value) for value in known) / len(known))
+    return perplexity(sum(math.log(value) for value in known), len(known))
 
 
 def collect_arms(records: list[dict]) -> list[ArmResults]:
@@ -120,7 +121,7 @@ LABEL = Column("arm", lambda arm: markdown(arm.label))
 
 
 def arm_table(arms: list[ArmResults], columns: list[Column], first: Column = LABEL) -> list[str]:
-    """A row an arm, headed by `first`. A column in which nothing is known is left out."""
+    """A row per arm, headed by `first`. A column in which nothing is known is left out."""
     cells = [[column.text(arm) for arm in arms] for column in columns]
     known = [index for index, texts in enumerate(cells) if any(text != MISSING for text in texts)]
     rows = [[first.text(arm), *(cells[index][row] for index in known)] for row, arm in enumerate(arms)]

@@ -8,7 +8,7 @@ COARSE = 0.1
 
 
 def rounds_whole_texts(model: nn.Module) -> bool:
-    """Whether a linear layer's weight is no plain parameter of floating point numbers: its input may then be rounded too."""
+    """Whether a linear layer's weight is not a plain parameter of floating point numbers: its input may then be rounded too."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features") and not any(module.children()):

@@ -75,7 +75,7 @@ def _activation_is_another(ffn: HostFFN, recording: Recording, hidden: Tensor) -
 
 
 def difference(ffn: HostFFN, recording: Recording) -> str | None:
-    """What a recorded forward shows an FFN to do other than its formula, in words that go on "layer 3's ...", or None.
+    """What a recorded forward shows an FFN to do other than its formula, in words that continue "layer 3's ...", or None.
 
     DidNotRun if the FFN took no part in the forward.
     """

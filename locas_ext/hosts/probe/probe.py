@@ -2,32 +2,34 @@
 
 - Each FFN computes its formula; one that does not takes its memory beside its own forward.
 - No token sees a later one; a host in which one does is refused.
-- A chunk behind a cache of its context computes what one forward computes; otherwise windows are read in one forward.
-- The attention that runs last, whatever its number: a context's forward ends there.
+- A chunk behind a cache of its context computes what one forward computes, and has a backward; otherwise windows are read in
+  one forward.
+- How often a context's forward writes into the cache: with the last time it ends.
 """
 
 import os
 import time
 import warnings
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locas_ext.hosts.context_cache import two_forwards
+from locas_ext.caller import caller_stacklevel
+from locas_ext.hosts.context_cache import ContextCache, holds_keys_and_values_only, logits_on, one_forward
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.window_reading import Verdict, Way, cheapest
+from locas_ext.hosts.window_reading import FULL, SHORT, Verdict, Way, cheapest
 
 from .agreement import rounds_whole_texts
 from .causality import leak
 from .formula import DidNotRun, difference
-from .recording import Recording, record
+from .gradient import Embedded, embedded
+from .recording import record
 from .undisturbed import undisturbed
 
-# Of the probe's tokens the first so many are the context, and the others differ between its two texts.
+# The first so many of the probe's tokens are the context; the others differ between its two texts.
 _CONTEXT, _CHUNK = 4, 2
 
 
@@ -54,24 +56,9 @@ def _texts(host: Host) -> Tensor:
     return torch.tensor([tokens[:n], tokens[:_CONTEXT] + tokens[n:]], dtype=torch.int64, device=device)
 
 
-def _cache_index(module: Any) -> int | None:
-    """An attention's number in a KV cache; None for other modules."""
-    index = getattr(module, "layer_idx", None)
-    return index if isinstance(index, int) else None
-
-
-def _last_layer(recording: Recording) -> int | None:
-    """The number in the cache of the attention that began last, if none with that number ran before."""
-    indices = [index for call in recording.calls if (index := _cache_index(call.module)) is not None]
-    order = [index for index, _ in groupby(indices)]  # a layer and its attention may both have the number
-    return order[-1] if order and order[-1] not in order[:-1] else None
-
-
 def _watched(host: Host) -> list[nn.Module]:
-    """The modules to record: the FFNs with all inside them, and whatever has a number in the cache."""
-    found = {module: None for ffn in host.ffns for module in (*ffn.module.modules(), *ffn.projections())}
-    found |= {module: None for module in host.model.modules() if _cache_index(module) is not None}
-    return list(found)
+    """The modules to record: the FFNs with all inside them."""
+    return list(dict.fromkeys(module for ffn in host.ffns for module in (*ffn.module.modules(), *ffn.projections())))
 
 
 def _check(host: Host, texts: Tensor) -> None:
@@ -90,16 +77,42 @@ def _check(host: Host, texts: Tensor) -> None:
             ffn.differs = difference(ffn, recording)
         except DidNotRun as error:
             raise _Refused(f"the FFN of layer {layer} of {type(model).__name__} {error}") from None
-    reading.last_layer = _last_layer(recording)
-    context, inputs = texts[0].split([_CONTEXT, _CHUNK])
+    if reading.lengths.divides(_CONTEXT, len(texts[0])) is None:
+        _choose_way(host, texts[0], recording.logits[0, _CONTEXT:])
+
+
+def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
+    """Notes how the host reads windows: in two forwards where those give the logits of one, and have a backward."""
+    model, reading = host.model, host.reading
+    context, inputs = text.split([_CONTEXT, _CHUNK])
 
     def read(way: Way) -> Tensor:
-        return two_forwards(model, context, inputs, reading.last_layer if way == Way.SHORT else None)
+        cache = ContextCache(model, text.device, None)
+        cache.fill(model, context[None])
+        reading.writes = cache.written
+        logits = logits_on(model, inputs, cache, _CONTEXT if way.positions else None)
+        gradients.pull(logits)
+        return logits
 
-    if reading.lengths.divides(_CONTEXT, len(texts[0])) is not None:
-        return
-    expected = recording.logits[0, _CONTEXT:]
-    reading.verdicts[0] = cheapest(Verdict(), read, expected, inputs, rounds_whole_texts(model))
+    with embedded(model) as gradients:
+        verdict = cheapest(Verdict(FULL), read, expected, inputs, rounds_whole_texts(model), (FULL._replace(positions=True),))
+        if verdict.way.in_two:
+            verdict = replace(verdict, way=SHORT._replace(positions=verdict.way.positions))  # a run compares what that adds
+        else:
+            _check_backward(model, context, inputs, gradients)
+    reading.verdicts[0] = verdict
+    reading.plain_cache &= verdict.way.in_two
+
+
+def _check_backward(model: Any, context: Tensor, inputs: Tensor, gradients: Embedded) -> None:
+    """Refuses a host through whose one forward no gradient comes back."""
+    try:
+        gradients.pull(one_forward(model, context, inputs))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise _Refused(
+            f"no gradient comes back through the forward of {type(model).__name__}, so nothing can be learned in it: a forward "
+            f"with gradient and its backward raise {type(error).__name__}: {error}"
+        ) from None
 
 
 def probe(host: Host) -> ProbeReport:
@@ -109,7 +122,7 @@ def probe(host: Host) -> ProbeReport:
     with: one that is not causal, or whose FFNs do not take part in its forward.
     """
     began = time.perf_counter()
-    host.reading.lengths = lengths_of(host.model.config)
+    host.reading.lengths, host.reading.plain_cache = lengths_of(host.model.config), holds_keys_and_values_only(host.model)
     off = os.environ.get("LOCAS_PROBE", "1") == "0"
     skipped = "LOCAS_PROBE is 0" if off else None
     if not off:
@@ -123,7 +136,7 @@ def probe(host: Host) -> ProbeReport:
             warnings.warn(
                 f"{type(host.model).__name__} could not be probed, so its FFNs and its attention are taken for what its config "
                 f"says: {skipped}",
-                stacklevel=5,
+                stacklevel=caller_stacklevel(),
             )
     host.reading.unprobed, host.reading.compares = skipped, not off
     return ProbeReport(time.perf_counter() - began, skipped)

@@ -22,12 +22,10 @@ _LONG = 1024  # rows from which cuDNN is worth its preparation
 class Heads(NamedTuple):
     """The attention of one layer.
 
-    groups: heads of keys and values
     window: how many rows, its own included, a query of a sliding layer sees; None: all before it
     """
 
     head_size: int
-    groups: int
     scaling: float
     window: int | None
 

@@ -10,23 +10,29 @@ from locas_ext.ops.backends import elementwise
 
 from .attend import Heads, additive_mask, attend, attend_backward, obstacle
 from .binding import why_not_bound
-from .norms import FastNorm, fast_norm
+from .norms import FastRMSNorm, fast_norm
+from .projections import Projections
 from .window_cache import WindowCache
 
 
 class _Rotation(NamedTuple):
-    """The rotary embedding of a window's last n rows; cos and sin [n, R], or None where a layer turns nothing."""
+    """The rotary embedding of a window's last n rows; cos and sin [n, R], or None where a layer turns nothing.
+
+    interleaved: as the kernels' own
+    """
 
     cos: Tensor | None
     sin: Tensor | None
-    query_norm: FastNorm | None
-    key_norm: FastNorm | None
+    interleaved: bool
+    query_norm: FastRMSNorm | None
+    key_norm: FastRMSNorm | None
 
     @property
-    def norms(self) -> dict[str, Any]:
+    def how(self) -> dict[str, Any]:
         if self.query_norm is None or self.key_norm is None:
-            return {"weights": None}
+            return {"interleaved": self.interleaved}
         return {
+            "interleaved": self.interleaved,
             "weights": (self.query_norm.weight, self.key_norm.weight),
             "weight_offset": self.query_norm.weight_offset,
             "eps": self.query_norm.eps,
@@ -58,7 +64,7 @@ def _turned(query: Tensor, key: Tensor, value: Tensor, rotation: _Rotation, plac
         return query.reshape(n, -1, size)
     turned = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     elementwise.rotary_forward(
-        query, key, rotation.cos, rotation.sin, size, turned, key_rows, value, value_rows, **rotation.norms
+        query, key, rotation.cos, rotation.sin, size, turned, key_rows, value, value_rows, **rotation.how
     )
     return turned.view(n, -1, size)
 
@@ -88,7 +94,7 @@ class WindowAttentionFunction(torch.autograd.Function):
         d_query, d_key, d_value = (gradient.reshape(len(d_out), -1) for gradient in gradients)
         if rotation.cos is not None:
             d_query, d_key = elementwise.rotary_backward(
-                d_query, d_key, rotation.cos, rotation.sin, place.heads.head_size, query, key, **rotation.norms
+                d_query, d_key, rotation.cos, rotation.sin, place.heads.head_size, query, key, **rotation.how
             )
         return d_query, d_key, d_value, None, None
 
@@ -96,69 +102,58 @@ class WindowAttentionFunction(torch.autograd.Function):
 class FastAttention:
     """Stands in for the forward of one attention module, which projects, turns, attends and projects."""
 
-    def __init__(self, module: Any):
-        """AttributeError, TypeError or ValueError, which says why, for a module that is built otherwise."""
-        self.module = module
+    def __init__(self, module: Any, interleaved: bool):
+        """interleaved: as the kernels' own. AttributeError, TypeError or ValueError, which says why, for any other module."""
+        self.module, self.interleaved = module, interleaved
         if (why := why_not_bound(module)) is not None:
             raise ValueError(why)
         self.layer: int = module.layer_idx
-        self.fused = hasattr(module, "qkv_proj")
-        projections = ("qkv_proj", "o_proj") if self.fused else ("q_proj", "k_proj", "v_proj", "o_proj")
-        if missing := [name for name in projections if not hasattr(module, name)]:
-            raise ValueError(f"it has no {missing[0]}")
         config = module.config
-        if config._attn_implementation != "sdpa":
-            raise ValueError(f"its attention is {config._attn_implementation!r}, not 'sdpa'")
         if getattr(module, "attn_logit_softcapping", None):
             raise ValueError("its scores are capped")
+        if config._attn_implementation != "sdpa":
+            raise ValueError(f"its attention is {config._attn_implementation!r}, not 'sdpa'")
         if any(hasattr(module, name) for name in ("sinks", "alibi", "kv_a_proj_with_mqa")):
             raise ValueError("it does more than attend")
         window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
-        size = module.head_dim
-        heads = config.num_attention_heads
-        self.groups: int = getattr(config, "num_key_value_heads", None) or heads
-        self.heads = Heads(size, self.groups, float(module.scaling), window)
+        size = module.head_size if hasattr(module, "head_size") else module.head_dim
+        self.heads = Heads(size, float(module.scaling), window)
+        self.projections = Projections(module, size, config.num_attention_heads)
         self.query_norm, self.key_norm = (self._norm(name) for name in ("q_norm", "k_norm"))
         self.turns = bool(getattr(module, "use_rope", True))
 
-    def _norm(self, name: str) -> FastNorm | None:
+    def _norm(self, name: str) -> FastRMSNorm | None:
         norm: nn.Module | None = getattr(self.module, name, None)
         if norm is None:
             return None
         fast = fast_norm(norm)
-        if fast is None:
-            raise ValueError(f"its {name} is no plain RMS norm")
+        if not isinstance(fast, FastRMSNorm):
+            raise ValueError(f"its {name} is not a plain RMS norm")
         return fast
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the module's own, for a WindowCache."""
-        return self.over(hidden_states, kwargs.get("position_embeddings"), kwargs["past_key_values"]), None
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [n, H * D], key and value [n, G * D] of x [1, n, d]."""
-        module, size = self.module, self.heads.head_size
-        if self.fused:
-            queries = module.config.num_attention_heads * size
-            query, key, value = module.qkv_proj(x)[0].split([queries, self.groups * size, self.groups * size], dim=-1)
-            return query, key, value
-        return module.q_proj(x)[0], module.k_proj(x)[0], module.v_proj(x)[0]
+        cache = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["layer_past"]  # GPT-NeoX's name for it
+        return self.over(hidden_states, kwargs.get("position_embeddings"), cache), None
 
     def over(self, hidden_states: Tensor, turns: tuple[Tensor, Tensor] | None, cache: WindowCache) -> Tensor:
-        """hidden_states [1, n, d] -> [1, n, d]; turns: cos and sin [1, n, R]."""
-        query, key, value = self._projected(hidden_states)
-        query_norm, key_norm = self.query_norm, self.key_norm
-        if query_norm is not None and key_norm is not None and len(query_norm.weight) != self.heads.head_size:
+        """hidden_states [1, n, d] -> [1, n, d]; turns: cos and sin [1, n, R]; None where positions are learned."""
+        query, key, value = self.projections.into(hidden_states)
+        query_norm, key_norm, size = self.query_norm, self.key_norm, self.heads.head_size
+        if query_norm is not None and key_norm is not None and len(query_norm.weight) != size:
             query, key = query_norm.forward(query), key_norm.forward(key)  # over all heads at once
             query_norm = key_norm = None
-        keys, values = cache.buffers.of(self.layer, self.groups, self.heads.head_size, key)
+        keys, values = cache.buffers.of(self.layer, key.shape[-1] // size, size, key)
         cos, sin = (turn[0] for turn in turns) if self.turns and turns is not None else (None, None)
-        rotation = _Rotation(cos, sin, query_norm, key_norm)
+        rotation = _Rotation(cos, sin, self.interleaved, query_norm, key_norm)
         learns = torch.is_grad_enabled() and query.requires_grad
         place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
-        if cache.is_filling and self.layer == cache.last_layer:
+        if cache.ends_here:
             _turned(query, key, value, rotation, place)
-            cache.written(self.layer)
-        return self.module.o_proj(WindowAttentionFunction.apply(query, key, value, rotation, place)[None])
+            cache.wrote()
+        out = WindowAttentionFunction.apply(query, key, value, rotation, place)
+        cache.wrote()
+        return self.projections.out(out)
 
     def _mask(self, n: int, like: Tensor, cache: WindowCache) -> Tensor | None:
         """The mask that the CPU's attention needs; None where causal is all there is to say, or nobody reads one."""
@@ -171,10 +166,10 @@ class FastAttention:
         return cache.masks[kind]
 
 
-def fast_attention(module: Any) -> FastAttention:
+def fast_attention(module: Any, interleaved: bool) -> FastAttention:
     """What computes this module's attention; ValueError, which says why, where that is not known how."""
     try:
-        fast = FastAttention(module)
+        fast = FastAttention(module, interleaved)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is built otherwise: {error}") from None
     why = obstacle(fast.heads, next(module.parameters()))

@@ -3,6 +3,7 @@
 One recorded forward over the text's first tokens gives every piece what it takes in and what it has to give.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas_ext.hosts.probe.recording import Recording, record
+from locas_ext.hosts.context_cache import holds_keys_and_values_only
+from locas_ext.hosts.probe.recording import Call, Recording, record
+from locas_ext.hosts.registry import Host
 
 from .agreement import agree, distance
 from .attention import FastAttention, fast_attention
 from .binding import Piece, why_not_bound
-from .layers import FastLayer, FinalNorm, chain
+from .layers import FastLayer, FinalNorm, attention_of, chain
 from .loss import HeadLoss, head_loss
 from .norms import FastNorm, fast_norm
 from .window_cache import WindowBuffers, WindowCache
@@ -74,25 +77,39 @@ def _compare(ours: Tensor, own: Tensor) -> None:
 
 
 def _attention(module: Any, recording: Recording, cache: DynamicCache) -> FastAttention:
-    """ValueError, which says why, for an attention that the kernels do not compute.
+    """ValueError, which says why, for an attention that the kernels do not compute."""
+    call, problem = _one_call(recording, module), None
+    turns = call.kwargs.get("position_embeddings")
+    for interleaved in (False,) if turns is None else (False, True):
+        fast = fast_attention(module, interleaved)
+        try:
+            _check_attention(fast, call, turns, cache)
+            return fast
+        except ValueError as why:
+            problem = problem or why
+    assert problem is not None
+    raise problem
+
+
+def _check_attention(fast: FastAttention, call: Call, turns: tuple[Tensor, Tensor] | None, cache: DynamicCache) -> None:
+    """ValueError where it does not give what the host's own gave.
 
     Keys and values are compared too: the attention of a host whose scores are nearly equal hardly shows how it turns them.
     """
-    call, fast = _one_call(recording, module), fast_attention(module)
-    n = call.input.shape[1]
-    buffers = WindowBuffers(n)
-    out = fast.over(call.input, call.kwargs.get("position_embeddings"), WindowCache(buffers, None))
-    own = cache.layers[fast.layer]
+    buffers = WindowBuffers(call.input.shape[1])
+    out = fast.over(call.input, turns, WindowCache(buffers, None))
+    own: Any = cache.layers[fast.layer]
     for ours, theirs in zip(buffers.layers[fast.layer], (own.keys, own.values), strict=True):
         _compare(ours, theirs[0].transpose(0, 1))
     _compare(out, call.result)
-    return fast
 
 
 def _layer(layer: Any, norms: dict[nn.Module, FastNorm], recording: Recording) -> FastLayer:
     """ValueError, which says why, for a layer that is not built as it would have to be."""
     call, fast = _one_call(recording, layer), FastLayer(layer, norms)
-    attention = _one_call(recording, layer.self_attn)
+    if not isinstance(call.output, Tensor):
+        raise ValueError("it gives more than hidden states")
+    attention = _one_call(recording, attention_of(layer))
 
     def recorded(x: Tensor) -> Tensor:
         _compare(x, attention.input)
@@ -111,45 +128,55 @@ def _find_layers(found: Found, layers: list[Any], recording: Recording) -> None:
             found.own.setdefault("residuals", f"layer {index}: {why}")
 
 
+def _attentions(layers: list[nn.Module]) -> list[nn.Module]:
+    """Of those layers that have one by a known name."""
+    found = []
+    for layer in layers:
+        with suppress(ValueError):
+            found.append(attention_of(layer))
+    return found
+
+
 def _find_attentions(found: Found, layers: list[Any], recording: Recording, cache: DynamicCache) -> None:
     for index, layer in enumerate(layers):
         try:
-            if not hasattr(layer, "self_attn"):
-                raise ValueError("it has no self_attn")
-            found.attentions.append(_attention(layer.self_attn, recording, cache))
+            found.attentions.append(_attention(attention_of(layer), recording, cache))
         except ValueError as why:
             found.own["attention"] = f"layer {index}: {why}"
             found.attentions.clear()
             return
 
 
-def _find_final(found: Found, model: Any, decoder: Any, recording: Recording, ids: Tensor) -> None:
-    norm = getattr(decoder, "norm", None)
-    if isinstance(norm, nn.Module) and norm in found.norms:
+def _final_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm behind the last layer."""
+    modules = (decoder._modules.get(name) for name in ("norm", "final_layer_norm", "final_layernorm", "ln_f"))
+    return next((module for module in modules if module is not None), None)
+
+
+def _find_final(found: Found, model: Any, recording: Recording, ids: Tensor) -> None:
+    decoder = model.get_decoder()
+    norm = _final_norm(decoder)
+    if norm in found.norms:
         found.final = FinalNorm(found.norms[norm])
     try:
-        if norm is None:
-            raise ValueError("its decoder has no norm behind the last layer")
-        hidden = _one_call(recording, norm).result
+        hidden = _one_call(recording, decoder).output.last_hidden_state
         found.head = head_loss(model, hidden[0, :-1], recording.logits[0, :-1], ids[1:])
-    except ValueError as why:
+    except (ValueError, AttributeError) as why:
         found.own["loss"] = str(why)
 
 
 @torch.no_grad()
-def find(model: Any, ids: Tensor) -> Found:
+def find(host: Host, ids: Tensor) -> Found:
     """ids: [n], the text's first tokens, at least 2, on the device of the model's embedding."""
-    found, decoder = Found(), model.get_decoder()
-    layers = list(getattr(decoder, "layers", ()))
-    found.norms = {module: fast for module in decoder.modules() if (fast := fast_norm(module)) is not None}
+    found, model = Found(), host.model
+    layers = host.layers()
+    found.norms = {module: fast for module in model.get_decoder().modules() if (fast := fast_norm(module)) is not None}
     if not found.norms:
-        found.own["norms"] = "it has no plain RMS norm"
-    watched = [*layers, *(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))]
-    watched += [decoder.norm] if isinstance(getattr(decoder, "norm", None), nn.Module) else []
-    cache = DynamicCache()
-    recording = record(model, ids[None], watched, cache)
+        found.own["norms"] = "it has no plain norm"
+    cache = DynamicCache() if holds_keys_and_values_only(model) else DynamicCache(config=model.config)
+    recording = record(model, ids[None], [model.get_decoder(), *layers, *_attentions(layers)], cache)
     _find_layers(found, layers, recording)
     _find_attentions(found, layers, recording, cache)
-    _find_final(found, model, decoder, recording, ids)
+    _find_final(found, model, recording, ids)
     chain(found.layers, found.final)
     return found

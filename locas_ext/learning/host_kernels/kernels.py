@@ -1,7 +1,7 @@
 """Windows read through the pieces found in a host, as far as they gave what the host's own code gives."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from locas_ext.hosts.probe.gradient import embedded
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import misfit, tolerance
 from locas_ext.learning.report import HostKernelsReport
@@ -57,11 +58,11 @@ def _without_masks(decoder: Any) -> Iterator[None]:
 class Kind(NamedTuple):
     """Windows that are read alike.
 
-    how: "short", "full", "one", "whole" (with the context's gradient) or "kept"; behind: whether something stands before
-    the inputs; least: the least number of tokens
+    how: a Way, "whole" (with the context's gradient) or "kept"; behind: whether something stands before the inputs
+    least: the least number of tokens
     """
 
-    how: str
+    how: Hashable
     behind: bool
     least: int
 
@@ -84,7 +85,7 @@ class HostKernels:
         self.all_pieces = self.pieces + found.attention_pieces()
 
     # ---- how much of it is right -----------------------------------------------------------------------------
-    def level(self, how: str, context: int, tokens: int) -> Level:
+    def level(self, how: Hashable, context: int, tokens: int) -> Level:
         """How a window of so many tokens is read, `context` of them before the chunk's inputs."""
         behind = context > 0
         known = [kind.least for kind in self.levels if kind[:2] == (how, behind) and kind.least <= tokens]
@@ -96,31 +97,38 @@ class HostKernels:
 
         targets: [n]; read: -> its logits [n, V] by the host's own code; ours: None where that is not for all of ours
         """
-        if kind in self.levels:
-            return
         own = read()
-        levels = {Level.PIECES: lambda: self._with_pieces(read)} if self.pieces else {}
+        levels = {Level.PIECES: lambda: self._pieces_error(read, own, targets)} if self.pieces else {}
         if ours is not None and self.found.attentions:
-            levels = {Level.ALL: ours.logits, **levels}
+            levels = {Level.ALL: lambda: _error_of_all(ours, own, targets), **levels}
         self.levels[kind] = Level.NONE
-        for level, logits in levels.items():
-            error = misfit(logits(), own, targets)
-            if level == Level.ALL and ours is not None:
-                loss = ours.nll().mean() - token_nll(own, targets.to(own.device)).mean()
-                error = max(error, abs(loss.item()))
+        for level, error_of in levels.items():
+            try:
+                error = error_of()
+                why = f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+                error, why = float("nan"), f"with the kernels it raises {type(problem).__name__}: {problem}"
             if error <= tolerance(own, self.host.reading.coarse):
                 self.levels[kind] = level
                 return
             behind = " behind a context" if kind.behind else ""
-            self.found.own[f"windows of {kind.least} or more tokens{behind}"] = (
-                f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
-            )
+            self.found.own[f"windows of {kind.least} or more tokens{behind}"] = why
+
+    def _pieces_error(self, read: Callable[[], Tensor], own: Tensor, targets: Tensor) -> float:
+        """How far the logits with our pieces are from the host's own. Raises what their backward raises, where a host holds
+        more than attention, and so norms in places that are not known."""
+        if self.host.reading.plain_cache:
+            return misfit(self._with_pieces(read), own, targets)
+        with embedded(self.host.model) as gradients:
+            logits = self._with_pieces(read)
+            gradients.pull(logits)
+        return misfit(logits, own, targets)
 
     def report(self) -> HostKernelsReport:
         taken = set(self.levels.values())
         ours = []
         if taken - {Level.NONE}:
-            ours += ["norms"] + ["residuals"] * any(layer is not None for layer in self.found.layers)
+            ours += ["norms"] * bool(self.pieces) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))
@@ -141,23 +149,21 @@ class HostKernels:
 
     def behind(self, context: Tensor) -> WindowCache:
         """What stands before the inputs: context [c], read now, without a gradient."""
-        cache = WindowCache(self.buffers, self.host.reading.last_layer)
+        cache = WindowCache(self.buffers, self.host.reading.writes)
         if len(context):
             with self._all_bound():
                 cache.fill(self.host.model, context[None])
         return cache
 
-    def behind_rows(self, rows: Sequence[Sequence[Tensor]], context: int) -> WindowCache:
-        """What stands before the inputs: `context` tokens, of which each layer has its latest keys and values.
+    def behind_rows(self, layers: Sequence[tuple[Tensor, Tensor]], context: int) -> WindowCache:
+        """What stands before the inputs: `context` tokens, whose rows lie in each layer's keys and values [rows, G, D].
 
-        rows: for 2 L tensors, keys before values, parts [G, n, D] that follow one another; none: no context
+        The inputs' rows are written behind them.
         """
-        cache = WindowCache(self.buffers, None)
-        cache.put(rows, context)
-        return cache
+        return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, context)
 
     def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[n, V] of inputs [n], with a graph over them. positions: [n], those that do not just go on from the cache."""
+        """[n, V] of inputs [n], with a graph over them. positions: [n], where they do not just continue the cache's."""
         return self._read(self.host.model, cache, inputs, positions).logits[0]
 
     def nll(self, cache: WindowCache, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -172,6 +178,12 @@ class HostKernels:
         places = {} if positions is None else {"position_ids": positions[None]}
         with self._all_bound():
             return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places)
+
+
+def _error_of_all(ours: Ours, own: Tensor, targets: Tensor) -> float:
+    """How far the logits and the loss by all of ours are from the host's own."""
+    loss = ours.nll().mean() - token_nll(own, targets.to(own.device)).mean()
+    return max(misfit(ours.logits(), own, targets), abs(loss.item()))
 
 
 def _obstacle(host: Host) -> str | None:
@@ -193,7 +205,7 @@ def _found(host: Host, ids: Tensor) -> Found:
     key = (host.model.dtype, host.input_device())
     remembered = host.reading.kernels
     if remembered is None or remembered[0] != key or not remembered[1].holds():
-        host.reading.kernels = remembered = (key, find(host.model, ids))
+        host.reading.kernels = remembered = (key, find(host, ids))
     return remembered[1]
 
 

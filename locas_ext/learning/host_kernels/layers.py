@@ -1,9 +1,12 @@
 """A decoder layer whose residuals are added by the kernel that norms their sum, across layers too.
 
-x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
-                                one kernel                  one kernel, whose norm the next layer takes up
+one after the other:  x --norm--> attention --[norm]--+ x --norm--> FFN --[norm]--+ --norm of the next layer-->
+                                                      one kernel                  one kernel, whose norm the next layer uses
+side by side:         x --norm--> attention --+
+                      x --norm--> FFN --------+-- + x --norm of the next layer-->
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,24 +17,53 @@ from .binding import why_not_bound
 from .norms import FastNorm
 
 
-class NormNames(NamedTuple):
-    """Where a layer has its norms; None: nowhere."""
+class LayerParts(NamedTuple):
+    """Where a layer has its attention and its norms; None: nowhere."""
 
+    attention: str
     before_attention: str | None
     after_attention: str | None
     before_ffn: str | None
     after_ffn: str | None
 
+    @property
+    def norms(self) -> tuple[str | None, ...]:
+        return self[1:]
+
 
 # By what tells them apart; the first that a layer has all of, and no other norm, is taken.
 ARRANGEMENTS = (
-    NormNames("input_layernorm", None, "post_attention_layernorm", None),  # Llama
-    NormNames(
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    LayerParts("self_attn", "input_layernorm", None, "post_attention_layernorm", None),  # Llama
+    LayerParts(
+        "self_attn", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),  # Gemma 2
-    NormNames("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM 4
-    NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2
+    LayerParts(
+        "self_attn", "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"
+    ),  # GLM 4
+    LayerParts("self_attn", None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2
+    LayerParts("self_attn", "self_attn_layer_norm", None, "final_layer_norm", None),  # OPT
+    LayerParts("attn", "ln_1", None, "ln_2", None),  # GPT-2
+    LayerParts("attention", "input_layernorm", None, "post_attention_layernorm", None),  # GPT-NeoX
+    LayerParts("self_attn", "input_layernorm", None, None, None),  # Phi: one norm for attention and FFN, side by side
 )
+
+
+def attention_of(layer: Any) -> Any:
+    """A layer's attention module. ValueError where it has none by a known name."""
+    for name in dict.fromkeys(parts.attention for parts in ARRANGEMENTS):
+        if isinstance(attention := getattr(layer, name, None), nn.Module):
+            return attention
+    raise ValueError("it has no attention by a known name")
+
+
+def _parts(layer: nn.Module) -> LayerParts:
+    """ValueError, which says why, for a layer that has others."""
+    children = {name for name, _ in layer.named_children()}
+    norms = {name for name in children if "norm" in name.lower() or name.startswith("ln_")}
+    for parts in ARRANGEMENTS:
+        if parts.attention in children and {name for name in parts.norms if name} == norms:
+            return parts
+    raise ValueError(f"its norms are {', '.join(sorted(norms)) or 'none'}")
 
 
 class GivenNorm:
@@ -54,49 +86,66 @@ class FastLayer:
         self.layer = layer
         if (why := why_not_bound(layer)) is not None:
             raise ValueError(why)
-        if not hasattr(layer, "self_attn") or not hasattr(layer, "mlp"):
-            raise ValueError("it has no self_attn and mlp")
-        if getattr(layer, "residual_multiplier", 1) != 1:
-            raise ValueError("it scales its residual")
-        present = {name for name, child in layer.named_children() if "norm" in name.lower()}
-        names = next((a for a in ARRANGEMENTS if {name for name in a if name} == present), None)
-        if names is None:
-            raise ValueError(f"its norms are {', '.join(sorted(present)) or 'none'}")
-        fast = [None if name is None else norms.get(getattr(layer, name)) for name in names]
-        for name, norm in zip(names, fast, strict=True):
+        if not getattr(layer, "do_layer_norm_before", True):
+            raise ValueError("it norms behind its residuals")
+        parts = _parts(layer)
+        if not (
+            isinstance(getattr(layer, "mlp", None), nn.Module)
+            or all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2"))
+        ):
+            raise ValueError("it has no FFN by a known name")
+        fast = [None if name is None else norms.get(getattr(layer, name)) for name in parts.norms]
+        for name, norm in zip(parts.norms, fast, strict=True):
             if name is not None and norm is None:
-                raise ValueError(f"its {name} is no plain RMS norm")
+                raise ValueError(f"its {name} is not a plain norm")
         self.before_attention, self.after_attention, self.before_ffn, self.after_ffn = fast
+        self.attention_name = parts.attention
+        # GPT-NeoX has both ways, told apart by a setting.
+        self.side_by_side: bool = getattr(layer, "use_parallel_residual", parts.before_ffn is None and parts.after_ffn is None)
+        self.residual_multiplier: float = getattr(layer, "residual_multiplier", 1.0)  # Granite's
+        self.argument_names = tuple(inspect.signature(layer.forward).parameters)[1:]
         self.input_norm = GivenNorm()
         self.next_norm: FastNorm | None = None  # what reads this layer's output
         self.next_input: GivenNorm | None = None
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self.over(hidden_states, lambda x: self.layer.self_attn(hidden_states=x, **kwargs)[0])
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs |= zip(self.argument_names, args, strict=False)
+        attention = getattr(self.layer, self.attention_name)
+        return self.over(hidden_states, lambda x: attention(hidden_states=x, **kwargs)[0])
 
     def over(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         normed = self.input_norm.take(x)
         if normed is None:
             normed = x if self.before_attention is None else self.before_attention.forward(x)
         attended = attention(normed)
-        if self.after_attention is not None:
-            attended = self.after_attention.forward(attended)
-        normed, x = _added(attended, x, self.before_ffn)
-        added = self.layer.mlp(normed)
-        if self.after_ffn is not None:
-            added = self.after_ffn.forward(added)
-        normed, x = _added(added, x, self.next_norm)
+        if self.side_by_side:
+            added = self._ffn(normed if self.before_ffn is None else self.before_ffn.forward(x)) + attended
+        else:
+            if self.after_attention is not None:
+                attended = self.after_attention.forward(attended)
+            normed, x = self._added(attended, x, self.before_ffn)
+            added = self._ffn(normed)
+            if self.after_ffn is not None:
+                added = self.after_ffn.forward(added)
+        normed, x = self._added(added, x, self.next_norm)
         if self.next_input is not None:
             self.next_input.given = (x, normed)
         return x
 
+    def _added(self, x: Tensor, residual: Tensor, norm: FastNorm | None) -> tuple[Tensor, Tensor]:
+        """-> (the norm of x + residual, x + residual); without a norm the sum twice."""
+        if self.residual_multiplier != 1:
+            x = x * self.residual_multiplier
+        if norm is None:
+            total = residual + x
+            return total, total
+        return norm.add(x, residual)
 
-def _added(x: Tensor, residual: Tensor, norm: FastNorm | None) -> tuple[Tensor, Tensor]:
-    """-> (the norm of x + residual, x + residual); without a norm the sum twice."""
-    if norm is None:
-        total = residual + x
-        return total, total
-    return norm.add(x, residual)
+    def _ffn(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if hasattr(layer, "mlp"):
+            return layer.mlp(x)
+        return layer.fc2(layer.activation_fn(layer.fc1(x.reshape(-1, x.shape[-1])))).view(x.shape)  # OPT's, rows of tokens
 
 
 class FinalNorm:

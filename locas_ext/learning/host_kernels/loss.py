@@ -73,7 +73,7 @@ class HeadLoss:
 
 
 def plain_head(model: Any) -> nn.Module:
-    """The model's LM head; ValueError, which says why, where it is no plain frozen matrix."""
+    """The model's LM head; ValueError, which says why, where it is not a plain frozen matrix."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(f"the LM head is {'missing' if head is None else type(head).__name__}, no linear layer")
@@ -81,7 +81,7 @@ def plain_head(model: Any) -> nn.Module:
         raise ValueError(f"the LM head cannot be replaced: {why}")
     weight = head.weight
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.device.type not in _SLICE:
-        raise ValueError("the LM head's weight is no frozen parameter on a CPU or a GPU")
+        raise ValueError("the LM head's weight is not a frozen parameter on a CPU or a GPU")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the LM head is {str(weight.dtype).removeprefix('torch.')}")
     return head

@@ -1,6 +1,7 @@
 """What WindowReader and KeptReader share: a window goes through the kernels as far as they read its kind right."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -49,9 +50,11 @@ class KernelReading(ABC):
         """
         if self.kernels is None:
             return
-        window = window.to(self.host.input_device())
         how, context, tokens = self._kind(window)
         kind = Kind(how, context > 0, self.host.reading.kind(tokens, full))
+        if kind in self.kernels.levels:
+            return
+        window = window.to(self.host.input_device())
         ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if whole else None
         self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
 
@@ -59,7 +62,7 @@ class KernelReading(ABC):
         return Level.NONE if self.kernels is None else self.kernels.level(*self._kind(window))
 
     @abstractmethod
-    def _kind(self, window: Any) -> tuple[str, int, int]:
+    def _kind(self, window: Any) -> tuple[Hashable, int, int]:
         """How a window is read (Kind.how), the tokens before its inputs, and all that it reads."""
 
     @abstractmethod

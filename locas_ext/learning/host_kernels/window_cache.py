@@ -2,13 +2,12 @@
 
       keys, values of a layer [W, G, D]      rows -> | context .......... | chunk ...... |
                                                      0                    length
-The context's forward writes rows 0 .. c-1, or rows that were kept are put there; the chunk's writes its own behind them.
+The context's forward writes rows 0 .. c-1, or rows that were kept lie there; the chunk's writes its own behind them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from locas_ext.hosts.context_cache import EndingCache
@@ -20,10 +19,10 @@ class WindowBuffers:
     A CUDA graph has their addresses: they are never made anew.
     """
 
-    def __init__(self, rows: int) -> None:
-        """rows: the tokens of the longest window"""
+    def __init__(self, rows: int, layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """rows: the tokens of the longest window; layers: buffers that there are already, as `of` returns them"""
         self.rows = rows
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers = dict(enumerate(layers))
 
     def of(self, layer: int, groups: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) [rows, groups, head_size] of a layer, in the dtype and on the device of `like`.
@@ -35,35 +34,18 @@ class WindowBuffers:
             self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.layers[layer]
 
-    def left(self, begin: int, end: int) -> list[Tensor]:
-        """The rows [begin, end) of every layer in turn, its keys before its values, as [G, n, D]."""
-        return [rows[begin:end].transpose(0, 1) for layer in sorted(self.layers) for rows in self.layers[layer]]
-
 
 class WindowCache(EndingCache):
     """What transformers takes for a KV cache of `length` tokens; attentions of ours find their buffers in it."""
 
-    def __init__(self, buffers: WindowBuffers, last_layer: int | None):
-        """last_layer: as in EndingCache"""
+    def __init__(self, buffers: WindowBuffers, writes: int | None, length: int = 0):
+        """writes: as in EndingCache; length: the tokens whose rows lie in the buffers already"""
         super().__init__()
-        self.buffers, self.last_layer = buffers, last_layer
-        self.length = 0
+        self.buffers, self.writes, self.length = buffers, writes, length
         self.masks: dict[Any, Tensor] = {}  # made once for all layers that share them
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
-
-    @torch.no_grad()
-    def put(self, rows: Sequence[Sequence[Tensor]], context: int) -> None:
-        """Puts the latest keys and values of `context` tokens into the buffers, as HostKernels.behind_rows takes them."""
-        self.length = context
-        for number, parts in enumerate(rows):
-            begin = context - sum(part.shape[1] for part in parts)
-            for part in parts:
-                groups, count, size = part.shape
-                buffer = self.buffers.of(number // 2, groups, size, part)[number % 2]
-                buffer[begin : begin + count].transpose(0, 1).copy_(part)
-                begin += count
 
     def fill(self, model: Any, context: Tensor, positions: Tensor | None = None) -> None:
         """As EndingCache.fill, into the first rows."""

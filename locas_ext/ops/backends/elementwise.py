@@ -108,17 +108,19 @@ def rotary_forward(
     weights: tuple[Tensor, Tensor] | None = None,
     weight_offset: float = 0.0,
     eps: float = 0.0,
+    interleaved: bool = False,
 ) -> None:
     """Turns the heads of query [n, H * head_size] and key [n, G * head_size] into query_out and key_out, by rows.
 
-    cos and sin: [n, R], R at most head_size: the first R of a head turn, as transformers' rotate_half does it, the others
-    are copied; value into value_out likewise. weights [head_size] each, of query and key: every head is first normed as by
-    `rms_norm`. Without them query_out may be query, and key_out key.
+    cos and sin: [n, R] in query's dtype or float32, R at most head_size: the first R of a head turn, the others are copied;
+    value into value_out likewise. Element j's partner is j + R / 2, as in Llama, or with `interleaved` 2 j's is 2 j + 1, as in
+    GLM. weights [head_size] each, of query and key: every head is first normed as by `rms_norm`. Without them query_out may
+    be query, and key_out key.
     """
     query, key, value = _with_rows(query), _with_rows(key), None if value is None else _with_rows(value)
     query_weight, key_weight = weights or (None, None)
     inputs = query, key, value, _with_rows(cos), _with_rows(sin), query_weight, key_weight
-    _C.rotary_forward(*inputs, query_out, key_out, value_out, head_size, weight_offset, eps, stream_of(query))
+    _C.rotary_forward(*inputs, query_out, key_out, value_out, head_size, weight_offset, eps, interleaved, stream_of(query))
 
 
 def rotary_backward(
@@ -132,6 +134,7 @@ def rotary_backward(
     weights: tuple[Tensor, Tensor] | None = None,
     weight_offset: float = 0.0,
     eps: float = 0.0,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """-> the gradients of `rotary_forward`'s query and key, from those of query_out and key_out.
 
@@ -143,7 +146,7 @@ def rotary_backward(
     query_weight, key_weight = weights or (None, None)
     gradients = _like(d_query), _like(d_key)
     inputs = _with_rows(d_query), _with_rows(d_key), query, key, _with_rows(cos), _with_rows(sin), query_weight, key_weight
-    _C.rotary_backward(*inputs, *gradients, head_size, weight_offset, eps, stream_of(d_query))
+    _C.rotary_backward(*inputs, *gradients, head_size, weight_offset, eps, interleaved, stream_of(d_query))
     return gradients
 
 

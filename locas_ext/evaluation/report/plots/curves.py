@@ -139,7 +139,7 @@ def _label_ends(axes, curves: list[Curve], colors: dict[str, str], limits: tuple
 def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> None:
     """Writes a PNG, WIDTH inches wide and as high as its labels need. Raises ValueError without curves."""
     if not curves:
-        raise ValueError("curves is empty; expected one an arm")
+        raise ValueError("curves is empty; expected one per arm")
     labelled = _labelled(curves)
     if len(labelled) < len(curves):
         subtitle += f"; of {len(curves)} arms, each method's best {BEST} have a label"

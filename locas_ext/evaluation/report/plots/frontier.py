@@ -110,7 +110,7 @@ def plot_frontier(path: Path, title: str, subtitle: str, points: list[Point], ho
     Raises ValueError without points.
     """
     if not points:
-        raise ValueError("points is empty; expected one an arm")
+        raise ValueError("points is empty; expected one per arm")
     front = pareto_front(points)
     numbered = [(n, p) for n, p in enumerate(points, start=1) if len(points) <= NUMBERED or p in front]
     key = _key(points, host)

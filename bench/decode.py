@@ -1,0 +1,90 @@
+"""Generating with an attached memory against the bare host: one token behind many others in a static KV cache.
+
+On CUDA a step is a CUDA graph, replayed; on the CPU it runs eagerly. The memory has learned a chunk first, or its FFNs would
+run as the host's own.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, StaticCache
+
+import locas_ext as locas
+from locas_ext.evaluation.assets import MODEL
+from locas_ext.learning.cuda_graph import capture, rehearse
+
+from .harness import interleaved, parse, ratio, report, summary
+from .stream import SHAPES, load
+
+WARMUP, GPU_STEPS = 3, 8  # steps before timing; rehearsals and replays before these
+
+
+class DecodeStep:
+    """One greedy token, written into the cache behind those before it."""
+
+    def __init__(self, model, context: int, steps: int):
+        """context: the tokens before; steps: how many there is room for behind them"""
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, vocabulary, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token = logits[0].argmax(-1, keepdim=True)
+
+    @torch.no_grad()
+    def work(self) -> None:
+        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        self.token.copy_(logits[0].argmax(-1, keepdim=True))
+
+    def runner(self) -> Callable[[], None]:
+        if self.model.device.type == "cpu":
+            return self.work
+        rehearse(self.work, self.model.device)
+        return capture(self.work, self.model.device)
+
+
+def _host(arguments):
+    if arguments.shape is not None:
+        return load(arguments)
+    dtype = getattr(torch, arguments.dtype)
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, local_files_only=True).to(arguments.device).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, help="a random Qwen3 host of this shape instead of the shipped model")
+    parser.add_argument("--context", type=int, default=1000, help="tokens in the cache")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
+    parser.add_argument("--rounds", type=int, default=100)
+    arguments = parse(parser)
+    steps = arguments.rounds + WARMUP + GPU_STEPS
+    bare, host = _host(arguments), _host(arguments)
+    memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+    vocabulary = host.config.vocab_size
+    text = torch.randint(0, vocabulary, (65,), generator=torch.Generator().manual_seed(1))
+    memory.memorize(text, window=64, stride=32, progress=False)
+    arms = {
+        "host": DecodeStep(bare, arguments.context, steps).runner(),
+        "host with a memory": DecodeStep(host, arguments.context, steps).runner(),
+        "host again": DecodeStep(bare, arguments.context, steps).runner(),
+    }
+    seconds = interleaved(arms, arguments.rounds, WARMUP)
+    rows, records = [], []
+    for name, values in seconds.items():
+        record = {"arm": name, **summary(values), "ratio_host": ratio(values, seconds["host"])}
+        records.append(record)
+        rows.append([name, record["median_us"], record["p10_us"], record["p90_us"], record["ratio_host"]])
+    report(
+        f"One token behind {arguments.context} others, rank {arguments.rank}",
+        ["arm", "us", "p10", "p90", "/ host"],
+        rows,
+        {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "out"}, "records": records},
+        arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Whether a gradient comes back through a host's forward: what its embedding gives stands in for what a memory adds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Embedded:
+    """What a host's embedding gave in forwards with gradient, latest last; their graphs begin there."""
+
+    def __init__(self) -> None:
+        self.calls: list[Tensor] = []
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        self.calls.append(output.detach().requires_grad_())
+        return self.calls[-1].clone()  # hosts that change it in place change the copy
+
+    def pull(self, logits: Tensor) -> None:
+        """Goes back from logits to the latest call, as learning does; raises whatever a host's backward raises."""
+        if self.calls and logits.requires_grad:
+            torch.autograd.grad(logits.float().sum(), self.calls[-1], allow_unused=True)
+
+
+@contextmanager
+def embedded(model: Any) -> Iterator[Embedded]:
+    """Inside, gradients are on, and every forward's graph begins at what the embedding gives."""
+    found = Embedded()
+    handle = model.get_input_embeddings().register_forward_hook(found.hook)
+    try:
+        with torch.enable_grad():
+            yield found
+    finally:
+        handle.remove()

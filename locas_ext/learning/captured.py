@@ -1,0 +1,149 @@
+"""Work on the full windows of a run, captured once as a CUDA graph and replayed: these windows have one shape.
+
+      ids [W]  --+--> context forward -> KV cache --+
+                 +--> chunk forward ----------------+--> what the work makes of it
+                 +--> targets ----------------------+
+
+Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Of a context that is
+kept the graph reads the rows, which stay where they are, and leaves those of the chunk. All that a replay touches lies at
+fixed addresses (the arena, the host's weights); when one of them has moved, the work is captured anew. Windows that are not
+full run eagerly, as do hosts that cannot be captured: MemorizeReport.graph says so.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol as Interface
+
+import torch
+from torch import nn
+
+from locas_ext.caller import caller_stacklevel
+from locas_ext.patching.attachment import Attachment
+from locas_ext.patching.rehome import RehomedFFN
+
+from .chunk import Reader, Window
+from .cuda_graph import capture, rehearse
+from .protocol import Protocol
+
+
+class _HostTensors:
+    """A host's parameters and buffers, found without a walk through its modules as long as these are the same."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self.held = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+
+    def holds(self) -> bool:
+        """Whether the modules are those that were found."""
+        return all(tuple(now.values()) == then for now, then in self.children)
+
+    def addresses(self) -> list[int]:
+        return [0 if tensor is None else tensor.data_ptr() for tensors in self.held for tensor in tensors.values()]
+
+
+class Work(Interface):
+    """What is captured."""
+
+    def repeats(self, window: Window) -> bool:
+        """Whether the memory will be of the same size at the next full window: else its graph could not be replayed."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Makes what the work reads and writes besides the window, before it is captured."""
+
+    def rehearse(self, window: Window) -> None:
+        """The work as far as it changes nothing that stays."""
+
+    def run(self, window: Window) -> None:
+        """The work. Nothing in it may wait for the device."""
+
+
+class Captured:
+    """Attributes:
+    why_not: why nothing is captured; None where it is
+    replayed: how often it was
+    """
+
+    def __init__(self, attachment: Attachment, reader: Reader, protocol: Protocol, work: Work, why_not: str | None):
+        """protocol: says which windows are full"""
+        self.attachment, self.reader, self.protocol, self.work = attachment, reader, protocol, work
+        self.why_not = why_not
+        self.replayed = 0
+        self.graph: Callable[[], None] | None = None
+        self.left = reader.left
+        self.captured_at: tuple = ()
+        self.tensors = _HostTensors(attachment.host.model)
+
+    def replay(self, window: Window) -> bool:
+        """Does the work on a window, if that is full and can be captured. -> whether it was done"""
+        if not self._takes(window) or (graph := self._captured(window)) is None:
+            return False
+        self.attachment.state.sync()  # changes from outside, which a forward would have noticed
+        self.ids.copy_(torch.cat(window))
+        graph()
+        self.replayed += 1
+        self.reader.left = self.left
+        self.reader.look_ahead()
+        return True
+
+    def _takes(self, window: Window) -> bool:
+        """Full windows of a memory that has learned something: before that the FFNs take another path."""
+        full = len(window.inputs) == self.protocol.stride
+        full = full and len(window.context) + len(window.inputs) >= self.protocol.window - 1
+        return self.why_not is None and full and self.attachment.state.learned and self.work.repeats(window)
+
+    def _signature(self) -> tuple:
+        """What a replay takes for granted: where everything lies that it reads or writes, and what is not a tensor."""
+        attachment, (arena,) = self.attachment, self.attachment.state.arenas
+        if not self.tensors.holds():
+            self.tensors = _HostTensors(attachment.host.model)
+        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
+        tensors += [rehomed.down for rehomed in self._rehomed_ffns()]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        learning = (parameter.requires_grad for parameter in arena.parameters)
+        how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
+        return *how, *addresses, *self.tensors.addresses()
+
+    def _rehomed_ffns(self) -> list[RehomedFFN]:
+        return [ffn.rehomed for ffn in self.attachment.ffns if ffn.rehomed is not None and ffn.rehomed.reason is None]
+
+    # ---- capturing -------------------------------------------------------------------------------------------
+    def _captured(self, window: Window) -> Callable[[], None] | None:
+        """The work's replay, captured anew where something has moved; None where it cannot be captured."""
+        if self.graph is not None and self._signature() == self.captured_at:
+            return self.graph
+        self.graph = None  # its memory is free for the new one
+        try:
+            self._prepare(window)
+            rehearse(lambda: self.work.rehearse(self.window), self.ids.device)
+            self.captured_at = self._signature()
+            self.graph = capture(self._run, self.ids.device)
+        except Exception as error:
+            self.why_not = f"the step cannot be captured: {error}"
+            message = f"memorizing continues without a CUDA graph, with the same results but slower: {error}"
+            warnings.warn(message, stacklevel=caller_stacklevel())
+        finally:
+            self._undo_python()
+        return self.graph
+
+    def _prepare(self, window: Window) -> None:
+        device = self.attachment.state.arenas[0].slots.device
+        self.ids = torch.cat(window).to(device)
+        self.window = Window(*self.ids.split([len(part) for part in window]))
+        self.work.prepare(device)
+        for ffn in self.attachment.ffns:
+            if ffn.rehomed is not None:
+                ffn.rehomed.ready()
+
+    def _run(self) -> None:
+        for rehomed in self._rehomed_ffns():
+            rehomed.refresh()  # always: whether a replay needs it is not known here
+        self.work.run(self.window)
+        self.left = self.reader.left  # held, so that every replay leaves it at the same place
+
+    def _undo_python(self) -> None:
+        """A capture runs the Python and not the kernels: what only Python noted down is not so."""
+        for rehomed in self._rehomed_ffns():
+            rehomed.generation = 0
+        if self.graph is None:
+            self.attachment.state.zero_grad()

@@ -1,0 +1,226 @@
+"""SlotAdamW and SlotSGD: the fused updates as torch optimizers, for training loops outside `memorize`."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from locas_ext.checks import number
+from locas_ext.errors import LocasError
+from locas_ext.state.memory_state import MemoryState
+
+from .optimizers import adamw_step, sgd_step
+
+
+class _SlotOptimizer(torch.optim.Optimizer, ABC):
+    _states: ClassVar[tuple[str, ...]]  # the tensors of a MemoryState that are this optimizer's
+
+    @staticmethod
+    @abstractmethod
+    def _checked(settings: dict) -> dict:
+        """A parameter group's settings as plain numbers; TypeError or ValueError for one out of range."""
+
+    @abstractmethod
+    def _update(self, state: MemoryState, group: dict) -> None:
+        """One step of all slots with the settings of a parameter group."""
+
+    def __init__(self, memory, settings: dict):
+        settings = self._checked(settings)
+        self.memory = memory
+        super().__init__(memory.parameters(), settings)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Called by torch with the memory's parameters; there is no second group, as one update steps all slots.
+
+        Args:
+            param_group: dict: a parameter group of torch's optimizers
+
+        Raises:
+            ValueError: there is one already
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> model = tiny_host()
+        >>> optimizer = locas.SlotSGD(locas.attach(model, locas.LocasConfig(rank=4)), lr=1e-2)
+        >>> optimizer.add_param_group({"params": [model.lm_head.weight]})
+        Traceback (most recent call last):
+        ValueError: SlotSGD steps the memory's slots, all together; give other parameters an optimizer of their own
+        """
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} steps the memory's slots, all together; give other parameters an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One fused update of all slots from the gradients of memory.parameters(); the memory's version is one more.
+
+        Args:
+            closure: a function that computes the gradients anew and returns the loss; None: they are there
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            LocasError: a gradient is not finite; the memory is unchanged
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> model, ids = tiny_host(), torch.arange(3, 35)[None]
+        >>> memory = locas.attach(model, locas.LocasConfig(rank=4))
+        >>> memory.initialize(ids)
+        >>> optimizer = locas.SlotSGD(memory, lr=1e-2)
+        >>> model(input_ids=ids, labels=ids).loss.backward()
+        >>> optimizer.step()
+        >>> memory.version
+        1
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        state = self.memory.state
+        state.sync()
+        for arena in state.arenas:
+            arena.gather_grad()
+        if not all([arena.gradient_norm().isfinite() for arena in state.arenas]):
+            raise LocasError(f"the gradient is not finite; the memory stays at version {state.version}")
+        self._update(state, self.param_groups[0])
+        return loss
+
+    # ---- the states live in the arenas, where save_pretrained(optimizer=True) finds them ----------------------
+    def state_dict(self) -> dict:
+        """The optimizer's states and settings.
+
+        Returns:
+            {"state": the memory's optimizer tensors by name, those there are; "param_groups": as torch's optimizers}
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> optimizer = locas.SlotAdamW(locas.attach(tiny_host(), locas.LocasConfig(rank=4)))
+        >>> list(optimizer.state_dict()["state"])  # nothing was stepped yet
+        ['step']
+        """
+        tensors = self.memory.state.tensors()
+        places = list(range(len(self.param_groups[0]["params"])))
+        groups = [{**group, "params": places} for group in self.param_groups]
+        return {"state": {name: tensors[name] for name in self._states if name in tensors}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes over what state_dict() returned; a state that is missing there starts anew.
+
+        Args:
+            state_dict: what state_dict() returned, of an optimizer of this class for a memory of the same shape
+
+        Raises:
+            ValueError: a state or setting is not this optimizer's, or does not fit; nothing is taken over
+            TypeError: a setting is of another type; nothing is taken over
+
+        >>> import locas_ext as locas
+        >>> from locas_ext.hosts.tiny import tiny_host
+        >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+        >>> optimizer = locas.SlotAdamW(memory)
+        >>> optimizer.load_state_dict(locas.SlotAdamW(memory, lr=1e-3).state_dict())
+        >>> optimizer.param_groups[0]["lr"]
+        0.001
+        """
+        state, tensors, groups = self.memory.state, state_dict["state"], state_dict["param_groups"]
+        if unknown := set(tensors) - set(self._states):
+            raise ValueError(f"optimizer state holds {sorted(unknown)}; expected {list(self._states)}")
+        for name, tensor in tensors.items():
+            shape = torch.Size() if name == "step" else state.shape
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
+        if len(groups) != 1:
+            raise ValueError(f"param_groups holds {len(groups)} groups; expected 1, as all slots are stepped together")
+        saved = {name: value for name, value in groups[0].items() if name != "params"}
+        saved.update(self._checked({name: saved.get(name, value) for name, value in self.defaults.items()}))
+        self._forget()
+        state.load_optimizer(tensors)
+        self.param_groups[0].update(saved)
+
+    def _forget(self) -> None:
+        for arena in self.memory.state.arenas:
+            for name in self._states:
+                if name == "step":
+                    arena.step.zero_()
+                else:
+                    setattr(arena, name, None)
+
+
+class SlotAdamW(_SlotOptimizer):
+    """AdamW for a memory as a torch optimizer: the fused update with the norm clip (docs/method.md, "Learning").
+
+    Args:
+        memory: a Memory; its config says whether rows are clipped
+        lr: float >= 0: learning rate
+        betas: two floats in [0, 1): as in torch.optim.AdamW
+        eps, weight_decay: floats >= 0: as there; the defaults are those of `Memory.memorize` (no decay)
+
+    Raises:
+        TypeError: a setting is not a number
+        ValueError: a setting is out of range
+
+    Source: arXiv 2602.05085, section 3; docs/method.md, "Scale and clip" and "Learning".
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> model, ids = tiny_host(), torch.arange(3, 35)[None]
+    >>> memory = locas.attach(model, locas.LocasConfig(rank=4))
+    >>> memory.initialize(ids)
+    >>> optimizer = locas.SlotAdamW(memory, lr=1e-2)
+    >>> model(input_ids=ids, labels=ids).loss.backward()
+    >>> optimizer.step()
+    >>> memory.version
+    1
+    """
+
+    _states = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, memory, lr: float = 4e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(memory, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @staticmethod
+    def _checked(settings):
+        beta1, beta2 = settings["betas"]
+        betas = number("betas[0]", beta1, 0, below=1), number("betas[1]", beta2, 0, below=1)
+        return {"betas": betas, **{name: number(name, settings[name], 0) for name in ("lr", "eps", "weight_decay")}}
+
+    def _update(self, state, group):
+        clip = self.memory.config.clip
+        adamw_step(state, group["lr"], group["betas"], group["eps"], group["weight_decay"], clip)
+
+
+class SlotSGD(_SlotOptimizer):
+    """SGD for a memory as a torch optimizer: the fused update with the norm clip.
+
+    Args:
+        memory: a Memory; its config says whether rows are clipped
+        lr: float >= 0: learning rate
+        momentum: float in [0, 1)
+        weight_decay: float >= 0
+
+    Raises:
+        TypeError: a setting is not a number
+        ValueError: a setting is out of range
+
+    >>> import locas_ext as locas
+    >>> from locas_ext.hosts.tiny import tiny_host
+    >>> memory = locas.attach(tiny_host(), locas.LocasConfig(rank=4))
+    >>> locas.SlotSGD(memory, lr=0.1, momentum=0.9).param_groups[0]["momentum"]
+    0.9
+    """
+
+    _states = ("momentum_buffer",)
+
+    def __init__(self, memory, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(memory, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @staticmethod
+    def _checked(settings):
+        momentum = number("momentum", settings["momentum"], 0, below=1)
+        return {"momentum": momentum, **{name: number(name, settings[name], 0) for name in ("lr", "weight_decay")}}
+
+    def _update(self, state, group):
+        sgd_step(state, group["lr"], group["momentum"], group["weight_decay"], self.memory.config.clip)
