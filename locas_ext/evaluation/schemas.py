@@ -166,7 +166,7 @@ _RECALL_DONE = fields(
         "kept_interval": _interval,
         "answers": list_of(_RECALL_ANSWER),
     },
-    {"extra_parameters": _count, "notes": list_of(text)},
+    {"extra_parameters": _count, "kept_questions": _count, "notes": list_of(text)},
 )
 
 

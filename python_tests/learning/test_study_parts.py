@@ -111,16 +111,22 @@ def test_a_fact_is_asked_from_both_ends():
     assert sentence in sentences_of(TEXT)
     words = [sentence[a:b] for a, b in words_of(sentence)]
     surprises = {sentence: [9.0 if word in ("Skolm", "honey") else 0.1 for word in words]}
-    pairs = made_pairs(passages, (BLANK, ABOUT, CONTINUED), 99, Salience(surprises), SEED)
+    pairs = made_pairs(passages, (BLANK, ABOUT, CONTINUED), 99, Salience(surprises, most=2), SEED)
     mine = [pair for pair in pairs if "village of" in pair.question or "village of" in pair.answer]
     blanks = {pair.answer: pair.question for pair in mine if pair.kind == BLANK}
     assert set(blanks) == {"Skolm", "honey"} and "Skolm" in blanks["honey"] and "honey" not in blanks["honey"]
     assert {pair.answer for pair in mine if pair.kind == ABOUT} == {sentence}
     (cut,) = [pair for pair in mine if pair.kind == CONTINUED]
     assert f"{cut.question} {cut.answer}" == sentence
-    assert made_pairs(passages, (BLANK,), 99, Salience(surprises), SEED) == [p for p in pairs if p.kind == BLANK]
-    few = made_pairs(passages, (BLANK, ABOUT), 2, Salience(surprises), SEED)
+    assert made_pairs(passages, (BLANK,), 99, Salience(surprises, most=2), SEED) == [p for p in pairs if p.kind == BLANK]
+    few = made_pairs(passages, (BLANK, ABOUT), 2, Salience(surprises, most=2), SEED)
     assert [pair.kind for pair in few] == [BLANK, BLANK, ABOUT, ABOUT]
+
+
+def test_the_first_word_of_a_sentence_is_asked_for_only_if_it_is_a_name():
+    sentences = ["Every evening Anna played the violin.", "Anna sold it in Rome.", "Nobody knew why she did."]
+    salient = Salience({s: [float(len(s) - a) for a, _ in words_of(s)] for s in sentences}, most=2)
+    assert [salient(sentence) for sentence in sentences] == [["evening", "Anna"], ["Anna", "sold"], ["knew", "why"]]
 
 
 def test_the_words_that_a_host_would_not_have_guessed():

@@ -100,7 +100,8 @@ def _rows(content: dict, with_intervals: bool) -> tuple[list[str], list[list[str
     found = [figure(records, "question", "gold_nats") for records in methods.values()]
     columns["gold, nats a token"] = [_nats(each, with_intervals) for each in found]
     columns |= _after(content, methods, with_intervals)
-    columns["kept"] = [_percent(_kept(records), with_intervals) for records in methods.values()]
+    asked = max((record.get("kept_questions", 0) for records in methods.values() for record in records), default=0)
+    columns[f"kept of {asked}"] = [_percent(_kept(records), with_intervals) for records in methods.values()]
     for title, name, form in (
         ("other KL", "other_kl", ".3f"),
         ("perplexity", "perplexity", ".2f"),

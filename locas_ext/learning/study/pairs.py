@@ -91,16 +91,27 @@ def made_pairs(passages: Sequence[Passage], kinds: Sequence[str], questions: int
 class Salience:
     """Which words of a sentence to ask for: the `most` that the host would least have guessed.
 
+    A sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another
+    sentence.
+
     surprises: [nats of each word of `words_of`] by sentence; a sentence without is asked for its first words
     """
 
-    def __init__(self, surprises: dict[str, list[float]], most: int = 2):
+    def __init__(self, surprises: dict[str, list[float]], most: int = 3):
         self.surprises, self.most = surprises, most
+        self._names = {
+            part
+            for sentence in surprises
+            for start, end in words_of(sentence)
+            if start > 0 and sentence[start].isupper()
+            for part in sentence[start:end].split()
+        }
 
     def __call__(self, sentence: str) -> list[str]:
         spans = words_of(sentence)
         nats = self.surprises.get(sentence) or [0.0] * len(spans)
-        best = sorted(range(len(spans)), key=lambda index: -nats[index])[: self.most]
+        asked = [n for n, (start, end) in enumerate(spans) if start > 0 or sentence[start:end] in self._names]
+        best = sorted(asked, key=lambda index: -nats[index])[: self.most]
         return [sentence[spans[index][0] : spans[index][1]] for index in sorted(best)]
 
 
