@@ -69,7 +69,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _plain_activations(activation: str) -> list[nn.Module]:
     index = INDEX[activation]
-    torch_own = ([nn.SiLU()], [nn.GELU("tanh")], [nn.GELU()], [nn.ReLU(), nn.ReLU(inplace=True)])[index]
+    torch_own = ([nn.SiLU()], [nn.GELU("tanh")], [nn.GELU()], [nn.ReLU(), nn.ReLU(inplace=True)], [], [])[index]
     return [ACT2FN[name] for name, number in INDEX.items() if number == index] + torch_own
 
 

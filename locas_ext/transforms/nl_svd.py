@@ -9,8 +9,8 @@ from torch import Tensor
 
 from locas_ext.ops.activations import activate, activation_index
 
-# The largest |act'| of each activation, rounded up, by activation_index.
-_LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0)
+# The largest |act'| of each activation, rounded up, by activation_index. That of relu2 has no bound.
+_LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0, math.inf, 1.0999)
 
 
 class Compressed(NamedTuple):
@@ -23,7 +23,7 @@ class Compressed(NamedTuple):
     value: Tensor  # [n, d]: f(probe) / act(1)
     kept_energy: float
     discarded_energy: float
-    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||; f is the original memory, P projects onto the probes' span
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2
 
 
 @torch.no_grad()

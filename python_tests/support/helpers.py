@@ -121,7 +121,7 @@ def assert_same_host(
 
 
 # ---- the mathematics, once more -------------------------------------------------------------------------------
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu")
 
 
 def act_formula(x, name):
@@ -132,6 +132,10 @@ def act_formula(x, name):
         return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
     if name == "relu":
         return torch.where(x > 0, x, 0 * x)
+    if name == "relu2":
+        return torch.where(x > 0, x * x, 0 * x)
+    if name == "quick_gelu":
+        return x / (1 + torch.exp(-1.702 * x))
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -143,6 +147,10 @@ def act_torch(x, name):
         return F.gelu(x)
     if name == "relu":
         return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh")
 
 
