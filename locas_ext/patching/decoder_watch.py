@@ -56,10 +56,10 @@ class DecoderWatch:
             return
         state, looking = self.state, None
         modules = self.host.ffn_modules()
-        present = set(map(id, modules))
+        present = set(map(id, modules.values()))
         for ffn, layer in zip(self.ffns, state.layers, strict=True):
             bound = ffn.ffn.module
-            ffn.follow(bound if id(bound) in present or layer >= len(modules) else modules[layer])
+            ffn.follow(bound if id(bound) in present else modules.get(layer, bound))
         if state.watched and not scope_of(state).looked and not scope_of(state).disabled:
             state.sync()
             looking = scoped(state, looked=True)

@@ -35,7 +35,7 @@ def _configs_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
 
 
 def _put(host: Host, packed: list[Packed], width: int, configs: list[tuple[dict[str, Any], str, Any]]) -> None:
-    for ffn, parameters in zip(host.ffns, packed, strict=True):
+    for ffn, parameters in zip(host.ffns.values(), packed, strict=True):
         put_in(parameters)
         module: Any = ffn.module  # of a class of the host's
         if hasattr(module, "intermediate_size"):
@@ -55,6 +55,7 @@ def _resize(host: Host, packed: list[Packed], width: int, width_before: int | No
     old_configs, copies = _configs_of(host.model), dict[int, Any]()
     configs = [(attributes, name, copy.deepcopy(config, copies)) for attributes, name, config in old_configs]
     config = copies[id(host.config)]
+    assert host.width_key is not None, "_check_mergeable refuses the others"
     setattr(config, host.width_key, width)
     if width_before is None:
         delattr(config, ORIGINAL_WIDTH_KEY)
@@ -71,13 +72,15 @@ def _resize(host: Host, packed: list[Packed], width: int, width_before: int | No
 # ---- there and back ----------------------------------------------------------------------------------------------
 def _check_mergeable(host: Host, state: MemoryState) -> None:
     """ValueError for a memory that the host's FFNs have no neurons for."""
-    if state.grows and host.is_gated:
+    if state.grows and any(ffn.is_gated for ffn in host.ffns.values()):
         raise ValueError(
             "cannot merge: a neuron of the host's gated FFN has a gate row and an up row, and a slot of Locas-MLP one key "
             "row only; use the memory attached instead"
         )
     layer_of: dict[int, int] = {}
-    for layer, ffn in enumerate(host.ffns):
+    if host.width_key is None:
+        raise ValueError("cannot merge: no key of the config is known to state the width of its FFNs")
+    for layer, ffn in host.ffns.items():
         if (obstacle := ffn.obstacle()) is not None:
             raise ValueError(f"cannot merge: layer {layer}'s {obstacle}; use the memory attached instead")
         if (first := layer_of.setdefault(id(ffn.module), layer)) != layer:
@@ -107,7 +110,7 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
         )
 
     with torch.inference_mode(False):
-        packed = [widened(layer) for layer in range(len(host.ffns))]
+        packed = [widened(layer) for layer in host.ffns]
         _resize(host, packed, width, getattr(host.config, ORIGINAL_WIDTH_KEY, host.intermediate_size))
     return host.model
 
@@ -135,7 +138,7 @@ def unmerge(model: nn.Module) -> nn.Module:
                 lambda tensor, _: tensor[:m].clone(),
                 lambda columns: columns[:, :m].clone(memory_format=torch.contiguous_format),
             )
-            for ffn in host.ffns
+            for ffn in host.ffns.values()
         ]
         _resize(host, packed, m, None)
     return model

@@ -4,7 +4,6 @@
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
-#include <iterator>
 
 #include "simt/tests/harness.h"
 
@@ -346,7 +345,7 @@ int run_cases(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64
   int cases = 0;
   for_each_seed([&] {
     exact_case<T>(draw_shape(random, least_tokens, most_tokens, Activation::relu), forward, random);
-    const auto activation = static_cast<Activation>(cases / 2 % std::size(kActivationNames));
+    const auto activation = static_cast<Activation>(cases / 2 % 6);
     rounded_case<T>(draw_shape(random, least_tokens, most_tokens, activation), forward, random);
     cases += 2;
   });

@@ -69,7 +69,7 @@ def _last_layer(recording: Recording) -> int | None:
 
 def _watched(host: Host) -> list[nn.Module]:
     """The modules to record: the FFNs with all inside them, and whatever has a number in the cache."""
-    found = {module: None for ffn in host.ffns for module in (*ffn.module.modules(), *ffn.projections())}
+    found = {module: None for ffn in host.ffns.values() for module in (*ffn.module.modules(), *ffn.projections())}
     found |= {module: None for module in host.model.modules() if _cache_index(module) is not None}
     return list(found)
 
@@ -85,7 +85,7 @@ def _check(host: Host, texts: Tensor) -> None:
             f"{moved:.2g} of their spread, so a chunk would be scored with its own tokens in sight; expected a model whose "
             "tokens see only those before them"
         )
-    for layer, ffn in enumerate(host.ffns):
+    for layer, ffn in host.ffns.items():
         try:
             ffn.differs = difference(ffn, recording)
         except DidNotRun as error:
