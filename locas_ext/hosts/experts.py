@@ -19,7 +19,7 @@ class ExpertBlock(HostFFN):
     """
 
     names = ()
-    differs = "is a block of experts, which the memory stands beside"
+    differs = "FFN is a block of experts, which the memory stands beside"
 
     def __init__(self, module: nn.Module, activation: str, d: int):
         """d: the hidden size"""

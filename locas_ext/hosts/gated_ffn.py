@@ -85,7 +85,9 @@ class FusedGatedFFN(GatedFFN):
     def weights(self) -> HostWeights:
         gate_up, down = (projection._parameters for projection in self.projections())
         gate, up = self.split(gate_up["weight"], 0)
-        gate_bias, up_bias = (None, None) if gate_up["bias"] is None else self.split(gate_up["bias"], 0)
+        gate_bias = up_bias = None
+        if gate_up["bias"] is not None:  # the kernels take no strided biases
+            gate_bias, up_bias = (part.contiguous() for part in self.split(gate_up["bias"], 0))
         return HostWeights(gate, up, down["weight"], gate_bias, up_bias, down["bias"])
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:

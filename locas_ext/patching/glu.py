@@ -31,7 +31,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
 
     def obstacle(self) -> str | None:
         if self.ffn.place is Place.PROJECTIONS:
-            return self.ffn.differs or "its module does more than the FFN, so the memory stands between its projections"
+            return self.ffn.differs or "the module does more than its FFN, so the memory stands between the projections"
         return super().obstacle()
 
     def forward(self, *arguments: Any, **named: Any) -> Any:

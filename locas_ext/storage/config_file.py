@@ -114,6 +114,8 @@ def _check_slots(fields: dict) -> None:
         raise Wrong(f"layers is {short(layers)}; expected ascending indices of the host's {count} layers")
     named = config["layers"]
     samples = fields["host"].get("samples")
+    if samples is not None and not len(layers) <= len(samples) <= count:
+        raise Wrong(f"host.samples has {len(samples)} entries; expected one for each of {count} layers that has an FFN")
     if named is None:  # every layer that has an FFN
         everywhere = len(layers) == (count if samples is None else len(samples))
     else:
@@ -125,8 +127,6 @@ def _check_slots(fields: dict) -> None:
         raise Wrong(f"slots_used is {used}; expected 0 or {rank}, the rank")
     if fields["initialized"] != (used > 0):
         raise Wrong(f"initialized is {fields['initialized']}, but slots_used is {used}")
-    if samples is not None and not len(layers) <= len(samples) <= count:
-        raise Wrong(f"host.samples has {len(samples)} entries; expected one for each of {count} layers that has an FFN")
 
 
 def _check_stream(fields: dict) -> None:

@@ -33,7 +33,7 @@ def _is_elementwise(module: Any, x: Tensor) -> bool:
     half = x.clone()
     half[..., ::2] = 0
     try:
-        return torch.equal(module(x)[..., 1::2], module(half)[..., 1::2])
+        return torch.equal(module(x.clone())[..., 1::2], module(half)[..., 1::2])
     except Exception:
         return False
 

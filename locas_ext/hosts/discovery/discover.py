@@ -24,6 +24,7 @@ from .activations import function_of, nearest_with_kernels
 from .blocks import token_wise_blocks
 from .dense import Dense, dense_ffns
 from .forward import (
+    TOKENS,
     decoder_layers,
     hidden_size,
     input_of,
@@ -91,7 +92,7 @@ def _dense(layer: nn.Module, found: Dense, recording: Recording) -> tuple[str, H
     ffn.activation_name, ffn.modeling = act, type(layer).__module__
     ffn.seen = Seen.now(module, act_module)
     if found.activated.name is None:
-        ffn.differs = f"has an activation, {class_name(act_module)}, that has no kernel"
+        ffn.differs = f"FFN has an activation, {class_name(act_module)}, that has no kernel"
     return holder, ffn
 
 
@@ -148,19 +149,16 @@ def _beside(layer: nn.Module, name: str, d: int, recording: Recording) -> HostFF
         pass
     ffn = _by_shape(block, d, like)
     if ffn is not None:
-        ffn.place, ffn.differs = Place.MODULE, f"is a {class_name(block)}, whose formula is not known"
+        ffn.place, ffn.differs = Place.MODULE, f"FFN is a {class_name(block)}, whose formula is not known"
         ffn.seen = Seen.now(block, None)
         ffn.activation_name = ""
     return ffn
 
 
 def _of_layer(layer: nn.Module, recording: Recording, d: int) -> tuple[str, HostFFN] | None:
-    if (x := input_of(recording.of(layer)[0])) is None:
-        return None
-    rows = x.numel() // x.shape[-1]
-    if dense := dense_ffns(layer, recording, d, rows):
+    if dense := dense_ffns(layer, recording, d, TOKENS):
         return _dense(layer, dense[-1], recording)
-    for name in reversed(token_wise_blocks(layer, recording, d, rows)):
+    for name in reversed(token_wise_blocks(layer, recording, d, TOKENS)):
         if (ffn := _beside(layer, name, d, recording)) is not None:
             return name, ffn
     return None
