@@ -19,6 +19,7 @@ class ExpertBlock(HostFFN):
     """
 
     names = ()
+    layout = "experts"
     differs = "FFN is a block of experts, which the memory stands beside"
 
     def __init__(self, module: nn.Module, activation: str, d: int):

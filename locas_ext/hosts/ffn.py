@@ -56,6 +56,7 @@ class HostFFN(ABC):
 
     names: tuple[str, ...]  # of the projections inside the module, dotted ones too, the output projection last
     plain: type[nn.Module] = nn.Linear  # what a projection is whose weights can be used directly
+    layout = "projections"  # in words
     differs: str | None = None  # what the module was seen to do other than the formula here
     place = Place.MODULE
     is_gated = False  # whether a neuron has a gate row

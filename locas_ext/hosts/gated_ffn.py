@@ -16,6 +16,7 @@ class GatedFFN(HostFFN):
 
     names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     is_gated = True
+    layout = "gated"
 
     def __init__(self, module: nn.Module, activation: str, names: tuple[str, ...] | None = None):
         """names: of gate, up and down projection; None: Llama's"""
@@ -72,6 +73,7 @@ class FusedGatedFFN(GatedFFN):
     """An FFN with gate and up rows in one projection, the gate rows first (Phi-3, GLM-4)."""
 
     names = ("gate_up_proj", "down_proj")
+    layout = "gated, gate and up in one projection"
 
     def split(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """The gate's and the up projection's part of a tensor along one of its dimensions."""
@@ -115,6 +117,8 @@ class FusedGatedFFN(GatedFFN):
 class UpFirstFFN(FusedGatedFFN):
     """The same with the up rows first."""
 
+    layout = "gated, up and gate in one projection"
+
     def split(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         up, gate = both.chunk(2, dim)
         return gate, up
@@ -125,6 +129,8 @@ class UpFirstFFN(FusedGatedFFN):
 
 class InterleavedFFN(FusedGatedFFN):
     """The same with gate and up rows by turns."""
+
+    layout = "gated, gate and up by turns in one projection"
 
     def split(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         gate, up = both.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)

@@ -13,6 +13,7 @@ class TwoLayerFFN(HostFFN):
     """An FFN of two projections, act(x W_in^T + b_in) W_out^T + b_out (OPT, GPT-NeoX, Phi)."""
 
     place = Place.PROJECTIONS
+    layout = "two-layer"
 
     def __init__(self, module: nn.Module, activation: str, names: tuple[str, str]):
         """module: the one that holds both projections: the FFN, or for OPT the decoder layer."""

@@ -13,7 +13,7 @@ from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.ops import reference
 from locas_ext.state.memory_state import VALUE, MemoryState
 
-from .widening import ORIGINAL_WIDTH_KEY, Widening, check_stated, narrowing, stated_attributes, widening
+from .widening import ORIGINAL_WIDTH_KEY, Widening, check_stated, narrowing, stated_attributes, stated_by, widening
 
 
 def _grown(weight: Tensor, rows: Tensor | None, width: int, dim: int) -> Tensor:
@@ -105,6 +105,23 @@ def _check_free(host: Host, layers: tuple[int, ...]) -> None:
                 f"cannot merge: layers {first} and {layer} share one FFN, which has no place for the slots of both; "
                 "use the memory attached instead"
             )
+
+
+def merge_notes(host: Host) -> dict[int, str]:
+    """By layer, whether an FFN could be widened for a memory, in words: the entry of the config that states it, or why not."""
+    obstacles = {layer: ffn.obstacle() for layer, ffn in host.ffns.items()}
+    try:
+        stated = stated_by(host) if None in obstacles.values() else {}
+    except ValueError as error:
+        stated, missing = {}, str(error)
+    else:
+        missing = "no key of the config states its width and nothing else"
+    return {
+        layer: f"mergeable by {stated[layer]}"
+        if obstacle is None and layer in stated
+        else f"not mergeable: {obstacle or missing}"
+        for layer, obstacle in obstacles.items()
+    }
 
 
 def _output(ffn: HostFFN, x: Tensor) -> Tensor:

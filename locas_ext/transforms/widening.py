@@ -67,12 +67,8 @@ def _widened(host: Host, key: WidthKey, rank: int, multiple: int) -> tuple[int, 
     return wider, int(value)
 
 
-def widening(host: Host, layers: tuple[int, ...], rank: int, multiple: int) -> Widening:
-    """What merging slots of this rank into these layers changes. ValueError where no entry of the config can say it."""
-    if host.width_key is not None:  # of a family that is known
-        wider = padded(host.intermediate_size + rank, multiple)
-        note = _noted(host, host.intermediate_size)
-        return Widening(dict.fromkeys(host.ffns, wider), {host.width_key: wider}, note)
+def _keys(host: Host) -> tuple[dict[str, Any], list[WidthKey]]:
+    """What to change of a host's config first, and its keys. ValueError where no model can be made of it."""
     try:
         base = switches(host)
     except ValueError as error:
@@ -82,8 +78,25 @@ def widening(host: Host, layers: tuple[int, ...], rank: int, multiple: int) -> W
             f"cannot merge: no second {type(host.model).__name__} could be made of its config, which raised "
             f"{type(error).__name__}: {error}; {_CANNOT}"
         ) from error
+    return base, width_keys(host, base)
+
+
+def stated_by(host: Host) -> dict[int, str]:
+    """By layer, the entry of the config that states the FFN's width. ValueError where no model can be made of it."""
+    if host.width_key is not None:
+        return dict.fromkeys(host.ffns, host.width_key)
+    return {layer: key.name for key in reversed(_keys(host)[1]) for layer in key.layers}
+
+
+def widening(host: Host, layers: tuple[int, ...], rank: int, multiple: int) -> Widening:
+    """What merging slots of this rank into these layers changes. ValueError where no entry of the config can say it."""
+    if host.width_key is not None:  # of a family that is known
+        wider = padded(host.intermediate_size + rank, multiple)
+        note = _noted(host, host.intermediate_size)
+        return Widening(dict.fromkeys(host.ffns, wider), {host.width_key: wider}, note)
+    base, keys = _keys(host)
     widths, entries = dict[int, int](), dict(base)
-    for key in _chosen(host, width_keys(host, base), layers):
+    for key in _chosen(host, keys, layers):
         wider, entries[key.name] = _widened(host, key, rank, multiple)
         widths |= dict.fromkeys(key.layers, wider)
     values = vars(host.config)

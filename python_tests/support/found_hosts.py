@@ -27,7 +27,7 @@ FOUND = {
     "cohere": ("glu", "whole", {}),
     "stablelm": ("glu", "whole", {}),
     "starcoder2": ("mlp", "sideway", {}),
-    "gptj": ("mlp", "sideway", dict(rotary_dim=8)),
+    "gptj": ("mlp", "sideway", dict(rotary_dim=4)),
     "gpt_neo": ("mlp", "sideway", dict(attention_types=[[["global", "local"], 1]], num_layers=2)),
     "bert": ("mlp", "sideway", dict(is_decoder=True)),
     "nemotron": ("mlp", "sideway", {}),

@@ -63,3 +63,26 @@ def token_wise_blocks(layer: nn.Module, recording: Recording, d: int, rows: int)
             taken.update(module.modules())
             found.append((recording.order(call), name))
     return [name for _, name in sorted(found)]
+
+
+def check_gradient(layer: int, name: str, call: Call) -> None:
+    """ValueError for a block whose output hands no gradient back to its input: layers below it would learn from a part only."""
+
+    def tracked(value: Any) -> Any:
+        return value.clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    args, kwargs = tuple(map(tracked, call.args)), {key: tracked(value) for key, value in call.kwargs.items()}
+    x = input_of(call._replace(args=args, kwargs=kwargs))
+    try:
+        with torch.enable_grad():
+            y = output_of(call._replace(output=call.module(*args, **kwargs)))
+            assert x is not None and y is not None, "seen in the recorded call"
+            (gradient,) = torch.autograd.grad(y.float().sum(), x, allow_unused=True)
+        problem = None if gradient is not None else "its output does not depend on its input"
+    except RuntimeError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ValueError(
+            f"layer {layer}'s {name}, a {type(call.module).__name__}, gives no gradient back ({problem}); experts in MXFP4 "
+            "have none: load the model with quantization_config=Mxfp4Config(dequantize=True)"
+        )

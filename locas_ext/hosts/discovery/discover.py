@@ -21,7 +21,7 @@ from locas_ext.hosts.probe.undisturbed import undisturbed
 from locas_ext.hosts.two_layer_ffn import Conv1DFFN, TwoLayerFFN
 
 from .activations import function_of, nearest_with_kernels
-from .blocks import token_wise_blocks
+from .blocks import check_gradient, token_wise_blocks
 from .dense import Dense, dense_ffns
 from .forward import (
     TOKENS,
@@ -157,7 +157,8 @@ def _beside(layer: nn.Module, name: str, d: int, recording: Recording) -> HostFF
 
 def _of_layer(layer: nn.Module, recording: Recording, d: int) -> tuple[str, HostFFN] | None:
     if dense := dense_ffns(layer, recording, d, TOKENS):
-        return _dense(layer, dense[-1], recording)
+        widest = max(found.width for found in dense)  # an adapter behind the FFN is narrower
+        return _dense(layer, [found for found in dense if 2 * found.width > widest][-1], recording)
     for name in reversed(token_wise_blocks(layer, recording, d, TOKENS)):
         if (ffn := _beside(layer, name, d, recording)) is not None:
             return name, ffn
@@ -179,6 +180,8 @@ def discover(model: Any) -> Discovered:
         for index, layer in layers.at.items():
             if (found := _of_layer(layer, recording, d)) is None or found[1].module in taken:
                 continue
+            if found[1].differs is not None and found[1].place is Place.MODULE:
+                check_gradient(index, found[0], recording.of(found[1].module)[0])
             names[index], ffns[index] = found
             taken.add(found[1].module)
             found[1].repeated = len(recording.of(found[1].projections()[-1])) > 1
