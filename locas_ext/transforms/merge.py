@@ -176,8 +176,10 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
         first = state.layers[0]
         x, expected = _expected(host, state, first, *memory_of[first])
 
+        before = {name: getattr(host.config, name) for name in change.entries}
+
         def check() -> None:
-            check_stated(host)
+            check_stated(host, before)
             with state.disable():
                 _compare(_output(host.ffns[first], x), expected, first, x.dtype)
 

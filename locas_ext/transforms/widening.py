@@ -7,7 +7,7 @@ from torch import nn
 
 from locas_ext.hosts.registry import Host
 
-from .width_keys import WidthKey, ffn_parameters, made_on_meta, switches, width_keys
+from .width_keys import WidthKey, ffn_parameters, made_on_meta, shapes, switches, width_keys
 
 ORIGINAL_WIDTH_KEY = "locas_unmerged_intermediate_size"
 _CANNOT = "use the memory attached instead"
@@ -146,17 +146,24 @@ def _widths_in(host: Host, other: nn.Module) -> dict[int, int]:
     return result
 
 
-def check_stated(host: Host) -> None:
-    """ValueError if the model's config, read as from a file, makes FFNs of other shapes than the model now has."""
-    other = dict(made_on_meta(host, {}).named_parameters())
-    own = dict(host.model.named_parameters())
-    for name in sorted(set[str]().union(*ffn_parameters(host).values())):
-        stated = other[name].shape if name in other else None
-        if stated != own[name].shape:
-            raise ValueError(
-                f"cannot merge: the merged config, read again, states {name} as {stated and list(stated)}, but it is "
-                f"{list(own[name].shape)}; {_CANNOT}"
-            )
+def check_stated(host: Host, before: dict[str, Any]) -> None:
+    """ValueError if the merged model's config, read as from a file, makes parameters of other shapes than the model now has.
+
+    before: the entries of the config as they were. What it did not state then either, such as an embedding that was resized,
+    is no concern of the merge.
+    """
+    own, stated = shapes(host.model), shapes(made_on_meta(host, {}))
+    wrong = {name for name in own.keys() & stated.keys() if own[name] != stated[name]}
+    wrong |= set[str]().union(*ffn_parameters(host).values()) - stated.keys()
+    if wrong:
+        earlier = shapes(made_on_meta(host, before))
+        wrong = {name for name in wrong if name not in earlier or earlier[name] != stated.get(name)}
+    for name in sorted(wrong):
+        there = list(stated[name]) if name in stated else "missing"
+        raise ValueError(
+            f"cannot merge: in a model of the merged config {name} is {there}, but here {list(own[name])}: an entry of the "
+            f"config states more than the FFNs' width; {_CANNOT}"
+        )
 
 
 def stated_attributes(host: Host, entries: dict[str, Any]) -> list[tuple[nn.Module, str, int]]:

@@ -52,7 +52,8 @@ def made_on_meta(host: Host, settings: dict[str, Any]) -> nn.Module:
         return kind(config)
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of a model's parameters, by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -82,9 +83,9 @@ def switches(host: Host) -> dict[str, Any]:
     """Entries to turn off so that the config, read again, says how wide the FFNs are. ValueError if it cannot say it."""
     values = vars(host.config)
     off = {name: False for name, value in values.items() if value is True and any(word in name for word in _SWITCH_WORDS)}
-    own, parameters = _shapes(host.model), set[str]().union(*ffn_parameters(host).values())
+    own, parameters = shapes(host.model), set[str]().union(*ffn_parameters(host).values())
     for settings in ({}, off):
-        stated = _shapes(made_on_meta(host, settings))
+        stated = shapes(made_on_meta(host, settings))
         if all(stated.get(name) == own[name] for name in parameters):
             return settings
     raise ValueError("its config, read again, states FFNs of another width than the model's")
@@ -100,7 +101,7 @@ def _tried(host: Host, name: str, value: int, counts: bool, base: dict[str, Any]
         changed = made_on_meta(host, {**base, name: value + _step(value, counts)})
     except Exception:  # an entry that means something else
         return None
-    own, other = _shapes(host.model), _shapes(changed)
+    own, other = shapes(host.model), shapes(changed)
     differing = {n for n in own.keys() | other.keys() if own.get(n) != other.get(n)}
     layers, gains = [], set()
     for layer, names in ffn_parameters(host).items():
