@@ -32,14 +32,14 @@ class ExpertWeights(NamedTuple):
     value: Sequence[Tensor]
 
 
-def _stacked(module: nn.Module, d: int) -> dict[str, list[Tensor]]:
-    """By name, per expert a matrix: of parameters [E, ., .] of a module and its children, or of three [E * m, d]."""
-    own = {name: p for name, p in module.named_parameters() if name.count(".") <= 1 and p.is_floating_point()}
+def _stacked(module: nn.Module, d: int, depth: int) -> dict[str, list[Tensor]]:
+    """By name, per expert a matrix: of parameters [E, ., .] that lie so deep inside a module, or of three [E * m, d]."""
+    own = {name: p for name, p in module.named_parameters() if name.count(".") == depth and p.is_floating_point()}
     deep = {name: p for name, p in own.items() if p.dim() == 3 and d in p.shape[1:]}
     if len(deep) >= 2 and len({p.shape[0] for p in deep.values()}) == 1:
         return {name: list(p.detach().unbind(0)) for name, p in deep.items()}
-    flat = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 2 and p.shape[1] == d}
-    if len(flat) == 3 and len({p.shape for p in flat.values()}) == 1:
+    flat = {name: p for name, p in own.items() if p.dim() == 2 and p.shape[1] == d}
+    if depth == 0 and len(flat) == 3 and len({p.shape for p in flat.values()}) == 1:
         return {name: [p.detach()] for name, p in flat.items()}
     return {}
 
@@ -89,8 +89,9 @@ def _roles(module: nn.Module, matrices: dict[str, list[Tensor]], d: int) -> Expe
 
 def expert_weights(block: nn.Module, d: int) -> ExpertWeights | None:
     """The neurons of the experts in a block, d wide; None where their weights are not understood."""
-    for module in block.modules():
-        for matrices in (_stacked(module, d), _listed(module, d)):
-            if matrices and (found := _roles(module, matrices, d)) is not None:
-                return found
+    for depth in (0, 1):  # the module that has them is told the routing, the one around it is not
+        for module in block.modules():
+            for matrices in (_stacked(module, d, depth), _listed(module, d) if depth == 0 else {}):
+                if matrices and (found := _roles(module, matrices, d)) is not None:
+                    return found
     return None

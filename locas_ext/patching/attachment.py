@@ -178,10 +178,10 @@ class Attachment:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
         ffns = [ffn for ffn in self.ffns if isinstance(ffn, PatchedGluFFN)]  # all: _resolve_backend refuses the others
-        homes = [RehomedFFN(ffn.gated(), self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
-        for home, layer in zip(homes, self.state.layers, strict=True):
-            if (problem := obstacle(home.ffn, users)) is not None:
+        for ffn, layer in zip(ffns, self.state.layers, strict=True):
+            if (problem := ffn.obstacle() or obstacle(ffn.gated(), users)) is not None:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
+        homes = [RehomedFFN(ffn.gated(), self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
         for ffn, home in zip(ffns, homes, strict=True):
             ffn.home = home  # before it moves in, so that detach() finds it
             home.move_in(users)
