@@ -22,14 +22,14 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
 
     Args:
-        model: a transformers causal language model of a supported type
+        model: a transformers causal language model
         config: a LocasConfig; None: the defaults
         rehome: bool: whether the host's FFN weights move into buffers with room for the memory, so that one product
             computes both (docs/architecture.md, "Re-homing"); detach() moves them out again
 
-    Returns the Memory. Raises TypeError or ValueError if the model is not a language model, of a family that is not
-    supported, already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have;
-    the model then is as it was. Source: the paper's "sideway" FFN (docs/method.md).
+    Returns the Memory. Raises TypeError or ValueError if the model is not a language model, has no FFN that can be found,
+    already has a memory, or has weights that cannot be rehomed, and IndexError for a layer it does not have; the model then
+    is as it was. Source: the paper's "sideway" FFN (docs/method.md).
 
     >>> import locas_ext as locas
     >>> from locas_ext.hosts.tiny import tiny_host

@@ -95,14 +95,15 @@ def _step(value: int, counts: bool) -> int:
     return 1 if counts else value  # twice as wide divides by whatever the width divides by
 
 
-def _tried(host: Host, name: str, value: int, counts: bool, base: dict[str, Any]) -> WidthKey | None:
-    """The key, if a model made with a larger value differs in FFNs only, and in whole ones."""
+def _tried(host: Host, entry: tuple[str, int, bool], base: dict[str, Any], stated: dict[str, torch.Size]) -> WidthKey | None:
+    """The key, if a model made with a larger value differs from the stated shapes in FFNs only, and in whole ones."""
+    name, value, counts = entry
     try:
         changed = made_on_meta(host, {**base, name: value + _step(value, counts)})
     except Exception:  # an entry that means something else
         return None
-    own, other = shapes(host.model), shapes(changed)
-    differing = {n for n in own.keys() | other.keys() if own.get(n) != other.get(n)}
+    other = shapes(changed)
+    differing = {n for n in stated.keys() | other.keys() if stated.get(n) != other.get(n)}
     layers, gains = [], set()
     for layer, names in ffn_parameters(host).items():
         if names & differing:
@@ -127,5 +128,6 @@ def width_keys(host: Host, base: dict[str, Any]) -> list[WidthKey]:
     widths = {width for ffn in host.ffns.values() if (width := ffn.width) is not None}
     if not widths:
         return []
-    tried = [_tried(host, name, value, counts, base) for name, value, counts in _candidates(vars(host.config), widths)]
+    stated = shapes(made_on_meta(host, base))
+    tried = [_tried(host, entry, base, stated) for entry in _candidates(vars(host.config), widths)]
     return sorted((key for key in tried if key is not None), key=lambda key: (key.counts, -len(key.layers)))
