@@ -15,7 +15,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from locas_ext import reference
-from locas_ext.hosts.ffn import GatedFFN
+from locas_ext.hosts.gated_ffn import GatedFFN
 from locas_ext.ops.autograd import GluFfnFunction
 from locas_ext.ops.backends import fused_backend, matmul
 from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users

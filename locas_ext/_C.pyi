@@ -3,7 +3,7 @@
 import collections.abc
 import torch
 
-ACTIVATIONS: tuple[str, str, str, str]
+ACTIVATIONS: tuple[str, str, str, str, str, str]
 CPU_TOKEN_MULTIPLE: int
 MOST_FACTOR_LAYERS: int
 MOST_FACTOR_TOKENS: int

@@ -11,7 +11,7 @@
 namespace locas {
 
 // By their transformers names, in the order of Activation. `_C` exports them as ACTIVATIONS.
-constexpr const char* kActivationNames[] = {"silu", "gelu_pytorch_tanh", "gelu", "relu"};
+constexpr const char* kActivationNames[] = {"silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"};
 
 // exp(x) without branches or library calls, so that loops over it vectorise. Relative error under 2e-7;
 // x is held in [-87.3, 88.3], where the result is a normal float; NaN stays NaN.
@@ -63,6 +63,13 @@ LOCAS_INLINE ValueAndSlope activate(float x) {
     const float cdf = 0.5f * (1.0f + erff(x * 0.70710678118654752f));
     const float density = 0.3989422804014327f * fast_exp(-0.5f * x * x);
     return {x * cdf, cdf + x * density};
+  } else if constexpr (act == Activation::quick_gelu) {
+    constexpr float kSteepness = 1.702f;
+    const float s = sigmoid(kSteepness * x);
+    return {x * s, s + kSteepness * x * s * (1.0f - s)};
+  } else if constexpr (act == Activation::relu_squared) {
+    const float positive = x < 0.0f ? 0.0f : x;  // written so that NaN stays NaN
+    return {positive * positive, 2.0f * positive};
   } else {
     static_assert(act == Activation::relu);
     // Written so that NaN stays NaN.
@@ -80,6 +87,8 @@ LOCAS_INLINE auto with_activation(Activation activation, F&& f) {
     case Activation::silu: return f.template operator()<Activation::silu>();
     case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
     case Activation::gelu: return f.template operator()<Activation::gelu>();
+    case Activation::relu_squared: return f.template operator()<Activation::relu_squared>();
+    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
     default: return f.template operator()<Activation::relu>();
   }
 }

@@ -20,7 +20,7 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class Activation : int32_t { silu, gelu_tanh, gelu, relu };
+enum class Activation : int32_t { silu, gelu_tanh, gelu, relu, relu_squared, quick_gelu };
 
 // A matrix whose last dimension is contiguous. Its dtype stands in the struct that holds it.
 struct Matrix {

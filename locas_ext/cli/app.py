@@ -11,7 +11,7 @@ import typer
 from locas_ext.terminal import Terminal
 from locas_ext.version import __version__
 
-from .commands import capability, demo, generate, info, locomo, memorize, merge, perplexity, report
+from .commands import capability, chat, demo, generate, info, locomo, memorize, merge, perplexity, recall, report, study
 from .config_file import origin
 from .examples import examples
 from .failures import Failure, failure
@@ -43,7 +43,7 @@ def _locas(
     """Memories for Hugging Face language models that learn while they read."""
 
 
-for command in (demo, memorize, perplexity, generate, locomo, merge, capability, report, info):
+for command in (demo, memorize, study, perplexity, generate, chat, locomo, recall, merge, capability, report, info):
     name = command.__name__.rpartition(".")[2]
     app.command(name, epilog=examples(command.EXAMPLES))(grouped(getattr(command, name)))
 

@@ -66,7 +66,7 @@ def _reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader  # takes a second to import
     except ImportError:
-        needs = "which needs the gguf package: pip install 'locas-ext[gguf]'"
+        needs = "which needs the gguf package: pip install 'locas_ext[gguf]'"
         raise LocasError(f"--model: {file} is a GGUF file, {needs}") from None
     return GGUFReader(file)
 

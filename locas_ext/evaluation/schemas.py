@@ -147,6 +147,37 @@ def _capability_record(value: Any, place: str) -> None:
         raise Wrong(f"{place}.first_difference is missing; expected the tokens at which the bits differ")
 
 
+_share = number(0, 1)
+_RECALL_ANSWER = fields(
+    {"kind": text, "contained": boolean},
+    {
+        **dict.fromkeys(("question", "prediction"), text),
+        "gold": nullable(text),
+        "f1": nullable(_share),
+        **dict.fromkeys(("choice", "calibrated"), nullable(boolean)),
+        "gold_nats": nullable(_any_number),
+    },
+)
+_RECALL_DONE = fields(
+    {
+        "perplexity": nullable(_positive),
+        "other_kl": nullable(_any_number),
+        "kept": nullable(_share),
+        "kept_interval": _interval,
+        "answers": list_of(_RECALL_ANSWER),
+    },
+    {"extra_parameters": _count, "kept_questions": _count, "notes": list_of(text)},
+)
+
+
+def _recall_record(value: Any, place: str) -> None:
+    """Of a method that could not answer: `error` alone."""
+    fields({"method": text, "document": text, "error": nullable(text), "seconds": _not_negative}, _COMMON)(value, place)
+    if value["error"] is None:
+        _RECALL_DONE(value, place)
+        fields({}, {"after": _RECALL_DONE})(value, place)
+
+
 # ---- settings and machine ------------------------------------------------------------------------------------
 _SETTINGS: dict[str, Kind] = {
     **dict.fromkeys(("model", "model_type", "ablate", "dtype", "device"), nullable(text)),
@@ -176,6 +207,7 @@ RECORDS: dict[str | None, Kind] = {
     "capability": _capability_record,
     "locomo": LOCOMO_RECORD,
     "perplexity": PERPLEXITY_RECORD,
+    "recall": _recall_record,
 }
 
 

@@ -47,6 +47,13 @@ def check_readable(path: Path, processes: int = 1) -> None:
     path.open("rb").close()
 
 
+def read_whole(path: Path) -> str:
+    """A text file as it is. Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text."""
+    with TextFile(path) as file:
+        file.read_to(None)
+        return file.text
+
+
 def read_text(path: Path, tokenizer, max_tokens: int | None, name: str | None = None) -> Text:
     """At most `max_tokens` tokens of a text file; None: all.
 

@@ -27,14 +27,14 @@ def _sizes(host: Host) -> dict:
         "model_type": host.config.model_type,
         "hidden_size": host.hidden_size,
         "intermediate_size": host.intermediate_size,
-        "num_hidden_layers": len(host.ffns),
+        "num_hidden_layers": host.depth,
     }
 
 
 def _first_rows(host: Host) -> list[Tensor]:
-    """Per layer the input rows, flat: of a gated FFN the gate's."""
+    """Per FFN the input rows, flat: of a gated FFN the gate's."""
     like = host.hidden_state_like()
-    return [ffn.input_rows(like)[0].detach().reshape(-1) for ffn in host.ffns]
+    return [ffn.sample_source(like).detach().reshape(-1) for ffn in host.ffns.values()]
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -55,6 +55,8 @@ def differences(saved: dict, host: Host) -> list[str]:
     different = [f"{name} {saved[name]!r} there, {sizes[name]!r} here" for name in sizes if saved[name] != sizes[name]]
     if different:
         return different
+    if len(saved.get("samples", host.ffns)) != len(host.ffns):
+        return [f"{len(saved['samples'])} layers with an FFN there, {len(host.ffns)} here"]
     if "weights_sha256" in saved:
         return [] if saved["weights_sha256"] == _format1_hash(host) else ["other weights (weights_sha256)"]
     there = torch.stack([_decode(samples) for samples in saved["samples"]])

@@ -1,8 +1,9 @@
-"""Whether an FFN computes the formula of its family: looked at on the object, not concluded from a name."""
+"""Whether an FFN computes its formula: looked at on the object, not concluded from a name."""
 
 import functools
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -69,7 +70,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _plain_activations(activation: str) -> list[nn.Module]:
     index = INDEX[activation]
-    torch_own = ([nn.SiLU()], [nn.GELU("tanh")], [nn.GELU()], [nn.ReLU(), nn.ReLU(inplace=True)])[index]
+    torch_own = ([nn.SiLU()], [nn.GELU("tanh")], [nn.GELU()], [nn.ReLU(), nn.ReLU(inplace=True)], [], [])[index]
     return [ACT2FN[name] for name, number in INDEX.items() if number == index] + torch_own
 
 
@@ -84,3 +85,28 @@ def is_plain_activation(act: Any, activation: str) -> bool:
     return any(
         type(act) is kind and kind.forward is forward and _settings(act) == settings for kind, forward, settings in kinds
     )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The objects that computed an FFN when its numbers were compared with the formula: only as long as they stay, it holds.
+
+    forward: that of the module's class; activation: class, forward and settings of its activation module, None without one
+    """
+
+    forward: Any
+    activation: tuple[Any, Any, dict[str, Any]] | None
+
+    @classmethod
+    def now(cls, module: Any, act: Any) -> "Seen":
+        """Of a module, and its activation module or None."""
+        return cls(type(module).forward, None if act is None else (type(act), type(act).forward, _settings(act)))
+
+    def obstacle(self, module: Any, act: Any) -> str | None:
+        """What is no longer as it was, or None."""
+        now = Seen.now(module, act)
+        if now.forward is not self.forward:
+            return f"the FFN is a {class_name(module)} whose forward is not the one that was probed"
+        return (
+            None if now.activation == self.activation else f"its activation is a {class_name(act)}, not the one that was probed"
+        )

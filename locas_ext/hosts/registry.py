@@ -1,4 +1,4 @@
-"""Where the FFNs of each supported model family live. A new family is a new row of HOSTS."""
+"""Hosts: the FFNs of families in a table, and of all others as one forward shows them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 from locas_ext.ops.activations import INDEX
 
-from .ffn import Conv1DFFN, FusedGatedFFN, GatedFFN, HostFFN, TwoLayerFFN
-from .seen import Place
+from .discovery.discover import discover
+from .ffn import HostFFN, entries
+from .gated_ffn import FusedGatedFFN, GatedFFN
+from .seen import Entry
 from .text_config import max_positions
+from .two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from .window_reading import WindowReading
 
 
@@ -67,20 +70,27 @@ HOSTS: dict[str, HostFamily] = {
 
 @dataclass(frozen=True)
 class Host:
-    """A causal language model as the memory sees it."""
+    """A causal language model as the memory sees it.
+
+    ffns: by decoder layer; one without an FFN of its own is missing
+    depth: the number of decoder layers
+    decoder_path, layers_path: the names inside the model of the decoder and of its list of layers
+    paths: by layer, the names that lead from decoder() to the FFN's module, layer by layer
+    width_key: what the config calls the FFNs' width, where the family says so
+    intermediate_size: the width of the first FFN, by which memory files know the host
+    """
 
     model: PreTrainedModel
-    family: HostFamily
-    ffns: tuple[HostFFN, ...]  # one per decoder layer
+    ffns: dict[int, HostFFN]
+    depth: int
+    decoder_path: str
+    layers_path: str
+    paths: dict[int, tuple[str, ...]]
     hidden_size: int
     intermediate_size: int
     max_positions: int
+    width_key: str | None = None
     reading: WindowReading = field(default_factory=WindowReading)  # how its windows are read, as far as probed
-
-    @property
-    def width_key(self) -> str:
-        """The config's name of intermediate_size."""
-        return self.family.width_key
 
     @property
     def vocab_size(self) -> int:
@@ -89,31 +99,31 @@ class Host:
 
     def decoder(self) -> nn.Module:
         """The module that holds the layers."""
-        return _decoder(self.model, self.family)
+        return self.model.get_submodule(self.decoder_path)
 
     def layers(self) -> list[nn.Module]:
         """The decoder's layers as they are now."""
-        return _layers(self.decoder(), self.family)
+        return list(self.model.get_submodule(self.layers_path).children())
 
-    def ffn_modules(self, decoder: nn.Module) -> list[nn.Module]:
-        """The FFN of each layer of the host's decoder as it is now: modules may be swapped."""
-        return _ffn_modules(decoder, self.family)
+    def ffn_modules(self, decoder: nn.Module) -> dict[int, nn.Module]:
+        """The FFN of each layer of the host's decoder as it is now: modules may be swapped, and layers taken away."""
+        found = dict[int, nn.Module]()
+        for layer, path in self.paths.items():
+            module: Any = decoder
+            for name in path:
+                module = None if module is None else module._modules.get(name)
+            if module is not None:
+                found[layer] = module
+        return found
 
-    def ffn_places(self, decoder: nn.Module) -> list[Place]:
+    def ffn_places(self, decoder: nn.Module) -> list[Entry]:
         """Where the host keeps what `ffn_modules` returns."""
-        layers: Any = decoder._modules[self.family.layers]
-        places: list[Place] = [(decoder._modules, self.family.layers), *((layers._modules, key) for key in layers._modules)]
-        ffn = self.family.ffn
-        return places if ffn is None else places + [(layer._modules, ffn) for layer in layers._modules.values()]
+        places = (place for path in self.paths.values() for place in entries(decoder, ".".join(path)))
+        return list({(id(holder), name): (holder, name) for holder, name in places}.values())
 
     @property
     def config(self):
         return self.model.config.get_text_config(decoder=True)
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether the FFNs have a gate projection, for a gated memory to stand beside."""
-        return isinstance(self.ffns[0], GatedFFN)
 
     def read(self, **inputs: Any) -> None:
         """Runs the decoder over `input_ids` for its effects alone: nobody reads logits.
@@ -137,47 +147,95 @@ class Host:
 
 
 def inspect_host(model) -> Host:
-    """Finds the FFNs of a model.
+    """Finds the FFNs of a model: where its family is known to have them, else by one forward.
 
-    Raises TypeError if it is not a transformers model, ValueError if it has no language-model head, is of a family that
-    is not supported, or uses an activation without a kernel; the message says what would work.
+    Raises TypeError if it is not a transformers model, ValueError if it has no language-model head, no FFN that can be found,
+    or an activation without a kernel in a family that is known; the message says what would work.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is {type(model).__name__}; expected a transformers causal language model, "
             "such as AutoModelForCausalLM.from_pretrained(...) returns"
         )
     _check_reads_text(model)
-    config = model.config.get_text_config(decoder=True)
-    family = HOSTS.get(config.model_type)
-    if family is None:
-        raise ValueError(f"model type {config.model_type!r} is not supported: {_why_not(config)}")
+    family = HOSTS.get(model.config.get_text_config(decoder=True).model_type)
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-model head, so it cannot be trained on text; "
             "load it with AutoModelForCausalLM"
         )
+    return _discovered(model) if family is None else _known(model, family)
+
+
+def _known(model: PreTrainedModel, family: HostFamily) -> Host:
+    """A host of a family in the table."""
+    config = model.config.get_text_config(decoder=True)
     activation = getattr(config, family.activation_key)
     if activation not in INDEX:
         raise ValueError(f"the host's activation {activation!r} has no kernel; supported: {', '.join(INDEX)}")
-    modules = _ffn_modules(_decoder(model, family), family)
+    decoder = _decoder(model, family)
+    layers: dict[str, Any] = dict(decoder._modules[family.layers]._modules)  # type: ignore[union-attr]
+    modules = list(layers.values()) if family.ffn is None else [layer._modules[family.ffn] for layer in layers.values()]
     _check_not_shared(modules)
     ffns = tuple(family.kind(module, activation) for module in modules)
-    for ffn, layer in zip(ffns, _layers(_decoder(model, family), family), strict=True):
+    for ffn, layer in zip(ffns, layers.values(), strict=True):
         ffn.activation_name, ffn.modeling = family.activation_name, type(layer).__module__
+    inner = () if family.ffn is None else (family.ffn,)
+    decoder_path = _name_of(model, decoder)
     return Host(
         model=model,
-        family=family,
-        ffns=ffns,
+        ffns=dict(enumerate(ffns)),
+        depth=len(ffns),
+        decoder_path=decoder_path,
+        layers_path=f"{decoder_path}.{family.layers}".removeprefix("."),
+        paths={layer: (family.layers, name, *inner) for layer, name in enumerate(layers)},
         hidden_size=config.hidden_size,
         # GPT-2's may be None, which means this
         intermediate_size=getattr(config, family.width_key) or 4 * config.hidden_size,
         max_positions=max_positions(model),
+        width_key=family.width_key,
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _discovered(model: PreTrainedModel) -> Host:
+    """A host whose FFNs one forward shows."""
+    found = discover(model)
+    decoder = _caller_of(model, found.layers)
+    inside = f"{decoder}." if decoder else ""
+    names = list(model.get_submodule(found.layers)._modules)
+    paths = {}
+    for layer, name in found.names.items():
+        path = f"{found.layers}.{names[layer]}" + (f".{name}" if name else "")
+        paths[layer] = tuple(path.removeprefix(inside).split("."))
+    return Host(
+        model=model,
+        ffns=found.ffns,
+        depth=found.depth,
+        decoder_path=decoder,
+        layers_path=found.layers,
+        paths=paths,
+        hidden_size=found.hidden_size,
+        intermediate_size=next(iter(found.ffns.values())).width or found.hidden_size,
+        max_positions=max_positions(model),
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _caller_of(model: Any, layers: str) -> str:
+    """The name of the decoder that every forward goes through, whose list of layers has this name inside the model."""
+    for decoder in (model.get_decoder(), model.base_model):
+        if isinstance(decoder, nn.Module) and decoder is not model:
+            name = _name_of(model, decoder)
+            if layers.startswith(f"{name}."):
+                return name
+    return layers.rpartition(".")[0]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile's and PEFT's wrappers. ValueError for a wrapper that adds to the input."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile() returned
     if not hasattr(model, "get_base_model"):  # no PEFT wrapper
@@ -213,32 +271,8 @@ def _decoder(model: PreTrainedModel, family: HostFamily) -> nn.Module:
     return decoder
 
 
-def _layers(decoder: nn.Module, family: HostFamily) -> list[nn.Module]:
-    return list(decoder._modules[family.layers]._modules.values())  # type: ignore[union-attr,arg-type]
-
-
-def _ffn_modules(decoder: nn.Module, family: HostFamily) -> list[nn.Module]:
-    layers = _layers(decoder, family)
-    return layers if family.ffn is None else [layer._modules[family.ffn] for layer in layers]  # type: ignore[misc]
-
-
 def _check_not_shared(modules: list[nn.Module]) -> None:
     first: dict[int, int] = {}
     for layer, module in enumerate(modules):
         if (other := first.setdefault(id(module), layer)) != layer:
             raise ValueError(f"layers {other} and {layer} share one FFN; expected an FFN per layer, for a memory of its own")
-
-
-_SPARSE = "its FFN silences all but the strongest neurons of a token, so more neurons would change the host's own"
-_NOT_YET = "its two-layer FFN is not among those known here"
-_REFUSED = {"gemma3n_text": _SPARSE, **dict.fromkeys(("bloom", "falcon", "mpt"), _NOT_YET)}
-
-
-def _why_not(config) -> str:
-    supported = f"supported model types are {', '.join(HOSTS)}"
-    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if any(getattr(config, name, None) for name in experts):
-        return f"a mixture of experts has an FFN per expert and no single one to widen; {supported}"
-    if config.model_type in _REFUSED:
-        return f"{_REFUSED[config.model_type]}; {supported}"
-    return f"where its FFN lives is not known here; {supported}"

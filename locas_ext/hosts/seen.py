@@ -6,14 +6,14 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-Place = tuple[dict[str, Any], str]  # a dict, and a key that it may or may not have
+Entry = tuple[dict[str, Any], str]  # a dict, and a key that it may or may not have
 _requires_grad = attrgetter("requires_grad")
 
 
 class SeenPlaces:
     """What some places hold now."""
 
-    def __init__(self, places: Sequence[Place]):
+    def __init__(self, places: Sequence[Entry]):
         self._dicts, self._keys = [place[0] for place in places], [place[1] for place in places]
         self._values = list(map(dict.get, self._dicts, self._keys))
 
@@ -32,7 +32,7 @@ class SeenFFN:
     registered anywhere.
     """
 
-    def __init__(self, places: Sequence[Place], modules: list[Any], parameters: list[Any]):
+    def __init__(self, places: Sequence[Entry], modules: list[Any], parameters: list[Any]):
         """modules: the FFN's own first"""
         self._hooks, self._places = RemovableHandle.next_id, SeenPlaces(places)
         self._objects, self._parameters = [*modules, *parameters], parameters

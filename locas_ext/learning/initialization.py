@@ -9,6 +9,7 @@ from torch import Tensor
 
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
+from locas_ext.hosts.ffn import Rows
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
@@ -32,7 +33,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
 def initial_rows(
     config: LocasConfig,
     importance: Tensor,
-    host_rows: tuple[Tensor, ...],
+    host_rows: tuple[Rows, ...],
     ffn_input: Tensor,
     generator: torch.Generator,
 ) -> list[Tensor]:
@@ -90,13 +91,14 @@ def check_rate(config: LocasConfig, update: object) -> None:
 
 
 @contextmanager
-def _observe(attachment: Attachment, rows: list[list[Tensor]]):
+def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]]):
     """Collects each layer's initial rows during one forward."""
     generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
 
     def observe(ffn: PatchedFFN, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
-        rows.append(initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator))
+        if ffn not in rows:  # one that runs several times begins with what its first call uses
+            rows[ffn] = initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator)
 
     # A graph knows no contexts: a compiled host is observed in eager code.
     with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
@@ -106,13 +108,13 @@ def _observe(attachment: Attachment, rows: list[list[Tensor]]):
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any]) -> Any:
     """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
     state = attachment.state
-    rows: list[list[Tensor]] = []
+    rows: dict[PatchedFFN, list[Tensor]] = {}
     with state.disable(), _observe(attachment, rows), torch.no_grad():
         result = forward(ids[None])
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
-    for index, planes in enumerate(rows):
-        for plane, values in enumerate(planes):
+    for index, ffn in enumerate(attachment.ffns):
+        for plane, values in enumerate(rows[ffn]):
             slots[index, plane] = values
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")

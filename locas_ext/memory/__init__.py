@@ -3,6 +3,8 @@
 from locas_ext.learning.keep import Keep
 from locas_ext.learning.report import Divergence, GraphReport, MemorizeReport
 from locas_ext.learning.selectors import LossAbove, TopLoss
+from locas_ext.learning.study.report import StudyReport
+from locas_ext.learning.study.settings import StudySettings
 from locas_ext.learning.update import Backprop, Write
 from locas_ext.learning.write import WriteReport
 from locas_ext.state.stream import Chunk, TextRecord
@@ -25,6 +27,8 @@ __all__ = [
     "MemorizeReport",
     "Memory",
     "Snapshot",
+    "StudyReport",
+    "StudySettings",
     "TextRecord",
     "TopLoss",
     "Write",

@@ -23,7 +23,7 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
 
     Args:
-        model: a transformers causal language model of a supported type
+        model: a transformers causal language model
         config: a LocasConfig; None: LocasConfig()
         rehome: bool: whether the host's FFN weights move into buffers with room for the memory, so that one product
             computes both (docs/architecture.md, "Re-homing"); detach() moves them out again
@@ -33,7 +33,7 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
     Raises:
         TypeError: model is not a language model, or config is not a LocasConfig
-        ValueError: the model's family is not supported, it already has a memory, a setting does not fit it, or its
+        ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, or its
             weights cannot be rehomed
         IndexError: config.layers names a layer that the model does not have
 

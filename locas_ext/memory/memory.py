@@ -1,4 +1,4 @@
-"""Memory: the public face. What it says of itself is in facts.py, how it learns in learning_verbs.py, the rest is here."""
+"""Memory: the public face. What it says of itself is in facts.py, how it learns in learning_verbs.py and studying.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
 from locas_ext.transforms.merge import merge
 
-from .learning_verbs import MemoryLearning
+from .studying import MemoryStudy
 
 
-class Memory(MemoryLearning):
+class Memory(MemoryStudy):
     """A memory attached to a model; `locas.attach` makes one.
 
-    It learns with `memorize`, `feed` and `write`, is kept with `save_pretrained`, `load`, `snapshot`, `restore` and
+    It learns with `memorize`, `feed`, `write` and `study`, is kept with `save_pretrained`, `load`, `snapshot`, `restore` and
     `fork`, and ends with `detach` or `merge_and_unload`. The host's own weights never change, but for those that
     `merge_and_unload` widens.
 

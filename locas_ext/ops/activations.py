@@ -13,6 +13,8 @@ _NAMES = {
     "gelu_new": "gelu_pytorch_tanh",
     "gelu": "gelu",
     "relu": "relu",
+    "relu2": "relu2",
+    "quick_gelu": "quick_gelu",
 }
 # The kernels' number of each.
 INDEX = {name: _C.ACTIVATIONS.index(function) for name, function in _NAMES.items()}
@@ -22,6 +24,8 @@ _FUNCTIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 

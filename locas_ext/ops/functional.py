@@ -73,7 +73,7 @@ def glu_ffn(
         down_weight: [d, m], x's dtype
         slots: [3, r, d], x's dtype or float32: gate, key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new" or "relu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
         gate_bias: [m], x's dtype, or None
         up_bias: [m], x's dtype, or None
         down_bias: [d], x's dtype, or None
@@ -174,7 +174,7 @@ def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu"
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype)
         slots: [3, r, d], x's dtype or float32: gate, key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new" or "relu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
         backend: "auto", "matmul" or "reference"
 
     Returns:
@@ -200,7 +200,7 @@ def sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str = "relu"
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype)
         slots: [2, r, d], x's dtype or float32: key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new" or "relu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
         backend: "auto", "matmul" or "reference"
 
     Returns:
@@ -235,7 +235,7 @@ def neuron_importance(
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype); at least one token
         gate_weight: [m, d], x's dtype
         up_weight: [m, d], x's dtype
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new" or "relu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
         gate_bias: [m], x's dtype, or None
         up_bias: [m], x's dtype, or None
         backend: "auto", "fused", "matmul" or "reference"

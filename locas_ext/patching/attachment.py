@@ -11,10 +11,10 @@ from torch import Tensor
 
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig, check_rank, paper_multiple
-from locas_ext.hosts.ffn import GatedFFN, HostFFN
+from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
-from locas_ext.hosts.projections import projection_device, value_norm_mean
-from locas_ext.hosts.registry import Host, inspect_host
+from locas_ext.hosts.projections import projection_device
+from locas_ext.hosts.registry import Host, inspect_host, unwrapped
 from locas_ext.ops.backends import fused_backend, slot_updates
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import PLANES, MemoryState
@@ -30,15 +30,29 @@ from .mlp import PatchedMlpFFN
 from .rehome import RehomedFFN, obstacle, storage_users
 
 
-def _check_variant(host: Host, config: LocasConfig) -> None:
-    """ValueError for a variant that the host's FFNs have no place for; a warning for one that the paper found weak."""
+def _layers(host: Host, config: LocasConfig) -> tuple[int, ...]:
+    """The layers that get a memory, ascending. ValueError for one that has no FFN."""
+    layers = tuple(host.ffns) if config.layers is None else config.resolve_layers(host.depth)
+    for layer in layers:
+        if layer not in host.ffns:
+            raise ValueError(
+                f"layers names layer {layer}, which has no FFN of its own in {type(host.model).__name__}; "
+                f"those that have one are {', '.join(map(str, host.ffns))}"
+            )
+    return layers
+
+
+def _check_variant(host: Host, layers: tuple[int, ...], config: LocasConfig) -> None:
+    """ValueError for a variant that an FFN has no place for; a warning for one that the paper found weak."""
     model_type = host.config.model_type
-    if config.variant == "glu" and not host.is_gated:
+    plain = [layer for layer in layers if not host.ffns[layer].is_gated]
+    if config.variant == "glu" and plain:
+        where = "" if len(plain) == len(layers) else f" of layer {plain[0]}"
         raise ValueError(
-            f"variant is 'glu', but the FFN of {model_type} has two layers and no gate projection for a gated memory to "
+            f"variant is 'glu', but the FFN{where} of {model_type} has two layers and no gate projection for a gated memory to "
             "stand beside; use LocasConfig(variant='mlp')"
         )
-    if config.variant == "mlp" and host.is_gated:
+    if config.variant == "mlp" and not plain:
         warnings.warn(
             f"variant is 'mlp', but the FFN of {model_type} is gated: the paper found Locas-MLP weak beside such FFNs, "
             "and it cannot be merged into them; variant='glu' is the one for this host",
@@ -46,7 +60,7 @@ def _check_variant(host: Host, config: LocasConfig) -> None:
         )
 
 
-def _resolve_backend(host: Host, config: LocasConfig, like: Tensor, rehome: bool) -> str:
+def _resolve_backend(host: Host, layers: tuple[int, ...], config: LocasConfig, like: Tensor, rehome: bool) -> str:
     """The backend that the FFNs run; ValueError for one that cannot, like: a tensor as the first FFN's weights."""
     backend = config.backend
     if like.dtype == torch.float64:
@@ -59,9 +73,10 @@ def _resolve_backend(host: Host, config: LocasConfig, like: Tensor, rehome: bool
                 "backend is 'fused', which computes a gated FFN and its memory in one; variant 'mlp' runs beside the "
                 "host's FFN: expected backend 'auto', 'matmul' or 'reference'"
             )
-        problem = fused_backend(like).obstacle(like, host.hidden_size, host.intermediate_size)
-        if problem is not None:
-            raise ValueError(f"backend is 'fused', but {problem}")
+        for layer in layers:
+            width = host.ffns[layer].width or host.intermediate_size
+            if (problem := fused_backend(like).obstacle(like, host.hidden_size, width)) is not None:
+                raise ValueError(f"backend is 'fused', but {problem}")
     if not rehome:
         return backend
     if config.variant == "mlp":
@@ -74,15 +89,15 @@ def _resolve_backend(host: Host, config: LocasConfig, like: Tensor, rehome: bool
     return "matmul"
 
 
-def _devices(host: Host) -> list[torch.device]:
+def _devices(host: Host) -> dict[int, torch.device]:
     """Where each layer's FFN is computed. ValueError where weights are missing or one FFN's lie on several devices."""
-    result = []
-    for layer, ffn in enumerate(host.ffns):
+    result = {}
+    for layer, ffn in host.ffns.items():
         devices = {device for projection in ffn.projections() if (device := projection_device(projection))}
         if len(devices) > 1:
             names = " and ".join(sorted(str(device) for device in devices))
             raise ValueError(f"the FFN of layer {layer} lies on {names}; expected a whole layer on one device")
-        result.append(devices.pop() if devices else host.input_device())
+        result[layer] = devices.pop() if devices else host.input_device()
     return result
 
 
@@ -91,7 +106,7 @@ def _patched(
 ) -> PatchedGluFFN | PatchedMlpFFN:
     if config.variant == "mlp":
         return PatchedMlpFFN(binding, ffn, arena, index)
-    assert isinstance(ffn, GatedFFN), "_check_variant refuses the others"
+    assert ffn.is_gated, "_check_variant refuses the others"
     return PatchedGluFFN(binding, ffn, arena, index)
 
 
@@ -100,22 +115,21 @@ class Attachment:
 
     def __init__(self, model, config: LocasConfig, rehome: bool = False):
         """Checks everything, then binds: a failure leaves the model as it was."""
-        host = inspect_host(model)
-        model = host.model
-        if getattr(model, "_locas_memory", None) is not None:
+        if getattr(unwrapped(model), "_locas_memory", None) is not None:
             raise ValueError(
                 "model already has a memory attached: use the one that locas.memory_of(model) returns, "
                 "or call its detach() first"
             )
-        _check_variant(host, config)
-        layers = config.resolve_layers(len(host.ffns))
+        host = inspect_host(model)
+        layers = _layers(host, config)
+        _check_variant(host, layers, config)
         for layer in layers:
             check_rank(config, host.ffns[layer].width or host.intermediate_size)
         self.host, self.config = host, config
         devices = _devices(host)
         ffns = [host.ffns[layer] for layer in layers]
         like = host.hidden_state_like()
-        self.backend = _resolve_backend(host, config, like.to(devices[layers[0]]), rehome)
+        self.backend = _resolve_backend(host, layers, config, like.to(devices[layers[0]]), rehome)
         self.probe = probe(host)
         scales = [self._scale(ffn, like) for ffn in ffns]
         self.state = MemoryState(
@@ -164,10 +178,10 @@ class Attachment:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
         ffns = [ffn for ffn in self.ffns if isinstance(ffn, PatchedGluFFN)]  # all: _resolve_backend refuses the others
-        rehomed_ffns = [RehomedFFN(ffn.ffn, self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
-        for rehomed, layer in zip(rehomed_ffns, self.state.layers, strict=True):
-            if (problem := obstacle(rehomed.ffn, users)) is not None:
+        for ffn, layer in zip(ffns, self.state.layers, strict=True):
+            if (problem := ffn.obstacle() or obstacle(ffn.gated(), users)) is not None:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
+        rehomed_ffns = [RehomedFFN(ffn.gated(), self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
         for ffn, rehomed in zip(ffns, rehomed_ffns, strict=True):
             ffn.rehomed = rehomed  # before its weights move, so that detach() finds it
             rehomed.adopt(users)
@@ -175,7 +189,7 @@ class Attachment:
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
-        mean = value_norm_mean(ffn.output_columns(like))
+        mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
 

@@ -10,10 +10,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from locas_ext.hosts.ffn import HostFFN
+from locas_ext.hosts.ffn import HostFFN, Place, Rows, entries
 from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.seen import Place
+from locas_ext.hosts.seen import Entry
 from locas_ext.ops.activations import activation_index
 from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotFactors
@@ -21,10 +21,13 @@ from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import Scope
 
-from .forward_patch import ForwardPatch
+from .forward_patch import ForwardPatch, the_input
 from .rehome import RehomedFFN
 
 FFN = TypeVar("FFN", bound=HostFFN)
+
+# The FFN whose first projection ran last in this context, and its input, until its last projection runs.
+_entered: ContextVar[tuple[Any, Tensor] | None] = ContextVar("locas_entered", default=None)
 
 
 class Route(Enum):
@@ -78,7 +81,13 @@ running_forward: ContextVar[RunningForward | None] = ContextVar("locas_running_f
 
 
 class PatchedFFN(ABC, Generic[FFN]):
-    """What the variants share: where the memory is, how it is computed, and the binding."""
+    """What the variants share: where the memory is, how it is computed, and the binding.
+
+    Where the module does more than the FFN, both of its outer projections are bound: the first one's forward keeps its input,
+    the last one's adds the memory, so that what the host does to the sum, such as dropout, is done to the memory too.
+    """
+
+    traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
 
     def __init__(self, binding: Binding, ffn: FFN, arena: SlotArena, index: int):
         """index: the layer's place in its arena."""
@@ -94,17 +103,53 @@ class PatchedFFN(ABC, Generic[FFN]):
         self._resolved: tuple[Any, Route] = ((), Route.HOST)  # what the latest route depends on, and the route
 
     # ---- binding ---------------------------------------------------------------------------------------------
-    @abstractmethod
     def modules(self) -> list[nn.Module]:
         """The modules to bind, as the host has them now."""
+        if self.ffn.place is Place.MODULE:
+            return [self.ffn.module]
+        projections = self.ffn.projections()
+        return [projections[0], projections[-1]]
 
-    @abstractmethod
-    def places(self) -> list[Place]:
+    def places(self) -> list[Entry]:
         """Where the host keeps those of them that lie inside its FFN."""
+        if self.ffn.place is Place.MODULE:
+            return []
+        return [place for name in (self.ffn.names[0], self.ffn.names[-1]) for place in entries(self.ffn.module, name)]
 
-    @abstractmethod
     def forwards(self) -> list[Callable]:
         """The forwards that stand in for theirs."""
+        return [self.forward] if self.ffn.place is Place.MODULE else [self.enter, self.leave]
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The forward of an FFN's module: what it gives out, with the memory's added to the first tensor."""
+        x, y = the_input(arguments, named), self.original(*arguments, **named)
+        if isinstance(y, Tensor):
+            return self.with_memory(x, y)
+        first = self.with_memory(x, y[0])
+        return type(y)((first, *y[1:]))
+
+    def enter(self, *arguments: Any, **named: Any) -> Tensor:
+        """The first projection's forward, where the memory stands between two of them."""
+        if torch.compiler.is_compiling():
+            self.traced_input = the_input(arguments, named)
+        else:
+            _entered.set((self, the_input(arguments, named)))
+        return self.patches[0].original(*arguments, **named)
+
+    def leave(self, *arguments: Any, **named: Any) -> Tensor:
+        """The last projection's forward."""
+        if torch.compiler.is_compiling():
+            x, self.traced_input = self.traced_input, None
+        else:
+            entered = _entered.get()
+            x = entered[1] if entered is not None and entered[0] is self else None
+            _entered.set(None)
+        y = self.patches[1].original(*arguments, **named)
+        return y if x is None else self.with_memory(x, y)  # None: a call of this projection alone, which is no FFN
+
+    @abstractmethod
+    def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
+        """The FFN's output y [..., d] for its input x [..., d], with the memory's added."""
 
     def bind(self) -> None:
         self.patches = [ForwardPatch(*pair) for pair in zip(self.modules(), self.forwards(), strict=True)]
@@ -189,12 +234,15 @@ class PatchedFFN(ABC, Generic[FFN]):
         """Why host and memory cannot be one op, or None."""
         return self.ffn.formula_obstacle() or self.ffn.projection_obstacle()
 
-    @abstractmethod
+    @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
         """How strongly each host neuron fires on x [T, d]: [m] float32 (`ops.neuron_importance`)."""
+        result = self.ffn.importance(x, self.original)
+        _entered.set(None)  # what the first projection's forward kept just now
+        return result
 
     @abstractmethod
-    def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
+    def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         """The host's rows [m, d] that a slot's can be copies of, in the order of the planes."""
 
     @abstractmethod

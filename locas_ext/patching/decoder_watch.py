@@ -54,11 +54,10 @@ class DecoderWatch:
         """Binds the FFNs that the decoder now has."""
         places = self.host.ffn_places(decoder) + [place for ffn in self.ffns for place in ffn.places()]
         seen, modules, swapped = SeenPlaces(places), self.host.ffn_modules(decoder), False
+        present = set(map(id, modules.values()))  # a bound one elsewhere was moved with its layer
         for ffn, layer in zip(self.ffns, self.state.layers, strict=True):
-            module = bound = ffn.ffn.module
-            if layer < len(modules) and modules[layer] is not bound and not any(other is bound for other in modules):
-                module = modules[layer]  # a bound one elsewhere was moved with its layer
-            swapped |= ffn.follow(module)
+            bound = ffn.ffn.module
+            swapped |= ffn.follow(bound if id(bound) in present else modules.get(layer, bound))
         # From before the loop, so that no swap by another thread is missed. After a swap the next forward looks again.
         self.seen = None if swapped else seen
 

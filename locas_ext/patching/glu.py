@@ -1,14 +1,13 @@
 """Locas-GLU in a gated FFN: the forward that stands in for the host's."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from locas_ext import ops
-from locas_ext.hosts.ffn import GatedFFN
-from locas_ext.hosts.seen import Place
+from locas_ext.hosts.ffn import HostFFN, Place, Rows
+from locas_ext.hosts.gated_ffn import GatedFFN
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
@@ -22,20 +21,23 @@ from .forward_patch import the_input
 from .rehome import RehomedFFN, RehomedFunction, rehomed_forward
 
 
-class PatchedGluFFN(PatchedFFN[GatedFFN]):
+class PatchedGluFFN(PatchedFFN[HostFFN]):
     """Locas-GLU in a gated FFN: host and memory as one op where the host's projections are plain."""
 
-    def modules(self) -> list[nn.Module]:
-        return [self.ffn.module]
+    def gated(self) -> GatedFFN:
+        """The FFN, where its own weights are used."""
+        assert isinstance(self.ffn, GatedFFN), "others have an obstacle"
+        return self.ffn
 
-    def places(self) -> list[Place]:
-        return []
+    def obstacle(self) -> str | None:
+        if self.ffn.place is Place.PROJECTIONS:
+            return self.ffn.differs or "the module does more than its FFN, so the memory stands between the projections"
+        return super().obstacle()
 
-    def forwards(self) -> list[Callable]:
-        return [self.forward]
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """The FFN's output for its input [..., d], however it is passed."""
+        if not isinstance(self.ffn, GatedFFN):
+            return super().forward(*arguments, **named)
         x = the_input(arguments, named)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x, arguments, named)
@@ -60,6 +62,23 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
                 assert rehomed is not None, "_resolve() gives this route only where there is one"
                 return self._rehomed(x, rehomed, scope) if rehomed.ready() else self._whole(x, scope)
 
+    def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._with_memory_compiled(x, y)
+        scope = scopes.get().get(self.state)
+        if scope is not None and scope.observer is not None:
+            scope.observer(self, x)
+        match self.route(x, scope):
+            case Route.BESIDE:
+                return y + self._beside(x, scope).view_as(y)
+            case Route.PUBLIC_BESIDE:
+                return y + self._public_beside(x).view_as(y)
+            case Route.TRACED:
+                slots, scale = self.traced_slots(), self.arena.scales[self.index]
+                beside = "reference" if x.dtype == torch.float64 else self.beside
+                return y + ops.sideway_glu(x, slots, scale, self.activation, beside).view_as(y)
+        return y
+
     def _with_graph(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.learns())
 
@@ -74,14 +93,14 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         return sideway_glu_forward(x2d, views, scale, activation)[0].view_as(x)
 
     def _rehomed(self, x: Tensor, rehomed: RehomedFFN, scope: Scope | None) -> Tensor:
-        x2d, bias, activation = x.reshape(-1, x.shape[-1]), self.ffn.weights().down_bias, self.activation_index
+        x2d, bias, activation = x.reshape(-1, x.shape[-1]), self.gated().weights().down_bias, self.activation_index
         if self._with_graph(x):
             parameter = self.arena.parameters[self.index]
             return RehomedFunction.apply(x2d, parameter, rehomed, bias, activation, self.sink(scope)).view_as(x)
         return rehomed_forward(x2d, rehomed, bias, activation, save=False)[0].view_as(x)
 
     def _whole(self, x: Tensor, scope: Scope | None) -> Tensor:
-        arena, x2d, views, host = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index], self.ffn.weights()
+        arena, x2d, views, host = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index], self.gated().weights()
         scale, activation = arena.scales[self.index], self.activation_index
         backend = glu_ffn_backend("patched FFN", x2d, host.gate, self.backend)
         if self._with_graph(x):
@@ -96,7 +115,7 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
 
     def _public_whole(self, x: Tensor) -> Tensor:
         parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
-        gate, up, down, *biases = self.ffn.weights()
+        gate, up, down, *biases = self.gated().weights()
         return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
 
     def _traced(self, x: Tensor, arguments: tuple, named: dict[str, Any]) -> Tensor:
@@ -104,7 +123,7 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         if not self.state.learned or self.obstacle() is not None:
             beside = "reference" if double else self.beside
             return self.original(*arguments, **named) + ops.sideway_glu(x, slots, scale, self.activation, beside)
-        host, backend = self.ffn.weights(), "reference" if double else self.backend
+        host, backend = self.gated().weights(), "reference" if double else self.backend
         biases = (host.gate_bias, host.up_bias, host.down_bias)
         return ops.glu_ffn(x, host.gate, host.up, host.down, slots, scale, self.activation, *biases, backend)
 
@@ -112,28 +131,40 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
         state, arena = self.state, self.arena
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else None
-        if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
+        if self._is_host_alone():
             return self.original(*arguments, **named)
         # Nobody looks into a graph: handed out and not known to have learned, the slots are read beside the host.
         if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
-            host = self.ffn.weights()
+            host = self.gated().weights()
             biases = (host.gate_bias, host.up_bias, host.down_bias)
             return ops.glu_ffn(
                 x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend or self.backend
             )
-        memory = ops.sideway_glu(x, parameter, scale, self.activation, backend or self.beside)
-        if state.exclusion.off_somewhere > 0:
+        return self._with_memory_compiled(x, self.original(*arguments, **named))
+
+    def _is_host_alone(self) -> bool:
+        """Whether a compiled graph may leave the memory out."""
+        state = self.state
+        return not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized))
+
+    def _with_memory_compiled(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._is_host_alone():
+            return y
+        parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
+        backend = "reference" if x.dtype == torch.float64 else self.beside
+        memory = ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        if self.state.exclusion.off_somewhere > 0:
             memory = memory * in_use(x, self.binding.number)
-        return self.original(*arguments, **named) + memory
+        return y + memory.view_as(y)
 
     @torch.no_grad()
     def importance(self, x: Tensor) -> Tensor:
         if self.obstacle() is not None:
-            return self.ffn.hidden(x).abs().float().mean(0)
-        gate, up, _, gate_bias, up_bias, _ = self.ffn.weights()
+            return super().importance(x)
+        gate, up, _, gate_bias, up_bias, _ = self.gated().weights()
         return ops.neuron_importance(x.to(gate.dtype), gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
 
-    def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
+    def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)
 
     def backend_name(self) -> str:
@@ -143,15 +174,14 @@ class PatchedGluFFN(PatchedFFN[GatedFFN]):
             return "matmul"
         compute = self.arena.compute
         host = self.binding.host
-        return fused_backend(compute).choice(compute, host.hidden_size, host.intermediate_size)
+        return fused_backend(compute).choice(compute, host.hidden_size, self.ffn.width or host.intermediate_size)
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
         compute, host = self.arena.compute, self.binding.host
-        if not compute.is_cuda or self.rehomed is not None or self.obstacle() is not None:
+        if not compute.is_cuda or self.rehomed is not None or self.ffn.repeated or self.obstacle() is not None:
             return False
-        return self.backend == "fused" or (
-            self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, host.intermediate_size)
-        )
+        width = self.ffn.width or host.intermediate_size
+        return self.backend == "fused" or (self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, width))
 
     def path(self) -> tuple[str, str]:
         obstacle = self.obstacle()

@@ -1,16 +1,11 @@
 """Locas-MLP beside an FFN: the forwards that stand in for the host's."""
 
-from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from locas_ext import ops
-from locas_ext.hosts.ffn import HostFFN, TwoLayerFFN
-from locas_ext.hosts.seen import Place
+from locas_ext.hosts.ffn import HostFFN, Rows
 from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
@@ -19,53 +14,10 @@ from locas_ext.state.scope import Scope, scopes
 
 from .base import PatchedFFN, Route
 from .compiled import in_use
-from .forward_patch import the_input
-
-# The FFN whose first projection ran last in this context, and its input, until its last projection runs.
-_entered: ContextVar[tuple[Any, Tensor] | None] = ContextVar("locas_entered", default=None)
 
 
 class PatchedMlpFFN(PatchedFFN[HostFFN]):
-    """Locas-MLP beside an FFN.
-
-    Of a two-layer FFN both projections are bound: the first one's forward keeps its input, the last one's adds the memory,
-    so that what the host does to the sum, such as dropout, is done to the memory too. OPT has no other place.
-    """
-
-    traced_input: Tensor | None = None  # while a graph is traced, which knows no contexts
-
-    def modules(self) -> list[nn.Module]:
-        return self.ffn.projections() if isinstance(self.ffn, TwoLayerFFN) else [self.ffn.module]
-
-    def places(self) -> list[Place]:
-        inside = isinstance(self.ffn, TwoLayerFFN)
-        return [(self.ffn.module._modules, name) for name in self.ffn.names] if inside else []
-
-    def forwards(self) -> list[Callable]:
-        return [self.enter, self.leave] if isinstance(self.ffn, TwoLayerFFN) else [self.around]
-
-    def enter(self, *arguments: Any, **named: Any) -> Tensor:
-        """The first projection's forward."""
-        if torch.compiler.is_compiling():
-            self.traced_input = the_input(arguments, named)
-        else:
-            _entered.set((self, the_input(arguments, named)))
-        return self.patches[0].original(*arguments, **named)
-
-    def leave(self, *arguments: Any, **named: Any) -> Tensor:
-        """The last projection's forward."""
-        if torch.compiler.is_compiling():
-            x, self.traced_input = self.traced_input, None
-        else:
-            entered = _entered.get()
-            x = entered[1] if entered is not None and entered[0] is self else None
-            _entered.set(None)
-        y = self.patches[1].original(*arguments, **named)
-        return y if x is None else self.with_memory(x, y)  # None: a call of this projection alone, which is no FFN
-
-    def around(self, *arguments: Any, **named: Any) -> Tensor:
-        """The forward of an FFN that is bound whole."""
-        return self.with_memory(the_input(arguments, named), self.original(*arguments, **named))
+    """Locas-MLP beside an FFN."""
 
     def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
         """The FFN's output y [..., d] for its input x [..., d], with the memory's added."""
@@ -128,13 +80,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         memory = ops.sideway_mlp(x, parameter, scale, self.activation, backend)
         return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
 
-    @torch.no_grad()
-    def importance(self, x: Tensor) -> Tensor:
-        hidden = self.ffn.hidden(x)
-        _entered.set(None)  # what the first projection's forward kept just now
-        return hidden.abs().float().mean(0)
-
-    def host_rows(self, like: Tensor) -> tuple[Tensor, ...]:
+    def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to
 
     def path(self) -> tuple[str, str]:

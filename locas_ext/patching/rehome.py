@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from locas_ext import _C
-from locas_ext.hosts.ffn import FusedGatedFFN, GatedFFN
+from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.ops.types import stream_of
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import VALUE, MemoryState

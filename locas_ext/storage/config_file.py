@@ -113,16 +113,20 @@ def _check_slots(fields: dict) -> None:
     if not layers or layers != sorted(set(layers)) or layers[-1] >= count:
         raise Wrong(f"layers is {short(layers)}; expected ascending indices of the host's {count} layers")
     named = config["layers"]
-    if (list(range(count)) if named is None else sorted(index % count for index in named)) != layers:
+    samples = fields["host"].get("samples")
+    if samples is not None and not len(layers) <= len(samples) <= count:
+        raise Wrong(f"host.samples has {len(samples)} entries; expected one for each of {count} layers that has an FFN")
+    if named is None:  # every layer that has an FFN
+        everywhere = len(layers) == (count if samples is None else len(samples))
+    else:
+        everywhere = sorted(index % count for index in named) == layers
+    if not everywhere:
         raise Wrong(f"layers is {short(layers)}; expected those that config.layers names")
     used, rank = fields["slots_used"], config["rank"]
     if config["variant"] == "glu" and used not in (0, rank):
         raise Wrong(f"slots_used is {used}; expected 0 or {rank}, the rank")
     if fields["initialized"] != (used > 0):
         raise Wrong(f"initialized is {fields['initialized']}, but slots_used is {used}")
-    samples = fields["host"].get("samples")
-    if samples is not None and len(samples) != count:
-        raise Wrong(f"host.samples has {len(samples)} entries; expected one for each of {count} layers")
 
 
 def _check_stream(fields: dict) -> None:

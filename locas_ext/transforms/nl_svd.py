@@ -9,8 +9,15 @@ from torch import Tensor
 from locas_ext.checks import integer, number
 from locas_ext.ops.activations import activate, activation_function
 
-# The largest |act'| of each activation, rounded up.
-_LIPSCHITZ = {"silu": 1.0999, "gelu_pytorch_tanh": 1.1290, "gelu": 1.1290, "relu": 1.0}
+# The largest |act'| of each activation, rounded up. That of relu2 has no bound.
+_LIPSCHITZ = {
+    "silu": 1.0999,
+    "gelu_pytorch_tanh": 1.1290,
+    "gelu": 1.1290,
+    "relu": 1.0,
+    "relu2": math.inf,
+    "quick_gelu": 1.0999,
+}
 
 
 class Compressed(NamedTuple):
@@ -23,7 +30,7 @@ class Compressed(NamedTuple):
     value: Tensor  # [n, d]: f(probe) / act(1)
     kept_energy: float
     discarded_energy: float
-    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||; f is the original memory, P projects onto the probes' span
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2
 
 
 @torch.no_grad()

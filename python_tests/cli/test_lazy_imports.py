@@ -18,7 +18,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_help_imports_no_heavy_library():
-    commands = "demo memorize perplexity generate locomo merge capability report info".split()
+    commands = "demo memorize perplexity generate chat locomo recall study merge capability report info".split()
     calls = [["--help"], ["--version"], *([name, "--help"] for name in commands)]
     imported = modules_after(f"from locas_ext.cli import main; assert not any([main(call) for call in {calls}])")
     assert not imported & HEAVY and len(imported) < MOST_MODULES

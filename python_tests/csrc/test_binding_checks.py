@@ -176,6 +176,8 @@ def test_activations_are_numbered_as_exported():
         "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
         "gelu": torch.nn.functional.gelu,
         "relu": torch.relu,
+        "relu2": lambda x: torch.relu(x) ** 2,
+        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     }
     assert set(_C.ACTIVATIONS) == functions.keys()
     x, out = torch.randn(5, 70), torch.empty(5, 70)

@@ -133,4 +133,4 @@ def test_counts_that_no_file_has(file, place, tmp_path):
 
 def test_without_the_package_the_extra_is_named(file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    assert "pip install 'locas-ext[gguf]'" in refusal(file)
+    assert "pip install 'locas_ext[gguf]'" in refusal(file)

@@ -98,7 +98,7 @@ def test_a_patched_class_is_noticed(monkeypatch):
 @pytest.mark.parametrize("family", sorted(HOST_SETTINGS))
 def test_no_family_has_an_obstacle_of_its_own(family):
     host = inspect_host(tiny(family).requires_grad_(False))
-    assert [ffn.obstacle() for ffn in host.ffns] == [None, None]
+    assert [ffn.obstacle() for ffn in host.ffns.values()] == [None, None]
 
 
 def test_another_activation_module_of_the_same_function_is_none():

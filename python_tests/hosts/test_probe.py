@@ -119,7 +119,7 @@ def test_a_host_that_cannot_run_yet_is_attached_with_a_warning():
 def test_every_family_computes_its_formula_in_every_dtype(family, dtype):
     memory = locas.attach(tiny(family).to(dtype), config_for(family))
     attachment = memory._attachment
-    assert attachment.probe.skipped is None and [ffn.differs for ffn in attachment.host.ffns] == [None, None]
+    assert attachment.probe.skipped is None and [ffn.differs for ffn in attachment.host.ffns.values()] == [None, None]
     assert {entry.windows for entry in memory.status()} == {"two forwards per window"}
     assert attachment.host.reading.writes == 2
 

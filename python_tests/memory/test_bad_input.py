@@ -48,33 +48,6 @@ def test_a_model_without_a_language_model_head(make):
     assert_same_host(model, before)
 
 
-@pytest.mark.parametrize(
-    "name, make, hint",
-    [
-        ("bert", lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=40)), "llama"),
-        (
-            "bloom",
-            lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)),
-            "llama",
-        ),
-        (
-            "mixtral",
-            lambda: transformers.MixtralForCausalLM(
-                transformers.MixtralConfig(**SMALL, intermediate_size=40, num_key_value_heads=2, num_local_experts=2)
-            ),
-            "mixture of experts",
-        ),
-    ],
-)
-def test_an_unknown_host_is_refused_by_name_with_what_would_work(name, make, hint):
-    model = make()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"model type '{name}' is not supported.*{hint}.*") as error:
-        locas.attach(model)
-    assert "qwen3" in str(error.value)
-    assert_same_host(model, before)
-
-
 def test_an_activation_without_a_kernel():
     model = tiny_model(hidden_act="mish")
     with pytest.raises(ValueError, match="activation 'mish' has no kernel; supported: silu"):

@@ -14,7 +14,7 @@ pytestmark = [
     ),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["silu", "gelu_pytorch_tanh", "gelu", "relu"]
+ACTIVATIONS = ["silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 

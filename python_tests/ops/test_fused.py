@@ -81,7 +81,7 @@ class TestOnGpu:
         assert torch.equal(y, case.run("fused")["y"])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"])
 @pytest.mark.parametrize("tokens", [5, 300])
 class TestActivations:
     pytestmark = on_gpu

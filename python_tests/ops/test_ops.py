@@ -36,7 +36,7 @@ def test_fresh_random_shapes(seed):
     generator = torch.Generator().manual_seed(1000 + seed)
     draw = lambda high: int(torch.randint(1, high, (), generator=generator))
     shape = (draw(70), draw(90), draw(600), draw(80))
-    dtype, activation = DTYPES[draw(4) - 1], ACTIVATIONS[draw(6) - 1]
+    dtype, activation = DTYPES[draw(4) - 1], ACTIVATIONS[draw(len(ACTIVATIONS)) - 1]
     print(f"shape {shape} {dtype} {activation}")
     biases = draw(3) == 1
     for backend in ("auto", "matmul"):
@@ -275,6 +275,8 @@ def test_large_inputs_stay_right(activation, magnitude):
 @pytest.mark.parametrize("dtype, magnitude", [(torch.float32, 1e9), (torch.bfloat16, 1e9), (torch.float16, 150.0)])
 def test_large_inputs_do_not_become_nan(activation, dtype, magnitude):
     case = Case((6, 20, 31, 5), dtype, seed=22)
+    if (activation, dtype) == ("relu2", torch.float16):
+        magnitude = 10.0  # the squares of larger numbers are out of float16's range
     case.x = case.x.clamp(-1, 1) * magnitude
     assert all(t.isfinite().all() for t in case.run(fused(0.5, activation)))
 

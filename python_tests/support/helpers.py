@@ -121,29 +121,27 @@ def assert_same_host(
 
 
 # ---- the mathematics, once more -------------------------------------------------------------------------------
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu")
 
 
 def act_formula(x, name):
     """From the definitions; for float64."""
-    if name == "silu":
-        return x / (1 + torch.exp(-x))
+    if name in ("relu", "relu2"):
+        return torch.where(x > 0, x**2 if name == "relu2" else x, 0 * x)
+    if name in ("silu", "quick_gelu"):
+        return x / (1 + torch.exp(-(1.702 if name == "quick_gelu" else 1) * x))
     if name == "gelu":
         return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-    if name == "relu":
-        return torch.where(x > 0, x, 0 * x)
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def act_torch(x, name):
     """What a plain torch model would call, at any dtype."""
-    if name == "silu":
-        return F.silu(x)
-    if name == "gelu":
-        return F.gelu(x)
-    if name == "relu":
-        return F.relu(x)
-    return F.gelu(x, approximate="tanh")
+    if name in ("silu", "gelu", "relu"):
+        return getattr(F, name)(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x, approximate="tanh")
 
 
 def plain_sideway(x, slots, scale, activation, act):

@@ -13,7 +13,15 @@ from locas_ext.ops.activations import activate
 from locas_ext.transforms import nl_svd as nl_svd_module
 from locas_ext.transforms.nl_svd import nl_svd
 
-LIPSCHITZ = {"relu": 1.0, "silu": 1.09984, "gelu": 1.12891, "gelu_pytorch_tanh": 1.129, "gelu_new": 1.129}
+LIPSCHITZ = {
+    "relu": 1.0,
+    "silu": 1.09984,
+    "gelu": 1.12891,
+    "gelu_pytorch_tanh": 1.129,
+    "gelu_new": 1.129,
+    "relu2": math.inf,
+    "quick_gelu": 1.09984,
+}
 
 
 # ---- off the probes -------------------------------------------------------------------------------------------

@@ -29,6 +29,11 @@ ValueAndSlope<Real> activation(Activation activation, Real x) {
       const Real half = 0.5, cdf = half * (1 + std::erf(x * Real(M_SQRT1_2)));
       return {x * cdf, cdf + x * std::exp(-half * x * x) * Real(0.5 * M_2_SQRTPI * M_SQRT1_2)};
     }
+    case Activation::relu_squared: return {x > 0 ? x * x : Real(0), 2 * std::max<Real>(x, 0)};
+    case Activation::quick_gelu: {
+      const Real steepness = 1.702, s = 1 / (1 + std::exp(-steepness * x));
+      return {x * s, s + steepness * x * s * (1 - s)};
+    }
     default: return {std::max<Real>(x, 0), Real(x > 0)};
   }
 }
@@ -45,7 +50,8 @@ const std::vector<Case> kCases = {
     {Activation::silu, 3, 13, 16},          {Activation::gelu_tanh, 7, 72, 80},
     {Activation::gelu_tanh, 2, 64, 64, 1},  {Activation::gelu, 9, 33, 33},
     {Activation::relu, 4, 16, 24, 0, true}, {Activation::silu, 1, 1, 1, 0, true},
-    {Activation::silu, 6, 50, 53, 0, true},
+    {Activation::silu, 6, 50, 53, 0, true}, {Activation::relu_squared, 5, 21, 24},
+    {Activation::quick_gelu, 7, 30, 32, 1},
 };
 
 template <class T>

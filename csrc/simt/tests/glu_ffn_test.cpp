@@ -21,6 +21,8 @@ double activated(Activation activation, double x) {
     case Activation::silu: return x / (1.0 + std::exp(-x));
     case Activation::gelu_tanh: return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::gelu: return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
+    case Activation::relu_squared: return x > 0.0 ? x * x : 0.0;
+    case Activation::quick_gelu: return x / (1.0 + std::exp(-1.702 * x));
     default: return x > 0.0 ? x : 0.0;
   }
 }
@@ -343,7 +345,7 @@ int run_cases(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64
   int cases = 0;
   for_each_seed([&] {
     exact_case<T>(draw_shape(random, least_tokens, most_tokens, Activation::relu), forward, random);
-    const auto activation = static_cast<Activation>(cases / 2 % 4);
+    const auto activation = static_cast<Activation>(cases / 2 % 6);
     rounded_case<T>(draw_shape(random, least_tokens, most_tokens, activation), forward, random);
     cases += 2;
   });

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from locas_ext.cli.interrupts import importing
-from locas_ext.cli.values import path
+from locas_ext.cli.options import HOST, option
+from locas_ext.cli.values import path, text
 from locas_ext.errors import LocasError
 from locas_ext.terminal import Terminal
 
-EXAMPLES = ("locas info", "locas info book-memory")
+EXAMPLES = ("locas info", "locas info book-memory", "locas info --model Qwen/Qwen3-30B-A3B")
 
 
 def info(
@@ -23,8 +24,17 @@ def info(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[str | None, option(text("MODEL"), "A folder or a hub name.", panel=HOST)] = None,
 ) -> None:
-    """Versions, build, devices and a self-test of the kernels, to paste into a bug report; or what a memory holds."""
+    """Versions, build, devices and a self-test of the kernels, for a bug report; or what a memory or a model's FFNs are."""
+    if memory is not None and model is not None:
+        raise ValueError("--model is given beside a memory folder; expected one of the two")
+    if model is not None:
+        with importing():
+            from locas_ext.cli.tasks.host_ffns import describe_host
+
+        describe_host(model, Terminal())
+        return
     if memory is not None:
         with importing():
             from locas_ext.cli.tasks.describe import describe

@@ -30,7 +30,7 @@ class GenerateTask:
     device: str | None
 
 
-class _Streamer(TextStreamer):
+class Streamer(TextStreamer):
     """Shows what a model writes; a terminal does not obey it."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -60,7 +60,7 @@ def run_generate(task: GenerateTask) -> str:
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=task.max_new_tokens,
-            streamer=_Streamer(tokenizer, skip_special_tokens=True),
+            streamer=Streamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)

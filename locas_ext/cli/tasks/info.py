@@ -55,7 +55,7 @@ def info(console: Console) -> bool:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
         "transformers": transformers.__version__,
         "beside it": ", ".join(_installed()),
-        "hosts": ", ".join(HOSTS),
+        "hosts": f"any decoder whose FFNs are found (`locas info --model`); known: {', '.join(HOSTS)}",
         "cpu": processor(),
     }
     for name, value in lines.items():

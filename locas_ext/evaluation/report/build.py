@@ -16,6 +16,7 @@ from locas_ext.storage.lock import folder_lock
 from .capability import capability_sections
 from .locomo import locomo_sections
 from .perplexity import perplexity_sections
+from .recall import recall_sections
 from .runs import differing, merged_records, shared_settings
 
 NAME = "report.md"
@@ -24,6 +25,7 @@ SECTIONS: dict[str, Callable[[dict, Path], list[str]]] = {
     "capability": capability_sections,
     "locomo": locomo_sections,
     "perplexity": perplexity_sections,
+    "recall": recall_sections,
 }
 FIRST_SETTINGS = ("model", "model_type", "window", "stride", "ablate", "dtype", "device", "seed")
 FIRST_MACHINE = ("processor", "gpus", "torch", "locas_ext")

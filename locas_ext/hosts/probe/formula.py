@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from locas_ext.hosts.ffn import FusedGatedFFN, GatedFFN, HostFFN
+from locas_ext.hosts.ffn import HostFFN, Place
+from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.ops.activations import activate
 
 from .agreement import rounding
@@ -40,7 +41,7 @@ def _hidden(ffn: HostFFN, recording: Recording, x: Tensor) -> Tensor:
     else:
         products = [module(x) for module in firsts]
     if isinstance(ffn, FusedGatedFFN):
-        products = list(products[0].chunk(2, dim=-1))
+        products = list(ffn.split(products[0], -1))
     hidden = activate(products[0], ffn.activation)
     return hidden * products[1] if isinstance(ffn, GatedFFN) else hidden
 
@@ -80,10 +81,12 @@ def difference(ffn: HostFFN, recording: Recording) -> str | None:
     DidNotRun if the FFN took no part in the forward.
     """
     first, last = ffn.projections()[0], ffn.projections()[-1]
-    for module in [ffn.module] if isinstance(ffn, GatedFFN) else [first, last]:
+    for module in [ffn.module] if ffn.place is Place.MODULE else [first, last]:
         if not recording.of(module):
             raise DidNotRun("did not run in the host's forward, so a memory there would never be read")
-    call, outs = recording.of(ffn.module if isinstance(ffn, GatedFFN) else first)[0], recording.of(last)
+    if ffn.differs is not None:  # known before
+        return ffn.differs
+    call, outs = recording.of(ffn.module if ffn.place is Place.MODULE else first)[0], recording.of(last)
     other = f"FFN computes something else than {formula(ffn)}"
     if not outs:  # it makes its products from the weights, beside the modules
         return None if _same(last(_hidden(ffn, recording, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
@@ -91,6 +94,6 @@ def difference(ffn: HostFFN, recording: Recording) -> str | None:
     hidden = _hidden(ffn, recording, call.input.to(taken_in.device))
     if not _same(hidden, taken_in, _ROUNDINGS) or _activation_is_another(ffn, recording, taken_in):
         return other
-    if isinstance(ffn, GatedFFN) and not _same(outs[0].result, call.result, _ROUNDINGS):
+    if ffn.place is Place.MODULE and not _same(outs[0].result, call.result, _ROUNDINGS):
         return other
     return None

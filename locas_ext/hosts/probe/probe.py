@@ -58,7 +58,7 @@ def _texts(host: Host) -> Tensor:
 
 def _watched(host: Host) -> list[nn.Module]:
     """The modules to record: the FFNs with all inside them."""
-    return list(dict.fromkeys(module for ffn in host.ffns for module in (*ffn.module.modules(), *ffn.projections())))
+    return list(dict.fromkeys(module for ffn in host.ffns.values() for module in (*ffn.module.modules(), *ffn.projections())))
 
 
 def _check(host: Host, texts: Tensor) -> None:
@@ -72,7 +72,7 @@ def _check(host: Host, texts: Tensor) -> None:
             f"{moved:.2g} of their spread, so a chunk would be scored with its own tokens in sight; expected a model whose "
             "tokens see only those before them"
         )
-    for layer, ffn in enumerate(host.ffns):
+    for layer, ffn in host.ffns.items():
         try:
             ffn.differs = difference(ffn, recording)
         except DidNotRun as error:

@@ -33,12 +33,18 @@ class Recording:
     def __init__(self, calls: list[Call], logits: Tensor):
         self.calls, self.logits = calls, logits
         self._of: dict[nn.Module, list[Call]] = {}
-        for call in calls:
+        self._order: dict[int, int] = {}
+        for place, call in enumerate(calls):
             self._of.setdefault(call.module, []).append(call)
+            self._order[id(call)] = place
 
     def of(self, module: nn.Module) -> list[Call]:
         """The calls of one module; empty if it did not run."""
         return self._of.get(module, [])
+
+    def order(self, call: Call) -> int:
+        """The place of one of the calls among all."""
+        return self._order[id(call)]
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,162 @@
+"""Questions put to a model as it is: what it writes, and how likely it finds each of ten answers.
+
+All answers to one question go on from one reading of its prompt. Questions whose prompts have one length are read together.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locas_ext.evaluation.locomo.answers import Prompts, answer
+from locas_ext.learning.study.prompts import Prompter
+
+from .documents import CLOZE, Question
+
+_MOST_CACHED = 1 << 17  # tokens of all copies of a prompt's cache together
+
+
+Advance = Callable[[int], None]  # told of so many more questions
+_Group = tuple[list[int], list[int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class View:
+    """What stands in the window when a question is asked.
+
+    shared: a text that all questions see; None: nothing
+    of: the text that one question sees, such as what was looked up for it; None: nothing
+    """
+
+    shared: str | None = None
+    of: Callable[[Question], str] | None = None
+
+
+def _parts(prompter: Prompter, question: Question, context: str | None) -> tuple[list[int], list[int]]:
+    """-> what questions with this context share, and the question's own ids"""
+    if question.kind != CLOZE:
+        return prompter.context(context), prompter.question(question.text)
+    shown = prompter.passage("" if context is None else f"{context}\n\n")
+    return (shown, prompter.encode(question.text)) if shown else ([], prompter.passage(question.text))
+
+
+def _candidate(prompter: Prompter, question: Question, text: str) -> list[int]:
+    return prompter.encode(f" {text}") if question.kind == CLOZE else prompter.answer(text)
+
+
+def prompt_lengths(prompter: Prompter, questions: list[Question], view: View) -> list[int]:
+    """The tokens of each question's prompt."""
+    lengths = []
+    for question in questions:
+        context = view.shared if view.of is None else view.of(question)
+        shared, own = _parts(prompter, question, context)
+        lengths.append(len(shared) + len(own))
+    return lengths
+
+
+def _groups(prompter: Prompter, questions: list[Question], view: View) -> Iterator[_Group]:
+    """(indices, shared ids, own ids of each): questions that go on from the same ids."""
+    by_shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for index, question in enumerate(questions):
+        context = view.shared if view.of is None else view.of(question)
+        shared, own = _parts(prompter, question, context)
+        if view.of is not None:  # nothing to share
+            shared, own = [], shared + own
+        by_shared.setdefault(tuple(shared), []).append((index, own))
+    for ids, members in by_shared.items():
+        yield [index for index, _ in members], list(ids), [own for _, own in members]
+
+
+def written_answers(
+    model: Any,
+    prompter: Prompter,
+    questions: list[Question],
+    view: View,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Advance,
+) -> list[str]:
+    """The likeliest continuation of each prompt, up to the end of its first line."""
+    result = [""] * len(questions)
+    for indices, shared, own in _groups(prompter, questions, view):
+        prompts = Prompts(torch.tensor(shared, dtype=torch.long), [torch.tensor(ids) for ids in own], 0)
+        texts = answer(model, prompter.tokenizer, prompts, max_new_tokens, batch_size, lambda count, tokens: advance(count))
+        for index, text in zip(indices, texts, strict=True):
+            result[index] = text
+    return result
+
+
+def choice_scores(
+    model: Any, prompter: Prompter, questions: list[Question], view: View, batch_size: int, advance: Advance
+) -> list[list[float]]:
+    """For each question the summed log-probability, in nats, of its gold and of each of its distractors.
+
+    A question without distractors has that of its gold alone.
+    """
+    result: list[list[float]] = [[] for _ in questions]
+    with torch.inference_mode():
+        for indices, shared, own in _groups(prompter, questions, view):
+            cache = None
+            if shared:
+                inputs = torch.tensor([shared], device=model.device)
+                cache = model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
+            for batch in _batches(own, len(shared), batch_size):
+                chosen = [questions[indices[place]] for place in batch]
+                prompts = torch.tensor([own[place] for place in batch], device=model.device)
+                for place, scores in zip(batch, _scores(model, prompter, chosen, prompts, cache), strict=True):
+                    result[indices[place]] = scores
+                advance(len(batch))
+    return result
+
+
+def _batches(own: list[list[int]], shared: int, size: int) -> Iterator[list[int]]:
+    """Places of prompts of one length, as many together as fit."""
+    by_length: dict[int, list[int]] = {}
+    for place, ids in enumerate(own):
+        by_length.setdefault(len(ids), []).append(place)
+    for length, places in sorted(by_length.items()):
+        step = max(1, min(size, _MOST_CACHED // (10 * (shared + length))))
+        for start in range(0, len(places), step):
+            yield places[start : start + step]
+
+
+def _scores(model: Any, prompter: Prompter, questions: list[Question], prompts: Tensor, cache: Any) -> list[list[float]]:
+    """prompts: [b, m], those of the questions, behind what the cache holds"""
+    options = [[_candidate(prompter, q, text) for text in (q.answers[0], *q.distractors)] for q in questions]
+    begun = _repeated(cache, len(questions))
+    output = model(input_ids=prompts, past_key_values=begun, use_cache=True, logits_to_keep=1)
+    first = output.logits[:, -1].float().log_softmax(-1)
+    counts = torch.tensor([len(each) for each in options], device=prompts.device)
+    rows = torch.arange(len(questions), device=prompts.device).repeat_interleave(counts)
+    flat = [ids for each in options for ids in each]
+    total = first[rows, torch.tensor([ids[0] for ids in flat], device=prompts.device)].double()
+    if max(map(len, flat)) > 1:
+        behind = output.past_key_values
+        behind.batch_select_indices(rows)
+        total = total + _rest(model, flat, behind)
+    values = iter(total.tolist())
+    return [[next(values) for _ in each] for each in options]
+
+
+def _rest(model: Any, candidates: list[list[int]], cache: Any) -> Tensor:
+    """The log-probability of all tokens but the first of each candidate, whose prompts the cache holds row by row."""
+    width = max(map(len, candidates))
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in candidates], device=model.device)
+    lengths = torch.tensor([len(ids) for ids in candidates], device=model.device)
+    logits = model(input_ids=padded[:, :-1], past_key_values=cache, use_cache=True).logits
+    taken = logits.float().log_softmax(-1).gather(2, padded[:, 1:, None])[..., 0].double()
+    inside = torch.arange(1, width, device=model.device)[None] < lengths[:, None]
+    return torch.where(inside, taken, 0.0).sum(1)
+
+
+def _repeated(cache: Any, count: int) -> Any:
+    """A copy of the cache of one text for `count` of them."""
+    if cache is None:
+        return None
+    copied = copy.deepcopy(cache)
+    if count > 1:
+        copied.batch_repeat_interleave(count)
+    return copied

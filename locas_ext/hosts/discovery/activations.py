@@ -1,0 +1,96 @@
+"""Which activation stands between two recorded tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locas_ext.hosts.probe.recording import Recording
+from locas_ext.ops.activations import INDEX, activate
+
+from .forward import input_of, is_linear, nearness, output_of
+
+# One transformers name of each function that has kernels.
+KERNELS = tuple({index: name for name, index in reversed(INDEX.items())}.values())
+
+
+@dataclass(frozen=True)
+class Activated:
+    """What an activation may have made of a tensor.
+
+    value: the result; name: the function's transformers name, None if it is none of those with kernels
+    module: the name of the activation module in the layer; "" where the layer calls a function
+    """
+
+    value: Tensor
+    name: str | None
+    module: str
+
+
+def _is_elementwise(module: Any, x: Tensor) -> bool:
+    """Whether each number is activated alone: a norm is not."""
+    half = x.clone()
+    half[..., ::2] = 0
+    try:
+        return torch.equal(module(x.clone())[..., 1::2], module(half)[..., 1::2])
+    except Exception:
+        return False
+
+
+def function_of(module: Any, like: Tensor) -> str | None:
+    """The function with kernels that an activation module computes, up to roundings; None if none."""
+    grid = torch.linspace(-12, 12, 4001, device=like.device)
+    try:
+        value = module(grid).float()
+    except Exception:
+        grid = grid.to(like.dtype)
+        value = module(grid).float()
+        grid = grid.float()
+    errors = {name: (activate(grid, name) - value).abs().max().item() for name in KERNELS}
+    name = min(errors, key=errors.__getitem__)
+    return name if errors[name] <= 64 * torch.finfo(like.dtype).eps else None
+
+
+def nearest_with_kernels(module: Any, like: Tensor) -> str:
+    """The function with kernels that an activation module is most like, by direction."""
+    grid = torch.linspace(-4, 4, 401, device=like.device)
+    try:
+        value = module(grid).float()
+    except Exception:
+        return "silu"
+    scores = {name: torch.cosine_similarity(activate(grid, name), value, dim=0).item() for name in KERNELS}
+    return max(scores, key=scores.__getitem__)
+
+
+class Activations:
+    """The activations of one layer: its activation modules as they ran, and the functions with kernels."""
+
+    def __init__(self, layer: nn.Module, recording: Recording):
+        self.modules = []
+        for name, module in layer.named_modules():
+            if module is layer or is_linear(module) or len(list(module.parameters())) > 8:
+                continue
+            for call in recording.of(module):
+                x, y = input_of(call), output_of(call)
+                if x is not None and y is not None and x.shape == y.shape:
+                    self.modules.append((name, module, x, y))
+
+    def of(self, pre: Tensor, rows: int) -> list[Activated]:
+        """What may have become of a pre-activation [n, m]: by the modules that took it in, else by any known function."""
+        found = []
+        for name, module, x, y in self.modules:
+            same = x.numel() == pre.numel() and x.shape[-1] == pre.shape[-1] and torch.equal(x.reshape(rows, -1), pre)
+            if same and _is_elementwise(module, x):
+                found.append(Activated(y.reshape(rows, -1).float(), function_of(module, x), name))
+        return found or [Activated(activate(pre.float(), name), name, "") for name in KERNELS]
+
+
+def closest(options: list[Activated], expected: Tensor, up: Tensor | None, most: float) -> tuple[Activated, float] | None:
+    """The option that gives the expected tensor, times `up` if there is one, and how near; None if none is near enough."""
+    best = None
+    for option in options:
+        error = nearness(option.value if up is None else option.value * up, expected)
+        if error <= most and (best is None or error < best[1]):
+            best = option, error
+    return best

@@ -1,0 +1,204 @@
+"""The updates of a study: answers without their passages, the text itself, and a guard for everything else."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from locas_ext.learning.backprop import check_gradient, check_loss, loss_scale
+from locas_ext.learning.optimizers import OPTIMIZERS
+from locas_ext.ops import token_nll
+from locas_ext.patching.attachment import Attachment
+from locas_ext.storage import snapshot
+
+from .guard import mean_distance
+from .rows import Row, distance, joined, logits_of, targets_of
+from .settings import StudySettings
+
+CHECKS, LEAST_BETWEEN = 24, 4  # how often the guard is looked at in a study, and updates between two looks
+MOST_RETREATS = 3
+WARM_UP, LAST_RATE = 0.05, 0.1  # shares of the updates and of the learning rate
+_RECALLED = math.log(2)  # a token of more than half the probability is what greedy decoding writes
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that is learned with.
+
+    lessons: answers, with what the host expects; raw: the text; guard, kept_back: what is to stay, half of it to judge by
+    """
+
+    lessons: Sequence[Row]
+    raw: Sequence[Row]
+    guard: Sequence[Row]
+    kept_back: Sequence[Row]
+
+
+@dataclass
+class Progress:
+    """How far learning has come.
+
+    guard: what the guard's weight is multiplied by, rate: what the learning rate is; first: the distance to the host in the
+    beginning, None before it is known
+    """
+
+    step: int = 0
+    guard: float = 1.0
+    rate: float = 1.0
+    retreats: int = 0
+    first: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What the updates so far showed. losses: nats a token of the answers, one an update"""
+
+    losses: list[float] = field(default_factory=list)
+    guard: float | None = None
+    stopped: str | None = None
+
+
+class Learner:
+    """Runs the updates one by one, from wherever `progress` stands.
+
+    A look at the guard either keeps the state, or, where the distance has grown too far, puts the last state kept back and
+    goes on more carefully: with twice the guard and half the rate, three times at most.
+    """
+
+    def __init__(
+        self, attachment: Attachment, material: Material, settings: StudySettings, loss: str, seed: int, progress: Progress
+    ):
+        self.attachment, self.material, self.settings = attachment, material, settings
+        self.by_distance, self.seed, self.progress = loss == "kl", seed, progress
+        self.device = attachment.host.input_device()
+        self.outcome = Outcome()
+        per_epoch = math.ceil(len(material.lessons) / settings.batch)
+        self.per_epoch, self.planned = per_epoch, per_epoch * settings.epochs
+        self.between = max(LEAST_BETWEEN, self.planned // CHECKS)
+        self._best: snapshot.Snapshot | None = None
+
+    # ---- one update ----------------------------------------------------------------------------------------------
+    def _drawn(self, rows: Sequence[Row], count: int, step: int) -> list[Row]:
+        """Some rows, other ones at each step until all were there."""
+        return [rows[(step * count + number) % len(rows)] for number in range(min(count, len(rows)))]
+
+    def _lessons(self, step: int) -> list[Row]:
+        epoch, place = divmod(step, self.per_epoch)
+        order = list(range(len(self.material.lessons)))
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        size = self.settings.batch
+        return [self.material.lessons[index] for index in order[place * size : (place + 1) * size]]
+
+    def _loss(self, step: int) -> tuple[Tensor, Tensor]:
+        """-> what is made smaller; the mean loss of the answers' tokens"""
+        settings, material = self.settings, self.material
+        lessons = self._lessons(step)
+        raw = self._drawn(material.raw, max(1, settings.batch // 8), step) if settings.raw else []
+        guard = self._drawn(material.guard, max(4, settings.batch // 6), step) if settings.guard else []
+        logits = logits_of(self.attachment.host.model, [*lessons, *raw, *guard], self.device)
+        sizes = [sum(row.count for row in rows) for rows in (lessons, raw, guard)]
+        of_lessons, of_raw, of_guard = logits.split(sizes)
+        total, shown = self._of_lessons(of_lessons, lessons)
+        if raw:
+            total = total + settings.raw * token_nll(of_raw.float(), targets_of(raw, logits.device)).mean()
+        if guard:
+            weight = settings.guard * self.progress.guard
+            total = total + weight * distance(of_guard, joined(guard, logits.device)).mean()
+        return total, shown
+
+    def _of_lessons(self, logits: Tensor, lessons: list[Row]) -> tuple[Tensor, Tensor]:
+        nll = token_nll(logits.float(), targets_of(lessons, logits.device))
+        missed = torch.where(nll.detach() > _RECALLED, nll, 0.0).mean()
+        if not self.by_distance:
+            return missed, nll.detach().mean()
+        gold = self.settings.gold
+        kl = distance(logits, joined(lessons, logits.device)).mean()
+        return (1 - gold) * kl + gold * missed, nll.detach().mean()
+
+    def _rate(self, step: int) -> float:
+        warm = max(1, round(WARM_UP * self.planned))
+        left = 1 - (step - warm) / max(1, self.planned - warm)
+        share = (step + 1) / warm if step < warm else LAST_RATE + (1 - LAST_RATE) * left
+        return self.settings.learning_rate * self.progress.rate * share
+
+    def gradient(self, step: int) -> float:
+        """The gradient of a step into the arenas. -> the answers' loss. LocasError if something is not finite."""
+        state = self.attachment.state
+        state.sync()
+        with state.accumulating():
+            total, shown = self._loss(step)
+            state.backward(total * loss_scale(state))
+        norms = [arena.gradient_norm().to(total.device) for arena in state.arenas]
+        value, loss, *norms_here = torch.stack([total.detach(), shown, *norms]).tolist()
+        check_loss(value, state, f"update {step} of the study")
+        check_gradient(all(map(math.isfinite, norms_here)), state, f"update {step} of the study")
+        return loss
+
+    def _update(self) -> None:
+        state, step = self.attachment.state, self.progress.step
+        try:
+            self.outcome.losses.append(self.gradient(step))
+            scale, clip = 1.0 / loss_scale(state), self.attachment.config.clip
+            OPTIMIZERS["adamw"](state, self._rate(step), clip=clip, gradient_scale=scale)
+        finally:
+            state.zero_grad()
+        self.progress.step += 1
+
+    def seconds_per_step(self) -> float:
+        """How long an update takes, by one that changes nothing."""
+        started = time.perf_counter()
+        try:
+            self.gradient(0)
+        finally:
+            self.attachment.state.zero_grad()
+        return time.perf_counter() - started
+
+    # ---- the guard -----------------------------------------------------------------------------------------------
+    def _look(self) -> None:
+        """Keeps the state, or puts the last one back."""
+        if not self.material.kept_back:
+            return
+        self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
+        grown = self.outcome.guard - (self.progress.first or 0.0)
+        if grown <= self.settings.most_kl:
+            if grown > self.settings.most_kl / 2:
+                self.progress.guard = min(64.0, 1.5 * self.progress.guard)
+            self._best = self._taken()
+            return
+        self.progress.retreats += 1
+        self.progress.guard, self.progress.rate = min(64.0, 2 * self.progress.guard), self.progress.rate / 2
+        if self._best is not None:
+            snapshot.restore(self.attachment.state, self.attachment.host, self._best)
+            self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
+        if self.progress.retreats >= MOST_RETREATS:
+            self.outcome.stopped = (
+                f"stopped after {self.progress.step} updates: the distance to the host on general prompts would not stay "
+                f"within {self.settings.most_kl:g} nats a token"
+            )
+
+    def _taken(self) -> snapshot.Snapshot:
+        return snapshot.take(self.attachment.state, self.attachment.host, None, [])
+
+    # ---- all of it -----------------------------------------------------------------------------------------------
+    def run(self, after_step: Callable[[], None]) -> Outcome:
+        """Learns to the end of the plan. after_step: called after each update; what it raises ends the run."""
+        self._look_at_start()
+        while self.progress.step < self.planned and self.outcome.stopped is None:
+            self._update()
+            if self.progress.step % self.between == 0 or self.progress.step == self.planned:
+                self._look()
+            after_step()
+        return self.outcome
+
+    def _look_at_start(self) -> None:
+        """The state that learning begins with is one to come back to."""
+        if not self.material.kept_back:
+            return
+        self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
+        if self.progress.first is None:
+            self.progress.first = self.outcome.guard
+        self._best = self._taken()

@@ -1,0 +1,49 @@
+"""What a study did."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StudyReport:
+    """What a study wrote and learned; print() shows it in two lines.
+
+    Attributes:
+        passages: how many the texts were cut into
+        asked: how many questions the host was to write
+        refused: why questions were not used: {reason: how many}
+        questions: how many were learned, by kind
+        steps: updates in this call; planned: in all
+        loss_before, loss: nats a token over the answers, of the first and the last updates; None without any
+        guard: nats a token to the host, on general prompts and free text that were kept back; None without a guard
+        stopped: why learning ended early; None if it did not
+        seconds: {"writing", "reading", "learning"}: of questions written, of the host's expectations, of updates
+    """
+
+    passages: int = 0
+    asked: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    questions: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    planned: int = 0
+    loss_before: float | None = None
+    loss: float | None = None
+    guard: float | None = None
+    stopped: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        """How many questions were learned."""
+        return sum(self.questions.values())
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.questions.items())
+        refused = ", ".join(f"{count:,} {why}" for why, count in self.refused.items())
+        first = f"{self.used:,} questions about {self.passages:,} passages ({kinds})" + (
+            f"; not used: {refused}" if refused else ""
+        )
+        loss = "" if self.loss is None or self.loss_before is None else f", {self.loss_before:.2f} -> {self.loss:.2f} nats"
+        guard = "" if self.guard is None else f", KL to the host {self.guard:.3f}"
+        stopped = "" if self.stopped is None else f"; {self.stopped}"
+        second = f"{self.steps:,} of {self.planned:,} updates, {sum(self.seconds.values()):.1f} s{loss}{guard}{stopped}"
+        return f"{first}\n{second}"

@@ -1,0 +1,68 @@
+"""How a text is studied."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from locas_ext.checks import boolean, integer, number, one_of
+
+LOSSES = ("kl", "ce")
+ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED = "asked", "asked-for", "blank", "about", "continued"
+KINDS = (ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED)
+BY_THE_HOST = (ASKED, ASKED_FOR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What a study is made of; the defaults are for a text of some thousand tokens.
+
+    Args:
+        chunk: int >= 16: tokens of a passage, which is in the host's window while it writes and answers questions
+        kinds: some of "asked" (the host writes a question and answers it), "asked-for" (it writes a question whose answer is a
+            word of the passage), "blank" (a sentence with a word left out), "about" (what the passage says of a word) and
+            "continued" (the beginning of a sentence, its rest); hosts without a chat template write no questions, and get the
+            other three
+        questions: int >= 1: how many of each kind per passage, at most
+        check: bool: whether only those are kept that the host answers with the passage in view; what is made from the passage's
+            sentences is true as it is, and checked only where nothing but the host's distribution is learned
+        epochs: int >= 1: passes over all questions
+        batch: int >= 1: questions per update
+        learning_rate: float >= 0: of AdamW
+        top_k: int >= 1: with loss "kl", how many of the host's likeliest tokens are kept at each place; the others as one
+        gold: float from 0 to 1: with loss "kl", how much of the target is the answer itself instead of the host's distribution
+        raw: float >= 0: the weight of the text itself beside the questions, its cross-entropy in nats a token
+        guard: float >= 0: the weight of the distance to the host on general prompts and its own free text, in nats a token
+        most_kl: float > 0: how far that distance may grow, on texts kept back for it; where it grows further the last state
+            within is put back, and learning goes on more carefully or stops
+        new_tokens: int >= 4: the most tokens of a question or answer that the host writes
+
+    Raises TypeError or ValueError for a value outside these.
+
+    >>> StudySettings(epochs=3, kinds=("blank", "about")).questions
+    16
+    """
+
+    chunk: int = 128
+    kinds: Sequence[str] = KINDS
+    questions: int = 16
+    check: bool = True
+    epochs: int = 6
+    batch: int = 48
+    learning_rate: float = 2e-3
+    top_k: int = 32
+    gold: float = 0.0
+    raw: float = 0.5
+    guard: float = 1.0
+    most_kl: float = 0.05
+    new_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        for name, least in {"chunk": 16, "questions": 1, "epochs": 1, "batch": 1, "top_k": 1, "new_tokens": 4}.items():
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        for name in ("learning_rate", "raw", "guard"):
+            object.__setattr__(self, name, number(name, getattr(self, name), 0))
+        object.__setattr__(self, "gold", number("gold", self.gold, 0, 1))
+        object.__setattr__(self, "most_kl", number("most_kl", self.most_kl, above=0))
+        boolean("check", self.check)
+        if isinstance(self.kinds, str) or not self.kinds:
+            raise ValueError(f"kinds is {self.kinds!r}; expected some of {', '.join(KINDS)}")
+        object.__setattr__(self, "kinds", tuple(one_of("kinds", kind, KINDS) for kind in self.kinds))

@@ -1,0 +1,269 @@
+"""Studying a text: questions about it are written, and their answers learned without it in view."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locas_ext.checks import boolean, integer, one_of
+from locas_ext.hosts.fingerprint import fingerprint
+from locas_ext.learning.initialization import initialize
+from locas_ext.learning.progress import progress_bar
+from locas_ext.learning.run_guards import interrupt_between_chunks, quiet_host
+from locas_ext.learning.settings import require_parameters_that_learn
+from locas_ext.learning.text_digest import text_digest
+from locas_ext.learning.texts import learned_now, put_record
+from locas_ext.patching.attachment import Attachment
+from locas_ext.storage import checkpoint
+from locas_ext.storage.config_file import digest as tensor_digest
+from locas_ext.terminal import Terminal
+
+from .arguments import prompter_of, texts_of
+from .asking import Written, ask_about, seconds_to_ask
+from .guard import guard_rows
+from .learner import Learner, Material, Progress
+from .pairs import Pair, Salience, given_pairs, made_pairs, require_usable
+from .passages import passages_of
+from .report import StudyReport
+from .rows import Row
+from .settings import BY_THE_HOST, LOSSES, StudySettings
+from .store import Store, digest
+from .teacher import ANSWERED, Lesson, lessons_of, surprises_of
+
+_AT_ONCE = 16  # passages that are asked about together, and then kept
+_SAVE_AFTER = 60.0  # seconds of learning between two saves
+Pairs = Sequence[tuple[str, str]]
+
+
+class Study:
+    """One study: its texts in passages, its host, and where it is kept."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        texts: object,
+        tokenizer: Any,
+        loss: str,
+        pairs: Pairs | None,
+        settings: StudySettings,
+        seed: int,
+        progress: bool,
+        cache: str | Path | None,
+    ):
+        """Raises ValueError or TypeError for what does not fit."""
+        host = attachment.host
+        self.attachment, self.settings, self.shows = attachment, settings, boolean("progress", progress)
+        self.loss, self.seed = one_of("loss", loss, LOSSES), integer("seed", seed, 0)
+        self.texts = texts_of(texts)
+        self.prompter = prompter_of(tokenizer, host.vocab_size, self.texts)
+        require_parameters_that_learn(attachment.state)
+        self.passages = passages_of(self.prompter, self.texts, min(settings.chunk, host.max_positions // 2))
+        self.given = None if pairs is None else given_pairs(pairs, self.passages)
+        self.device, self.model = host.input_device(), host.model
+        self.store = Store(None if cache is None else Path(cache), self._identity())
+        self.report = StudyReport(passages=len(self.passages))
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the questions and the updates."""
+        given = None if self.given is None else [(pair.question, pair.answer) for pair in self.given]
+        return {
+            "host": digest(fingerprint(self.attachment.host)),
+            "texts": digest(self.texts),
+            "pairs": None if given is None else digest(given),
+            "loss": self.loss,
+            "seed": self.seed,
+            "settings": json.loads(json.dumps(asdict(self.settings))),
+        }
+
+    # ---- questions -----------------------------------------------------------------------------------------------
+    def _bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        return _bar(title, total, unit) if self.shows else nullcontext(lambda count: None)
+
+    def _salience(self) -> Salience:
+        return Salience(surprises_of(self.model, self.prompter, self.passages, self.device))
+
+    def pairs(self, check_interrupt: Callable[[], None]) -> list[Pair]:
+        """All questions: those given, or those that the host writes (or has written before) and those made."""
+        if self.given is not None:
+            return self.given
+        salient, settings = self._salience(), self.settings
+        written, done = self.store.written()
+        if self.prompter.has_chat and any(kind in settings.kinds for kind in BY_THE_HOST):
+            missing = [number for number in range(len(self.passages)) if number not in done]
+            if self.shows and missing:
+                asks = self.model, self.prompter, self.passages, missing, salient, settings, self.seed
+                count, seconds = seconds_to_ask(*asks)
+                Terminal(stderr=True).print(f"{count:,} questions to write, about {seconds:,.0f} s")
+            with self._bar("asking", len(missing), "passages") as advance:
+                for start in range(0, len(missing), _AT_ONCE):
+                    self._ask(missing[start : start + _AT_ONCE], salient, written, advance)
+                    check_interrupt()
+        self.report.asked, self.report.refused = written.asked, dict(written.refused)
+        made = made_pairs(self.passages, settings.kinds, settings.questions, salient, self.seed)
+        return [*dict.fromkeys([*written.pairs, *made])]
+
+    def _ask(self, numbers: list[int], salient: Salience, written: Written, advance: Callable[[int], None]) -> None:
+        part = ask_about(self.model, self.prompter, self.passages, numbers, salient, self.settings, self.seed, advance)
+        self.store.add(numbers, part)
+        written.pairs += part.pairs
+        written.asked += part.asked
+        for why, count in part.refused.items():
+            written.refused[why] = written.refused.get(why, 0) + count
+
+    def lessons(self, pairs: list[Pair]) -> list[Lesson]:
+        """What the host expects of each answer with the passage in view; those it does not answer are left out."""
+        positions = self.attachment.host.max_positions
+        with self._bar("reading", len(pairs), "questions") as advance:
+            found = lessons_of(
+                self.model, self.prompter, self.passages, pairs, self.settings.top_k, positions, self.device, advance
+            )
+        refused = self.report.refused
+        if len(found) < len(pairs):
+            refused["do not fit into the window"] = len(pairs) - len(found)
+        if self.settings.check and self.given is None:
+            true_anyway = self.loss == "ce" or self.settings.gold > 0
+            kept = [
+                lesson
+                for lesson in found
+                if lesson.answered >= ANSWERED or (true_anyway and lesson.pair.kind not in BY_THE_HOST)
+            ]
+            if len(kept) < len(found):
+                refused["are not answered with the passage in view"] = len(found) - len(kept)
+            found = kept
+        require_usable([lesson.pair for lesson in found], max(self.report.asked, len(pairs)), refused)
+        for lesson in found:
+            self.report.questions[lesson.pair.kind] = self.report.questions.get(lesson.pair.kind, 0) + 1
+        return found
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+    def material(self, lessons: list[Lesson]) -> Material:
+        """The rows of a study; the model is the bare host here."""
+        settings, begin = self.settings, tuple(self.prompter.passage(""))
+        raw = [Row((*begin, *passage.ids), max(1, len(begin))) for passage in self.passages if len(passage.ids) > 1]
+        guard: tuple[list[Row], list[Row]] = ([], [])
+        if settings.guard:
+            tokens = min(settings.new_tokens, self.attachment.host.max_positions // 4)
+            guard = guard_rows(self.model, self.prompter, tokens, settings.top_k, self.seed, self.device)
+        return Material([lesson.row for lesson in lessons], raw, *guard)
+
+    def start(self) -> str:
+        """Initializes the memory if need be, with optimizer states that begin anew. -> a digest of how it starts."""
+        state = self.attachment.state
+        if not state.initialized:
+            ids = [token for passage in self.passages for token in passage.ids]
+            texts, stream = self.attachment.texts, self.attachment.stream
+            initialize(self.attachment, ids[: min(2048, self.attachment.host.max_positions)])
+            self.attachment.texts, self.attachment.stream = texts, stream
+        for arena in state.arenas:
+            arena.forget_optimizer()
+        return tensor_digest(b"".join(arena.slots.cpu().numpy().tobytes() for arena in state.arenas))
+
+    def learn(self, material: Material, check_interrupt: Callable[[], None]) -> None:
+        """The updates, from where the store has them."""
+        start = self.start()
+        kept = self.store.progress(start)
+        if kept is not None and self.store.memory is not None:
+            checkpoint.read(self.store.memory).put_into(self.attachment)
+        numbers = {name: value for name, value in (kept or {}).items() if name != "start"}
+        learner = Learner(self.attachment, material, self.settings, self.loss, self.seed, Progress(**numbers))
+        before = learner.progress.step
+        if self.shows and before < learner.planned:
+            seconds = learner.seconds_per_step() * (learner.planned - before)
+            Terminal(stderr=True).print(f"{learner.planned - before:,} updates, about {seconds:,.0f} s")
+        self.report.planned = learner.planned
+        try:
+            with self._bar("studying", learner.planned - before, "updates") as advance:
+                self._run(learner, start, advance, check_interrupt)
+        finally:
+            self._note(learner, before)
+
+    def _run(self, learner: Learner, start: str, advance: Callable[[int], None], check_interrupt: Callable[[], None]) -> None:
+        saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved
+            if self.store.memory is not None:
+                checkpoint.save(self.attachment, self.store.memory, optimizer=True)
+                self.store.keep_progress({"start": start, **asdict(learner.progress)})
+            saved = time.monotonic()
+
+        def after_step() -> None:
+            advance(1)
+            if time.monotonic() - saved > _SAVE_AFTER:
+                save()
+            try:
+                check_interrupt()
+            except KeyboardInterrupt:
+                save()
+                raise
+
+        learner.run(after_step)
+        save()
+
+    def _note(self, learner: Learner, before: int) -> None:
+        """The report, and the record of what was learned."""
+        report, outcome, attachment = self.report, learner.outcome, self.attachment
+        report.steps, report.guard, report.stopped = learner.progress.step - before, outcome.guard, outcome.stopped
+        few = max(1, min(8, len(outcome.losses) // 4))
+        if outcome.losses:
+            report.loss_before = sum(outcome.losses[:few]) / few
+            report.loss = sum(outcome.losses[-few:]) / few
+        if report.steps or before:
+            attachment.stream = None  # a run over a text cannot go on behind updates that are not its own
+            for text in self.texts:
+                ids = torch.tensor(self.prompter.encode(text), dtype=torch.int64)
+                put_record(attachment.texts, None, learned_now(None, text_digest(ids), len(ids)))
+
+
+@contextmanager
+def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    with progress_bar(unit, "{task.fields[rate]:,.1f}/s") as progress:
+        task = progress.add_task(title, total=total, rate=0.0)
+
+        def advance(count: int) -> None:
+            done = progress.tasks[0].completed + count
+            progress.update(task, advance=count, rate=done / (progress.tasks[0].elapsed or 1.0))
+
+        yield advance
+
+
+def study(
+    attachment: Attachment,
+    texts: object,
+    tokenizer: Any,
+    loss: str = "kl",
+    pairs: Pairs | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    settings: StudySettings | None = None,
+    cache: str | Path | None = None,
+) -> StudyReport:
+    """See `Memory.study`."""
+    if settings is not None and not isinstance(settings, StudySettings):
+        raise TypeError(f"settings is {type(settings).__name__}; expected locas.StudySettings(...) or None")
+    with attachment.exclusive("study"):
+        chosen = StudySettings() if settings is None else settings
+        made = Study(attachment, texts, tokenizer, loss, pairs, chosen, seed, progress, cache)
+        model, seconds = attachment.host.model, made.report.seconds
+        with quiet_host(model), torch.inference_mode(False), interrupt_between_chunks() as check_interrupt:
+            with attachment.state.disable():
+                with _timed(seconds, "writing"):
+                    written = made.pairs(check_interrupt)
+                with _timed(seconds, "reading"):
+                    material = made.material(made.lessons(written))
+            check_interrupt()
+            with torch.enable_grad(), _timed(seconds, "learning"):
+                made.learn(material, check_interrupt)
+        return made.report
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
