@@ -7,7 +7,6 @@ from support.helpers import random_ids
 from transformers import AutoModelForCausalLM
 
 import locas_ext as locas
-from locas_ext.hosts.registry import HOSTS, HostFamily
 
 RUN = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
 TEXT_PART = dict(
@@ -77,8 +76,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_one_file_serves_the_wrapper_and_the_text_only_class(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(HOSTS, name, HOSTS.get(name, HostFamily()))
+def test_one_file_serves_the_wrapper_and_the_text_only_class(name, tmp_path):
     models, ids = both(name), random_ids(48)
     alone = logits(models[0], ids)
     torch.testing.assert_close(logits(models[1], ids), alone)

@@ -112,10 +112,8 @@ def context_model(model_type, seed=0, **settings):
 class ContextHost:
     """A host as far as reading its windows goes: whatever its FFNs are, a reader takes it."""
 
-    ffns = ()
-
     def __init__(self, model):
-        self.model, self.reading = model, WindowReading()
+        self.model, self.reading, self.ffns = model, WindowReading(), {}
         self.config = model.config.get_text_config(decoder=True)
         self.vocab_size = self.config.vocab_size
 
