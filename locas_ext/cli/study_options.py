@@ -38,7 +38,7 @@ class StudyOptions:
     ] = "kl"
     kinds: Annotated[
         Any,  # list[str], which would make typer take the option several times
-        option(names(KINDS), "Kinds of questions, the first two by hosts with a chat template; default: all.", panel=STUDY),
+        option(names(KINDS), "Kinds of questions, the first by hosts with a chat template only; default: all.", panel=STUDY),
     ] = None
     questions: Annotated[int, option(integer(1), "Questions of each kind per passage, at most.", panel=STUDY)] = 16
     chunk: Annotated[int, option(integer(16), "Tokens of a passage.", panel=STUDY)] = 128

@@ -27,9 +27,9 @@ class MemoryStudy(MemoryLearning):
     ) -> StudyReport:
         """Learns texts so that questions about them can be answered without them in the window.
 
-        The host reads each passage of the texts, writes questions about it and answers them; further questions are made from
-        the passage's sentences. The memory then learns each answer from its question, without the passage, mixed with the
-        text itself, while a guard keeps general answers and free text as the bare host gives them.
+        The host reads each passage of the texts, writes questions about it and answers them with it in view; further questions
+        are made from the passage's sentences. The memory then learns each answer from its question, without the passage, mixed
+        with the text itself, while a guard keeps general answers and free text as the bare host gives them.
 
         Args:
             texts: a text or several, at least 8 tokens each

@@ -116,7 +116,8 @@ def test_a_host_without_a_chat_template_learns_from_sentences():
     tokenizer, memory = study_tokenizer(), studying(SEED)
     chosen = settings(epochs=1, questions=3, guard=0.0)
     report = memory.study([TEXT, TEXT[:200]], tokenizer, "ce", progress=False, settings=chosen)
-    assert set(report.questions) == {"blank", "about", "continued"} and report.asked == 0 and report.passages > 1
+    assert set(report.questions) >= {"blank", "about", "continued"} and report.passages > 1
+    assert "asked" not in report.questions and report.asked <= 3 * report.passages
     assert memory.version == report.steps > 0 and len(memory.texts) == 2
 
 

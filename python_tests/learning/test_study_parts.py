@@ -191,31 +191,47 @@ def test_prompts_written_together_go_on_as_alone(temperature, monkeypatch):
 
 
 def test_questions_and_answers_are_taken_out_of_what_was_written(monkeypatch):
+    """A host that follows a script: what it is asked last decides what it writes."""
     prompter = Prompter(study_tokenizer(CHAT))
     passages = passages_of(prompter, [TEXT], 256)
     script = {
-        "asks for a name": "Sure!\n1. Who was born in Dublin?",
-        "Who or Which": "I cannot do that.",
-        "Where or When": "Question: Where is Skolm?",
-        'answer is "honey"': "What does the village of Skolm sell?",
-        'answer is "Skolm"': "Where is Skolm on the map?",
-        "Who was born in Dublin?": '"Captain Klau".\nHe left.',
+        "asks for a name in this text": "Sure!\n1. Who was born in Dublin?",
+        "starts with Who or Which": "I cannot do that.",
+        "starts with Where or When": "Question: Where is Skolm?",
+        "starts with What": "What can I say?",
+        "Answer: honey\nQuestion:": " What does the village of Skolm sell?\n\nText: more",
+        "Answer: Skolm\nQuestion:": " Where is Skolm on the map?",
+        "Answer: red\nQuestion:": " What color are the sails of the Vomel?",
+        "Who was born in Dublin?": '"Captain Klau." He left.',
         "Where is Skolm?": "Far away",
+        "What does the village of Skolm sell?": "They sell honey.",
+        "What color are the sails of the Vomel?": "They are green.",
     }
 
     def wrote(model, tokenizer, prompts, *more, **options):
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        return [next((said for part, said in script.items() if part in text.split(TEXT)[1]), "") for text in texts]
+        texts = [tokenizer.decode(prompt)[-120:] for prompt in prompts]
+        return [next((said for part, said in script.items() if part in text), "") for text in texts]
 
     monkeypatch.setattr(asking, "write", wrote)
-    settings = StudySettings(kinds=(ASKED, ASKED_FOR), questions=8)
-    surprises = {s: [9.0 if s[a:b] in ("Skolm", "honey") else 0.0 for a, b in words_of(s)] for s in sentences_of(TEXT)}
-    written = ask_about(None, prompter, passages, [0], Salience(surprises, most=8), settings, SEED, lambda count: None)
-    found = {(pair.kind, pair.question, pair.answer) for pair in written.pairs}
-    assert (ASKED, "Who was born in Dublin?", "Captain Klau") in {(k, q, a.strip('".')) for k, q, a in found}
-    assert not any("Where is Skolm?" == question for _, question, _ in found)
-    assert written.refused["have an answer without a word of the passage"] == 1 and written.refused["are no question"] >= 5
-    assert all("Skolm on the map" not in question for _, question, _ in found)
+    words = {"Skolm", "honey", "red"}
+    surprises = {s: [9.0 if s[a:b] in words else 0.0 for a, b in words_of(s)] for s in sentences_of(TEXT)}
+    salient, seen = Salience(surprises, most=9), []
+    for check in (True, False):
+        chosen = StudySettings(kinds=(ASKED, ASKED_FOR), questions=99, check=check)
+        written = ask_about(None, prompter, passages, [0], salient, chosen, SEED, seen.append)
+        found = {(pair.kind, pair.question, pair.answer) for pair in written.pairs}
+        sold, color = "What does the village of Skolm sell?", "What color are the sails of the Vomel?"
+        expected = {(ASKED, "Who was born in Dublin?", "Captain Klau."), (ASKED_FOR, sold, "honey")}
+        expected |= {(ASKED_FOR, sold, "They sell honey.")} | (set() if check else {(ASKED_FOR, color, "red")})
+        assert found == expected
+        refused = written.refused
+        assert refused["say their answer"] == 1 and refused["have an answer without a word of the passage"] == 1
+        assert refused["are not about the passage"] > 1 < refused["are no question"]  # each instruction is given many times
+        assert refused.get("are answered otherwise with the passage in view", 0) == check
+    assert seen == [1, 1]
+    base = Prompter(study_tokenizer())
+    written = ask_about(None, base, passages, [0], salient, chosen, SEED, seen.append)
+    assert {pair.kind for pair in written.pairs} == {ASKED_FOR}
 
 
 @pytest.mark.parametrize(

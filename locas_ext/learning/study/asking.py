@@ -20,9 +20,17 @@ SEEDS = (
     "Write one question that starts with What and can be answered from this text. Write only the question.",
     "Write one question that a teacher would ask to see whether a student remembers this text. Write only the question.",
 )
-SEED_FOR = 'Write one question about this text whose answer is "{}". Do not use that word. Write only the question.'
-SHORTLY = " Answer in a few words."
+# Examples for hosts that do not follow an instruction: a sentence, a word of it, a question to the word.
+EXAMPLES = (
+    ("The mill at Harrow belongs to old Tomkin.", "Tomkin", "Who owns the mill at Harrow?"),
+    ("The lamp on the ferry Anneke is green.", "green", "What color is the lamp on the ferry Anneke?"),
+    ("Miss Lund was taught to paint by her uncle.", "paint", "What was Miss Lund taught by her uncle?"),
+    ("The bakers of Dorn put cinnamon into their bread.", "Dorn", "Whose bakers put cinnamon into their bread?"),
+    ("In 1907 the tower of Elm was struck by lightning.", "1907", "When was the tower of Elm struck by lightning?"),
+)
+_EXAMPLE = "Text: {}\nAnswer: {}\nQuestion:{}"
 _MOST_WORDS = 40
+_FIRST_SENTENCE = re.compile(r"(?<=[a-z0-9]{3}[.!?])[\"']?\s")
 Advance = Callable[[int], None]
 
 
@@ -51,24 +59,46 @@ def question_in(text: str) -> str | None:
 
 
 def answer_in(text: str) -> str | None:
-    """The answer in what was written: its first line, without quotes; None if it is empty.
+    """The answer in what was written: its first sentence, without quotes; None if it is empty.
 
-    >>> answer_in('"Anna Bell."')
-    'Anna Bell.'
+    >>> answer_in('"Anna Bell." She said it twice.'), answer_in("Dr. Bell, of course. Why?")
+    ('Anna Bell.', 'Dr. Bell, of course.')
     """
     line = next((line.strip() for line in text.strip().splitlines() if line.strip()), "")
-    return line.strip("\"'* ") or None
+    return _FIRST_SENTENCE.split(line, maxsplit=1)[0].strip("\"'* ") or None
 
 
-def _wishes(passage: Passage, salient: Salience, settings: StudySettings, rng: random.Random) -> list[tuple[str, str | None]]:
-    """What the host is told to write about a passage: (instruction, the answer that it is to have or None)."""
-    wishes: list[tuple[str, str | None]] = []
-    if ASKED in settings.kinds:
-        wishes += [(SEEDS[number % len(SEEDS)], None) for number in range(settings.questions)]
-    if ASKED_FOR in settings.kinds:
-        words = list(dict.fromkeys(word for sentence in sentences_of(passage.text) for word in salient(sentence)))
-        chosen = rng.sample(words, settings.questions) if len(words) > settings.questions else words
-        wishes += [(SEED_FOR.format(word), word) for word in chosen]
+@dataclass(frozen=True)
+class _Wish:
+    """A question that the host is to write: about a passage, of a sentence for a word of it, or a free one."""
+
+    passage: int
+    prompt: tuple[int, ...]
+    word: str | None = None
+    sentence: str = ""
+
+
+def _wishes(
+    prompter: Prompter,
+    passages: Sequence[Passage],
+    numbers: Sequence[int],
+    salient: Salience,
+    settings: StudySettings,
+    seed: int,
+) -> list[_Wish]:
+    """What the host is told to write about some passages."""
+    shown = "\n\n".join(_EXAMPLE.format(text, word, f" {question}") for text, word, question in EXAMPLES)
+    wishes: list[_Wish] = []
+    for number in numbers:
+        rng, passage = random.Random(f"{seed} {number}"), passages[number]
+        if ASKED in settings.kinds and prompter.has_chat:
+            told = [SEEDS[index % len(SEEDS)] for index in range(settings.questions)]
+            wishes += [_Wish(number, tuple(prompter.ask(each, passage.text))) for each in told]
+        if ASKED_FOR in settings.kinds:
+            words = [(sentence, word) for sentence in sentences_of(passage.text) for word in salient(sentence)]
+            for sentence, word in rng.sample(words, min(settings.questions, len(words))):
+                prompt = prompter.passage(f"{shown}\n\n{_EXAMPLE.format(sentence, word, '')}")
+                wishes.append(_Wish(number, tuple(prompt), word, sentence))
     return wishes
 
 
@@ -82,14 +112,9 @@ def seconds_to_ask(
     seed: int,
 ) -> tuple[int, float]:
     """How many questions `ask_about` would have the host write about some passages, and about how long that takes."""
-    prompts = []
-    for number in numbers:
-        rng = random.Random(f"{seed} {number}")
-        prompts += [prompter.ask(told, passages[number].text) for told, _ in _wishes(passages[number], salient, settings, rng)]
-    # questions, and the answers to those that had none
-    answered = settings.questions * len(numbers) if ASKED in settings.kinds else 0
+    prompts = [wish.prompt for wish in _wishes(prompter, passages, numbers, salient, settings, seed)]
     seconds = seconds_to_write(model, prompter.tokenizer, prompts, settings.new_tokens, seed)
-    return len(prompts), seconds * (1 + answered / max(1, len(prompts)))
+    return len(prompts), 2 * seconds  # questions, and their answers
 
 
 def ask_about(
@@ -106,25 +131,22 @@ def ask_about(
 
     advance: told of each passage that is done with
     """
-    written, wishes = Written(), []
-    for number in numbers:
-        rng = random.Random(f"{seed} {number}")
-        wishes += [(number, told, wanted) for told, wanted in _wishes(passages[number], salient, settings, rng)]
-    prompts = [prompter.ask(told, passages[number].text) for number, told, _ in wishes]
-    texts = write(model, prompter.tokenizer, prompts, settings.new_tokens, seed + numbers[0], temperature=0.8)
+    written, wishes = Written(), _wishes(prompter, passages, numbers, salient, settings, seed)
+    prompts = [wish.prompt for wish in wishes]
+    texts = write(model, prompter.tokenizer, prompts, settings.new_tokens, seed + numbers[0], temperature=0.7)
     written.asked = len(wishes)
-    open_: dict[tuple[int, str], None] = {}
-    for (number, _, wanted), text in zip(wishes, texts, strict=True):
-        question = question_in(text)
+    asked: dict[tuple[int, str], _Wish] = {}
+    for wish, text in zip(wishes, texts, strict=True):
+        question = question_in(text if wish.word is None else text.lstrip().partition("\n")[0])
         if question is None:
             written.refuse("are no question")
-        elif wanted is None:
-            open_[number, question] = None
-        elif set(wanted.lower().split()) & set(re.findall(r"\w+", question.lower())):
+        elif wish.word is not None and set(_parts(wish.word)) & set(_parts(question)):
             written.refuse("say their answer")
+        elif not _shared(question, wish.sentence or passages[wish.passage].text):
+            written.refuse("are not about the passage")
         else:
-            written.pairs.append(Pair(ASKED_FOR, question, wanted, number))
-    _answer(model, prompter, passages, list(open_), settings, seed, written)
+            asked.setdefault((wish.passage, question), wish)
+    _answer(model, prompter, passages, asked, settings, seed, written)
     advance(len(numbers))
     return written
 
@@ -133,26 +155,38 @@ def _answer(
     model: Any,
     prompter: Prompter,
     passages: Sequence[Passage],
-    questions: list[tuple[int, str]],
+    asked: dict[tuple[int, str], _Wish],
     settings: StudySettings,
     seed: int,
     written: Written,
 ) -> None:
-    """The host's own answers, with the passage in view."""
-    prompts = [prompter.ask(question + SHORTLY, passages[number].text) for number, question in questions]
+    """The host's own answers, with the passage in view; a question for a word has that word for an answer too."""
+    prompts = [prompter.ask(question, passages[number].text) for number, question in asked]
     texts = write(model, prompter.tokenizer, prompts, settings.new_tokens, seed)
-    for (number, question), text in zip(questions, texts, strict=True):
+    for ((number, question), wish), text in zip(asked.items(), texts, strict=True):
         answer = answer_in(text)
-        if answer is None:
+        if wish.word is not None:
+            agrees = answer is not None and set(_parts(wish.word)) <= set(_parts(answer))
+            if settings.check and not agrees:
+                written.refuse("are answered otherwise with the passage in view")
+                continue
+            written.pairs.append(Pair(ASKED_FOR, question, wish.word, number))
+            if answer is not None and agrees and answer != wish.word:
+                written.pairs.append(Pair(ASKED_FOR, question, answer, number))
+        elif answer is None:
             written.refuse("got no answer")
-        elif not _from(passages[number].text, answer):
+        elif not _shared(answer, passages[number].text):
             written.refuse("have an answer without a word of the passage")
         else:
             written.pairs.append(Pair(ASKED, question, answer, number))
 
 
-def _from(passage: str, answer: str) -> bool:
-    """Whether a word of the answer that can be asked for, or else any, stands in the passage."""
-    there = set(re.findall(r"\w+", passage.lower()))
-    words = [answer[a:b] for a, b in words_of(answer)] or answer.split()
-    return any(part in there for word in words for part in re.findall(r"\w+", word.lower()))
+def _parts(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _shared(said: str, text: str) -> bool:
+    """Whether a word that can be asked for stands in both: of four letters, or a number; of an answer without any, any word."""
+    there = set(_parts(text))
+    words = [part for a, b in words_of(said) for part in _parts(said[a:b]) if len(part) > 3 or part[0].isdigit()]
+    return any(part in there for part in words or _parts(said))

@@ -12,7 +12,8 @@ class StudyReport:
         asked: how many questions the host was to write
         refused: why questions were not used: {reason: how many}
         questions: how many were learned, by kind
-        steps: updates in this call; planned: in all
+        steps: updates in this call
+        planned: updates in all
         loss_before, loss: nats a token over the answers, of the first and the last updates; None without any
         guard: nats a token to the host, on general prompts and free text that were kept back; None without a guard
         stopped: why learning ended early; None if it did not

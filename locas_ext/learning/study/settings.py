@@ -8,7 +8,6 @@ from locas_ext.checks import boolean, integer, number, one_of
 LOSSES = ("kl", "ce")
 ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED = "asked", "asked-for", "blank", "about", "continued"
 KINDS = (ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED)
-BY_THE_HOST = (ASKED, ASKED_FOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +16,9 @@ class StudySettings:
 
     Args:
         chunk: int >= 16: tokens of a passage, which is in the host's window while it writes and answers questions
-        kinds: some of "asked" (the host writes a question and answers it), "asked-for" (it writes a question whose answer is a
-            word of the passage), "blank" (a sentence with a word left out), "about" (what the passage says of a word) and
-            "continued" (the beginning of a sentence, its rest); hosts without a chat template write no questions, and get the
-            other three
+        kinds: some of "asked" (the host writes a question and answers it), "asked-for" (it writes a question to a word of
+            a sentence), "blank" (a sentence with a word left out), "about" (what the passage says of a word) and
+            "continued" (the beginning of a sentence, its rest); hosts without a chat template get all but the first
         questions: int >= 1: how many of each kind per passage, at most
         check: bool: whether only those are kept that the host answers with the passage in view; what is made from the passage's
             sentences is true as it is, and checked only where nothing but the host's distribution is learned
@@ -35,7 +33,11 @@ class StudySettings:
             within is put back, and learning goes on more carefully or stops
         new_tokens: int >= 4: the most tokens of a question or answer that the host writes
 
-    Raises TypeError or ValueError for a value outside these.
+    Raises:
+        TypeError: a value of another type
+        ValueError: a value out of range, or a kind that there is not
+
+    Source: docs/method.md, "Study".
 
     >>> StudySettings(epochs=3, kinds=("blank", "about")).questions
     16

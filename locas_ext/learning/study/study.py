@@ -31,7 +31,7 @@ from .pairs import Pair, Salience, given_pairs, made_pairs, require_usable
 from .passages import passages_of
 from .report import StudyReport
 from .rows import Row
-from .settings import BY_THE_HOST, LOSSES, StudySettings
+from .settings import ASKED, ASKED_FOR, LOSSES, StudySettings
 from .store import Store, digest
 from .teacher import ANSWERED, Lesson, lessons_of, surprises_of
 
@@ -93,7 +93,7 @@ class Study:
             return self.given
         salient, settings = self._salience(), self.settings
         written, done = self.store.written()
-        if self.prompter.has_chat and any(kind in settings.kinds for kind in BY_THE_HOST):
+        if ASKED_FOR in settings.kinds or (ASKED in settings.kinds and self.prompter.has_chat):
             missing = [number for number in range(len(self.passages)) if number not in done]
             if self.shows and missing:
                 asks = self.model, self.prompter, self.passages, missing, salient, settings, self.seed
@@ -127,11 +127,7 @@ class Study:
             refused["do not fit into the window"] = len(pairs) - len(found)
         if self.settings.check and self.given is None:
             true_anyway = self.loss == "ce" or self.settings.gold > 0
-            kept = [
-                lesson
-                for lesson in found
-                if lesson.answered >= ANSWERED or (true_anyway and lesson.pair.kind not in BY_THE_HOST)
-            ]
+            kept = [lesson for lesson in found if lesson.answered >= ANSWERED or (true_anyway and lesson.pair.kind != ASKED)]
             if len(kept) < len(found):
                 refused["are not answered with the passage in view"] = len(found) - len(kept)
             found = kept
