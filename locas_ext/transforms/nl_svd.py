@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from locas_ext.ops.activations import activate, activation_index
+from locas_ext.ops.activations import activate, activation_index, has_parameters
 
-# The largest |act'| of each activation, rounded up, by activation_index. That of relu2 has no bound.
+# The largest |act'| of each activation, rounded up, by activation_index. Those of relu2 and xIELU have no bound.
 _LIPSCHITZ = (1.0999, 1.1290, 1.1290, 1.0, math.inf, 1.0999)
 
 
@@ -23,7 +23,7 @@ class Compressed(NamedTuple):
     value: Tensor  # [n, d]: f(probe) / act(1)
     kept_energy: float
     discarded_energy: float
-    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2 and xIELU
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
     with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
     an unknown activation; TypeError for a rank that is no integer.
     """
-    lipschitz = _LIPSCHITZ[activation_index(activation)]
+    lipschitz = math.inf if has_parameters(activation) else _LIPSCHITZ[activation_index(activation)]
     _check(key, value, rank, threshold)
     # Always float64: eigenvalues are squares; float32 loses norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()
