@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <bit>
 
 #include <algorithm>
 #include <cstdint>
@@ -141,7 +142,15 @@ class Checker {
       fail(a.name, "begins at " + a.tensor.address_text() + "; expected a multiple of 16 bytes");
   }
 
-  Activation activation(int index) const {
+  // A number as locas_ext/ops/activations.py makes them: an index, or bit 62 and the bits of xIELU's two positive numbers.
+  Activation activation(int64_t number, ActivationParams& params) const {
+    constexpr int64_t kXielu = int64_t{1} << 62;
+    if (!(number & kXielu) || number < 0) return activation(number);
+    params.positive = std::bit_cast<float>(static_cast<uint32_t>(number >> 31 & 0x7fffffff));
+    params.negative = std::bit_cast<float>(static_cast<uint32_t>(number & 0x7fffffff));
+    return Activation::xielu;
+  }
+  Activation activation(int64_t index) const {
     constexpr int count = std::size(kActivationNames);
     if (index < 0 || index >= count)
       fail("activation", "is " + std::to_string(index) + "; expected 0 to " + std::to_string(count - 1));

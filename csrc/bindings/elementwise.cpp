@@ -9,7 +9,7 @@
 namespace locas {
 namespace {
 
-void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int activation,
+void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const TensorRef& out, int64_t activation,
                             float scale, uintptr_t stream) {
   const Checker check = matrix_checker("glu_activation_forward", {"gate", gate});
   const int64_t rows = gate.shape[0], cols = gate.shape[1];
@@ -18,14 +18,14 @@ void glu_activation_forward(const TensorRef& gate, const MaybeTensor& up, const 
   p.up = check.matrix_or_null("up", up, rows, cols);
   p.out = check.matrix({"out", out}, rows, cols);
   p.scale = scale;
-  p.activation = check.activation(activation);
+  p.activation = check.activation(activation, p.params);
   p.dtype = gate.dtype;
   LOCAS_DISPATCH(glu_activation_forward, p, gate.device, stream);
 }
 
 void glu_activation_backward(const TensorRef& d_hidden, const TensorRef& gate, const MaybeTensor& up,
                              const TensorRef& d_gate, const MaybeTensor& d_up, const MaybeTensor& hidden,
-                             int activation, float scale, uintptr_t stream) {
+                             int64_t activation, float scale, uintptr_t stream) {
   const Checker check = matrix_checker("glu_activation_backward", {"gate", gate});
   const int64_t rows = gate.shape[0], cols = gate.shape[1];
   GluActivationBackwardParams p;
@@ -37,12 +37,12 @@ void glu_activation_backward(const TensorRef& d_hidden, const TensorRef& gate, c
   check.both_or_none("d_up", d_up, "up", up);
   p.hidden = check.matrix_or_null("hidden", hidden, rows, cols);
   p.scale = scale;
-  p.activation = check.activation(activation);
+  p.activation = check.activation(activation, p.params);
   p.dtype = gate.dtype;
   LOCAS_DISPATCH(glu_activation_backward, p, gate.device, stream);
 }
 
-void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int activation,
+void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, const TensorRef& out, int64_t activation,
                                    uintptr_t stream) {
   const Checker check = matrix_checker("neuron_importance_of_products", {"gate", gate});
   const int64_t rows = gate.shape[0], cols = gate.shape[1];
@@ -51,7 +51,7 @@ void neuron_importance_of_products(const TensorRef& gate, const TensorRef& up, c
   p.gate = check.matrix({"gate", gate}, rows, cols);
   p.up = check.matrix({"up", up}, rows, cols);
   p.importance = check.vector<float>({"out", out}, cols);
-  p.activation = check.activation(activation);
+  p.activation = check.activation(activation, p.params);
   p.dtype = gate.dtype;
   LOCAS_DISPATCH(neuron_importance_of_products, p, gate.device, stream);
 }

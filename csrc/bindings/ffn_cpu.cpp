@@ -51,7 +51,7 @@ int64_t saved_neurons(const Checker& check, const TensorRef& saved, const FfnSiz
 void cpu_glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
                          const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
                          const TensorRef& gate_key, const TensorRef& value, const TensorRef& y,
-                         const MaybeTensor& saved, int activation, float scale) {
+                         const MaybeTensor& saved, int64_t activation, float scale) {
   const Checker check = cpu_checker("cpu_glu_ffn_forward", x);
   CpuGluFfnForwardParams p;
   p.weights = cpu_weights_of(check, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
@@ -69,7 +69,7 @@ void cpu_glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const Tensor
 
 void cpu_glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& saved, const TensorRef& gate,
                           const TensorRef& up, const TensorRef& down, const TensorRef& gate_key, const TensorRef& value,
-                          const MaybeTensor& dx, const TensorRef& slots_grad, int activation, float scale) {
+                          const MaybeTensor& dx, const TensorRef& slots_grad, int64_t activation, float scale) {
   const Checker check = cpu_checker("cpu_glu_ffn_backward", x);
   const MaybeTensor none;
   CpuGluFfnBackwardParams p;

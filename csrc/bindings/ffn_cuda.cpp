@@ -53,7 +53,7 @@ void glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef&
                      const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& down_bias,
                      const TensorRef& gate_key, const TensorRef& value, const TensorRef& hidden,
                      const MaybeTensor& gate_out, const MaybeTensor& up_out, const TensorRef& y,
-                     const MaybeTensor& workspace, int activation, float scale, uintptr_t stream) {
+                     const MaybeTensor& workspace, int64_t activation, float scale, uintptr_t stream) {
   const Checker check("glu_ffn_forward", {"x", x});
   GluFfnForwardParams p;
   p.weights = weights_of(check, {gate, up, down, gate_bias, up_bias, down_bias, gate_key, value}, x);
@@ -77,7 +77,7 @@ void glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& 
                       const MaybeTensor& down_bias, const TensorRef& gate_key, const TensorRef& value,
                       const TensorRef& gate_saved, const TensorRef& up_saved, const TensorRef& d_gate,
                       const TensorRef& d_up, const TensorRef& memory_hidden, const MaybeTensor& dx,
-                      const MaybeTensor& slots_grad, const MaybeTensor& workspace, int activation, float scale,
+                      const MaybeTensor& slots_grad, const MaybeTensor& workspace, int64_t activation, float scale,
                       uintptr_t stream) {
   const Checker check("glu_ffn_backward", {"x", x});
   GluFfnBackwardParams p;
@@ -105,8 +105,8 @@ void glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& 
 }
 
 void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const MaybeTensor& gate_bias,
-                       const MaybeTensor& up_bias, const TensorRef& out, const MaybeTensor& workspace, int activation,
-                       uintptr_t stream) {
+                       const MaybeTensor& up_bias, const TensorRef& out, const MaybeTensor& workspace,
+                       int64_t activation, uintptr_t stream) {
   const Checker check("neuron_importance", {"x", x});
   check_x(check, x, {DType::bf16, DType::f16});
   const int64_t tokens = x.shape[0], d = x.shape[1], m = gate.ndim == 2 ? gate.shape[0] : 0;

@@ -10,7 +10,7 @@
 
 namespace locas {
 
-// By their transformers names, in the order of Activation. `_C` exports them as ACTIVATIONS.
+// By their transformers names, in the order of Activation, without xIELU. `_C` exports them as ACTIVATIONS.
 constexpr const char* kActivationNames[] = {"silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"};
 
 // exp(x) without branches or library calls, so that loops over it vectorise. Relative error under 2e-7;
@@ -77,7 +77,42 @@ LOCAS_INLINE ValueAndSlope activate(float x) {
   }
 }
 
-// Calls f with the activation as a compile-time constant.
+// exp(x) - 1 - x for x <= 0, without cancellation near 0.
+LOCAS_INLINE float exp_minus_line(float x) {
+  // Taylor to x^11 on [-1, 0]: the rest is under 3e-9.
+  const float t = x < -1.0f ? -1.0f : x;
+  float p = 1.0f / 39916800;
+  p = p * t + 1.0f / 3628800;
+  p = p * t + 1.0f / 362880;
+  p = p * t + 1.0f / 40320;
+  p = p * t + 1.0f / 5040;
+  p = p * t + 1.0f / 720;
+  p = p * t + 1.0f / 120;
+  p = p * t + 1.0f / 24;
+  p = p * t + 1.0f / 6;
+  p = p * t + 0.5f;
+  return x < -1.0f ? fast_exp(x) - 1.0f - x : p * x * x;
+}
+
+// xIELU (arXiv 2411.13010) with beta = 0.5: positive * x^2 + x / 2 above 0, negative * (exp(x) - 1 - x) + x / 2 below.
+LOCAS_INLINE ValueAndSlope xielu(float x, ActivationParams params) {
+  constexpr float kBeta = 0.5f;
+  const float below = x > 0.0f ? 0.0f : x, curve = exp_minus_line(below);
+  const float above = params.positive * x;
+  return {x > 0.0f ? above * x + kBeta * x : params.negative * curve + kBeta * x,
+          x > 0.0f ? 2.0f * above + kBeta : params.negative * (below + curve) + kBeta};
+}
+
+template <Activation act>
+LOCAS_INLINE ValueAndSlope activate(float x, ActivationParams params) {
+  if constexpr (act == Activation::xielu) {
+    return xielu(x, params);
+  } else {
+    return activate<act>(x);
+  }
+}
+
+// Calls f with the activation as a compile-time constant: one that takes no parameters.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable  // f is for the host or for the device, as its caller is
 #endif
@@ -91,6 +126,16 @@ LOCAS_INLINE auto with_activation(Activation activation, F&& f) {
     case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
     default: return f.template operator()<Activation::relu>();
   }
+}
+
+// The same with xIELU too.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+LOCAS_INLINE auto with_any_activation(Activation activation, F&& f) {
+  if (activation == Activation::xielu) return f.template operator()<Activation::xielu>();
+  return with_activation(activation, f);
 }
 
 }  // namespace locas

@@ -11,6 +11,7 @@ struct GluActivationForwardParams {
   Matrix out;       // [rows, cols]
   float scale;
   Activation activation;
+  ActivationParams params;
   DType dtype;
 };
 
@@ -23,6 +24,7 @@ struct GluActivationBackwardParams {
   Matrix hidden;        // [rows, cols] out: scale * act(gate) * up once more; data may be null
   float scale;
   Activation activation;
+  ActivationParams params;
   DType dtype;
 };
 
@@ -31,6 +33,7 @@ struct NeuronImportanceOfProductsParams {
   Matrix gate, up;    // [rows, cols]
   float* importance;  // [cols] out
   Activation activation;
+  ActivationParams params;
   DType dtype;
 };
 

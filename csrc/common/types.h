@@ -20,7 +20,12 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class Activation : int32_t { silu, gelu_tanh, gelu, relu, relu_squared, quick_gelu };
+enum class Activation : int32_t { silu, gelu_tanh, gelu, relu, relu_squared, quick_gelu, xielu };
+
+// What an activation is made with, besides its kind: xIELU's two learned numbers.
+struct ActivationParams {
+  float positive = 0.0f, negative = 0.0f;
+};
 
 // A matrix whose last dimension is contiguous. Its dtype stands in the struct that holds it.
 struct Matrix {

@@ -24,7 +24,7 @@ void glu_activation_forward_typed(const GluActivationForwardParams& p) {
     const float* up = p.up.data ? up_block.load(p.up.at<T>(row, col), n) : ones.at;
     float* out = out_block.begin_store(p.out.at<T>(row, col));
 #pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = p.scale * activate<act>(gate[i]).value * up[i];
+    for (int i = 0; i < n; ++i) out[i] = p.scale * activate<act>(gate[i], p.params).value * up[i];
     out_block.end_store(p.out.at<T>(row, col), n);
   });
 }
@@ -40,14 +40,14 @@ void glu_activation_backward_typed(const GluActivationBackwardParams& p) {
     if (p.hidden.data) {
       float* hidden = hidden_block.begin_store(p.hidden.at<T>(row, col));
 #pragma omp simd
-      for (int i = 0; i < n; ++i) hidden[i] = p.scale * activate<act>(gate[i]).value * up[i];
+      for (int i = 0; i < n; ++i) hidden[i] = p.scale * activate<act>(gate[i], p.params).value * up[i];
       hidden_block.end_store(p.hidden.at<T>(row, col), n);
     }
     if (p.d_up.data) {
       float* d_up = d_up_block.begin_store(p.d_up.at<T>(row, col));
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        const ValueAndSlope a = activate<act>(gate[i]);
+        const ValueAndSlope a = activate<act>(gate[i], p.params);
         const float d = p.scale * d_hidden[i];
         d_gate[i] = d * up[i] * a.slope;
         d_up[i] = d * a.value;
@@ -55,7 +55,7 @@ void glu_activation_backward_typed(const GluActivationBackwardParams& p) {
       d_up_block.end_store(p.d_up.at<T>(row, col), n);
     } else {
 #pragma omp simd
-      for (int i = 0; i < n; ++i) d_gate[i] = p.scale * d_hidden[i] * activate<act>(gate[i]).slope;
+      for (int i = 0; i < n; ++i) d_gate[i] = p.scale * d_hidden[i] * activate<act>(gate[i], p.params).slope;
     }
     d_gate_block.end_store(p.d_gate.at<T>(row, col), n);
   });
@@ -75,7 +75,7 @@ void neuron_importance_of_products_typed(const NeuronImportanceOfProductsParams&
       const float* gate = gate_block.load(p.gate.at<T>(row, col), n);
       const float* up = up_block.load(p.up.at<T>(row, col), n);
 #pragma omp simd
-      for (int i = 0; i < n; ++i) sums[i] += std::fabs(activate<act>(gate[i]).value * up[i]);
+      for (int i = 0; i < n; ++i) sums[i] += std::fabs(activate<act>(gate[i], p.params).value * up[i]);
     }
     for (int i = 0; i < n; ++i) p.importance[col + i] = static_cast<float>(sums[i] / rows);
   }
@@ -85,19 +85,19 @@ void neuron_importance_of_products_typed(const NeuronImportanceOfProductsParams&
 
 void glu_activation_forward(const GluActivationForwardParams& p) {
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { glu_activation_forward_typed<T, act>(p); });
+    with_any_activation(p.activation, [&]<Activation act>() { glu_activation_forward_typed<T, act>(p); });
   });
 }
 
 void glu_activation_backward(const GluActivationBackwardParams& p) {
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { glu_activation_backward_typed<T, act>(p); });
+    with_any_activation(p.activation, [&]<Activation act>() { glu_activation_backward_typed<T, act>(p); });
   });
 }
 
 void neuron_importance_of_products(const NeuronImportanceOfProductsParams& p) {
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() { neuron_importance_of_products_typed<T, act>(p); });
+    with_any_activation(p.activation, [&]<Activation act>() { neuron_importance_of_products_typed<T, act>(p); });
   });
 }
 

@@ -1,5 +1,9 @@
 """The activations by their transformers names."""
 
+import functools
+import re
+import struct
+
 import torch
 import torch.nn.functional as F
 
@@ -29,12 +33,49 @@ _FUNCTIONS = {
 }
 
 
+_XIELU = re.compile(r"xielu\(([\d.e+-]+),([\d.e+-]+)\)")
+
+
+def xielu(positive: float, negative: float) -> str:
+    """The name of xIELU with these two numbers: positive x^2 + x / 2 above 0, negative (exp(x) - 1 - x) + x / 2 below."""
+    return f"xielu({_float32(positive)!r},{_float32(negative)!r})"
+
+
+def _float32(value: float) -> float:
+    result: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _xielu_numbers(name: str) -> tuple[float, float] | None:
+    """The two numbers in the name of an xIELU; None for other names, or numbers that it cannot have."""
+    found = _XIELU.fullmatch(name)
+    numbers = () if found is None else tuple(map(float, found.groups()))
+    return (numbers[0], numbers[1]) if numbers and all(0 < number < 1e30 for number in numbers) else None
+
+
+def has_parameters(name: str) -> bool:
+    """Whether an activation is made with numbers of its own, which the fused kernels do not take."""
+    return name not in INDEX
+
+
 def activation_index(name: str) -> int:
-    """The kernels' number of an activation; ValueError names the known ones."""
-    try:
-        return INDEX[name]
-    except (KeyError, TypeError):
-        raise ValueError(f"activation is {name!r}; expected one of {', '.join(INDEX)}") from None
+    """The kernels' number of an activation: an index, or bit 62 and the bits of xIELU's numbers. ValueError names the known."""
+    if isinstance(name, str):
+        if (index := INDEX.get(name)) is not None:
+            return index
+        if (numbers := _xielu_numbers(name)) is not None:
+            positive, negative = (struct.unpack("<I", struct.pack("<f", number))[0] for number in numbers)
+            return int(1 << 62 | positive << 31 | negative)
+    raise ValueError(f"activation is {name!r}; expected one of {', '.join(INDEX)}, xielu(POSITIVE,NEGATIVE)")
+
+
+def activation_name(number: int) -> str:
+    """The name of an activation from its number."""
+    if number < 1 << 62:
+        return str(_C.ACTIVATIONS[number])
+    bits = struct.pack("<II", number >> 31 & 0x7FFFFFFF, number & 0x7FFFFFFF)
+    return xielu(*struct.unpack("<ff", bits))
 
 
 def activation_function(name: str) -> str:
@@ -44,4 +85,8 @@ def activation_function(name: str) -> str:
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """act(x) in plain torch."""
+    if (numbers := _xielu_numbers(name)) is not None:
+        positive, negative = numbers
+        below = torch.clamp(x, max=0)
+        return torch.where(x > 0, positive * x * x + 0.5 * x, (torch.expm1(below) - x) * negative + 0.5 * x)
     return _FUNCTIONS[activation_function(name)](x)

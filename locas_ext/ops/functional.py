@@ -73,7 +73,7 @@ def glu_ffn(
         down_weight: [d, m], x's dtype
         slots: [3, r, d], x's dtype or float32: gate, key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu" or xielu(0.8,0.3)
         gate_bias: [m], x's dtype, or None
         up_bias: [m], x's dtype, or None
         down_bias: [d], x's dtype, or None
@@ -114,7 +114,7 @@ def glu_ffn(
     if not by_address(x, slots, *[weight for weight in host if weight is not None]):
         return _traced_glu_ffn(x, host, slots, scale, activation, backend)
     x2d = x.reshape(-1, x.shape[-1])
-    module = glu_ffn_backend("glu_ffn", x, gate_weight, backend)
+    module = glu_ffn_backend("glu_ffn", x, gate_weight, backend, activation)
     views = _in_dtype(slots, x.dtype)
     if _wants_gradient(x, slots):
         y = GluFfnFunction.apply(x2d, slots, views, host, scale, index, None, module)
@@ -128,7 +128,7 @@ def _traced_glu_ffn(x: Tensor, host: HostWeights, slots: Tensor, scale: float, a
     gate, up, down, *biases = host
     if backend == "reference" or transformed():
         return reference.glu_ffn(x, gate, up, down, slots, scale, activation, *biases)
-    name = glu_ffn_backend("glu_ffn", x, gate, backend).NAME
+    name = glu_ffn_backend("glu_ffn", x, gate, backend, activation).NAME
     arguments = (x.reshape(-1, x.shape[-1]), gate, up, down, slots.to(x.dtype), scale, activation, name, *biases)
     if _wants_gradient(x, slots):
         return torch.ops.locas.glu_ffn(*arguments)[0].view_as(x)
@@ -174,7 +174,7 @@ def sideway_glu(x: Tensor, slots: Tensor, scale: float, activation: str = "silu"
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype)
         slots: [3, r, d], x's dtype or float32: gate, key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu" or xielu(0.8,0.3)
         backend: "auto", "matmul" or "reference"
 
     Returns:
@@ -200,7 +200,7 @@ def sideway_mlp(x: Tensor, slots: Tensor, scale: float, activation: str = "relu"
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype)
         slots: [2, r, d], x's dtype or float32: key and value rows
         scale: tau, the memory's output scale; a finite number
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu" or xielu(0.8,0.3)
         backend: "auto", "matmul" or "reference"
 
     Returns:
@@ -235,7 +235,7 @@ def neuron_importance(
         x: [..., d], float32, bfloat16 or float16 (backend "reference": any float dtype); at least one token
         gate_weight: [m, d], x's dtype
         up_weight: [m, d], x's dtype
-        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2" or "quick_gelu"
+        activation: "silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu" or xielu(0.8,0.3)
         gate_bias: [m], x's dtype, or None
         up_bias: [m], x's dtype, or None
         backend: "auto", "fused", "matmul" or "reference"
@@ -264,5 +264,5 @@ def neuron_importance(
         if backend == "reference" or transformed():
             return reference.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
         return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
-    module: Backend = glu_ffn_backend("neuron_importance", x, gate_weight, backend)
+    module: Backend = glu_ffn_backend("neuron_importance", x, gate_weight, backend, activation)
     return module.neuron_importance(x2d, host, index)

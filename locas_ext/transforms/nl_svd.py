@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from locas_ext.checks import integer, number
-from locas_ext.ops.activations import activate, activation_function
+from locas_ext.ops.activations import activate, activation_function, activation_index, has_parameters
 
-# The largest |act'| of each activation, rounded up. That of relu2 has no bound.
+# The largest |act'| of each activation, rounded up. Those of relu2 and xIELU have no bound.
 _LIPSCHITZ = {
     "silu": 1.0999,
     "gelu_pytorch_tanh": 1.1290,
@@ -30,7 +30,7 @@ class Compressed(NamedTuple):
     value: Tensor  # [n, d]: f(probe) / act(1)
     kept_energy: float
     discarded_energy: float
-    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2
+    error_bound: float  # of ||f(x) - f(Px)|| / ||x - Px||, P projects onto the probes' span; infinite for relu2 and xIELU
 
 
 @torch.no_grad()
@@ -45,7 +45,8 @@ def nl_svd(key: Tensor, value: Tensor, rank: int, activation: str = "relu", thre
     with numbers that are not finite; for a rank outside 1 .. min(m, d), a threshold that is negative or not finite and
     an unknown activation; TypeError for a rank that is not an integer.
     """
-    lipschitz = _LIPSCHITZ[activation_function(activation)]
+    activation_index(activation)
+    lipschitz = math.inf if has_parameters(activation) else _LIPSCHITZ[activation_function(activation)]
     _check(key, value, rank, threshold)
     # Always float64: eigenvalues are squares; float32 loses norms under 1/500 of the largest (bench/nl_svd.py).
     keys, values = key.double(), value.double()

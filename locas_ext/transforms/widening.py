@@ -1,5 +1,6 @@
 """What a merge changes: the new width of each FFN, and the entries of the config that say so."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,16 @@ def _widened(host: Host, key: WidthKey, rank: int, multiple: int) -> tuple[int, 
     if key.counts:
         more = -(-rank // int(key.per_unit))
         return width + more * int(key.per_unit), key.value + more
-    wider = padded(width + rank, multiple)
-    value = key.value + (wider - width) / key.per_unit
-    if value.denominator != 1:
-        raise ValueError(f"cannot merge: no value of {key.name} makes the FFNs {wider} wide; {_CANNOT}")
-    return wider, int(value)
+    least = padded(width + rank, multiple)
+    first = math.ceil((least - width) / key.per_unit)
+    for more in range(first, first + multiple):  # where a unit is several neurons, or a part of one
+        wider = width + more * key.per_unit
+        if wider.denominator == 1 and int(wider) % multiple == 0:
+            return int(wider), key.value + more
+    raise ValueError(
+        f"cannot merge: no value of {key.name} makes the FFNs {least} wide or more, in multiples of {multiple}; expected "
+        f"another pad_to_multiple_of, or {_CANNOT}"
+    )
 
 
 def _keys(host: Host) -> tuple[dict[str, Any], list[WidthKey]]:
@@ -121,19 +127,13 @@ def narrowing(host: Host) -> Widening:
     if not isinstance(note, dict) or not note or not note.keys() <= vars(host.config).keys():
         raise bad
     try:
-        widths = stated_widths(host, note)
+        widths = _widths_in(host, made_on_meta(host, note))
     except Exception as error:
         raise bad from error
     narrower = {layer: width for layer, width in widths.items() if width != host.ffns[layer].width}
     if not narrower or any(not 1 <= width < (host.ffns[layer].width or 0) for layer, width in narrower.items()):
         raise bad
     return Widening(narrower, dict(note), None)
-
-
-def stated_widths(host: Host, entries: dict[str, Any]) -> dict[int, int]:
-    """By layer, the width that an FFN has in a model made of the config with these entries; a switch off makes it literal."""
-    off = {name: False for name, value in vars(host.config).items() if name in entries and value is False}
-    return _widths_in(host, made_on_meta(host, {**entries, **off}))
 
 
 def _widths_in(host: Host, other: nn.Module) -> dict[int, int]:

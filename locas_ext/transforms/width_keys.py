@@ -16,7 +16,7 @@ from locas_ext.hosts.registry import Host
 
 # Entries that may state a width though no FFN is as wide as they say: some models halve it, or round it.
 _WIDTH_WORDS = ("intermediate", "ffn", "ff_dim", "feed_forward", "inner")
-# Switches that make a config compute another width each time it is read.
+# Switches that make a model compute another width than its config states.
 _SWITCH_WORDS = ("auto_adjust",)
 
 
@@ -80,12 +80,21 @@ def _candidates(values: dict[str, Any], widths: set[int]) -> Iterable[tuple[str,
 
 
 def switches(host: Host) -> dict[str, Any]:
-    """Entries to turn off so that the config, read again, says how wide the FFNs are. ValueError if it cannot say it."""
+    """Entries to change so that the config says how wide the FFNs are, literally. ValueError if it cannot say it."""
     values = vars(host.config)
     off = {name: False for name, value in values.items() if value is True and any(word in name for word in _SWITCH_WORDS)}
+    width = next((ffn.width for ffn in host.ffns.values()), None)
+    literal: list[dict[str, Any]] = [
+        {**off, name: width} for name in values if off and any(word in name for word in _WIDTH_WORDS)
+    ]
     own, parameters = shapes(host.model), set[str]().union(*ffn_parameters(host).values())
-    for settings in ({}, off):
-        stated = shapes(made_on_meta(host, settings))
+    for settings in [*literal, {}, off]:
+        try:
+            stated = shapes(made_on_meta(host, settings))
+        except Exception:
+            if not settings:
+                raise
+            continue
         if all(stated.get(name) == own[name] for name in parameters):
             return settings
     raise ValueError("its config, read again, states FFNs of another width than the model's")
@@ -129,5 +138,5 @@ def width_keys(host: Host, base: dict[str, Any]) -> list[WidthKey]:
     if not widths:
         return []
     stated = shapes(made_on_meta(host, base))
-    tried = [_tried(host, entry, base, stated) for entry in _candidates(vars(host.config), widths)]
+    tried = [_tried(host, entry, base, stated) for entry in _candidates({**vars(host.config), **base}, widths)]
     return sorted((key for key in tried if key is not None), key=lambda key: (key.counts, -len(key.layers)))

@@ -275,7 +275,7 @@ def test_large_inputs_stay_right(activation, magnitude):
 @pytest.mark.parametrize("dtype, magnitude", [(torch.float32, 1e9), (torch.bfloat16, 1e9), (torch.float16, 150.0)])
 def test_large_inputs_do_not_become_nan(activation, dtype, magnitude):
     case = Case((6, 20, 31, 5), dtype, seed=22)
-    if (activation, dtype) == ("relu2", torch.float16):
+    if activation[:5] in ("relu2", "xielu") and dtype == torch.float16:
         magnitude = 10.0  # the squares of larger numbers are out of float16's range
     case.x = case.x.clamp(-1, 1) * magnitude
     assert all(t.isfinite().all() for t in case.run(fused(0.5, activation)))

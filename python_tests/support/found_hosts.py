@@ -32,6 +32,7 @@ FOUND = {
     "bert": ("mlp", "sideway", dict(is_decoder=True)),
     "nemotron": ("mlp", "sideway", {}),
     "arcee": ("mlp", "sideway", {}),
+    "apertus": ("mlp", "sideway", {}),
     "granitemoeshared": ("glu", "whole", dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40)),
     "qwen2_moe": ("glu", "whole", dict(**MOE, shared_expert_intermediate_size=40)),
     "deepseek_v3": ("glu", "whole", DEEPSEEK),

@@ -121,13 +121,15 @@ def assert_same_host(
 
 
 # ---- the mathematics, once more -------------------------------------------------------------------------------
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "gelu_new", "relu", "relu2", "quick_gelu", "xielu(0.75,1.25)")
 
 
 def act_formula(x, name):
     """From the definitions; for float64."""
     if name in ("relu", "relu2"):
         return torch.where(x > 0, x**2 if name == "relu2" else x, 0 * x)
+    if name.startswith("xielu"):
+        return torch.where(x > 0, 0.75 * x**2, 1.25 * (torch.expm1(x.clamp(max=0)) - x)) + x / 2
     if name in ("silu", "quick_gelu"):
         return x / (1 + torch.exp(-(1.702 if name == "quick_gelu" else 1) * x))
     if name == "gelu":
@@ -141,6 +143,8 @@ def act_torch(x, name):
         return getattr(F, name)(x)
     if name == "relu2":
         return F.relu(x).square()
+    if name.startswith("xielu"):
+        return torch.where(x > 0, 0.75 * x * x, 1.25 * (torch.expm1(x.clamp(max=0)) - x)) + 0.5 * x
     return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x, approximate="tanh")
 
 

@@ -125,3 +125,43 @@ def test_a_note_that_cannot_have_been(note):
     with pytest.raises(ValueError, match="locas_unmerged_intermediate_size is .*expected the entries"):
         locas.unmerge(model)
     assert_same_host(model, before)
+
+
+def filled(model, variant="glu"):
+    """A memory with values, whatever the host's context needs."""
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5, variant=variant))
+    memory.initialize(TEXT[:16])
+    with torch.no_grad():
+        memory.slots[:, -1] = 0.1 * torch.randn_like(memory.slots[:, -1])
+    return memory
+
+
+LFM2 = dict(layer_types=["conv", "full_attention"], block_multiple_of=8, num_key_value_heads=2)
+UNITS = {
+    "gpt_neox_japanese": (
+        "mlp",
+        dict(hidden_size=32),
+        "intermediate_multiple_size",
+    ),  # 32 neurons each
+    "recurrent_gemma": ("glu", dict(hidden_size=32, num_hidden_layers=3), "intermediate_size"),  # halved
+    "lfm2": ("glu", LFM2, "intermediate_size"),  # two thirds, rounded up
+}
+
+
+@pytest.mark.parametrize("family", UNITS)
+def test_a_unit_of_an_entry_may_be_several_neurons_or_a_part_of_one(family, tmp_path):
+    variant, settings, name = UNITS[family]
+    model = found_host(family, **settings)
+    before, host = snapshot(model), logits_of(model, TEXT)
+    memory = filled(model, variant)
+    logits = logits_of(model, TEXT)
+    assert not torch.allclose(logits, host)
+    memory.merge_and_unload(pad_to_multiple_of=8)
+    assert name in model.config.locas_unmerged_intermediate_size
+    close(logits_of(model, TEXT), logits)
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    close(logits_of(again.eval(), TEXT), logits)
+    assert torch.equal(logits_of(locas.unmerge(model), TEXT), host)
+    assert_same_host(model, before, ("state", "requires_grad", "attributes"))

@@ -66,7 +66,7 @@ struct GluActivationForward {
       load_vector(p.gate.at<const T>(row, col), gate, count, launch.aligned);
       load_up<T>(p.up, row, col, up, count, launch.aligned);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) out[j] = p.scale * activate<act>(gate[j]).value * up[j];
+      for (int j = 0; j < kVector; ++j) out[j] = p.scale * activate<act>(gate[j], p.params).value * up[j];
       store_vector(out, p.out.at<T>(row, col), count, launch.aligned);
     });
   }
@@ -92,7 +92,7 @@ struct GluActivationBackward {
       load_vector(p.d_hidden.at<const T>(row, col), d_hidden, count, launch.aligned);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const ValueAndSlope a = activate<act>(gate[j]);
+        const ValueAndSlope a = activate<act>(gate[j], p.params);
         const float d = p.scale * d_hidden[j];
         d_gate[j] = d * up[j] * a.slope;
         d_up[j] = d * a.value;
@@ -125,7 +125,7 @@ struct NeuronImportanceOfProducts {
       for (int64_t row = row_lane; row < p.gate.rows; row += kRowLanes) {
         const float gate = ptx::to_float(ptx::load(p.gate.at<const T>(row, col)));
         const float up = ptx::to_float(ptx::load(p.up.at<const T>(row, col)));
-        sum += fabsf(activate<act>(gate).value * up);
+        sum += fabsf(activate<act>(gate, p.params).value * up);
       }
     }
     ptx::store(&shared.partial[row_lane][column], sum);
@@ -150,7 +150,7 @@ int64_t elementwise_grid(int64_t rows, int64_t cols, Queue queue) {
 void glu_activation_forward(const GluActivationForwardParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
     const bool aligned = is_aligned<T>(p.gate) && is_aligned<T>(p.up) && is_aligned<T>(p.out);
-    with_activation(p.activation, [&]<Activation act>() {
+    with_any_activation(p.activation, [&]<Activation act>() {
       launch<GluActivationForward<T, act>>(elementwise_grid(p.gate.rows, p.gate.cols, queue), 0, queue, {p, aligned});
     });
   });
@@ -160,7 +160,7 @@ void glu_activation_backward(const GluActivationBackwardParams& p, Queue queue) 
   with_type(p.dtype, [&]<class T>() {
     const bool aligned = is_aligned<T>(p.d_hidden) && is_aligned<T>(p.gate) && is_aligned<T>(p.up) &&
                          is_aligned<T>(p.d_gate) && is_aligned<T>(p.d_up) && is_aligned<T>(p.hidden);
-    with_activation(p.activation, [&]<Activation act>() {
+    with_any_activation(p.activation, [&]<Activation act>() {
       launch<GluActivationBackward<T, act>>(elementwise_grid(p.gate.rows, p.gate.cols, queue), 0, queue, {p, aligned});
     });
   });
@@ -168,7 +168,7 @@ void glu_activation_backward(const GluActivationBackwardParams& p, Queue queue) 
 
 void neuron_importance_of_products(const NeuronImportanceOfProductsParams& p, Queue queue) {
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation act>() {
+    with_any_activation(p.activation, [&]<Activation act>() {
       using Kernel = NeuronImportanceOfProducts<T, act>;
       launch<Kernel>((p.gate.cols + kColumns - 1) / kColumns, sizeof(typename Kernel::Shared), queue, p);
     });

@@ -13,6 +13,8 @@ struct ValueAndSlope {
   Real value, slope;
 };
 
+constexpr ActivationParams kParams = {0.75f, 1.25f};  // of xIELU; exact in every dtype
+
 template <class Real>
 ValueAndSlope<Real> activation(Activation activation, Real x) {
   switch (activation) {
@@ -28,6 +30,12 @@ ValueAndSlope<Real> activation(Activation activation, Real x) {
     case Activation::gelu: {
       const Real half = 0.5, cdf = half * (1 + std::erf(x * Real(M_SQRT1_2)));
       return {x * cdf, cdf + x * std::exp(-half * x * x) * Real(0.5 * M_2_SQRTPI * M_SQRT1_2)};
+    }
+    case Activation::xielu: {
+      const Real half = 0.5;
+      if (x > 0) return {kParams.positive * x * x + half * x, 2 * kParams.positive * x + half};
+      const Real curve = std::expm1(x) - x;
+      return {kParams.negative * curve + half * x, kParams.negative * std::expm1(x) + half};
     }
     case Activation::relu_squared: return {x > 0 ? x * x : Real(0), 2 * std::max<Real>(x, 0)};
     case Activation::quick_gelu: {
@@ -51,7 +59,7 @@ const std::vector<Case> kCases = {
     {Activation::gelu_tanh, 2, 64, 64, 1},  {Activation::gelu, 9, 33, 33},
     {Activation::relu, 4, 16, 24, 0, true}, {Activation::silu, 1, 1, 1, 0, true},
     {Activation::silu, 6, 50, 53, 0, true}, {Activation::relu_squared, 5, 21, 24},
-    {Activation::quick_gelu, 7, 30, 32, 1},
+    {Activation::quick_gelu, 7, 30, 32, 1}, {Activation::xielu, 6, 45, 48},
 };
 
 template <class T>
@@ -83,7 +91,8 @@ void check_glu(const Case& c) {
     };
     const auto output = [&](const char* name) { return StridedBuffer<T>(name, c.rows, c.cols, c.stride, c.offset); };
     auto gates = input("gate", gate), ups = input("up", up), out = output("out");
-    cuda::glu_activation_forward({gates.view(), ups.view(), out.view(), scale, c.activation, kDType<T>}, kQueue);
+    cuda::glu_activation_forward({gates.view(), ups.view(), out.view(), scale, c.activation, kParams, kDType<T>},
+                                 kQueue);
     expect_as_good_as("out", out.values(), truth.hidden, peer.hidden);
 
     auto d_hiddens = input("d_hidden", d_hidden), d_gate = output("d_gate"), d_up = output("d_up"),
@@ -91,7 +100,7 @@ void check_glu(const Case& c) {
     auto& d_gates = c.in_place ? d_hiddens : d_gate;
     const Matrix hidden_rows = c.in_place ? Matrix{} : hidden.view();
     cuda::glu_activation_backward({d_hiddens.view(), gates.view(), ups.view(), d_gates.view(), d_up.view(), hidden_rows,
-                                   scale, c.activation, kDType<T>},
+                                   scale, c.activation, kParams, kDType<T>},
                                   kQueue);
     expect_as_good_as("d_gate", d_gates.values(), truth.d_gate, peer.d_gate);
     expect_as_good_as("d_up", d_up.values(), truth.d_up, peer.d_up);
@@ -116,11 +125,11 @@ void check_without_up(const Case& c) {
     const auto run = [&](const Matrix& up, const Matrix& d_up) {
       auto gates = input("gate", gate), d_hiddens = input("d_hidden", d_hidden);
       auto out = output("out"), d_gate = output("d_gate"), hidden = output("hidden");
-      cuda::glu_activation_forward({gates.view(), up, out.view(), scale, c.activation, kDType<T>}, kQueue);
+      cuda::glu_activation_forward({gates.view(), up, out.view(), scale, c.activation, kParams, kDType<T>}, kQueue);
       auto& d_gates = c.in_place ? d_hiddens : d_gate;
-      cuda::glu_activation_backward(
-          {d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), scale, c.activation, kDType<T>},
-          kQueue);
+      cuda::glu_activation_backward({d_hiddens.view(), gates.view(), up, d_gates.view(), d_up, hidden.view(), scale,
+                                     c.activation, kParams, kDType<T>},
+                                    kQueue);
       return std::array{out.values(), d_gates.values(), hidden.values()};
     };
     auto ups = input("up", ones), d_up = output("d_up");
@@ -162,7 +171,7 @@ void check_importance(Activation act, int64_t rows, int64_t cols, int64_t stride
   for_each_seed([&] {
     StridedBuffer<T> gates("gate", gate, rows, cols, stride), ups("up", up, rows, cols, stride);
     simt::Buffer<float> importance("importance", cols);
-    cuda::neuron_importance_of_products({gates.view(), ups.view(), importance.data(), act, kDType<T>}, kQueue);
+    cuda::neuron_importance_of_products({gates.view(), ups.view(), importance.data(), act, kParams, kDType<T>}, kQueue);
     expect_as_good_as("importance", importance.values(), truth, exact(sums));
     if (first_run.empty()) first_run = importance.values();
     expect_equal("importance, repeated", importance.values(), first_run);
@@ -173,7 +182,8 @@ LOCAS_TEST(importances, "neuron_importance_of_products") {
   check_importance<bf16>(Activation::silu, 37, 70, 72);
   check_importance<f16>(Activation::gelu_tanh, 8, 32, 32);
   check_importance<float>(Activation::relu, 3, 5, 5);
-  return "3 cases, 10 seeds";
+  check_importance<bf16>(Activation::xielu, 9, 40, 40);
+  return "4 cases, 10 seeds";
 }
 
 }  // namespace

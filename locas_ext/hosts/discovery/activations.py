@@ -1,5 +1,6 @@
 """Which activation stands between two recorded tensors."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext.hosts.probe.recording import Recording
-from locas_ext.ops.activations import INDEX, activate
+from locas_ext.ops.activations import INDEX, activate, xielu
 
 from .forward import input_of, is_linear, nearness, output_of
 
@@ -47,9 +48,17 @@ def function_of(module: Any, like: Tensor) -> str | None:
         grid = grid.to(like.dtype)
         value = module(grid).float()
         grid = grid.float()
-    errors = {name: (activate(grid, name) - value).abs().max().item() for name in KERNELS}
+    names = [*KERNELS, *_as_xielu(module, like)]
+    errors = {name: nearness(activate(grid, name), value) for name in names}
     name = min(errors, key=errors.__getitem__)
-    return name if errors[name] <= 64 * torch.finfo(like.dtype).eps else None
+    return name if errors[name] <= 8 * torch.finfo(like.dtype).eps else None
+
+
+def _as_xielu(module: Any, like: Tensor) -> list[str]:
+    """The xIELU that gives what a module gives at 1 and -1, if there is one."""
+    above, below = module(torch.tensor([1.0, -1.0], device=like.device).to(like.dtype)).double().tolist()
+    positive, negative = above - 0.5, (below + 0.5) / math.exp(-1)
+    return [xielu(positive, negative)] if positive > 0 and negative > 0 else []
 
 
 def nearest_with_kernels(module: Any, like: Tensor) -> str:

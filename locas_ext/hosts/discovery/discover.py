@@ -19,6 +19,7 @@ from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.hosts.probe.recording import Recording
 from locas_ext.hosts.probe.undisturbed import undisturbed
 from locas_ext.hosts.two_layer_ffn import Conv1DFFN, TwoLayerFFN
+from locas_ext.ops.activations import has_parameters
 
 from .activations import function_of, nearest_with_kernels
 from .blocks import check_gradient, token_wise_blocks
@@ -91,6 +92,8 @@ def _dense(layer: nn.Module, found: Dense, recording: Recording) -> tuple[str, H
         ffn.place = Place.MODULE if whole else Place.PROJECTIONS
     ffn.activation_name, ffn.modeling = act, type(layer).__module__
     ffn.seen = Seen.now(module, act_module)
+    if ffn.is_gated and has_parameters(activation):
+        ffn.differs = f"FFN has an activation, {activation}, that the fused kernels do not take"
     if found.activated.name is None:
         ffn.differs = f"FFN has an activation, {class_name(act_module)}, that has no kernel"
     return holder, ffn

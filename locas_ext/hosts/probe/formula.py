@@ -55,8 +55,10 @@ def _same(ours: Tensor, theirs: Tensor, roundings: int) -> bool:
 
 
 def _same_activation(ours: Tensor, theirs: Tensor, x: Tensor) -> bool:
-    """Up to some roundings of each number that went in."""
-    bound = _ROUNDINGS * rounding(theirs) * x.float().abs() + torch.finfo(theirs.dtype).tiny
+    """Up to some roundings of each number that went in, or came out where that is larger."""
+    bound = (
+        _ROUNDINGS * rounding(theirs) * torch.maximum(x.float().abs(), theirs.float().abs()) + torch.finfo(theirs.dtype).tiny
+    )
     return bool(((ours.float() - theirs.float()).abs() <= bound).all())
 
 

@@ -8,6 +8,8 @@ reference  plain torch: any device, any float dtype
 
 from torch import Tensor
 
+from locas_ext.ops.activations import has_parameters
+
 from . import cpu, cuda, matmul, reference
 from .base import Backend, FusedBackend
 
@@ -22,11 +24,15 @@ def sideway_backend(backend: str) -> Backend:
     return reference if backend == "reference" else matmul
 
 
-def glu_ffn_backend(op: str, x: Tensor, gate_weight: Tensor, backend: str) -> Backend:
+def glu_ffn_backend(op: str, x: Tensor, gate_weight: Tensor, backend: str, activation: str = "silu") -> Backend:
     """What computes a host's FFN, with or without memory; ValueError says why it cannot be the fused one."""
     if backend == "reference":
         return reference
     if backend == "matmul":
+        return matmul
+    if has_parameters(activation):
+        if backend == "fused":
+            raise ValueError(f"{op}: backend is 'fused', whose kernels do not take {activation!r}; expected auto or matmul")
         return matmul
     m, d = gate_weight.shape
     fused = fused_backend(x)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from locas_ext import _C
 from locas_ext.ops import reference
+from locas_ext.ops.activations import activation_name
 from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotViews
 
 NAME = "reference"
@@ -46,7 +46,7 @@ def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
 ) -> tuple[Tensor, Saved]:
     gate, up, down, *biases = host
-    return reference.glu_ffn(x, gate, up, down, _stacked(slots), scale, _C.ACTIVATIONS[activation], *biases), ()
+    return reference.glu_ffn(x, gate, up, down, _stacked(slots), scale, activation_name(activation), *biases), ()
 
 
 def glu_ffn_backward(
@@ -63,13 +63,13 @@ def glu_ffn_backward(
     gate, up, down, *biases = host
 
     def formula(x: Tensor, slots: Tensor) -> Tensor:
-        return reference.glu_ffn(x, gate, up, down, slots, scale, _C.ACTIVATIONS[activation], *biases)
+        return reference.glu_ffn(x, gate, up, down, slots, scale, activation_name(activation), *biases)
 
     return _gradients(formula, dy, x, slots, needs_dx, slots_grad)
 
 
 def sideway_glu_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
-    return reference.sideway_glu(x, _stacked(slots), scale, _C.ACTIVATIONS[activation]), ()
+    return reference.sideway_glu(x, _stacked(slots), scale, activation_name(activation)), ()
 
 
 def sideway_glu_backward(
@@ -82,12 +82,12 @@ def sideway_glu_backward(
     needs_dx: bool,
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    formula = lambda x, slots: reference.sideway_glu(x, slots, scale, _C.ACTIVATIONS[activation])
+    formula = lambda x, slots: reference.sideway_glu(x, slots, scale, activation_name(activation))
     return _gradients(formula, dy, x, slots, needs_dx, slots_grad)
 
 
 def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
-    return reference.sideway_mlp(x, _stacked(slots), scale, _C.ACTIVATIONS[activation]), ()
+    return reference.sideway_mlp(x, _stacked(slots), scale, activation_name(activation)), ()
 
 
 def sideway_mlp_backward(
@@ -101,10 +101,10 @@ def sideway_mlp_backward(
     needs_slots: bool,
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    formula = lambda x, slots: reference.sideway_mlp(x, slots, scale, _C.ACTIVATIONS[activation])
+    formula = lambda x, slots: reference.sideway_mlp(x, slots, scale, activation_name(activation))
     dx, d_slots = _gradients(formula, dy, x, slots, needs_dx, slots_grad if needs_slots else None)
     return dx, d_slots if needs_slots else None
 
 
 def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activation: int) -> Tensor:
-    return reference.neuron_importance(x, host.gate, host.up, _C.ACTIVATIONS[activation], host.gate_bias, host.up_bias)
+    return reference.neuron_importance(x, host.gate, host.up, activation_name(activation), host.gate_bias, host.up_bias)
