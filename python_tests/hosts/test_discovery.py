@@ -168,6 +168,19 @@ def test_an_ffn_whose_forward_changes_later_runs_beside():
     assert "not the one that was probed" in first.reason and "not the one that was probed" in second.reason
 
 
+class Clamped(Odd):
+    """Differs from a gated FFN only where no short text reaches."""
+
+    def forward(self, x):
+        return self.gate(self.act(self.down_proj(x).clamp(max=7)) * self.beta(x).clamp(-7, 7))
+
+
+def test_an_ffn_that_clamps_large_numbers_runs_beside():
+    model = with_ffns(lambda d: Clamped(d, 40, nn.SiLU()))
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale=0.5))
+    assert all(entry.path == "sideway" and "it may clamp them" in entry.reason for entry in memory.status())
+
+
 # ---- layers without, and FFNs in several layers ---------------------------------------------------------------
 class Nothing(nn.Module):
     def forward(self, x):

@@ -37,6 +37,9 @@ from .forward import (
     tolerance,
 )
 
+# How large the products become on which a formula is tried once more: clamps of models are at 7 to 10.
+_REACH = 24.0
+
 
 @dataclass(frozen=True)
 class Discovered:
@@ -92,11 +95,25 @@ def _dense(layer: nn.Module, found: Dense, recording: Recording) -> tuple[str, H
         ffn.place = Place.MODULE if whole else Place.PROJECTIONS
     ffn.activation_name, ffn.modeling = act, type(layer).__module__
     ffn.seen = Seen.now(module, act_module)
+    if isinstance(ffn, GatedFFN) and ffn.place is Place.MODULE and not _holds_far(ffn, recording.of(module)[0].input):
+        ffn.differs = "FFN computes something else on large numbers: it may clamp them"
     if ffn.is_gated and has_parameters(activation):
         ffn.differs = f"FFN has an activation, {activation}, that the fused kernels do not take"
     if found.activated.name is None:
         ffn.differs = f"FFN has an activation, {class_name(act_module)}, that has no kernel"
     return holder, ffn
+
+
+def _holds_far(ffn: GatedFFN, x: torch.Tensor) -> bool:
+    """Whether the module computes the formula too where its neurons' products are larger than a short text makes them."""
+    reached = min(product.abs().max().item() for product in ffn.pre_activations(x))
+    far = x * (_REACH / max(reached, torch.finfo(torch.float32).tiny))
+    try:
+        got = ffn.module(far)
+    except Exception:  # a module that takes more than its input
+        return True
+    expected = ffn.projections()[-1](ffn.hidden(far))
+    return not expected.isfinite().all() or _same(got, expected)  # float16 does not reach everywhere
 
 
 def _same(one: Any, other: Any) -> bool:
