@@ -135,8 +135,9 @@ def _expected(host: Host, state: MemoryState, layer: int, slots: Tensor, scale: 
     ffn = host.ffns[layer]
     weight = ffn.projections()[-1]._parameters["weight"]
     assert weight is not None, "_check_mergeable refuses the others"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, host.hidden_size, generator=generator).to(weight.device, weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, 8, host.hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    x = x.to(weight.device, weight.dtype)
     with state.disable():
         memory = reference.sideway_mlp if state.grows else reference.sideway_glu
         return x, _output(ffn, x) + memory(x.float(), slots.float(), scale, ffn.activation)

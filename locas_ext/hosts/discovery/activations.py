@@ -41,7 +41,7 @@ def _is_elementwise(module: Any, x: Tensor) -> bool:
 
 def function_of(module: Any, like: Tensor) -> str | None:
     """The function with kernels that an activation module computes, up to roundings; None if none."""
-    grid = torch.linspace(-12, 12, 4001, device=like.device)
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float32, device=like.device)
     try:
         value = module(grid).float()
     except Exception:
@@ -56,14 +56,14 @@ def function_of(module: Any, like: Tensor) -> str | None:
 
 def _as_xielu(module: Any, like: Tensor) -> list[str]:
     """The xIELU that gives what a module gives at 1 and -1, if there is one."""
-    above, below = module(torch.tensor([1.0, -1.0], device=like.device).to(like.dtype)).double().tolist()
+    above, below = module(torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device)).double().tolist()
     positive, negative = above - 0.5, (below + 0.5) / math.exp(-1)
     return [xielu(positive, negative)] if positive > 0 and negative > 0 else []
 
 
 def nearest_with_kernels(module: Any, like: Tensor) -> str:
     """The function with kernels that an activation module is most like, by direction."""
-    grid = torch.linspace(-4, 4, 401, device=like.device)
+    grid = torch.linspace(-4, 4, 401, dtype=torch.float32, device=like.device)
     try:
         value = module(grid).float()
     except Exception:

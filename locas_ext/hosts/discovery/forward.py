@@ -43,7 +43,7 @@ def example_text(model: Any) -> Tensor:
     weight = model.get_input_embeddings().weight
     plain = [token for token in range(min(len(weight), 256)) if token not in special] or [0]
     ids = [plain[(7 * i + 3) % len(plain)] for i in range(TOKENS)]
-    return torch.tensor([ids], device="cpu" if weight.is_meta else weight.device)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu" if weight.is_meta else weight.device)
 
 
 class Layers:
