@@ -26,7 +26,7 @@ class DecodeStep:
     def __init__(self, model, context: int, steps: int):
         """context: the tokens before; steps: how many there is room for behind them"""
         self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
+        self.cache = StaticCache(config=model.config, max_cache_len=context + 2 * steps)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
         with torch.no_grad():
