@@ -244,3 +244,11 @@ def test_a_masked_model_is_refused_as_not_causal():
     with pytest.raises(ValueError, match="BertForMaskedLM is not causal"):
         locas.attach(model, locas.LocasConfig(rank=4, variant="mlp"))
     assert_same_host(model, before)
+
+
+def test_a_host_without_weights_is_refused():
+    model = found_host("olmo")
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(ValueError, match="the host is on the meta device and has no weights yet"):
+        locas.attach(empty)

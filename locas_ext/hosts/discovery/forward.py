@@ -94,6 +94,8 @@ def _where(model: nn.Module, error: BaseException) -> str:
 
 def recorded(model: Any) -> Recording:
     """One forward over the example text with every module recorded. ValueError, with the module's name, where it fails."""
+    if all(parameter.is_meta for parameter in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ValueError("the host is on the meta device and has no weights yet; load them first")
     try:
         return record(model, example_text(model))
     except Exception as error:
