@@ -1,7 +1,7 @@
 """How a host's windows are read: context and chunk in two forwards where that gives what one plain forward gives.
 
 Two forwards cost less, and keep the gradient out of the context. But whether a token computes the same behind a cache as in
-one forward is the host's affair. So the two are compared: at attach over a few tokens, backward included, and in a run
+one forward is the host's affair. So the two are compared: at attach over a few tokens, and in a run
 wherever something may change, which is at the first window, at the first one beyond each length that the config states, and at
 the first full one.
 """

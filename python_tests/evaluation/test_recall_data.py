@@ -31,8 +31,9 @@ def of_kind(document, kind):
     return [question for question in document.questions if question.kind == kind]
 
 
-@pytest.mark.parametrize("facts", [5, random.randint(6, 59), MOST_FACTS])
+@pytest.mark.parametrize("facts", [5, "some", MOST_FACTS])
 def test_every_fact_stands_three_times_and_no_test_is_worded_as_the_text(facts):
+    facts = random.Random(SEED).randint(6, 59) if facts == "some" else facts
     document = nonce_document(facts, SEED)
     sentences = [line.strip() for line in document.text.replace("\n", " ").replace(": that", " that").split(". ")]
     asked, turned = of_kind(document, QUESTION), of_kind(document, REVERSED)

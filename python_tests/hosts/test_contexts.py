@@ -154,8 +154,8 @@ class NoBackward(torch.autograd.Function):
 
 @pytest.mark.parametrize("behind_a_cache", [True, False])
 def test_a_host_without_a_backward(behind_a_cache):
-    model = tiny_model()
-    own = model.model.layers[0].self_attn.o_proj
+    model = context_model("qwen3_5_text")
+    own = model.model.layers[1].self_attn.o_proj
 
     def forward(x, plain=own.forward):
         return plain(x) if behind_a_cache and not calls["cached"] else NoBackward.apply(plain(x))
@@ -166,7 +166,7 @@ def test_a_host_without_a_backward(behind_a_cache):
     )
     own.forward = forward
     if not behind_a_cache:
-        with pytest.raises(ValueError, match="no gradient comes back through the forward of LlamaForCausalLM.*no kernel for"):
+        with pytest.raises(ValueError, match="no gradient comes back through the forward of Qwen3_5ForCausalLM.*no kernel for"):
             locas.attach(model, locas.LocasConfig(rank=4))
         return
     memory = locas.attach(model, locas.LocasConfig(rank=4))

@@ -78,7 +78,7 @@ def recall(
         int, option(integer(0), "General questions that the host answers right, asked again of each method; 0: none.")
     ] = 200,
     max_new_tokens: MaxNewTokens = 20,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = 32,
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,
 ) -> None:

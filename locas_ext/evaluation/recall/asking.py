@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.evaluation.locomo.answers import Prompts, answer
+from locas_ext.learning.study.generation import write
 from locas_ext.learning.study.prompts import Prompter
 
 from .documents import CLOZE, Question
@@ -79,13 +80,23 @@ def written_answers(
     batch_size: int,
     advance: Advance,
 ) -> list[str]:
-    """The likeliest continuation of each prompt, up to the end of its first line."""
+    """The likeliest continuation of each prompt, up to the end of its first line.
+
+    Prompts that share a text go on from one reading of it, those of one length together; others are padded on the left.
+    """
     result = [""] * len(questions)
     for indices, shared, own in _groups(prompter, questions, view):
-        prompts = Prompts(torch.tensor(shared, dtype=torch.long), [torch.tensor(ids) for ids in own], 0)
-        texts = answer(model, prompter.tokenizer, prompts, max_new_tokens, batch_size, lambda count, tokens: advance(count))
+        if shared and view.shared is not None:
+            begun = Prompts(torch.tensor(shared, dtype=torch.long), [torch.tensor(ids) for ids in own], 0)
+            texts = answer(model, prompter.tokenizer, begun, max_new_tokens, batch_size, lambda count, tokens: advance(count))
+        else:
+            prompts = [shared + ids for ids in own]
+            texts = []
+            for start in range(0, len(prompts), batch_size):
+                part = prompts[start : start + batch_size]
+                texts += write(model, prompter.tokenizer, part, max_new_tokens, 0, advance=advance)
         for index, text in zip(indices, texts, strict=True):
-            result[index] = text
+            result[index] = text.strip().partition("\n")[0].strip()
     return result
 
 

@@ -31,7 +31,7 @@ class Asking:
     """
 
     max_new_tokens: int = 20
-    batch_size: int = 16
+    batch_size: int = 32
     general: int = 200
 
 

@@ -27,13 +27,13 @@ class Embedded:
 
 
 @contextmanager
-def embedded(model: Any) -> Iterator[Embedded]:
-    """Inside, gradients are on, and every forward's graph begins at what the embedding gives.
+def embedded(model: Any, wanted: bool = True) -> Iterator[Embedded]:
+    """Inside, gradients are on, and every forward's graph begins at what the embedding gives; unless not wanted.
 
     Off for weights made in inference mode, which torch lets into no graph: such a host can be attached to and not learn.
     """
     found = Embedded()
-    if any(parameter.is_inference() for parameter in model.parameters()):
+    if not wanted or any(parameter.is_inference() for parameter in model.parameters()):
         yield found
         return
     handle = model.get_input_embeddings().register_forward_hook(found.hook)

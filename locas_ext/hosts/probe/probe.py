@@ -82,9 +82,13 @@ def _check(host: Host, texts: Tensor) -> None:
 
 
 def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
-    """Notes how the host reads windows: in two forwards where those give the logits of one, and have a backward."""
+    """Notes how the host reads windows: in two forwards where those give the logits of one, and have a backward.
+
+    A backward costs as much as a forward. It is tried where one may fail: behind states, and with weights that are quantized.
+    """
     model, reading = host.model, host.reading
     context, inputs = text.split([_CONTEXT, _CHUNK])
+    coarse = rounds_whole_texts(model)
 
     def read(way: Way) -> Tensor:
         cache = ContextCache(model, text.device, None)
@@ -94,11 +98,12 @@ def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
         gradients.pull(logits)
         return logits
 
-    with embedded(model) as gradients:
-        verdict = cheapest(Verdict(FULL), read, expected, inputs, rounds_whole_texts(model), (FULL._replace(positions=True),))
-        if verdict.way.in_two:
-            verdict = replace(verdict, way=SHORT._replace(positions=verdict.way.positions))  # a run compares what that adds
-        else:
+    with embedded(model, wanted=coarse or not reading.plain_cache) as gradients:
+        verdict = cheapest(Verdict(FULL), read, expected, inputs, coarse, (FULL._replace(positions=True),))
+    if verdict.way.in_two:
+        verdict = replace(verdict, way=SHORT._replace(positions=verdict.way.positions))  # a run compares what that adds
+    else:
+        with embedded(model) as gradients:
             _check_backward(model, context, inputs, gradients)
     reading.verdicts[0] = verdict
     reading.plain_cache &= verdict.way.in_two

@@ -140,7 +140,7 @@ def ask_about(
         question = question_in(text if wish.word is None else text.lstrip().partition("\n")[0])
         if question is None:
             written.refuse("are no question")
-        elif wish.word is not None and set(_parts(wish.word)) & set(_parts(question)):
+        elif wish.word is not None and set(_parts(wish.word)) <= set(_parts(question)):
             written.refuse("say their answer")
         elif not _shared(question, wish.sentence or passages[wish.passage].text):
             written.refuse("are not about the passage")

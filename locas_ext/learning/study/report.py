@@ -18,6 +18,11 @@ class StudyReport:
         guard: nats a token to the host, on general prompts and free text that were kept back; None without a guard
         stopped: why learning ended early; None if it did not
         seconds: {"writing", "reading", "learning"}: of questions written, of the host's expectations, of updates
+
+    >>> import locas_ext as locas
+    >>> print(locas.StudyReport(passages=2, questions={"blank": 3}, steps=1, planned=1, seconds={"learning": 0.5}))
+    3 questions about 2 passages (3 blank)
+    1 of 1 updates, 0.5 s
     """
 
     passages: int = 0
