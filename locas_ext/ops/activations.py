@@ -23,6 +23,8 @@ _NAMES = {
 # The kernels' number of each.
 INDEX = {name: _C.ACTIVATIONS.index(function) for name, function in _NAMES.items()}
 
+_EXPECTED = f"expected one of {', '.join(INDEX)}, xielu(POSITIVE,NEGATIVE)"
+
 _FUNCTIONS = {
     "silu": F.silu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -67,7 +69,7 @@ def activation_index(name: str) -> int:
         if (numbers := _xielu_numbers(name)) is not None:
             positive, negative = (struct.unpack("<I", struct.pack("<f", number))[0] for number in numbers)
             return int(1 << 62 | positive << 31 | negative)
-    raise ValueError(f"activation is {name!r}; expected one of {', '.join(INDEX)}, xielu(POSITIVE,NEGATIVE)")
+    raise ValueError(f"activation is {name!r}; {_EXPECTED}")
 
 
 def activation_name(number: int) -> str:
@@ -85,8 +87,10 @@ def activation_function(name: str) -> str:
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """act(x) in plain torch."""
-    if (numbers := _xielu_numbers(name)) is not None:
-        positive, negative = numbers
-        below = torch.clamp(x, max=0)
-        return torch.where(x > 0, positive * x * x + 0.5 * x, (torch.expm1(below) - x) * negative + 0.5 * x)
-    return _FUNCTIONS[activation_function(name)](x)
+    if name in _NAMES:
+        return _FUNCTIONS[_NAMES[name]](x)
+    if (numbers := _xielu_numbers(name)) is None:
+        raise ValueError(f"activation is {name!r}; {_EXPECTED}")
+    positive, negative = numbers
+    below = torch.clamp(x, max=0)
+    return torch.where(x > 0, positive * x * x + 0.5 * x, (torch.expm1(below) - x) * negative + 0.5 * x)

@@ -52,6 +52,9 @@ def test_the_steepest_slope_of_every_activation_is_known():
     assert set(nl_svd_module._LIPSCHITZ) == set(_C.ACTIVATIONS)
     for name, bound in nl_svd_module._LIPSCHITZ.items():
         (slope,) = torch.autograd.grad(activate(x, name).sum(), x)
+        if name == "relu2":  # grows without end
+            assert bound == math.inf and slope.max() == 60
+            continue
         assert slope.abs().max() <= bound <= 1.001 * slope.abs().max(), name
 
 

@@ -24,7 +24,7 @@ def info(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str | None, option(text("MODEL"), "A folder or a hub name.", panel=HOST)] = None,
+    model: Annotated[str | None, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
 ) -> None:
     """Versions, build, devices and a self-test of the kernels, for a bug report; or what a memory or a model's FFNs are."""
     if memory is not None and model is not None:
