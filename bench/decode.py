@@ -1,10 +1,13 @@
 """Generating with an attached memory against the bare host: one token behind many others in a static KV cache.
 
+With --learn W a text is also learned token by token (stride 1) over a kept context of W tokens; timed are the full windows.
+
 On CUDA a step is a CUDA graph, replayed; on the CPU it runs eagerly. The memory has learned a chunk first, or its FFNs would
 run as the host's own.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -55,6 +58,24 @@ def _host(arguments):
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, local_files_only=True).to(arguments.device).eval()
 
 
+def learned(arguments) -> tuple[list[float], locas.GraphReport]:
+    """Seconds of each token in a full window, and how many of the updates were replayed."""
+    memory = locas.attach(_host(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+    ids = torch.randint(0, memory.model.config.vocab_size, (arguments.learn + arguments.rounds,))
+    seconds: list[float] = []
+    before = time.perf_counter()
+
+    def note(chunk: locas.Chunk) -> None:
+        nonlocal before
+        if chunk.end > arguments.learn:
+            seconds.append(time.perf_counter() - before)
+        before = time.perf_counter()
+
+    settings = dict(window=arguments.learn, stride=1, context="keep", on_divergence="ignore", progress=False)
+    report_ = memory.memorize(ids, **settings, callback=note)
+    return seconds, report_.graph
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, help="a random Qwen3 host of this shape instead of the shipped model")
@@ -62,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--learn", type=int, metavar="W", help="learn a text token by token too, over W tokens of context")
     arguments = parse(parser)
     bare, host = _host(arguments), _host(arguments)
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
@@ -74,6 +96,9 @@ def main() -> None:
         "host again": DecodeStep(bare, arguments.context).runner(),
     }
     seconds = interleaved(arms, arguments.rounds)
+    if arguments.learn is not None:
+        seconds[f"learning a token, W = {arguments.learn}"], graph = learned(arguments)
+        print(f"learning: {graph}")
     rows, records = [], []
     for name, values in seconds.items():
         record = {"arm": name, **summary(values), "ratio_host": ratio(values, seconds["host"])}

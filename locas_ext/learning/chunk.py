@@ -147,7 +147,7 @@ class WindowReader(KernelReading):
     @torch.no_grad()
     def _check_causal(self, window: Window) -> None:
         """Warns of a host whose tokens see later ones in windows as long as this one, which a short probe may not show."""
-        model, (context, inputs, _) = self.host.model, window
+        model, (context, inputs, _) = self.host.model, window.to(self.host.input_device())
         half = len(inputs) // 2
         if not half:
             return

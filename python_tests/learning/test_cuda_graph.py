@@ -14,6 +14,7 @@ from support.hosts import TWO_LAYER, tiny
 
 import locas_ext as locas
 from locas_ext import _C
+from locas_ext.hosts import window_reading
 from locas_ext.learning import captured, cuda_graph, graph_step
 
 no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
@@ -210,6 +211,16 @@ def test_a_callback_that_looks_and_changes(device, monkeypatch):
         assert_same_run(memory, report, plain, plain_report)
         for ours, theirs in zip(seen, plain_seen, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_windows_that_need_one_forward(device, monkeypatch):
+    needed = window_reading.Verdict(window_reading.ONE, "it was found to differ")
+    monkeypatch.setattr(window_reading, "cheapest", lambda *_, **__: needed)
+    memory, plain = attached(device)[1], attached(device)[1]
+    report = memory.memorize(TEXT, **SETTINGS)
+    expected = plain.memorize(TEXT, **SETTINGS, context_gradient=True)
+    assert report.one_forward == ["it was found to differ"] and not expected.one_forward
+    assert [chunk.nll for chunk in report.chunks] == pytest.approx([chunk.nll for chunk in expected.chunks], rel=1e-3)
 
 
 def test_a_swapped_module_is_captured_anew(device, monkeypatch):
