@@ -85,6 +85,8 @@ def cheapest(
         nonlocal why
         try:
             error = misfit(read(way), expected, targets)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the host
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as problem:
             why = f"behind a cache of the context the host raises {type(problem).__name__}: {problem}"
             return False

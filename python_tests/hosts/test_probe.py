@@ -113,6 +113,21 @@ def test_a_host_that_cannot_run_yet_is_attached_with_a_warning():
     assert_same_host(model, before, ("state", "requires_grad", "training", "config"))
 
 
+def test_a_full_memory_ends_attaching(monkeypatch):
+    model, full = tiny("llama"), torch.OutOfMemoryError("CUDA out of memory")
+    before = snapshot(model)
+
+    def refuses(*_, **__):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.layers[1].mlp), "forward", refuses)
+        with pytest.raises(torch.OutOfMemoryError):
+            locas.attach(model, config_for("llama"))
+    assert_same_host(model, before)
+    locas.attach(model, config_for("llama"))
+
+
 # ---- an FFN's formula -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("family", sorted(HOST_SETTINGS))

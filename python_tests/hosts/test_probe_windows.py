@@ -79,6 +79,8 @@ class Host:
             self.read_ways.append(way)
             logits = torch.randn(inputs, 7, generator=torch.Generator().manual_seed(0))
             problem = way.in_two and self.wrong(way, context + inputs)
+            if problem == "is full":
+                raise torch.OutOfMemoryError("CUDA out of memory")
             if problem == "raises":
                 raise IndexError("list index out of range")
             return logits + 0.01 * torch.randn(inputs, 7) if problem else logits
@@ -114,6 +116,13 @@ def test_a_way_that_gives_other_logits_gives_way_to_the_next(wrong, way, why):
     assert verdict.way == way and why in verdict.why
     if not way.positions:  # the probe has found out whether they are needed
         assert Host(wrong).settle(WindowReading(verdicts={0: Verdict()}), 8, 8).way == way
+
+
+def test_a_full_memory_says_nothing_of_the_host():
+    reading = WindowReading()
+    with pytest.raises(torch.OutOfMemoryError):
+        Host(lambda way, tokens: "is full").settle(reading, 8, 8)
+    assert Host(lambda way, tokens: False).settle(reading, 8, 8).way == SHORT
 
 
 def test_what_fails_at_some_length_fails_for_longer_windows_only():

@@ -11,6 +11,7 @@ import locas_ext as locas
 from locas_ext.hosts.registry import HOSTS
 from locas_ext.learning.backprop import gradient
 from locas_ext.learning.chunk import Window, WindowReader
+from locas_ext.learning.host_kernels import kernels
 from locas_ext.learning.host_kernels.kernels import Level, fast_reader
 
 ALL = ("norms", "residuals", "attention", "loss")
@@ -117,6 +118,19 @@ def test_nothing_of_the_host_stays_replaced():
     config = memory.model.config
     assert all(module.config is config for module in memory.model.modules() if isinstance(module, LlamaAttention))
     assert memory.model.model.config is config
+
+
+def test_a_full_memory_says_nothing_of_the_kernels(monkeypatch):
+    memory = memory_on("llama")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_error_of_all", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            memory.memorize(text(), **SETTINGS)
+    assert memory.memorize(text(), **SETTINGS).host_kernels.ours == ALL
 
 
 class CappedNorm(nn.Module):

@@ -79,6 +79,8 @@ def check_gradient(layer: int, name: str, call: Call) -> None:
             assert x is not None and y is not None, "seen in the recorded call"
             (gradient,) = torch.autograd.grad(y.float().sum(), x, allow_unused=True)
         problem = None if gradient is not None else "its output does not depend on its input"
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         problem = str(error)
     if problem is not None:

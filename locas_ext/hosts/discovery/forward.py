@@ -98,6 +98,8 @@ def recorded(model: Any) -> Recording:
         raise ValueError("the host is on the meta device and has no weights yet; load them first")
     try:
         return record(model, example_text(model))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         where = _where(model, error)
         raise ValueError(

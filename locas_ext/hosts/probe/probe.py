@@ -113,6 +113,8 @@ def _check_backward(model: Any, context: Tensor, inputs: Tensor, gradients: Embe
     """Refuses a host through whose one forward no gradient comes back."""
     try:
         gradients.pull(one_forward(model, context, inputs))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise _Refused(
             f"no gradient comes back through the forward of {type(model).__name__}, so nothing can be learned in it: a forward "
@@ -136,6 +138,8 @@ def probe(host: Host) -> ProbeReport:
                 _check(host, _texts(host))
         except _Refused as refusal:
             raise ValueError(str(refusal)) from None
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a host's forward may raise where it cannot run yet
             skipped = f"{type(error).__name__}: {error}"
             warnings.warn(

@@ -106,6 +106,9 @@ class HostKernels:
             try:
                 error = error_of()
                 why = f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
+            except torch.OutOfMemoryError:
+                del self.levels[kind]  # nothing is known of them
+                raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
                 error, why = float("nan"), f"with the kernels it raises {type(problem).__name__}: {problem}"
             if error <= tolerance(own, self.host.reading.coarse):
@@ -222,6 +225,8 @@ def host_kernels(host: Host, ids: Tensor, rows: int) -> HostKernels | str:
         return "the text has fewer than 2 tokens"
     try:
         found = _found(host, ids[: min(TOKENS, rows - 1)].to(host.input_device()))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"its forward could not be recorded: {type(error).__name__}: {error}"
     return HostKernels(host, found, rows)
