@@ -44,9 +44,9 @@ class HostState:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.logits = logits(model, TEXT[:WINDOW])  # first, as a first forward may keep tables in its modules
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.rest = self._rest()
-        self.logits = logits(model, TEXT[:WINDOW])
 
     def _rest(self) -> dict[str, Any]:
         modules = self.model.named_modules()

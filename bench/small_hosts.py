@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 VOCABULARY, HIDDEN, WIDTH, HEADS, HEAD, POSITIONS = 128, 64, 96, 4, 16, 512
 MOST_PARAMETERS = 130_000_000
@@ -207,11 +207,10 @@ def small_host(model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedM
 
 def language_models() -> dict[str, str]:
     """The language-model classes of the installed transformers, and the mapping each is in: "causal" or "image-text"."""
-    auto = transformers.models.auto.modeling_auto
     classes: dict[str, str] = {}
     for kind, names in (
-        ("image-text", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-        ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("image-text", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     ):
         classes |= dict.fromkeys(names.values(), kind)
     return classes
