@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import time
@@ -43,6 +42,18 @@ MEMORY_BYTES = 14 << 30  # of a process
 KINDS = ("causal", "image-text")
 VERDICTS = ("works", "no learning", "wrong context", "not causal", "not bitwise", "error", "refused", "not built")
 PLACES = ("whole", "whole in some layers", "between", "between in some layers", "beside")
+# What attach and the checks say of several classes, each in words of its own.
+REASONS = (
+    "no FFN was found",
+    "are found by one forward",
+    "is not causal",
+    "is an encoder and a decoder",
+    "has no language-model head",
+    "no gradient comes back",
+    "a package is not installed",
+    "its forward takes more than token ids",
+    "no small model could be made",
+)
 
 Result = dict[str, Any]
 Results = dict[str, Result]
@@ -122,10 +133,9 @@ def counts(results: Results) -> list[tuple[str, list[int]]]:
     return [(what, each) for what, each in rows if each[-1]]
 
 
-def reason(name: str, why: str) -> str:
-    """What many classes' messages have in common."""
-    first = re.split(r"; |: expected", why.removeprefix("ValueError: ").replace(name, "the model"))[0]
-    return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "N", re.sub(r"\b[A-Z]\w+(?:For|Model|LM)\w*\b", "the model", first))[:160]
+def reason(result: Result) -> str:
+    """What the messages of several classes have in common."""
+    return next((phrase for phrase in REASONS if phrase in result["why"]), result["why"].partition(";")[0][:160])
 
 
 def print_table(results: Results) -> None:
@@ -133,13 +143,12 @@ def print_table(results: Results) -> None:
     print(f"\n| transformers {transformers.__version__} | {' | '.join(KINDS)} | both |\n| --- | --- | --- | --- |")
     for what, each in counts(results):
         print(f"| {what} | {' | '.join(map(str, each))} |")
-    for verdict in VERDICTS[1:]:
-        groups = defaultdict(list)
-        for name, result in results.items():
-            if result["verdict"] == verdict:
-                groups[reason(name, result["why"]) or "-"].append(name)
-        for why, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-            print(f"\n{verdict}, {len(names)}: {why}\n    {', '.join(sorted(names))}")
+    groups = defaultdict(list)
+    for name, result in results.items():
+        if result["verdict"] != "works":
+            groups[VERDICTS.index(result["verdict"]), reason(result)].append(name)
+    for (verdict, why), names in sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1]))):
+        print(f"\n{len(names)} {VERDICTS[verdict]}{why and ': '}{why}\n    {', '.join(sorted(names))}")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
