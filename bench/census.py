@@ -42,18 +42,19 @@ MEMORY_BYTES = 14 << 30  # of a process
 KINDS = ("causal", "image-text")
 VERDICTS = ("works", "no learning", "wrong context", "not causal", "not bitwise", "error", "refused", "not built")
 PLACES = ("whole", "whole in some layers", "between", "between in some layers", "beside")
-# What attach and the checks say of several classes, each in words of its own.
-REASONS = (
-    "no FFN was found",
-    "are found by one forward",
-    "is not causal",
-    "is an encoder and a decoder",
-    "has no language-model head",
-    "no gradient comes back",
-    "a package is not installed",
-    "its forward takes more than token ids",
-    "no small model could be made",
-)
+# What attach and the checks say of several classes, and in words for all of them.
+REASONS = {
+    "no FFN was found": "no FFN was found in the layers",
+    "found by one forward": "the forward that finds the FFNs raises",
+    "is not causal": "a token's logits depend on later tokens",
+    "an encoder and a decoder": "an encoder and a decoder",
+    "has no language-model head": "no language-model head",
+    "no gradient comes back": "no gradient comes back",
+    "the loss fell": "the loss falls by less",
+    "a package is not installed": "a package is not installed",
+    "its forward takes more": "the forward takes more than token ids",
+    "no small model": "no small model could be made",
+}
 
 Result = dict[str, Any]
 Results = dict[str, Result]
@@ -134,8 +135,8 @@ def counts(results: Results) -> list[tuple[str, list[int]]]:
 
 
 def reason(result: Result) -> str:
-    """What the messages of several classes have in common."""
-    return next((phrase for phrase in REASONS if phrase in result["why"]), result["why"].partition(";")[0][:160])
+    """What the messages of several classes have in common, or the message."""
+    return next((words for phrase, words in REASONS.items() if phrase in result["why"]), result["why"][:160])
 
 
 def print_table(results: Results) -> None:
@@ -148,7 +149,7 @@ def print_table(results: Results) -> None:
         if result["verdict"] != "works":
             groups[VERDICTS.index(result["verdict"]), reason(result)].append(name)
     for (verdict, why), names in sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1]))):
-        print(f"\n{len(names)} {VERDICTS[verdict]}{why and ': '}{why}\n    {', '.join(sorted(names))}")
+        print(f"\n{len(names)} {VERDICTS[verdict]}: {why}\n    {', '.join(sorted(names))}")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

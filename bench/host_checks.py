@@ -146,18 +146,18 @@ def learned(memory: Any, model: Any, before: HostState) -> dict[str, Any]:
             changes.append("logits while disabled")
     memory.detach()
     changes += before.changes()
-    verdict = "works"
-    if not losses[1] < losses[0] - LEARNED:
-        verdict = "no learning"
-    if not error <= SAME:
-        verdict = "wrong context"
-    if not is_causal(model, before.logits):
-        verdict = "not causal"
+    verdict, why = "works", ""
     if changes:
-        verdict = "not bitwise"
+        verdict, why = "not bitwise", f"changed: {', '.join(changes)}"
+    elif not is_causal(model, before.logits):
+        verdict = "not causal"
+    elif not error <= SAME:
+        verdict, why = "wrong context", f"a chunk's score is {error:.1e} nats a token off"
+    elif not losses[1] < losses[0] - LEARNED:
+        verdict, why = "no learning", f"the loss fell by {losses[0] - losses[1]:.3f} nats a token"
     return {
         "verdict": verdict,
-        "why": ", ".join(changes),
+        "why": why,
         "loss": losses,
         "context_error": error,
         "places": Counter(place(layer) for layer in status),
