@@ -204,7 +204,11 @@ def small_host(model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedM
     if count > MOST_PARAMETERS:
         raise MemoryError(f"{count / 1e6:.0f} M parameters: its config did not become small")
     torch.manual_seed(seed)
-    return model_class(config).eval().float()
+    model = model_class(config).eval().float()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # xLSTM begins with gates of zeros, whose FFNs give out nothing
+    return model
 
 
 def language_models() -> dict[str, str]:
