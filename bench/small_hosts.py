@@ -19,7 +19,10 @@ _SIZES: list[tuple[Any, str]] = [
     (HIDDEN, "input_embedding_size output_embedding_size word_embed_proj_dim lm_hidden_size text_dim out_hidden_size"),
     (HIDDEN, "projector_hidden_size projection_hidden_size projection_dim attention_hidden_size mamba_d_ssm"),
     (HIDDEN, "moe_latent_size entity_embedding_size image_text_hidden_size vision_hidden_size encoder_hidden_size"),
-    (HIDDEN, "text_hidden_size pronunciation_embed_dim shape_embed_dim hidden_size_global adapter_input_size adapter_out_dim"),
+    (
+        HIDDEN,
+        "text_hidden_size pronunciation_embed_dim shape_embed_dim hidden_size_global adapter_input_size adapter_out_dim moe_hidden_size",
+    ),
     (2, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers"),
     (2, "num_decoder_layers depth"),
     (2, "aligner_num_add_layers resampler_depth num_encoder_blocks text_num_hidden_layers num_key_value_heads"),
@@ -127,6 +130,8 @@ _NEEDS: list[tuple[str, dict[str, Any]]] = [
     ("molmo2", {"adapter_config.vision_feature_layer": [1, 0]}),
     ("dots3_note", {"vision_config.adapter_in_dim": HIDDEN, "vision_config.mlp_layer_types": ["dense", "dense"]}),
     ("musicgen_decoder musicgen_melody_decoder", {"num_codebooks": 1}),
+    ("inkling_text inkling_mm_model", {"logits_mup_width_multiplier": 1.0}),  # muP: it grows with the hidden size
+    ("muse_spark_text", {"output_multiplier": 1.0}),  # muP: it falls with the hidden size
     ("emu3", {"vq_config.base_channels": 32}),
     ("emu3", {"vocabulary_map": {"image": 5, "<image>": 6}}),
     ("chameleon", {"vocabulary_map": {"<image>": 6}}),
