@@ -34,13 +34,14 @@ def load_gguf(model: str, dtype: torch.dtype) -> tuple[Any, Any, dict]:
     head_size = _check(file)
     place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-    config = AutoConfig.from_pretrained(file.parent, **place)
-    if head_size is not None and hasattr(config, "head_dim"):
-        config.head_dim = head_size  # which transformers leaves at its default for some architectures
+    settings = {"dtype": dtype, "output_loading_info": True, **place}
+    if head_size is not None:  # which transformers leaves at its default for some architectures
+        config = AutoConfig.from_pretrained(file.parent, **place)
+        if hasattr(config, "head_dim"):
+            config.head_dim = head_size
+        settings["config"] = config
     with _no_bar():
-        host, found = AutoModelForCausalLM.from_pretrained(
-            file.parent, config=config, dtype=dtype, output_loading_info=True, **place
-        )
+        host, found = AutoModelForCausalLM.from_pretrained(file.parent, **settings)
     # What transformers notes of a file it has dequantized would keep the model from being saved.
     del host.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
