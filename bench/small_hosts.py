@@ -19,10 +19,8 @@ _SIZES: list[tuple[Any, str]] = [
     (HIDDEN, "input_embedding_size output_embedding_size word_embed_proj_dim lm_hidden_size text_dim out_hidden_size"),
     (HIDDEN, "projector_hidden_size projection_hidden_size projection_dim attention_hidden_size mamba_d_ssm"),
     (HIDDEN, "moe_latent_size entity_embedding_size image_text_hidden_size vision_hidden_size encoder_hidden_size"),
-    (
-        HIDDEN,
-        "text_hidden_size pronunciation_embed_dim shape_embed_dim hidden_size_global adapter_input_size adapter_out_dim moe_hidden_size",
-    ),
+    (HIDDEN, "text_hidden_size pronunciation_embed_dim shape_embed_dim hidden_size_global adapter_input_size"),
+    (HIDDEN, "adapter_out_dim"),
     (2, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers"),
     (2, "num_decoder_layers depth"),
     (2, "aligner_num_add_layers resampler_depth num_encoder_blocks text_num_hidden_layers num_key_value_heads"),
@@ -53,7 +51,7 @@ _SIZES: list[tuple[Any, str]] = [
     (24, "local_attention local_attention_window_len"),
     (8, "rotary_dim mamba_n_heads n_mamba_heads mamba_num_heads block_multiple_of d_rel"),
     (0, "num_kv_shared_layers num_nextn_predict_layers"),
-    (32, "image_size pronunciation_vocab_size shape_vocab_size vocab_size_audio"),
+    (32, "image_size pronunciation_vocab_size shape_vocab_size vocab_size_audio moe_hidden_size"),
     (64, "codebook_size max_source_positions rel_extent ngram_vocab_size_base encoder_hash_byte_group_vocab"),
     (0.1, "initializer_range init_std"),  # large enough that random layers do something
 ]

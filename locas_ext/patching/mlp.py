@@ -40,7 +40,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         return self.obstacle()
 
     def obstacle(self) -> str:
-        return "Locas-MLP runs beside the host's FFN"
+        return self.ffn.differs or "Locas-MLP runs beside the host's FFN"
 
     def _beside(self, x: Tensor, scope: Scope | None) -> Tensor:
         """The memory's output alone, [..., d]."""

@@ -19,6 +19,7 @@ from bench import census, host_checks
         ("OPTForCausalLM", "works", "between", "works"),
         ("MixtralForCausalLM", "works", "beside", "refused"),
         ("JambaForCausalLM", "works", "whole in some layers", "refused"),
+        ("MuseSparkForConditionalGeneration", "works", "beside", "refused"),  # a Locas-MLP beside a block of another formula
         ("MambaForCausalLM", "refused", None, None),
         ("BlipForConditionalGeneration", "not built", None, None),
     ],
