@@ -85,7 +85,7 @@ def answer(
     answers = [""] * len(prompts.questions)
     for batch in _batches(prompts.questions, batch_size):
         inputs = torch.stack([prompts.questions[index] for index in batch]).to(model.device)
-        lines = _continue(model, tokenizer, inputs, _copies(cache, len(batch)), max_new_tokens)
+        lines = _continue(model, tokenizer, inputs, copies(cache, len(batch)), max_new_tokens)
         for index, (line, _) in zip(batch, lines, strict=True):
             answers[index] = line
         callback(len(batch), sum(tokens for _, tokens in lines))
@@ -100,7 +100,7 @@ def _batches(questions: list[Tensor], size: int) -> list[list[int]]:
     return [group[i : i + size] for _, group in sorted(by_length.items()) for i in range(0, len(group), size)]
 
 
-def _copies(cache, count: int):
+def copies(cache, count: int):
     """A copy of a KV cache of one text for `count` of them."""
     if cache is None:
         return None

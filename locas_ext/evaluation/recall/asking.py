@@ -3,7 +3,6 @@
 All answers to one question go on from one reading of its prompt. Questions whose prompts have one length are read together.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locas_ext.evaluation.locomo.answers import Prompts, answer
+from locas_ext.evaluation.locomo.answers import Prompts, answer, copies
 from locas_ext.learning.study.generation import write
 from locas_ext.learning.study.prompts import Prompter
 
@@ -137,7 +136,7 @@ def _batches(own: list[list[int]], shared: int, size: int) -> Iterator[list[int]
 def _scores(model: Any, prompter: Prompter, questions: list[Question], prompts: Tensor, cache: Any) -> list[list[float]]:
     """prompts: [b, m], those of the questions, behind what the cache holds"""
     options = [[_candidate(prompter, q, text) for text in (q.answers[0], *q.distractors)] for q in questions]
-    begun = _repeated(cache, len(questions))
+    begun = copies(cache, len(questions))
     output = model(input_ids=prompts, past_key_values=begun, use_cache=True, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)
     counts = torch.tensor([len(each) for each in options], device=prompts.device)
@@ -161,13 +160,3 @@ def _rest(model: Any, candidates: list[list[int]], cache: Any) -> Tensor:
     taken = logits.float().log_softmax(-1).gather(2, padded[:, 1:, None])[..., 0].double()
     inside = torch.arange(1, width, device=model.device)[None] < lengths[:, None]
     return torch.where(inside, taken, 0.0).sum(1)
-
-
-def _repeated(cache: Any, count: int) -> Any:
-    """A copy of the cache of one text for `count` of them."""
-    if cache is None:
-        return None
-    copied = copy.deepcopy(cache)
-    if count > 1:
-        copied.batch_repeat_interleave(count)
-    return copied
