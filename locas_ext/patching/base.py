@@ -19,7 +19,7 @@ from locas_ext.ops.routes import by_address
 from locas_ext.ops.types import SlotFactors
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
-from locas_ext.state.scope import Scope
+from locas_ext.state.scope import Scope, scopes
 
 from .forward_patch import ForwardPatch, the_input
 from .rehome import RehomedFFN
@@ -146,6 +146,13 @@ class PatchedFFN(ABC, Generic[FFN]):
             _entered.set(None)
         y = self.patches[1].original(*arguments, **named)
         return y if x is None else self.with_memory(x, y)  # None: a call of this projection alone, which is no FFN
+
+    def observed_scope(self, x: Tensor) -> Scope | None:
+        """What holds for this memory in this context, whose observer is shown the FFN's input."""
+        scope = scopes.get().get(self.state)
+        if scope is not None and scope.observer is not None:
+            scope.observer(self, x)
+        return scope
 
     @abstractmethod
     def with_memory(self, x: Tensor, y: Tensor) -> Tensor:

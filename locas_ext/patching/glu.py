@@ -13,7 +13,7 @@ from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
 from locas_ext.ops.backends.matmul import sideway_glu_forward
 from locas_ext.ops.types import SlotFactors
-from locas_ext.state.scope import Scope, scopes
+from locas_ext.state.scope import Scope
 
 from .base import PatchedFFN, Route
 from .compiled import in_use
@@ -41,9 +41,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         x = the_input(arguments, named)
         if torch.compiler.is_compiling():
             return self._forward_compiled(x, arguments, named)
-        scope = scopes.get().get(self.state)
-        if scope is not None and scope.observer is not None:
-            scope.observer(self, x)
+        scope = self.observed_scope(x)
         match self.route(x, scope):
             case Route.WHOLE:
                 return self._whole(x, scope)
@@ -65,9 +63,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
     def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._with_memory_compiled(x, y)
-        scope = scopes.get().get(self.state)
-        if scope is not None and scope.observer is not None:
-            scope.observer(self, x)
+        scope = self.observed_scope(x)
         match self.route(x, scope):
             case Route.BESIDE:
                 return y + self._beside(x, scope).view_as(y)

@@ -10,7 +10,7 @@ from locas_ext.ops.activations import activate
 from locas_ext.ops.autograd import SidewayMlpFunction
 from locas_ext.ops.backends.matmul import sideway_mlp_forward
 from locas_ext.ops.types import SlotFactors
-from locas_ext.state.scope import Scope, scopes
+from locas_ext.state.scope import Scope
 
 from .base import PatchedFFN, Route
 from .compiled import in_use
@@ -23,9 +23,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         """The FFN's output y [..., d] for its input x [..., d], with the memory's added."""
         if torch.compiler.is_compiling():
             return self._with_memory_compiled(x, y)
-        scope = scopes.get().get(self.state)
-        if scope is not None and scope.observer is not None:
-            scope.observer(self, x)
+        scope = self.observed_scope(x)
         tap = None if scope is None else scope.tap
         match self.route(x, scope):
             case Route.BESIDE:
