@@ -1,67 +1,20 @@
 """Hosts from GGUF files: the shipped model written into one, and files that are none."""
 
-import json
-
 import pytest
 import torch
 from support.command_line import WINDOW, run
+from support.gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.assets import ASSETS, MODEL, load_model
 from locas_ext.evaluation.inputs import load_host
 
-gguf = pytest.importorskip("gguf")
-
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+pytest.importorskip("gguf")
 
 
-def gguf_name(name):
-    """What llama.cpp calls a tensor of a Qwen3 model."""
-    name = name.removeprefix("model.").removesuffix(".weight")
-    if name.startswith("layers."):
-        _, layer, part = name.split(".", 2)
-        return f"blk.{layer}.{NAMES[part]}.weight"
-    return {"embed_tokens": "token_embd", "norm": "output_norm"}[name] + ".weight"
-
-
-def write(path, architecture="qwen3", blocks=None):
-    model, tokenizer = load_model(), json.loads((MODEL / "tokenizer.json").read_text())
-    config, bpe = model.config, tokenizer["model"]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in sorted(bpe["vocab"].items(), key=lambda item: item[1])])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]])
-    for name, parameter in model.named_parameters():
-        writer.add_tensor(gguf_name(name), parameter.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(path, **settings):
+    return write_gguf(path, load_model(), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +69,9 @@ def test_files_that_are_no_model(file, tmp_path):
     text = tmp_path / "text.gguf"
     text.write_text("Call me Ishmael.")
     assert "it begins with b'Call', not b'GGUF'" in refusal(text)
-    assert "of the architecture 'rwkv7', which transformers does not read" in refusal(write(tmp_path / "other.gguf", "rwkv7"))
+    assert "of the architecture 'rwkv7', which transformers does not read" in refusal(
+        write(tmp_path / "other.gguf", architecture="rwkv7")
+    )
     assert "qwen3.block_count is 4000000; expected at most 1000" in refusal(write(tmp_path / "deep.gguf", blocks=4_000_000))
     assert "tensors are missing" in refusal(write(tmp_path / "more.gguf", blocks=9))
 

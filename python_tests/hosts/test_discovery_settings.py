@@ -8,35 +8,26 @@ import torch
 from support.found_hosts import FOUND, NOT_MERGED, found_host
 from support.helpers import TEXT, logits_of
 from support.hosts import LEARN
+from support.torch_settings import setting
 
 import locas_ext as locas
 
-
-@contextlib.contextmanager
-def default_of(put, value, before):
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 TORCH = {
-    "float64": lambda: default_of(torch.set_default_dtype, torch.float64, torch.float32),
-    "bfloat16": lambda: default_of(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "device meta": lambda: default_of(torch.set_default_device, "meta", None),
+    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "device meta": lambda: setting(torch.set_default_device, "meta", None),
     "inference mode": torch.inference_mode,
     "no_grad": torch.no_grad,
 }
 
 
-@pytest.mark.parametrize("setting", TORCH)
+@pytest.mark.parametrize("name", TORCH)
 @pytest.mark.parametrize("family", ["olmo", "apertus", "qwen3_moe"])
-def test_torchs_own_settings_change_nothing(family, setting):
+def test_torchs_own_settings_change_nothing(family, name):
     model = found_host(family)
     twin = copy.deepcopy(model)
     results = []
-    for host, context in ((model, contextlib.nullcontext()), (twin, TORCH[setting]())):
+    for host, context in ((model, contextlib.nullcontext()), (twin, TORCH[name]())):
         with context:
             memory = locas.attach(host, locas.LocasConfig(rank=4, scale=0.5, variant=FOUND[family][0]))
             memory.memorize(TEXT, **LEARN)

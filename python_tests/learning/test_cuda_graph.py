@@ -33,6 +33,14 @@ def device(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def captures(device, monkeypatch):
+    """As many items as there were captures."""
+    done, capture = [], captured.capture
+    monkeypatch.setattr(captured, "capture", lambda *args: done.append(1) or capture(*args))
+    return done
+
+
 def attached(device, family="llama", rank=5, dtype=torch.float32, rehome=False, settings=None, **config):
     model = tiny_model(family, dtype=dtype, **(settings or {})).to(device)
     return model, locas.attach(model, locas.LocasConfig(rank=rank, scale="host", **config), rehome=rehome)
@@ -155,11 +163,8 @@ def test_a_write_that_cannot_be_captured_goes_on(device, part, monkeypatch):
     assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **WRITE, update=update))
 
 
-def test_a_memory_that_grows_on_the_way(device, monkeypatch):
+def test_a_memory_that_grows_on_the_way(device, captures, monkeypatch):
     """Slots written from a callback: the memory is another one, in another place, so the step is captured anew."""
-    captures = []
-    capture = captured.capture
-    monkeypatch.setattr(captured, "capture", lambda *args: captures.append(1) or capture(*args))
 
     def run(memory, memorize):
         def callback(chunk):
@@ -223,11 +228,7 @@ def test_windows_that_need_one_forward(device, monkeypatch):
     assert [chunk.nll for chunk in report.chunks] == pytest.approx([chunk.nll for chunk in expected.chunks], rel=1e-3)
 
 
-def test_a_swapped_module_is_captured_anew(device, monkeypatch):
-    captures = []
-    capture = captured.capture
-    monkeypatch.setattr(captured, "capture", lambda *args: captures.append(1) or capture(*args))
-
+def test_a_swapped_module_is_captured_anew(device, captures, monkeypatch):
     def run(memory, memorize):
         def callback(chunk):
             if chunk.end == 56:

@@ -1,26 +1,17 @@
 """A memory's whole life under torch's global settings: the same numbers as under the plain ones."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from support.helpers import SETTINGS, TEXT, assert_same_host, logits_of, random_ids, snapshot
 from support.hosts import config_for, tiny
+from support.torch_settings import setting
 
 import locas_ext as locas
 
 PROMPT = random_ids(6, seed=9)
 MORE = random_ids(16, seed=4)
-
-
-@contextlib.contextmanager
-def setting(put, value, before):
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
 
 
 SETTINGS_OF_TORCH = {

@@ -1,32 +1,19 @@
 """A merged Llama goes to llama.cpp: written with its tensor names, as its converter writes them, and read back."""
 
-import json
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.gguf_files import write_gguf
+from support.helpers import tiny_model
 
 import locas_ext as locas
-from locas_ext.evaluation.assets import MODEL
 from locas_ext.evaluation.inputs import load_host
 
 gguf = pytest.importorskip("gguf")
 
 
 def merged_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=224,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = dict(vocab_size=4096, hidden_size=64, head_dim=16, intermediate_size=224, max_position_embeddings=128)
+    model = tiny_model("llama", **sizes)
     memory = locas.attach(model, locas.LocasConfig(rank=8, scale="host"))
     memory.memorize(torch.randint(0, 4096, (200,)), window=64, stride=32, learning_rate=0.02, progress=False)
     before = logits(model)
@@ -47,31 +34,13 @@ def pairs_side_by_side(weight, heads):
 
 
 def write(model, path):
-    config, bpe = model.config, json.loads((MODEL / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in sorted(bpe["vocab"].items(), key=lambda item: item[1])])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, parameter in model.state_dict().items():
-        values = parameter.float().numpy()
-        if (projection := name.split(".")[-2]) in heads:
-            values = pairs_side_by_side(values, heads[projection])
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+
+    def tensor(name, values):
+        projection = name.split(".")[-2]
+        return pairs_side_by_side(values, heads[projection]) if projection in heads else values
+
+    write_gguf(path, model, "llama", tensor)
 
 
 def test_a_merged_llama_is_written_and_read_back(tmp_path):
