@@ -177,17 +177,17 @@ def test_an_ended_study_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
 
 def test_what_the_host_wrote_is_kept_passage_by_passage(tmp_path, monkeypatch):
     tokenizer, asked = study_tokenizer(CHAT), []
-    writes = study_module.ask_about
+    writes = study_module.Asker.ask
 
-    def ends(model, prompter, passages, numbers, *more):
+    def ends(asker, numbers, advance):
         asked.append(list(numbers))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        part = writes(model, prompter, passages, numbers, *more)
+        part = writes(asker, numbers, advance)
         part.pairs.append(study_module.Pair("asked", f"What about {numbers[0]}?", "red sails", numbers[0]))
         return part
 
-    monkeypatch.setattr(study_module, "ask_about", ends)
+    monkeypatch.setattr(study_module.Asker, "ask", ends)
     monkeypatch.setattr(study_module, "_AT_ONCE", 2)
     chosen = settings(chunk=32, questions=1, epochs=1, kinds=("asked", "blank"), check=False, guard=0.0)
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from support.study import CHAT, PAIRS, TEXT, study_host, study_tokenizer
 
 import locas_ext as locas
 from locas_ext.learning.study import asking, generation
-from locas_ext.learning.study.asking import ask_about, question_in
+from locas_ext.learning.study.asking import Asker, question_in
 from locas_ext.learning.study.pairs import Salience, given_pairs, made_pairs, parts_of
 from locas_ext.learning.study.passages import passages_of, sentences_of, words_of
 from locas_ext.learning.study.prompts import Prompter
@@ -218,7 +218,7 @@ def test_questions_and_answers_are_taken_out_of_what_was_written(monkeypatch):
     salient, seen = Salience(surprises, most=9), []
     for check in (True, False):
         chosen = StudySettings(kinds=(ASKED, ASKED_FOR), questions=99, check=check)
-        written = ask_about(None, prompter, passages, [0], salient, chosen, SEED, seen.append)
+        written = Asker(None, prompter, passages, salient, chosen, SEED).ask([0], seen.append)
         found = {(pair.kind, pair.question, pair.answer) for pair in written.pairs}
         sold, color = "What does the village of Skolm sell?", "What color are the sails of the Vomel?"
         expected = {(ASKED, "Who was born in Dublin?", "Captain Klau."), (ASKED_FOR, sold, "honey")}
@@ -230,7 +230,7 @@ def test_questions_and_answers_are_taken_out_of_what_was_written(monkeypatch):
         assert refused.get("are answered otherwise with the passage in view", 0) == check
     assert seen == [1, 1]
     base = Prompter(study_tokenizer())
-    written = ask_about(None, base, passages, [0], salient, chosen, SEED, seen.append)
+    written = Asker(None, base, passages, salient, chosen, SEED).ask([0], seen.append)
     assert {pair.kind for pair in written.pairs} == {ASKED_FOR}
 
 

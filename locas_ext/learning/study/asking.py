@@ -78,107 +78,89 @@ class _Wish:
     sentence: str = ""
 
 
-def _wishes(
-    prompter: Prompter,
-    passages: Sequence[Passage],
-    numbers: Sequence[int],
-    salient: Salience,
-    settings: StudySettings,
-    seed: int,
-) -> list[_Wish]:
-    """What the host is told to write about some passages."""
-    shown = "\n\n".join(_EXAMPLE.format(text, word, f" {question}") for text, word, question in EXAMPLES)
-    wishes: list[_Wish] = []
-    for number in numbers:
-        rng, passage = random.Random(f"{seed} {number}"), passages[number]
-        if ASKED in settings.kinds and prompter.has_chat:
-            told = [SEEDS[index % len(SEEDS)] for index in range(settings.questions)]
-            wishes += [_Wish(number, tuple(prompter.ask(each, passage.text))) for each in told]
-        if ASKED_FOR in settings.kinds:
-            words = [(sentence, word) for sentence in sentences_of(passage.text) for word in salient(sentence)]
-            for sentence, word in rng.sample(words, min(settings.questions, len(words))):
-                prompt = prompter.passage(f"{shown}\n\n{_EXAMPLE.format(sentence, word, '')}")
-                wishes.append(_Wish(number, tuple(prompt), word, sentence))
-    return wishes
+@dataclass(frozen=True)
+class Asker:
+    """A host that is asked about passages; while it is, the model is the bare host.
 
-
-def seconds_to_ask(
-    model: Any,
-    prompter: Prompter,
-    passages: Sequence[Passage],
-    numbers: Sequence[int],
-    salient: Salience,
-    settings: StudySettings,
-    seed: int,
-) -> tuple[int, float]:
-    """How many questions `ask_about` would have the host write about some passages, and about how long that takes."""
-    prompts = [wish.prompt for wish in _wishes(prompter, passages, numbers, salient, settings, seed)]
-    seconds = seconds_to_write(model, prompter.tokenizer, prompts, settings.new_tokens, seed)
-    return len(prompts), 2 * seconds  # questions, and their answers
-
-
-def ask_about(
-    model: Any,
-    prompter: Prompter,
-    passages: Sequence[Passage],
-    numbers: Sequence[int],
-    salient: Salience,
-    settings: StudySettings,
-    seed: int,
-    advance: Advance,
-) -> Written:
-    """Questions about some passages, by their numbers, and answers to them; the model is the bare host here.
-
-    advance: told of each passage that is done with
+    salient: the words of a sentence that are worth a question
+    seed: of what is drawn
     """
-    written, wishes = Written(), _wishes(prompter, passages, numbers, salient, settings, seed)
-    prompts = [wish.prompt for wish in wishes]
-    texts = write(model, prompter.tokenizer, prompts, settings.new_tokens, seed + numbers[0], temperature=0.7)
-    written.asked = len(wishes)
-    asked: dict[tuple[int, str], _Wish] = {}
-    for wish, text in zip(wishes, texts, strict=True):
-        question = question_in(text if wish.word is None else text.lstrip().partition("\n")[0])
-        if question is None:
-            written.refuse("are no question")
-        elif wish.word is not None and set(_parts(wish.word)) <= set(_parts(question)):
-            written.refuse("say their answer")
-        elif not _shared(question, wish.sentence or passages[wish.passage].text):
-            written.refuse("are not about the passage")
-        else:
-            asked.setdefault((wish.passage, question), wish)
-    _answer(model, prompter, passages, asked, settings, seed, written)
-    advance(len(numbers))
-    return written
 
+    model: Any
+    prompter: Prompter
+    passages: Sequence[Passage]
+    salient: Salience
+    settings: StudySettings
+    seed: int
 
-def _answer(
-    model: Any,
-    prompter: Prompter,
-    passages: Sequence[Passage],
-    asked: dict[tuple[int, str], _Wish],
-    settings: StudySettings,
-    seed: int,
-    written: Written,
-) -> None:
-    """The host's own answers, with the passage in view; a question for a word has that word for an answer too."""
-    prompts = [prompter.ask(question, passages[number].text) for number, question in asked]
-    texts = write(model, prompter.tokenizer, prompts, settings.new_tokens, seed)
-    for ((number, question), wish), text in zip(asked.items(), texts, strict=True):
-        answer = answer_in(text)
-        if wish.word is not None:
-            agrees = answer is not None and set(_parts(wish.word)) <= set(_parts(answer))
-            if settings.check and not agrees:
-                written.refuse("are answered otherwise with the passage in view")
-                continue
-            written.pairs.append(Pair(ASKED_FOR, question, wish.word, number))
-            if answer is not None and agrees and answer != wish.word:
-                written.pairs.append(Pair(ASKED_FOR, question, answer, number))
-        elif answer is None:
-            written.refuse("got no answer")
-        elif not _shared(answer, passages[number].text):
-            written.refuse("have an answer without a word of the passage")
-        else:
-            written.pairs.append(Pair(ASKED, question, answer, number))
+    def seconds(self, numbers: Sequence[int]) -> tuple[int, float]:
+        """How many questions `ask` would have the host write about some passages, and about how long that takes."""
+        prompts = [wish.prompt for wish in self._wishes(numbers)]
+        seconds = seconds_to_write(self.model, self.prompter.tokenizer, prompts, self.settings.new_tokens, self.seed)
+        return len(prompts), 2 * seconds  # questions, and their answers
+
+    def ask(self, numbers: Sequence[int], advance: Advance) -> Written:
+        """Questions about some passages, by their numbers, and answers to them.
+
+        advance: told of so many passages that are done with
+        """
+        written, wishes = Written(), self._wishes(numbers)
+        written.asked = len(wishes)
+        asked: dict[tuple[int, str], _Wish] = {}
+        texts = self._written([wish.prompt for wish in wishes], self.seed + numbers[0], temperature=0.7)
+        for wish, text in zip(wishes, texts, strict=True):
+            question = question_in(text if wish.word is None else text.lstrip().partition("\n")[0])
+            if question is None:
+                written.refuse("are no question")
+            elif wish.word is not None and set(_parts(wish.word)) <= set(_parts(question)):
+                written.refuse("say their answer")
+            elif not _shared(question, wish.sentence or self.passages[wish.passage].text):
+                written.refuse("are not about the passage")
+            else:
+                asked.setdefault((wish.passage, question), wish)
+        self._answer(asked, written)
+        advance(len(numbers))
+        return written
+
+    def _written(self, prompts: Sequence[Sequence[int]], seed: int, temperature: float = 0.0) -> list[str]:
+        return write(self.model, self.prompter.tokenizer, prompts, self.settings.new_tokens, seed, temperature=temperature)
+
+    def _wishes(self, numbers: Sequence[int]) -> list[_Wish]:
+        """What the host is told to write about some passages."""
+        prompter, settings = self.prompter, self.settings
+        shown = "\n\n".join(_EXAMPLE.format(text, word, f" {question}") for text, word, question in EXAMPLES)
+        wishes: list[_Wish] = []
+        for number in numbers:
+            rng, passage = random.Random(f"{self.seed} {number}"), self.passages[number]
+            if ASKED in settings.kinds and prompter.has_chat:
+                told = [SEEDS[index % len(SEEDS)] for index in range(settings.questions)]
+                wishes += [_Wish(number, tuple(prompter.ask(each, passage.text))) for each in told]
+            if ASKED_FOR in settings.kinds:
+                words = [(sentence, word) for sentence in sentences_of(passage.text) for word in self.salient(sentence)]
+                for sentence, word in rng.sample(words, min(settings.questions, len(words))):
+                    prompt = prompter.passage(f"{shown}\n\n{_EXAMPLE.format(sentence, word, '')}")
+                    wishes.append(_Wish(number, tuple(prompt), word, sentence))
+        return wishes
+
+    def _answer(self, asked: dict[tuple[int, str], _Wish], written: Written) -> None:
+        """The host's own answers, with the passage in view; a question for a word has that word for an answer too."""
+        texts = self._written([self.prompter.ask(q, self.passages[number].text) for number, q in asked], self.seed)
+        for ((number, question), wish), text in zip(asked.items(), texts, strict=True):
+            answer = answer_in(text)
+            if wish.word is not None:
+                agrees = answer is not None and set(_parts(wish.word)) <= set(_parts(answer))
+                if self.settings.check and not agrees:
+                    written.refuse("are answered otherwise with the passage in view")
+                    continue
+                written.pairs.append(Pair(ASKED_FOR, question, wish.word, number))
+                if answer is not None and agrees and answer != wish.word:
+                    written.pairs.append(Pair(ASKED_FOR, question, answer, number))
+            elif answer is None:
+                written.refuse("got no answer")
+            elif not _shared(answer, self.passages[number].text):
+                written.refuse("have an answer without a word of the passage")
+            else:
+                written.pairs.append(Pair(ASKED, question, answer, number))
 
 
 def _parts(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from locas_ext.storage.config_file import digest as tensor_digest
 from locas_ext.terminal import Terminal
 
 from .arguments import prompter_of, texts_of
-from .asking import Written, ask_about, seconds_to_ask
+from .asking import Asker, Written
 from .guard import guard_rows
 from .learner import Learner, Material, Progress
 from .pairs import Pair, Salience, given_pairs, made_pairs, require_usable
@@ -94,21 +94,21 @@ class Study:
         salient, settings = self._salience(), self.settings
         written, done = self.store.written()
         if ASKED_FOR in settings.kinds or (ASKED in settings.kinds and self.prompter.has_chat):
+            asker = Asker(self.model, self.prompter, self.passages, salient, settings, self.seed)
             missing = [number for number in range(len(self.passages)) if number not in done]
             if self.shows and missing:
-                asks = self.model, self.prompter, self.passages, missing, salient, settings, self.seed
-                count, seconds = seconds_to_ask(*asks)
+                count, seconds = asker.seconds(missing)
                 Terminal(stderr=True).print(f"{count:,} questions to write, about {seconds:,.0f} s")
             with self._bar("asking", len(missing), "passages") as advance:
                 for start in range(0, len(missing), _AT_ONCE):
-                    self._ask(missing[start : start + _AT_ONCE], salient, written, advance)
+                    self._ask(asker, missing[start : start + _AT_ONCE], written, advance)
                     check_interrupt()
         self.report.asked, self.report.refused = written.asked, dict(written.refused)
         made = made_pairs(self.passages, settings.kinds, settings.questions, salient, self.seed)
         return [*dict.fromkeys([*written.pairs, *made])]
 
-    def _ask(self, numbers: list[int], salient: Salience, written: Written, advance: Callable[[int], None]) -> None:
-        part = ask_about(self.model, self.prompter, self.passages, numbers, salient, self.settings, self.seed, advance)
+    def _ask(self, asker: Asker, numbers: list[int], written: Written, advance: Callable[[int], None]) -> None:
+        part = asker.ask(numbers, advance)
         self.store.add(numbers, part)
         written.pairs += part.pairs
         written.asked += part.asked
