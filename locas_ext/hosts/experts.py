@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from locas_ext.ops.activations import activate
 
 from .expert_weights import ExpertWeights, PooledRows, expert_weights
-from .ffn import HostFFN, Packed, Projection, Rows
+from .ffn import HostFFN, Projection, Rows
+from .tried import tried
 
 
 class ExpertBlock(HostFFN):
@@ -48,9 +49,6 @@ class ExpertBlock(HostFFN):
         up = self._experts().up
         return len(up) * up[0].shape[0]
 
-    def hidden(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("a block of experts has no one hidden vector per token")
-
     def _routing(self, x: Tensor, forward: Callable) -> Tensor | None:
         """[T, E]: what the router gives each expert; None where the experts are not told."""
         weights = self._experts()
@@ -78,10 +76,9 @@ class ExpertBlock(HostFFN):
 
     def importance(self, x: Tensor, forward: Callable) -> Tensor:
         weights = self._experts()
-        try:
+        routing = None
+        with tried():  # a block may need more than the hidden states
             routing = self._routing(x, forward)
-        except Exception:  # a block that needs more than the hidden states
-            routing = None
         result = x.new_zeros(len(weights.up), weights.up[0].shape[0], dtype=torch.float32)
         for expert in range(len(result)):
             share = None if routing is None else routing[:, expert].abs()
@@ -109,6 +106,3 @@ class ExpertBlock(HostFFN):
         weights = self._experts()
         norms = [torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).mean() for value in weights.value]
         return torch.stack(norms).mean().item()
-
-    def resized(self, rows: Callable, columns: Callable) -> Packed:
-        raise NotImplementedError("a block of experts cannot be widened")

@@ -171,12 +171,8 @@ class HostFFN(ABC):
         return activate(pre, self.activation) if act is None else act(pre)
 
     @abstractmethod
-    def hidden(self, x: Tensor) -> Tensor:
-        """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
-
     def importance(self, x: Tensor, forward: Callable) -> Tensor:
         """[m] float32: how strongly each neuron fires on x [T, d]. forward: the module's own."""
-        return self.hidden(x).abs().float().mean(0)
 
     @abstractmethod
     def input_rows(self, like: Tensor) -> tuple[Rows, ...]:
@@ -194,6 +190,17 @@ class HostFFN(ABC):
     def output_columns(self, like: Tensor) -> Tensor:
         """[d, m]."""
         return dense_weight(self.projections()[-1], like)
+
+
+class ProjectedFFN(HostFFN):
+    """An FFN of projections, of which a token has one hidden vector."""
+
+    @abstractmethod
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
+
+    def importance(self, x: Tensor, forward: Callable) -> Tensor:
+        return self.hidden(x).abs().float().mean(0)
 
     @abstractmethod
     def resized(self, rows: Callable, columns: Callable) -> Packed:

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from locas_ext.ops.types import HostWeights
 
-from .ffn import HostFFN, Packed, as_parameters
+from .ffn import Packed, ProjectedFFN, as_parameters
 from .projections import dense_weight
 
 
-class GatedFFN(HostFFN):
+class GatedFFN(ProjectedFFN):
     """An FFN with separate gate, up and down projections."""
 
     names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .ffn import HostFFN, Packed, Place, Projection, as_parameters
+from .ffn import Packed, Place, ProjectedFFN, Projection, as_parameters
 from .projections import dense_weight
 
 
-class TwoLayerFFN(HostFFN):
+class TwoLayerFFN(ProjectedFFN):
     """An FFN of two projections, act(x W_in^T + b_in) W_out^T + b_out (OPT, GPT-NeoX, Phi)."""
 
     place = Place.PROJECTIONS

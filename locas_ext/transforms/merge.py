@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from locas_ext.checks import integer
-from locas_ext.hosts.ffn import HostFFN, Packed, put_in
+from locas_ext.hosts.ffn import Packed, ProjectedFFN, put_in
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.ops import reference
 from locas_ext.state.memory_state import VALUE, MemoryState
@@ -125,14 +125,20 @@ def merge_notes(host: Host) -> dict[int, str]:
     }
 
 
-def _output(ffn: HostFFN, x: Tensor) -> Tensor:
+def _projected(host: Host, layer: int) -> ProjectedFFN:
+    ffn = host.ffns[layer]
+    assert isinstance(ffn, ProjectedFFN), "_check_free refuses the others"
+    return ffn
+
+
+def _output(ffn: ProjectedFFN, x: Tensor) -> Tensor:
     """What the projections make of x, the host's own."""
     return ffn.projections()[-1](ffn.hidden(x)).float()
 
 
 def _expected(host: Host, state: MemoryState, layer: int, slots: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """A few inputs of an FFN, and what it gives out for them with its memory."""
-    ffn = host.ffns[layer]
+    ffn = _projected(host, layer)
     weight = ffn.projections()[-1]._parameters["weight"]
     assert weight is not None, "_check_mergeable refuses the others"
     generator = torch.Generator("cpu").manual_seed(0)
@@ -167,7 +173,7 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
 
     def widened(layer: int, width: int) -> Packed:
         slots, scale = memory_of.get(layer, (None, 0.0))
-        return host.ffns[layer].resized(
+        return _projected(host, layer).resized(
             lambda tensor, plane: _grown(tensor, None if slots is None or plane is None else slots[plane], width, 0),
             lambda columns: _grown(columns, None if slots is None else scale * slots[VALUE].T, width, 1),
         )
@@ -182,7 +188,7 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
         def check() -> None:
             check_stated(host, before)
             with state.disable():
-                _compare(_output(host.ffns[first], x), expected, first, x.dtype)
+                _compare(_output(_projected(host, first), x), expected, first, x.dtype)
 
         _resize(host, packed, change, check)
     return host.model
@@ -218,7 +224,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     change = narrowing(host)
 
     def narrow(layer: int, m: int) -> Packed:
-        return host.ffns[layer].resized(
+        return _projected(host, layer).resized(
             lambda tensor, _: tensor[:m].clone(),
             lambda columns: columns[:, :m].clone(memory_format=torch.contiguous_format),
         )

@@ -4,11 +4,13 @@ import types
 
 import pytest
 import torch
+from support.found_hosts import found_host
 from support.helpers import TEXT, assert_same_host, logits_of, random_ids, snapshot
 from support.hosts import HOST_SETTINGS, TWO_LAYER, config_for, tiny
 from torch import nn
 
 import locas_ext as locas
+from locas_ext.hosts.experts import ExpertBlock
 from locas_ext.hosts.probe.recording import record
 
 RUN = dict(window=24, stride=8, progress=False)
@@ -126,6 +128,38 @@ def test_a_full_memory_ends_attaching(monkeypatch):
             locas.attach(model, config_for("llama"))
     assert_same_host(model, before)
     locas.attach(model, config_for("llama"))
+
+
+@pytest.mark.parametrize("model_type", ["bitnet", "qwen3_moe"])
+@pytest.mark.parametrize("call", [2, 3, 4])
+def test_a_full_memory_while_an_ffn_is_looked_for_ends_attaching(model_type, call, monkeypatch):
+    """The first call is the recorded one; in the others a block is tried."""
+    model = found_host(model_type)
+    block, calls = type(model.model.layers[0].mlp), []
+    forward = block.forward
+
+    def fills(self, *args, **kwargs):
+        calls.append(self)
+        if calls.count(self) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", fills)
+    with pytest.raises(torch.OutOfMemoryError):
+        locas.attach(model, locas.LocasConfig(rank=4))
+
+
+def test_a_full_memory_while_routing_is_read_ends_initializing(monkeypatch):
+    model = found_host("qwen3_moe")
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    monkeypatch.setattr(ExpertBlock, "_routing", fills_the_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.initialize(TEXT)
+    assert not memory.state.initialized
+
+
+def fills_the_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 # ---- an FFN's formula -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext.hosts.probe.recording import Recording
+from locas_ext.hosts.tried import tried
 from locas_ext.ops.activations import INDEX, activate, xielu
 
 from .forward import input_of, is_linear, nearness, output_of
@@ -33,18 +34,24 @@ def _is_elementwise(module: Any, x: Tensor) -> bool:
     """Whether each number is activated alone: a norm is not."""
     half = x.clone()
     half[..., ::2] = 0
-    try:
+    with tried():
         return torch.equal(module(x.clone())[..., 1::2], module(half)[..., 1::2])
-    except Exception:
-        return False
+    return False
+
+
+def _value(module: Any, grid: Tensor) -> Tensor | None:
+    """What an activation module makes of float32 numbers; None if it does not take these."""
+    with tried():
+        value: Tensor = module(grid).float()
+        return value
+    return None
 
 
 def function_of(module: Any, like: Tensor) -> str | None:
     """The function with kernels that an activation module computes, up to roundings; None if none."""
     grid = torch.linspace(-12, 12, 4001, dtype=torch.float32, device=like.device)
-    try:
-        value = module(grid).float()
-    except Exception:
+    value = _value(module, grid)
+    if value is None:
         grid = grid.to(like.dtype)
         value = module(grid).float()
         grid = grid.float()
@@ -64,9 +71,7 @@ def _as_xielu(module: Any, like: Tensor) -> list[str]:
 def nearest_with_kernels(module: Any, like: Tensor) -> str:
     """The function with kernels that an activation module is most like, by direction."""
     grid = torch.linspace(-4, 4, 401, dtype=torch.float32, device=like.device)
-    try:
-        value = module(grid).float()
-    except Exception:
+    if (value := _value(module, grid)) is None:
         return "silu"
     scores = {name: torch.cosine_similarity(activate(grid, name), value, dim=0).item() for name in KERNELS}
     return max(scores, key=scores.__getitem__)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext.hosts.probe.recording import Call, Recording
+from locas_ext.hosts.tried import tried
 
 from .forward import input_of, nearness, output_of, tolerance
 
@@ -32,12 +33,10 @@ def _turned(value: Any) -> Any:
 def _is_tokenwise(module: nn.Module, call: Call) -> bool:
     """Whether the output under another order of the tokens is the output in that order."""
     expected = output_of(call)
-    try:
+    result = None
+    with tried():
         result = module(*map(_turned, call.args), **{name: _turned(value) for name, value in call.kwargs.items()})
-    except Exception:
-        return False
-    got = output_of(call._replace(output=result))
-    x = input_of(call)
+    got, x = None if result is None else output_of(call._replace(output=result)), input_of(call)
     if expected is None or got is None or x is None or got.shape != expected.shape:
         return False
     return nearness(got.reshape(x.shape).float().flip(-2), expected.reshape(x.shape).float()) <= tolerance(expected.dtype)

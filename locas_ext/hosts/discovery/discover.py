@@ -18,6 +18,7 @@ from locas_ext.hosts.formula import Seen, class_name
 from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.hosts.probe.recording import Recording
 from locas_ext.hosts.probe.undisturbed import undisturbed
+from locas_ext.hosts.tried import tried
 from locas_ext.hosts.two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from locas_ext.ops.activations import has_parameters
 
@@ -108,9 +109,10 @@ def _holds_far(ffn: GatedFFN, x: torch.Tensor) -> bool:
     """Whether the module computes the formula too where its neurons' products are larger than a short text makes them."""
     reached = min(product.abs().max().item() for product in ffn.pre_activations(x))
     far = x * (_REACH / max(reached, torch.finfo(torch.float32).tiny))
-    try:
+    got = None
+    with tried():
         got = ffn.module(far)
-    except Exception:  # a module that takes more than its input
+    if got is None:  # a module that takes more than its input
         return True
     expected = ffn.projections()[-1](ffn.hidden(far))
     return not expected.isfinite().all() or _same(got, expected)  # float16 does not reach everywhere
@@ -126,11 +128,9 @@ def _activation_in(block: nn.Module, like: torch.Tensor) -> str:
     """The function with kernels that a block's activation module computes; silu where it shows none."""
     for module in block.modules():
         if module is not block and not is_linear(module) and not list(module.parameters()):
-            try:
+            with tried():  # a router, a dropout, whatever is no activation
                 if (name := function_of(module, like)) is not None:
                     return name
-            except Exception:  # a router, a dropout, whatever is no activation
-                continue
     return "silu"
 
 
