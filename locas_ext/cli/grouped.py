@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, Signature, signature
+from operator import getitem
 from typing import Annotated, Any, get_args, get_type_hints
 
 from typer.models import OptionInfo
@@ -16,7 +17,7 @@ def _named(name: str, option: Any) -> Any:
         if isinstance(info, OptionInfo) and info.metavar and not info.param_decls:
             infos[number] = copy(info)
             infos[number].param_decls = (f"--{name.replace('_', '-')}",)
-    return Annotated[(kind, *infos)]
+    return getitem(Annotated, (kind, *infos))
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
