@@ -1,9 +1,9 @@
 """What other hosts cost: how long attach takes, and memorizing a mixture of experts against the host's own step.
 
-attach    a random host of Qwen3-0.6B's shape, once as its family's table entry says where the FFNs are, once found by structure and
-          numbers as any unknown family's are; the probe included. Median of `--rounds`, each on a model that was never attached.
-experts   a random Qwen3-MoE host of 30B-A3B's shape cut to `--layers` layers: a chunk of a full window memorized, over the host's own
-          step (its context read, then forward and backward of the chunk, no memory), eagerly and in CUDA graphs.
+attach    a random host of Qwen3-0.6B's shape, once as the table of families says where its FFNs are, once found by structure
+          and numbers as in any unknown family; the probe included. The median of `--rounds`, each on a new model.
+experts   a random Qwen3-MoE host of 30B-A3B's shape cut to `--layers` layers: a chunk of a full window memorized, over the
+          host's own step (its context read, then forward and backward of the chunk, no memory), eagerly and in CUDA graphs.
 """
 
 import argparse
