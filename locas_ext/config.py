@@ -8,9 +8,11 @@ from typing import Any
 from locas_ext.checks import boolean, integer, integers, number, one_of
 
 VARIANTS = ("glu", "mlp")
-INITS = ("topk", "bottomk", "random", "gaussian", "activation")
+INITS = ("topk", "bottomk", "random", "gaussian", "activation", "gradient")
 SCALES = ("paper", "host")
+ROW_LENGTHS = ("unit", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
+MOST_CLIP = 1e3  # times the host's own rows
 MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
 
 
@@ -32,6 +34,12 @@ def _checked_scale(scale: object) -> str | float:
     return scale
 
 
+def _checked_clip(clip: object) -> bool | float:
+    if isinstance(clip, (int, float)) and not isinstance(clip, bool):
+        return number("clip", clip, above=0, high=MOST_CLIP, why="times the mean length of the host's own rows")
+    return boolean("clip", clip)
+
+
 @dataclass(frozen=True)
 class LocasConfig:
     """The settings of a memory.
@@ -43,14 +51,21 @@ class LocasConfig:
         layers: sequence of int: which decoder layers get a memory (negative ones count from the end); None: all
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
             the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
-            directions; "activation" takes the FFN inputs of random tokens
+            directions; "activation" takes the FFN inputs of random tokens; "gradient" clones the neurons whose values the
+            first chunk's loss would change most
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows, divided by r), a multiple of
             it such as "16x", "host" (the mean norm itself) or a float other than 0, from -1e6 to 1e6
-        clip: bool: whether each slot row is kept at length 1 or less after every update
+        clip: True: each slot row is kept at length 1 or less after every update; a float above 0: gate and key rows at so
+            many times the mean length of the host's own gate and up rows, value rows where tau times their length is so
+            many times the mean length of the host's value rows; False: no row is clipped
         backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
             "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
             first two was measured to be faster
         seed: int from -2**63 to 2**64 - 1: of the random inits
+        row_length: how long the rows of `init` are: "unit", each of length 1, or "host": clones as long as the neurons' own
+            rows, other rows as long as these are on average
+        open_gates: float from 0 to 1: the share of slots, the last ones of each layer, whose gate row starts along the
+            chunk's mean FFN input instead, so that they answer every token, in proportion to the key's product with it
 
     Raises:
         TypeError: a setting is of another type
@@ -67,21 +82,27 @@ class LocasConfig:
     layers: Sequence[int] | None = None
     init: str = "topk"
     scale: str | float = "paper"
-    clip: bool = True
+    clip: bool | float = True
     backend: str = "auto"
     seed: int = 0
+    row_length: str = "unit"
+    open_gates: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, VARIANTS)
         one_of("init", self.init, INITS)
         one_of("backend", self.backend, BACKENDS)
+        one_of("row_length", self.row_length, ROW_LENGTHS)
         checked = {
             "rank": integer("rank", self.rank, 1),
             "layers": None if self.layers is None else integers("layers", self.layers),
             "scale": _checked_scale(self.scale),
-            "clip": boolean("clip", self.clip),
+            "clip": _checked_clip(self.clip),
             "seed": integer("seed", self.seed, -(2**63), 2**64 - 1),
+            "open_gates": number("open_gates", self.open_gates, 0, 1),
         }
+        if self.variant == "mlp" and checked["open_gates"]:
+            raise ValueError(f"open_gates is {self.open_gates}, but the variant is 'mlp', whose slots have no gate; expected 0")
         if checked["layers"] == ():
             raise ValueError("layers is empty; expected at least one layer index, or None for all layers")
         for name, value in checked.items():
@@ -103,7 +124,8 @@ class LocasConfig:
         >>> LocasConfig.paper(rank=128).scale
         'paper'
         """
-        return cls(**{"variant": "glu", "rank": 64, "init": "topk", "scale": "paper", "clip": True, **changes})
+        defaults = {"variant": "glu", "rank": 64, "init": "topk", "scale": "paper", "clip": True}
+        return cls(**{**defaults, "row_length": "unit", "open_gates": 0.0, **changes})
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """`layers` for a host with so many layers.
@@ -152,7 +174,7 @@ class LocasConfig:
 
 def check_rank(config: LocasConfig, intermediate_size: int) -> None:
     """ValueError if an init that clones neurons asks for more than the host has."""
-    if config.init in ("topk", "bottomk", "random") and config.rank > intermediate_size:
+    if config.init in ("topk", "bottomk", "random", "gradient") and config.rank > intermediate_size:
         raise ValueError(
             f"rank is {config.rank}, but the host's FFN has only {intermediate_size} neurons to clone with "
             f"init={config.init!r}; expected a rank from 1 to {intermediate_size}, or init='gaussian'"

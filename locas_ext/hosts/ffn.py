@@ -30,6 +30,13 @@ class Rows(Protocol):
     def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
 
+@torch.no_grad()
+def mean_row_norm(rows: Rows) -> float:
+    """The mean length of rows [m, d]."""
+    indices = torch.arange(rows.shape[0], device=rows.device).split(4096)  # the rows of many experts do not fit at once
+    return float(torch.cat([rows[some].float().norm(dim=-1) for some in indices]).double().mean())
+
+
 class Place(Enum):
     """Where a memory can stand."""
 
@@ -186,6 +193,10 @@ class HostFFN(ABC):
     def mean_value_norm(self, like: Tensor) -> float:
         """The mean length of the neurons' output columns."""
         return value_norm_mean(self.output_columns(like))
+
+    def mean_row_norms(self, like: Tensor) -> list[float]:
+        """The mean lengths of the neurons' input rows, of each kind."""
+        return [mean_row_norm(rows) for rows in self.input_rows(like)]
 
     def output_columns(self, like: Tensor) -> Tensor:
         """[d, m]."""

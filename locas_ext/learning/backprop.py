@@ -1,6 +1,7 @@
 """One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; graph_step.py captures the same."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,54 @@ def loss_scale(state: MemoryState) -> float:
     return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
 
 
-def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
+def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:
+    """The learning rates of the planes (gate, key, value, or key and value), one where they agree.
+
+    updates: that the memory has learned by
+    """
+    others = update.gate_learning_rate, update.learning_rate, update.value_learning_rate
+    rates = [update.learning_rate if rate is None else rate for rate in others][-planes:]
+    slower = 1.0 if update.decay_after is None else (1 + updates / update.decay_after) ** -0.5
+    return [rate * slower for rate in (rates if len(set(rates)) > 1 else rates[:1])]
+
+
+def _takes_factors(attachment: Attachment, update: Backprop) -> bool:
+    """Whether the update can form the slots' gradient from factors."""
+    rates = update.gate_learning_rate, update.value_learning_rate
+    return update.optimizer != "muon" and rates == (None, None) and isinstance(attachment.config.clip, bool)
+
+
+def gradient(attachment: Attachment, window: Window, reader: Reader, update: Backprop) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 
-    Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
+    update: says which targets count, and whether the gradient may come as factors. Only the slots get a gradient, whatever
+    else of the host requires one. Nothing here waits for the device.
     """
     state, tokens = attachment.state, len(window.inputs)
     require_parameters_that_learn(state)  # a callback may have frozen the last one
     if reader.is_in_one(window):
         tokens += len(window.context)
-    with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
-        loss = reader.loss(window)
-        state.backward(loss * (loss_scale(state) / len(window.targets)))
-    return loss.detach()
+    as_factors = attachment.keeps_factors(tokens) and _takes_factors(attachment, update)
+    with state.accumulating(as_factors=as_factors):
+        nll = reader.nll(window.whole() if update.context_loss else window)
+        learned = nll if update.learn_below == 1.0 else torch.where(nll.detach() >= -math.log(update.learn_below), nll, 0.0)
+        before, own = learned.split([len(nll) - len(window.targets), len(window.targets)])
+        total, count = own.sum(), float(len(own))
+        if len(before):
+            total, count = total + update.context_loss * before.sum(), count + update.context_loss * len(before)
+        state.backward(total * (loss_scale(state) / count))
+    return nll.detach()[len(before) :].sum()
+
+
+def update_slots(attachment: Attachment, update: Backprop, rates: Tensor, finite: Tensor | None = None) -> None:
+    """One update from the gradient in the arenas. rates: [1] or [planes]; finite: as in `adamw_step`."""
+    state, settings = attachment.state, dict[str, Any]()
+    if update.optimizer == "adamw":
+        settings = {"betas": update.betas}
+    elif update.optimizer == "muon":
+        settings = {"momentum": update.betas[0]}
+    clip, scale = bool(attachment.config.clip), 1.0 / loss_scale(state)
+    OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite, **settings)
 
 
 def check_loss(loss: float, state: MemoryState, place: str) -> None:
@@ -68,14 +104,13 @@ class EagerStep:
         state = self.attachment.state
         state.sync()  # changes from outside: the forwards below do not look for them
         try:
-            loss_here = gradient(self.attachment, window, self.reader)
+            loss_here = gradient(self.attachment, window, self.reader, self.update)
             norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]
             loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
             check_loss(loss, state, place)
             check_gradient(all(map(math.isfinite, norms_here)), state, place)
-            step = OPTIMIZERS[self.update.optimizer]
-            scale = 1.0 / loss_scale(state)
-            step(state, self.update.learning_rate, clip=self.attachment.config.clip, gradient_scale=scale)
+            rates = torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64)
+            update_slots(self.attachment, self.update, rates)
         finally:
             state.zero_grad()
         return loss

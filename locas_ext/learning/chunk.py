@@ -59,6 +59,11 @@ class Window(NamedTuple):
         """Those that go into the host."""
         return len(self.context) + len(self.inputs)
 
+    def whole(self) -> "Window":
+        """The same tokens with nothing before the inputs: all but the first are targets, the own ones last."""
+        targets = torch.cat([self.context[1:], self.inputs[:1], self.targets]) if len(self.context) else self.targets
+        return Window(self.context[:0], torch.cat([self.context, self.inputs]), targets)
+
     def to(self, device: torch.device) -> "Window":
         """The window on a device, in one copy; itself where it lies there."""
         if self.inputs.device == device:
@@ -89,8 +94,11 @@ class Reader(TakesKernels, Protocol):
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""
 
+    def nll(self, window: Window) -> Tensor:
+        """The negative log-likelihood of each of a window's targets, [n] float32, with a graph as `logits`."""
+
     def loss(self, window: Window) -> Tensor:
-        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
+        """`nll` summed, float32 0-d."""
 
     def look_ahead(self) -> None:
         """While the device still works on a chunk: gets ready what the next one can need whatever comes of this one."""

@@ -10,10 +10,9 @@ import torch
 
 from locas_ext.patching.attachment import Attachment
 
-from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale
+from .backprop import EagerStep, check_gradient, check_loss, gradient, rates_of, update_slots
 from .captured import Captured
 from .chunk import Reader, Window
-from .optimizers import OPTIMIZERS
 from .protocol import Protocol
 from .report import GraphReport
 from .update import Backprop
@@ -25,14 +24,16 @@ class GraphStep(EagerStep):
     def __init__(self, attachment: Attachment, update: Backprop, reader: Reader, protocol: Protocol):
         """protocol: says which windows are full"""
         super().__init__(attachment, update, reader)
+        self.rates: torch.Tensor | None = None
         self.captured = Captured(attachment, reader, protocol, self, why_not=None)
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
+        self._set_rates()
         if not self.captured.replay(window):
             return self.eagerly(window, place)
-        state = self.attachment.state
         loss, finite = self.outcome.tolist()
+        state = self.attachment.state
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
         state.finish_update()
@@ -41,28 +42,36 @@ class GraphStep(EagerStep):
     def report(self) -> GraphReport:
         return GraphReport(self.captured.replayed, self.updates, self.captured.why_not)
 
+    def _set_rates(self) -> None:
+        """Brings the learning rates that the graph reads up to the memory's version."""
+        if self.rates is not None and self.update.decay_after is not None:
+            state = self.attachment.state
+            self.rates.copy_(torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64))
+
     # ---- what is captured ------------------------------------------------------------------------------------
     def repeats(self, window: Window) -> bool:
         return True
 
     def prepare(self, device: torch.device) -> None:
         (arena,) = self.attachment.state.arenas
-        self.learning_rate = torch.tensor(self.update.learning_rate, dtype=torch.float64, device=device)
+        state = self.attachment.state
+        rates = rates_of(self.update, state.planes, state.version)
+        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
+        if self.update.optimizer == "muon":
+            arena.optimizer_state("momentum_buffer")
         if self.update.optimizer == "adamw":
             arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
 
     def rehearse(self, window: Window) -> None:
-        gradient(self.attachment, window, self.reader)
+        gradient(self.attachment, window, self.reader, self.update)
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:
         (arena,) = self.attachment.state.arenas
-        loss = gradient(self.attachment, window, self.reader)
+        assert self.rates is not None, "prepare() makes them"
+        loss = gradient(self.attachment, window, self.reader, self.update)
         finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
-        state = self.attachment.state
-        OPTIMIZERS[self.update.optimizer](
-            state, self.learning_rate, clip=self.attachment.config.clip, gradient_scale=1.0 / loss_scale(state), finite=finite
-        )
+        update_slots(self.attachment, self.update, self.rates, finite)
         arena.zero_grad()
         self.outcome.copy_(torch.stack([loss.double(), finite.double()]))

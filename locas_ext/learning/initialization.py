@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
-from locas_ext.hosts.ffn import Rows
+from locas_ext.hosts.ffn import Rows, mean_row_norm
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
@@ -25,6 +25,10 @@ from .update import Backprop
 ACTIVATION_AT_HOST_SCALE = 1e-4
 
 
+# Where a gate row that starts open takes the mean FFN input: SiLU and GELU pass most of it.
+OPEN = 2.0
+
+
 def _unit_rows(rows: Tensor) -> Tensor:
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -36,29 +40,71 @@ def initial_rows(
     host_rows: tuple[Rows, ...],
     ffn_input: Tensor,
     generator: torch.Generator,
+    gradient: Tensor | None = None,
 ) -> list[Tensor]:
-    """The rows [r, d] float32 of length 1 that decide when one layer's slots fire: gate and key, or of Locas-MLP the key.
+    """The rows [r, d] float32 that decide when one layer's slots fire: gate and key, or of Locas-MLP the key.
 
     importance: [m]; host_rows: the host's own such rows, each [m, d]; ffn_input: [T, d], the layer's FFN inputs over the
-    chunk. The generator is a CPU one, so a seed means the same memory on every device.
+    chunk; gradient: as these, the loss's of the FFN's outputs, where the init asks for it. The generator is a CPU one, so a
+    seed means the same memory on every device.
     """
+    rows = _chosen_rows(config, importance, host_rows, ffn_input, generator)
+    if config.row_length == "unit":
+        rows = [_unit_rows(plane) for plane in rows]
+    elif config.init in ("gaussian", "activation"):
+        rows = [_unit_rows(plane) * mean_row_norm(host) for plane, host in zip(rows, host_rows, strict=True)]
+    if opened := round(config.open_gates * config.rank):
+        rows = _opened(rows, opened, ffn_input.float(), None if gradient is None else gradient.float())
+    return rows
+
+
+def _opened(rows: list[Tensor], count: int, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
+    """Gate and key rows of which the last `count` are open: the gates along the mean input, the keys across it.
+
+    With a gradient these keys are the inputs' directions that the FFN's output should depend on most, the first singular
+    vectors of (x - mean)^T gradient.
+    """
+    gate, key = (plane.float().clone() for plane in rows)
+    mean = x.mean(0)
+    direction = mean / mean.norm()
+    gate[-count:] = mean * (OPEN / mean.square().sum())
+    opened = key[-count:]
+    lengths = opened.norm(dim=-1, keepdim=True)
+    if gradient is None:
+        opened = opened - (opened @ direction)[:, None] * direction
+    else:
+        wanted = (x - mean).T @ gradient
+        opened = torch.linalg.eigh((wanted @ wanted.T).double()).eigenvectors[:, -count:].T.float()
+        lengths = lengths.mean().expand_as(lengths)
+    key[-count:] = _unit_rows(opened) * lengths
+    return [gate, key]
+
+
+def _chosen_rows(
+    config: LocasConfig,
+    importance: Tensor,
+    host_rows: tuple[Rows, ...],
+    ffn_input: Tensor,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """The rows that the init chooses, as long as they are."""
     rank, d = config.rank, host_rows[0].shape[1]
     if config.init == "gaussian":
         rows = torch.randn(len(host_rows), rank, d, generator=generator, dtype=torch.float32, device="cpu").to(
             host_rows[0].device
         )
-        return [_unit_rows(plane) for plane in rows]
+        return list(rows)
     if config.init == "activation":
         tokens = ffn_input.shape[0]
         if rank > tokens:
             raise ValueError(f"init='activation' takes one token per slot: rank is {rank}, but the chunk has {tokens} tokens")
         chosen = torch.randperm(tokens, generator=generator, device="cpu")[:rank].to(ffn_input.device)
-        return [_unit_rows(ffn_input[chosen])] * len(host_rows)
+        return [ffn_input[chosen]] * len(host_rows)
     if config.init == "random":
         neurons = torch.randperm(importance.shape[0], generator=generator, device="cpu")[:rank].to(importance.device)
     else:
-        neurons = importance.topk(rank, largest=config.init == "topk").indices
-    return [_unit_rows(rows[neurons]) for rows in host_rows]
+        neurons = importance.topk(rank, largest=config.init != "bottomk").indices
+    return [rows[neurons] for rows in host_rows]
 
 
 def _bears_little(config: LocasConfig) -> bool:
@@ -90,46 +136,94 @@ def check_rate(config: LocasConfig, update: object) -> None:
         )
 
 
-@contextmanager
-def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]]):
-    """Collects each layer's initial rows during one forward."""
-    generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
+class _Observation:
+    """What one forward shows of each FFN, and one backward where the init asks for it."""
 
-    def observe(ffn: PatchedFFN, x: Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])
-        if ffn not in rows:  # one that runs several times begins with what its first call uses
-            rows[ffn] = initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator)
+    def __init__(self, attachment: Attachment):
+        self.attachment, self.with_gradient = attachment, attachment.config.init == "gradient"
+        self.inputs: dict[PatchedFFN, Tensor] = {}
+        self.outputs: dict[PatchedFFN, Tensor] = {}
 
-    # A graph knows no contexts: a compiled host is observed in eager code.
-    with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
-        yield
+    @contextmanager
+    def __call__(self):
+        handles = [self._hooked(ffn) for ffn in self.attachment.ffns] if self.with_gradient else []
+        # A graph knows no contexts: a compiled host is observed in eager code.
+        try:
+            with (
+                scoped(self.attachment.state, observer=self._observe),
+                eager_host(self.attachment.host.model),
+                torch.set_grad_enabled(self.with_gradient),
+            ):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _observe(self, ffn: PatchedFFN, x: Tensor) -> None:
+        if ffn not in self.inputs:  # one that runs several times begins with what its first call uses
+            self.inputs[ffn] = x.detach().reshape(-1, x.shape[-1])
+
+    def _hooked(self, ffn: PatchedFFN):
+        def hook(module, arguments, y):
+            first = y if isinstance(y, Tensor) else y[0]
+            if not first.requires_grad:  # below the first FFN nothing needs a gradient
+                first = first.detach().requires_grad_()
+            self.outputs.setdefault(ffn, first)
+            return first if isinstance(y, Tensor) else type(y)((first, *y[1:]))
+
+        return ffn.modules()[-1].register_forward_hook(hook)
+
+    def rows(self, loss: Tensor) -> list[list[Tensor]]:
+        """Each FFN's rows. loss: of the forward"""
+        attachment, config = self.attachment, self.attachment.config
+        generator = torch.Generator("cpu").manual_seed(config.seed)
+        ffns = attachment.ffns
+        gradients: list[Tensor | None] = [None] * len(ffns)
+        if self.with_gradient:
+            found = torch.autograd.grad(loss, [self.outputs[ffn] for ffn in ffns])
+            gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in found]
+        rows = []
+        for ffn, gradient in zip(ffns, gradients, strict=True):
+            x = self.inputs[ffn]
+            importance = ffn.importance(x) if gradient is None else ffn.wanted(x, gradient)
+            rows.append(initial_rows(config, importance, ffn.host_rows(x), x, generator, gradient))
+        return rows
 
 
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any]) -> Any:
     """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
-    state = attachment.state
-    rows: dict[PatchedFFN, list[Tensor]] = {}
-    with state.disable(), _observe(attachment, rows), torch.no_grad():
+    state, observation = attachment.state, _Observation(attachment)
+    with state.disable(), observation():
         result = forward(ids[None])
+        rows = observation.rows(result)
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
-    for index, ffn in enumerate(attachment.ffns):
-        for plane, values in enumerate(rows[ffn]):
-            slots[index, plane] = values
+    with torch.no_grad():
+        for index, of_ffn in enumerate(rows):
+            for plane, values in enumerate(of_ffn):
+                slots[index, plane] = values
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
     state.set_slots(slots, version=0)
-    return result
+    return result.detach() if isinstance(result, Tensor) else result
 
 
 def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
-    ids = token_ids(input_ids, host.vocab_size, at_least=1)
+    ids = token_ids(input_ids, host.vocab_size, at_least=2 if attachment.config.init == "gradient" else 1)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
+
+    def forward(x: Tensor) -> Tensor | None:
+        if attachment.config.init != "gradient":
+            host.read(input_ids=x, use_cache=False)
+            return None
+        logits = host.model(input_ids=x, use_cache=False).logits[0, :-1]
+        return token_nll(logits, x[0, 1:].to(logits.device)).sum()
+
     with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
-        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
+        _initialize_from(attachment, ids.to(host.input_device()), forward)
     attachment.stream, attachment.texts = None, []
 
 

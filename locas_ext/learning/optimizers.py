@@ -10,10 +10,13 @@ from locas_ext.ops.types import SGD, AdamW
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 
+from .muon import muon_step
+from .plane_updates import adamw_planes, sgd_planes
+
 
 def _learning_rate_tensor(learning_rate: float | torch.Tensor, arena: SlotArena) -> torch.Tensor:
     if isinstance(learning_rate, torch.Tensor):
-        return learning_rate
+        return learning_rate.reshape(()).to(arena.slots.device)
     # float64, as a Python float is: the kernels read it on the device
     return torch.tensor(learning_rate, dtype=torch.float64, device=arena.slots.device)
 
@@ -36,6 +39,12 @@ def _allocate(state: MemoryState, *names: str) -> None:
     for arena in state.arenas:
         for name in names:
             arena.optimizer_state(name)
+
+
+def has_planes(state: MemoryState, learning_rate: float | torch.Tensor, clip: bool) -> bool:
+    """Whether planes have learning rates or lengths of their own."""
+    several = isinstance(learning_rate, torch.Tensor) and learning_rate.numel() > 1
+    return several or (clip and any(arena.longest is not None for arena in state.arenas))
 
 
 def _scale_gradient(arena: SlotArena, scale: float) -> None:
@@ -73,6 +82,10 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
+    if has_planes(state, learning_rate, clip):
+        adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite)
+        return
+    for arena in state.arenas:
         _scale_gradient(arena, gradient_scale)
         rate, copy = _learning_rate_tensor(learning_rate, arena), _kernel_copy(arena)
         kernels = slot_updates.adamw_slots_, slot_updates.adamw_slots_from_factors_
@@ -106,6 +119,9 @@ def sgd_step(
     """SGD on the arenas' gradient times gradient_scale, then the row clip; finite as in `adamw_step`."""
     if momentum:
         _allocate(state, "momentum_buffer")
+    if has_planes(state, learning_rate, clip):
+        sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scale, finite)
+        return
     for arena in state.arenas:
         buffer = arena.momentum_buffer if momentum else None
         _scale_gradient(arena, gradient_scale)
@@ -140,4 +156,4 @@ class Update(Protocol):
     ) -> None: ...
 
 
-OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step}
+OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step, "muon": muon_step}

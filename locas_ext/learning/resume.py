@@ -1,6 +1,6 @@
 """A saved run resumed: its place in the text, and whether text and settings are the same."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from locas_ext.storage import checkpoint
 
 from .settings import ResolvedSettings, Settings
 from .text_digest import TextDigest, format1_digest
+from .update import Backprop
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettin
         {**config, "layers": None, "backend": None, **run.to_record()}
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
-    recompute = {"context": "recompute"}  # what a record without the key means
-    before, wanted = {**recompute, **before}, {**recompute, **wanted}
+    absent = {**asdict(Backprop.paper()), "context": "recompute"}  # what a record without the key means
+    before, wanted = {**absent, **before}, {**absent, **wanted}
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)

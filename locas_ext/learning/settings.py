@@ -12,6 +12,9 @@ from .room import NO_LIMIT, Room
 from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
 from .update import Backprop, Update, Write
 
+_ABSENT = asdict(Backprop.paper())  # what a record without a field means
+_FORMAT_1 = ("learning_rate", "epochs", "optimizer")  # what every record holds of a Backprop
+
 
 @dataclass(frozen=True)
 class ResolvedWrite:
@@ -83,13 +86,17 @@ class Settings:
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
+            for name in ("replay", "context_loss") if self.keep is not None else ():
+                if value := getattr(update, name):
+                    raise ValueError(f"{name} is {value} beside context='keep', which keeps no tokens to learn; expected 0")
             require_parameters_that_learn(state)
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
         """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults. `context` is there only
-        where one is kept, so that earlier versions read what they know how to continue."""
+        where one is kept, later fields of Backprop where they are not the paper's: earlier versions then read what they
+        know how to continue."""
         writes = isinstance(self.update, Write)
         backprop = Backprop() if isinstance(self.update, Write) else self.update
         write = (
@@ -98,7 +105,7 @@ class Settings:
         return {
             "window": self.window,
             "stride": self.stride,
-            **asdict(backprop),
+            **_backprop_record(backprop),
             "update": "write" if writes else "backprop",
             "context_gradient": self.context_gradient,
             "bos": self.bos,
@@ -113,9 +120,14 @@ class Settings:
         if record["update"] == "write":
             update = Write(**{**record["write"], "tokens": selector_from_json(record["write"]["tokens"])})
         else:
-            update = Backprop(**{name: record[name] for name in ("learning_rate", "epochs", "optimizer")})
+            update = Backprop.paper(**{name: record[name] for name in _ABSENT if name in _FORMAT_1 or name in record})
         keep = Keep(**record["context"]) if "context" in record else None
         return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
+
+
+def _backprop_record(backprop: Backprop) -> dict:
+    values = {**asdict(backprop), "betas": list(backprop.betas)}
+    return {name: value for name, value in values.items() if name in _FORMAT_1 or getattr(backprop, name) != _ABSENT[name]}
 
 
 def require_parameters_that_learn(state: MemoryState) -> None:

@@ -192,7 +192,7 @@ class SlotAdamW(_SlotOptimizer):
         return {"betas": betas, **{name: number(name, settings[name], 0) for name in ("lr", "eps", "weight_decay")}}
 
     def _update(self, state, group):
-        clip = self.memory.config.clip
+        clip = bool(self.memory.config.clip)
         adamw_step(state, group["lr"], group["betas"], group["eps"], group["weight_decay"], clip)
 
 
@@ -227,4 +227,4 @@ class SlotSGD(_SlotOptimizer):
         return {"momentum": momentum, **{name: number(name, settings[name], 0) for name in ("lr", "weight_decay")}}
 
     def _update(self, state, group):
-        sgd_step(state, group["lr"], group["momentum"], group["weight_decay"], self.memory.config.clip)
+        sgd_step(state, group["lr"], group["momentum"], group["weight_decay"], bool(self.memory.config.clip))

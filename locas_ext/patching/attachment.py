@@ -141,6 +141,8 @@ class Attachment:
             [devices[layer] for layer in layers],
             like.dtype,
         )
+        if not isinstance(config.clip, bool):
+            self.state.clip_at([self._longest(ffn, like, scale) for ffn, scale in zip(ffns, scales, strict=True)])
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         binding = Binding(self.state, self.backend, host, number_of(self.state))
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
@@ -192,6 +194,11 @@ class Attachment:
         mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
+
+    def _longest(self, ffn: HostFFN, like: Tensor, scale: float) -> list[float]:
+        """How long the rows of each plane may grow."""
+        lengths = [*ffn.mean_row_norms(like), ffn.mean_value_norm(like) / abs(scale)][-self.state.planes :]
+        return [self.config.clip * length for length in lengths]
 
     def keeps_factors(self, tokens: int) -> bool:
         """Whether the backward over so many tokens can leave the slots' gradient to the update (ops/types.py, SlotFactors)."""

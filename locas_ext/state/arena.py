@@ -32,6 +32,7 @@ class SlotArena:
         factors: l SlotFactors where the gradient is kept unformed for the update, else None
         compute, views: the slots in the host's dtype, and per layer the used ones as (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
+        longest: [l, planes] float32, the length at which rows are clipped; None: 1
         step: [] int64, the number of AdamW updates so far
         exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
     """
@@ -45,6 +46,7 @@ class SlotArena:
         self._grads_are_bound = True
         self.placement = 0  # how often the tensors were put in place
         self.factors: list[SlotFactors] | None = None
+        self.longest: Tensor | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, dtype=torch.float32, device=device)
             self.grad = torch.zeros_like(self.slots)
@@ -125,6 +127,7 @@ class SlotArena:
             for parameter, layer in zip(self.parameters, self.slots, strict=False):
                 parameter.grad = None
                 parameter.data = layer
+            self.longest = None if self.longest is None else self.longest.to(self.slots.device)
             self.used = min(self.used, self.capacity)
             self._bind(dtype)
 

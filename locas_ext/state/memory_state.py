@@ -221,6 +221,12 @@ class MemoryState:
         rows = self.shape[2]
         return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
+    def clip_at(self, lengths: list[list[float]]) -> None:
+        """Clips rows at lengths of their own, [L][planes], instead of 1."""
+        for arena in self.arenas:
+            here = [lengths[position] for position in arena.positions]
+            arena.longest = torch.tensor(here, dtype=torch.float32, device=arena.slots.device)
+
     # ---- life ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def set_slots(self, slots: Tensor, version: int, used: int | None = None) -> None:

@@ -38,7 +38,7 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
         "format_version": config_file.FORMAT_VERSION,
         "locas_ext_version": __version__,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": attachment.config.to_dict(),
+        "config": config_file.config_record(attachment.config),
         "layers": list(state.layers),
         "host": fingerprint(attachment.host),
         "memory_version": state.version,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from locas_ext.config import BACKENDS, INITS, MOST_SCALE, VARIANTS, LocasConfig
+from locas_ext.config import BACKENDS, INITS, MOST_CLIP, MOST_SCALE, ROW_LENGTHS, VARIANTS, LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.state.stream import Stream
 
@@ -35,10 +35,11 @@ _CONFIG = {
     "layers": nullable(list_of(integer(-(2**31), 2**31 - 1))),
     "init": one_of(*INITS),
     "scale": either(matching(r"paper|host|[0-9.]{1,100}x", "'paper', '16x', 'host'"), number(-MOST_SCALE, MOST_SCALE)),
-    "clip": boolean,
+    "clip": either(boolean, number(0, MOST_CLIP)),
     "backend": one_of(*BACKENDS),
     "seed": integer(-(2**63), 2**64 - 1),
 }
+_CONFIG_LATER = {"row_length": one_of(*ROW_LENGTHS), "open_gates": number(0, 1)}  # where they are not the paper's
 _SIZES = {"model_type": text, "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_hidden_layers": _SIZE}
 _WRITE = {
     "epsilon": number(0, 3.5e38),
@@ -58,13 +59,24 @@ _SETTINGS = {
     "stride": _SIZE,
     "learning_rate": number(0, sys.float_info.max),
     "epochs": integer(1, 2**53),
-    "optimizer": one_of("adamw", "sgd"),
+    "optimizer": one_of("adamw", "sgd", "muon"),
     "update": one_of("backprop", "write"),
     "context_gradient": boolean,
     "bos": boolean,
     "write": nullable(record(_WRITE)),
 }
+_RATE = number(0, sys.float_info.max)
+_BACKPROP = {  # where they are not the paper's
+    "gate_learning_rate": _RATE,
+    "value_learning_rate": _RATE,
+    "betas": list_of(number(0, 1)),
+    "decay_after": integer(1, 2**53),
+    "learn_below": number(0, 1),
+    "context_loss": _RATE,
+    "replay": _COUNT,
+}
 _CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
+_LATER = {**_CONTEXT, **_BACKPROP}
 _ROOM = {"first": integer(0, 2**31 - 1), "latest": integer(0, 2**31 - 1)}
 _KEPT = {
     "kept": record(
@@ -78,7 +90,7 @@ _TEXT = {"title": nullable(text), "digest": _SHA256, "tokens": _COUNT, "learned_
 _FILE = {
     "format_version": one_of(1, 2),
     "locas_ext_version": text,
-    "config": record(_CONFIG),
+    "config": record(_CONFIG, _CONFIG_LATER),
     "layers": list_of(integer(0, 2**31 - 1)),
     "memory_version": _COUNT,
     "initialized": boolean,
@@ -99,7 +111,7 @@ _FORMATS = {
         {
             **_FILE,
             "host": record({**_SIZES, "samples": list_of(_SAMPLES)}),
-            "stream": nullable(record({**_STREAM, "settings": record(_SETTINGS, _CONTEXT), "tail": _TAIL}, _KEPT)),
+            "stream": nullable(record({**_STREAM, "settings": record(_SETTINGS, _LATER), "tail": _TAIL}, _KEPT)),
             "texts": list_of(record(_TEXT)),
             "created_at": _TIME,
         }
@@ -240,9 +252,15 @@ def serialize(fields: dict) -> bytes:
 
 
 # ---- what is in a record ---------------------------------------------------------------------------------------
+def config_record(config: LocasConfig) -> dict:
+    """A config as a file holds it: without what an earlier version does not know where that is as it was then."""
+    fields, absent = config.to_dict(), LocasConfig.paper()
+    return {name: value for name, value in fields.items() if name in _CONFIG or value != getattr(absent, name)}
+
+
 def config_of(fields: dict) -> LocasConfig:
     """With its layers spelled out."""
-    return LocasConfig(**{**fields["config"], "layers": fields["layers"]})
+    return LocasConfig.paper(**{**fields["config"], "layers": fields["layers"]})
 
 
 def stream_of(fields: dict, tensors: Mapping[str, Tensor]) -> Stream | None:

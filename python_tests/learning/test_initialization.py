@@ -154,3 +154,80 @@ def test_clip_setting(clip):
     memory.memorize(TEXT.repeat(2), window=24, stride=8, learning_rate=0.5, progress=False)
     longest = memory.slots.norm(dim=-1).max()
     assert longest <= 1 + 1e-6 if clip else longest > 1.5
+
+
+# ---- where the paper is silent --------------------------------------------------------------------------------
+@pytest.mark.parametrize("init", INITS)
+def test_rows_as_long_as_the_hosts(init):
+    model, memory = attached(rank=6, init=init, row_length="host")
+    memory.initialize(CHUNK)
+    for slots, (_, gate, up, _, _) in zip(memory.slots.double(), observed(model, CHUNK), strict=True):
+        for rows, host in ((slots[0], gate), (slots[1], up)):
+            if init in ("gaussian", "activation"):
+                torch.testing.assert_close(rows.norm(dim=-1), host.norm(dim=-1).mean().expand(6), rtol=1e-5, atol=0)
+            else:
+                assert (rows[:, None] - host).norm(dim=-1).min(-1).values.max() < 1e-5
+
+
+def wanted(model, ids):
+    """Per layer, in float64: the FFN's inputs [T, d] and the loss's gradient of its outputs [T, d], with W_gate and W_up."""
+    plain, seen = copy.deepcopy(model).double(), []
+
+    def hook(module, arguments, y):
+        y = y.detach().requires_grad_() if not y.requires_grad else y
+        y.retain_grad()
+        seen.append((arguments[0][0].detach(), y, module.gate_proj.weight, module.up_proj.weight))
+        return y
+
+    plain.requires_grad_(False)
+    for layer in plain.model.layers:
+        layer.mlp.register_forward_hook(hook)
+    plain(input_ids=ids[None], labels=ids[None]).loss.backward()
+    return [(x, y.grad[0], gate, up) for x, y, gate, up in seen]
+
+
+def test_gradient_clones_the_neurons_whose_values_matter_most():
+    model, memory = attached(rank=5, init="gradient")
+    memory.initialize(CHUNK)
+    assert memory.version == 0 and not memory.slots[:, 2].any()
+    for slots, (x, gradient, gate, up) in zip(memory.slots, wanted(model, CHUNK), strict=True):
+        hidden = act_formula(x @ gate.T, model.config.hidden_act) * (x @ up.T)
+        order = (hidden.T @ gradient).norm(dim=-1).argsort(descending=True)
+        assert set(neurons_of(slots, gate, up).tolist()) == set(order[:5].tolist())
+
+
+@pytest.mark.parametrize("row_length", ["unit", "host"])
+@pytest.mark.parametrize("init", ["topk", "gradient"])
+def test_open_gates_answer_every_token_and_their_keys_look_across_the_mean(init, row_length):
+    model, memory = attached(rank=6, init=init, open_gates=0.5, row_length=row_length)
+    memory.initialize(CHUNK)
+    for slots, (x, gradient, gate, up) in zip(memory.slots.double(), wanted(model, CHUNK), strict=True):
+        mean = x.mean(0)
+        torch.testing.assert_close(slots[0, 3:] @ mean, torch.full((3,), 2.0, dtype=torch.float64), rtol=1e-5, atol=0)
+        torch.testing.assert_close(unit(slots[0, 3:]), unit(mean).expand(3, -1), rtol=1e-5, atol=1e-6)
+        if init == "topk":
+            assert (slots[1, 3:] @ mean).abs().max() < 1e-5
+        else:
+            left = torch.linalg.svd((x - mean).T @ gradient).U[:, :3]
+            assert ((unit(slots[1, 3:]) @ left) ** 2).sum() > 3 - 1e-4  # the same space
+        for row, host in ((slots[0, :3], gate), (slots[1, :3], up)):
+            assert (unit(row) @ unit(host).T).max(-1).values.min() > 1 - 1e-5
+
+
+def test_open_gates_need_gates():
+    with pytest.raises(ValueError, match="open_gates is 0.5, but the variant is 'mlp'"):
+        locas.LocasConfig(variant="mlp", open_gates=0.5)
+    with pytest.raises(ValueError, match="open_gates is 1.5"):
+        locas.LocasConfig(open_gates=1.5)
+
+
+@pytest.mark.parametrize("scale", ["host", "paper", 0.3])
+def test_rows_are_clipped_at_lengths_relative_to_the_hosts(scale):
+    clip = 0.4
+    model, memory = attached(rank=6, scale=scale, clip=clip, row_length="host")
+    memory.memorize(TEXT, **{**SETTINGS, "learning_rate": 0.5}, on_divergence="ignore")
+    for slots, tau, (_, gate, up, down, _) in zip(memory.slots, memory.scale.tolist(), observed(model, CHUNK), strict=True):
+        host = [gate.norm(dim=-1).mean(), up.norm(dim=-1).mean(), down.norm(dim=0).mean() / tau]
+        for rows, length in zip(slots, host, strict=True):
+            longest = rows.norm(dim=-1).max().item()
+            assert longest == pytest.approx(clip * float(length), rel=1e-4)

@@ -60,7 +60,7 @@ def test_every_field_is_checked_for_its_type(record):
     """A value of every other JSON type in every place: the message names it, or the value is as good as what was there."""
     kinds = (None, True, 7, 0.5, "text", [], {}, NESTED, {"a": 1})
     nullable = {"config.layers", "stream", "stream.settings.write", "stream.tail", "texts.0.title"}
-    also = [("config.scale", 7), ("config.scale", 0.5), ("texts.0.title", "text")]
+    also = [("config.scale", 7), ("config.scale", 0.5), ("config.clip", 7), ("config.clip", 0.5), ("texts.0.title", "text")]
     for place in filter(None, places(record)):
         was = at(record, place)
         for value in kinds:

@@ -142,7 +142,7 @@ class Learner:
         state, step = self.attachment.state, self.progress.step
         try:
             self.outcome.losses.append(self.gradient(step))
-            scale, clip = 1.0 / loss_scale(state), self.attachment.config.clip
+            scale, clip = 1.0 / loss_scale(state), bool(self.attachment.config.clip)
             OPTIMIZERS["adamw"](state, self._rate(step), clip=clip, gradient_scale=scale)
         finally:
             state.zero_grad()

@@ -1,0 +1,265 @@
+"""Where the paper is silent: rates per kind of row, lengths to clip at, Muon, fading rates, unlearned tokens, replay."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.helpers import TEXT, attached, relative_distance, tiny_model
+
+import locas_ext as locas
+from locas_ext.learning.backprop import EagerStep, rates_of
+from locas_ext.learning.muon import muon_step, orthogonalized
+from locas_ext.learning.optimizers import adamw_step
+from locas_ext.state.memory_state import MemoryState
+
+
+def random_state(planes, dtype=torch.float32):
+    """A memory's state of random size with slots and lengths to clip at."""
+    layers, rank, d = random.randint(1, 4), random.randint(1, 9), random.randint(9, 40)
+    state = MemoryState(tuple(range(layers)), planes, rank, d, [1.0] * layers, [torch.device("cpu")] * layers, dtype)
+    state.set_slots(torch.randn(layers, planes, rank, d), version=1)
+    return state
+
+
+def clipped(slots, longest):
+    return slots * (longest[..., None, None] / slots.norm(dim=-1, keepdim=True)).clamp_max(1)
+
+
+# ---- the updates ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("planes", [2, 3])
+@pytest.mark.parametrize("own_lengths", [False, True])
+def test_adamw_with_a_rate_per_kind_of_row(planes, own_lengths):
+    state = random_state(planes)
+    (arena,) = state.arenas
+    longest = torch.rand(len(state.layers), planes) * 5 + 0.5 if own_lengths else torch.ones(len(state.layers), planes)
+    if own_lengths:
+        state.clip_at(longest.tolist())
+    rates = torch.rand(planes, dtype=torch.float64) * 0.1
+    peers = [arena.slots[:, plane].double().clone().requires_grad_() for plane in range(planes)]
+    groups = [{"params": [peer], "lr": rate} for peer, rate in zip(peers, rates.tolist(), strict=True)]
+    torch_adamw = torch.optim.AdamW(groups, betas=(0.7, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        arena.grad.copy_(torch.randn_like(arena.grad) * 10 ** random.uniform(-3, 1))
+        for plane, peer in enumerate(peers):
+            peer.grad = arena.grad[:, plane].double() * 0.5
+        torch_adamw.step()
+        for plane, peer in enumerate(peers):
+            peer.data = clipped(peer.data[:, None], longest[:, plane : plane + 1].double())[:, 0]
+        adamw_step(state, rates, betas=(0.7, 0.95), gradient_scale=0.5)
+        expected = torch.stack([peer.detach() for peer in peers], 1)
+        torch.testing.assert_close(arena.slots.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_rate_for_all_planes_is_the_same_as_three():
+    one = random_state(3)
+    three = copy.deepcopy(one)
+    gradient = torch.randn_like(one.arenas[0].grad)
+    for state, rate in ((one, 0.02), (three, torch.tensor([0.02, 0.02, 0.02]))):
+        for _ in range(3):
+            state.arenas[0].grad.copy_(gradient)
+            adamw_step(state, rate)
+    torch.testing.assert_close(one.arenas[0].slots, three.arenas[0].slots, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 24), (2, 24, 5), (1, 1, 7)])
+def test_orthogonalized_moves_singular_values_near_to_1_and_keeps_the_vectors(shape):
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
+    result = orthogonalized(matrices)
+    inside = u.mT @ result @ vh.mT  # diagonal where the vectors are the same
+    diagonal = inside.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(inside, torch.diag_embed(diagonal), rtol=0, atol=1e-6)
+    large = values / values.norm(dim=-1, keepdim=True) > 0.05
+    assert ((diagonal > 0.65) & (diagonal < 1.25))[large].all()
+    assert (orthogonalized(torch.zeros(2, 3, 4)) == 0).all()
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+def test_muon_is_its_formula(planes):
+    state = random_state(planes)
+    (arena,) = state.arenas
+    rates, momentum = torch.rand(planes) * 0.1, 0.8
+    slots, buffer = arena.slots.double(), torch.zeros(arena.slots.shape, dtype=torch.float64)
+    for _ in range(3):
+        arena.grad.normal_()
+        gradient = arena.grad.double() * 0.25
+        buffer = momentum * buffer + gradient
+        looked_ahead = gradient + momentum * buffer
+        for layer in range(len(slots)):
+            for plane in range(planes):
+                x = looked_ahead[layer, plane]
+                x = x / x.norm()
+                for _ in range(5):
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                slots[layer, plane] -= rates[plane].double() * 0.2 * math.sqrt(slots.shape[-1]) * x
+        slots = clipped(slots, torch.ones(slots.shape[:2], dtype=torch.float64))
+        muon_step(state, rates, momentum, gradient_scale=0.25)
+        assert relative_distance(arena.slots, slots) < 1e-4
+
+
+@pytest.mark.parametrize("step", [adamw_step, muon_step])
+def test_a_gradient_that_is_not_finite_changes_nothing(step):
+    state = random_state(3)
+    (arena,) = state.arenas
+    rates = torch.tensor([0.1, 0.2, 0.3])
+    step(state, rates)
+    arena.grad.fill_(math.nan)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    step(state, rates, finite=torch.tensor(0))
+    for name, tensor in state.tensors().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+# ---- Backprop -------------------------------------------------------------------------------------------------
+def test_rates_of_planes_and_how_they_fade():
+    update = locas.Backprop(learning_rate=0.01, gate_learning_rate=0.02, value_learning_rate=0.03, decay_after=4)
+    assert rates_of(update, 3, 0) == [0.02, 0.01, 0.03] and rates_of(update, 2, 0) == [0.01, 0.03]
+    assert rates_of(update, 3, updates=12) == pytest.approx([0.01, 0.005, 0.015])
+    assert rates_of(locas.Backprop(learning_rate=0.5), 3, updates=9) == [0.5]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(value_learning_rate=-1), "value_learning_rate is -1"),
+        (dict(gate_learning_rate="x"), "gate_learning_rate is 'x'"),
+        (dict(betas=0.9), "betas is 0.9"),
+        (dict(betas=(0.9, 1.0)), r"betas\[1\] is 1.0"),
+        (dict(decay_after=0), "decay_after is 0"),
+        (dict(learn_below=0), "learn_below is 0"),
+        (dict(replay=-1), "replay is -1"),
+        (dict(optimizer="lion"), "optimizer is 'lion'"),
+    ],
+)
+def test_settings_out_of_range_are_named(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        locas.Backprop(**wrong)
+
+
+def test_tokens_that_are_known_are_not_learned():
+    model, ids = tiny_model(), TEXT[:33]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None, :-1]).logits[0]
+    probability = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0].exp()
+    below = float(probability.sort().values[10:12].mean())  # between two tokens' probabilities
+    memory = locas.attach(copy.deepcopy(model), locas.LocasConfig(rank=4, scale="host", clip=False))
+    memory.initialize(ids[:32])
+    # one chunk of all: V begins at 0, so the logits are the host's
+    parameters = memory.parameters()
+    nll = F.cross_entropy(memory.model(input_ids=ids[None, :-1]).logits[0].float(), ids[1:], reduction="none")
+    expected = torch.autograd.grad(nll[probability <= below].sum() / 32, parameters)
+    memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host", clip=False))
+    memory.initialize(ids[:32])
+    before = memory.slots.clone()
+    update = locas.Backprop(learning_rate=1.0, optimizer="sgd", learn_below=below)
+    report = memory.memorize(ids, 33, 33, update=update, progress=False, on_divergence="ignore")
+    torch.testing.assert_close(before - memory.slots, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    assert report.nll == pytest.approx(-float(probability.log().sum()), rel=1e-4)
+
+
+def test_rates_fade_with_the_updates():
+    fading, plain = (attached(rank=4, clip=False)[1] for _ in range(2))
+    for memory in (fading, plain):
+        memory.memorize(TEXT[:48], 16, 8, update=locas.Backprop(learning_rate=0.0), progress=False)
+    updates = fading.version
+    assert updates == 6
+    fading.memorize(TEXT[:8], 16, 8, update=locas.Backprop(learning_rate=0.3, decay_after=2), progress=False)
+    plain.memorize(TEXT[:8], 16, 8, update=locas.Backprop(learning_rate=0.3 / math.sqrt(1 + updates / 2)), progress=False)
+    torch.testing.assert_close(fading.slots, plain.slots, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_the_contexts_tokens_are_learned_too(weight):
+    model = tiny_model()
+    ids = TEXT[:32]
+    memory = locas.attach(model, locas.LocasConfig(rank=4, scale="host", clip=False))
+    memory.initialize(ids)
+    update = locas.Backprop(learning_rate=1.0, optimizer="sgd", context_loss=weight)
+    parameters, chunks = memory.parameters(), []
+    for start in range(0, 32, 8):
+        window = ids[max(0, start - 8) : start + 8]
+        nll = F.cross_entropy(model(input_ids=window[None, :-1]).logits[0].float(), window[1:], reduction="none")
+        before = len(nll) - (8 if start else 7)
+        weights = torch.tensor([weight] * before + [1.0] * (len(nll) - before))
+        gradients = torch.autograd.grad((nll * weights).sum() / weights.sum(), parameters)
+        chunks.append(nll[before:].sum().item())
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= gradient
+    expected = memory.slots.clone()
+    memory.reset()
+    memory.initialize(ids)
+    report = memory.memorize(ids, 16, 8, update=update, progress=False, on_divergence="ignore")
+    assert [chunk.nll for chunk in report.chunks] == pytest.approx(chunks, rel=1e-4)
+    assert relative_distance(memory.slots, expected) < 1e-3
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------
+def test_replay_learns_earlier_full_windows_again(monkeypatch):
+    windows, original = [], EagerStep.eagerly
+    monkeypatch.setattr(
+        EagerStep, "eagerly", lambda self, window, place: windows.append(window) or original(self, window, place)
+    )
+    _, memory = attached(rank=4)
+    ids = torch.arange(3, 59)
+    report = memory.memorize(ids, 16, 4, update=locas.Backprop(replay=2), progress=False)
+    assert len(report.chunks) == 14 and memory.version == len(windows)
+    own, position = 0, -1
+    seen = []
+    for window in windows:
+        targets = [int(token) - 3 for token in window.targets]
+        if targets[-1] == min(len(ids), 4 * (own + 1)) - 1 and targets[0] > position:  # the next chunk
+            own, position = own + 1, targets[-1]
+            seen.append(0)
+        else:
+            seen[-1] += 1
+            assert window.tokens == 15 and len(targets) == 4 and targets[-1] < position - 3
+    assert own == 14 and seen == [min(2, max(0, chunk - 3)) for chunk in range(14)]
+
+
+def test_replay_needs_the_text():
+    _, memory = attached(rank=4)
+    with pytest.raises(ValueError, match="replay is 1 beside context='keep'"):
+        memory.memorize(TEXT[:32], 16, 4, update=locas.Backprop(replay=1), context="keep", progress=False)
+    memory.memorize(TEXT[:32], 16, 4, update=locas.Backprop(replay=1), progress=False)
+    with pytest.raises(ValueError, match="feed: the run replays 1 earlier chunks"):
+        memory.feed(TEXT[32:40], progress=False)
+
+
+# ---- in a file ------------------------------------------------------------------------------------------------
+OWN = dict(
+    gate_learning_rate=1e-3,
+    value_learning_rate=2e-2,
+    betas=(0.8, 0.97),
+    decay_after=5,
+    learn_below=0.75,
+    replay=1,
+)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_with_settings_of_its_own_is_resumed_bit_for_bit(tmp_path, optimizer):
+    config = locas.LocasConfig(rank=4, scale="host", clip=1.5, row_length="host", open_gates=0.5)
+    update = locas.Backprop(learning_rate=4e-3, optimizer=optimizer, **OWN)
+    whole = locas.attach(tiny_model(), config)
+    whole.memorize(TEXT[:64], 16, 4, update=update, progress=False)
+    half = locas.attach(tiny_model(), config)
+
+    def interrupt(chunk):
+        if chunk.end == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half.memorize(TEXT[:64], 16, 4, update=update, progress=False, callback=interrupt)
+    half.save_pretrained(tmp_path, optimizer=True)
+    again = locas.load(tiny_model(), tmp_path)
+    assert again.config == locas.LocasConfig(**{**config.to_dict(), "layers": again.config.layers})
+    with pytest.raises(ValueError, match=r"replay was 1, is 0"):
+        again.memorize(TEXT[:64], 16, 4, update=locas.Backprop(**{**OWN, "replay": 0}), progress=False, resume=tmp_path)
+    again.memorize(TEXT[:64], 16, 4, update=update, progress=False, resume=tmp_path)
+    assert torch.equal(again.slots, whole.slots)
