@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 import locas_ext as locas
-from locas_ext.evaluation.assets import MODEL
 from locas_ext.learning.cuda_graph import capture, rehearse
 
 from .harness import interleaved, parse, ratio, report, summary
-from .stream import SHAPES, load
+from .hosts import add_options, check, load
 
 ROOM = 24  # rows of the cache behind the context
 
@@ -51,16 +50,9 @@ class DecodeStep:
         return capture(self.work, self.model.device)
 
 
-def _host(arguments):
-    if arguments.shape is not None:
-        return load(arguments)
-    dtype = getattr(torch, arguments.dtype)
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, local_files_only=True).to(arguments.device).eval()
-
-
 def learned(arguments) -> tuple[list[float], locas.GraphReport]:
     """Seconds of each token in a full window, and how many of the updates were replayed."""
-    memory = locas.attach(_host(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+    memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     ids = torch.randint(0, memory.model.config.vocab_size, (arguments.learn + arguments.rounds,))
     seconds: list[float] = []
     before = time.perf_counter()
@@ -78,14 +70,15 @@ def learned(arguments) -> tuple[list[float], locas.GraphReport]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, help="a random Qwen3 host of this shape instead of the shipped model")
+    add_options(parser)
     parser.add_argument("--context", type=int, default=1000, help="tokens in the cache")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--learn", type=int, metavar="W", help="learn a text token by token too, over W tokens of context")
     arguments = parse(parser)
-    bare, host = _host(arguments), _host(arguments)
+    check(parser, arguments)
+    bare, host = load(arguments), load(arguments)
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     vocabulary = host.config.vocab_size
     text = torch.randint(0, vocabulary, (65,), generator=torch.Generator().manual_seed(1))
