@@ -2,10 +2,10 @@
 
 The text is memorized over windows that are read anew and over a kept context. The baselines (baselines.py) read the same full
 windows. On the CPU every one of them runs once after each chunk, with unpatched copies of the host, so that whatever disturbs
-the machine disturbs all arms. On CUDA one host serves all arms, one after another, so that a large one fits, and each arm's peak
-of GPU memory is its own; they run in CUDA graphs and eagerly, and so does memorizing. The ratios are to the faster kind of
-truncation, in a graph where there is one, and to truncation by the same host kernels. With --stride 1 a decode step of the
-plain host is an arm too.
+the machine disturbs all arms. On CUDA one host serves all arms, one after another, so that a large one fits, and each
+arm's peak of GPU memory is its own; they run in CUDA graphs and eagerly, and so does memorizing. The ratios are to the
+faster kind of truncation, in a graph where there is one, and to truncation by the same host kernels. With --stride 1 a
+decode step of the plain host is an arm too.
 """
 
 import argparse
