@@ -69,7 +69,7 @@ def _adapted(host, arguments, runner: Callable) -> Iterator[Score]:
 
 def _decoding(host, arguments) -> AbstractContextManager[Score]:
     """One token behind as many as a window holds; what it gives is no loss of a text."""
-    step = DecodeStep(host, arguments.window - ROOM)
+    step = DecodeStep(host, max(1, arguments.window - ROOM))
     run = step.runner()
 
     def score(ids: Tensor) -> float:

@@ -4,7 +4,7 @@ Two tables. One segment of W tokens: `memory.write` of all of them against the p
 FFNs' outputs, the gradients that writing reads; beside a full memory also against those of host and memory. One chunk
 of S tokens in a full window of W, as memorizing goes through a text: written and compressed by NL-SVD, written over the
 oldest slots, learned by one backprop step, and by one step per token, against reading it with context truncation. On CUDA
-what can be runs from a CUDA graph, and eagerly beside it; truncation runs eagerly.
+all that can be runs from a CUDA graph, and learning eagerly too.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from locas_ext.learning.host_kernels.kernels import fast_reader
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.step import step_for
 
+from .baselines import Truncation, eager, graphed
 from .harness import interleaved, parse, percentile, print_table, ratio, report
 
 VOCABULARY = 32768  # of a random host
@@ -83,14 +84,6 @@ def forward_backward(model) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         return torch.autograd.grad(F.cross_entropy(logits.float(), ids[1:], reduction="sum"), outputs)
 
     return run
-
-
-@torch.inference_mode()
-def score(model, ids: torch.Tensor, tokens: int) -> float:
-    """The summed NLL of the last tokens of ids [n]: context truncation's work for one chunk."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids[None, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
-    return F.cross_entropy(logits.float(), ids[-tokens:], reduction="sum").item()
 
 
 # ---- one segment ------------------------------------------------------------------------------------------------
@@ -171,13 +164,13 @@ def one_chunk(arguments, window: int) -> list[dict]:
         PER_TOKEN: (1, locas.Backprop()),
     }
     learning = {}
-    for eagerly, graph in {"": "1"}.items() if arguments.device == "cpu" else {"": "1", ", eagerly": "0"}.items():
+    on_gpu = arguments.device == "cuda"
+    for eagerly, graph in {"": "1", ", eagerly": "0"}.items() if on_gpu else {"": "1"}.items():
         os.environ["LOCAS_CUDA_GRAPH"] = graph
         for name, (chunk, update) in asked.items():
-            if not (eagerly and update is compresses):  # which never runs from a graph
-                learning[name + eagerly] = Learning(arguments, ids, window, chunk, update)
-    texts = {name: windows(ids, window, stride, stride) for name in ("truncation", "truncation" + AGAIN)}
-    truncation = {name: (lambda parts=parts: score(plain, next(parts)[1], stride)) for name, parts in texts.items()}
+            learning[name + eagerly] = Learning(arguments, ids, window, chunk, update)
+    score, parts = (graphed if on_gpu else eager)(Truncation(plain, window, stride)), windows(ids, window, stride, stride)
+    truncation = {name: lambda: score(next(parts)[1]) for name in ("truncation", "truncation" + AGAIN)}
     arms = {"truncation": truncation["truncation"], **learning, **truncation}
     seconds = interleaved(arms, arguments.rounds)
     for name, learned in learning.items():
