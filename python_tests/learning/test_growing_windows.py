@@ -93,7 +93,7 @@ def assert_same(memory, report, plain, plain_report, device):
     ids=str,
 )
 def test_they_learn_what_a_run_without_a_graph_learns(device, captures, family, host, settings, monkeypatch):
-    settings = {"window": 24, "stride": 1, "context": "keep", "learning_rate": 1e-2, "progress": False, **settings}
+    settings = {"window": 24, "stride": 1, "context": "keep", "learning_rate": 3e-3, "progress": False, **settings}
     ids = random_ids(random.randrange(35, 45))
     memory, plain = (attached(device, family, **host) for _ in "ab")
     report = memory.memorize(ids, **settings)
@@ -117,7 +117,7 @@ def test_windows_read_anew_are_not_replayed_before_they_are_full(device, capture
 
 
 def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(device, captures, tmp_path):
-    settings = dict(window=24, stride=1, context="keep", learning_rate=1e-2, progress=False)
+    settings = dict(window=24, stride=1, context="keep", learning_rate=3e-3, progress=False)
     ids = random_ids(40)
     whole = attached(device)
     whole_report = whole.memorize(ids, **settings)
@@ -166,5 +166,5 @@ def test_attention_over_a_span_is_attention_over_its_rows(device, n, window):
         return out, *attend_backward(d_out, query, key, value, heads, mask, span, list(saved))
 
     expected = both(key[before - count :], value[before - count :], None)
-    tolerance = 1e-5 if device == "cpu" else 2e-2
+    tolerance = 1e-5 if device == "cpu" else 4e-2
     torch.testing.assert_close(both(key, value, span), expected, rtol=tolerance, atol=tolerance)
