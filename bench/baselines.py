@@ -133,15 +133,17 @@ class HostStep:
 class TempLora:
     """Scores the last `stride` tokens of ids [window], and learns them, as evaluation/methods/temp_lora.py does.
 
-    model: with an adapter, whose parameters these are
+    model: with an adapter, whose parameters these are; capturable: whether for a CUDA graph
     """
 
-    def __init__(self, model, parameters: list[nn.Parameter], window: int, stride: int, epochs: int = 2):
+    def __init__(
+        self, model, parameters: list[nn.Parameter], window: int, stride: int, capturable: bool = False, epochs: int = 2
+    ):
         self.model, self.parameters, self.stride, self.epochs = model, parameters, stride, epochs
         self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
         self.nll = torch.zeros((), device=model.device)
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, capturable=self.ids.is_cuda
+            parameters, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, capturable=capturable
         )
 
     @torch.enable_grad()

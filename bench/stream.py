@@ -64,7 +64,7 @@ class Measured:
 @contextmanager
 def _adapted(host, arguments, runner: Callable) -> Iterator[Score]:
     with lora(host, arguments.rank) as parameters:
-        yield runner(TempLora(host, parameters, arguments.window, arguments.stride))
+        yield runner(TempLora(host, parameters, arguments.window, arguments.stride, runner is graphed))
 
 
 def _decoding(host, arguments) -> AbstractContextManager[Score]:
