@@ -19,7 +19,7 @@ import locas_ext as locas
 from locas_ext.learning.cuda_graph import capture, rehearse
 
 from .harness import interleaved, parse, ratio, report, summary
-from .hosts import add_options, check, load
+from .models import add_options, check, load
 
 ROOM = 24  # rows of the cache behind the context
 

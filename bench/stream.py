@@ -33,7 +33,7 @@ from locas_ext.learning.perplexity import perplexity
 from .baselines import FastTruncation, HostStep, Sliding, TempLora, Truncation, eager, graphed
 from .decode import ROOM, DecodeStep
 from .harness import parse, percentile, ratio, report
-from .hosts import SHAPES, add_options, check, load
+from .models import SHAPES, add_options, check, load
 
 Score = Callable[[Tensor], float]  # from the ids of a full window to their summed loss
 Build = Callable[[torch.nn.Module], AbstractContextManager[Score]]

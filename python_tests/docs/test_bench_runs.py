@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from bench import decode, hosts, stream, write
+from bench import decode, models, stream, write
 
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch):
-    monkeypatch.setitem(hosts.SHAPES, "0.6B", hosts.Shape(32, 64, 2, 4, 2, 8, 61, True))
+    monkeypatch.setitem(models.SHAPES, "0.6B", models.Shape(32, 64, 2, 4, 2, 8, 61, True))
     monkeypatch.setenv("LOCAS_CUDA_GRAPH", "1")
 
 
@@ -73,7 +73,7 @@ def test_write(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("module", [stream, decode])
 def test_4_bit_without_bitsandbytes(module, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(module, monkeypatch, tmp_path, "--load-in-4bit")
     assert "--load-in-4bit needs the package bitsandbytes" in capsys.readouterr().err
