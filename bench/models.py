@@ -26,6 +26,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True),  # of no model: to try a command on the CPU
     "135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
     "0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),  # Qwen3
     "1.7B": Shape(2048, 6144, 28, 16, 8, 128, 151936, True),
@@ -49,11 +50,12 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 def load(arguments: argparse.Namespace) -> Any:
     """A new copy of the host."""
     dtype = getattr(torch, arguments.dtype)
+    in_4bit = getattr(arguments, "load_in_4bit", False)  # not every benchmark has the option
     if arguments.shape is not None:
         model = _random(SHAPES[arguments.shape], dtype, arguments.device)
-        return _in_4bit(model) if arguments.load_in_4bit else model
+        return _in_4bit(model) if in_4bit else model
     how = {}
-    if arguments.load_in_4bit:
+    if in_4bit:
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )

@@ -10,8 +10,8 @@ from bench import decode, models, stream, write
 
 
 @pytest.fixture(autouse=True)
-def small_shape(monkeypatch):
-    monkeypatch.setitem(models.SHAPES, "0.6B", models.Shape(32, 64, 2, 4, 2, 8, 61, True))
+def graphs(monkeypatch):
+    """As before: the benchmarks turn them on and off."""
     monkeypatch.setenv("LOCAS_CUDA_GRAPH", "1")
 
 
@@ -22,7 +22,7 @@ def run(module, monkeypatch, tmp_path, *options):
     return {record["arm"]: record for record in json.loads((tmp_path / "out.json").read_text())["records"]}
 
 
-STREAM = ("--shape", "0.6B", "--tokens", "64", "--window", "24")
+STREAM = ("--shape", "tiny", "--tokens", "64", "--window", "24")
 
 
 @pytest.mark.parametrize("stride", ["8", "1"])
@@ -55,7 +55,7 @@ def test_one_host_serves_all_arms_of_a_stream(monkeypatch, tmp_path):
 
 
 def test_decode(monkeypatch, tmp_path):
-    records = run(decode, monkeypatch, tmp_path, "--shape", "0.6B", "--context", "20", "--learn", "16", "--rounds", "3")
+    records = run(decode, monkeypatch, tmp_path, "--shape", "tiny", "--context", "20", "--learn", "16", "--rounds", "3")
     assert set(records) == {
         "host",
         "host with a memory",
