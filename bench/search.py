@@ -2,8 +2,9 @@
 
 GRID.json is a list of objects with fields of LocasConfig and Backprop, {"scale": "host", "learning_rate": 0.002}, or with
 "method": "temp-lora" and its rank, alpha, learning_rate and epochs, or "method": "truncation". "each" stands for several:
-{"scale": "host", "each": {"learning_rate": [0.001, 0.002]}} are two settings, with two names their product. They run in their
-order, each over all texts. Every result is a line of --out as soon as it is there, and what is there is not run again.
+{"scale": "host", "each": {"learning_rate": [0.001, 0.002]}} are two settings, with two names their product. "stride" is one
+setting's own. They run in their order, each over all texts. Every result is a line of --out as soon as it is there, and what
+is there is not run again.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,17 @@ def expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**fixed, **dict(zip(each, values, strict=True))}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """stride: its own, or None"""
+
+    arm: Arm
+    stride: int | None
+
+
 def arm_of(setting: dict[str, Any]) -> Arm:
     """ValueError or TypeError for a setting that does not exist or is out of range."""
-    given = {name: value for name, value in setting.items() if name != "method"}
+    given = {name: value for name, value in setting.items() if name not in ("method", "stride")}
     method = setting.get("method", "locas")
     label = " ".join(f"{name}={value}" for name, value in setting.items()) or "the defaults"
     if method == "locas":
@@ -61,15 +70,15 @@ def arm_of(setting: dict[str, Any]) -> Arm:
     return Arm(method, label, settings)
 
 
-def read_grid(file: Path) -> list[Arm]:
+def read_grid(file: Path) -> list[Setting]:
     """SystemExit, naming the entry, for a file that is no grid."""
-    arms = []
+    settings = []
     for number, entry in enumerate(json.loads(file.read_text())):
         try:
-            arms += [arm_of(setting) for setting in expanded(entry)]
+            settings += [Setting(arm_of(setting), setting.get("stride")) for setting in expanded(entry)]
         except (TypeError, ValueError) as error:
             raise SystemExit(f"{file}, entry {number}: {error}") from None
-    return arms
+    return settings
 
 
 def _whole(line: str) -> dict | None:
@@ -81,33 +90,42 @@ def _whole(line: str) -> dict | None:
 
 
 class Search:
-    """A host, what it reads, and the results there are."""
+    """A host, what is read after each text, and the results there are."""
 
-    def __init__(self, host, texts: list[Text], others: list[Text], protocol: Protocol, out: Path):
-        self.host, self.texts, self.others, self.protocol, self.out = host, texts, others, protocol, out
+    def __init__(self, host, others: list[Text], window: int, stride: int, out: Path):
+        """stride: of settings without their own"""
+        self.host, self.others, self.out = host, others, out
+        self.window, self.stride = window, stride
         lines = out.read_text().split("\n") if out.exists() else []
         self.results = [result for line in lines if (result := _whole(line)) is not None]
 
-    def key(self, arm: Arm, text: Text) -> dict:
-        """What a result is a result of."""
-        settings = json.loads(json.dumps(arm.settings))
-        return {"method": arm.method, "settings": settings, "text": text.fingerprint, "window": self.protocol.window}
+    def protocol(self, setting: Setting) -> Protocol:
+        """ValueError or TypeError for a stride that does not fit."""
+        return Protocol.of(self.host, self.window, setting.stride or self.stride, False)
 
-    def found(self, arm: Arm, text: Text) -> dict | None:
+    def key(self, setting: Setting, text: Text) -> dict:
+        """What a result is a result of."""
+        protocol = self.protocol(setting)
+        settings = json.loads(json.dumps(setting.arm.settings))
+        read = {"text": text.fingerprint, "window": protocol.window, "stride": protocol.stride}
+        return {"method": setting.arm.method, "settings": settings, **read}
+
+    def found(self, setting: Setting, text: Text) -> dict | None:
         """The result of an earlier run."""
-        key = self.key(arm, text)
+        key = self.key(setting, text)
         return next((each for each in self.results if {name: each.get(name) for name in key} == key), None)
 
-    def run(self, arm: Arm, text: Text) -> dict:
+    def run(self, setting: Setting, text: Text) -> dict:
         """Learns a text, reads the others, and writes the result at once."""
-        started, torch_seed = time.perf_counter(), 0
-        torch.manual_seed(torch_seed)
-        result = {**self.key(arm, text), "label": arm.label, "stride": self.protocol.stride, "perplexity": None, "others": {}}
+        started, protocol = time.perf_counter(), self.protocol(setting)
+        torch.manual_seed(0)
+        result = {**self.key(setting, text), "label": setting.arm.label, "perplexity": None, "others": {}}
         try:
-            with reader(self.host, arm) as reading:
-                report = reading.read(text.ids, self.protocol.window, self.protocol.stride, bos=False, progress=False)
+            with reader(self.host, setting.arm) as reading:
+                report = reading.read(text.ids, protocol.window, protocol.stride, bos=False, progress=False)
                 result |= {"perplexity": report.perplexity, "parameters": reading.extra_parameters, "seconds": report.seconds}
-                result |= {"others": {other.name: self._read(other) for other in self.others}, "graph": report.cuda_graph}
+                read = {other.name: held_out_perplexity(self.host, [other], protocol) for other in self.others}
+                result |= {"others": read, "graph": report.cuda_graph}
         except (LocasError, RuntimeError) as error:  # a setting that diverges is a result
             result["error"] = " ".join(str(error).split())[:300]
         result["all_seconds"] = time.perf_counter() - started
@@ -115,9 +133,6 @@ class Search:
             file.write("\n" * (file.tell() > 0 and not self.out.read_text().endswith("\n")) + json.dumps(result) + "\n")
         self.results.append(result)
         return result
-
-    def _read(self, text: Text) -> float | None:
-        return held_out_perplexity(self.host, [text], self.protocol)
 
 
 def line_of(result: dict) -> str:
@@ -160,18 +175,18 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     arguments, started = parsed(), time.perf_counter()
-    arms = read_grid(arguments.grid)
+    settings = read_grid(arguments.grid)
     warnings.simplefilter("ignore")
     host, tokenizer = load_host(arguments.model, arguments.dtype, arguments.device)
     texts = [read_text(path, tokenizer, arguments.tokens) for path in arguments.text]
     others = [read_text(path, tokenizer, arguments.other_tokens) for path in arguments.other]
-    search = Search(host, texts, others, Protocol.of(host, arguments.window, arguments.stride, False), arguments.out)
+    search = Search(host, others, arguments.window, arguments.stride, arguments.out)
     print(json.dumps(machine()), f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
     try:
-        for arm, text in itertools.product(arms, texts):
+        for setting, text in itertools.product(settings, texts):
             if time.perf_counter() - started > arguments.limit:
                 break
-            print(line_of(search.found(arm, text) or search.run(arm, text)), flush=True)
+            print(line_of(search.found(setting, text) or search.run(setting, text)), flush=True)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
     Console(width=240).print(table(search.results, others))

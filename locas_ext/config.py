@@ -64,8 +64,6 @@ class LocasConfig:
         seed: int from -2**63 to 2**64 - 1: of the random inits
         row_length: how long the rows of `init` are: "unit", each of length 1, or "host": clones as long as the neurons' own
             rows, other rows as long as these are on average
-        open_gates: float from 0 to 1: the share of slots, the last ones of each layer, whose gate row starts along the
-            chunk's mean FFN input instead, so that they answer every token, in proportion to the key's product with it
 
     Raises:
         TypeError: a setting is of another type
@@ -86,7 +84,6 @@ class LocasConfig:
     backend: str = "auto"
     seed: int = 0
     row_length: str = "unit"
-    open_gates: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, VARIANTS)
@@ -99,10 +96,7 @@ class LocasConfig:
             "scale": _checked_scale(self.scale),
             "clip": _checked_clip(self.clip),
             "seed": integer("seed", self.seed, -(2**63), 2**64 - 1),
-            "open_gates": number("open_gates", self.open_gates, 0, 1),
         }
-        if self.variant == "mlp" and checked["open_gates"]:
-            raise ValueError(f"open_gates is {self.open_gates}, but the variant is 'mlp', whose slots have no gate; expected 0")
         if checked["layers"] == ():
             raise ValueError("layers is empty; expected at least one layer index, or None for all layers")
         for name, value in checked.items():
@@ -125,7 +119,7 @@ class LocasConfig:
         'paper'
         """
         defaults = {"variant": "glu", "rank": 64, "init": "topk", "scale": "paper", "clip": True}
-        return cls(**{**defaults, "row_length": "unit", "open_gates": 0.0, **changes})
+        return cls(**{**defaults, "row_length": "unit", **changes})
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """`layers` for a host with so many layers.

@@ -1,7 +1,6 @@
 """One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; graph_step.py captures the same."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,25 +53,17 @@ def gradient(attachment: Attachment, window: Window, reader: Reader, update: Bac
         tokens += len(window.context)
     as_factors = attachment.keeps_factors(tokens) and _takes_factors(attachment, update)
     with state.accumulating(as_factors=as_factors):
-        nll = reader.nll(window.whole() if update.context_loss else window)
+        nll = reader.nll(window)
         learned = nll if update.learn_below == 1.0 else torch.where(nll.detach() >= -math.log(update.learn_below), nll, 0.0)
-        before, own = learned.split([len(nll) - len(window.targets), len(window.targets)])
-        total, count = own.sum(), float(len(own))
-        if len(before):
-            total, count = total + update.context_loss * before.sum(), count + update.context_loss * len(before)
-        state.backward(total * (loss_scale(state) / count))
-    return nll.detach()[len(before) :].sum()
+        state.backward(learned.sum() * (loss_scale(state) / len(window.targets)))
+    return nll.detach().sum()
 
 
 def update_slots(attachment: Attachment, update: Backprop, rates: Tensor, finite: Tensor | None = None) -> None:
     """One update from the gradient in the arenas. rates: [1] or [planes]; finite: as in `adamw_step`."""
-    state, settings = attachment.state, dict[str, Any]()
-    if update.optimizer == "adamw":
-        settings = {"betas": update.betas}
-    elif update.optimizer == "muon":
-        settings = {"momentum": update.betas[0]}
+    state = attachment.state
     clip, scale = bool(attachment.config.clip), 1.0 / loss_scale(state)
-    OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite, **settings)
+    OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite)
 
 
 def check_loss(loss: float, state: MemoryState, place: str) -> None:

@@ -59,11 +59,6 @@ class Window(NamedTuple):
         """Those that go into the host."""
         return len(self.context) + len(self.inputs)
 
-    def whole(self) -> "Window":
-        """The same tokens with nothing before the inputs: all but the first are targets, the own ones last."""
-        targets = torch.cat([self.context[1:], self.inputs[:1], self.targets]) if len(self.context) else self.targets
-        return Window(self.context[:0], torch.cat([self.context, self.inputs]), targets)
-
     def to(self, device: torch.device) -> "Window":
         """The window on a device, in one copy; itself where it lies there."""
         if self.inputs.device == device:

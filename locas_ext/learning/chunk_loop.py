@@ -1,6 +1,5 @@
 """The loop over a text's chunks: one for memorizing and for the baselines it is compared with."""
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,17 +56,8 @@ class Passage:
     def chunks(self) -> Iterator[tuple[int, int, Window]]:
         """(start, end, window) of every chunk."""
         for start, end in self._places():
-            yield start, end, self._window(start, end)
-
-    def _window(self, start: int, end: int) -> Window:
-        return Window.of(self.ids, start - self.offset, end - self.offset, self.protocol.window, self.bos)
-
-    def earlier(self, start: int, count: int, seed: int) -> list[Window]:
-        """Windows of chunks before the one that begins at `start`, drawn among the full ones; fewer where there are fewer."""
-        room, stride = self.protocol.room, self.protocol.stride
-        full = range(stride * max(0, -(-room // stride) - 1), start, stride)
-        drawn = random.Random(f"{seed} {start}").sample(full, min(count, len(full)))
-        return [self._window(begin, begin + stride) for begin in drawn]
+            place = start - self.offset, end - self.offset
+            yield start, end, Window.of(self.ids, *place, self.protocol.window, self.bos)
 
 
 def progress_bar(progress: bool, passage: Passage, report: MemorizeReport, title: str) -> StreamProgress | NoProgress:

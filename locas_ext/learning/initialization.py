@@ -25,10 +25,6 @@ from .update import Backprop
 ACTIVATION_AT_HOST_SCALE = 1e-4
 
 
-# Where a gate row that starts open takes the mean FFN input: SiLU and GELU pass most of it.
-OPEN = 2.0
-
-
 def _unit_rows(rows: Tensor) -> Tensor:
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -40,44 +36,18 @@ def initial_rows(
     host_rows: tuple[Rows, ...],
     ffn_input: Tensor,
     generator: torch.Generator,
-    gradient: Tensor | None = None,
 ) -> list[Tensor]:
     """The rows [r, d] float32 that decide when one layer's slots fire: gate and key, or of Locas-MLP the key.
 
     importance: [m]; host_rows: the host's own such rows, each [m, d]; ffn_input: [T, d], the layer's FFN inputs over the
-    chunk; gradient: as these, the loss's of the FFN's outputs, where the init asks for it. The generator is a CPU one, so a
-    seed means the same memory on every device.
+    chunk. The generator is a CPU one, so a seed means the same memory on every device.
     """
     rows = _chosen_rows(config, importance, host_rows, ffn_input, generator)
     if config.row_length == "unit":
         rows = [_unit_rows(plane) for plane in rows]
     elif config.init in ("gaussian", "activation"):
         rows = [_unit_rows(plane) * mean_row_norm(host) for plane, host in zip(rows, host_rows, strict=True)]
-    if opened := round(config.open_gates * config.rank):
-        rows = _opened(rows, opened, ffn_input.float(), None if gradient is None else gradient.float())
     return rows
-
-
-def _opened(rows: list[Tensor], count: int, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
-    """Gate and key rows of which the last `count` are open: the gates along the mean input, the keys across it.
-
-    With a gradient these keys are the inputs' directions that the FFN's output should depend on most, the first singular
-    vectors of (x - mean)^T gradient.
-    """
-    gate, key = (plane.float().clone() for plane in rows)
-    mean = x.mean(0)
-    direction = mean / mean.norm()
-    gate[-count:] = mean * (OPEN / mean.square().sum())
-    opened = key[-count:]
-    lengths = opened.norm(dim=-1, keepdim=True)
-    if gradient is None:
-        opened = opened - (opened @ direction)[:, None] * direction
-    else:
-        wanted = (x - mean).T @ gradient
-        opened = torch.linalg.eigh((wanted @ wanted.T).double()).eigenvectors[:, -count:].T.float()
-        lengths = lengths.mean().expand_as(lengths)
-    key[-count:] = _unit_rows(opened) * lengths
-    return [gate, key]
 
 
 def _chosen_rows(
@@ -186,7 +156,7 @@ class _Observation:
         for ffn, gradient in zip(ffns, gradients, strict=True):
             x = self.inputs[ffn]
             importance = ffn.importance(x) if gradient is None else ffn.wanted(x, gradient)
-            rows.append(initial_rows(config, importance, ffn.host_rows(x), x, generator, gradient))
+            rows.append(initial_rows(config, importance, ffn.host_rows(x), x, generator))
         return rows
 
 

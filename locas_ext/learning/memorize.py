@@ -22,7 +22,6 @@ from .run import Run, tail_length
 from .settings import ResolvedSettings, ResolvedWrite, Settings
 from .step import reader_for
 from .text_digest import BLOCK, TextDigest
-from .update import Backprop
 
 Callback = Callable[[Chunk], None] | None
 
@@ -107,11 +106,6 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
             "memorize(the whole text, resume=folder)"
         )
     resolved = settings_of(stream, "feed").resolve(host, attachment.state)
-    if isinstance(resolved.update, Backprop) and resolved.update.replay:
-        raise ValueError(
-            f"feed: the run replays {resolved.update.replay} earlier chunks after each, but only the text's end was kept; "
-            "continue with memorize(the whole text, resume=folder)"
-        )
     reach = min(stream.position, tail_length(resolved.protocol))
     if len(stream.tail) < reach:
         raise LocasError(f"feed: the run's record holds its last {len(stream.tail)} tokens; expected {reach}")

@@ -20,7 +20,6 @@ from .settings import ResolvedSettings, ResolvedWrite
 from .step import step_for
 from .text_digest import BLOCK, TextDigest
 from .texts import learned_now, put_record, record_of
-from .update import Backprop
 
 
 def tail_length(protocol: Protocol) -> int:
@@ -102,19 +101,13 @@ class Run:
             losses.append(self.step(window, place))
             if epoch == 0:
                 self.reader.scored()
-        if isinstance(self.settings.update, Backprop) and self.settings.update.replay:
-            for earlier in self.passage.earlier(start, self.settings.update.replay, self.attachment.config.seed):
-                self.step(earlier, f"{place}, an earlier one again")
         self.watch.after(window, losses[0], learned)
         self.window = window
         return losses[0], version
 
     def _settle(self, window: Window) -> None:
         """Decides in how many forwards the window is read, and reports why it is one."""
-        update, full = self.settings.update, self.settings.protocol.window
-        if isinstance(update, Backprop) and update.context_loss:
-            self.reader.settle(window.whole(), full)
-        why = self.reader.settle(window, full)
+        why = self.reader.settle(window, self.settings.protocol.window)
         if why is not None and why not in self.report.one_forward:
             self.report.one_forward.append(why)
 

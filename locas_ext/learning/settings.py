@@ -86,9 +86,6 @@ class Settings:
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
-            for name in ("replay", "context_loss") if self.keep is not None else ():
-                if value := getattr(update, name):
-                    raise ValueError(f"{name} is {value} beside context='keep', which keeps no tokens to learn; expected 0")
             require_parameters_that_learn(state)
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
@@ -105,7 +102,7 @@ class Settings:
         return {
             "window": self.window,
             "stride": self.stride,
-            **_backprop_record(backprop),
+            **{name: value for name, value in asdict(backprop).items() if name in _FORMAT_1 or value != _ABSENT[name]},
             "update": "write" if writes else "backprop",
             "context_gradient": self.context_gradient,
             "bos": self.bos,
@@ -123,11 +120,6 @@ class Settings:
             update = Backprop.paper(**{name: record[name] for name in _ABSENT if name in _FORMAT_1 or name in record})
         keep = Keep(**record["context"]) if "context" in record else None
         return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
-
-
-def _backprop_record(backprop: Backprop) -> dict:
-    values = {**asdict(backprop), "betas": list(backprop.betas)}
-    return {name: value for name, value in values.items() if name in _FORMAT_1 or getattr(backprop, name) != _ABSENT[name]}
 
 
 def require_parameters_that_learn(state: MemoryState) -> None:

@@ -13,24 +13,19 @@ WHEN_FULL = ("error", "drop_oldest", "compress")
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Backprop:
     """Learning by backpropagation of the chunk's mean loss, the norm clip included (docs/method.md, "Learning").
 
     Args:
         learning_rate: float >= 0
         epochs: int >= 1: learning passes over each chunk
-        optimizer: "adamw" (no weight decay), "sgd" (no momentum), or "muon": the momentum of each layer's gate, key and
-            value rows [r, d], orthogonalized
+        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay), "sgd" (no momentum), or "muon": the momentum
+            (0.9) of each layer's gate, key and value rows [r, d], orthogonalized
         gate_learning_rate, value_learning_rate: float >= 0: of gate and value rows; None: learning_rate
-        betas: two floats in [0, 1): how slowly AdamW's averages of the gradient and of its square move; the first one is
-            Muon's momentum
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
         learn_below: float above 0, at most 1: a token that the model gives a higher probability is not learned
-        context_loss: float >= 0: how much a token of the context weighs in the loss beside one of the chunk; above 0 the
-            window is read in one forward, and the gradient goes through its context too
-        replay: int >= 0: after each chunk so many earlier ones of the text, drawn by seed, are learned again
 
     Raises:
         TypeError: a value is of another type
@@ -39,8 +34,8 @@ class Backprop:
     Source: arXiv 2602.05085, section 3; docs/method.md, "Learning".
 
     >>> import locas_ext as locas
-    >>> locas.Backprop(learning_rate=1e-3, epochs=2)
-    Backprop(learning_rate=0.001, epochs=2)
+    >>> locas.Backprop(learning_rate=6e-3, decay_after=10).optimizer
+    'adamw'
     """
 
     learning_rate: float = 4e-3
@@ -48,20 +43,14 @@ class Backprop:
     optimizer: str = "adamw"
     gate_learning_rate: float | None = None
     value_learning_rate: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
     decay_after: int | None = None
     learn_below: float = 1.0
-    context_loss: float = 0.0
-    replay: int = 0
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "learning_rate": number("learning_rate", self.learning_rate, 0),
             "epochs": integer("epochs", self.epochs, 1),
-            "betas": check_betas(self.betas),
             "learn_below": number("learn_below", self.learn_below, above=0, high=1),
-            "context_loss": number("context_loss", self.context_loss, 0),
-            "replay": integer("replay", self.replay, 0),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
@@ -71,10 +60,6 @@ class Backprop:
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        named = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
-        return f"Backprop({', '.join(f'{name}={value!r}' for name, value, default in named if value != default)})"
 
     @classmethod
     def paper(cls, **changes: Any) -> "Backprop":
@@ -90,12 +75,11 @@ class Backprop:
             TypeError, ValueError: as Backprop does
 
         >>> import locas_ext as locas
-        >>> locas.Backprop.paper(epochs=2)
-        Backprop(epochs=2)
+        >>> locas.Backprop.paper(epochs=2).learning_rate
+        0.004
         """
-        silent: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None, "replay": 0}
-        silent |= {"betas": (0.9, 0.999), "learn_below": 1.0, "context_loss": 0.0}
-        return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **silent, **changes})
+        own: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None, "learn_below": 1.0}
+        return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **own, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +122,6 @@ class Write:
                 object.__setattr__(self, name, integer(name, value, 1, why=why))
         if self.when_full is not None:
             one_of("when_full", self.when_full, WHEN_FULL)
-
-
-def check_betas(betas: object) -> tuple[float, float]:
-    """betas as two floats; TypeError or ValueError if they are not two numbers >= 0 and < 1."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas is {betas!r}; expected two numbers >= 0 and < 1")
-    return number("betas[0]", betas[0], 0, below=1), number("betas[1]", betas[1], 0, below=1)
 
 
 def check_epsilon(epsilon: object) -> float:

@@ -39,7 +39,7 @@ _CONFIG = {
     "backend": one_of(*BACKENDS),
     "seed": integer(-(2**63), 2**64 - 1),
 }
-_CONFIG_LATER = {"row_length": one_of(*ROW_LENGTHS), "open_gates": number(0, 1)}  # where they are not the paper's
+_CONFIG_LATER = {"row_length": one_of(*ROW_LENGTHS)}  # where it is not the paper's
 _SIZES = {"model_type": text, "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_hidden_layers": _SIZE}
 _WRITE = {
     "epsilon": number(0, 3.5e38),
@@ -69,11 +69,8 @@ _RATE = number(0, sys.float_info.max)
 _BACKPROP = {  # where they are not the paper's
     "gate_learning_rate": _RATE,
     "value_learning_rate": _RATE,
-    "betas": list_of(number(0, 1)),
     "decay_after": integer(1, 2**53),
     "learn_below": number(0, 1),
-    "context_loss": _RATE,
-    "replay": _COUNT,
 }
 _CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
 _LATER = {**_CONTEXT, **_BACKPROP}

@@ -8,7 +8,6 @@ from support.helpers import tiny_model
 
 from bench.search import Search, expanded, read_grid, table
 from locas_ext.evaluation.texts import Text
-from locas_ext.learning.protocol import Protocol
 
 
 def text(name, tokens):
@@ -35,23 +34,31 @@ def test_a_wrong_entry_is_named(tmp_path, wrong):
 def test_results_are_written_at_once_and_not_computed_twice(tmp_path):
     grid, out = tmp_path / "grid.json", tmp_path / "out.jsonl"
     grid.write_text(
-        json.dumps([{"method": "truncation"}, {"rank": 4, "betas": [0.5, 0.9]}, {"rank": 4, "learning_rate": 1e30}])
+        json.dumps(
+            [
+                {"method": "truncation"},
+                {"rank": 4, "decay_after": 3},
+                {"rank": 4, "stride": 4},
+                {"rank": 4, "learning_rate": 1e30},
+            ]
+        )
     )
-    arms, book, other = read_grid(grid), text("book", 40), text("other", 20)
+    settings, book, other = read_grid(grid), text("book", 40), text("other", 20)
     host = tiny_model()
 
     def search():
-        return Search(host, [book], [other], Protocol.of(host, 16, 8, False), out)
+        return Search(host, [other], 16, 8, out)
 
-    first = [search().run(arm, book) for arm in arms]
+    first = [search().run(setting, book) for setting in settings]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert lines == json.loads(json.dumps(first)) and [line["method"] for line in lines] == ["truncation", "locas", "locas"]
+    assert lines == json.loads(json.dumps(first)) and [line["stride"] for line in lines] == [8, 8, 4, 8]
+    assert [line["method"] for line in lines] == ["truncation", "locas", "locas", "locas"]
     assert lines[0]["perplexity"] > 0 and set(lines[1]["others"]) == {"other"} and lines[1]["parameters"] == 2 * 3 * 4 * 32
     with out.open("a") as file:
         file.write('{"method": "loc')  # a run that was ended while it wrote
     again = search()
-    assert [again.found(arm, book) for arm in arms] == lines
-    assert again.found(arms[1], text("another", 40)) is None
-    again.run(arms[0], text("a third", 30))
-    assert len(search().results) == 4
+    assert [again.found(setting, book) for setting in settings] == lines
+    assert again.found(settings[1], text("another", 40)) is None
+    again.run(settings[0], text("a third", 30))
+    assert len(search().results) == 5
     assert table(again.results, [other]).row_count == 1 + sum(not line.get("error") for line in lines)

@@ -196,31 +196,6 @@ def test_gradient_clones_the_neurons_whose_values_matter_most():
         assert set(neurons_of(slots, gate, up).tolist()) == set(order[:5].tolist())
 
 
-@pytest.mark.parametrize("row_length", ["unit", "host"])
-@pytest.mark.parametrize("init", ["topk", "gradient"])
-def test_open_gates_answer_every_token_and_their_keys_look_across_the_mean(init, row_length):
-    model, memory = attached(rank=6, init=init, open_gates=0.5, row_length=row_length)
-    memory.initialize(CHUNK)
-    for slots, (x, gradient, gate, up) in zip(memory.slots.double(), wanted(model, CHUNK), strict=True):
-        mean = x.mean(0)
-        torch.testing.assert_close(slots[0, 3:] @ mean, torch.full((3,), 2.0, dtype=torch.float64), rtol=1e-5, atol=0)
-        torch.testing.assert_close(unit(slots[0, 3:]), unit(mean).expand(3, -1), rtol=1e-5, atol=1e-6)
-        if init == "topk":
-            assert (slots[1, 3:] @ mean).abs().max() < 1e-5
-        else:
-            left = torch.linalg.svd((x - mean).T @ gradient).U[:, :3]
-            assert ((unit(slots[1, 3:]) @ left) ** 2).sum() > 3 - 1e-4  # the same space
-        for row, host in ((slots[0, :3], gate), (slots[1, :3], up)):
-            assert (unit(row) @ unit(host).T).max(-1).values.min() > 1 - 1e-5
-
-
-def test_open_gates_need_gates():
-    with pytest.raises(ValueError, match="open_gates is 0.5, but the variant is 'mlp'"):
-        locas.LocasConfig(variant="mlp", open_gates=0.5)
-    with pytest.raises(ValueError, match="open_gates is 1.5"):
-        locas.LocasConfig(open_gates=1.5)
-
-
 @pytest.mark.parametrize("scale", ["host", "paper", 0.3])
 def test_rows_are_clipped_at_lengths_relative_to_the_hosts(scale):
     clip = 0.4
