@@ -8,7 +8,7 @@ from typing import Any
 from locas_ext.checks import boolean, integer, integers, number, one_of
 
 VARIANTS = ("glu", "mlp")
-INITS = ("topk", "bottomk", "random", "gaussian", "activation", "gradient")
+INITS = ("topk", "bottomk", "random", "gaussian", "activation")
 SCALES = ("paper", "host")
 ROW_LENGTHS = ("unit", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
@@ -51,8 +51,7 @@ class LocasConfig:
         layers: sequence of int: which decoder layers get a memory (negative ones count from the end); None: all
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
             the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
-            directions; "activation" takes the FFN inputs of random tokens; "gradient" clones the neurons whose values the
-            first chunk's loss would change most
+            directions; "activation" takes the FFN inputs of random tokens
         scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows, divided by r), a multiple of
             it such as "16x", "host" (the mean norm itself) or a float other than 0, from -1e6 to 1e6
         clip: True: each slot row is kept at length 1 or less after every update; a float above 0: gate and key rows at so
@@ -168,7 +167,7 @@ class LocasConfig:
 
 def check_rank(config: LocasConfig, intermediate_size: int) -> None:
     """ValueError if an init that clones neurons asks for more than the host has."""
-    if config.init in ("topk", "bottomk", "random", "gradient") and config.rank > intermediate_size:
+    if config.init in ("topk", "bottomk", "random") and config.rank > intermediate_size:
         raise ValueError(
             f"rank is {config.rank}, but the host's FFN has only {intermediate_size} neurons to clone with "
             f"init={config.init!r}; expected a rank from 1 to {intermediate_size}, or init='gaussian'"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from locas_ext.config import BACKENDS, INITS, VARIANTS, LocasConfig
+from locas_ext.config import BACKENDS, INITS, ROW_LENGTHS, VARIANTS, LocasConfig
 from locas_ext.learning.keep import CONTEXTS, Keep
 
 from . import values
@@ -138,6 +138,14 @@ Clip = Annotated[bool, flag("Whether no row grows longer than 1.", "--clip/--no-
 Backend = Annotated[str, option(one_of(BACKENDS), "What computes the FFN with its memory.", panel=MEMORY)]
 Seed = Annotated[int, option(integer(0), "Seed of the random draws.")]
 LearningRate = Annotated[float, option(number(low=0), "Learning rate of the optimizer.", panel=LEARNING)]
+DecayAfter = Annotated[
+    int | None,
+    option(
+        integer(1),
+        "Divide learning rates by sqrt(1 + u / N) after u updates of the memory; default: never.",
+        panel=LEARNING,
+    ),
+]
 Epochs = Annotated[int, option(integer(1), "Learning passes over each chunk.", panel=LEARNING)]
 Rehome = Annotated[
     bool,
@@ -160,9 +168,21 @@ class MemoryOptions:
     clip: Clip = True
     backend: Backend = "auto"
     seed: Seed = 0
+    row_length: Annotated[
+        str, option(one_of(ROW_LENGTHS), "Whether rows start with length 1 or as long as the host's.", panel=MEMORY)
+    ] = "unit"
+    clip_at: Annotated[
+        float | None,
+        option(number(above=0), "Keep rows within this multiple of the host's mean row length, not of 1.", panel=MEMORY),
+    ] = None
 
     def config(self) -> LocasConfig:
-        return LocasConfig(**vars(self))
+        """ValueError for --clip-at beside --no-clip."""
+        settings = dict(vars(self))
+        length = settings.pop("clip_at")
+        if length is not None and not self.clip:
+            raise ValueError(f"--clip-at is {length:g} beside --no-clip; leave one of them out")
+        return LocasConfig(**{**settings, "clip": self.clip if length is None else length})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +194,13 @@ class LearningOptions:
     ] = None
     epochs: Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)] = None
     optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: adamw.", panel=LEARNING)] = None
+    gate_learning_rate: Annotated[
+        float | None, option(number(low=0), "Learning rate of gate rows; default: that of all.", panel=LEARNING)
+    ] = None
+    value_learning_rate: Annotated[
+        float | None, option(number(low=0), "Learning rate of value rows; default: that of all.", panel=LEARNING)
+    ] = None
+    decay_after: DecayAfter = None
 
     def given(self) -> dict[str, Any]:
         """Those that the command line or the file says."""

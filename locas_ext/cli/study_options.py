@@ -21,7 +21,8 @@ def check_new_only(options: MemoryOptions, memory: Path | None) -> None:
     for field in fields(MemoryOptions):
         value = getattr(options, field.name)
         if field.name != "seed" and value != getattr(NEW_MEMORY, field.name):
-            raise ValueError(f"--{field.name} is {value}, but --memory says what the memory is made of; leave one of them out")
+            option = field.name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}, but --memory says what the memory is made of; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,39 +24,37 @@ def loss_scale(state: MemoryState) -> float:
     return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
 
 
+def _by_plane(update: Backprop) -> bool:
+    """Whether gate or value rows have a learning rate of their own."""
+    return update.gate_learning_rate is not None or update.value_learning_rate is not None
+
+
 def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:
-    """The learning rates of the planes (gate, key, value, or key and value), one where they agree.
+    """The learning rates of the planes (gate, key, value, or key and value), or the only one.
 
     updates: that the memory has learned by
     """
-    others = update.gate_learning_rate, update.learning_rate, update.value_learning_rate
-    rates = [update.learning_rate if rate is None else rate for rate in others][-planes:]
-    slower = 1.0 if update.decay_after is None else (1 + updates / update.decay_after) ** -0.5
-    return [rate * slower for rate in (rates if len(set(rates)) > 1 else rates[:1])]
-
-
-def _takes_factors(attachment: Attachment, update: Backprop) -> bool:
-    """Whether the update can form the slots' gradient from factors."""
-    rates = update.gate_learning_rate, update.value_learning_rate
-    return update.optimizer != "muon" and rates == (None, None) and isinstance(attachment.config.clip, bool)
+    fading = 1.0 if update.decay_after is None else (1 + updates / update.decay_after) ** -0.5
+    if not _by_plane(update):
+        return [update.learning_rate * fading]
+    given = update.gate_learning_rate, update.learning_rate, update.value_learning_rate
+    return [(update.learning_rate if rate is None else rate) * fading for rate in given[-planes:]]
 
 
 def gradient(attachment: Attachment, window: Window, reader: Reader, update: Backprop) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 
-    update: says which targets count, and whether the gradient may come as factors. Only the slots get a gradient, whatever
-    else of the host requires one. Nothing here waits for the device.
+    update: what will take the gradient. Only the slots get one, whatever else of the host requires it. Nothing here waits for
+    the device.
     """
     state, tokens = attachment.state, len(window.inputs)
     require_parameters_that_learn(state)  # a callback may have frozen the last one
     if reader.is_in_one(window):
         tokens += len(window.context)
-    as_factors = attachment.keeps_factors(tokens) and _takes_factors(attachment, update)
-    with state.accumulating(as_factors=as_factors):
-        nll = reader.nll(window)
-        learned = nll if update.learn_below == 1.0 else torch.where(nll.detach() >= -math.log(update.learn_below), nll, 0.0)
-        state.backward(learned.sum() * (loss_scale(state) / len(window.targets)))
-    return nll.detach().sum()
+    with state.accumulating(as_factors=not _by_plane(update) and attachment.keeps_factors(tokens)):
+        loss = reader.loss(window)
+        state.backward(loss * (loss_scale(state) / len(window.targets)))
+    return loss.detach()
 
 
 def update_slots(attachment: Attachment, update: Backprop, rates: Tensor, finite: Tensor | None = None) -> None:

@@ -107,7 +107,7 @@ class Captured:
         attachment, (arena,) = self.attachment, self.attachment.state.arenas
         if not self.tensors.holds():
             self.tensors = _HostTensors(attachment.host.model)
-        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq, arena.momentum_buffer]
+        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
         tensors += [rehomed.down for rehomed in self._rehomed_ffns()]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         learning = (parameter.requires_grad for parameter in arena.parameters)

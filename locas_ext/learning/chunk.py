@@ -94,11 +94,8 @@ class Reader(TakesKernels, Protocol):
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""
 
-    def nll(self, window: Window) -> Tensor:
-        """The negative log-likelihood of each of a window's targets, [n] float32, with a graph as `logits`."""
-
     def loss(self, window: Window) -> Tensor:
-        """`nll` summed, float32 0-d."""
+        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
 
     def look_ahead(self) -> None:
         """While the device still works on a chunk: gets ready what the next one can need whatever comes of this one."""

@@ -29,11 +29,11 @@ class GraphStep(EagerStep):
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
-        self._set_rates()
+        self._fade()
         if not self.captured.replay(window):
             return self.eagerly(window, place)
-        loss, finite = self.outcome.tolist()
         state = self.attachment.state
+        loss, finite = self.outcome.tolist()
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
         state.finish_update()
@@ -42,8 +42,8 @@ class GraphStep(EagerStep):
     def report(self) -> GraphReport:
         return GraphReport(self.captured.replayed, self.updates, self.captured.why_not)
 
-    def _set_rates(self) -> None:
-        """Brings the learning rates that the graph reads up to the memory's version."""
+    def _fade(self) -> None:
+        """Brings the learning rates that the graph reads up to the memory's updates."""
         if self.rates is not None and self.update.decay_after is not None:
             state = self.attachment.state
             self.rates.copy_(torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64))
@@ -53,13 +53,11 @@ class GraphStep(EagerStep):
         return True
 
     def prepare(self, device: torch.device) -> None:
-        (arena,) = self.attachment.state.arenas
         state = self.attachment.state
+        (arena,) = state.arenas
         rates = rates_of(self.update, state.planes, state.version)
-        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)  # of one address: a new rate needs no new graph
         self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
-        if self.update.optimizer == "muon":
-            arena.optimizer_state("momentum_buffer")
         if self.update.optimizer == "adamw":
             arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
 

@@ -44,9 +44,9 @@ def initial_rows(
     """
     rows = _chosen_rows(config, importance, host_rows, ffn_input, generator)
     if config.row_length == "unit":
-        rows = [_unit_rows(plane) for plane in rows]
-    elif config.init in ("gaussian", "activation"):
-        rows = [_unit_rows(plane) * mean_row_norm(host) for plane, host in zip(rows, host_rows, strict=True)]
+        return [_unit_rows(plane) for plane in rows]
+    if config.init in ("gaussian", "activation"):  # not the host's rows
+        return [_unit_rows(plane) * mean_row_norm(host) for plane, host in zip(rows, host_rows, strict=True)]
     return rows
 
 
@@ -57,7 +57,7 @@ def _chosen_rows(
     ffn_input: Tensor,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """The rows that the init chooses, as long as they are."""
+    """What the init chooses, of any length; arguments as in `initial_rows`."""
     rank, d = config.rank, host_rows[0].shape[1]
     if config.init == "gaussian":
         rows = torch.randn(len(host_rows), rank, d, generator=generator, dtype=torch.float32, device="cpu").to(
@@ -73,7 +73,7 @@ def _chosen_rows(
     if config.init == "random":
         neurons = torch.randperm(importance.shape[0], generator=generator, device="cpu")[:rank].to(importance.device)
     else:
-        neurons = importance.topk(rank, largest=config.init != "bottomk").indices
+        neurons = importance.topk(rank, largest=config.init == "topk").indices
     return [rows[neurons] for rows in host_rows]
 
 
@@ -97,103 +97,57 @@ def check_rate(config: LocasConfig, update: object) -> None:
     """
     if not _bears_little(config) or not isinstance(update, Backprop):
         return
-    if update.optimizer == "adamw" and update.learning_rate > ACTIVATION_AT_HOST_SCALE:
+    rates = {name: getattr(update, name) for name in ("learning_rate", "gate_learning_rate", "value_learning_rate")}
+    name, rate = max(rates.items(), key=lambda item: item[1] or 0)
+    if update.optimizer == "adamw" and rate > ACTIVATION_AT_HOST_SCALE:
         raise ValueError(
-            f"learning_rate is {update.learning_rate:g}, at which init='activation' with scale='host' diverges: such slots "
+            f"{name} is {rate:g}, at which init='activation' with scale='host' diverges: such slots "
             "answer nearly every token at once, each more strongly than a neuron of the host. Attach with scale='paper' or "
             f"init='topk', or learn with a learning_rate of at most {ACTIVATION_AT_HOST_SCALE:g}; on_divergence='ignore' "
             "lets it run"
         )
 
 
-class _Observation:
-    """What one forward shows of each FFN, and one backward where the init asks for it."""
+@contextmanager
+def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]]):
+    """Collects each layer's initial rows during one forward."""
+    generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
 
-    def __init__(self, attachment: Attachment):
-        self.attachment, self.with_gradient = attachment, attachment.config.init == "gradient"
-        self.inputs: dict[PatchedFFN, Tensor] = {}
-        self.outputs: dict[PatchedFFN, Tensor] = {}
+    def observe(ffn: PatchedFFN, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if ffn not in rows:  # one that runs several times begins with what its first call uses
+            rows[ffn] = initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator)
 
-    @contextmanager
-    def __call__(self):
-        handles = [self._hooked(ffn) for ffn in self.attachment.ffns] if self.with_gradient else []
-        # A graph knows no contexts: a compiled host is observed in eager code.
-        try:
-            with (
-                scoped(self.attachment.state, observer=self._observe),
-                eager_host(self.attachment.host.model),
-                torch.set_grad_enabled(self.with_gradient),
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _observe(self, ffn: PatchedFFN, x: Tensor) -> None:
-        if ffn not in self.inputs:  # one that runs several times begins with what its first call uses
-            self.inputs[ffn] = x.detach().reshape(-1, x.shape[-1])
-
-    def _hooked(self, ffn: PatchedFFN):
-        def hook(module, arguments, y):
-            first = y if isinstance(y, Tensor) else y[0]
-            if not first.requires_grad:  # below the first FFN nothing needs a gradient
-                first = first.detach().requires_grad_()
-            self.outputs.setdefault(ffn, first)
-            return first if isinstance(y, Tensor) else type(y)((first, *y[1:]))
-
-        return ffn.modules()[-1].register_forward_hook(hook)
-
-    def rows(self, loss: Tensor) -> list[list[Tensor]]:
-        """Each FFN's rows. loss: of the forward"""
-        attachment, config = self.attachment, self.attachment.config
-        generator = torch.Generator("cpu").manual_seed(config.seed)
-        ffns = attachment.ffns
-        gradients: list[Tensor | None] = [None] * len(ffns)
-        if self.with_gradient:
-            found = torch.autograd.grad(loss, [self.outputs[ffn] for ffn in ffns])
-            gradients = [gradient.reshape(-1, gradient.shape[-1]) for gradient in found]
-        rows = []
-        for ffn, gradient in zip(ffns, gradients, strict=True):
-            x = self.inputs[ffn]
-            importance = ffn.importance(x) if gradient is None else ffn.wanted(x, gradient)
-            rows.append(initial_rows(config, importance, ffn.host_rows(x), x, generator))
-        return rows
+    # A graph knows no contexts: a compiled host is observed in eager code.
+    with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
+        yield
 
 
 def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any]) -> Any:
     """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
-    state, observation = attachment.state, _Observation(attachment)
-    with state.disable(), observation():
+    state = attachment.state
+    rows: dict[PatchedFFN, list[Tensor]] = {}
+    with state.disable(), _observe(attachment, rows), torch.no_grad():
         result = forward(ids[None])
-        rows = observation.rows(result)
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
-    with torch.no_grad():
-        for index, of_ffn in enumerate(rows):
-            for plane, values in enumerate(of_ffn):
-                slots[index, plane] = values
+    for index, ffn in enumerate(attachment.ffns):
+        for plane, values in enumerate(rows[ffn]):
+            slots[index, plane] = values
     if not torch.isfinite(slots).all():
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
     state.set_slots(slots, version=0)
-    return result.detach() if isinstance(result, Tensor) else result
+    return result
 
 
 def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
-    ids = token_ids(input_ids, host.vocab_size, at_least=2 if attachment.config.init == "gradient" else 1)
+    ids = token_ids(input_ids, host.vocab_size, at_least=1)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
-
-    def forward(x: Tensor) -> Tensor | None:
-        if attachment.config.init != "gradient":
-            host.read(input_ids=x, use_cache=False)
-            return None
-        logits = host.model(input_ids=x, use_cache=False).logits[0, :-1]
-        return token_nll(logits, x[0, 1:].to(logits.device)).sum()
-
     with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
-        _initialize_from(attachment, ids.to(host.input_device()), forward)
+        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
     attachment.stream, attachment.texts = None, []
 
 

@@ -10,7 +10,6 @@ from locas_ext.ops.types import SGD, AdamW
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 
-from .muon import muon_step
 from .plane_updates import adamw_planes, sgd_planes
 
 
@@ -41,7 +40,7 @@ def _allocate(state: MemoryState, *names: str) -> None:
             arena.optimizer_state(name)
 
 
-def has_planes(state: MemoryState, learning_rate: float | torch.Tensor, clip: bool) -> bool:
+def _by_plane(state: MemoryState, learning_rate: float | torch.Tensor, clip: bool) -> bool:
     """Whether planes have learning rates or lengths of their own."""
     several = isinstance(learning_rate, torch.Tensor) and learning_rate.numel() > 1
     return several or (clip and any(arena.longest is not None for arena in state.arenas))
@@ -82,7 +81,7 @@ def adamw_step(
     _allocate(state, "exp_avg", "exp_avg_sq")
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-    if has_planes(state, learning_rate, clip):
+    if _by_plane(state, learning_rate, clip):
         adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite)
         return
     for arena in state.arenas:
@@ -119,7 +118,7 @@ def sgd_step(
     """SGD on the arenas' gradient times gradient_scale, then the row clip; finite as in `adamw_step`."""
     if momentum:
         _allocate(state, "momentum_buffer")
-    if has_planes(state, learning_rate, clip):
+    if _by_plane(state, learning_rate, clip):
         sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scale, finite)
         return
     for arena in state.arenas:
@@ -156,4 +155,4 @@ class Update(Protocol):
     ) -> None: ...
 
 
-OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step, "muon": muon_step}
+OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step}

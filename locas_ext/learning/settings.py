@@ -86,6 +86,11 @@ class Settings:
             update = _resolve_write(self.update, state, protocol.stride, before)
         else:
             update = self.update
+            if state.planes == 2 and update.gate_learning_rate is not None:
+                raise ValueError(
+                    f"gate_learning_rate is {update.gate_learning_rate:g}, but the variant is 'mlp', whose slots have no gate; "
+                    "expected None"
+                )
             require_parameters_that_learn(state)
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 

@@ -20,12 +20,10 @@ class Backprop:
     Args:
         learning_rate: float >= 0
         epochs: int >= 1: learning passes over each chunk
-        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay), "sgd" (no momentum), or "muon": the momentum
-            (0.9) of each layer's gate, key and value rows [r, d], orthogonalized
+        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
         gate_learning_rate, value_learning_rate: float >= 0: of gate and value rows; None: learning_rate
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
-        learn_below: float above 0, at most 1: a token that the model gives a higher probability is not learned
 
     Raises:
         TypeError: a value is of another type
@@ -44,13 +42,11 @@ class Backprop:
     gate_learning_rate: float | None = None
     value_learning_rate: float | None = None
     decay_after: int | None = None
-    learn_below: float = 1.0
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "learning_rate": number("learning_rate", self.learning_rate, 0),
             "epochs": integer("epochs", self.epochs, 1),
-            "learn_below": number("learn_below", self.learn_below, above=0, high=1),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
@@ -78,7 +74,7 @@ class Backprop:
         >>> locas.Backprop.paper(epochs=2).learning_rate
         0.004
         """
-        own: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None, "learn_below": 1.0}
+        own: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None}
         return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **own, **changes})
 
 

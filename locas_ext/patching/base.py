@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from locas_ext.hosts.ffn import HostFFN, Place, ProjectedFFN, Rows, entries
+from locas_ext.hosts.ffn import HostFFN, Place, Rows, entries
 from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.seen import Entry
@@ -247,14 +247,6 @@ class PatchedFFN(ABC, Generic[FFN]):
         result = self.ffn.importance(x, self.original)
         _entered.set(None)  # what the first projection's forward kept just now
         return result
-
-    @torch.no_grad()
-    def wanted(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """How much each neuron's value would change by a step along the gradient [T, d] of the FFN's output: [m] float32."""
-        assert isinstance(self.ffn, ProjectedFFN), "an attachment with init='gradient' has no others"
-        hidden = self.ffn.hidden(x)
-        _entered.set(None)
-        return (hidden.float().T @ gradient.float()).norm(dim=-1)
 
     @abstractmethod
     def host_rows(self, like: Tensor) -> tuple[Rows, ...]:

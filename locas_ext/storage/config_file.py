@@ -59,7 +59,7 @@ _SETTINGS = {
     "stride": _SIZE,
     "learning_rate": number(0, sys.float_info.max),
     "epochs": integer(1, 2**53),
-    "optimizer": one_of("adamw", "sgd", "muon"),
+    "optimizer": one_of("adamw", "sgd"),
     "update": one_of("backprop", "write"),
     "context_gradient": boolean,
     "bos": boolean,
@@ -70,7 +70,6 @@ _BACKPROP = {  # where they are not the paper's
     "gate_learning_rate": _RATE,
     "value_learning_rate": _RATE,
     "decay_after": integer(1, 2**53),
-    "learn_below": number(0, 1),
 }
 _CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
 _LATER = {**_CONTEXT, **_BACKPROP}

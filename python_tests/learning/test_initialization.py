@@ -169,33 +169,6 @@ def test_rows_as_long_as_the_hosts(init):
                 assert (rows[:, None] - host).norm(dim=-1).min(-1).values.max() < 1e-5
 
 
-def wanted(model, ids):
-    """Per layer, in float64: the FFN's inputs [T, d] and the loss's gradient of its outputs [T, d], with W_gate and W_up."""
-    plain, seen = copy.deepcopy(model).double(), []
-
-    def hook(module, arguments, y):
-        y = y.detach().requires_grad_() if not y.requires_grad else y
-        y.retain_grad()
-        seen.append((arguments[0][0].detach(), y, module.gate_proj.weight, module.up_proj.weight))
-        return y
-
-    plain.requires_grad_(False)
-    for layer in plain.model.layers:
-        layer.mlp.register_forward_hook(hook)
-    plain(input_ids=ids[None], labels=ids[None]).loss.backward()
-    return [(x, y.grad[0], gate, up) for x, y, gate, up in seen]
-
-
-def test_gradient_clones_the_neurons_whose_values_matter_most():
-    model, memory = attached(rank=5, init="gradient")
-    memory.initialize(CHUNK)
-    assert memory.version == 0 and not memory.slots[:, 2].any()
-    for slots, (x, gradient, gate, up) in zip(memory.slots, wanted(model, CHUNK), strict=True):
-        hidden = act_formula(x @ gate.T, model.config.hidden_act) * (x @ up.T)
-        order = (hidden.T @ gradient).norm(dim=-1).argsort(descending=True)
-        assert set(neurons_of(slots, gate, up).tolist()) == set(order[:5].tolist())
-
-
 @pytest.mark.parametrize("scale", ["host", "paper", 0.3])
 def test_rows_are_clipped_at_lengths_relative_to_the_hosts(scale):
     clip = 0.4

@@ -37,6 +37,7 @@ def _config(saved: Saved) -> str:
         "clip": str(config.clip).lower(),
         "backend": config.backend,
         "seed": config.seed,
+        "row length": config.row_length,
     }
     return ", ".join(f"{name} {value}" for name, value in parts.items())
 

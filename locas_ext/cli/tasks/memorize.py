@@ -75,7 +75,7 @@ def _selector(text: str) -> str | TopLoss | LossAbove:
 def _check_settings(task: MemorizeTask) -> None:
     """ValueError if the run that --out holds has another memory than the command line asks for."""
     saved = checkpoint.read(task.out)
-    names = ("variant", "rank", "init", "scale", "clip", "seed")
+    names = ("variant", "rank", "init", "scale", "clip", "row_length", "seed")
     before, wanted = ({name: getattr(config, name) for name in names} for config in (saved.config, task.config))
     before["layers"] = saved.fields["layers"]
     wanted["layers"] = list(task.config.resolve_layers(saved.fields["host"]["num_hidden_layers"]))

@@ -108,15 +108,18 @@ def locas_config(settings: dict) -> LocasConfig:
     return LocasConfig(**{field.name: settings[field.name] for field in fields(LocasConfig)})
 
 
+def locas_update(settings: dict) -> Backprop:
+    return Backprop(**{field.name: settings[field.name] for field in fields(Backprop)})
+
+
 @contextmanager
 def _locas(host, settings: dict) -> Iterator[Reader]:
-    update = Backprop(**{field.name: settings[field.name] for field in fields(Backprop)})
     memory = locas.attach(host, locas_config(settings), rehome=settings["rehome"])
     try:
         # Truncation says how hard the text is without a memory, and a run that diverges is a result too.
         read = partial(
             memory.memorize,
-            update=update,
+            update=locas_update(settings),
             context_gradient=settings["context_gradient"],
             context=context_of(settings) or "recompute",
             on_divergence="ignore",

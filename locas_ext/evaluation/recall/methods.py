@@ -11,7 +11,7 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.methods.arm import Arm, slug
-from locas_ext.evaluation.methods.registry import locas_config, reader
+from locas_ext.evaluation.methods.registry import locas_config, locas_update, reader
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import StudySettings
@@ -111,7 +111,7 @@ def having_learned(host: Any, prompter: Prompter, arm: Arm | None, reading: Read
 def _studying(host: Any, prompter: Prompter, arm: Arm, reading: Reading) -> Iterator[Learned]:
     """passes of the arm's settings: how often a text is streamed first, by the settings of locas"""
     settings, protocol = arm.settings, reading.protocol
-    streaming = {name: settings["memory"][name] for name in ("learning_rate", "epochs")}
+    update = locas_update(settings["memory"])
     memory = locas.attach(host, locas_config(settings["memory"]))
     titles: list[str] = []
     notes: list[str] = []
@@ -122,7 +122,7 @@ def _studying(host: Any, prompter: Prompter, arm: Arm, reading: Reading) -> Iter
             raise LocasError("there are no given pairs: only the invented facts of nonce bring some")
         ids = torch.tensor(prompter.encode(document.text), dtype=torch.long)
         for _ in range(settings["passes"]):
-            memory.memorize(ids, protocol.window, protocol.stride, bos=protocol.bos, on_divergence="ignore", **streaming)
+            memory.memorize(ids, protocol.window, protocol.stride, bos=protocol.bos, update=update, on_divergence="ignore")
         titles.append(slug(document.title))
         report = memory.study(
             document.text,

@@ -35,17 +35,13 @@ class KernelReading(ABC):
         with self.kernels.pieces_bound():
             return self._by_the_host(window)
 
-    def nll(self, window: Any) -> Tensor:
-        """The negative log-likelihood of each of a window's targets, [n] float32, with a graph as `logits`."""
+    def loss(self, window: Any) -> Tensor:
+        """Summed negative log-likelihood, float32 0-d, of a window's targets, with a graph as `logits`."""
         window = window.to(self.host.input_device())
         if self._level(window) == Level.ALL:
-            return self._our_nll(window)
+            return self._our_nll(window).sum()
         logits = self.logits(window)
-        return token_nll(logits, window.targets.to(logits.device))  # a spread host's logits lie elsewhere
-
-    def loss(self, window: Any) -> Tensor:
-        """`nll` summed, float32 0-d."""
-        return self.nll(window).sum()
+        return token_nll(logits, window.targets.to(logits.device)).sum()  # a spread host's logits lie elsewhere
 
     def settle_kernels(self, window: Any, full: int, whole: bool) -> None:
         """Finds out how much of a window the kernels read right, where it is the first of its kind.
