@@ -27,6 +27,11 @@ def two_layer_host(tmp_path_factory):
             dict(layers=[-1], backend="matmul"),
             dict(update=locas.Backprop(optimizer="sgd", epochs=2, learning_rate=0.5)),
         ),
+        (
+            ["--decay-after", 3, "--value-learning-rate", 2e-3, "--row-length", "host", "--clip-at", 1.5],
+            dict(row_length="host", clip=1.5),
+            dict(update=locas.Backprop(decay_after=3, value_learning_rate=2e-3)),
+        ),
         (["--context-gradient", "--bos", "--seed", 3], dict(seed=3), dict(context_gradient=True, bos=True)),
         (
             ["--update", "write", "--epsilon", 0.5, "--capacity", 80, "--compress-to", 20],
@@ -81,6 +86,9 @@ def model_without(memory):
         (["--window", "9" * 6000], "--window is inf"),
         (["--rank", "9" * 15], "rank is 999"),
         (["--learning-rate", "1e999"], "--learning-rate is inf"),
+        (["--decay-after", "0"], "--decay-after is 0"),
+        (["--clip-at", "2", "--no-clip"], "--clip-at is 2 beside --no-clip"),
+        (["--row-length", "long"], "--row-length is 'long'"),
         (["--max-tokens", "1"], "--max-tokens is 1"),
     ],
 )

@@ -96,6 +96,18 @@ def test_a_run_with_a_graph_is_a_run_without(device, settings, monkeypatch):
     assert torch.equal(again.slots, memory.slots) and [c.nll for c in repeated.chunks] == [c.nll for c in report.chunks]
 
 
+@pytest.mark.parametrize("config", [{}, {"clip": 1.5, "row_length": "host"}], ids=str)
+@pytest.mark.parametrize("optimizer, rate", [("adamw", 2e-2), ("sgd", 0.5)])
+@pytest.mark.parametrize("rates", [{}, {"gate_learning_rate": 1e-2, "value_learning_rate": 5e-3}], ids=str)
+def test_rates_that_fade_need_no_new_graph(device, captures, config, optimizer, rate, rates, monkeypatch):
+    update = locas.Backprop(learning_rate=rate, optimizer=optimizer, decay_after=2, **rates)
+    settings = dict(window=24, stride=7, update=update, progress=False)
+    memory, plain = attached(device, **config)[1], attached(device, **config)[1]
+    report = memory.memorize(TEXT, **settings)
+    assert len(captures) == 1 and report.graph == locas.GraphReport(11, memory.version)
+    assert_same_run(memory, report, plain, eagerly(monkeypatch, plain, TEXT, **settings))
+
+
 @pytest.mark.parametrize("family, host", [("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_window": 9})])
 @pytest.mark.parametrize("rehome", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

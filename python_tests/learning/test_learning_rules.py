@@ -1,4 +1,4 @@
-"""Where the paper is silent: rates per kind of row, lengths to clip at, Muon, fading rates, tokens that are not learned."""
+"""Where the paper is silent: rates of gate, key and value rows, lengths to clip at, rates that fade."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support.helpers import TEXT, attached, tiny_model
+from support.helpers import TEXT, attached, tiny_model, tiny_opt
 
 import locas_ext as locas
 from locas_ext.learning.backprop import rates_of
@@ -101,19 +101,32 @@ def test_rates_fade_with_the_updates():
     fading, plain = (attached(rank=4, clip=False)[1] for _ in range(2))
     for memory in (fading, plain):
         memory.memorize(TEXT[:48], 16, 8, update=locas.Backprop(learning_rate=0.0), progress=False)
-    updates = fading.version
-    assert updates == 6
-    fading.memorize(TEXT[:8], 16, 8, update=locas.Backprop(learning_rate=0.3, decay_after=2), progress=False)
-    plain.memorize(TEXT[:8], 16, 8, update=locas.Backprop(learning_rate=0.3 / math.sqrt(1 + updates / 2)), progress=False)
-    torch.testing.assert_close(fading.slots, plain.slots, rtol=1e-6, atol=1e-7)
+    for updates, part in enumerate(TEXT[:24].split(8), start=6):
+        assert fading.version == updates
+        fading.memorize(part, 16, 8, update=locas.Backprop(learning_rate=0.3, decay_after=2), progress=False)
+        plain.memorize(part, 16, 8, update=locas.Backprop(learning_rate=0.3 / math.sqrt(1 + updates / 2)), progress=False)
+        torch.testing.assert_close(fading.slots, plain.slots, rtol=1e-6, atol=1e-7)
+
+
+def test_slots_without_gates_have_no_rate_of_gates():
+    memory = locas.attach(tiny_opt(), locas.LocasConfig("mlp", rank=4))
+    update = locas.Backprop(gate_learning_rate=1e-3, value_learning_rate=0.0)
+    with pytest.raises(ValueError, match="gate_learning_rate is 0.001, but the variant is 'mlp'"):
+        memory.memorize(TEXT[:32], 16, 8, update=update, progress=False)
+    update = locas.Backprop(learning_rate=1e-2, value_learning_rate=0.0)
+    memory.memorize(TEXT[:32], 16, 8, update=update, progress=False)
+    assert memory.version == 4 and not memory.slots[:, 1].any()  # value rows begin at 0
+
+
+def test_no_rate_of_a_memory_that_bears_little_may_be_high():
+    _, memory = attached(rank=4, init="activation", scale="host")
+    update = locas.Backprop(learning_rate=1e-5, value_learning_rate=1e-2)
+    with pytest.raises(ValueError, match="value_learning_rate is 0.01, at which init='activation'"):
+        memory.memorize(TEXT[:32], 16, 8, update=update, progress=False)
 
 
 # ---- in a file ------------------------------------------------------------------------------------------------
-OWN = dict(
-    gate_learning_rate=1e-3,
-    value_learning_rate=2e-2,
-    decay_after=5,
-)
+OWN = dict(gate_learning_rate=1e-3, value_learning_rate=2e-2, decay_after=5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
