@@ -1,4 +1,4 @@
-"""What the updates in plain torch share: rates per plane, the clip at an arena's own lengths, and what a flag leaves undone."""
+"""AdamW and SGD in plain torch, for gate, key and value rows with rates or lengths of their own; arguments: optimizers.py."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,26 @@ from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 
 
-def per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
+def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
     """A learning rate, or one per plane [planes], as float32 [planes or 1, 1, 1] on the arena's device."""
     rate = torch.as_tensor(rate, dtype=torch.float32)
     return rate.to(arena.slots.device, non_blocking=True).reshape(-1, 1, 1)
 
 
-def clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
+def _clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
     """Scales back the rows [l, planes, r, d] that are longer than theirs may be."""
     longest = 1.0 if arena.longest is None else arena.longest[part][..., None, None]
-    return rows.mul_((longest / rows.norm(dim=-1, keepdim=True)).clamp_max(1.0))
+    lengths = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # 0 / 0 is not a length
+    return rows.mul_((longest / lengths).clamp_max(1.0))
 
 
-def put_where(finite: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
+def _put_where(finite: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
     """Copies the second of each pair into the first, unless finite is 0."""
     for old, new in pairs:
         old.copy_(new if finite is None else torch.where(finite != 0, new, old))
 
 
-def finish(state: MemoryState, finite: Tensor | None) -> None:
+def _finish(state: MemoryState, finite: Tensor | None) -> None:
     """After the slots of every arena were written; see `adamw_step` for finite."""
     for arena in state.arenas:
         if (copy := arena.rounded_copy()) is not None:
@@ -37,7 +38,7 @@ def finish(state: MemoryState, finite: Tensor | None) -> None:
 def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite) -> None:
     """`adamw_step` where planes have rates or lengths of their own."""
     for arena in state.arenas:
-        rate, (beta1, beta2) = per_plane(learning_rate, arena), betas
+        rate, (beta1, beta2) = _per_plane(learning_rate, arena), betas
         correction1, correction2 = 1 - beta1 ** arena.step.double(), 1 - beta2 ** arena.step.double()
         for part in arena.learning_parts():
             slots, grad = arena.slots[part], arena.grad[part] * gradient_scale
@@ -45,14 +46,14 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
             first, second = torch.lerp(grad, states[0], beta1), torch.lerp(grad.square(), states[1], beta2)
             step = (first / correction1) / ((second / correction2).sqrt() + eps)
             new = (slots - rate * (step + weight_decay * slots)).float()
-            put_where(finite, (states[0], first), (states[1], second), (slots, clip_rows_(new, arena, part) if clip else new))
-    finish(state, finite)
+            _put_where(finite, (states[0], first), (states[1], second), (slots, _clip_rows_(new, arena, part) if clip else new))
+    _finish(state, finite)
 
 
 def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scale, finite) -> None:
     """`sgd_step` where planes have rates or lengths of their own."""
     for arena in state.arenas:
-        rate = per_plane(learning_rate, arena)
+        rate = _per_plane(learning_rate, arena)
         for part in arena.learning_parts():
             slots, step = arena.slots[part], arena.grad[part] * gradient_scale
             pairs = []
@@ -60,5 +61,5 @@ def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scal
                 step = momentum * arena.optimizer_state("momentum_buffer")[part] + step
                 pairs.append((arena.optimizer_state("momentum_buffer")[part], step))
             new = slots - rate * (step + weight_decay * slots)
-            put_where(finite, *pairs, (slots, clip_rows_(new, arena, part) if clip else new))
-    finish(state, finite)
+            _put_where(finite, *pairs, (slots, _clip_rows_(new, arena, part) if clip else new))
+    _finish(state, finite)

@@ -63,6 +63,16 @@ def test_one_rate_for_all_planes_is_the_same_as_three():
 
 
 @pytest.mark.parametrize("step", [adamw_step, sgd_step])
+def test_rows_of_no_length_stay_numbers(step):
+    state = random_state(3)
+    state.clip_at([[0.0, 1.0, 2.0]] * len(state.layers))
+    for _ in range(2):
+        step(state, 0.1)
+    rows = state.arenas[0].slots
+    assert not rows[:, 0].any() and rows[:, 1:].norm(dim=-1).min() > 0.5
+
+
+@pytest.mark.parametrize("step", [adamw_step, sgd_step])
 def test_a_gradient_that_is_not_finite_changes_nothing(step):
     state = random_state(3)
     (arena,) = state.arenas
