@@ -75,10 +75,26 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
   check(cudaGetLastError(), Kernel::name);
 }
 
-inline int multiprocessor_count(Queue queue) {
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessor_count(Queue queue) { return device_attribute(cudaDevAttrMultiProcessorCount, queue.device); }
+
+// 10 times the major number plus the minor one.
+inline int compute_capability(int device) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+// Of those that the driver shows; 0 without a driver.
+inline int device_count() {
   int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device), "cudaDeviceGetAttribute");
-  return count;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // no driver or no device is an answer here, not an error to keep
+  return 0;
 }
 
 #else
@@ -93,6 +109,8 @@ void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::P
 
 // Few, so that small tests see a block take several tiles.
 inline int multiprocessor_count(Queue) { return 3; }
+inline int compute_capability(int) { return 90; }
+inline int device_count() { return 1; }
 
 #endif
 

@@ -5,6 +5,7 @@
 #include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda {
+namespace {  // a kernel of each file that includes this, so that no family launches the code of another
 
 struct SliceParams {
   const float* slices;  // [splits, rows, cols]
@@ -38,4 +39,5 @@ struct AddSlices {
   }
 };
 
+}  // namespace
 }  // namespace locas::cuda

@@ -16,6 +16,7 @@
 // The warps' sums are added in their order: the result repeats bit for bit.
 #include "common/activations.h"
 #include "cuda/common/elements.cuh"
+#include "cuda/ffn/sm80/launchers.h"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
@@ -24,7 +25,7 @@
 #include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/types.cuh"
 
-namespace locas::cuda {
+namespace locas::cuda::sm80 {
 namespace {
 
 constexpr int kStep = 32;  // of k that a warp takes at once
@@ -251,4 +252,4 @@ void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
   });
 }
 
-}  // namespace locas::cuda
+}  // namespace locas::cuda::sm80

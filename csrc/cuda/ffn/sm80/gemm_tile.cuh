@@ -21,7 +21,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/thread.cuh"
 
-namespace locas::cuda {
+namespace locas::cuda::sm80 {
 
 constexpr int kBlockK = 64;
 
@@ -191,4 +191,4 @@ LOCAS_DEVICE TileIndex tile_index(int64_t index, int tiles_m, int tiles_n) {
   return {first_m + within % group_m, within / group_m};
 }
 
-}  // namespace locas::cuda
+}  // namespace locas::cuda::sm80
