@@ -149,6 +149,7 @@ struct BulkRowSum {
         simt::mbarrier_init(&shared.full[stage], 1);
         simt::mbarrier_init(&shared.empty[stage], kConsumers);
       }
+      simt::mbarrier_init_fence();
     }
     ptx::sync_threads();
     if (thread >= kConsumers) {
@@ -281,6 +282,7 @@ LOCAS_TEST(mbarrier_rules, "runner: rules of mbarriers") {
                  auto* barrier = reinterpret_cast<uint64_t*>(shared);
                  if (thread_index() == 0) {
                    simt::mbarrier_init(barrier, 1);
+                   simt::mbarrier_init_fence();
                    simt::mbarrier_arrive(barrier, 32);
                    simt::bulk_copy(shared + 16, data, 16, barrier);
                    simt::mbarrier_wait(barrier, 0);
