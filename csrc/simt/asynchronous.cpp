@@ -152,7 +152,8 @@ void for_each_piece(const TensorMap& map, int col, int row, const void* shared, 
       const size_t offset = (static_cast<size_t>(i) * map.box_cols + j) * map.element_bytes;
       const int64_t left = from_row >= 0 && from_row < map.rows && from_col >= 0 ? map.cols - from_col : 0;
       const int64_t inside = left < 0 ? 0 : left < elements ? left : elements;
-      const auto* global = static_cast<unsigned char*>(map.data) + (from_row * map.stride + from_col) * map.element_bytes;
+      const auto* global =
+          static_cast<unsigned char*>(map.data) + (from_row * map.stride + from_col) * map.element_bytes;
       f(swizzled(static_cast<const unsigned char*>(shared) + offset, map.swizzle_bytes), global,
         inside * map.element_bytes);
     }

@@ -205,8 +205,9 @@ void SharedMemory::check_proxy(int thread, const Cell& cell, size_t index, Acces
   const auto fence = std::lower_bound(fences.begin(), fences.end(), cell.write_time,
                                       [](const Fence& fence, uint32_t time) { return fence.time < time; });
   const int warp = thread / 32, writer = cell.writer / 32;
-  const bool fenced = fence != fences.end() && (cell.writer == thread || (writer == warp ? fence->epoch < epochs_[warp]
-                                                                       : fence->time <= clocks_[warp][writer]));
+  const bool fenced =
+      fence != fences.end() &&
+      (cell.writer == thread || (writer == warp ? fence->epoch < epochs_[warp] : fence->time <= clocks_[warp][writer]));
   if (!fenced)
     fail("%s byte %zu of shared memory by the asynchronous proxy, which thread %d wrote without fence_async_shared",
          verb(access), index * 2, cell.writer);
@@ -232,8 +233,7 @@ void SharedMemory::begin_async_read(int thread, int warps, const void* piece) {
 void SharedMemory::end_async_read(int thread, int warps, const void* piece) {
   for (size_t i = first_cell(piece); i < end_cell(piece, 16); ++i)
     for (int warp = thread / 32; warp < thread / 32 + warps; ++warp)
-      readers_[i * warps_ + warp] = {time(warp), epochs_[warp],
-                                     warps > 1 ? kSeveral : static_cast<int16_t>(thread)};
+      readers_[i * warps_ + warp] = {time(warp), epochs_[warp], warps > 1 ? kSeveral : static_cast<int16_t>(thread)};
   --async_reads_[offset(piece) / 16];
 }
 

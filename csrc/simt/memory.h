@@ -116,7 +116,7 @@ class SharedMemory {
     int16_t writer = -1;  // thread
     State state = State::plain;
     bool generic = false;  // not written by the asynchronous proxy
-    uint8_t wait = 0;  // index of the name of the wait that ends `copying`
+    uint8_t wait = 0;      // index of the name of the wait that ends `copying`
   };
   static constexpr int16_t kSeveral = -2;
   struct Readers {  // the last read by one warp

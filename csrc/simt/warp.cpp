@@ -91,7 +91,8 @@ void stmatrix_lanes(void* const* lanes) {
   for (int matrix = 0; matrix < 4; ++matrix)
     for (int lane = 0; lane < 32; ++lane) {
       const uint32_t pair = static_cast<LdmatrixLane*>(lanes[lane])->registers[matrix];
-      auto* row = static_cast<uint16_t*>(const_cast<void*>(static_cast<LdmatrixLane*>(lanes[matrix * 8 + lane / 4])->row));
+      auto* row =
+          static_cast<uint16_t*>(const_cast<void*>(static_cast<LdmatrixLane*>(lanes[matrix * 8 + lane / 4])->row));
       row[lane % 4 * 2] = static_cast<uint16_t>(pair);
       row[lane % 4 * 2 + 1] = static_cast<uint16_t>(pair >> 16);
     }

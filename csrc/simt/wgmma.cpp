@@ -98,17 +98,15 @@ void start(void* const* lanes) {
       machine.shared.begin_async_read(first_thread, 4, piece.at);
       operation.pieces.push_back(piece.at);
     }
-  operation.operation = issue(first_thread / 128, [w, a = std::move(a), b = std::move(b), &sums] {
-    multiply(w, a, b, sums.values);
-  });
+  operation.operation =
+      issue(first_thread / 128, [w, a = std::move(a), b = std::move(b), &sums] { multiply(w, a, b, sums.values); });
   warpgroup.open.push_back(std::move(operation));
 }
 
 // The sums go back into the registers once nothing is under way that adds to them.
 void retire(Warpgroup& warpgroup, const Wgmma& operation) {
   finish(operation.operation);
-  for (const void* piece : operation.pieces)
-    machine.shared.end_async_read(thread_index() / 128 * 128, 4, piece);
+  for (const void* piece : operation.pieces) machine.shared.end_async_read(thread_index() / 128 * 128, 4, piece);
   WgmmaSums& sums = warpgroup.sums.at(operation.key);
   if (--sums.pending > 0) return;
   for (int thread = 0; thread < 128; ++thread)

@@ -27,8 +27,8 @@ LOCAS_DEVICE void prefetch_tensor_map(const TensorMap& map) {
 }
 LOCAS_DEVICE void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
 }
