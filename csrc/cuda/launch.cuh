@@ -24,6 +24,10 @@
 
 namespace locas::cuda {
 
+struct LaunchOptions {
+  bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
+};
+
 #ifdef __CUDACC__
 
 inline void check(cudaError_t status, const char* what) {
@@ -58,7 +62,8 @@ __global__ void __launch_bounds__(Kernel::threads, Kernel::min_blocks)
 }
 
 template <class Kernel>
-void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params) {
+void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params,
+            LaunchOptions options = {}) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > INT32_MAX)
     throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) +
@@ -69,10 +74,17 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
     check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           Kernel::name);
-  kernel<Kernel>
-      <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
-          params);
-  check(cudaGetLastError(), Kernel::name);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(Kernel::threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  config.attrs = &attribute;
+  config.numAttrs = options.programmatic ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -100,11 +112,13 @@ inline int device_count() {
 #else
 
 template <class Kernel>
-void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::Params& params) {
+void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::Params& params,
+            LaunchOptions options = {}) {
   static_assert(std::is_trivially_copyable_v<typename Kernel::Params>);
   if (blocks == 0) return;
-  simt::run_grid(Kernel::name, blocks, Kernel::threads, shared_bytes,
-                 [&params](unsigned char* shared) { Kernel::run(params, shared); });
+  simt::run_grid(
+      Kernel::name, blocks, Kernel::threads, shared_bytes,
+      [&params](unsigned char* shared) { Kernel::run(params, shared); }, options.programmatic);
 }
 
 // Few, so that small tests see a block take several tiles.
