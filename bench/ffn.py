@@ -13,7 +13,7 @@ import torch
 
 from .arms import MODES, Arm, Operands, arms
 from .ffn_report import COLUMNS, line, print_ratios, row
-from .graphs import Graph, sets_for
+from .graphs import Graph, kernel_microseconds, sets_for
 from .harness import interleaved, ratio, report, summary
 from .overhead import overhead
 
@@ -94,12 +94,12 @@ def time_on_cpu(operands: Operands, chosen: dict, mode: str, rounds: int) -> dic
     return seconds
 
 
-def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, calls: int) -> dict[str, list[float]]:
+def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, calls: int, arguments) -> dict[str, list[float]]:
     repeats = -(-calls // len(sets))
     pool = torch.cuda.graph_pool_handle()
     graphs = {name: Graph([arm.make(operands, mode) for operands in sets] * repeats, pool) for name, arm in chosen.items()}
     seconds = {name: [] for name in graphs}
-    for warmup in (True, True, *[False] * rounds):
+    for warmup in (True, True, *[False] * arguments.rounds):
         for operands in sets:
             operands.renew()
         for name, graph in graphs.items():
@@ -115,6 +115,9 @@ def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, cal
                 return graph.first
 
             checker.check(name, chosen[name], *checked_outputs(chosen[name], run, sets[0], repeats))
+            if arguments.kernels and name.startswith("ours"):
+                for kernel, taken in kernel_microseconds(graph).items():
+                    print(f"    {name}, {mode}: {taken:7.2f} us {kernel}")
     return seconds
 
 
@@ -136,7 +139,7 @@ def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> lis
     for mode in arguments.modes:
         if device.type == "cuda":
             calls = arguments.calls or min(20, max(4, 4096 // tokens))
-            seconds = time_on_cuda(sets, chosen, mode, arguments.rounds, calls)
+            seconds = time_on_cuda(sets, chosen, mode, calls, arguments)
         else:
             seconds = time_on_cpu(sets[0], chosen, mode, arguments.rounds)
         for name, values in seconds.items():
@@ -188,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["default", "max-autotune"],
         help="also time torch.compile of both peers (seconds per shape; minutes with max-autotune)",
     )
+    parser.add_argument("--kernels", action="store_true", help="CUDA: also print the time of each kernel of our arms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
     return parser

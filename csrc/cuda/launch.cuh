@@ -11,6 +11,7 @@
 // SIMT runner. `shared` has shared_bytes bytes, aligned to 1024.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -61,6 +62,20 @@ __global__ void __launch_bounds__(Kernel::threads, Kernel::min_blocks)
   Kernel::run(params, shared);
 }
 
+// Whether the code that runs on this device was compiled for sm_90 or later: only there a kernel can wait.
+template <class Kernel>
+bool waits_itself(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> versions[kDevices];  // of the PTX; 0: not asked yet
+  if (device >= kDevices) return false;
+  if (versions[device] == 0) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel<Kernel>), Kernel::name);
+    versions[device] = attributes.ptxVersion;
+  }
+  return versions[device] >= 90;
+}
+
 template <class Kernel>
 void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params,
             LaunchOptions options = {}) {
@@ -83,7 +98,7 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
   config.attrs = &attribute;
-  config.numAttrs = options.programmatic ? 1 : 0;
+  config.numAttrs = options.programmatic && waits_itself<Kernel>(queue.device) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 

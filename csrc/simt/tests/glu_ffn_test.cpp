@@ -317,7 +317,7 @@ void exact_case(const Shape& s, const FfnKernels& kernels, Random& random) {
 }
 
 template <class T>
-void rounded_case(const Shape& s, const FfnKernels& kernels, Random& random) {
+void rounded_case(const Shape& s, const FfnKernels& kernels, Random& random, bool backward = true) {
   Ffn<T> f(s, 0.7, [&](int64_t count, int64_t fan_in) {
     return random.normals<T>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
   });
@@ -327,6 +327,7 @@ void rounded_case(const Shape& s, const FfnKernels& kernels, Random& random) {
   };
   f.forward(kernels, true);
   check_forward(f, true, check);
+  if (!backward) return;
   f.backward(kernels, true);
   check_backward(f, true, check, check);
 }
@@ -377,6 +378,22 @@ LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(tiles(),
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(tiles(), 17, 100, 2); }
 LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(tiles(), 260, 300, 3); }
 LOCAS_TEST(few_tokens, "glu_ffn_decode") { return run_both(decode(), 1, cuda::sm80::kMostDecodeTokens, 4); }
+
+// Weights whose rows a warp comes back to several times: as many as it fetches ahead, and more.
+LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
+  Random& random = fresh();
+  for_each_seed([&] {
+    for (const int64_t most_tokens : {8, 16, 32}) {
+      const bool wide = random.integer(0, 1) == 1;
+      const int64_t d = 8 * (wide ? random.integer(30, 140) : random.integer(1, 8));
+      const int64_t m = 8 * (wide ? random.integer(1, 14) : random.integer(60, 270));
+      const Shape s{
+          random.integer(most_tokens / 2 + 1, most_tokens), d, m, random.integer(1, 20), Activation::silu, false};
+      rounded_case<bf16>(s, decode(), random, false);
+    }
+  });
+  return "30 shapes, 10 seeds";
+}
 
 // A memory larger than a tile, and a depth that is cut into slices.
 LOCAS_TEST(sizes, "glu_ffn with long sums") {

@@ -17,6 +17,7 @@
 #include "cuda/ffn/add_slices.cuh"
 #include "cuda/ffn/sm80/plan.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/thread.cuh"
 
 namespace locas::cuda::sm80 {
@@ -34,6 +35,7 @@ struct GluFfnHiddenGrad {
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -107,6 +109,8 @@ struct GluFfnInputAndSlotsGrad {
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
+    ptx::wait_for_launch_before();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const int64_t dx_blocks = static_cast<int64_t>(p.tiles_m) * p.tiles_n * p.splits;
     if (ptx::block_index() < dx_blocks) dx_tile(p, shared.dx, ptx::block_index());
@@ -217,11 +221,10 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
                                            static_cast<int>(divide_up(w.d(), Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad.data ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * plan.splits + slot_tiles;
-      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params);
+      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
     });
     if (needs_dx && plan.splits > 1) {
-      const SliceParams slices{p.workspace, plan.splits, nullptr, p.dx};
-      launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
+      add_slices<T>({p.workspace, nullptr, p.dx}, plan.splits, queue);
     }
   });
 }

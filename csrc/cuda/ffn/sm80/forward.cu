@@ -17,6 +17,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/thread.cuh"
 
@@ -47,6 +48,7 @@ struct GluFfnHidden {
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -136,6 +138,8 @@ struct GluFfnDown {
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
+    ptx::wait_for_launch_before();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -223,7 +227,8 @@ void down_tiles(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using Kernel = GluFfnDown<Tile>;
   const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)),
                                   static_cast<int>(divide_up(ffn.weights.d(), Tile::kN)), splits};
-  launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p);
+  launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p,
+                 {.programmatic = true});
 }
 
 }  // namespace
@@ -245,8 +250,7 @@ void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
       if constexpr (Tile::kM > 16) down_tiles<Tile>(p, plan.splits, queue);
     });
     if (plan.splits > 1) {
-      const SliceParams slices{p.workspace, plan.splits, w.down_bias, p.y};
-      launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
+      add_slices<T>({p.workspace, w.down_bias, p.y}, plan.splits, queue);
     }
   });
 }

@@ -69,6 +69,12 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
 // On an H100 decode is up to 2.0 times as fast as the tiles at 1 token, as fast at 32 and slower above.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 
+// Groups of 16 channels that a CTA of decode's second product takes: of many tokens, which each CTA reads whole, two,
+// unless that leaves multiprocessors idle.
+inline int decode_down_groups(int64_t tokens, int64_t d) {
+  return tokens > 16 && 8 * d >= 3 * 32 * kMultiprocessors ? 2 : 1;
+}
+
 constexpr int kImportanceRows = 64;  // of the small tile: importance is asked for once a memory
 
 // Calls f with the tile type.
