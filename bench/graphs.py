@@ -50,7 +50,8 @@ def kernel_microseconds(graph: Graph) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         graph.graph.replay()
         torch.cuda.synchronize()
-    return {_short(event.key): event.device_time_total / len(graph.calls) for event in profiler.key_averages()}
+    events = [event for event in profiler.key_averages() if event.device_time_total > 0]
+    return {_short(event.key): event.device_time_total / len(graph.calls) for event in events}
 
 
 def _short(kernel: str) -> str:

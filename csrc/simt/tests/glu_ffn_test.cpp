@@ -383,7 +383,7 @@ LOCAS_TEST(few_tokens, "glu_ffn_decode") { return run_both(decode(), 1, cuda::sm
 LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
   Random& random = fresh();
   for_each_seed([&] {
-    for (const int64_t most_tokens : {8, 16, 32}) {
+    for (const int64_t most_tokens : {8, 16, 32, 64}) {
       const bool wide = random.integer(0, 1) == 1;
       const int64_t d = 8 * (wide ? random.integer(30, 140) : random.integer(1, 8));
       const int64_t m = 8 * (wide ? random.integer(1, 14) : random.integer(60, 270));
@@ -392,7 +392,7 @@ LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
       rounded_case<bf16>(s, decode(), random, false);
     }
   });
-  return "30 shapes, 10 seeds";
+  return "40 shapes, 10 seeds";
 }
 
 // A memory larger than a tile, and a depth that is cut into slices.

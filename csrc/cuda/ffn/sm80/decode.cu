@@ -1,4 +1,4 @@
-// glu_ffn_forward (D1 and D2): the forward of an FFN with memory for at most 32 tokens, where streaming the weights is
+// glu_ffn_forward (D1 and D2): the forward of an FFN with memory for at most 64 tokens, where streaming the weights is
 // all that costs.
 //
 //      The weights are the A operand of mma.sync, tokens its 8 columns, and weights go from global memory straight into
@@ -116,7 +116,7 @@ struct GluFfnDecodeHidden {
   using T = T_;
   using Params = GluFfnForwardParams;
   static constexpr const char* name = "glu_ffn_decode_hidden";
-  static constexpr int threads = 256, min_blocks = kTokenBlocks == 1 ? 3 : 2;  // what their loads in flight need
+  static constexpr int threads = 256, min_blocks = kTokenBlocks == 1 ? 3 : kTokenBlocks <= 4 ? 2 : 1;
   static constexpr int kGroups = kTokenBlocks == 1 ? 1 : kTokenBlocks == 2 ? 2 : 3;
   static constexpr int kWarps = threads / 32, kNeurons = 8 * kGroups;
   struct Shared {
@@ -247,7 +247,7 @@ struct GluFfnDecodeDown {
   static LOCAS_DEVICE void add_host(const Params& p, Sums& sums, int64_t first) {
     const FfnWeights& w = p.weights;
     const int lane = ptx::lane_index();
-    constexpr int kAhead = kTokenBlocks > 2 ? 2 : 4;
+    constexpr int kAhead = kTokenBlocks > 4 ? 1 : kTokenBlocks > 2 ? 2 : 4;
     WeightStream<T, 2 * kGroups, kAhead, kWarps> weights;  // rows lane / 4 and 8 more, of each group
     weights.width = static_cast<int>(w.m());
 #pragma unroll
@@ -319,8 +319,9 @@ void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     if (p.tokens() <= 8) return decode<T, 1, 1>(p, queue);
     if (p.tokens() <= 16) return decode<T, 2, 1>(p, queue);
-    if (decode_down_groups(p.tokens(), p.weights.d()) == 1) return decode<T, 4, 1>(p, queue);
-    return decode<T, 4, 2>(p, queue);
+    const bool wide = decode_down_groups(p.tokens(), p.weights.d()) == 2;
+    if (p.tokens() <= 32) return wide ? decode<T, 4, 2>(p, queue) : decode<T, 4, 1>(p, queue);
+    return wide ? decode<T, 8, 2>(p, queue) : decode<T, 8, 1>(p, queue);
   });
 }
 
