@@ -202,7 +202,7 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const Plan plan = backward_plan(p.tokens(), w.sizes());
   const bool needs_dx = p.dx.data != nullptr;
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(plan.hidden, [&]<class Tile>() {
+    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
       using Kernel = GluFfnHiddenGrad<Tile>;
       const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
       const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,

@@ -243,7 +243,7 @@ void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const Plan plan = forward_plan(p.tokens(), w.sizes());
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(plan.hidden, [&]<class Tile>() {
+    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
       if constexpr (Tile::kM > 16) hidden_tiles<Tile>(p, nullptr, queue);
     });
     with_tile<T>(plan.sum, [&]<class Tile>() {

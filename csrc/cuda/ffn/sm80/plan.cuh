@@ -17,7 +17,7 @@ constexpr int kLeastDepth = 64;
 #endif
 constexpr int kMostSplits = 16;
 
-enum class TileKind { large, medium, small, narrow };
+enum class TileKind { large, medium, small, lone, narrow };
 
 // The tile of a product [tokens, columns]; most_splits: how many slices its K may be cut into.
 inline TileKind tile_kind(int64_t tokens, int64_t columns, int most_splits = 1) {
@@ -40,6 +40,13 @@ inline int split_count(TileKind kind, int64_t tokens, int64_t columns, int64_t d
   return splits;
 }
 
+// The first product of a pass: its K is never cut, as its epilogue needs whole sums.
+inline TileKind hidden_kind(int64_t tokens, int64_t columns) {
+  const TileKind kind = tile_kind(tokens, columns);
+  const bool alone = divide_up(tokens, 64) * divide_up(columns, 64) <= kMultiprocessors;
+  return kind == TileKind::small && alone ? TileKind::lone : kind;
+}
+
 // Two products: [tokens, n] with a heavy epilogue, then [tokens, d] over K = n, or 2 n in the backward, in slices.
 struct Plan {
   TileKind hidden, sum;
@@ -52,18 +59,16 @@ inline Plan planned(TileKind hidden, TileKind sum, int64_t tokens, int64_t d, in
   return {hidden, sum, splits, splits > 1 ? splits * tokens * d : 0};
 }
 
-// The forward's tiles. The hidden kernel has no narrow one: its neurons come in pairs of halves.
+// The forward's tiles. It has no narrow ones: the hidden kernel's neurons come in pairs of halves.
 inline Plan forward_plan(int64_t tokens, const FfnSizes& s) {
-  const auto kind = [&](int64_t columns, int most_splits) {
-    const TileKind found = tile_kind(tokens, columns, most_splits);
-    return found == TileKind::narrow ? TileKind::small : found;
-  };
+  const auto wide = [](TileKind kind) { return kind == TileKind::narrow ? TileKind::small : kind; };
   const int64_t neurons = s.m + s.padded_r();
-  return planned(kind(2 * neurons, 1), kind(s.d, kMostSplits), tokens, s.d, neurons);
+  return planned(wide(hidden_kind(tokens, 2 * neurons)), wide(tile_kind(tokens, s.d, kMostSplits)), tokens, s.d,
+                 neurons);
 }
 
 inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
-  return planned(tile_kind(tokens, s.m), tile_kind(tokens, s.d, kMostSplits), tokens, s.d, 2 * (s.m + s.padded_r()));
+  return planned(hidden_kind(tokens, s.m), tile_kind(tokens, s.d, kMostSplits), tokens, s.d, 2 * (s.m + s.padded_r()));
 }
 
 // On an H100 decode took half of the tiles' time at 1 token. Above 32 it is preferred for having one launch less and no
@@ -87,6 +92,11 @@ void with_tile(TileKind kind, F&& f) {
     case TileKind::small: return f.template operator()<SmallTile<T>>();
     default: return f.template operator()<NarrowTile<T>>();
   }
+}
+template <class T, class F>
+void with_hidden_tile(TileKind kind, F&& f) {
+  if (kind == TileKind::lone) return f.template operator()<LoneTile<T>>();
+  with_tile<T>(kind, f);
 }
 
 }  // namespace locas::cuda::sm80
