@@ -5,6 +5,7 @@ activations to leave the L2 cache cold, replayed once a round. The arms are in b
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from .arms import MODES, Arm, Operands, arms
 from .ffn_report import COLUMNS, line, print_ratios, row
 from .graphs import Graph, kernel_microseconds, sets_for
-from .harness import interleaved, ratio, report, summary
+from .harness import interleaved, ratio, report, summary, write
 from .overhead import overhead
 
 PEERS = ("eager", "eager + sideway", "compiled", "compiled + sideway", "Liger", "LoRA", "bare products")
@@ -222,18 +223,17 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     arguments, started = _arguments(), time.perf_counter()
     cuda = arguments.device == "cuda"
-    records = []
-    for dtype in arguments.dtype:
-        for d in arguments.d:
-            for tokens in arguments.tokens:
-                measured = run_shape(d, arguments.m or 3 * d, tokens, getattr(torch, dtype), arguments)
-                records += measured
-                for record in measured:
-                    print(line(record), flush=True)
-                print(f"after {time.perf_counter() - started:.0f} s", flush=True)
-    calls = {} if cuda else overhead(max(50, arguments.rounds))
-    settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
-    results = {"settings": settings, "records": records, "call_us": calls}
+    records: list[dict] = []
+    results = {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "out"}, "records": records}
+    for dtype, d, tokens in itertools.product(arguments.dtype, arguments.d, arguments.tokens):
+        measured = run_shape(d, arguments.m or 3 * d, tokens, getattr(torch, dtype), arguments)
+        records += measured
+        for record in measured:
+            print(line(record), flush=True)
+        print(f"after {time.perf_counter() - started:.0f} s", flush=True)
+        if arguments.out is not None:  # a run that is cut short leaves what it has measured
+            write(results, arguments.out)
+    calls = results["call_us"] = {} if cuda else overhead(max(50, arguments.rounds))
     report("FFN, every arm", COLUMNS, [row(record, cuda) for record in records], results, arguments.out)
     print_ratios(records, [name for name in PEERS if any(record["arm"] == name for record in records)], cuda)
     if calls:
