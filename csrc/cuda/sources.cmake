@@ -11,3 +11,8 @@ set(LOCAS_CUDA_KERNELS
   slots/update_from_factors.cu
   slots/write_slots.cu)
 list(TRANSFORM LOCAS_CUDA_KERNELS PREPEND "${CMAKE_CURRENT_LIST_DIR}/")
+
+# Those of Hopper alone: sm_90a.
+set(LOCAS_CUDA_SM90_KERNELS
+  ffn/sm90/forward.cu)
+list(TRANSFORM LOCAS_CUDA_SM90_KERNELS PREPEND "${CMAKE_CURRENT_LIST_DIR}/")

@@ -5,6 +5,8 @@
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
 
+#include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
 namespace locas::test {
@@ -362,6 +364,35 @@ LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(cuda::gl
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(cuda::glu_ffn_forward_tiles, 17, 100, 2); }
 LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(cuda::glu_ffn_forward_tiles, 260, 300, 3); }
 LOCAS_TEST(decode, "glu_ffn_decode") { return run_both(cuda::glu_ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
+
+// The Hopper family: each tile alone, K2 whole and in slices, and what its plan picks.
+template <int tile, int splits>
+void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
+  GluFfnForwardParams own = p;
+  simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
+  own.workspace = workspace.data();
+  cuda::sm90::glu_ffn_hidden(own, tile, queue);
+  cuda::sm90::glu_ffn_down(own, tile, splits, queue);
+}
+
+void hopper(const GluFfnForwardParams& p, cuda::Queue queue) {
+  GluFfnForwardParams own = p;
+  simt::Buffer<float> workspace("workspace", cuda::sm90::glu_ffn_forward_workspace(p.tokens(), p.weights.sizes()));
+  own.workspace = workspace.data();
+  cuda::sm90::glu_ffn_forward_tiles(own, queue);
+}
+
+LOCAS_TEST(hopper_128_256, "glu_ffn on Hopper, 128 x 256") { return run_both(hopper_tile<0, 1>, 1, 300, 10); }
+LOCAS_TEST(hopper_256_128, "glu_ffn on Hopper, 256 x 128") { return run_both(hopper_tile<1, 2>, 1, 300, 11); }
+LOCAS_TEST(hopper_128_192, "glu_ffn on Hopper, 128 x 192") { return run_both(hopper_tile<2, 3>, 1, 300, 12); }
+LOCAS_TEST(hopper_128_192_pp, "glu_ffn on Hopper, 128 x 192 ping-pong") {
+  return run_both(hopper_tile<3, 1>, 1, 300, 13);
+}
+LOCAS_TEST(hopper_128_128, "glu_ffn on Hopper, 128 x 128") { return run_both(hopper_tile<4, 1>, 1, 300, 14); }
+LOCAS_TEST(hopper_128_128_pp, "glu_ffn on Hopper, 128 x 128 ping-pong") {
+  return run_both(hopper_tile<5, 3>, 1, 300, 15);
+}
+LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(hopper, 1, 400, 16); }
 
 // A memory larger than a tile, and a depth that is cut into slices.
 LOCAS_TEST(sizes, "glu_ffn with long sums") {
