@@ -366,9 +366,11 @@ LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(cuda::glu_
 LOCAS_TEST(decode, "glu_ffn_decode") { return run_both(cuda::glu_ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
 
 // The Hopper family: each tile alone, K2 whole and in slices, and what its plan picks.
-template <int tile, int splits>
+template <int tile, int most_splits>
 void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
   GluFfnForwardParams own = p;
+  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
+  const int splits = static_cast<int>(std::min<int64_t>(most_splits, blocks));
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
   cuda::sm90::glu_ffn_hidden(own, tile, queue);
@@ -393,6 +395,15 @@ LOCAS_TEST(hopper_128_128_pp, "glu_ffn on Hopper, 128 x 128 ping-pong") {
   return run_both(hopper_tile<5, 3>, 1, 300, 15);
 }
 LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(hopper, 1, 400, 16); }
+
+LOCAS_TEST(hopper_sizes, "glu_ffn on Hopper with long sums") {
+  Random random(17);
+  for_each_seed([&] {
+    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_tile<3, 2>, random);
+    rounded_case<bf16>({140, 520, 328, 65, Activation::silu, false}, hopper, random);
+  });
+  return "2 shapes, 10 seeds";
+}
 
 // A memory larger than a tile, and a depth that is cut into slices.
 LOCAS_TEST(sizes, "glu_ffn with long sums") {

@@ -90,9 +90,10 @@ struct GluFfnHidden {
         [&](int consumer) {
           Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
-              p, consumer,
-              [&](auto& ring, typename Tile::Sums& sums, int first, int last) {
-                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, last - first, false);
+              shared.tile, p, consumer,
+              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
+                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, last - first, false,
+                                                          pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
                 const Place at = place_of(p, unit);
@@ -185,13 +186,16 @@ struct GluFfnDown {
         [&](int consumer) {
           Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
-              p, consumer,
-              [&](auto& ring, typename Tile::Sums& sums, int first, int last) {
+              shared.tile, p, consumer,
+              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
                 const int middle = first > p.host_blocks ? first : last < p.host_blocks ? last : p.host_blocks;
-                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, middle - first, false);
+                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, middle - first, false,
+                                                          [&] {
+                                                            if (last == middle) pass_turn();
+                                                          });
                 if (last > middle)
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
-                                                             middle > first);
+                                                             middle > first, pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
                 const TileIndex tile = p.tile(unit);

@@ -51,6 +51,7 @@ struct Tile {
   struct Shared {
     Stage stages[kStages];
     alignas(8) uint64_t full[kStages], empty[kStages];
+    uint64_t turn[kConsumers];  // ping-pong: whose multiplications are next
   };
   using Sums = float[kRowBlocks][kN / 2];
 };
@@ -81,6 +82,7 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
       ptx::mbarrier_init(&shared.full[stage], 1);
       ptx::mbarrier_init(&shared.empty[stage], Tile::kConsumerWarps);
     }
+    for (uint64_t& turn : shared.turn) ptx::mbarrier_init(&turn, Tile::kConsumerWarps);
     ptx::mbarrier_init_fence();
   }
   ptx::sync_threads();
@@ -106,19 +108,27 @@ LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&
   }
 }
 
-// The consumers' part: calls store(unit, sums) with the sums of this consumer's rows. `multiply` goes over the blocks.
+// The consumers' part: multiply(ring, sums, first, last, pass_turn) goes over the K-blocks of a unit and calls pass_turn
+// when its last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
+//
+// In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
+// parity would take for filled.
 template <class Tile, class Work, class Multiply, class Store>
-LOCAS_DEVICE void consume(const Work& work, int consumer, Multiply&& multiply, Store&& store) {
+LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int consumer, Multiply&& multiply,
+                          Store&& store) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
-  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count()) {
+  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count(), ++turn) {
     const int first = work.first_block(unit), last = work.last_block(unit);
-    if (Tile::kPingPong && turn++ % Tile::kConsumers != consumer) {
+    if (Tile::kPingPong && turn % 2 != consumer) {
       ring.skip(last - first);
       continue;
     }
+    if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
     typename Tile::Sums sums;
-    multiply(ring, sums, first, last);
+    multiply(ring, sums, first, last, [&] {
+      if (Tile::kPingPong && ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.turn[1 - consumer]);
+    });
     store(unit, sums);
   }
 }
@@ -134,10 +144,11 @@ LOCAS_DEVICE void hold(typename Tile::Sums& sums) {
   for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) ptx::hold(sums[row_block]);
 }
 
-// sums (+)= A B over `count` K-blocks, which have been multiplied and released at the end.
-template <class Tile, Major a_major, Major b_major>
+// sums (+)= A B over `count` K-blocks, which have been multiplied and released at the end. begun() is called before the
+// last of them has.
+template <class Tile, Major a_major, Major b_major, class Begun>
 LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Tile::kStages>& ring,
-                                  typename Tile::Sums& sums, int consumer, int count, bool accumulate) {
+                                  typename Tile::Sums& sums, int consumer, int count, bool accumulate, Begun&& begun) {
   using T = typename Tile::T;
   const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
   int held = -1;  // the stage that the batch under way reads
@@ -163,6 +174,7 @@ LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Ti
     held = ring.stage;
     ring.next();
   }
+  begun();
   ptx::wgmma_wait<0>();
   hold<Tile>(sums);
   if (held >= 0) release<Tile>(shared, held);
