@@ -33,9 +33,9 @@ LOCAS_DEVICE float activated(float x) {
 }
 
 template <class Tile>
-struct GluFfnHidden {
+struct GluFfnHiddenHopper {
   using T = typename Tile::T;
-  static constexpr const char* name = "glu_ffn_hidden";
+  static constexpr const char* name = "glu_ffn_hidden_hopper";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static constexpr int kNeurons = Tile::kN / 2, kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
@@ -149,9 +149,9 @@ struct GluFfnHidden {
 
 // sliced: K in slices, whose float sums AddSlices adds.
 template <class Tile, bool sliced>
-struct GluFfnDown {
+struct GluFfnDownHopper {
   using T = typename Tile::T;
-  static constexpr const char* name = "glu_ffn_down";
+  static constexpr const char* name = "glu_ffn_down_hopper";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static constexpr int kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
@@ -279,7 +279,7 @@ ptx::TensorMap map_or_none(const Matrix& matrix, Box box) {
 
 template <class Tile>
 void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
-  using Kernel = GluFfnHidden<Tile>;
+  using Kernel = GluFfnHiddenHopper<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
@@ -311,7 +311,7 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
 
 template <class Tile, bool sliced>
 void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
-  using Kernel = GluFfnDown<Tile, sliced>;
+  using Kernel = GluFfnDownHopper<Tile, sliced>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   typename Kernel::Params p;
