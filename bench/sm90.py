@@ -99,8 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     library = Library()
-    if not arguments.no_check:
-        check_all(library)
+    right = arguments.no_check or check_all(library)
     records = []
     for d, tokens in [] if arguments.no_time else itertools.product(arguments.d, arguments.tokens):
         measured = measure(library, d, tokens, arguments)
@@ -108,6 +107,8 @@ def main() -> None:
         records += measured
         if arguments.out:
             arguments.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "records": records}, indent=1))
+    if not right:
+        raise SystemExit("some numbers are wrong")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 64, 64, 1), (131, 264, 520, 37), (257, 1032, 1544, 65), (300, 520, 392, 0), (33, 128, 200, 130)]
 
 
+class Wrong(Exception):
+    """A kernel's numbers are wrong."""
+
+
 def make(tokens: int, d: int, m: int, r: int, dtype: torch.dtype, splits: int = 1, integers: bool = False, **also) -> dict:
     """An FFN with memory by the names of Arguments. Outputs hold NaN and one row more, which must keep it."""
 
@@ -84,13 +88,13 @@ def down_reference(ffn: dict, wide: torch.dtype) -> torch.Tensor:
 def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool) -> None:
     """Integers are equal; others within three roundings of the largest."""
     if not kept_poison(ours):
-        raise SystemExit(f"{what}: wrote behind its end")
+        raise Wrong(f"{what}: wrote behind its end")
     difference = (ours.double() - exact.double()).abs()
     allowed = 0.0 if integers else 3 * ROUNDING[ours.dtype] * float(exact.abs().max())
     if not bool((difference <= allowed).all()):
         wrong = ~(difference <= allowed)
         row, col = (int(i) for i in wrong.nonzero()[0])
-        raise SystemExit(
+        raise Wrong(
             f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, the first at [{row}, {col}]: {float(ours[row, col])} "
             f"instead of {float(exact[row, col])}; columns {sorted(set(wrong.nonzero()[:, 1].tolist()))[:12]}, "
             f"rows {sorted(set(wrong.nonzero()[:, 0].tolist()))[:12]}"
@@ -108,7 +112,7 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
     bare["hidden"] = torch.full_like(ffn["hidden"], float("nan"))
     library.hidden(bare, tile, 2.0, activation)
     if not torch.equal(bare["hidden"], ffn["hidden"]):
-        raise SystemExit(f"K1 {what}: without saving it differs")
+        raise Wrong(f"K1 {what}: without saving it differs")
     for splits in (1, 2, 4):
         if (m + 63) // 64 + (r + 63) // 64 < splits:
             continue
@@ -118,7 +122,7 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
         first = ffn["y"].clone()
         library.down(ffn, tile, splits)
         if not torch.equal(first, ffn["y"]):
-            raise SystemExit(f"K2 {what}, {splits} slices: does not repeat")
+            raise Wrong(f"K2 {what}, {splits} slices: does not repeat")
 
 
 def check_whole(library: Library, tokens: int, d: int, m: int, r: int) -> None:
@@ -130,20 +134,29 @@ def check_whole(library: Library, tokens: int, d: int, m: int, r: int) -> None:
     for _ in range(5):
         library.forward(ffn, 0.5)
         if not torch.equal(first, ffn["y"]):
-            raise SystemExit("the forward does not repeat")
+            raise Wrong("the forward does not repeat")
     error = float((ffn["hidden"].double() - exact.double()).abs().max() / exact.double().abs().max())
     if not error <= 3 * ROUNDING[torch.bfloat16]:
-        raise SystemExit(f"forward {tokens}, {d}, {m}, {r}: hidden is off by {error:.3g} of the largest")
+        raise Wrong(f"forward {tokens}, {d}, {m}, {r}: hidden is off by {error:.3g} of the largest")
 
 
-def check_all(library: Library) -> None:
-    count = 0
-    for tile, shape, dtype in itertools.product(range(len(library.tiles)), SHAPES, [torch.bfloat16, torch.float16]):
-        check_tile(library, tile, shape, dtype, True, "relu")
-        check_tile(library, tile, shape, dtype, False, ACTIVATIONS[count % len(ACTIVATIONS)])
-        count += 2
-    for shape in [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]:
-        check_whole(library, *shape)
-        count += 1
+def check_all(library: Library) -> bool:
+    """Runs every case and says what is wrong; whether nothing is."""
+    numbers = itertools.count()
+    cases = [
+        (check_tile, tile, shape, dtype, integers, "relu" if integers else ACTIVATIONS[next(numbers) % len(ACTIVATIONS)])
+        for tile, shape, dtype in itertools.product(range(len(library.tiles)), SHAPES, ROUNDING)
+        for integers in (True, False)
+    ]
+    cases += [(check_whole, *shape) for shape in [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]]
+    wrong = []
+    for check, *case in cases:
+        try:
+            check(library, *case)
+        except Wrong as error:
+            wrong.append(str(error))
+            if len(wrong) <= 12:
+                print(f"WRONG {error}", flush=True)
     torch.cuda.synchronize()
-    print(f"right: {count} cases of {len(library.tiles)} tiles", flush=True)
+    print(f"{len(cases) - len(wrong)} of {len(cases)} cases of {len(library.tiles)} tiles are right", flush=True)
+    return not wrong
