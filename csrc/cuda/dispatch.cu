@@ -3,15 +3,19 @@
 
 #include "cuda/ffn/ffn_kernels.h"
 #include "cuda/launch.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace locas::cuda {
 namespace {
 
+// Whether this build and this driver have the sm90 family.
+bool has_sm90() {
 #ifdef LOCAS_CUDA_SM90
-constexpr bool kBuiltFor90a = true;
+  return has_tensor_maps();
 #else
-constexpr bool kBuiltFor90a = false;
+  return false;
 #endif
+}
 
 std::atomic<int> asked_family{0};
 
@@ -24,7 +28,7 @@ const FfnKernels* table_of(int family) {
 
 const FfnKernels& ffn_kernels(int device) {
   const int capability = compute_capability(device);
-  const FfnKernels* table = table_of(family_of(capability, kBuiltFor90a, asked_family));
+  const FfnKernels* table = table_of(family_of(capability, has_sm90(), asked_family));
   if (table == nullptr)
     throw std::runtime_error("the fused CUDA kernels need compute capability 8.0 or newer; device " +
                              std::to_string(device) + " has " + std::to_string(capability / 10) + "." +
@@ -36,14 +40,14 @@ const FfnKernels& ffn_kernels(int device) {
 
 void use_family(int family) {
   for (int device = 0; device < device_count(); ++device)
-    family_of(compute_capability(device), kBuiltFor90a, family);  // throws where it cannot run
+    family_of(compute_capability(device), has_sm90(), family);  // throws where it cannot run
   asked_family = family;
 }
 
 std::vector<std::string> families() {
   std::vector<std::string> names;
   for (int device = 0; device < device_count(); ++device) {
-    const FfnKernels* table = table_of(family_of(compute_capability(device), kBuiltFor90a, asked_family));
+    const FfnKernels* table = table_of(family_of(compute_capability(device), has_sm90(), asked_family));
     names.push_back(table == nullptr ? "" : table->family);
   }
   return names;

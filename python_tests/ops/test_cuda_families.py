@@ -127,3 +127,13 @@ def test_each_family_computes_the_same_ffn(name):
         assert layer.kernels == _C.cuda_families()[0]
     finally:
         use_family(os.environ.get("LOCAS_CUDA_FAMILY") or None)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_a_gpu) for tokens in (3, 100, 300)])
+def test_rows_that_overlap_are_computed(tokens):
+    """No tensor map describes them, so the family of Hopper leaves them to the other one."""
+    x = torch.randn(1, 64, device="cuda", dtype=torch.bfloat16).expand(tokens, 64)
+    weights = [torch.randn(*size, device="cuda", dtype=torch.bfloat16) / 8 for size in ((200, 64), (200, 64), (64, 200))]
+    slots = torch.randn(3, 5, 64, device="cuda", dtype=torch.bfloat16) / 8
+    ours, plain = (ops.glu_ffn(rows, *weights, slots, 0.5, backend="fused") for rows in (x, x.contiguous()))
+    torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)

@@ -2,7 +2,7 @@
 //
 //      compute capability     family   its code
 //      8.0, 8.6, 8.7, 8.9     sm80     sm_80's, which every 8.x runs
-//      9.0                    sm90     sm_90a's; in a build without it sm80, as below
+//      9.0                    sm90     sm_90a's; sm80 in a build without it, or under a driver before CUDA 12
 //      10.0, 12.0 and newer   sm80     PTX, which the driver compiles
 //
 // CMakeLists.txt builds a library for each family: sm80 for whatever architectures are asked for and always as PTX too,
@@ -37,19 +37,20 @@ extern const FfnKernels table;
 
 constexpr int kLeastCapability = 80;  // 10 times the major number plus the minor one
 
-// 80 or 90; 0 where no kernel runs. asked: 80, 90 or 0 (nobody asked).
-inline int family_of(int capability, bool built_for_90a, int asked = 0) {
+// 80 or 90; 0 where no kernel runs. has_sm90: whether build and driver have that family. asked: 80, 90 or 0 (nobody
+// did).
+inline int family_of(int capability, bool has_sm90, int asked = 0) {
   if (capability < kLeastCapability) return 0;
-  const bool has_sm90 = capability == 90 && built_for_90a;
-  if (asked == 90 && !has_sm90) {
-    const std::string here =
-        built_for_90a ? "this GPU has " + std::to_string(capability / 10) + "." + std::to_string(capability % 10)
-                      : "this build is not for 90a (LOCAS_CUDA_ARCHS)";
+  const bool takes_sm90 = capability == 90 && has_sm90;
+  if (asked == 90 && !takes_sm90) {
+    const std::string number = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    const std::string here = has_sm90 ? "this GPU has " + number
+                                      : "the build is not for 90a (LOCAS_CUDA_ARCHS) or the driver older than CUDA 12";
     throw std::invalid_argument("LOCAS_CUDA_FAMILY is 90, whose kernels run on compute capability 9.0 only, and " +
                                 here + "; expected 80");
   }
   if (asked != 0) return asked;
-  return has_sm90 ? 90 : 80;
+  return takes_sm90 ? 90 : 80;
 }
 
 }  // namespace locas::cuda

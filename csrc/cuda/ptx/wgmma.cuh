@@ -77,51 +77,36 @@ LOCAS_DEVICE void hold(float (&sums)[count]) {
 #define LOCAS_NAMES_128 LOCAS_NAMES_96 ", " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" ", " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define LOCAS_WGMMA(n, type, names, a_at, b_at, accumulate_at, a_major_at, b_major_at, ...)                  \
+#define LOCAS_WGMMA_OF(n, type, names, a_at, b_at, accumulate_at, a_major_at, b_major_at, ...)                  \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate_at ", 0;\n"                  \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " a_at ", " b_at  \
                ", accumulate, 1, 1, " a_major_at ", " b_major_at ";\n}"                                       \
                : __VA_ARGS__                                                                                  \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(a_mn), "n"(b_mn))
+#define LOCAS_WGMMA(n, ...)                                        \
+  if constexpr (is_bf16) LOCAS_WGMMA_OF(n, "bf16", __VA_ARGS__);   \
+  else LOCAS_WGMMA_OF(n, "f16", __VA_ARGS__)
 
 template <class T, int n, Major a_major, Major b_major>
 LOCAS_DEVICE void wgmma(float (&sums)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
   constexpr int a_mn = a_major == Major::mn, b_mn = b_major == Major::mn;
   constexpr bool is_bf16 = std::is_same_v<T, bf16>;
   if constexpr (n == 64) {
-    if constexpr (is_bf16)
-      LOCAS_WGMMA("64", "bf16", LOCAS_NAMES_32, "%32", "%33", "%34", "%35", "%36", LOCAS_SUMS_32(0));
-    else
-      LOCAS_WGMMA("64", "f16", LOCAS_NAMES_32, "%32", "%33", "%34", "%35", "%36", LOCAS_SUMS_32(0));
-  }
-  else if constexpr (n == 96) {
-    if constexpr (is_bf16)
-      LOCAS_WGMMA("96", "bf16", LOCAS_NAMES_48, "%48", "%49", "%50", "%51", "%52", LOCAS_SUMS_32(0), LOCAS_SUMS_16(32));
-    else
-      LOCAS_WGMMA("96", "f16", LOCAS_NAMES_48, "%48", "%49", "%50", "%51", "%52", LOCAS_SUMS_32(0), LOCAS_SUMS_16(32));
-  }
-  else if constexpr (n == 128) {
-    if constexpr (is_bf16)
-      LOCAS_WGMMA("128", "bf16", LOCAS_NAMES_64, "%64", "%65", "%66", "%67", "%68", LOCAS_SUMS_64(0));
-    else
-      LOCAS_WGMMA("128", "f16", LOCAS_NAMES_64, "%64", "%65", "%66", "%67", "%68", LOCAS_SUMS_64(0));
-  }
-  else if constexpr (n == 192) {
-    if constexpr (is_bf16)
-      LOCAS_WGMMA("192", "bf16", LOCAS_NAMES_96, "%96", "%97", "%98", "%99", "%100", LOCAS_SUMS_64(0), LOCAS_SUMS_32(64));
-    else
-      LOCAS_WGMMA("192", "f16", LOCAS_NAMES_96, "%96", "%97", "%98", "%99", "%100", LOCAS_SUMS_64(0), LOCAS_SUMS_32(64));
-  }
-  else if constexpr (n == 256) {
-    if constexpr (is_bf16)
-      LOCAS_WGMMA("256", "bf16", LOCAS_NAMES_128, "%128", "%129", "%130", "%131", "%132", LOCAS_SUMS_64(0), LOCAS_SUMS_64(64));
-    else
-      LOCAS_WGMMA("256", "f16", LOCAS_NAMES_128, "%128", "%129", "%130", "%131", "%132", LOCAS_SUMS_64(0), LOCAS_SUMS_64(64));
+    LOCAS_WGMMA("64", LOCAS_NAMES_32, "%32", "%33", "%34", "%35", "%36", LOCAS_SUMS_32(0));
+  } else if constexpr (n == 96) {
+    LOCAS_WGMMA("96", LOCAS_NAMES_48, "%48", "%49", "%50", "%51", "%52", LOCAS_SUMS_32(0), LOCAS_SUMS_16(32));
+  } else if constexpr (n == 128) {
+    LOCAS_WGMMA("128", LOCAS_NAMES_64, "%64", "%65", "%66", "%67", "%68", LOCAS_SUMS_64(0));
+  } else if constexpr (n == 192) {
+    LOCAS_WGMMA("192", LOCAS_NAMES_96, "%96", "%97", "%98", "%99", "%100", LOCAS_SUMS_64(0), LOCAS_SUMS_32(64));
+  } else if constexpr (n == 256) {
+    LOCAS_WGMMA("256", LOCAS_NAMES_128, "%128", "%129", "%130", "%131", "%132", LOCAS_SUMS_64(0), LOCAS_SUMS_64(64));
   } else {
     static_assert(n == 64, "no instance of this width");
   }
 }
 #undef LOCAS_WGMMA
+#undef LOCAS_WGMMA_OF
 #undef LOCAS_NAMES_32
 #undef LOCAS_NAMES_48
 #undef LOCAS_NAMES_64

@@ -11,9 +11,9 @@ void expect(bool holds, const char* what) {
   if (!holds) fail("families: not so: %s", what);
 }
 
-std::string refusal(int capability, bool built_for_90a, int asked) {
+std::string refusal(int capability, bool has_sm90, int asked) {
   try {
-    family_of(capability, built_for_90a, asked);
+    family_of(capability, has_sm90, asked);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }

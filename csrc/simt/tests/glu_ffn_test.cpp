@@ -7,6 +7,8 @@
 
 #include "cuda/ffn/ffn_kernels.h"
 #include "cuda/ffn/sm80/launchers.h"
+#include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
 namespace locas::test {
@@ -368,11 +370,12 @@ FfnKernels tiles() {
   kernels.glu_ffn_forward_workspace = cuda::sm80::glu_ffn_tiles_workspace;
   return kernels;
 }
-FfnKernels decode() {
+FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)) {
   FfnKernels kernels = cuda::sm80::table;
-  kernels.glu_ffn_forward = cuda::sm80::glu_ffn_forward_decode;
+  kernels.glu_ffn_forward = forward;
   return kernels;
 }
+FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
 
 LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(tiles(), 1, 16, 1); }
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(tiles(), 17, 100, 2); }
@@ -393,6 +396,44 @@ LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
     }
   });
   return "40 shapes, 10 seeds";
+}
+
+// The Hopper family: each tile alone, K2 whole and in slices, and what its plan picks.
+template <int tile, int most_splits>
+void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
+  GluFfnForwardParams own = p;
+  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
+  const int splits = static_cast<int>(std::min<int64_t>(most_splits, blocks));
+  simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
+  own.workspace = workspace.data();
+  cuda::sm90::glu_ffn_hidden(own, tile, queue);
+  cuda::sm90::glu_ffn_down(own, tile, splits, queue);
+}
+
+template <int tile, int most_splits>
+FfnKernels hopper_kernels() {
+  return with_forward(hopper_tile<tile, most_splits>);
+}
+
+LOCAS_TEST(hopper_128_256, "glu_ffn on Hopper, 128 x 256") { return run_both(hopper_kernels<0, 1>(), 1, 300, 10); }
+LOCAS_TEST(hopper_256_128, "glu_ffn on Hopper, 256 x 128") { return run_both(hopper_kernels<1, 2>(), 1, 300, 11); }
+LOCAS_TEST(hopper_128_192, "glu_ffn on Hopper, 128 x 192") { return run_both(hopper_kernels<2, 3>(), 1, 300, 12); }
+LOCAS_TEST(hopper_128_192_pp, "glu_ffn on Hopper, 128 x 192 ping-pong") {
+  return run_both(hopper_kernels<3, 1>(), 1, 300, 13);
+}
+LOCAS_TEST(hopper_128_128, "glu_ffn on Hopper, 128 x 128") { return run_both(hopper_kernels<4, 1>(), 1, 300, 14); }
+LOCAS_TEST(hopper_128_128_pp, "glu_ffn on Hopper, 128 x 128 ping-pong") {
+  return run_both(hopper_kernels<5, 3>(), 1, 300, 15);
+}
+LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(cuda::sm90::table, 1, 400, 16); }
+
+LOCAS_TEST(hopper_sizes, "glu_ffn on Hopper with long sums") {
+  Random random(17);
+  for_each_seed([&] {
+    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_kernels<3, 2>(), random);
+    rounded_case<bf16>({140, 520, 328, 65, Activation::silu, false}, cuda::sm90::table, random);
+  });
+  return "2 shapes, 10 seeds";
 }
 
 // A memory larger than a tile, and a depth that is cut into slices.

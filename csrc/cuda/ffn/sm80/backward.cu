@@ -224,7 +224,7 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
       if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
     });
     if (needs_dx && plan.splits > 1) {
-      add_slices<T>({p.workspace, nullptr, p.dx}, plan.splits, queue);
+      add_slices<T>({p.workspace, plan.splits, nullptr, p.dx}, queue);
     }
   });
 }

@@ -250,7 +250,7 @@ void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
       if constexpr (Tile::kM > 16) down_tiles<Tile>(p, plan.splits, queue);
     });
     if (plan.splits > 1) {
-      add_slices<T>({p.workspace, w.down_bias, p.y}, plan.splits, queue);
+      add_slices<T>({p.workspace, plan.splits, w.down_bias, p.y}, queue);
     }
   });
 }
