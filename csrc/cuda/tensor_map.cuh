@@ -58,7 +58,21 @@ ptx::TensorMap tensor_map(const Matrix& matrix, Box box) {
   return map;
 }
 
+// Whether the driver can.
+inline bool has_tensor_maps() {
+  static const bool has = [] {
+    try {
+      return tensor_map_encoder() != nullptr;
+    } catch (const std::runtime_error&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
 #else
+
+inline bool has_tensor_maps() { return true; }
 
 template <class T>
 ptx::TensorMap tensor_map(const Matrix& matrix, Box box) {

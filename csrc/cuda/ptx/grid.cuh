@@ -7,8 +7,17 @@
 namespace locas::ptx {
 
 #ifdef __CUDACC__
-LOCAS_DEVICE void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-LOCAS_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// GPUs before sm_90 do not know it: there a launch is never programmatic (launch.cuh).
+LOCAS_DEVICE void wait_for_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+LOCAS_DEVICE void launch_dependents() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 #else
 inline void wait_for_launch_before() { simt::wait_for_launch_before(); }
 inline void launch_dependents() {}

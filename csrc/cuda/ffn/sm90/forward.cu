@@ -352,10 +352,7 @@ void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queu
       if (splits > 1) launch_down<Tile, true>(p, splits, queue);
       else launch_down<Tile, false>(p, 1, queue);
     });
-    if (splits > 1) {
-      const SliceParams slices{p.workspace, splits, p.weights.down_bias, p.y};
-      launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
-    }
+    if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });
 }
 
