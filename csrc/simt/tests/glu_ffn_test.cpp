@@ -406,8 +406,8 @@ void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
   const int splits = static_cast<int>(std::min<int64_t>(most_splits, blocks));
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  cuda::sm90::glu_ffn_hidden(own, tile, queue);
-  cuda::sm90::glu_ffn_down(own, tile, splits, queue);
+  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(cuda::sm90::kHiddenTiles[tile]), queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(cuda::sm90::kDownTiles[tile]), splits, queue);
 }
 
 template <int tile, int most_splits>
@@ -415,22 +415,15 @@ FfnKernels hopper_kernels() {
   return with_forward(hopper_tile<tile, most_splits>);
 }
 
-LOCAS_TEST(hopper_128_256, "glu_ffn on Hopper, 128 x 256") { return run_both(hopper_kernels<0, 1>(), 1, 300, 10); }
-LOCAS_TEST(hopper_256_128, "glu_ffn on Hopper, 256 x 128") { return run_both(hopper_kernels<1, 2>(), 1, 300, 11); }
-LOCAS_TEST(hopper_128_192, "glu_ffn on Hopper, 128 x 192") { return run_both(hopper_kernels<2, 3>(), 1, 300, 12); }
-LOCAS_TEST(hopper_128_192_pp, "glu_ffn on Hopper, 128 x 192 ping-pong") {
-  return run_both(hopper_kernels<3, 1>(), 1, 300, 13);
-}
-LOCAS_TEST(hopper_128_128, "glu_ffn on Hopper, 128 x 128") { return run_both(hopper_kernels<4, 1>(), 1, 300, 14); }
-LOCAS_TEST(hopper_128_128_pp, "glu_ffn on Hopper, 128 x 128 ping-pong") {
-  return run_both(hopper_kernels<5, 3>(), 1, 300, 15);
-}
+LOCAS_TEST(hopper_0, "glu_ffn on Hopper, the first tiles") { return run_both(hopper_kernels<0, 1>(), 1, 300, 10); }
+LOCAS_TEST(hopper_1, "glu_ffn on Hopper, the second tiles") { return run_both(hopper_kernels<1, 2>(), 1, 300, 11); }
+LOCAS_TEST(hopper_2, "glu_ffn on Hopper, the third tiles") { return run_both(hopper_kernels<2, 3>(), 1, 300, 12); }
 LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(cuda::sm90::table, 1, 400, 16); }
 
 LOCAS_TEST(hopper_sizes, "glu_ffn on Hopper with long sums") {
   Random random(17);
   for_each_seed([&] {
-    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_kernels<3, 2>(), random);
+    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_kernels<0, 2>(), random);
     rounded_case<bf16>({140, 520, 328, 65, Activation::silu, false}, cuda::sm90::table, random);
   });
   return "2 shapes, 10 seeds";

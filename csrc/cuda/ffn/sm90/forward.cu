@@ -33,9 +33,9 @@ LOCAS_DEVICE float activated(float x) {
 }
 
 template <class Tile>
-struct GluFfnHiddenHopper {
+struct GluFfnHidden {
   using T = typename Tile::T;
-  static constexpr const char* name = "glu_ffn_hidden_hopper";
+  static constexpr const char* name = "glu_ffn_hidden_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static constexpr int kNeurons = Tile::kN / 2, kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
@@ -149,9 +149,9 @@ struct GluFfnHiddenHopper {
 
 // sliced: K in slices, whose float sums AddSlices adds.
 template <class Tile, bool sliced>
-struct GluFfnDownHopper {
+struct GluFfnDown {
   using T = typename Tile::T;
-  static constexpr const char* name = "glu_ffn_down_hopper";
+  static constexpr const char* name = "glu_ffn_down_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static constexpr int kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
@@ -264,6 +264,8 @@ struct GluFfnDownHopper {
   }
 };
 
+constexpr int kForwardStageBytes = 200 * 1024;
+
 // There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
 template <class Kernel>
 void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
@@ -279,7 +281,7 @@ ptx::TensorMap map_or_none(const Matrix& matrix, Box box) {
 
 template <class Tile>
 void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
-  using Kernel = GluFfnHiddenHopper<Tile>;
+  using Kernel = GluFfnHidden<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
@@ -311,7 +313,7 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
 
 template <class Tile, bool sliced>
 void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
-  using Kernel = GluFfnDownHopper<Tile, sliced>;
+  using Kernel = GluFfnDown<Tile, sliced>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   typename Kernel::Params p;
@@ -339,13 +341,14 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
 
 void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(static_cast<TileKind>(tile), [&]<class Tile>() { launch_hidden<Tile>(p, queue); });
+    with_tile<T, kForwardStageBytes, kHiddenTiles>(static_cast<TileKind>(tile),
+                                                   [&]<class Tile>() { launch_hidden<Tile>(p, queue); });
   });
 }
 
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(static_cast<TileKind>(tile), [&]<class Tile>() {
+    with_tile<T, kForwardStageBytes, kDownTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
       if (splits > 1) launch_down<Tile, true>(p, splits, queue);
       else launch_down<Tile, false>(p, 1, queue);
     });
