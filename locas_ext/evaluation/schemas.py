@@ -185,6 +185,7 @@ _SETTINGS: dict[str, Kind] = {
 }
 _LISTS = dict.fromkeys(("arms", "books"), nullable(list_of(anything)))
 _LOCOMO_SETTINGS: dict[str, Kind] = {"methods": list_of(text), "dialogues": mapping(text), "prompts": mapping(text)}
+_CORRECTIONS = nullable(fields({"file": text, "dialogues": mapping(fields({"audited": _count, "wrong": _count}))}))
 _MACHINE: dict[str, Kind] = {
     **dict.fromkeys(("processor", "torch", "locas_ext"), nullable(text)),
     "gpus": nullable(list_of(text)),
@@ -196,7 +197,8 @@ def _settings(value: Any, place: str) -> None:
     json_object(value, place)
     command = {"command": nullable(text)}
     own = _LOCOMO_SETTINGS if value.get("command") == "locomo" else {}
-    optional = command | _SETTINGS | _LISTS
+    corrected = {"corrections": _CORRECTIONS} if own else {}
+    optional = command | _SETTINGS | _LISTS | corrected
     if "runs" in value:
         fields({"runs": mapping(fields(own, optional))}, own | optional)(value, place)
     else:

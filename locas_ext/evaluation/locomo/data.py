@@ -38,12 +38,14 @@ class Question:
 
     answer: None for most adversarial questions, whose answer is in no dialogue
     trap: the wrong answer that an adversarial question leads to; None for the others
+    published: the wrong answer that `answer` was put in the place of (corrections.py); None: `answer` is the published one
     """
 
     text: str
     category: int
     answer: str | None
     trap: str | None
+    published: str | None = None
 
 
 @dataclass(frozen=True)
