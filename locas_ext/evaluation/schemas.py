@@ -87,6 +87,7 @@ _PERPLEXITY: dict[str, Kind] = {
     **dict.fromkeys(("nll", "seconds"), nullable(_any_number)),
     "milestones": nullable(mapping(nullable(_positive), "[1-9][0-9]{0,14}")),
     "curve": nullable(list_of(row_of(_count, nullable(_positive)))),
+    "reading_order": nullable(list_of(_count)),
 }
 PERPLEXITY_RECORD = fields(_PERPLEXITY_NAMES, _PERPLEXITY | {"run": text, "relative_time": nullable(_positive)})
 JOB_RECORD = fields(_PERPLEXITY_NAMES | _PERPLEXITY | {"seconds": _positive})  # what the same version has just written

@@ -20,6 +20,7 @@ from locas_ext.evaluation.methods.registry import Measurement, measure
 from locas_ext.evaluation.schemas import JOB_RECORD
 from locas_ext.evaluation.texts import Text
 from locas_ext.learning.perplexity import perplexity
+from locas_ext.memory import Chunk
 from locas_ext.storage.files import write_atomically
 from locas_ext.storage.lock import folder_lock
 
@@ -94,6 +95,8 @@ def make_jobs(study: Study) -> list[Job]:
 
 def _record(job: Job, measurement: Measurement, held_out_before: float | None) -> dict:
     chunks, book, whole = measurement.chunks, job.book, measurement.error is None
+    order = reading_order(chunks)
+    chunks = sorted(chunks, key=lambda chunk: chunk.start) if whole or order is None else []  # of a text with gaps: no curve
     tokens, nll = sum(chunk.tokens for chunk in chunks), math.fsum(chunk.nll for chunk in chunks)
     curve = running_perplexity(chunks)
     task = job.study.task
@@ -120,7 +123,15 @@ def _record(job: Job, measurement: Measurement, held_out_before: float | None) -
         "threads": torch.get_num_threads(),
         "processes": max(task.processes, world_size()),
         "curve": curve,
+        "reading_order": order,
     }
+
+
+def reading_order(chunks: list[Chunk]) -> list[int] | None:
+    """Where in the text the chunks stood that were read one after another, counted in chunks; None: in order."""
+    starts = [chunk.start for chunk in chunks]
+    places = {start: place for place, start in enumerate(sorted(starts))}
+    return None if starts == sorted(starts) else [places[start] for start in starts]
 
 
 def milestones(curve: list[tuple[int, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from locas_ext.evaluation.display import markdown, one_line
 
 from . import paper_figures
 from .frontier import LEARNING, SHOWN, Point, collect_points, dominators, pareto_front, shared_books
+from .gain import gain_sections
 from .plots.curves import Curve, plot_curves
 from .plots.frontier import plot_frontier
 from .runs import differing
@@ -47,7 +48,9 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
         lines += _all_books(settings, arms, books, host)
         lines += _preset(settings.get("ablate"), arms, host)
         lines += _frontier(settings, arms, folder)
-        lines += _each_book(arms, books, folder)
+        names = _file_names(books)
+        lines += gain_sections(arms, names, folder)
+        lines += _each_book(arms, books, names, folder)
     return lines + _failures(records)
 
 
@@ -222,8 +225,8 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
 
 
 # ---- book by book ----------------------------------------------------------------------------------------------
-def _each_book(arms: list[ArmResults], books: list[str], folder: Path) -> list[str]:
-    lines, names = [], _file_names(books)
+def _each_book(arms: list[ArmResults], books: list[str], names: dict[str, str], folder: Path) -> list[str]:
+    lines = []
     for book in books:
         on_book = [arm.on({book}) for arm in arms if book in arm.books]
         curves = [Curve(one_line(arm.label), arm.method, points) for arm in on_book if (points := _points(arm.records[0]))]
