@@ -45,7 +45,8 @@ def running_ratio(record: dict, truncation: dict) -> list[tuple[int, float]]:
 
 def _losses(record: dict) -> list[tuple[int, float]] | None:
     """(end, nats) of every chunk, from the perplexities so far. A text's first token is never scored."""
-    curve, losses, before = record.get("curve") or [], [], 0.0
+    losses: list[tuple[int, float]] = []
+    curve, before = record.get("curve") or [], 0.0
     for end, value in curve:
         if value is None or not 0 < value < SHOWN or end < 2 or (losses and end <= losses[-1][0]):
             return None
@@ -63,7 +64,7 @@ def _baselines(arms: list[ArmResults]) -> dict[str, dict]:
 def gain_sections(arms: list[ArmResults], names: dict[str, str], folder: Path) -> list[str]:
     """Markdown lines with a table over all books and a plot a book; nothing without truncation and an arm to compare.
 
-    names: what the files of each book's plots are called
+    names: what the file of each book's plot is called
     """
     baselines = _baselines(arms)
     ratios: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -92,8 +93,8 @@ def gain_sections(arms: list[ArmResults], names: dict[str, str], folder: Path) -
             if book in arm.books
         ]
         subtitle = "by how many percent the perplexity of what was read is below truncation's"
-        plot_curves(folder / f"gain-{names[book]}", one_line(book), subtitle, curves, GAIN)
-        lines += [f"![Gain over truncation, {markdown(book)}](gain-{names[book]})", ""]
+        plot_curves(folder / names[book], one_line(book), subtitle, curves, GAIN)
+        lines += [f"![Gain over truncation, {markdown(book)}]({names[book]})", ""]
     return lines
 
 
