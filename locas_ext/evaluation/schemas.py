@@ -131,7 +131,7 @@ _CAPABILITY_TASK = fields(
         "per_question": nullable(list_of(_any_number)),
         "responses_sha256": text,
     },
-    _COMMON,
+    _COMMON | {"cut_questions": _count},
 )
 
 

@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from locas_ext.evaluation.texts import Text
+if TYPE_CHECKING:  # the command line asks for the names here, and should not wait for torch
+    from locas_ext.evaluation.texts import Text
 
 OTHER_TEXT, SHUFFLED = "locas-other-text", "locas-shuffled"
 CONTROLS = (OTHER_TEXT, SHUFFLED)
@@ -22,14 +24,14 @@ class Arm:
     method: str
     label: str
     settings: dict
-    other_text: Text | None = field(default=None, compare=False)
+    other_text: "Text | None" = field(default=None, compare=False)
 
     @property
     def slug(self) -> str:
         """The label as part of a file's name."""
         return slug(self.label)
 
-    def with_other_text(self, text: Text) -> "Arm":
+    def with_other_text(self, text: "Text") -> "Arm":
         """The same arm, with what its memory is to learn."""
         return replace(self, settings={**self.settings, "other_text": text.fingerprint}, other_text=text)
 

@@ -23,6 +23,7 @@ from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
+from .adapter_files import save_lora
 from .arm import CONTROLS, OTHER_TEXT, SHUFFLED, Arm
 from .controls import other_text, shuffled
 from .long_context import long_context
@@ -92,7 +93,9 @@ def _temp_lora(host, arm: Arm) -> Iterator[Reader]:
     settings = arm.settings
     learning = {name: settings[name] for name in ("learning_rate", "epochs")}
     with lora(host, settings["rank"], settings["alpha"], settings["seed"]) as parameters:
-        yield Reader(partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters))
+        read = partial(temp_lora, host, parameters, **learning)
+        save = partial(save_lora, host, settings["rank"], settings["alpha"])
+        yield Reader(read, sum(parameter.numel() for parameter in parameters), save)
 
 
 def locas_settings(
