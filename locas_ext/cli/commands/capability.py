@@ -28,6 +28,17 @@ EXAMPLES = (
 )
 
 
+def _harness(asked: str | None, tasks: list[str], options: dict[str, Any]) -> str:
+    """Of HARNESSES, the one asked for or the one that fits. ValueError for an option that it does not take."""
+    given = [name for name, value in options.items() if value is not None]
+    of_lm_eval = [name for name in given if name != "--ability-data"]
+    if asked is None:
+        asked = "builtin" if set(tasks) <= set(BUILTIN) and not of_lm_eval else "lm-eval"
+    if foreign := [name for name in given if (name in of_lm_eval) == (asked == "builtin")]:
+        raise ValueError(f"{foreign[0]} is given, but --harness is {asked}, which takes none")
+    return asked
+
+
 def capability(
     model: Model,
     memory: MemoryFolder,
@@ -45,12 +56,17 @@ def capability(
     ] = None,
     tasks: Annotated[
         Any,  # list[str] | None: a list's type would make typer take the option several times
-        option(names(), f"Answer tasks too, with --harness builtin of {', '.join(BUILTIN)}.", panel=TASKS),
+        option(names(), f"Answer tasks too: {', '.join(BUILTIN)} are built in, lm-eval has others.", panel=TASKS),
     ] = None,
     harness: Annotated[
-        str,
-        option(one_of(HARNESSES), "builtin: offline, with the extra ability; or lm-eval, with the extra eval.", panel=TASKS),
-    ] = "builtin",
+        str | None,
+        option(
+            one_of(HARNESSES),
+            "What asks them: builtin needs the extra ability, lm-eval the extra eval; default: builtin, but lm-eval for tasks "
+            "that are not built in and beside its own options.",
+            panel=TASKS,
+        ),
+    ] = None,
     few_shot: Annotated[
         int | None, option(integer(0), "lm-eval: examples before each question; default: what the task says.", panel=TASKS)
     ] = None,
@@ -84,17 +100,13 @@ def capability(
         from locas_ext.evaluation.capability.ability.suite import AbilityTasks
         from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
-    if not tasks and (tasks, few_shot, limit, include_path, ability_data) != (None,) * 5:
+    options = {"--few-shot": few_shot, "--include-path": include_path, "--ability-data": ability_data}
+    if not tasks and (tasks, limit, *options.values()) != (None,) * 5:
         raise ValueError(
             "--tasks is empty; expected names of tasks, which --few-shot, --limit, --include-path and --ability-data are for"
         )
-    foreign = {"--few-shot": few_shot, "--include-path": include_path}
-    if harness == "lm-eval":
-        foreign = {"--ability-data": ability_data}
-    if tasks and (given := next((name for name, value in foreign.items() if value is not None), None)):
-        raise ValueError(f"{given} is given, but --harness is {harness}, which takes none")
     asked: AbilityTasks | HarnessTasks | None = None
-    if tasks and harness == "builtin":
+    if tasks and _harness(harness, tasks, options) == "builtin":
         asked = AbilityTasks(names=tuple(tasks), limit=limit, batch_size=batch_size, data=ability_data)
     elif tasks:
         asked = HarnessTasks(

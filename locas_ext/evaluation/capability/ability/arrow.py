@@ -150,6 +150,7 @@ class _Batch:
     def column(self, field: _Table) -> list[Any]:
         count, nulls = self._next(self.nodes)
         valid = self._buffer()
+        values: list[Any]
         kind = field.value(2, "<B")
         if kind == _INT:
             values = self._integers(field.table(3), count)
