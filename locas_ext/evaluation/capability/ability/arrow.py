@@ -169,7 +169,10 @@ class _Batch:
         return [value if valid[n // 8] >> n % 8 & 1 else None for n, value in enumerate(values)]
 
     def _integers(self, kind: _Table, count: int) -> list[int]:
-        form = f"<{'i' if kind.value(1, '<B') else 'u'}{kind.value(0, '<i') // 8}"
+        bits = kind.value(0, "<i")
+        if bits not in (8, 16, 32, 64):
+            raise ValueError(f"integers of {bits} bits")
+        form = f"<{'i' if kind.value(1, '<B') else 'u'}{bits // 8}"
         return np.frombuffer(self._buffer(), form, count).tolist()
 
     def _bounds(self, count: int) -> list[tuple[int, int]]:
