@@ -219,8 +219,8 @@ def test_every_state_answers_and_an_ended_run_goes_on(files, tmp_path, capsys, m
     heads = [line for line in report.split("## All tasks")[1].splitlines() if line.startswith("|")]
     assert heads[0] == "| task | questions | host | attached | merged | detached | temp-lora |"
     rows = {row.split(" | ")[0]: row.split(" | ")[2:] for row in heads[2:7]}
-    assert len(rows) == 5 and rows["| lambada, perplexity"][0] == f"{by_state['host']['value']:.4f}"
-    assert rows["| lambada, perplexity"][1].replace("\\", "").startswith(f"{by_state['attached']['difference']:+.4f}")
+    assert len(rows) == 5 and rows["| lambada, perplexity"][0] == f"{by_state['host']['value']:.2f}"
+    assert rows["| lambada, perplexity"][1].replace("\\", "").startswith(f"{by_state['attached']['difference']:+.2f}")
 
 
 def test_a_limit_and_other_data_are_other_runs(files, tmp_path, capsys):

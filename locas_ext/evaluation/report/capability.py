@@ -28,9 +28,14 @@ def _text_row(record: dict) -> list[str]:
     return [record["state"], perplexity, *cells]
 
 
+def _form(record: dict) -> str:
+    """Shares have four digits behind the point, perplexities two."""
+    return ".2f" if record["metric"].startswith("perplexity") else ".4f"
+
+
 def _task_row(record: dict) -> list[str]:
-    value = f"{record['value']:.4f}" + (f" ± {record['stderr']:.4f}" if record["stderr"] is not None else "")
-    difference = MISSING if record["state"] == "host" else _with_interval(record, "difference", "+.4f")
+    value = f"{record['value']:{_form(record)}}" + (f" ± {record['stderr']:.4f}" if record["stderr"] is not None else "")
+    difference = MISSING if record["state"] == "host" else _with_interval(record, "difference", f"+{_form(record)}")
     return [record["state"], value, difference]
 
 
@@ -68,8 +73,8 @@ def _all_tasks(records: list[dict], run: str | None) -> list[str]:
     rows = []
     for group in groups:
         of_state, first = {record["state"]: record for record in group}, group[0]
-        cells = {state: _with_interval(record, "difference", "+.4f") for state, record in of_state.items()}
-        value = MISSING if "host" not in of_state else f"{of_state['host']['value']:.4f}"
+        cells = {state: _with_interval(record, "difference", f"+{_form(first)}") for state, record in of_state.items()}
+        value = MISSING if "host" not in of_state else f"{of_state['host']['value']:{_form(first)}}"
         differences = [cells.get(state, MISSING) for state in states]
         rows.append([f"{first['task']}, {first['metric']}", f"{first['questions']:,}", value, *differences])
     return [
