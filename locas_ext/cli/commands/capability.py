@@ -71,9 +71,7 @@ def capability(
         int | None, option(integer(0), "lm-eval: examples before each question; default: what the task says.", panel=TASKS)
     ] = None,
     limit: Annotated[int | None, option(integer(1), "Questions per task; default: all.", panel=TASKS)] = None,
-    batch_size: Annotated[
-        int | None, option(integer(1), "Sequences at once; default: what the device takes, with lm-eval 8.", panel=TASKS)
-    ] = None,
+    batch_size: Annotated[int | None, option(integer(1), "Questions answered at once.", panel=TASKS)] = None,
     include_path: Annotated[
         Path | None, option(path("DIR"), "lm-eval: further task files; their data may be local.", panel=TASKS)
     ] = None,
