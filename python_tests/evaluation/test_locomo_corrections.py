@@ -105,15 +105,18 @@ def test_the_score_without_corrected_questions(dialogues, tmp_path):
 def test_results_say_that_corrections_were_used(dialogues, tokenizer, tmp_path, capsys):
     host = save_host(tiny_model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=300), tmp_path / "host")
     wrong = answered(dialogues[0])[0]
-    corrections = write(tmp_path / "audit.txt", [entry(7, wrong, "corrected")])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "7.json", KITES)
+    corrections = write(folder / "audit.json", [entry(7, wrong, "corrected")])  # in the folder of the dialogues, but none
     out = tmp_path / "out"
-    command = ["locomo", tmp_path / "7.json", "--model", host, "--out", out, "--methods", "no-context", "--max-new-tokens", "2"]
+    command = ["locomo", folder, "--model", host, "--out", out, "--methods", "no-context", "--max-new-tokens", "2"]
     assert main(list(map(str, [*command, "--device", "cpu", "--corrections", corrections]))) == 0
     captured = capsys.readouterr().out
     assert "LoCoMo, 1 dialogue, 1 answer corrected" in captured and "none corrected" in captured
-    assert "audit.txt replaced 1 published answers" in (out / "report.md").read_text()
+    assert "audit.json replaced 1 published answers" in (out / "report.md").read_text()
     settings = json.loads((out / "results.json").read_text())["settings"]
-    assert settings["corrections"] == {"file": "audit.txt", "dialogues": {"7": {"audited": 1, "wrong": 1}}}
+    assert settings["corrections"] == {"file": "audit.json", "dialogues": {"7": {"audited": 1, "wrong": 1}}}
     lines = [json.loads(line) for line in (out / "predictions-no-context.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if "published" in line]
     assert (line["question"], line["gold"], line["published"]) == (wrong.text, "corrected", wrong.answer)

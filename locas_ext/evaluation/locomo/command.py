@@ -137,7 +137,7 @@ def _check(task: LocomoTask) -> None:
 
 def _read(task: LocomoTask) -> tuple[list[Dialogue], dict | None]:
     """-> the dialogues, corrected where asked for, and what was corrected, for the settings."""
-    dialogues = read_dialogues(task.data)
+    dialogues = read_dialogues(task.data, but=task.corrections)
     if task.corrections is None:
         return dialogues, None
     entries = read_corrections(task.corrections)
