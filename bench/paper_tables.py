@@ -47,8 +47,8 @@ def command(table: str, options: argparse.Namespace) -> list[str]:
     if lacking := [name for name in _NEEDS[table] if not getattr(options, name)]:
         raise SystemExit(f"{table} needs --{lacking[0].replace('_', '-')}")
     if table == "ability":
-        memories = options.study / "memories"
-        read = ["--memory", memories / f"{options.book}-locas", "--temp-lora", memories / f"{options.book}-temp-lora"]
+        read = ["--memory", options.study / "memories" / f"{options.book}-locas"]
+        read += ["--temp-lora", options.study / "adapters" / f"{options.book}-temp-lora"]
         words = ["capability", *read, "--tasks", ",".join(TASKS)]
     elif table == "locomo":
         words = ["locomo", options.data, "--methods", ",".join(METHODS)]

@@ -179,10 +179,10 @@ def files(tmp_path_factory):
 
 
 def run(capsys, files, *arguments):
-    memories = files / "study" / "memories"
-    fixed = ["capability", "--model", MODEL, "--memory", memories / "page-locas", "--device", "cpu", "--window", "64"]
+    memory, adapter = (files / "study" / place for place in ("memories/page-locas", "adapters/page-temp-lora"))
+    fixed = ["capability", "--model", MODEL, "--memory", memory, "--device", "cpu", "--window", "64"]
     fixed += ["--held-out", files / "other.txt", "--tasks", ASKED, "--ability-data", files / "data"]
-    status = main([str(argument) for argument in [*fixed, "--temp-lora", memories / "page-temp-lora", *arguments]])
+    status = main([str(argument) for argument in [*fixed, "--temp-lora", adapter, *arguments]])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

@@ -199,7 +199,7 @@ def measure(
 ) -> Measurement:
     """Reads a text with one arm; the host afterwards is as before.
 
-    memory_folder: where the memory that Locas learned is saved
+    memory_folder: where what was learned is saved
     on_chunk: called with each finished Chunk
 
     An arm that runs out of memory, or whose loss is no longer finite, is a result: its measurement says so.

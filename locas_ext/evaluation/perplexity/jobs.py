@@ -1,7 +1,7 @@
 """Jobs: one arm on one book each, and the files it leaves in the output folder.
 
 chunks/JOB.jsonl has one line a chunk, records/JOB.json is there once the job is done, memories/JOB holds what Locas
-learned. results.json is put together from the records there are, in the order of the jobs.
+learned, adapters/JOB what Temp-LoRA did. results.json is put together from the records there are, in the order of the jobs.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class Job:
                 self.book,
                 study.protocol,
                 study.held_out,
-                self.path("memories"),
+                self.path("adapters" if self.arm.method == "temp-lora" else "memories"),
                 lambda chunk: log.write(json.dumps(asdict(chunk)) + "\n"),
                 progress,
             )
