@@ -98,7 +98,7 @@ class EagerStep:
             loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
             check_loss(loss, state, place)
             check_gradient(all(map(math.isfinite, norms_here)), state, place)
-            rates = torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64)
+            rates = torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64, device="cpu")
             update_slots(self.attachment, self.update, rates)
         finally:
             state.zero_grad()

@@ -46,7 +46,8 @@ class GraphStep(EagerStep):
         """Brings the learning rates that the graph reads up to the memory's updates."""
         if self.rates is not None and self.update.decay_after is not None:
             state = self.attachment.state
-            self.rates.copy_(torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64))
+            rates = rates_of(self.update, state.planes, state.version)
+            self.rates.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
 
     # ---- what is captured ------------------------------------------------------------------------------------
     def repeats(self, window: Window) -> bool:

@@ -9,8 +9,11 @@ from locas_ext.state.memory_state import MemoryState
 
 def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
     """A learning rate, or one per plane [planes], as float32 [planes or 1, 1, 1] on the arena's device."""
-    rate = torch.as_tensor(rate, dtype=torch.float32)
-    return rate.to(arena.slots.device, non_blocking=True).reshape(-1, 1, 1)
+    device = arena.slots.device
+    rates = (
+        rate.to(device, torch.float32) if isinstance(rate, Tensor) else torch.tensor(rate, device=device, dtype=torch.float32)
+    )
+    return rates.reshape(-1, 1, 1)
 
 
 def _clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
