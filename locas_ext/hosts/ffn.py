@@ -14,6 +14,7 @@ from locas_ext.ops.activations import activate
 from .formula import Seen, bound_forward, class_name, class_obstacle, has_hooks, is_plain_activation
 from .projections import dense_weight, linear_obstacle, value_norm_mean
 from .seen import Entry, SeenFFN
+from .sharding import own_class
 
 # A module that acts as a linear layer; which class it is of is the host's affair.
 Projection = Any
@@ -78,7 +79,7 @@ class HostFFN(ABC):
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
         self.activation_name = "act_fn"  # of the module's activation module
-        self.modeling = type(module).__module__  # the Python module that defines the decoder layer
+        self.modeling = own_class(module).__module__  # the Python module that defines the decoder layer
         self.replace_module(module)
 
     def replace_module(self, module: nn.Module) -> None:
@@ -142,12 +143,12 @@ class HostFFN(ABC):
         """Lets go of what was looked at: a memory's forward is among it."""
         self._looked_at = None
 
-    def projection_obstacle(self) -> str | None:
-        """Why the weights cannot be used directly, or None."""
+    def projection_obstacle(self, gathered: bool = False) -> str | None:
+        """Why the weights cannot be used directly, or None. gathered: as in `linear_obstacle`"""
         if self.differs is not None:
             return self.differs
         for name, projection in zip(self.names, self.projections(), strict=True):
-            if problem := linear_obstacle(projection, self.plain):
+            if problem := linear_obstacle(projection, self.plain, gathered):
                 return f"{name} {problem}"
         return None
 

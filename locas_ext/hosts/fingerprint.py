@@ -11,11 +11,13 @@ The vocabulary may grow or shrink: a memory does not touch it.
 
 import base64
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .registry import Host
+from .sharding import gathered
 
 SAMPLES = 64  # of a layer
 _EQUAL_SHARE = 0.75  # a float16 copy rounded to bfloat16 differs from a direct one in 1 of 16: where it fell on a tie
@@ -31,10 +33,12 @@ def _sizes(host: Host) -> dict:
     }
 
 
-def _first_rows(host: Host) -> list[Tensor]:
-    """Per FFN the input rows, flat: of a gated FFN the gate's."""
+def _first_rows(host: Host) -> Iterator[Tensor]:
+    """Per FFN the input rows, flat: of a gated FFN the gate's. Each is to be read before the next is asked for."""
     like = host.hidden_state_like()
-    return [ffn.sample_source(like).detach().reshape(-1) for ffn in host.ffns.values()]
+    for ffn in host.ffns.values():
+        with gathered(host.model, ffn.module):
+            yield ffn.sample_source(like).detach().reshape(-1)
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .formula import bound_forward, class_name
+from .sharding import is_sharded
 
 
 def _only_moves_the_input(linear: nn.Module) -> bool:
@@ -28,8 +29,11 @@ def _only_moves_the_input(linear: nn.Module) -> bool:
     )
 
 
-def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
-    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
+def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear, gathered: bool = False) -> str | None:
+    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short.
+
+    gathered: whether a sharded weight is taken for the plain one that it is during a forward
+    """
     if type(linear) is not plain:
         return f"is a {class_name(linear)}, not a plain {plain.__name__}"
     own = linear.__dict__  # looked into directly, which takes less than an attribute
@@ -39,7 +43,7 @@ def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> st
         return "has hooks"
     parameters = own["_parameters"]
     weight, bias = parameters["weight"], parameters["bias"]
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter and not (gathered and is_sharded(weight)):
         return f"holds a {type(weight).__name__}, not a plain Parameter"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "requires a gradient"

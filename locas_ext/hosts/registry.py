@@ -15,6 +15,7 @@ from .discovery.discover import discover
 from .ffn import HostFFN, entries
 from .gated_ffn import FusedGatedFFN, GatedFFN
 from .seen import Entry
+from .sharding import own_class
 from .text_config import max_positions
 from .two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from .window_reading import WindowReading
@@ -128,9 +129,10 @@ class Host:
     def read(self, **inputs: Any) -> None:
         """Runs the decoder over `input_ids` for its effects alone: nobody reads logits.
 
-        Through the model where a library has wrapped its forward: what it does around it, such as autocast, belongs to it.
+        Through the model where a library has wrapped its forward or listens to it: what it does around it, such as autocast
+        or the gathering of its weights, belongs to it.
         """
-        if "forward" in self.model.__dict__:
+        if "forward" in self.model.__dict__ or self.model._forward_pre_hooks:
             self.model(logits_to_keep=1, **inputs)
         else:
             self.model.base_model(**inputs)
@@ -180,7 +182,7 @@ def _known(model: PreTrainedModel, family: HostFamily) -> Host:
     _check_not_shared(modules)
     ffns = tuple(family.kind(module, activation) for module in modules)
     for ffn, layer in zip(ffns, layers.values(), strict=True):
-        ffn.activation_name, ffn.modeling = family.activation_name, type(layer).__module__
+        ffn.activation_name, ffn.modeling = family.activation_name, own_class(layer).__module__
     inner = () if family.ffn is None else (family.ffn,)
     decoder_path = _name_of(model, decoder)
     return Host(

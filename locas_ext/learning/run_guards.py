@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.patching.attachment import Attachment
 
 
@@ -36,7 +37,9 @@ def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def surrounded(model: nn.Module) -> str | None:
-    """What stands between a model's code and its caller, hooks of accelerate or a compiled graph; None: nothing."""
+    """What stands between a model's code and its caller, hooks of accelerate, FSDP2 or a compiled graph; None: nothing."""
+    if (why := fsdp_obstacle(model)) is not None:
+        return why
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
             return f"{name or 'the model'} has hooks of accelerate or is compiled"

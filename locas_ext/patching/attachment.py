@@ -15,6 +15,7 @@ from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
 from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host, inspect_host, unwrapped
+from locas_ext.hosts.sharding import fsdp_obstacle, gathered
 from locas_ext.ops.backends import fused_backend, slot_updates
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import PLANES, MemoryState
@@ -81,6 +82,8 @@ def _resolve_backend(host: Host, layers: tuple[int, ...], config: LocasConfig, l
         return backend
     if config.variant == "mlp":
         raise ValueError("rehome is True, but the variant is 'mlp'; only the weights of gated FFNs move")
+    if (problem := fsdp_obstacle(host.model)) is not None:
+        raise ValueError(f"rehome is True, but {problem}, so they stay where it keeps them; expected rehome=False")
     if backend not in ("auto", "matmul"):
         raise ValueError(
             f"rehome is True, but the backend is {backend!r} ({like.dtype} host); expected backend 'matmul' or "
@@ -189,7 +192,8 @@ class Attachment:
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
-        mean = ffn.mean_value_norm(like)
+        with gathered(self.host.model, ffn.module):
+            mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from locas_ext import ops
 from locas_ext.hosts.ffn import HostFFN, Place, Rows
 from locas_ext.hosts.gated_ffn import GatedFFN
+from locas_ext.hosts.sharding import fsdp_modules
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
@@ -179,8 +180,15 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         width = self.ffn.width or host.intermediate_size
         return self.backend == "fused" or (self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, width))
 
+    def _is_gathered_later(self) -> bool:
+        """Whether it is only for now, between forwards, that FSDP2 keeps parts of the weights in their places."""
+        formula = self.ffn.place is Place.MODULE and self.ffn.formula_obstacle() is None
+        return formula and self.ffn.projection_obstacle(gathered=True) is None and bool(fsdp_modules(self.binding.host.model))
+
     def path(self) -> tuple[str, str]:
         obstacle = self.obstacle()
+        if obstacle and self._is_gathered_later():
+            return "whole", "plain projections, gathered by FSDP2 for each forward"
         if obstacle:
             return "sideway", obstacle
         if self.rehomed is not None:

@@ -20,6 +20,7 @@ from locas_ext.caller import caller_stacklevel
 from locas_ext.hosts.context_cache import ContextCache, holds_keys_and_values_only, logits_on, one_forward
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.window_reading import FULL, SHORT, Verdict, Way, cheapest
 
 from .agreement import rounds_whole_texts
@@ -74,7 +75,8 @@ def _check(host: Host, texts: Tensor) -> None:
         )
     for layer, ffn in host.ffns.items():
         try:
-            ffn.differs = difference(ffn, recording)
+            with gathered(model, ffn.module):
+                ffn.differs = difference(ffn, recording)
         except DidNotRun as error:
             raise _Refused(f"the FFN of layer {layer} of {type(model).__name__} {error}") from None
     if reading.lengths.divides(_CONTEXT, len(texts[0])) is None:
