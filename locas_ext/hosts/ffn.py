@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from locas_ext.ops.activations import activate
+from locas_ext.ops.ranks import Ranks
 
 from .formula import Seen, bound_forward, class_name, class_obstacle, has_hooks, is_plain_activation
-from .projections import dense_weight, linear_obstacle, value_norm_mean
+from .projections import dense_weight, linear_obstacle, value_norms
 from .seen import Entry, SeenFFN
 from .sharding import own_class
 
@@ -75,6 +76,7 @@ class HostFFN(ABC):
     is_gated = False  # whether a neuron has a gate row
     seen: Seen | None = None  # of an FFN found by its numbers: what computed them
     repeated = False  # whether one forward of the host runs it several times
+    ranks: Ranks | None = None  # the processes that its neurons are split among
 
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
@@ -120,6 +122,11 @@ class HostFFN(ABC):
         width = getattr(last, "nx" if isinstance(last, Conv1D) else "in_features", None)
         return width if isinstance(width, int) else None
 
+    @property
+    def width_here(self) -> int | None:
+        """About how many of them this process has."""
+        return self.width if self.width is None or self.ranks is None else self.width // self.ranks.size
+
     def formula_obstacle(self) -> str | None:
         """Why the module may compute something else than its formula, or None."""
         kind: Any = type(self.module)
@@ -147,10 +154,16 @@ class HostFFN(ABC):
         """Why the weights cannot be used directly, or None. gathered: as in `linear_obstacle`"""
         if self.differs is not None:
             return self.differs
+        if self.ranks is not None:
+            return self.split_obstacle()
         for name, projection in zip(self.names, self.projections(), strict=True):
             if problem := linear_obstacle(projection, self.plain, gathered):
                 return f"{name} {problem}"
         return None
+
+    def split_obstacle(self) -> str | None:
+        """Why the weights of this process cannot be used directly, or None."""
+        return f"an FFN of the layout {self.layout!r} is split among {self.ranks.size} processes" if self.ranks else None
 
     def obstacle(self) -> str | None:
         """Why the formula on the host's own weights does not stand for the module, or None."""
@@ -179,14 +192,13 @@ class HostFFN(ABC):
     def input_rows(self, like: Tensor) -> tuple[Rows, ...]:
         """The neurons' input rows, each [m, d]; computed where the projections are not plain."""
 
-    def sample_source(self, like: Tensor) -> Tensor:
-        """A tensor of the host's numbers by which this FFN is known again (fingerprint.py)."""
-        rows: Any = self.input_rows(like)[0]
-        return rows
+    def sample_source(self, like: Tensor) -> Rows:
+        """Those of the host's numbers by which this FFN is known again (fingerprint.py)."""
+        return self.input_rows(like)[0]
 
     def mean_value_norm(self, like: Tensor) -> float:
         """The mean length of the neurons' output columns."""
-        return value_norm_mean(self.output_columns(like))
+        return value_norms(self.output_columns(like)).mean().item()
 
     def output_columns(self, like: Tensor) -> Tensor:
         """[d, m]."""
@@ -201,7 +213,8 @@ class ProjectedFFN(HostFFN):
         """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
 
     def importance(self, x: Tensor, forward: Callable) -> Tensor:
-        return self.hidden(x).abs().float().mean(0)
+        fires = self.hidden(x).abs().float().mean(0)
+        return fires if self.ranks is None or len(fires) == self.width else self.ranks.gathered(fires)
 
     @abstractmethod
     def resized(self, rows: Callable, columns: Callable) -> Packed:

@@ -1,7 +1,7 @@
 """Hosts: the FFNs of families in a table, and of all others as one forward shows them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from locas_ext.ops.activations import INDEX
+from locas_ext.ops.ranks import Ranks
 
 from .discovery.discover import discover
-from .ffn import HostFFN, entries
+from .ffn import HostFFN, ProjectedFFN, entries
 from .gated_ffn import FusedGatedFFN, GatedFFN
 from .seen import Entry
 from .sharding import own_class
+from .split import ranks_of
 from .text_config import max_positions
 from .two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from .window_reading import WindowReading
@@ -79,6 +81,7 @@ class Host:
     paths: by layer, the names that lead from decoder() to the FFN's module, layer by layer
     width_key: what the config calls the FFNs' width, where the family says so
     intermediate_size: the width of the first FFN, by which memory files know the host
+    ranks: the processes that its weights are split among; None: it is whole here
     """
 
     model: PreTrainedModel
@@ -92,6 +95,7 @@ class Host:
     max_positions: int
     width_key: str | None = None
     reading: WindowReading = field(default_factory=WindowReading)  # how its windows are read, as far as probed
+    ranks: Ranks | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -167,7 +171,16 @@ def inspect_host(model) -> Host:
             f"{type(model).__name__} has no language-model head, so it cannot be trained on text; "
             "load it with AutoModelForCausalLM"
         )
-    return _discovered(model) if family is None else _known(model, family)
+    ranks = ranks_of(model)
+    host = replace(_discovered(model) if family is None else _known(model, family), ranks=ranks)
+    for ffn in host.ffns.values() if ranks is not None else ():
+        if not isinstance(ffn, ProjectedFFN):
+            raise ValueError(
+                f"{type(model).__name__} has FFNs of the layout {ffn.layout!r} and is split among {ranks.size} processes, where a "
+                "memory can only stand in FFNs of projections; load the model without tp_plan, such as with device_map"
+            )
+        ffn.ranks = ranks
+    return host
 
 
 def _known(model: PreTrainedModel, family: HostFamily) -> Host:

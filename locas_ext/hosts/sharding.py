@@ -1,6 +1,6 @@
 """Weights that are spread over processes by FSDP2 (fully_shard), which gathers them for each forward.
 
-Nothing here imports torch.distributed: whose weights are sharded has done so.
+Nothing here imports torch.distributed.fsdp: whose weights are sharded has done so.
 """
 
 import sys
@@ -8,29 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
-def _distributed(module: str, name: str) -> Any:
-    """A class of torch.distributed; None where nobody has imported it, so that nothing can be of it."""
-    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, None)
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this process holds a part."""
-    kind = _distributed("tensor", "DTensor")
-    return kind is not None and isinstance(tensor, kind)
+def _fsdp_module() -> Any:
+    """The class of modules that fully_shard was applied to; None where nobody has imported it, so that there are none."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def fsdp_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """The modules that fully_shard was applied to, each with its name, from the outside in."""
-    kind = _distributed("fsdp", "FSDPModule")
+    kind = _fsdp_module()
     return [] if kind is None else [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def own_class(module: nn.Module) -> type:
     """A module's class, without what fully_shard has put before it."""
-    kind, order = _distributed("fsdp", "FSDPModule"), type(module).__mro__
+    kind, order = _fsdp_module(), type(module).__mro__
     return order[order.index(kind) + 1] if kind in order else order[0]
 
 

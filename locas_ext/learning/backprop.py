@@ -39,6 +39,18 @@ def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
     return loss.detach()
 
 
+def measured(loss: Tensor, state: MemoryState) -> Tensor:
+    """[1 + number of arenas]: the loss and the norm of each arena's gradient, the same on all processes that share the memory:
+    not finite where one of theirs is not."""
+    numbers = torch.stack([loss.float(), *(arena.gradient_norm().to(loss.device) for arena in state.arenas)])
+    return numbers if state.ranks is None else state.ranks.agreed(numbers)
+
+
+def agreed_loss(loss: Tensor, state: MemoryState) -> float:
+    """A loss, the same on all processes that share the memory."""
+    return (loss.float() if state.ranks is None else state.ranks.agreed(loss.detach().float().clone())).item()
+
+
 def check_loss(loss: float, state: MemoryState, place: str) -> None:
     """LocasError for a loss that is not finite."""
     if not math.isfinite(loss):
@@ -69,10 +81,9 @@ class EagerStep:
         state.sync()  # changes from outside: the forwards below do not look for them
         try:
             loss_here = gradient(self.attachment, window, self.reader)
-            norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]
-            loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
+            loss, *norms = measured(loss_here, state).tolist()  # one read, as each waits for the device
             check_loss(loss, state, place)
-            check_gradient(all(map(math.isfinite, norms_here)), state, place)
+            check_gradient(all(map(math.isfinite, norms)), state, place)
             step = OPTIMIZERS[self.update.optimizer]
             scale = 1.0 / loss_scale(state)
             step(state, self.update.learning_rate, clip=self.attachment.config.clip, gradient_scale=scale)

@@ -12,6 +12,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Chunk, Stream, TextRecord
 
+from .backprop import agreed_loss
 from .chunk import Window
 from .divergence import RECENT, UNJUDGED, Comparison, DivergenceTest
 from .kept_reader import KeptReader
@@ -174,7 +175,7 @@ class DivergenceWatch:
 
     @torch.no_grad()
     def _loss(self, window: Window) -> float:
-        return self.reader.loss(window).item()
+        return agreed_loss(self.reader.loss(window), self.attachment.state)
 
     def _host_loss(self, window: Window) -> float:
         with self.attachment.state.disable():

@@ -10,7 +10,7 @@ import torch
 
 from locas_ext.patching.attachment import Attachment
 
-from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale
+from .backprop import EagerStep, check_gradient, check_loss, gradient, loss_scale, measured
 from .captured import Captured
 from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
@@ -57,12 +57,12 @@ class GraphStep(EagerStep):
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:
-        (arena,) = self.attachment.state.arenas
-        loss = gradient(self.attachment, window, self.reader)
-        finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
         state = self.attachment.state
+        (arena,) = state.arenas
+        numbers = measured(gradient(self.attachment, window, self.reader), state)
+        finite = numbers.isfinite().all().long()
         OPTIMIZERS[self.update.optimizer](
             state, self.learning_rate, clip=self.attachment.config.clip, gradient_scale=1.0 / loss_scale(state), finite=finite
         )
         arena.zero_grad()
-        self.outcome.copy_(torch.stack([loss.double(), finite.double()]))
+        self.outcome.copy_(torch.stack([numbers[0].double(), finite.double()]))

@@ -16,7 +16,7 @@ from locas_ext.patching.base import PatchedFFN
 from locas_ext.state.scope import scoped
 
 from .chunk import Window
-from .inputs import TokenIds, token_ids
+from .inputs import TokenIds, require_same, token_ids
 from .run_guards import eager_host, quiet_host
 from .update import Backprop
 
@@ -115,8 +115,9 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
     for index, ffn in enumerate(attachment.ffns):
         for plane, values in enumerate(rows[ffn]):
-            slots[index, plane] = values
-    if not torch.isfinite(slots).all():
+            slots[index, plane] = values if state.ranks is None else state.ranks.mine(values)
+    finite = bool(torch.isfinite(slots).all())
+    if not (finite if state.ranks is None else state.ranks.all(finite)):
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
     state.set_slots(slots, version=0)
     return result
@@ -126,6 +127,7 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
     ids = token_ids(input_ids, host.vocab_size, at_least=1)
+    require_same(host.ranks, ids, attachment.config)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
     with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):

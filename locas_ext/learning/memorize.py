@@ -15,7 +15,7 @@ from locas_ext.state.stream import Chunk
 from .chunk_loop import Passage
 from .divergence_watch import ON_DIVERGENCE
 from .initialization import check_rate
-from .inputs import TokenIds, token_ids
+from .inputs import TokenIds, require_same, token_ids
 from .report import MemorizeReport
 from .resume import check_same_run, saved_run, settings_of
 from .run import Run, tail_length
@@ -61,9 +61,10 @@ def memorize(
         raise TypeError(f"title is {title!r}; expected a string or None")
     host = attachment.host
     with attachment.exclusive("memorize"):
-        saved = None if resume is None else saved_run(resume)
+        saved = None if resume is None else saved_run(resume, host.ranks)
         resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
         ids = token_ids(input_ids, host.vocab_size, at_least=2)
+        require_same(host.ranks, ids, resolved)
         bos = bos_token_id(host.model) if resolved.protocol.bos else None
         reader = reader_for(host, resolved, len(ids))
         if saved is None:
@@ -112,6 +113,7 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
     tail = token_ids(stream.tail, host.vocab_size, at_least=1)
     with torch.inference_mode(False):  # what is made there cannot be a target of a backward
         ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
+    require_same(host.ranks, ids, resolved)
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
     reader = reader_for(host, resolved, stream.position - len(tail) + len(ids))
     reader.take_up(stream)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from locas_ext.checks import path
 from locas_ext.errors import LocasError
+from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream
 from locas_ext.storage import checkpoint
@@ -24,9 +25,9 @@ class SavedRun:
     settings: Settings
 
 
-def saved_run(resume: str | Path) -> SavedRun:
-    """LocasError if the folder holds no run, or one that cannot be read."""
-    memory = checkpoint.read(path("resume", resume))
+def saved_run(resume: str | Path, ranks: Ranks | None = None) -> SavedRun:
+    """LocasError if the folder holds no run, or one that cannot be read. ranks: the processes that read it together"""
+    memory = checkpoint.read(path("resume", resume), ranks)
     if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "

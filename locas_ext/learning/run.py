@@ -7,7 +7,7 @@ import torch
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk, Stream
 
-from .backprop import check_loss
+from .backprop import agreed_loss, check_loss
 from .chunk import Reader, Window
 from .chunk_loop import Passage, progress_bar, read_chunks
 from .divergence_watch import DivergenceWatch
@@ -93,7 +93,7 @@ class Run:
         version, learned = state.version, state.learned
         losses = []
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
-            losses.append(score_and_initialize(self.attachment, window).item())
+            losses.append(agreed_loss(score_and_initialize(self.attachment, window), state))
             check_loss(losses[0], state, place)
         self.watch.before(window)
         self._settle(window)

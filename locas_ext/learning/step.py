@@ -30,6 +30,11 @@ def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
     """What reads the chunks of a run over a text of so many tokens. ValueError for a host that cannot be read so."""
     if settings.keep is None:
         return WindowReader(host, settings.context_gradient)
+    if host.ranks is not None:
+        raise ValueError(
+            f"context is 'keep', but the host is split among {host.ranks.size} processes (tp_plan), of which each has keys and "
+            "values of its own heads only; expected context='recompute'"
+        )
     with quiet_host(host.model):
         return KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
 

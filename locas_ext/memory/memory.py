@@ -105,7 +105,7 @@ class Memory(MemoryStudy):
         >>> memory.version
         0
         """
-        saved = checkpoint.read(checks.path("path", path))
+        saved = checkpoint.read(checks.path("path", path), self.state.ranks)
         with self._attachment.exclusive("load"):
             saved.put_into(self._attachment)
 
@@ -212,8 +212,8 @@ class Memory(MemoryStudy):
             locas_ext. `locas.unmerge(model)` undoes it.
 
         Raises:
-            ValueError: the memory is detached or a Locas-MLP one on a gated host, or a layer's projections cannot be
-                widened; the model stays as it was, with the memory attached
+            ValueError: the memory is detached or a Locas-MLP one on a gated host, a layer's projections cannot be widened,
+                or the host is split among processes; the model stays as it was, with the memory attached
             RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas
@@ -225,6 +225,7 @@ class Memory(MemoryStudy):
         40
         """
         self._require_attached("merge_and_unload")
+        self._require_whole("merge_and_unload", "save the memory, and merge it in a model that is loaded without tp_plan")
         with self._attachment.exclusive("merge_and_unload"):
             with self._attachment.freeze.following():
                 model = merge(self._attachment.host, self.state, pad_to_multiple_of)

@@ -47,7 +47,8 @@ class MemoryStudy(MemoryLearning):
             there. A run of `memorize` ends here: `feed` does not go on behind a study.
 
         Raises:
-            ValueError: the memory is detached or disabled here, or an argument is out of range
+            ValueError: the memory is detached or disabled here, an argument is out of range, or the host is split among
+                processes
             TypeError: an argument is of another type
             LocasError: no question can be used (with the counts), the cache is damaged, or a loss or gradient is not finite
             FileExistsError: the cache holds something else
@@ -67,5 +68,6 @@ class MemoryStudy(MemoryLearning):
         (2, 1, 1)
         """
         self._require_attached("study")
+        self._require_whole("study", "study in a model that is loaded without tp_plan, and load the memory here")
         self._require_enabled("study", "nothing can be learned")
         return study(self._attachment, texts, tokenizer, loss, pairs, seed, progress, settings, cache)

@@ -43,6 +43,28 @@ def _layers(host: Host, config: LocasConfig) -> tuple[int, ...]:
     return layers
 
 
+def _check_split(host: Host, config: LocasConfig, rehome: bool) -> None:
+    """ValueError for what a host that is split among processes cannot have."""
+    if host.ranks is None:
+        return
+    size, name = host.ranks.size, type(host.model).__name__
+    if config.variant == "mlp":
+        raise ValueError(
+            f"variant is 'mlp', but {name} is split among {size} processes (tp_plan), which only a gated memory can be too; use "
+            "variant='glu', or load the model without tp_plan"
+        )
+    if config.rank % size:
+        raise ValueError(
+            f"rank is {config.rank}, but {name} is split among {size} processes (tp_plan), of which each takes an equal part of "
+            f"the slots; expected a multiple of {size}"
+        )
+    if rehome:
+        raise ValueError(
+            f"rehome is True, but the weights of {name} are split among {size} processes (tp_plan) and cannot move; use "
+            "rehome=False, or load the model without tp_plan"
+        )
+
+
 def _check_variant(host: Host, layers: tuple[int, ...], config: LocasConfig) -> None:
     """ValueError for a variant that an FFN has no place for; a warning for one that the paper found weak."""
     model_type = host.config.model_type
@@ -75,7 +97,7 @@ def _resolve_backend(host: Host, layers: tuple[int, ...], config: LocasConfig, l
                 "host's FFN: expected backend 'auto', 'matmul' or 'reference'"
             )
         for layer in layers:
-            width = host.ffns[layer].width or host.intermediate_size
+            width = host.ffns[layer].width_here or host.intermediate_size
             if (problem := fused_backend(like).obstacle(like, host.hidden_size, width)) is not None:
                 raise ValueError(f"backend is 'fused', but {problem}")
     if not rehome:
@@ -125,6 +147,7 @@ class Attachment:
             )
         host = inspect_host(model)
         layers = _layers(host, config)
+        _check_split(host, config, rehome)
         _check_variant(host, layers, config)
         for layer in layers:
             check_rank(config, host.ffns[layer].width or host.intermediate_size)
@@ -143,6 +166,7 @@ class Attachment:
             scales,
             [devices[layer] for layer in layers],
             like.dtype,
+            host.ranks,
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         binding = Binding(self.state, self.backend, host, number_of(self.state))

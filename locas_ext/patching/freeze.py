@@ -9,7 +9,8 @@ from weakref import WeakSet
 from torch import Tensor, inference_mode, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from locas_ext.hosts.sharding import is_sharded, let_go
+from locas_ext.hosts.sharding import let_go
+from locas_ext.hosts.split import is_split
 
 # Of each host tensor that attach froze, the freezes that still hold: a fork's host is the same tensors.
 _holders: Any = WeakIdKeyDictionary()
@@ -67,7 +68,7 @@ class HostFreeze:
     def _follow_sharded(self) -> None:
         """fully_shard puts a sharded parameter in the place of a whole one, with its flags."""
         now = dict(self.model.named_parameters())
-        self._follow([name for name, old in self.frozen.items() if is_sharded(now.get(name)) and not is_sharded(old)])
+        self._follow([name for name, old in self.frozen.items() if is_split(now.get(name)) and not is_split(old)])
 
     def release(self) -> None:
         """Turns requires_grad on again where it is still as `hold` left it and no other memory needs it so.

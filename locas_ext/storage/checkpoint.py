@@ -12,6 +12,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
+from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
@@ -24,10 +25,16 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 
 # ---- writing ---------------------------------------------------------------------------------------------------
 def save(attachment: Attachment, path: Path, optimizer: bool) -> None:
-    """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes."""
+    """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes.
+
+    Of processes that share the memory the first one writes, for which the others wait.
+    """
     with attachment.state.exclusion.read("save_pretrained"):
         record, memory = _serialized(attachment, path, optimizer)
-    folder.write(path, record, memory)
+    ranks = attachment.state.ranks
+    with together(ranks):
+        if ranks is None or ranks.rank == 0:
+            folder.write(path, record, memory)
 
 
 def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[bytes, bytes]:
@@ -43,14 +50,14 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
         "host": fingerprint(attachment.host),
         "memory_version": state.version,
         "initialized": state.initialized,
-        "slots_used": state.used,
+        "slots_used": state.used * state.processes,
         "tokens_seen": stream.position if stream else 0,
         "texts": [text.to_dict() for text in attachment.texts],
         "stream": stream.to_dict() if stream and optimizer else None,
     }
     try:
         kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
-        memory = tensor_file.serialize({**state.tensors(optimizer), **kept}, fields)
+        memory = tensor_file.serialize({**state.gathered(state.tensors(optimizer)), **kept}, fields)
         return config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)}), memory
     except Wrong as error:
         raise LocasError(f"cannot save the memory: {error}; nothing in {path} was changed") from None
@@ -110,10 +117,17 @@ class Saved:
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
         own = {name: tensor for name, tensor in self.tensors.items() if name in tensor_file.OF_MEMORY}
-        state.load(own, fields["memory_version"], fields["slots_used"])
+        state.load(state.share(own), fields["memory_version"], fields["slots_used"] // state.processes)
         attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 
-def read(path: Path) -> Saved:
-    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it."""
-    return Saved(path, *folder.read(path))
+def read(path: Path, ranks: Ranks | None = None) -> Saved:
+    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it.
+
+    ranks: the processes that read it together: what one cannot read, none takes
+    """
+    with together(ranks):
+        saved = Saved(path, *folder.read(path))
+    if ranks is not None and not ranks.same(saved.fields["memory_sha256"]):
+        raise LocasError(f"{path}: the processes that share the memory have read different files")
+    return saved

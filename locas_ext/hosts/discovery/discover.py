@@ -17,8 +17,8 @@ from locas_ext.hosts.ffn import HostFFN, Place
 from locas_ext.hosts.formula import Seen, class_name
 from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.hosts.probe.recording import Recording
-from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.probe.undisturbed import undisturbed
+from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.tried import tried
 from locas_ext.hosts.two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from locas_ext.ops.activations import has_parameters

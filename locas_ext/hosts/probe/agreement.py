@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from locas_ext.hosts.split import is_split
+
 # What a host that rounds whole texts to one grid of int8 numbers may make of the same tokens in two texts.
 COARSE = 0.1
 
@@ -12,7 +14,7 @@ def rounds_whole_texts(model: nn.Module) -> bool:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features") and not any(module.children()):
-            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            if not (type(weight) is nn.Parameter or is_split(weight)) or not weight.is_floating_point():
                 return True
     return False
 

@@ -79,6 +79,8 @@ def _check(host: Host, texts: Tensor) -> None:
                 ffn.differs = difference(ffn, recording)
         except DidNotRun as error:
             raise _Refused(f"the FFN of layer {layer} of {type(model).__name__} {error}") from None
+        if host.ranks is not None and not host.ranks.all(ffn.differs is None):
+            ffn.differs = ffn.differs or "it computes something else on another process"
     if reading.lengths.divides(_CONTEXT, len(texts[0])) is None:
         _choose_way(host, texts[0], recording.logits[0, _CONTEXT:])
 
