@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+
+from locas_ext.ops.ranks import Ranks
+
+from .split import is_split, local, ranks_of
 
 
 def _fsdp_module() -> Any:
@@ -34,6 +39,32 @@ def fsdp_obstacle(model: nn.Module) -> str | None:
         return None
     told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"FSDP2 (fully_shard) gathers the weights of {told} for each forward"
+
+
+def fsdp_ranks(model: nn.Module) -> Ranks | None:
+    """The processes over which FSDP2 shards a model; None where it does not. ValueError for a mesh that has no one group."""
+    if not fsdp_modules(model):
+        return None
+    let_go(model)
+    parts = [parameter for parameter in model.parameters() if is_split(parameter)]
+    if not parts:
+        return None
+    mesh: Any = parts[0].device_mesh  # type: ignore[attr-defined]
+    if mesh.ndim == 1:
+        group = mesh.get_group()
+    elif mesh.size() == dist.get_world_size():
+        group = dist.group.WORLD
+    else:
+        raise ValueError(
+            f"FSDP2 shards {type(model).__name__} over a mesh {tuple(mesh.shape)} of some of {dist.get_world_size()} processes; "
+            "expected a mesh of one dimension, or one of all processes"
+        )
+    return Ranks(group, dist.get_rank(group), mesh.size(), local(parts[0]).device)
+
+
+def companions(model: nn.Module) -> Ranks | None:
+    """The processes that run a model together, each with a part of its weights; None: this one runs it alone."""
+    return ranks_of(model) or fsdp_ranks(model)
 
 
 @contextmanager

@@ -25,14 +25,19 @@ class SavedRun:
     settings: Settings
 
 
-def saved_run(resume: str | Path, ranks: Ranks | None = None) -> SavedRun:
-    """LocasError if the folder holds no run, or one that cannot be read. ranks: the processes that read it together"""
+def saved_run(resume: str | Path, ranks: Ranks | None = None, place: int = 0) -> SavedRun:
+    """LocasError if the folder holds no run, or one that cannot be read.
+
+    ranks: the processes that read it together; place: which of the texts that were learned at once
+    """
     memory = checkpoint.read(path("resume", resume), ranks)
     if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
+    if place < len(stream.ranks):
+        stream = stream.of_rank(place)
     return SavedRun(memory, stream, settings_of(stream, resume))
 
 

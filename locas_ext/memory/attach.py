@@ -11,7 +11,7 @@ from locas_ext import checks
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host, unwrapped
-from locas_ext.hosts.split import ranks_of
+from locas_ext.hosts.sharding import companions
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 
@@ -85,7 +85,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     >>> loaded.version, bool((loaded.slots == memory.slots).all())
     (4, True)
     """
-    saved = checkpoint.read(checks.path("path", path), ranks_of(unwrapped(model)))
+    saved = checkpoint.read(checks.path("path", path), companions(unwrapped(model)))
     saved.check_host(inspect_host(model))
     saved.check_room()
     memory, obstacle = _attach_saved(model, saved.config, rehome)

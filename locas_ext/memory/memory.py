@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from locas_ext import checks
+from locas_ext.hosts.sharding import companions
 from locas_ext.storage import checkpoint
 from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
@@ -105,7 +106,7 @@ class Memory(MemoryStudy):
         >>> memory.version
         0
         """
-        saved = checkpoint.read(checks.path("path", path), self.state.ranks)
+        saved = checkpoint.read(checks.path("path", path), companions(self.model))
         with self._attachment.exclusive("load"):
             saved.put_into(self._attachment)
 

@@ -17,6 +17,7 @@ from locas_ext.hosts.projections import projection_device
 from locas_ext.hosts.registry import Host, inspect_host, unwrapped
 from locas_ext.hosts.sharding import fsdp_obstacle, gathered
 from locas_ext.ops.backends import fused_backend, slot_updates
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import PLANES, MemoryState
 from locas_ext.state.stream import Stream, TextRecord
@@ -173,6 +174,7 @@ class Attachment:
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
         self.texts: list[TextRecord] = []  # those learned from, oldest first
+        self.ranks: Ranks | None = None  # the processes of the latest run, which learned it in step
         self._bind(rehome)
 
     def _bind(self, rehome: bool) -> None:

@@ -12,6 +12,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.sharding import companions
 from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream, TextRecord
@@ -27,11 +28,11 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 def save(attachment: Attachment, path: Path, optimizer: bool) -> None:
     """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes.
 
-    Of processes that share the memory the first one writes, for which the others wait.
+    Of processes that run the host together the first one writes, for which the others wait.
     """
     with attachment.state.exclusion.read("save_pretrained"):
         record, memory = _serialized(attachment, path, optimizer)
-    ranks = attachment.state.ranks
+    ranks = companions(attachment.host.model)
     with together(ranks):
         if ranks is None or ranks.rank == 0:
             folder.write(path, record, memory)
@@ -41,6 +42,8 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
     """-> the config file's and the tensor file's bytes. LocasError for what a reader would refuse."""
     state, stream = attachment.state, attachment.stream
     state.sync()
+    streams = (stream.ranks or [stream]) if stream else []
+    other = {"other_streams": [each.to_dict() for each in streams[1:]]} if optimizer and streams[1:] else {}
     fields = {
         "format_version": config_file.FORMAT_VERSION,
         "locas_ext_version": __version__,
@@ -51,9 +54,10 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
         "memory_version": state.version,
         "initialized": state.initialized,
         "slots_used": state.used * state.processes,
-        "tokens_seen": stream.position if stream else 0,
+        "tokens_seen": streams[0].position if streams else 0,
         "texts": [text.to_dict() for text in attachment.texts],
-        "stream": stream.to_dict() if stream and optimizer else None,
+        "stream": streams[0].to_dict() if streams and optimizer else None,
+        **other,
     }
     try:
         kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
