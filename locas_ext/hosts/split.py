@@ -12,9 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from locas_ext.ops.ranks import Ranks
 
-from .formula import bound_forward, class_name, has_hooks
-
-_MODULE = "transformers.distributed.tensor_parallel"
+from .formula import SPLITTING, bound_forward, class_name, has_hooks, sums_gradients
 
 
 def is_split(tensor: Any) -> bool:
@@ -53,7 +51,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 def style_of(linear: nn.Module) -> Any:
     """What transformers has put around the forward of a module's class to split it: one of its styles; None for none such."""
     forward = bound_forward(linear)
-    if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
+    if getattr(forward, "__module__", None) != SPLITTING or not getattr(forward, "__closure__", None):
         return None
     inside = {name: cell.cell_contents for name, cell in zip(forward.__code__.co_freevars, forward.__closure__, strict=True)}
     original, module = inside.get("original_forward"), inside.get("module")
@@ -61,6 +59,13 @@ def style_of(linear: nn.Module) -> Any:
         return None
     shares = module._parameters.get("weight") is linear._parameters.get("weight")  # a copy's are the same weights
     return inside.get("self") if shares else None
+
+
+def only_sums_gradients(module: nn.Module) -> bool:
+    """Whether a frozen module's own forward is its class's: transformers would add up its parameters' gradients behind it."""
+    return sums_gradients(bound_forward(module)) and not any(
+        parameter.requires_grad for parameter in module.parameters(recurse=False)
+    )
 
 
 def split_obstacle(linear: nn.Module, dim: int) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from locas_ext.caller import caller_stacklevel
+from locas_ext.hosts.split import is_split
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.rehome import RehomedFFN
 
@@ -39,7 +40,8 @@ class _HostTensors:
         return all(tuple(now.values()) == then for now, then in self.children)
 
     def addresses(self) -> list[int]:
-        return [0 if tensor is None else tensor.data_ptr() for tensors in self.held for tensor in tensors.values()]
+        tensors = (tensor for tensors in self.held for tensor in tensors.values() if tensor is not None)
+        return [(tensor._local_tensor if is_split(tensor) else tensor).data_ptr() for tensor in tensors]
 
 
 class Work(Interface):
