@@ -68,17 +68,18 @@ def only_sums_gradients(module: nn.Module) -> bool:
     )
 
 
-def split_obstacle(linear: nn.Module, dim: int) -> str | None:
+def split_obstacle(linear: nn.Module, dim: int, joins: bool = False) -> str | None:
     """Why the local part of a projection's weight [out, in] cannot be used directly, or None.
 
     dim: along which it has to be split: 0 where its outputs stay apart, 1 where they are summed
+    joins: whether its outputs are put side by side instead, as an LM head's
     """
     style = style_of(linear)
     if type(linear) is not nn.Linear:
         return f"is a {class_name(linear)}, not a plain Linear"
     if type(style).__name__ != ("ColwiseParallel", "RowwiseParallel")[dim]:
         return "is not split by its neurons" if style is None else f"is split by a {type(style).__name__}"
-    if not style.use_local_output or (style.input_layouts, style.output_layouts) != _LAYOUTS[dim]:
+    if not style.use_local_output or (style.input_layouts, style.output_layouts) != _LAYOUTS[2 if joins else dim]:
         return f"is split from {style.input_layouts} to {style.output_layouts}"
     if has_hooks(linear):
         return "has hooks"
@@ -92,7 +93,7 @@ def split_obstacle(linear: nn.Module, dim: int) -> str | None:
     return None
 
 
-_LAYOUTS = ((Replicate(), Shard(-1)), (Shard(-1), Replicate()))  # of what goes in and comes out
+_LAYOUTS = ((Replicate(), Shard(-1)), (Shard(-1), Replicate()), (Replicate(), Replicate()))  # of what goes in and comes out
 
 
 class SplitRows:

@@ -63,11 +63,13 @@ class Run:
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
         attachment, model = self.attachment, self.attachment.host.model
+        ranks = attachment.state.ranks
+        first = ranks is None or ranks.rank == 0  # of processes that run alike
         attachment.state.zero_grad()
         attachment.host.reading.begin_run(model)
         with (
-            progress_bar(progress, self.passage, self.report, "memorizing") as bar,
-            interrupt_between_chunks() as check_interrupt,
+            progress_bar(progress and first, self.passage, self.report, "memorizing") as bar,
+            interrupt_between_chunks(ranks) as check_interrupt,
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -23,7 +23,7 @@ from .binding import Piece, why_not_bound
 from .layers import FastLayer, FinalNorm, attention_of, chain
 from .loss import HeadLoss, head_loss
 from .norms import FastNorm, fast_norm
-from .split import SplitModule, split_modules
+from .split import SplitModule, split_head, split_modules
 from .window_cache import WindowBuffers, WindowCache
 
 TOKENS = 16  # of the text's, for the recorded forward
@@ -189,7 +189,8 @@ def _split(host: Host) -> list[SplitModule]:
         return []
     decoder = host.model.get_decoder()
     inside = {projection for ffn in host.ffns.values() for projection in ffn.projections()}
-    return [part for part in split_modules(decoder.modules(), host.ranks) if part.module not in inside]
+    found = [part for part in split_modules(decoder.modules(), host.ranks) if part.module not in inside]
+    return found + split_head(host.model.get_output_embeddings(), host.ranks)
 
 
 def _find_split(found: Found, recording: Recording) -> None:

@@ -44,6 +44,13 @@ class SplitOutputs:
         return F.linear(self.entered.of(x), local(self.module.weight), local(self.module.bias))
 
 
+class SplitHead(SplitOutputs):
+    """The same where the outputs of all processes, equally many, are put side by side: an LM head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.entered.ranks.joined(super().forward(x))
+
+
 class SplitInputs:
     """Stands in for a linear layer of whose inputs each process has a part."""
 
@@ -94,6 +101,13 @@ def split_modules(modules: Iterable[nn.Module], ranks: Ranks) -> list[SplitModul
             elif type(child) is nn.Embedding and _is_split_by_rows(child):
                 found.append(SplitEmbedding(child, ranks))
     return found
+
+
+def split_head(head: Any, ranks: Ranks) -> list[SplitModule]:
+    """What stands in for an LM head that is split into equal parts, if it is."""
+    if split_obstacle(head, 0, joins=True) is not None or head.out_features % ranks.size:
+        return []
+    return [SplitHead(head, EnteredOnce(ranks))]
 
 
 def _is_split_by_rows(embedding: nn.Embedding) -> bool:
