@@ -55,9 +55,9 @@ class _JoinedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, ranks):
         ctx.ranks = ranks
-        parts = y.new_empty(ranks.size, *y.shape)
+        parts = y.new_empty(ranks.size * y.shape[0], *y.shape[1:])  # one after another, as gloo wants them
         dist.all_gather_into_tensor(parts, y.contiguous(), group=ranks.group)
-        return parts.movedim(0, -2).flatten(-2)
+        return parts.view(ranks.size, *y.shape).movedim(0, -2).flatten(-2)
 
     @staticmethod
     def backward(ctx, dy):
