@@ -16,7 +16,7 @@ from .discovery.discover import discover
 from .ffn import HostFFN, ProjectedFFN, entries
 from .gated_ffn import FusedGatedFFN, GatedFFN
 from .seen import Entry
-from .sharding import own_class
+from .sharding import check_not_flattened, own_class
 from .split import ranks_of
 from .text_config import max_positions
 from .two_layer_ffn import Conv1DFFN, TwoLayerFFN
@@ -159,6 +159,8 @@ def inspect_host(model) -> Host:
     or an activation without a kernel in a family that is known; the message says what would work.
     """
     model = unwrapped(model)
+    if isinstance(model, nn.Module):
+        check_not_flattened(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is {type(model).__name__}; expected a transformers causal language model, "

@@ -56,10 +56,21 @@ def fsdp_ranks(model: nn.Module) -> Ranks | None:
         group = dist.group.WORLD
     else:
         raise ValueError(
-            f"FSDP2 shards {type(model).__name__} over a mesh {tuple(mesh.shape)} of some of {dist.get_world_size()} processes; "
-            "expected a mesh of one dimension, or one of all processes"
+            f"FSDP2 shards {type(model).__name__} over a mesh {tuple(mesh.shape)} of some of {dist.get_world_size()} "
+            "processes; expected a mesh of one dimension, or one of all processes"
         )
     return Ranks(group, dist.get_rank(group), mesh.size(), local(parts[0]).device)
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """ValueError for a model in which the FSDP before fully_shard has made one vector of each module's weights."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            raise ValueError(
+                f"{name or 'the model'} is a FullyShardedDataParallel, which flattens its weights; expected FSDP2, "
+                "torch.distributed.fsdp.fully_shard, or a host that is whole"
+            )
 
 
 def companions(model: nn.Module) -> Ranks | None:

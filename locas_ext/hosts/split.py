@@ -12,9 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from locas_ext.ops.ranks import Ranks
 
-from .formula import bound_forward, class_name, has_hooks
-
-_MODULE = "transformers.distributed.tensor_parallel"
+from .formula import SPLITTING, bound_forward, class_name, has_hooks, sums_gradients
 
 
 def is_split(tensor: Any) -> bool:
@@ -53,7 +51,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 def style_of(linear: nn.Module) -> Any:
     """What transformers has put around the forward of a module's class to split it: one of its styles; None for none such."""
     forward = bound_forward(linear)
-    if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
+    if getattr(forward, "__module__", None) != SPLITTING or not getattr(forward, "__closure__", None):
         return None
     inside = {name: cell.cell_contents for name, cell in zip(forward.__code__.co_freevars, forward.__closure__, strict=True)}
     original, module = inside.get("original_forward"), inside.get("module")
@@ -63,17 +61,25 @@ def style_of(linear: nn.Module) -> Any:
     return inside.get("self") if shares else None
 
 
-def split_obstacle(linear: nn.Module, dim: int) -> str | None:
+def only_sums_gradients(module: nn.Module) -> bool:
+    """Whether a frozen module's own forward is its class's: transformers would add up its parameters' gradients behind it."""
+    return sums_gradients(bound_forward(module)) and not any(
+        parameter.requires_grad for parameter in module.parameters(recurse=False)
+    )
+
+
+def split_obstacle(linear: nn.Module, dim: int, joins: bool = False) -> str | None:
     """Why the local part of a projection's weight [out, in] cannot be used directly, or None.
 
     dim: along which it has to be split: 0 where its outputs stay apart, 1 where they are summed
+    joins: whether its outputs are put side by side instead, as an LM head's
     """
     style = style_of(linear)
     if type(linear) is not nn.Linear:
         return f"is a {class_name(linear)}, not a plain Linear"
     if type(style).__name__ != ("ColwiseParallel", "RowwiseParallel")[dim]:
         return "is not split by its neurons" if style is None else f"is split by a {type(style).__name__}"
-    if not style.use_local_output or (style.input_layouts, style.output_layouts) != _LAYOUTS[dim]:
+    if not style.use_local_output or (style.input_layouts, style.output_layouts) != _LAYOUTS[2 if joins else dim]:
         return f"is split from {style.input_layouts} to {style.output_layouts}"
     if has_hooks(linear):
         return "has hooks"
@@ -87,7 +93,7 @@ def split_obstacle(linear: nn.Module, dim: int) -> str | None:
     return None
 
 
-_LAYOUTS = ((Replicate(), Shard(-1)), (Shard(-1), Replicate()))  # of what goes in and comes out
+_LAYOUTS = ((Replicate(), Shard(-1)), (Shard(-1), Replicate()), (Replicate(), Replicate()))  # of what goes in and comes out
 
 
 class SplitRows:

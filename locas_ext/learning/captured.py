@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from locas_ext.caller import caller_stacklevel
+from locas_ext.hosts.split import is_split
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.rehome import RehomedFFN
 
@@ -39,7 +40,8 @@ class _HostTensors:
         return all(tuple(now.values()) == then for now, then in self.children)
 
     def addresses(self) -> list[int]:
-        return [0 if tensor is None else tensor.data_ptr() for tensors in self.held for tensor in tensors.values()]
+        tensors = (tensor for tensors in self.held for tensor in tensors.values() if tensor is not None)
+        return [(tensor._local_tensor if is_split(tensor) else tensor).data_ptr() for tensor in tensors]
 
 
 class Work(Interface):
@@ -119,12 +121,19 @@ class Captured:
             self.captured_at = self._signature()
             self.graph = capture(self._run, self.ids.device)
         except Exception as error:
-            self.why_not = f"the step cannot be captured: {error}"
-            message = f"memorizing continues without a CUDA graph, with the same results but slower: {error}"
-            warnings.warn(message, stacklevel=caller_stacklevel())
+            self._give_up(error)
         finally:
             self._undo_python()
+        ranks = self.attachment.state.ranks
+        if ranks is not None and not ranks.all(self.graph is not None) and self.graph is not None:
+            self._give_up("another process cannot capture it")
+            self._undo_python()
         return self.graph
+
+    def _give_up(self, why: object) -> None:
+        self.graph, self.why_not = None, f"the step cannot be captured: {why}"
+        message = f"memorizing continues without a CUDA graph, with the same results but slower: {why}"
+        warnings.warn(message, stacklevel=caller_stacklevel())
 
     def _prepare(self, window: Window) -> None:
         device = self.attachment.state.arenas[0].slots.device

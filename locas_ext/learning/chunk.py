@@ -86,6 +86,9 @@ class Reader(TakesKernels, Protocol):
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
 
+    def runs_the_host(self, window: Window) -> bool:
+        """Whether the host's own code alone reads a window, without kernels of ours."""
+
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""
 

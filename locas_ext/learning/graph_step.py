@@ -63,6 +63,8 @@ class GraphStep(EagerStep):
             arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
 
     def rehearse(self, window: Window) -> None:
+        if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):
+            raise RuntimeError("a host that is split among processes is captured only where kernels of ours read it")
         gradient(self.attachment, window, self.reader, formed=self.peers is not None)
         self.attachment.state.zero_grad()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.ffn import Rows
+from locas_ext.hosts.sharding import companions
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
@@ -134,7 +135,7 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
     ids = token_ids(input_ids, host.vocab_size, at_least=1)
-    require_same(host.ranks, ids, attachment.config)
+    require_same(companions(host.model), ids, attachment.config)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
     with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):

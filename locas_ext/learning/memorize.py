@@ -118,7 +118,9 @@ def _peers(
     attachment.ranks = ranks
     if ranks is None:
         return None
-    facts = {**attachment.config.to_dict(), **settings.as_settings().to_record(), **facts_of(attachment.state), **about}
+    config, record = attachment.config.to_dict(), settings.as_settings().to_record()
+    facts = {f"config.{name}": value for name, value in config.items()} | record
+    facts |= facts_of(attachment.host, attachment.state) | about
     peers = Peers.meet(ranks, attachment.host, facts, text, settings.texts > 1, settings.epochs)
     return peers if isinstance(settings.update, Backprop) else None  # a write is computed alike everywhere
 
@@ -172,8 +174,8 @@ def _fed_settings(attachment: Attachment, stream: Stream) -> tuple[ResolvedSetti
         return settings.resolve(attachment.host, attachment.state), ranks_in_step(attachment.host, None)
     if ranks is None or ranks.size != settings.texts:
         raise ValueError(
-            f"feed: the run learned {settings.texts} texts at once, in other processes; continue with memorize(the whole text of "
-            "this rank, update=locas.Backprop(process_group=...), resume=folder)"
+            f"feed: the run learned {settings.texts} texts at once, in other processes; continue with memorize(the whole text "
+            "of this rank, update=locas.Backprop(process_group=...), resume=folder)"
         )
     settings = replace(settings, update=replace(settings.update, process_group=ranks.group))
     return settings.resolve(attachment.host, attachment.state), ranks

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from locas_ext.errors import LocasError
+from locas_ext.hosts.fingerprint import fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.sharding import fsdp_ranks
 from locas_ext.ops.ranks import Ranks
@@ -50,17 +51,25 @@ def ranks_in_step(host: Host, group: Any) -> Ranks | None:
     return Ranks(group, dist.get_rank(group), dist.get_world_size(group), host.input_device())
 
 
-def _digest(state: MemoryState) -> str:
-    """Of a memory's numbers."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.tensors().items()):
-        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+def facts_of(host: Host, state: MemoryState) -> dict[str, Any]:
+    """What a host and its memory are, for processes to compare, by the names of messages."""
+    numbers = hashlib.sha256()
+    for _, tensor in sorted(state.tensors().items()):
+        numbers.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "the host (digest of samples of its weights)": _hex(repr(fingerprint(host)).encode()),
+        "the host's dtype": str(state.arenas[0].compute.dtype),
+        "memory.version": state.version,
+        "the shape of memory.slots": list(state.shape),
+        "memory.slots (digest)": numbers.hexdigest()[:16],
+        "which of memory.parameters() require a gradient": [
+            parameter.requires_grad for arena in state.arenas for parameter in arena.parameters
+        ],
+    }
 
 
-def facts_of(state: MemoryState) -> dict[str, Any]:
-    """What a memory is, for processes to compare."""
-    return {"memory.version": state.version, "slots": list(state.shape), "numbers of the slots (digest)": _digest(state)}
+def _hex(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class Peers:
@@ -95,7 +104,7 @@ class Peers:
         epochs: how often each window is learned
         """
         if not each:
-            facts = {**facts, "input_ids (digest)": hashlib.sha256(text.passage.ids.numpy().tobytes()).hexdigest()[:16]}
+            facts = {**facts, "input_ids (digest)": _hex(text.passage.ids.numpy().tobytes())}
         met: list[Any] = [None] * ranks.size
         dist.all_gather_object(met, (facts, text if each else None), group=ranks.group)
         for rank, (theirs, _) in enumerate(met):
@@ -106,15 +115,6 @@ class Peers:
         if each:
             texts[ranks.rank] = text
         return cls(ranks, texts, each, fsdp_ranks(host.model) is not None, epochs)
-
-    @property
-    def text(self) -> ReadText:
-        """This rank's."""
-        return self.texts[self.own]
-
-    @property
-    def shows_progress(self) -> bool:
-        return self.ranks.rank == 0
 
     # ---- before a step ---------------------------------------------------------------------------------------
     @property

@@ -60,8 +60,8 @@ def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettin
         {**config, "layers": None, "backend": None, **run.to_record()}
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
-    recompute = {"context": "recompute"}  # what a record without the key means
-    before, wanted = {**recompute, **before}, {**recompute, **wanted}
+    without = {"context": "recompute", "texts": 1}  # what a record without the key means
+    before, wanted = {**without, **before}, {**without, **wanted}
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)

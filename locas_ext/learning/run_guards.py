@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from locas_ext.hosts.sharding import fsdp_obstacle
+from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 
 
@@ -57,8 +58,8 @@ def eager_host(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since.
+def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since, in any of the processes `ranks`.
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
@@ -76,7 +77,7 @@ def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
         pressed = True
 
     def check():
-        if pressed:
+        if pressed if ranks is None else not ranks.all(not pressed):
             raise KeyboardInterrupt
 
     if mine:

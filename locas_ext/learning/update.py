@@ -78,8 +78,8 @@ def _check_group(group: object) -> None:
     """TypeError or ValueError for what is no process group with this process in it."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group is {type(group).__name__}; expected a torch.distributed.ProcessGroup with this process in it, such as "
-            "torch.distributed.group.WORLD after init_process_group(), or DeviceMesh.get_group()"
+            f"process_group is {type(group).__name__}; expected a torch.distributed.ProcessGroup with this process in it, "
+            "such as torch.distributed.group.WORLD after init_process_group(), or DeviceMesh.get_group()"
         )
     if dist.get_rank(group) < 0:
         raise ValueError("process_group does not have this process in it; expected a group that has")

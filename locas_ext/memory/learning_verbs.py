@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from locas_ext.hosts.sharding import companions
 from locas_ext.learning.initialization import default_learning, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
@@ -277,10 +278,10 @@ class MemoryLearning(MemoryFacts):
         require_attached(self._attachment, verb)
 
     def _require_whole(self, verb: str, instead: str) -> None:
-        if (ranks := self.state.ranks) is not None:
-            raise ValueError(
-                f"{verb}: the host is split among {ranks.size} processes (tp_plan), where this cannot be done; {instead}"
-            )
+        if (ranks := companions(self.model)) is not None:
+            how = "tp_plan" if self.state.ranks is not None else "fully_shard"
+            said = f"the host is split among {ranks.size} processes ({how}), where this cannot be done"
+            raise ValueError(f"{verb}: {said}; {instead.format(how=how)}")
 
     def _require_enabled(self, verb: str, consequence: str) -> None:
         if self.state.disabled:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from locas_ext import checks
-from locas_ext.hosts.sharding import companions
+from locas_ext.hosts.sharding import companions, fsdp_obstacle
 from locas_ext.storage import checkpoint
 from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
@@ -178,6 +178,8 @@ class Memory(MemoryStudy):
         (0, 4, True)
         """
         self._require_attached("fork")
+        if (problem := fsdp_obstacle(self.model)) is not None:
+            raise ValueError(f"fork: {problem}, which it does in one model; use snapshot() and restore()")
         with self.state.exclusion.read("fork"):
             model: Any = snapshots.copy_sharing_weights(self.model)
         return model._locas_memory
@@ -226,7 +228,7 @@ class Memory(MemoryStudy):
         40
         """
         self._require_attached("merge_and_unload")
-        self._require_whole("merge_and_unload", "save the memory, and merge it in a model that is loaded without tp_plan")
+        self._require_whole("merge_and_unload", "save the memory, and merge it in a model without {how}")
         with self._attachment.exclusive("merge_and_unload"):
             with self._attachment.freeze.following():
                 model = merge(self._attachment.host, self.state, pad_to_multiple_of)

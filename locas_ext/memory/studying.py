@@ -68,6 +68,6 @@ class MemoryStudy(MemoryLearning):
         (2, 1, 1)
         """
         self._require_attached("study")
-        self._require_whole("study", "study in a model that is loaded without tp_plan, and load the memory here")
+        self._require_whole("study", "study in a model without {how}, and load the memory here")
         self._require_enabled("study", "nothing can be learned")
         return study(self._attachment, texts, tokenizer, loss, pairs, seed, progress, settings, cache)

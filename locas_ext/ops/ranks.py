@@ -49,6 +49,21 @@ class _TotalFunction(torch.autograd.Function):
         return dy, None
 
 
+class _JoinedFunction(torch.autograd.Function):
+    """apply(y [..., n], ranks) -> all ranks' y side by side [..., size * n], which all ranks use alike."""
+
+    @staticmethod
+    def forward(ctx, y, ranks):
+        ctx.ranks = ranks
+        parts = y.new_empty(ranks.size * y.shape[0], *y.shape[1:])  # one after another, as gloo wants them
+        dist.all_gather_into_tensor(parts, y.contiguous(), group=ranks.group)
+        return parts.view(ranks.size, *y.shape).movedim(0, -2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.ranks.mine(dy, -1), None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of one group as one of them sees them.
@@ -77,6 +92,10 @@ class Ranks:
             return _TotalFunction.apply(y, self.group)
         dist.all_reduce(y, group=self.group)
         return y
+
+    def joined(self, y: Tensor) -> Tensor:
+        """All ranks' y [..., n] side by side, of which all ranks make the same."""
+        return _JoinedFunction.apply(y, self)
 
     # ---- tensors of which each rank has a part -----------------------------------------------------------------
     def mine(self, whole: Tensor, dim: int = 0) -> Tensor:

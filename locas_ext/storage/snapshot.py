@@ -8,7 +8,6 @@ from torch import Tensor
 
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.stream import Stream, TextRecord
 
@@ -74,11 +73,6 @@ def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> tuple[Stream 
 
 
 def copy_sharing_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """A second model on the same weights (shared, not copied), with a memory of its own if there is one.
-
-    ValueError where FSDP2 puts the weights in their places, which it does in one model.
-    """
-    if (problem := fsdp_obstacle(model)) is not None:
-        raise ValueError(f"fork: {problem}, which it cannot do in two models; use snapshot() and restore(), or save and load")
+    """A second model on the same weights (shared, not copied), with a memory of its own if there is one."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)

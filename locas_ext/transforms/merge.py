@@ -97,11 +97,6 @@ def _check_mergeable(host: Host, state: MemoryState) -> None:
 
 def _check_free(host: Host, layers: tuple[int, ...]) -> None:
     """ValueError for FFNs that cannot get other weights."""
-    if (problem := fsdp_obstacle(host.model)) is not None:
-        raise ValueError(
-            f"cannot merge: {problem}; save the memory with save_pretrained, load it onto the same host without fully_shard, "
-            "and merge there"
-        )
     layer_of: dict[int, int] = {}
     for layer in layers:
         ffn = host.ffns[layer]

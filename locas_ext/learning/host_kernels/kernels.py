@@ -111,6 +111,8 @@ class HostKernels:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
                 error, why = float("nan"), f"with the kernels it raises {type(problem).__name__}: {problem}"
+            if self.host.ranks is not None:
+                error = self.host.ranks.largest(error)
             if error <= tolerance(own, self.host.reading.coarse):
                 self.levels[kind] = level
                 return
