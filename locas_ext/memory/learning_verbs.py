@@ -278,7 +278,9 @@ class MemoryLearning(MemoryFacts):
 
     def _require_whole(self, verb: str, instead: str) -> None:
         if (ranks := self.state.ranks) is not None:
-            raise ValueError(f"{verb}: the host is split among {ranks.size} processes (tp_plan), where this cannot be done; {instead}")
+            raise ValueError(
+                f"{verb}: the host is split among {ranks.size} processes (tp_plan), where this cannot be done; {instead}"
+            )
 
     def _require_enabled(self, verb: str, consequence: str) -> None:
         if self.state.disabled:
