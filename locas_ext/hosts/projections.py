@@ -75,9 +75,9 @@ def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
     A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight. One that
     is split among processes is gathered, by all of them.
     """
-    weight = linear._parameters.get("weight")
+    weight: Any = linear._parameters.get("weight")
     if is_split(weight):
-        return weight.full_tensor()  # type: ignore[union-attr, operator]
+        return weight.full_tensor()
     if type(linear) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta:
         return weight if type(linear) is nn.Linear else weight.T
     if (size := getattr(linear, "nx" if type(linear) is Conv1D else "in_features", None)) is None:

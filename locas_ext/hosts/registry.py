@@ -174,15 +174,21 @@ def inspect_host(model) -> Host:
             "load it with AutoModelForCausalLM"
         )
     ranks = ranks_of(model)
-    host = replace(_discovered(model) if family is None else _known(model, family), ranks=ranks)
-    for ffn in host.ffns.values() if ranks is not None else ():
+    host = _discovered(model) if family is None else _known(model, family)
+    return host if ranks is None else _split(host, ranks)
+
+
+def _split(host: Host, ranks: Ranks) -> Host:
+    """The host as split among processes. ValueError for FFNs in which no memory can be split."""
+    for ffn in host.ffns.values():
         if not isinstance(ffn, ProjectedFFN):
             raise ValueError(
-                f"{type(model).__name__} has FFNs of the layout {ffn.layout!r} and is split among {ranks.size} processes, where a "
-                "memory can only stand in FFNs of projections; load the model without tp_plan, such as with device_map"
+                f"{type(host.model).__name__} has FFNs of the layout {ffn.layout!r} and is split among {ranks.size} processes "
+                "(tp_plan), where a memory can only stand in FFNs of projections; load the model without tp_plan, such as with "
+                "device_map"
             )
         ffn.ranks = ranks
-    return host
+    return replace(host, ranks=ranks)
 
 
 def _known(model: PreTrainedModel, family: HostFamily) -> Host:

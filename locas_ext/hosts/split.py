@@ -33,7 +33,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     size = getattr(model, "tp_size", None)
     if size is None or size < 2:
         return None
-    parts = [parameter for parameter in model.parameters() if is_split(parameter)]
+    parts: list[Any] = [parameter for parameter in model.parameters() if is_split(parameter)]
     if not parts:
         raise ValueError(
             f"{type(model).__name__} is split among {size} processes, but its parameters are no DTensors (transformers "
@@ -83,12 +83,13 @@ def split_obstacle(linear: nn.Module, dim: int, joins: bool = False) -> str | No
         return f"is split from {style.input_layouts} to {style.output_layouts}"
     if has_hooks(linear):
         return "has hooks"
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if not is_split(weight) or tuple(weight.placements) != (Shard(dim),):  # type: ignore[union-attr]
+    parameters: dict[str, Any] = linear._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    if not is_split(weight) or tuple(weight.placements) != (Shard(dim),):
         return "holds a weight that is not split by its neurons"
     if bias is not None and (not is_split(bias) or tuple(bias.placements) != ((Shard(0), Replicate())[dim],)):
         return "holds a bias that is not split as its weight is"
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "requires a gradient"
     return None
 

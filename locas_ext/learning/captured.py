@@ -12,6 +12,7 @@ full run eagerly, as do hosts that cannot be captured: MemorizeReport.graph says
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 from typing import Protocol as Interface
 
 import torch
@@ -40,7 +41,7 @@ class _HostTensors:
         return all(tuple(now.values()) == then for now, then in self.children)
 
     def addresses(self) -> list[int]:
-        tensors = (tensor for tensors in self.held for tensor in tensors.values() if tensor is not None)
+        tensors: Any = (tensor for tensors in self.held for tensor in tensors.values() if tensor is not None)
         return [(tensor._local_tensor if is_split(tensor) else tensor).data_ptr() for tensor in tensors]
 
 

@@ -126,7 +126,5 @@ class MemoryFacts:
         state = self.state
         layers, _, rank, d = state.shape
         room = f" of {state.capacity}" if rank != state.capacity else f" in {state.processes} parts" if state.ranks else ""
-        return (
-            f"Memory({self.config.variant}, {layers} layers x {rank * state.processes}{room} slots x {d}, version {self.version}, "
-            f"on {type(self.model).__name__})"
-        )
+        slots = f"{layers} layers x {rank * state.processes}{room} slots x {d}"
+        return f"Memory({self.config.variant}, {slots}, version {self.version}, on {type(self.model).__name__})"

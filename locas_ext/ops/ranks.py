@@ -24,12 +24,12 @@ class _EnterFunction(torch.autograd.Function):
     """apply(x, group) -> x, whose gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dy = dy.contiguous()  # nobody else has it: enter's result goes into one op, or autograd has added it up
         dist.all_reduce(dy, group=ctx.group)
         return dy, None
@@ -39,13 +39,13 @@ class _TotalFunction(torch.autograd.Function):
     """apply(y, group) -> the sum of all ranks' y, in its place."""
 
     @staticmethod
-    def forward(ctx, y, group):
+    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
         ctx.mark_dirty(y)
         dist.all_reduce(y, group=group)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
 
 
@@ -53,14 +53,14 @@ class _JoinedFunction(torch.autograd.Function):
     """apply(y [..., n], ranks) -> all ranks' y side by side [..., size * n], which all ranks use alike."""
 
     @staticmethod
-    def forward(ctx, y, ranks):
+    def forward(ctx: Any, y: Tensor, ranks: "Ranks") -> Tensor:
         ctx.ranks = ranks
         parts = y.new_empty(ranks.size * y.shape[0], *y.shape[1:])  # one after another, as gloo wants them
         dist.all_gather_into_tensor(parts, y.contiguous(), group=ranks.group)
         return parts.view(ranks.size, *y.shape).movedim(0, -2).flatten(-2)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.mine(dy, -1), None
 
 
@@ -84,18 +84,23 @@ class Ranks:
     # ---- in a forward ----------------------------------------------------------------------------------------
     def enter(self, x: Tensor) -> Tensor:
         """x, the same on all ranks, where each goes on with it by itself."""
-        return _EnterFunction.apply(x, self.group) if torch.is_grad_enabled() and x.requires_grad else x
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        entered: Tensor = _EnterFunction.apply(x, self.group)
+        return entered
 
     def total(self, y: Tensor) -> Tensor:
         """The sum of all ranks' y, contiguous, in its place."""
         if torch.is_grad_enabled() and y.requires_grad:
-            return _TotalFunction.apply(y, self.group)
+            total: Tensor = _TotalFunction.apply(y, self.group)
+            return total
         dist.all_reduce(y, group=self.group)
         return y
 
     def joined(self, y: Tensor) -> Tensor:
         """All ranks' y [..., n] side by side, of which all ranks make the same."""
-        return _JoinedFunction.apply(y, self)
+        whole: Tensor = _JoinedFunction.apply(y, self)
+        return whole
 
     # ---- tensors of which each rank has a part -----------------------------------------------------------------
     def mine(self, whole: Tensor, dim: int = 0) -> Tensor:

@@ -51,13 +51,13 @@ def _check_split(host: Host, config: LocasConfig, rehome: bool) -> None:
     size, name = host.ranks.size, type(host.model).__name__
     if config.variant == "mlp":
         raise ValueError(
-            f"variant is 'mlp', but {name} is split among {size} processes (tp_plan), which only a gated memory can be too; use "
-            "variant='glu', or load the model without tp_plan"
+            f"variant is 'mlp', but {name} is split among {size} processes (tp_plan), which only a gated memory can be too; "
+            "use variant='glu', or load the model without tp_plan"
         )
     if config.rank % size:
         raise ValueError(
-            f"rank is {config.rank}, but {name} is split among {size} processes (tp_plan), of which each takes an equal part of "
-            f"the slots; expected a multiple of {size}"
+            f"rank is {config.rank}, but {name} is split among {size} processes (tp_plan), of which each takes an equal part "
+            f"of the slots; expected a multiple of {size}"
         )
     if rehome:
         raise ValueError(

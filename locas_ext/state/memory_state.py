@@ -226,19 +226,6 @@ class MemoryState:
         rows = self.shape[2]
         return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
-    # ---- split among processes -------------------------------------------------------------------------------
-    def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `tensors` gave on each process, as one that holds all slots has it. Called by all of them."""
-        if (ranks := self.ranks) is None:
-            return tensors
-        return {name: ranks.gathered(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
-
-    def share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The reverse: of all slots those of this process."""
-        if (ranks := self.ranks) is None:
-            return tensors
-        return {name: ranks.mine(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
-
     # ---- life ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def set_slots(self, slots: Tensor, version: int, used: int | None = None) -> None:

@@ -61,10 +61,24 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
     }
     try:
         kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
-        memory = tensor_file.serialize({**state.gathered(state.tensors(optimizer)), **kept}, fields)
+        memory = tensor_file.serialize({**_whole(state.tensors(optimizer), state.ranks), **kept}, fields)
         return config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)}), memory
     except Wrong as error:
         raise LocasError(f"cannot save the memory: {error}; nothing in {path} was changed") from None
+
+
+def _whole(tensors: dict[str, Tensor], ranks: Ranks | None) -> dict[str, Tensor]:
+    """Of tensors by slot [L, planes, r, d] those of all processes, which all call this; the others as they are."""
+    if ranks is None:
+        return tensors
+    return {name: ranks.gathered(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], ranks: Ranks | None) -> dict[str, Tensor]:
+    """The reverse."""
+    if ranks is None:
+        return tensors
+    return {name: ranks.mine(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -121,7 +135,7 @@ class Saved:
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
         own = {name: tensor for name, tensor in self.tensors.items() if name in tensor_file.OF_MEMORY}
-        state.load(state.share(own), fields["memory_version"], fields["slots_used"] // state.processes)
+        state.load(_part(own, state.ranks), fields["memory_version"], fields["slots_used"] // state.processes)
         attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 

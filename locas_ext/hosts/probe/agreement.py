@@ -1,5 +1,7 @@
 """When two results of a host count as the same, by the dtype they were computed in."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ COARSE = 0.1
 def rounds_whole_texts(model: nn.Module) -> bool:
     """Whether a linear layer's weight is not a plain parameter of floating point numbers: its input may then be rounded too."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if hasattr(module, "in_features") and not any(module.children()):
             if not (type(weight) is nn.Parameter or is_split(weight)) or not weight.is_floating_point():
                 return True

@@ -80,7 +80,8 @@ class SplitHeadLoss(HeadLoss):
                  |  in place
           the part's own gradient --> * the part's share of the whole --> d_hidden [s, d] --one sum over ranks
 
-    A part's kernel takes a token of the part for the target, the true one where it is there; the difference is a row of the head.
+    A part's kernel takes a token of the part for the target, the true one where it is there. The difference is a row of the
+    head.
     """
 
     def __init__(self, head: nn.Module, logit_scale: float, ranks: Ranks):
