@@ -43,6 +43,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True),  # of no model: to try a command on the CPU
     "135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
     "0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),  # Qwen3
     "1.7B": Shape(2048, 6144, 28, 16, 8, 128, 151936, True),

@@ -12,7 +12,7 @@ from .keep import Keep
 from .protocol import Protocol
 from .room import NO_LIMIT, Room
 from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
-from .update import BACKPROP_NUMBERS, Backprop, Update, Write
+from .update import BACKPROP_NUMBERS, Backprop, Update, Write, backprop_numbers
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Settings:
         return {
             "window": self.window,
             "stride": self.stride,
-            **backprop.numbers(),
+            **backprop_numbers(backprop),
             "update": "write" if writes else "backprop",
             "context_gradient": self.context_gradient,
             "bos": self.bos,

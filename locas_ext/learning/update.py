@@ -50,10 +50,6 @@ class Backprop:
         if self.process_group is not None:
             _check_group(self.process_group)
 
-    def numbers(self) -> dict[str, Any]:
-        """The fields that decide how each step is made, ready for JSON: all but the process group."""
-        return {name: getattr(self, name) for name in BACKPROP_NUMBERS}
-
     @classmethod
     def paper(cls, **changes: Any) -> "Backprop":
         """The settings of the paper's ablations (arXiv 2602.05085, Qwen3-1.7B on PG-19), except for `changes`.
@@ -72,6 +68,11 @@ class Backprop:
         Backprop(learning_rate=0.004, epochs=2, optimizer='adamw')
         """
         return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **changes})
+
+
+def backprop_numbers(update: Backprop) -> dict[str, Any]:
+    """The fields that decide how each step is made, ready for JSON: all but the process group."""
+    return {name: getattr(update, name) for name in BACKPROP_NUMBERS}
 
 
 def _check_group(group: object) -> None:

@@ -61,6 +61,8 @@ class Memory(MemoryStudy):
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
         """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
 
+        Of a host that is split among processes (tp_plan, fully_shard) all call it, and the first one writes.
+
         Args:
             path: str or Path: a folder; made if it is not there
             optimizer: bool: whether the optimizer's states and the place in the text are saved too, as
@@ -166,7 +168,7 @@ class Memory(MemoryStudy):
             The new Memory.
 
         Raises:
-            ValueError: the memory is detached
+            ValueError: the memory is detached, or FSDP2 shards the host
             RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas

@@ -21,7 +21,7 @@ from locas_ext.learning.initialization import default_learning
 from locas_ext.learning.keep import Keep, context_of
 from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
-from locas_ext.learning.update import BACKPROP_NUMBERS
+from locas_ext.learning.update import BACKPROP_NUMBERS, backprop_numbers
 from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
 from .arm import Arm
@@ -101,7 +101,7 @@ def locas_settings(
     learning: fields of Backprop; those left out are as `Memory.memorize` fills them in
     context: what keep.py, `context_of`, reads; empty if each window is read anew
     """
-    update = Backprop(**{**default_learning(config, learning), **learning}).numbers()
+    update = backprop_numbers(Backprop(**{**default_learning(config, learning), **learning}))
     return {**config.to_dict(), **update, "rehome": rehome, "context_gradient": context_gradient, **context}
 
 
