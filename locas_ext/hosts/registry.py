@@ -159,8 +159,7 @@ def inspect_host(model) -> Host:
     or an activation without a kernel in a family that is known; the message says what would work.
     """
     model = unwrapped(model)
-    if isinstance(model, nn.Module):
-        check_not_flattened(model)
+    check_not_flattened(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is {type(model).__name__}; expected a transformers causal language model, "

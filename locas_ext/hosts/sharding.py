@@ -62,10 +62,10 @@ def fsdp_ranks(model: nn.Module) -> Ranks | None:
     return Ranks(group, dist.get_rank(group), mesh.size(), local(parts[0]).device)
 
 
-def check_not_flattened(model: nn.Module) -> None:
+def check_not_flattened(model: object) -> None:
     """ValueError for a model in which the FSDP before fully_shard has made one vector of each module's weights."""
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, kind):
             raise ValueError(
                 f"{name or 'the model'} is a FullyShardedDataParallel, which flattens its weights; expected FSDP2, "
