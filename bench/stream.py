@@ -43,6 +43,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True),  # of no model: to try a command on the CPU
     "135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
     "0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),  # Qwen3
     "1.7B": Shape(2048, 6144, 28, 16, 8, 128, 151936, True),
@@ -76,6 +77,15 @@ def load(arguments):
             return Qwen3ForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def text(arguments) -> torch.Tensor:
+    """[n]: the beginning of the text, or random tokens for a host of a shape."""
+    if arguments.shape is None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+        return torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens])
+    vocabulary = SHAPES[arguments.shape].vocab_size
+    return torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
 
 
 def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
@@ -199,13 +209,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.shape is None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-        ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
-        ids = torch.tensor(ids)
-    else:
-        vocabulary = SHAPES[arguments.shape].vocab_size
-        ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    ids = text(arguments)
     graphs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
     contexts = {"": "recompute", ", context kept": "keep"}
     peaks = [] if arguments.device == "cpu" else peak_memory(arguments, ids)

@@ -55,7 +55,7 @@ class GraphStep(EagerStep):
     def rehearse(self, window: Window) -> None:
         if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):
             raise RuntimeError("a host that is split among processes is captured only where kernels of ours read it")
-        gradient(self.attachment, window, self.reader)
+        measured(gradient(self.attachment, window, self.reader), self.attachment.state)
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:

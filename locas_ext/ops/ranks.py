@@ -55,9 +55,9 @@ class _JoinedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, ranks: "Ranks") -> Tensor:
         ctx.ranks = ranks
-        parts = y.new_empty(ranks.size * y.shape[0], *y.shape[1:])  # one after another, as gloo wants them
-        dist.all_gather_into_tensor(parts, y.contiguous(), group=ranks.group)
-        return parts.view(ranks.size, *y.shape).movedim(0, -2).flatten(-2)
+        parts = y.new_empty(ranks.size, *y.shape)
+        dist.all_gather(list(parts), y.contiguous(), group=ranks.group)
+        return parts.movedim(0, -2).flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
