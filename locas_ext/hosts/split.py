@@ -115,8 +115,7 @@ class SplitRows:
         """part: [m of this rank, d]; total: m"""
         self.part, self.ranks = part, ranks
         self.shape, self.device = torch.Size((total, part.shape[1])), part.device
-        lengths = ranks.gathered(torch.tensor([len(part)], device=part.device)).tolist()
-        self.first = sum(lengths[: ranks.rank])
+        self.first = sum(ranks.lengths(len(part))[: ranks.rank])
 
     def __getitem__(self, index: Tensor) -> Tensor:
         inside = (index >= self.first) & (index < self.first + len(self.part))
