@@ -60,6 +60,8 @@ class Memory(MemoryStudy):
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
         """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
 
+        Of a host that is split among processes all call this, and the first writes.
+
         Args:
             path: str or Path: a folder; made if it is not there
             optimizer: bool: whether the optimizer's states and the place in the text are saved too, as
