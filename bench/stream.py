@@ -79,6 +79,15 @@ def load(arguments):
         torch.set_default_dtype(before)
 
 
+def text(arguments) -> torch.Tensor:
+    """[n]: the beginning of the text, or random tokens for a host of a shape."""
+    if arguments.shape is None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+        return torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens])
+    vocabulary = SHAPES[arguments.shape].vocab_size
+    return torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+
+
 def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
     """Arm -> a function from a full window's ids to their summed loss; the first is what ratios are to."""
     window, stride, plain = arguments.window, arguments.stride, load(arguments)
@@ -200,13 +209,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.shape is None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-        ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
-        ids = torch.tensor(ids)
-    else:
-        vocabulary = SHAPES[arguments.shape].vocab_size
-        ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    ids = text(arguments)
     graphs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
     contexts = {"": "recompute", ", context kept": "keep"}
     peaks = [] if arguments.device == "cpu" else peak_memory(arguments, ids)

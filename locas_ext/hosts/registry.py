@@ -187,6 +187,11 @@ def _split(host: Host, ranks: Ranks) -> Host:
                 "device_map"
             )
         ffn.ranks = ranks
+    if not ranks.same([(layer, type(ffn).__name__, ffn.names, ffn.place.name) for layer, ffn in host.ffns.items()]):
+        raise ValueError(
+            f"{type(host.model).__name__} is split among {ranks.size} processes (tp_plan), which have found different FFNs in "
+            "it; load the model without tp_plan"
+        )
     return replace(host, ranks=ranks)
 
 

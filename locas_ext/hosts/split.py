@@ -8,11 +8,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from locas_ext.ops.ranks import Ranks
 
 from .formula import SPLITTING, bound_forward, class_name, has_hooks, sums_gradients
+
+DTensor: Any = None  # in a torch without torch.distributed
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+# What goes into a projection and comes out of it, as `_along` says it: by which dimension the projection is split, joined last.
+_LAYOUTS = (("not", -1), (-1, "not"), ("not", "not"))
 
 
 def is_split(tensor: Any) -> bool:
@@ -68,6 +74,13 @@ def only_sums_gradients(module: nn.Module) -> bool:
     )
 
 
+def _along(placement: Any) -> Any:
+    """The dimension that a tensor is split along; "not" where each process has all of it, None where it is split otherwise."""
+    if placement.is_replicate():
+        return "not"
+    return placement.dim if type(placement).__name__ == "Shard" else None
+
+
 def split_obstacle(linear: nn.Module, dim: int, joins: bool = False) -> str | None:
     """Why the local part of a projection's weight [out, in] cannot be used directly, or None.
 
@@ -79,22 +92,20 @@ def split_obstacle(linear: nn.Module, dim: int, joins: bool = False) -> str | No
         return f"is a {class_name(linear)}, not a plain Linear"
     if type(style).__name__ != ("ColwiseParallel", "RowwiseParallel")[dim]:
         return "is not split by its neurons" if style is None else f"is split by a {type(style).__name__}"
-    if not style.use_local_output or (style.input_layouts, style.output_layouts) != _LAYOUTS[2 if joins else dim]:
+    layouts = _along(style.input_layouts), _along(style.output_layouts)
+    if not style.use_local_output or layouts != _LAYOUTS[2 if joins else dim]:
         return f"is split from {style.input_layouts} to {style.output_layouts}"
     if has_hooks(linear):
         return "has hooks"
     parameters: dict[str, Any] = linear._parameters
     weight, bias = parameters["weight"], parameters["bias"]
-    if not is_split(weight) or tuple(weight.placements) != (Shard(dim),):
+    if not is_split(weight) or [_along(placement) for placement in weight.placements] != [dim]:
         return "holds a weight that is not split by its neurons"
-    if bias is not None and (not is_split(bias) or tuple(bias.placements) != ((Shard(0), Replicate())[dim],)):
+    if bias is not None and (not is_split(bias) or [_along(placement) for placement in bias.placements] != [(0, "not")[dim]]):
         return "holds a bias that is not split as its weight is"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "requires a gradient"
     return None
-
-
-_LAYOUTS = ((Replicate(), Shard(-1)), (Shard(-1), Replicate()), (Replicate(), Replicate()))  # of what goes in and comes out
 
 
 class SplitRows:
@@ -104,8 +115,7 @@ class SplitRows:
         """part: [m of this rank, d]; total: m"""
         self.part, self.ranks = part, ranks
         self.shape, self.device = torch.Size((total, part.shape[1])), part.device
-        lengths = ranks.gathered(torch.tensor([len(part)], device=part.device)).tolist()
-        self.first = sum(lengths[: ranks.rank])
+        self.first = sum(ranks.lengths(len(part))[: ranks.rank])
 
     def __getitem__(self, index: Tensor) -> Tensor:
         inside = (index >= self.first) & (index < self.first + len(self.part))

@@ -87,7 +87,7 @@ class Reader(TakesKernels, Protocol):
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
 
     def runs_the_host(self, window: Window) -> bool:
-        """Whether the host's own code alone reads a window, without kernels of ours."""
+        """Whether the host's own code alone reads a window, or what of it is split among processes."""
 
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""

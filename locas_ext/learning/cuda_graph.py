@@ -31,6 +31,8 @@ def obstacle(attachment: Attachment) -> str | None:
         return "autocast is on"
     if (why := surrounded(model)) is not None:
         return why
+    if state.ranks is not None and (why := next(filter(None, (ffn.obstacle() for ffn in attachment.ffns)), None)) is not None:
+        return f"the host is split among {state.ranks.size} processes, and its own code runs an FFN, as {why}"
     for name, module in model.named_modules():
         if hooks_of(module).keys() - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"

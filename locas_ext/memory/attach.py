@@ -21,7 +21,8 @@ from .memory import Memory
 def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
     """Gives a Hugging Face causal language model a memory.
 
-    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
+    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach(). Where transformers
+    has split the model among n processes (tp_plan), all of them call this and every verb; each has r / n slots.
 
     Args:
         model: a transformers causal language model
@@ -34,8 +35,8 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
     Raises:
         TypeError: model is not a language model, or config is not a LocasConfig
-        ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, or its
-            weights cannot be rehomed
+        ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, its weights
+            cannot be rehomed, or it is split among processes whose number does not divide the rank
         IndexError: config.layers names a layer that the model does not have
 
         The model then is as it was.

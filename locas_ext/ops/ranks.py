@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from locas_ext.errors import LocasError
@@ -50,18 +51,19 @@ class _TotalFunction(torch.autograd.Function):
 
 
 class _JoinedFunction(torch.autograd.Function):
-    """apply(y [..., n], ranks) -> all ranks' y side by side [..., size * n], which all ranks use alike."""
+    """apply(y [..., n], ranks, lengths) -> all ranks' y side by side, which all ranks use alike. lengths: n of each rank"""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, ranks: "Ranks") -> Tensor:
-        ctx.ranks = ranks
-        parts = y.new_empty(ranks.size * y.shape[0], *y.shape[1:])  # one after another, as gloo wants them
-        dist.all_gather_into_tensor(parts, y.contiguous(), group=ranks.group)
-        return parts.view(ranks.size, *y.shape).movedim(0, -2).flatten(-2)
+    def forward(ctx: Any, y: Tensor, ranks: "Ranks", lengths: list[int]) -> Tensor:
+        ctx.own = sum(lengths[: ranks.rank]), lengths[ranks.rank]
+        longest = max(lengths)
+        parts = [y.new_empty(*y.shape[:-1], longest) for _ in lengths]
+        dist.all_gather(parts, F.pad(y, (0, longest - y.shape[-1])).contiguous(), group=ranks.group)
+        return torch.cat([part[..., :length] for part, length in zip(parts, lengths, strict=True)], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.mine(dy, -1), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.narrow(-1, *ctx.own), None, None
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ class Ranks:
         dist.all_reduce(y, group=self.group)
         return y
 
-    def joined(self, y: Tensor) -> Tensor:
-        """All ranks' y [..., n] side by side, of which all ranks make the same."""
-        whole: Tensor = _JoinedFunction.apply(y, self)
+    def joined(self, y: Tensor, lengths: list[int]) -> Tensor:
+        """All ranks' y [..., n] side by side, of which all ranks make the same. lengths: n of each rank"""
+        whole: Tensor = _JoinedFunction.apply(y, self, lengths)
         return whole
 
     # ---- tensors of which each rank has a part -----------------------------------------------------------------
@@ -111,16 +113,13 @@ class Ranks:
     @torch.no_grad()
     def gathered(self, part: Tensor, dim: int = 0) -> Tensor:
         """The whole of what each rank has a part of; the parts may differ in length along `dim`."""
-        lengths = [0] * self.size
-        dist.all_gather_object(lengths, part.shape[dim], group=self.group)
-        longest = max(lengths)
-        padded = part.transpose(0, dim).contiguous()
-        if len(padded) < longest:
-            padded = torch.cat([padded, padded.new_zeros(longest - len(padded), *padded.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.group)
-        whole = torch.cat([piece[:length] for piece, length in zip(parts, lengths, strict=True)])
-        return whole.transpose(0, dim).contiguous()
+        return self.joined(part.transpose(dim, -1), self.lengths(part.shape[dim])).transpose(dim, -1).contiguous()
+
+    def lengths(self, own: int) -> list[int]:
+        """Each rank's number."""
+        numbers = [0] * self.size
+        dist.all_gather_object(numbers, own, group=self.group)
+        return numbers
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """The mean over all ranks of numbers that should be the same, in their place: NaN or infinite where any is.

@@ -4,6 +4,8 @@ import copy
 import os
 import random
 import warnings
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ import transformers
 from support.helpers import logits_of, random_ids, tiny_model
 from support.interrupting import Stop, stop_after
 from support.ranks import run_ranks
+from torch.distributed.tensor import DTensor
 
 import locas_ext as locas
+from locas_ext.learning import backprop, captured, cuda_graph, graph_step
 
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
 RANK = 6
@@ -80,9 +84,35 @@ def check_refusals(memory, ids, folder):
     assert torch.equal(memory.slots, slots) and sorted(os.listdir(folder / "foreign")) == ["a file"]
 
 
+@contextmanager
+def no_dtensors_in_steps():
+    """A step of a memory that has learned something is plain tensors and collectives, as a CUDA graph needs it."""
+    real = backprop.gradient
+
+    def gradient(attachment, window, reader):
+        if not attachment.state.learned:
+            return real(attachment, window, reader)
+        with mock.patch.object(DTensor, "from_local", side_effect=AssertionError("a DTensor was made")):
+            return real(attachment, window, reader)
+
+    with mock.patch.object(backprop, "gradient", gradient), mock.patch.object(graph_step, "gradient", gradient):
+        yield
+
+
+@contextmanager
+def graphs_on_the_cpu():
+    """Steps go the way of CUDA graphs; what stands in for one does the captured work again at each replay."""
+    with (
+        mock.patch.object(cuda_graph, "_is_capturable", lambda device: True),
+        mock.patch.object(captured, "rehearse", lambda work, device: work()),
+        mock.patch.object(captured, "capture", lambda work, device: work),
+    ):
+        yield
+
+
 def learned(memory, ids, **others):
     report = memory.memorize(ids, **LEARN, **others)
-    return {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks], "kernels": report.host_kernels}
+    return {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks], "report": report}
 
 
 def on_a_rank(path, folder, ids):
@@ -94,12 +124,16 @@ def on_a_rank(path, folder, ids):
     memory.initialize(ids[:24])
     results |= {"initial": memory.gather_slots(), "scale": memory.scale.clone(), "part": memory.slots.clone()}
     memory.reset()
-    results["learned"] = learned(memory, ids)
+    with no_dtensors_in_steps():
+        results["learned"] = learned(memory, ids)
     results["capacity"] = [(status.slots_used, status.capacity) for status in memory.status()]
     results |= {"gradients": own_gradients(memory, ids[:20]), "logits": logits_of(model, ids[:20])}
     check_refusals(memory, ids, folder)
     memory.save_pretrained(folder / "split")
     results["resumed"] = learned(memory, ids, resume=folder / "half")
+    memory.reset()
+    with graphs_on_the_cpu(), no_dtensors_in_steps():
+        results["replayed"] = learned(memory, ids)
     with memory.disabled():
         assert torch.equal(logits_of(model, ids[:20]), alone)
     memory.detach()
@@ -147,10 +181,12 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
         assert torch.equal(rank["initial"], alone["initial"]) and torch.equal(rank["scale"], alone["scale"])
         assert torch.equal(rank["loaded"], alone["slots"])
         torch.testing.assert_close(rank["logits"], alone["logits"], rtol=1e-4, atol=1e-4)
-        for run in ("learned", "resumed", "by the host"):
+        for run in ("learned", "resumed", "replayed", "by the host"):
             assert apart(rank[run]["slots"], alone["slots"], alone["initial"]) < 1e-4, run
             assert rank[run]["nll"] == pytest.approx(alone["nll"], rel=1e-5) and rank[run]["nll"] == first[run]["nll"]
-        assert "attention" in rank["learned"]["kernels"].ours and not rank["by the host"]["kernels"].ours
+        assert rank["replayed"]["report"].graph.replayed > 1
+        ours = [rank[run]["report"].host_kernels.ours for run in ("learned", "by the host")]
+        assert "attention" in ours[0] and "loss" in ours[0] and not ours[1]
     for mine, other, expected in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
         torch.testing.assert_close(torch.cat([mine, other], 1), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from locas_ext.hosts.context_cache import holds_keys_and_values_only
 from locas_ext.hosts.probe.recording import Call, Recording, record
 from locas_ext.hosts.registry import Host
-from locas_ext.hosts.split import style_of
+from locas_ext.hosts.split import is_split, style_of
 from locas_ext.ops.ranks import Ranks
 
 from .agreement import agree, distance
@@ -193,7 +193,7 @@ def _split(host: Host) -> list[SplitModule]:
     return found + split_head(host.model.get_output_embeddings(), host.ranks)
 
 
-def _find_split(found: Found, recording: Recording) -> None:
+def _find_split(found: Found, host: Host, recording: Recording) -> None:
     """Leaves out those that do not give what the host's own gave."""
     parts, found.split = found.split, []
     for part in parts:
@@ -203,6 +203,10 @@ def _find_split(found: Found, recording: Recording) -> None:
             found.split.append(part)
         except ValueError as why:
             found.own.setdefault("split modules", f"{type(part).__name__}: {why}")
+    known = {part.module for part in found.split}.union(*(ffn.projections() for ffn in host.ffns.values()))
+    for name, module in host.model.named_modules() if host.ranks is not None else ():
+        if module not in known and any(map(is_split, module._parameters.values())):
+            found.own.setdefault("split modules", f"{name} is split in a way that is not known")
 
 
 @torch.no_grad()
@@ -216,7 +220,7 @@ def find(host: Host, ids: Tensor) -> Found:
     cache = DynamicCache() if holds_keys_and_values_only(model) else DynamicCache(config=model.config)
     split = [part.module for part in found.split]
     recording = record(model, ids[None], [model.get_decoder(), *layers, *_attentions(layers), *split], cache)
-    _find_split(found, recording)
+    _find_split(found, host, recording)
     _find_layers(found, layers, recording)
     _find_attentions(found, layers, recording, cache)
     _find_final(found, model, recording, ids)

@@ -133,7 +133,7 @@ class HostKernels:
         taken = set(self.levels.values())
         ours = []
         if taken - {Level.NONE}:
-            ours += ["norms"] * bool(self.pieces) + ["residuals"] * any(layer is not None for layer in self.found.layers)
+            ours += ["norms"] * bool(self.found.norms) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))

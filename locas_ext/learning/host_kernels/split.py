@@ -45,10 +45,14 @@ class SplitOutputs:
 
 
 class SplitHead(SplitOutputs):
-    """The same where the outputs of all processes, equally many, are put side by side: an LM head."""
+    """The same where the outputs of all processes are put side by side: an LM head."""
+
+    def __init__(self, module: Any, entered: EnteredOnce):
+        super().__init__(module, entered)
+        self.lengths = entered.ranks.lengths(len(local(module.weight)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.entered.ranks.joined(super().forward(x))
+        return self.entered.ranks.joined(super().forward(x), self.lengths)
 
 
 class SplitInputs:
@@ -85,8 +89,7 @@ SplitModule = SplitOutputs | SplitInputs | SplitEmbedding
 
 def first_row(part: Tensor, ranks: Ranks) -> int:
     """The number, in the whole, of the first row of a process's part."""
-    lengths = ranks.gathered(torch.tensor([len(part)], device=part.device)).tolist()
-    return int(sum(lengths[: ranks.rank]))
+    return sum(ranks.lengths(len(part))[: ranks.rank])
 
 
 def split_modules(modules: Iterable[nn.Module], ranks: Ranks) -> list[SplitModule]:
@@ -104,10 +107,8 @@ def split_modules(modules: Iterable[nn.Module], ranks: Ranks) -> list[SplitModul
 
 
 def split_head(head: Any, ranks: Ranks) -> list[SplitModule]:
-    """What stands in for an LM head that is split into equal parts, if it is."""
-    if split_obstacle(head, 0, joins=True) is not None or head.out_features % ranks.size:
-        return []
-    return [SplitHead(head, EnteredOnce(ranks))]
+    """What stands in for an LM head that is split, if it is."""
+    return [SplitHead(head, EnteredOnce(ranks))] if split_obstacle(head, 0, joins=True) is None else []
 
 
 def _is_split_by_rows(embedding: nn.Embedding) -> bool:
