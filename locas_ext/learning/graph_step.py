@@ -65,9 +65,10 @@ class GraphStep(EagerStep):
     def rehearse(self, window: Window) -> None:
         if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):
             raise RuntimeError("a host that is split among processes is captured only where kernels of ours read it")
-        loss = gradient(self.attachment, window, self.reader, formed=self.peers is not None)
         if self.peers is None:
-            measured(loss, self.attachment.state)
+            measured(gradient(self.attachment, window, self.reader), self.attachment.state)
+        else:
+            gradient(self.attachment, window, self.reader, formed=True)
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:
