@@ -129,8 +129,8 @@ class EagerStep:
         """This rank's loss, of all that the peers said. LocasError where one of theirs is not finite, or one is gone."""
         assert self.peers is not None, "asked for by those who have some"
         losses = self.peers.heard(said)
-        for rank, loss in enumerate(losses):
-            check_loss(loss, self.attachment.state, f"{place} on rank {rank}")
+        for loss, of_rank in zip(losses, self.peers.places(place), strict=True):
+            check_loss(loss, self.attachment.state, of_rank)
         return losses[self.peers.own]
 
     def report(self) -> GraphReport:

@@ -117,6 +117,10 @@ class Peers:
         return cls(ranks, texts, each, fsdp_ranks(host.model) is not None, epochs)
 
     # ---- before a step ---------------------------------------------------------------------------------------
+    def places(self, place: str) -> list[str]:
+        """By text, what a message says of where a step is."""
+        return [f"{place} on rank {rank}" for rank in range(self.ranks.size)] if self.each else [place]
+
     @property
     def goes_on(self) -> bool:
         """Whether there is another step."""
@@ -231,7 +235,7 @@ class Peers:
 
     def first(self, tensor: Tensor) -> Tensor:
         """That of the first rank, in its place."""
-        dist.broadcast(tensor, group=self.ranks.group, group_src=0)
+        dist.broadcast(tensor, src=dist.get_global_rank(self.ranks.group, 0), group=self.ranks.group)
         return tensor
 
     def all_losses(self, loss: Tensor) -> list[float]:

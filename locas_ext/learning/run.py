@@ -132,8 +132,8 @@ class Run:
             check_loss(loss, state, place)
             return loss
         self.scored = peers.all_losses(scored)
-        for rank, loss in enumerate(self.scored):
-            check_loss(loss, state, f"{place} on rank {rank}")
+        for loss, of_rank in zip(self.scored, peers.places(place), strict=True):
+            check_loss(loss, state, of_rank)
         return self.scored[peers.own]
 
     def _settle(self, window: Window) -> None:

@@ -142,6 +142,8 @@ def _check_streams(fields: dict) -> None:
     _check_stream(first, fields["tokens_seen"])
     if len(others) + 1 != first["settings"].get("texts", 1):
         raise Wrong(f"other_streams has {len(others)} entries; expected one for each text but the first")
+    if others and "context" in first["settings"]:
+        raise Wrong("other_streams is there with stream.settings.context; expected one text where a context is kept")
     for stream in others:
         if stream["settings"] != first["settings"]:
             raise Wrong("other_streams has settings of another run; expected those of stream")
