@@ -21,6 +21,10 @@ import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
 from locas_ext.state.arena import SlotArena
 
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is not None,
+    reason="transformers splits hosts over accelerators where torch has any",
+)
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
 RANK = 6
 
