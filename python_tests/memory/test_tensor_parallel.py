@@ -23,7 +23,7 @@ from locas_ext.state.arena import SlotArena
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator() is not None,
-    reason="transformers splits hosts over accelerators where torch has any",
+    reason="transformers splits hosts over accelerators",
 )
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
 RANK = 6
