@@ -46,7 +46,7 @@ step train 200 "$python" -m bench.ffn --device cuda --tokens 512 2048 --calls 10
 step long 120 "$python" -m bench.ffn --device cuda --tokens 8192 --calls 4 --rounds 15 --out "$out/long.json"
 step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --shape 0.6B --tokens 24000 --window 2048 \
   --stride 512 --out "$out/stream.json"
-step write 120 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
+step write 200 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
   --out "$out/write.json"
 step memcheck 240 $sanitizer --tool memcheck "$python" -m pytest $small -k "$some"
 step racecheck 240 $sanitizer --tool racecheck "$python" -m pytest $small -k "$some"

@@ -28,7 +28,8 @@ import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 
 from .harness import parse, percentile, report
-from .stream import SHAPES, load, text
+from .models import SHAPES, load
+from .stream import text
 
 _UNTIMED = 2  # full windows at the beginning: a graph is captured in the first
 

@@ -192,6 +192,7 @@ def _split(host: Host, ranks: Ranks) -> Host:
             f"{type(host.model).__name__} is split among {ranks.size} processes (tp_plan), which have found different FFNs in "
             "it; load the model without tp_plan"
         )
+    host.reading.ranks = ranks
     return replace(host, ranks=ranks)
 
 

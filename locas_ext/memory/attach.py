@@ -21,8 +21,9 @@ from .memory import Memory
 def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
     """Gives a Hugging Face causal language model a memory.
 
-    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach(). Where
-    transformers has split the model among n processes (tp_plan), all of them call this and every verb; each has r / n slots.
+    The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
+    Where transformers has split the model among n processes (tp_plan), all of them call this and every verb, and each has
+    r / n slots.
     Where FSDP2 shards it (fully_shard, before or after), all do too, and each has all slots.
 
     Args:

@@ -125,6 +125,7 @@ class MemoryFacts:
     def __repr__(self) -> str:
         state = self.state
         layers, _, rank, d = state.shape
-        room = f" of {state.capacity}" if rank != state.capacity else f" in {state.processes} parts" if state.ranks else ""
-        slots = f"{layers} layers x {rank * state.processes}{room} slots x {d}"
+        room = f" of {state.capacity}" if rank != state.capacity else ""
+        parts = f" in {state.processes} parts" if state.processes > 1 else ""
+        slots = f"{layers} layers x {rank * state.processes}{room} slots x {d}{parts}"
         return f"Memory({self.config.variant}, {slots}, version {self.version}, on {type(self.model).__name__})"

@@ -3,8 +3,9 @@
 import copy
 import os
 import random
+import signal
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
@@ -18,7 +19,12 @@ from torch.distributed.tensor import DTensor
 
 import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
+from locas_ext.state.arena import SlotArena
 
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is not None,
+    reason="transformers splits hosts over accelerators",
+)
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
 RANK = 6
 
@@ -84,6 +90,30 @@ def check_refusals(memory, ids, folder):
     assert torch.equal(memory.slots, slots) and sorted(os.listdir(folder / "foreign")) == ["a file"]
 
 
+def check_that_ranks_agree(memory, ids):
+    """What happens on one of them happens on both."""
+    memory.memorize(ids, **LEARN)
+    before = memory.version
+    norm = SlotArena.gradient_norm
+
+    def infinite_on_one(arena):
+        return norm(arena) + (torch.inf if dist.get_rank() else 0.0)
+
+    for way in nullcontext, graphs_on_the_cpu:
+        with way(), mock.patch.object(SlotArena, "gradient_norm", infinite_on_one):
+            refused(locas.LocasError, ["gradient is not finite", "version"], lambda: memory.memorize(ids, **LEARN))
+    assert memory.version == before
+
+    def press(chunk):
+        if dist.get_rank() and chunk.start:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        memory.memorize(ids, **LEARN, callback=press)
+    assert memory.tokens_seen == 2 * LEARN["stride"]
+    memory.reset()
+
+
 @contextmanager
 def no_dtensors_in_steps():
     """A step of a memory that has learned something is plain tensors and collectives, as a CUDA graph needs it."""
@@ -132,6 +162,7 @@ def on_a_rank(path, folder, ids):
     memory.save_pretrained(folder / "split")
     results["resumed"] = learned(memory, ids, resume=folder / "half")
     memory.reset()
+    check_that_ranks_agree(memory, ids)
     with graphs_on_the_cpu(), no_dtensors_in_steps():
         results["replayed"] = learned(memory, ids)
     with memory.disabled():
@@ -175,7 +206,7 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
     first, second = run_ranks(on_a_rank, tmp_path / "host", tmp_path, ids)
 
     assert first["path"] == ["whole"] * len(first["path"])
-    assert "6 in 2 parts" in first["said"] and first["capacity"][0] == (RANK, RANK)
+    assert "x 6 slots x 32 in 2 parts" in first["said"] and first["capacity"][0] == (RANK, RANK)
     assert torch.equal(torch.cat([first["part"], second["part"]], 2), alone["initial"])
     for rank in (first, second):
         assert torch.equal(rank["initial"], alone["initial"]) and torch.equal(rank["scale"], alone["scale"])

@@ -103,7 +103,7 @@ def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
         return logits
 
     with embedded(model, wanted=coarse or not reading.plain_cache) as gradients:
-        verdict = cheapest(Verdict(FULL), read, expected, inputs, coarse, (FULL._replace(positions=True),))
+        verdict = cheapest(Verdict(FULL), read, expected, inputs, coarse, (FULL._replace(positions=True),), reading.ranks)
     if verdict.way.in_two:
         verdict = replace(verdict, way=SHORT._replace(positions=verdict.way.positions))  # a run compares what that adds
     else:
