@@ -10,8 +10,9 @@ from torch import nn
 from locas_ext import checks
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
-from locas_ext.hosts.registry import inspect_host, unwrapped
+from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.sharding import companions
+from locas_ext.hosts.wrappers import unwrapped
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 

@@ -14,8 +14,9 @@ from locas_ext.config import LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
 from locas_ext.hosts.projections import projection_device
-from locas_ext.hosts.registry import Host, inspect_host, unwrapped
+from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.hosts.sharding import fsdp_obstacle, gathered
+from locas_ext.hosts.wrappers import unwrapped
 from locas_ext.ops.backends import fused_backend, slot_updates
 from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
