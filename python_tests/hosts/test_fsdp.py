@@ -59,6 +59,15 @@ def learn_in_step(name, ids, after, how, changes):
     assert torch.allclose(logits_of(host, ids[:20]), logits_of(alone, ids[:20]), atol=1e-4)
 
 
+def mixed_precision(ids):
+    host = shard(tiny_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    memory = locas.attach(host, locas.LocasConfig(**CONFIG))
+    report = memory.memorize(ids, **SETTINGS)
+    _, expected = attached(dtype=torch.bfloat16)
+    assert abs(report.nll - expected.memorize(ids, **SETTINGS).nll) < 1e-2 * report.nll
+    assert memory.status()[0].path == "whole" and memory.state.arenas[0].compute.dtype == torch.bfloat16
+
+
 def all_hosts(ids):
     learn_in_step("llama", ids, True, {}, {})
     learn_in_step("llama", ids, False, {}, {"context_gradient": True, "optimizer": "adamw", "learning_rate": 1e-2})
@@ -69,6 +78,7 @@ def all_hosts(ids):
     learn_in_step("opt", ids, True, {}, {})
     learn_in_step("olmo3", ids, False, {"inside": "mlp"}, {})
     learn_in_step("experts", ids, False, {}, {"context": "keep"})
+    mixed_precision(ids)
 
 
 def test_before_and_after_attach_a_sharded_host_learns_as_a_whole_one():
@@ -122,16 +132,3 @@ def keep_and_refuse(folder, ids):
 
 def test_saving_loading_and_what_cannot_be(tmp_path):
     run_ranks(keep_and_refuse, tmp_path, random_ids(45, random.randrange(1000)))
-
-
-def mixed_precision(ids):
-    host = shard(tiny_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    memory = locas.attach(host, locas.LocasConfig(**CONFIG))
-    report = memory.memorize(ids, **SETTINGS)
-    _, expected = attached(dtype=torch.bfloat16)
-    assert abs(report.nll - expected.memorize(ids, **SETTINGS).nll) < 1e-2 * report.nll
-    assert memory.status()[0].path == "whole" and memory.state.arenas[0].compute.dtype == torch.bfloat16
-
-
-def test_weights_that_are_gathered_in_bfloat16():
-    run_ranks(mixed_precision, random_ids(45, random.randrange(1000)))

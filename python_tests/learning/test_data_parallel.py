@@ -116,8 +116,34 @@ def beginnings(texts):
         assert torch.allclose(gates[layer], chosen / chosen.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
-def test_it_begins_from_what_all_texts_show():
-    run_ranks(beginnings, texts_of(20, 20))
+def diverges(texts):
+    """On rank 1 the host alone finds its text easy, and the sum of both says that the memory does harm."""
+    rank, loss = dist.get_rank(), WindowReader.loss
+    for sharded in (False, True):
+        _, memory = attached()
+        if sharded:
+            shard(memory.model)
+        easy = {"by": 0.0 if rank else 1.0}
+        WindowReader.loss = lambda self, window, memory=memory, easy=easy: (
+            loss(self, window) * (easy["by"] if memory.state.disabled else 1.0)
+        )
+        try:
+            report = memory.memorize(texts[rank], **LEARN, update=backprop(), on_divergence="stop")
+        finally:
+            WindowReader.loss = loss
+        assert report.diverged is not None
+        facts = everywhere((report.diverged.memory, report.diverged.host, report.diverged.restored_version, memory.version))
+        assert facts[0] == facts[1]
+        assert_same_bits(memory)
+
+
+def begin(texts):
+    beginnings(texts)
+    diverges(texts)
+
+
+def test_it_begins_from_what_all_texts_show_and_a_divergence_is_decided_by_all_together():
+    run_ranks(begin, texts_of(61, 43))
 
 
 class Stop(Exception):
@@ -204,10 +230,6 @@ def refusals(ids):
     assert memory.version == 0 and not memory.texts
 
 
-def test_ranks_that_were_given_other_things_are_told_what_differs():
-    run_ranks(refusals, random_ids(20, 3))
-
-
 def ends_with(text, does, changes, version, mine, others):
     """What one rank does after its third chunk ends the run on all."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -236,12 +258,13 @@ def breaks(model):
 
 
 def ends(text):
+    refusals(text[:20])
     ends_with(text, fails, {}, 3, "Stop", "LocasError: rank 1 ended the run with an error")
     ends_with(text, presses_ctrl_c, {}, 4, "KeyboardInterrupt", "LocasError: rank 1 ended the run here (Ctrl-C)")
     ends_with(text, breaks, {}, 3, "the loss is nan at chunk 3", "the loss is nan at chunk 3 (tokens 24 to 31) on rank 1")
 
 
-def test_what_ends_a_run_on_one_rank_ends_it_on_all_with_the_same_memory():
+def test_ranks_are_told_what_differs_and_what_ends_a_run_on_one_ends_it_on_all():
     run_ranks(ends, random_ids(60, 1))
 
 
@@ -265,28 +288,3 @@ def replayed(texts):
 
 def test_between_the_gradient_and_the_update_of_a_graph_the_ranks_speak():
     run_ranks(replayed, texts_of(61, 43))
-
-
-def diverges(texts):
-    """On rank 1 the host alone finds its text easy, and the sum of both says that the memory does harm."""
-    rank, loss = dist.get_rank(), WindowReader.loss
-    for sharded in (False, True):
-        _, memory = attached()
-        if sharded:
-            shard(memory.model)
-        easy = {"by": 0.0 if rank else 1.0}
-        WindowReader.loss = lambda self, window, memory=memory, easy=easy: (
-            loss(self, window) * (easy["by"] if memory.state.disabled else 1.0)
-        )
-        try:
-            report = memory.memorize(texts[rank], **LEARN, update=backprop(), on_divergence="stop")
-        finally:
-            WindowReader.loss = loss
-        assert report.diverged is not None
-        facts = everywhere((report.diverged.memory, report.diverged.host, report.diverged.restored_version, memory.version))
-        assert facts[0] == facts[1]
-        assert_same_bits(memory)
-
-
-def test_a_divergence_is_decided_by_all_texts_together():
-    run_ranks(diverges, texts_of(61, 43))
