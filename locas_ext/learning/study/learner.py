@@ -19,10 +19,11 @@ from .guard import mean_distance
 from .rows import Row, distance, joined, logits_of, targets_of
 from .settings import StudySettings
 
-CHECKS, LEAST_BETWEEN = 24, 4  # how often the guard is looked at in a study, and updates between two looks
-MOST_RETREATS = 3
-WARM_UP, LAST_RATE = 0.05, 0.1  # shares of the updates and of the learning rate
-_RECALLED = math.log(2)  # a token of more than half the probability is what greedy decoding writes
+BETWEEN = 5  # updates between two looks at the guard
+FAR = 3.0  # times the distance allowed, from which on the last state within comes back
+MOST_GUARD, LEAST_RATE = 1024.0, 1 / 64  # multiples of the settings
+_AIM = 0.7  # the share of the distance allowed that the guard's weight is steered to
+WARM_UP, LAST_RATE = 20, 0.1  # updates; a share of the learning rate
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Material:
 class Progress:
     """How far learning has come.
 
-    guard: what the guard's weight is multiplied by, rate: what the learning rate is; first: the distance to the host in the
-    beginning, None before it is known
+    guard: what the guard's weight is multiplied by, rate: what the learning rate is; retreats: how often a state was put back;
+    first: the distance to the host in the beginning, None before it is known
     """
 
     step: int = 0
@@ -55,18 +56,22 @@ class Progress:
 
 @dataclass
 class Outcome:
-    """What the updates so far showed. losses: nats a token of the answers, one an update"""
+    """What the updates so far showed.
+
+    losses: nats a token of the answers, one an update; guard: the distance to the host; returned: whether it was too far at
+    the end, so that the last state within was put back
+    """
 
     losses: list[float] = field(default_factory=list)
     guard: float | None = None
-    stopped: str | None = None
+    returned: bool = False
 
 
 class Learner:
     """Runs the updates one by one, from wherever `progress` stands.
 
-    A look at the guard either keeps the state, or, where the distance has grown too far, puts the last state kept back and
-    goes on more carefully: with twice the guard and half the rate, three times at most.
+    A look at the guard steers its weight: up where the distance to the host comes near what is allowed, down where it is far
+    below. Where it is much too far the last state within comes back, and the rate is halved.
     """
 
     def __init__(
@@ -76,9 +81,10 @@ class Learner:
         self.by_distance, self.seed, self.progress = loss == "kl", seed, progress
         self.device = attachment.host.input_device()
         self.outcome = Outcome()
-        per_epoch = math.ceil(len(material.lessons) / settings.batch)
-        self.per_epoch, self.planned = per_epoch, per_epoch * settings.epochs
-        self.between = max(LEAST_BETWEEN, self.planned // CHECKS)
+        count = len(material.lessons)
+        self.size = min(settings.batch, count)
+        self.planned = max(settings.updates, math.ceil(count * settings.epochs / self.size))
+        self._orders: dict[int, list[int]] = {}
         self._best: snapshot.Snapshot | None = None
 
     # ---- one update ----------------------------------------------------------------------------------------------
@@ -87,18 +93,24 @@ class Learner:
         return [rows[(step * count + number) % len(rows)] for number in range(min(count, len(rows)))]
 
     def _lessons(self, step: int) -> list[Row]:
-        epoch, place = divmod(step, self.per_epoch)
-        order = list(range(len(self.material.lessons)))
-        random.Random(f"{self.seed} {epoch}").shuffle(order)
-        size = self.settings.batch
-        return [self.material.lessons[index] for index in order[place * size : (place + 1) * size]]
+        """The next ones of a row of epochs, each in another order."""
+        count = len(self.material.lessons)
+        places = range(step * self.size, (step + 1) * self.size)
+        return [self.material.lessons[self._order(place // count)[place % count]] for place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(len(self.material.lessons)))
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+            self._orders = {key: value for key, value in self._orders.items() if key >= epoch - 1} | {epoch: order}
+        return self._orders[epoch]
 
     def _loss(self, step: int) -> tuple[Tensor, Tensor]:
         """-> what is made smaller; the mean loss of the answers' tokens"""
         settings, material = self.settings, self.material
         lessons = self._lessons(step)
         raw = self._drawn(material.raw, max(1, settings.batch // 8), step) if settings.raw else []
-        guard = self._drawn(material.guard, max(4, settings.batch // 6), step) if settings.guard else []
+        guard = self._drawn(material.guard, max(4, settings.batch // 3), step) if settings.guard else []
         logits = logits_of(self.attachment.host.model, [*lessons, *raw, *guard], self.device)
         sizes = [sum(row.count for row in rows) for rows in (lessons, raw, guard)]
         of_lessons, of_raw, of_guard = logits.split(sizes)
@@ -112,7 +124,7 @@ class Learner:
 
     def _of_lessons(self, logits: Tensor, lessons: list[Row]) -> tuple[Tensor, Tensor]:
         nll = token_nll(logits.float(), targets_of(lessons, logits.device))
-        missed = torch.where(nll.detach() > _RECALLED, nll, 0.0).mean()
+        missed = torch.where(nll.detach() > -math.log(self.settings.recalled), nll, 0.0).mean()
         if not self.by_distance:
             return missed, nll.detach().mean()
         gold = self.settings.gold
@@ -120,7 +132,7 @@ class Learner:
         return (1 - gold) * kl + gold * missed, nll.detach().mean()
 
     def _rate(self, step: int) -> float:
-        warm = max(1, round(WARM_UP * self.planned))
+        warm = max(1, min(WARM_UP, self.planned // 5))
         left = 1 - (step - warm) / max(1, self.planned - warm)
         share = (step + 1) / warm if step < warm else LAST_RATE + (1 - LAST_RATE) * left
         return self.settings.learning_rate * self.progress.rate * share
@@ -158,27 +170,27 @@ class Learner:
         return time.perf_counter() - started
 
     # ---- the guard -----------------------------------------------------------------------------------------------
-    def _look(self) -> None:
-        """Keeps the state, or puts the last one back."""
-        if not self.material.kept_back:
-            return
+    def _grown(self) -> float:
+        """How far the model has gone from the host, in shares of what is allowed."""
         self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
-        grown = self.outcome.guard - (self.progress.first or 0.0)
-        if grown <= self.settings.most_kl:
-            if grown > self.settings.most_kl / 2:
-                self.progress.guard = min(64.0, 1.5 * self.progress.guard)
+        return (self.outcome.guard - (self.progress.first or 0.0)) / self.settings.most_kl
+
+    def _look(self) -> None:
+        """Steers, keeps the state, or puts the last one back."""
+        progress, grown = self.progress, self._grown()
+        change = math.exp(max(-0.1, min(0.7, 0.5 * (grown - _AIM))))
+        progress.guard = max(1 / 16, min(MOST_GUARD, change * progress.guard))
+        if grown <= 1:
             self._best = self._taken()
-            return
-        self.progress.retreats += 1
-        self.progress.guard, self.progress.rate = min(64.0, 2 * self.progress.guard), self.progress.rate / 2
+        elif grown > FAR:
+            progress.retreats += 1
+            progress.rate = max(LEAST_RATE, progress.rate / 2)
+            self._put_back()
+
+    def _put_back(self) -> None:
         if self._best is not None:
             snapshot.restore(self.attachment.state, self.attachment.host, self._best)
-            self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
-        if self.progress.retreats >= MOST_RETREATS:
-            self.outcome.stopped = (
-                f"stopped after {self.progress.step} updates: the distance to the host on general prompts would not stay "
-                f"within {self.settings.most_kl:g} nats a token"
-            )
+            self._grown()
 
     def _taken(self) -> snapshot.Snapshot:
         return snapshot.take(self.attachment.state, self.attachment.host, None, [])
@@ -186,19 +198,23 @@ class Learner:
     # ---- all of it -----------------------------------------------------------------------------------------------
     def run(self, after_step: Callable[[], None]) -> Outcome:
         """Learns to the end of the plan. after_step: called after each update; what it raises ends the run."""
-        self._look_at_start()
-        while self.progress.step < self.planned and self.outcome.stopped is None:
+        guarded = len(self.material.kept_back) > 0
+        if guarded:
+            self._look_at_start()
+        while self.progress.step < self.planned:
             self._update()
-            if self.progress.step % self.between == 0 or self.progress.step == self.planned:
+            if guarded and (self.progress.step % BETWEEN == 0 or self.progress.step == self.planned):
                 self._look()
             after_step()
+        if guarded and self._grown() > 1:
+            self.outcome.returned = True
+            self._put_back()
         return self.outcome
 
     def _look_at_start(self) -> None:
         """The state that learning begins with is one to come back to."""
-        if not self.material.kept_back:
-            return
-        self.outcome.guard = mean_distance(self.attachment.host.model, self.material.kept_back, self.device)
         if self.progress.first is None:
+            self.progress.first = 0.0
+            self._grown()
             self.progress.first = self.outcome.guard
         self._best = self._taken()
