@@ -45,7 +45,7 @@ class StudyOptions:
     check: Annotated[
         bool, flag("Keep only questions that the host answers with the passage in view.", "--check/--no-check", panel=STUDY)
     ] = True
-    batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 96
+    batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 64
     top_k: Annotated[int, option(integer(1), "Likeliest tokens of the host that are kept at each place.", panel=STUDY)] = 32
     gold: Annotated[float, option(number(low=0), "With --loss kl, the share of the answer itself, 0 to 1.", panel=STUDY)] = 0.0
     updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 300

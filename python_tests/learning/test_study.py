@@ -14,7 +14,7 @@ from locas_ext.learning.study import study as study_module
 from locas_ext.learning.study.learner import Learner
 
 SEED = random.randrange(1000)
-FAST = dict(epochs=12, batch=3, learning_rate=2e-2, raw=0.2, new_tokens=4)
+FAST = dict(epochs=12, updates=1, batch=3, recalled=0.5, learning_rate=2e-2, raw=0.2, new_tokens=4)
 
 
 def settings(**changes):
@@ -29,14 +29,14 @@ def test_answers_become_likelier_without_the_passage(loss):
     # a random host expects nothing of a passage, so by distance alone there would be nothing to learn
     chosen = settings(guard=0.0, gold=0.9)
     report = memory.study(TEXT, tokenizer, loss, PAIRS, progress=False, settings=chosen)
-    assert report.questions == {"given": 4} and report.steps == report.planned == 12 * 2 == memory.version
+    assert report.questions == {"given": 4} and report.steps == report.planned == 12 * 4 // 3 == memory.version
     assert answer_nats(memory.model, tokenizer) < nats - 2
-    assert report.loss < report.loss_before and report.guard is None and report.stopped is None
+    assert report.loss < report.loss_before and report.guard is None and not report.returned
     assert [text.tokens for text in memory.texts] == [len(tokenizer(TEXT, add_special_tokens=False)["input_ids"])]
     assert_same_host(memory.model, before)
     with memory.disabled():
         assert answer_nats(memory.model, tokenizer) == pytest.approx(nats)
-    assert "4 questions" in str(report) and "24 of 24 updates" in str(report)
+    assert "4 questions" in str(report) and "16 of 16 updates" in str(report)
 
 
 def test_a_two_layer_host_studies_too():
@@ -60,11 +60,13 @@ def test_the_guard_keeps_the_host_as_it_is():
 
 
 def test_a_state_too_far_from_the_host_is_not_kept():
+    """But something is learned: the rate falls until the guard holds."""
     tokenizer, memory = study_tokenizer(), studying(SEED)
-    chosen = settings(guard=1e-6, most_kl=1e-3, learning_rate=0.1)
+    nats = answer_nats(memory.model, tokenizer)
+    chosen = settings(guard=1e-6, most_kl=1e-2, learning_rate=0.5, updates=60)
     report = memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen)
-    assert report.guard <= 1e-3 and "stopped after" in report.stopped and report.steps < report.planned
-    assert report.stopped in str(report)
+    print(report, nats, answer_nats(memory.model, tokenizer))
+    assert report.guard <= 1e-2 and answer_nats(memory.model, tokenizer) < nats
 
 
 def test_the_gradient_is_that_of_the_rows_one_by_one(monkeypatch):

@@ -10,11 +10,24 @@ from support.study import CHAT, PAIRS, TEXT, study_host, study_tokenizer
 import locas_ext as locas
 from locas_ext.learning.study import asking, generation
 from locas_ext.learning.study.asking import Asker, question_in
-from locas_ext.learning.study.pairs import Salience, given_pairs, made_pairs, parts_of
+from locas_ext.learning.study.made import made_pairs
+from locas_ext.learning.study.pairs import given_pairs, parts_of
 from locas_ext.learning.study.passages import passages_of, sentences_of, words_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.learning.study.rows import Row, distance, expectations, in_batches, likeliest, logits_of
-from locas_ext.learning.study.settings import ABOUT, ASKED, ASKED_FOR, BLANK, CONTINUED, StudySettings
+from locas_ext.learning.study.salience import Salience
+from locas_ext.learning.study.settings import (
+    ABOUT,
+    ASKED,
+    ASKED_FOR,
+    BEGUN,
+    BLANK,
+    CONTINUED,
+    KINDS,
+    LINKED,
+    TURNED,
+    StudySettings,
+)
 from locas_ext.learning.study.teacher import lessons_of, surprises_of
 
 SEED = random.randrange(10_000)
@@ -111,22 +124,37 @@ def test_a_fact_is_asked_from_both_ends():
     assert sentence in sentences_of(TEXT)
     words = [sentence[a:b] for a, b in words_of(sentence)]
     surprises = {sentence: [9.0 if word in ("Skolm", "honey") else 0.1 for word in words]}
-    pairs = made_pairs(passages, (BLANK, ABOUT, CONTINUED), 99, Salience(surprises, most=2), SEED)
-    mine = [pair for pair in pairs if "village of" in pair.question or "village of" in pair.answer]
-    blanks = {pair.answer: pair.question for pair in mine if pair.kind == BLANK}
-    assert set(blanks) == {"Skolm", "honey"} and "Skolm" in blanks["honey"] and "honey" not in blanks["honey"]
+    pairs = made_pairs(passages, KINDS, Salience(surprises, most=2), SEED)
+    mine = [pair for pair in pairs if any(word in f"{pair.question} {pair.begin} {pair.answer}" for word in ("Skolm", "honey"))]
+    for kind in (BLANK, TURNED, LINKED, BEGUN):
+        both = {pair.answer.strip(".").lower(): pair for pair in mine if pair.kind == kind}
+        assert set(both) == {"skolm", "honey"}, kind
+        for answer, other in (("skolm", "honey"), ("honey", "skolm")):
+            assert other in both[answer].question.lower() and answer not in both[answer].question.lower()
+    assert {f"{pair.begin} {pair.answer}" for pair in mine if pair.kind == BEGUN} == {
+        "The village of Skolm",
+        "The village of Skolm lives from its trade in honey",
+    }
     assert {pair.answer for pair in mine if pair.kind == ABOUT} == {sentence}
     (cut,) = [pair for pair in mine if pair.kind == CONTINUED]
     assert f"{cut.question} {cut.answer}" == sentence
-    assert made_pairs(passages, (BLANK,), 99, Salience(surprises, most=2), SEED) == [p for p in pairs if p.kind == BLANK]
-    few = made_pairs(passages, (BLANK, ABOUT), 2, Salience(surprises, most=2), SEED)
-    assert [pair.kind for pair in few] == [BLANK, BLANK, ABOUT, ABOUT]
+    assert made_pairs(passages, (BLANK,), Salience(surprises, most=2), SEED) != []
+    twice = passages_of(prompter, [TEXT, TEXT], 256)
+    assert made_pairs(twice, KINDS, Salience(surprises, most=2), SEED) == pairs  # a sentence that comes again is asked once
 
 
 def test_the_first_word_of_a_sentence_is_asked_for_only_if_it_is_a_name():
-    sentences = ["Every evening Anna played the violin.", "Anna sold it in Rome.", "Nobody knew why she did."]
+    sentences = ["Every evening Anna played the violin.", "Anna sold it in Rome.", "Nobody knew the time."]
     salient = Salience({s: [float(len(s) - a) for a, _ in words_of(s)] for s in sentences}, most=2)
-    assert [salient(sentence) for sentence in sentences] == [["evening", "Anna"], ["Anna", "sold"], ["knew", "why"]]
+    found = [[word.text for word in salient(sentence)] for sentence in sentences]
+    assert found == [["evening", "Anna"], ["Anna", "Rome"], ["knew", "time"]]
+
+
+def test_a_name_is_asked_about_with_what_it_is_of():
+    sentences = ["The sails of the ship Vomel are red.", "Merchants came to the old house of Brann.", "He went to Skolm in May."]
+    salient = Salience({sentence: [1.0] * 20 for sentence in sentences}, most=9)
+    phrases = [[word.phrase for word in salient(sentence) if word.name] for sentence in sentences]
+    assert phrases == [["the ship Vomel"], ["Brann"], ["Skolm", "May"]]
 
 
 def test_the_words_that_a_host_would_not_have_guessed():
@@ -159,7 +187,7 @@ def test_a_lesson_is_learned_without_the_passage_and_expected_with_it(chat):
     tokenizer, model = study_tokenizer(chat), study_host(SEED)
     prompter = Prompter(tokenizer)
     passages = passages_of(prompter, [TEXT], 64)
-    pairs = [*given_pairs(PAIRS, passages), *made_pairs(passages, (CONTINUED,), 1, Salience({}), SEED)]
+    pairs = [*given_pairs(PAIRS, passages), *made_pairs(passages, (CONTINUED,), Salience({}), SEED)]
     for lesson in lessons_of(model, prompter, passages, pairs, 8, 256, CPU, lambda count: None):
         shown, answer = parts_of(prompter, lesson.pair, passages[lesson.pair.passage].text)
         assert passages[lesson.pair.passage].text in tokenizer.decode(shown)

@@ -43,8 +43,33 @@ def _parts(prompter: Prompter, question: Question, context: str | None) -> tuple
     return (shown, prompter.encode(question.text)) if shown else ([], prompter.passage(question.text))
 
 
-def _candidate(prompter: Prompter, question: Question, text: str) -> list[int]:
-    return prompter.encode(f" {text}") if question.kind == CLOZE else prompter.answer(text)
+@dataclass(frozen=True)
+class Form:
+    """How an answer is written where its likelihood is asked for.
+
+    begin: how the reply begins, for all answers alike; capital, full_stop: how the answer itself is written
+    """
+
+    begin: str = ""
+    capital: bool = False
+    full_stop: bool = False
+
+    def prompt(self, prompter: Prompter) -> list[int]:
+        return prompter.answer(self.begin) if self.begin else []
+
+    def answer(self, prompter: Prompter, question: Question, text: str) -> list[int]:
+        text = (text[0].upper() + text[1:] if self.capital else text) + ("." if self.full_stop else "")
+        return prompter.encode(f" {text}") if self.begin or question.kind == CLOZE else prompter.answer(text)
+
+
+FORMS = {
+    "bare": Form(),
+    "cap.": Form(capital=True, full_stop=True),
+    "ans": Form("The answer is"),
+    "ans.": Form("The answer is", full_stop=True),
+    "it": Form("It is", full_stop=True),
+}
+CLOZE_FORMS = {"bare": Form(), "bare.": Form(full_stop=True)}
 
 
 def prompt_lengths(prompter: Prompter, questions: list[Question], view: View) -> list[int]:
@@ -100,7 +125,7 @@ def written_answers(
 
 
 def choice_scores(
-    model: Any, prompter: Prompter, questions: list[Question], view: View, batch_size: int, advance: Advance
+    model: Any, prompter: Prompter, questions: list[Question], view: View, form: Form, batch_size: int, advance: Advance
 ) -> list[list[float]]:
     """For each question the summed log-probability, in nats, of its gold and of each of its distractors.
 
@@ -109,6 +134,7 @@ def choice_scores(
     result: list[list[float]] = [[] for _ in questions]
     with torch.inference_mode():
         for indices, shared, own in _groups(prompter, questions, view):
+            own = [ids + form.prompt(prompter) for ids in own]
             cache = None
             if shared:
                 inputs = torch.tensor([shared], device=model.device)
@@ -116,7 +142,7 @@ def choice_scores(
             for batch in _batches(own, len(shared), batch_size):
                 chosen = [questions[indices[place]] for place in batch]
                 prompts = torch.tensor([own[place] for place in batch], device=model.device)
-                for place, scores in zip(batch, _scores(model, prompter, chosen, prompts, cache), strict=True):
+                for place, scores in zip(batch, _scores(model, prompter, chosen, form, prompts, cache), strict=True):
                     result[indices[place]] = scores
                 advance(len(batch))
     return result
@@ -133,9 +159,11 @@ def _batches(own: list[list[int]], shared: int, size: int) -> Iterator[list[int]
             yield places[start : start + step]
 
 
-def _scores(model: Any, prompter: Prompter, questions: list[Question], prompts: Tensor, cache: Any) -> list[list[float]]:
+def _scores(
+    model: Any, prompter: Prompter, questions: list[Question], form: Form, prompts: Tensor, cache: Any
+) -> list[list[float]]:
     """prompts: [b, m], those of the questions, behind what the cache holds"""
-    options = [[_candidate(prompter, q, text) for text in (q.answers[0], *q.distractors)] for q in questions]
+    options = [[form.answer(prompter, q, text) for text in (q.answers[0], *q.distractors)] for q in questions]
     begun = copies(cache, len(questions))
     output = model(input_ids=prompts, past_key_values=begun, use_cache=True, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)

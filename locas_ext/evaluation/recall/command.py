@@ -198,7 +198,7 @@ class Recall:
             return {**record, "error": one_line(error), "seconds": time.perf_counter() - started}
         asking = time.perf_counter() - started - seconds
         own = {"seconds": seconds, "seconds_asking": asking, "extra_parameters": learned.extra_parameters}
-        return {**record, **own, "error": None, "notes": learned.notes}
+        return {**record, **own, "error": None, "notes": learned.notes, "priors": alone.priors[document.title]}
 
     def _asked_after(self, method: str, document: Document, view: View, alone: HostAlone, learned: Learned) -> dict:
         """The same asked again after the same memory has learned further texts."""

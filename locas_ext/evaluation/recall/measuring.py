@@ -14,7 +14,7 @@ from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 
-from .asking import Advance, View, choice_scores, written_answers
+from .asking import CLOZE_FORMS, FORMS, Advance, View, choice_scores, written_answers
 from .documents import ABSENT, CLOZE, Document, Question
 from .scoring import contains, token_f1
 
@@ -65,23 +65,23 @@ def right_general(
     return [contains(text, question.answers) for text, question in zip(texts, questions, strict=True)]
 
 
-def priors_of(model: Any, prompter: Prompter, questions: list[Question], asking: Asking) -> dict[tuple[str, str], float]:
-    """What the model thinks of each answer by itself: (form of the question, answer) -> nats, asked an empty question."""
-    wanted = dict.fromkeys((_form(q), text) for q in questions for text in (q.answers[0], *q.distractors))
-    result: dict[tuple[str, str], float] = {}
-    for form in dict.fromkeys(form for form, _ in wanted):
-        texts = [text for each, text in wanted if each == form]
-        empty = Question(form, "" if form != CLOZE else "The", (texts[0],), tuple(texts[1:]))
-        for start in range(0, len(texts), 64):
-            part = Question(form, empty.text, (texts[start],), tuple(texts[start + 1 : start + 64]))
-            (scores,) = choice_scores(model, prompter, [part], View(), asking.batch_size, lambda count: None)
-            result.update(zip(((form, text) for text in texts[start : start + 64]), scores, strict=True))
+NEUTRAL = ("", "What is it?", "Which one is it?", "Who or what is it?")
+NEUTRAL_CLOZE = ("The", "It is", "They spoke of")
+
+
+def priors_of(model: Any, prompter: Prompter, questions: list[Question], asking: Asking) -> dict:
+    result: dict = {}
+    for kind in dict.fromkeys(q.kind for q in questions if q.kind != ABSENT):
+        texts = list(dict.fromkeys(t for q in questions if q.kind == kind for t in (q.answers[0], *q.distractors)))
+        for name, form in (CLOZE_FORMS if kind == CLOZE else FORMS).items():
+            for neutral in NEUTRAL_CLOZE if kind == CLOZE else NEUTRAL:
+                for start in range(0, len(texts), 64):
+                    part = texts[start : start + 64]
+                    q = Question(kind, neutral, (part[0],), tuple(part[1:]))
+                    (scores,) = choice_scores(model, prompter, [q], View(), form, asking.batch_size, lambda count: None)
+                    for text, score in zip(part, scores, strict=True):
+                        result.setdefault(kind, {}).setdefault(name, {}).setdefault(text, []).append(score)
     return result
-
-
-def _form(question: Question) -> str:
-    """Questions of one form have answers that are written alike."""
-    return CLOZE if question.kind == CLOZE else "question"
 
 
 # ---- questions -------------------------------------------------------------------------------------------------
@@ -103,7 +103,15 @@ def ask_all(
     questions = list(document.questions)
     texts = written_answers(model, prompter, questions, view, asking.max_new_tokens, asking.batch_size, advance)
     asked = [question for question in questions if question.kind != ABSENT]
-    scores = iter(choice_scores(model, prompter, asked, view, asking.batch_size, advance))
+    found: list[dict] = [{} for _ in asked]
+    for cloze, forms in ((True, CLOZE_FORMS), (False, FORMS)):
+        places = [n for n, q in enumerate(asked) if (q.kind == CLOZE) == cloze]
+        for number, (name, form) in enumerate(forms.items()):
+            told = advance if number == 0 else lambda count: None
+            each = choice_scores(model, prompter, [asked[n] for n in places], view, form, asking.batch_size, told)
+            for place, values in zip(places, each, strict=True):
+                found[place][name] = values
+    scores = iter(found)
     entries = []
     for question, text in zip(questions, texts, strict=True):
         entry = {
@@ -118,17 +126,23 @@ def ask_all(
     return entries
 
 
-def _choice(prompter: Prompter, question: Question, scores: list[float], priors: dict[tuple[str, str], float]) -> dict:
-    gold = question.answers[0]
+def _choice(prompter: Prompter, question: Question, by_form: dict, priors: dict) -> dict:
+    gold, scores = question.answers[0], by_form["bare"]
     tokens = len(prompter.encode(f" {gold}") if question.kind == CLOZE else prompter.answer(gold))
     options = (gold, *question.distractors)
-    taken_off = [score - priors[_form(question), text] for score, text in zip(scores, options, strict=True)]
     several = len(options) > 1
+    total = [0.0] * len(options)
+    for name, values in by_form.items():
+        for place, text in enumerate(options):
+            own = priors[question.kind][name][text]
+            total[place] += values[place] - sum(own) / len(own)
     return {
         "gold_nats": scores[0] / tokens if math.isfinite(scores[0]) else None,
         "choice": scores[0] > max(scores[1:]) if several else None,
-        "calibrated": taken_off[0] > max(taken_off[1:]) if several else None,
+        "calibrated": total[0] > max(total[1:]) if several else None,
         "options": len(options),
+        "scores": by_form,
+        "choices": options,
     }
 
 

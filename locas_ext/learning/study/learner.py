@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Learner:
     """Runs the updates one by one, from wherever `progress` stands.
 
     A look at the guard steers its weight: up where the distance to the host comes near what is allowed, down where it is far
-    below. Where it is much too far the last state within comes back, and the rate is halved.
+    below. Where it is much too far the last state within comes back, and the rate falls.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Learner:
         settings, material = self.settings, self.material
         lessons = self._lessons(step)
         raw = self._drawn(material.raw, max(1, settings.batch // 8), step) if settings.raw else []
-        guard = self._drawn(material.guard, max(4, settings.batch // 3), step) if settings.guard else []
+        guard = self._drawn(material.guard, max(4, 3 * settings.batch // 8), step) if settings.guard else []
         logits = logits_of(self.attachment.host.model, [*lessons, *raw, *guard], self.device)
         sizes = [sum(row.count for row in rows) for rows in (lessons, raw, guard)]
         of_lessons, of_raw, of_guard = logits.split(sizes)
@@ -178,13 +179,15 @@ class Learner:
     def _look(self) -> None:
         """Steers, keeps the state, or puts the last one back."""
         progress, grown = self.progress, self._grown()
+        if progress.step % 20 == 0:
+            print(f"TRACE {progress} {self.outcome.guard:.4f} {self.outcome.losses[-1]:.3f}", file=sys.stderr)
         change = math.exp(max(-0.1, min(0.7, 0.5 * (grown - _AIM))))
         progress.guard = max(1 / 16, min(MOST_GUARD, change * progress.guard))
         if grown <= 1:
             self._best = self._taken()
         elif grown > FAR:
             progress.retreats += 1
-            progress.rate = max(LEAST_RATE, progress.rate / 2)
+            progress.rate = max(LEAST_RATE, progress.rate / min(8.0, math.sqrt(grown)))  # the distance goes by its square
             self._put_back()
 
     def _put_back(self) -> None:
@@ -203,7 +206,8 @@ class Learner:
             self._look_at_start()
         while self.progress.step < self.planned:
             self._update()
-            if guarded and (self.progress.step % BETWEEN == 0 or self.progress.step == self.planned):
+            step = self.progress.step
+            if guarded and (step % BETWEEN == 0 or step < BETWEEN or step == self.planned):
                 self._look()
             after_step()
         if guarded and self._grown() > 1:

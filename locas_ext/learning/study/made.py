@@ -87,15 +87,17 @@ def _turned(sentence: str, words: list[Word], rng: random.Random) -> list[Questi
 
 
 def _question(sentence: str, word: Word, words: list[Word], share: float, rng: random.Random) -> str:
-    """The statement with a word asked for; with a share below 1 other words than names are left out."""
+    """The statement with a word asked for; with a share below 1 words are left out, but no name, and not all that tell."""
     asking = rng.choice(_ASKING)
     if share == 1.0:
         return f"{sentence[: word.start]}{asking}{sentence[word.end :]}".rstrip(".! ") + "?"
+    others = [other for other in words if other is not word]
+    held = [other for other in others if other.name] + (rng.sample(others, 1) if others else [])
     kept, place = [], 0
     for part in sentence.split(" "):
         start, place = place, place + len(part) + 1
-        named = any(other.name and other.start <= start < other.end for other in words)
-        if not word.start <= start < word.end and (named or rng.random() < share):
+        tells = any(start < other.end and other.start < place for other in held)
+        if not (start < word.end and word.start < place) and (tells or rng.random() < share):
             kept.append(part.strip(".,;:!?\"'"))
     return f"{asking.capitalize()} {' '.join(kept)}?"
 

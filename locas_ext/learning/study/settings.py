@@ -53,7 +53,7 @@ class StudySettings:
     check: bool = True
     epochs: int = 5
     updates: int = 300
-    batch: int = 96
+    batch: int = 64
     learning_rate: float = 2e-3
     top_k: int = 32
     gold: float = 0.0

@@ -1,6 +1,7 @@
 """Studying a text: questions about it are written, and their answers learned without it in view."""
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,6 +40,7 @@ from .store import Store, digest
 from .teacher import ANSWERED, Lesson, lessons_of, lessons_without, surprises_of
 
 _AT_ONCE = 16  # passages that are asked about together, and then kept
+_RAW = 64  # tokens of the text in a row: about as long as a question with its answer
 _SAVE_AFTER = 60.0  # seconds of learning between two saves
 Pairs = Sequence[tuple[str, str]]
 
@@ -146,7 +148,9 @@ class Study:
     def material(self, lessons: list[Lesson]) -> Material:
         """The rows of a study; the model is the bare host here."""
         settings, begin = self.settings, tuple(self.prompter.passage(""))
-        raw = [Row((*begin, *passage.ids), max(1, len(begin))) for passage in self.passages if len(passage.ids) > 1]
+        pieces = (passage.ids[at : at + _RAW] for passage in self.passages for at in range(0, len(passage.ids), _RAW))
+        raw = [Row((*begin, *piece), max(1, len(begin))) for piece in pieces if len(piece) > 1]
+        random.Random(self.seed).shuffle(raw)
         guard: tuple[list[Row], list[Row]] = ([], [])
         if settings.guard:
             positions = self.attachment.host.max_positions
