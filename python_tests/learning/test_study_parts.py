@@ -151,7 +151,11 @@ def test_the_first_word_of_a_sentence_is_asked_for_only_if_it_is_a_name():
 
 
 def test_a_name_is_asked_about_with_what_it_is_of():
-    sentences = ["The sails of the ship Vomel are red.", "Merchants came to the old house of Brann.", "He went to Skolm in May."]
+    sentences = [
+        "The sails of the ship Vomel are red.",
+        "Merchants came to the old house of Brann.",
+        "He went to Skolm in May.",
+    ]
     salient = Salience({sentence: [1.0] * 20 for sentence in sentences}, most=9)
     phrases = [[word.phrase for word in salient(sentence) if word.name] for sentence in sentences]
     assert phrases == [["the ship Vomel"], ["Brann"], ["Skolm", "May"]]

@@ -2,9 +2,9 @@
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,27 +17,31 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import snapshot
 
 from .guard import mean_distance
+from .locality import Locality
 from .rows import Row, distance, joined, logits_of, targets_of
 from .settings import StudySettings
 
 BETWEEN = 5  # updates between two looks at the guard
-FAR = 3.0  # times the distance allowed, from which on the last state within comes back
-MOST_GUARD, LEAST_RATE = 1024.0, 1 / 64  # multiples of the settings
+FAR = 6.0  # times the distance allowed, from which on the last state within comes back
+MOST_GUARD, LEAST_RATE, RECOVERY = 1024.0, 1 / 8, 1.1  # multiples of the settings; of the rate, at each look
 _AIM = 0.7  # the share of the distance allowed that the guard's weight is steered to
-WARM_UP, LAST_RATE = 20, 0.1  # updates; a share of the learning rate
+WARM_UP, LAST_RATE = 50, 0.1  # updates; a share of the learning rate
+RAW_FIRST = 2.0  # the weight of the text itself in the updates that learn mostly that
 
 
 @dataclass(frozen=True)
 class Material:
     """Everything that is learned with.
 
-    lessons: answers, with what the host expects; raw: the text; guard, kept_back: what is to stay, half of it to judge by
+    lessons: answers, with what the host expects; raw: the text; guard, kept_back: what is to stay, a part of it to judge by
+    locality: what keeps the memory silent on general text, or None
     """
 
     lessons: Sequence[Row]
     raw: Sequence[Row]
     guard: Sequence[Row]
     kept_back: Sequence[Row]
+    locality: Locality | None = None
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Learner:
     """Runs the updates one by one, from wherever `progress` stands.
 
     A look at the guard steers its weight: up where the distance to the host comes near what is allowed, down where it is far
-    below. Where it is much too far the last state within comes back, and the rate falls.
+    below. Where it is much too far the last state within comes back with half the rate, which recovers from look to look.
     """
 
     def __init__(
@@ -93,11 +97,23 @@ class Learner:
         """Some rows, other ones at each step until all were there."""
         return [rows[(step * count + number) % len(rows)] for number in range(min(count, len(rows)))]
 
+    def _mostly_raw(self, step: int) -> bool:
+        return self.settings.raw > 0 and step < self.settings.raw_first * self.planned
+
     def _lessons(self, step: int) -> list[Row]:
-        """The next ones of a row of epochs, each in another order."""
+        """The next ones of a row of epochs, each in another order; few while the text itself comes first."""
         count = len(self.material.lessons)
-        places = range(step * self.size, (step + 1) * self.size)
+        places = range(step * self.size, step * self.size + (max(1, self.size // 4) if self._mostly_raw(step) else self.size))
         return [self.material.lessons[self._order(place // count)[place % count]] for place in places]
+
+    def _raw(self, step: int) -> tuple[list[Row], float]:
+        """-> rows of the text itself, and their weight"""
+        batch, first = self.settings.batch, self._mostly_raw(step)
+        if not self.settings.raw:
+            return [], 0.0
+        return self._drawn(
+            self.material.raw, max(1, batch // (4 if first else 16)), step
+        ), RAW_FIRST if first else self.settings.raw
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -110,22 +126,26 @@ class Learner:
         """-> what is made smaller; the mean loss of the answers' tokens"""
         settings, material = self.settings, self.material
         lessons = self._lessons(step)
-        raw = self._drawn(material.raw, max(1, settings.batch // 8), step) if settings.raw else []
+        raw, weight_of_raw = self._raw(step)
         guard = self._drawn(material.guard, max(4, 3 * settings.batch // 8), step) if settings.guard else []
         logits = logits_of(self.attachment.host.model, [*lessons, *raw, *guard], self.device)
         sizes = [sum(row.count for row in rows) for rows in (lessons, raw, guard)]
         of_lessons, of_raw, of_guard = logits.split(sizes)
         total, shown = self._of_lessons(of_lessons, lessons)
         if raw:
-            total = total + settings.raw * token_nll(of_raw.float(), targets_of(raw, logits.device)).mean()
+            total = total + weight_of_raw * self._missed(token_nll(of_raw.float(), targets_of(raw, logits.device)))
         if guard:
             weight = settings.guard * self.progress.guard
             total = total + weight * distance(of_guard, joined(guard, logits.device)).mean()
         return total, shown
 
+    def _missed(self, nll: Tensor) -> Tensor:
+        """The mean loss of tokens [n], of which those that are recalled count nothing."""
+        return torch.where(nll.detach() > -math.log(self.settings.recalled), nll, 0.0).mean()
+
     def _of_lessons(self, logits: Tensor, lessons: list[Row]) -> tuple[Tensor, Tensor]:
         nll = token_nll(logits.float(), targets_of(lessons, logits.device))
-        missed = torch.where(nll.detach() > -math.log(self.settings.recalled), nll, 0.0).mean()
+        missed = self._missed(nll)
         if not self.by_distance:
             return missed, nll.detach().mean()
         gold = self.settings.gold
@@ -156,7 +176,9 @@ class Learner:
         try:
             self.outcome.losses.append(self.gradient(step))
             scale, clip = 1.0 / loss_scale(state), self.attachment.config.clip
-            OPTIMIZERS["adamw"](state, self._rate(step), clip=clip, gradient_scale=scale)
+            locality = self.material.locality
+            with nullcontext() if locality is None else locality.update(state, clip):
+                OPTIMIZERS["adamw"](state, self._rate(step), clip=clip and locality is None, gradient_scale=scale)
         finally:
             state.zero_grad()
         self.progress.step += 1
@@ -179,16 +201,16 @@ class Learner:
     def _look(self) -> None:
         """Steers, keeps the state, or puts the last one back."""
         progress, grown = self.progress, self._grown()
-        if progress.step % 20 == 0:
-            print(f"TRACE {progress} {self.outcome.guard:.4f} {self.outcome.losses[-1]:.3f}", file=sys.stderr)
         change = math.exp(max(-0.1, min(0.7, 0.5 * (grown - _AIM))))
         progress.guard = max(1 / 16, min(MOST_GUARD, change * progress.guard))
         if grown <= 1:
             self._best = self._taken()
         elif grown > FAR:
             progress.retreats += 1
-            progress.rate = max(LEAST_RATE, progress.rate / min(8.0, math.sqrt(grown)))  # the distance goes by its square
+            progress.rate = max(LEAST_RATE, progress.rate / 2)
             self._put_back()
+            return
+        progress.rate = min(1.0, RECOVERY * progress.rate)
 
     def _put_back(self) -> None:
         if self._best is not None:

@@ -37,6 +37,7 @@ _ASKING = ("what", "which", "who", "where", "what is it that", "which one", "how
 _GAP = "____"
 # How a short answer begins: as itself, or in a sentence of which only the rest is learned, so that the host's manner stays.
 _BEGINNINGS = ("", "", "The answer is", "It is")
+_OF_NAMES = (TURNED, LINKED, BEGUN)  # kinds whose questions leave words out: without a name in them they could mean anything
 _KEPT = (1.0, 0.7, 0.4)  # the share of a statement's words that its question keeps
 Question = tuple[str, str, str]  # with the answer and its beginning
 _Maker = Callable[[str, list[Word], random.Random], list[Question]]
@@ -55,7 +56,8 @@ def made_pairs(passages: Sequence[Passage], kinds: Sequence[str], salient: Salie
         seen.update(sentences)
         for sentence in sentences:
             words = salient(sentence)
-            for kind in (each for each in _MAKERS if each in kinds):
+            named = any(word.name for word in words)
+            for kind in (each for each in _MAKERS if each in kinds and (named or each not in _OF_NAMES)):
                 made = _MAKERS[kind](sentence, words, rng)
                 result += [Pair(kind, question, answer, number, begin) for question, answer, begin in made]
     return result
@@ -88,16 +90,18 @@ def _turned(sentence: str, words: list[Word], rng: random.Random) -> list[Questi
 
 def _question(sentence: str, word: Word, words: list[Word], share: float, rng: random.Random) -> str:
     """The statement with a word asked for; with a share below 1 words are left out, but no name, and not all that tell."""
-    asking = rng.choice(_ASKING)
+    begin, asking = word.start, rng.choice(_ASKING)
+    if word.category and rng.random() < 0.5:
+        begin, asking = word.end - len(word.phrase), f"which {word.category}"
     if share == 1.0:
-        return f"{sentence[: word.start]}{asking}{sentence[word.end :]}".rstrip(".! ") + "?"
+        return f"{sentence[:begin]}{asking}{sentence[word.end :]}".rstrip(".! ") + "?"
     others = [other for other in words if other is not word]
     held = [other for other in others if other.name] + (rng.sample(others, 1) if others else [])
     kept, place = [], 0
     for part in sentence.split(" "):
         start, place = place, place + len(part) + 1
         tells = any(start < other.end and other.start < place for other in held)
-        if not (start < word.end and word.start < place) and (tells or rng.random() < share):
+        if not (start < word.end and begin < place) and (tells or rng.random() < share):
             kept.append(part.strip(".,;:!?\"'"))
     return f"{asking.capitalize()} {' '.join(kept)}?"
 

@@ -19,6 +19,8 @@ _PLAIN = frozenset(
     "other another each every like just still even ever once here too while because though after before".split()
 )
 
+_FEW, _SENTENCES = 3, 50  # a word is common in more sentences than these few, and in more than one of so many
+
 
 @dataclass(frozen=True)
 class Word:
@@ -37,11 +39,18 @@ class Word:
     phrase: str
     name: bool
 
+    @property
+    def category(self) -> str:
+        """What a name is of, such as "village"; "" if nothing is said of that."""
+        before = self.phrase.removesuffix(self.text).split()
+        return before[1] if len(before) > 1 else ""
+
 
 class Salience:
     """The words of a sentence to ask for: names, and those that the host would least have guessed and that are rare in the text.
 
-    A sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another
+    A word of many sentences is what they are about in general, "born" or "trade": asked for, it only draws the answer away from
+    what the one sentence says. A sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another
     sentence.
 
     surprises: [nats of each word of `words_of`] by sentence; a sentence without is asked for its first words
@@ -49,6 +58,7 @@ class Salience:
 
     def __init__(self, surprises: dict[str, list[float]], most: int = 5):
         self.surprises, self.most = surprises, most
+        self._common = max(_FEW, len(surprises) // _SENTENCES)
         self._holding: Counter[str] = Counter()
         self._names: set[str] = set()
         for sentence in surprises:
@@ -59,15 +69,27 @@ class Salience:
     def __call__(self, sentence: str) -> list[Word]:
         """In the order of the sentence."""
         spans = words_of(sentence)
-        nats = self.surprises.get(sentence) or [0.0] * len(spans)
+        nats = list(self.surprises.get(sentence) or [0.0] * len(spans))
+        if self._begins_a_name(sentence, spans):
+            spans, nats = [(spans[0][0], spans[1][1]), *spans[2:]], [nats[0] + nats[1], *nats[2:]]
         words = [self._word(sentence, start, end) for start, end in spans]
-        asked = [n for n, word in enumerate(words) if word.name or (word.start > 0 and word.text.lower() not in _PLAIN)]
+        asked = [n for n, word in enumerate(words) if word.name or self._tells(word)]
         best = sorted(asked, key=lambda n: (-words[n].name, -nats[n] * self._rarity(words[n].text)))[: self.most]
         return [words[n] for n in sorted(best)]
 
+    def _begins_a_name(self, sentence: str, spans: list[tuple[int, int]]) -> bool:
+        """Whether the first word goes with the name right behind it, as the Captain of Captain Bell does."""
+        if len(spans) < 2 or spans[0][0] > 0 or sentence[spans[0][1] : spans[1][0]] != " ":
+            return False
+        return sentence[spans[1][0]].isupper() and sentence[slice(*spans[0])] in self._names
+
+    def _tells(self, word: Word) -> bool:
+        text = word.text.lower()
+        return word.start > 0 and text not in _PLAIN and self._holding[text] <= self._common
+
     def _word(self, sentence: str, start: int, end: int) -> Word:
         text = sentence[start:end]
-        name = sentence[start].isupper() and (start > 0 or text in self._names)
+        name = sentence[start].isupper() and (start > 0 or text.split()[0] in self._names)
         before = _CATEGORY.search(sentence[:start]) if name else None
         return Word(start, end, text, text if before is None else before[0] + text, name)
 

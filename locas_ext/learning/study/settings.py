@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from locas_ext.checks import boolean, integer, number, one_of
 
 LOSSES = ("kl", "ce")
+NONE, PROJECTED, WHITENED = "none", "projected", "whitened"
+LOCALITIES = (NONE, PROJECTED, WHITENED)
 ASKED, ASKED_FOR, TURNED, LINKED, BEGUN = "asked", "asked-for", "turned", "linked", "begun"
 BLANK, ABOUT, CONTINUED = "blank", "about", "continued"
 KINDS = (ASKED, ASKED_FOR, TURNED, LINKED, BEGUN, BLANK, ABOUT, CONTINUED)
@@ -32,9 +34,15 @@ class StudySettings:
         recalled: float above 0 and below 1: the probability from which on a token of an answer counts as learned; greedy decoding
             writes what is above 0.5
         raw: float >= 0: the weight of the text itself beside the questions, its cross-entropy in nats a token
+        raw_first: float from 0 to below 1: the share of the updates, the first ones, that learn mostly the text itself
         guard: float >= 0: the weight of the distance to the host on general prompts and its own free text, in nats a token
-        most_kl: float > 0: how far that distance may grow, on texts kept back for it; where it grows further the last state
-            within is put back, and learning goes on more carefully or stops
+        most_kl: float > 0: how far that distance may grow, on texts kept back for it: the guard's weight is steered by it, and
+            where it is passed in the end, the last state within is put back
+        locality: where key and gate rows may point, so that the memory is silent on general text: "none": anywhere;
+            "projected": not along the leading directions of the host's FFN inputs on it; "whitened": the less the more of
+            their energy is there
+        quiet: float from 0 to below 1: the share of that energy that the leading directions hold; of "whitened", how far
+            it goes
         new_tokens: int >= 4: the most tokens of a question or answer that the host writes
 
     Raises:
@@ -59,17 +67,31 @@ class StudySettings:
     gold: float = 0.0
     recalled: float = 0.7
     raw: float = 0.5
-    guard: float = 1.0
+    raw_first: float = 0.3
+    guard: float = 4.0
     most_kl: float = 0.02
+    locality: str = PROJECTED
+    quiet: float = 0.9
     new_tokens: int = 40
 
     def __post_init__(self) -> None:
-        for name, least in {"chunk": 16, "questions": 1, "epochs": 1, "updates": 1, "batch": 1, "top_k": 1, "new_tokens": 4}.items():
+        for name, least in {
+            "chunk": 16,
+            "questions": 1,
+            "epochs": 1,
+            "updates": 1,
+            "batch": 1,
+            "top_k": 1,
+            "new_tokens": 4,
+        }.items():
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
         for name in ("learning_rate", "raw", "guard"):
             object.__setattr__(self, name, number(name, getattr(self, name), 0))
         object.__setattr__(self, "gold", number("gold", self.gold, 0, 1))
         object.__setattr__(self, "recalled", number("recalled", self.recalled, above=0, below=1))
+        for name in ("raw_first", "quiet"):
+            object.__setattr__(self, name, number(name, getattr(self, name), 0, below=1))
+        object.__setattr__(self, "locality", one_of("locality", self.locality, LOCALITIES))
         object.__setattr__(self, "most_kl", number("most_kl", self.most_kl, above=0))
         boolean("check", self.check)
         if isinstance(self.kinds, str) or not self.kinds:

@@ -29,18 +29,19 @@ from .arguments import prompter_of, texts_of
 from .asking import Asker, Written
 from .guard import guard_rows
 from .learner import Learner, Material, Progress
+from .locality import Locality
 from .made import made_pairs
 from .pairs import Pair, given_pairs, require_usable
 from .passages import passages_of
 from .report import StudyReport
 from .rows import Row
 from .salience import Salience
-from .settings import ASKED, ASKED_FOR, LOSSES, StudySettings
+from .settings import ASKED, ASKED_FOR, LOSSES, NONE, StudySettings
 from .store import Store, digest
 from .teacher import ANSWERED, Lesson, lessons_of, lessons_without, surprises_of
 
 _AT_ONCE = 16  # passages that are asked about together, and then kept
-_RAW = 64  # tokens of the text in a row: about as long as a question with its answer
+_RAW = 128  # tokens of the text in a row
 _SAVE_AFTER = 60.0  # seconds of learning between two saves
 Pairs = Sequence[tuple[str, str]]
 
@@ -145,19 +146,27 @@ class Study:
         return found
 
     # ---- learning ------------------------------------------------------------------------------------------------
-    def material(self, lessons: list[Lesson]) -> Material:
+    def material(self, lessons_found: list[Lesson]) -> Material:
         """The rows of a study; the model is the bare host here."""
         settings, begin = self.settings, tuple(self.prompter.passage(""))
-        pieces = (passage.ids[at : at + _RAW] for passage in self.passages for at in range(0, len(passage.ids), _RAW))
+        texts = (
+            [token for passage in self.passages if passage.of == n for token in passage.ids] for n in range(len(self.texts))
+        )
+        size = min(_RAW, self.attachment.host.max_positions // 2)
+        pieces = (ids[at : at + size] for ids in texts for at in range(0, len(ids), size))
         raw = [Row((*begin, *piece), max(1, len(begin))) for piece in pieces if len(piece) > 1]
         random.Random(self.seed).shuffle(raw)
-        guard: tuple[list[Row], list[Row]] = ([], [])
-        if settings.guard:
-            positions = self.attachment.host.max_positions
-            guard = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
-        return Material([lesson.row for lesson in lessons], raw, *guard)
+        lessons = [lesson.row for lesson in lessons_found]
+        if not settings.guard and settings.locality == NONE:
+            return Material(lessons, raw, [], [])
+        positions = self.attachment.host.max_positions
+        rows, kept_back = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
+        locality = None
+        if settings.locality != NONE:
+            locality = Locality.of(self.attachment, rows, settings.locality, settings.quiet, self.device)
+        return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), locality)
 
-    def start(self) -> str:
+    def start(self, locality: Locality | None) -> str:
         """Initializes the memory if need be, with optimizer states that begin anew. -> a digest of how it starts."""
         state = self.attachment.state
         if not state.initialized:
@@ -165,13 +174,15 @@ class Study:
             texts, stream = self.attachment.texts, self.attachment.stream
             initialize(self.attachment, ids[: min(2048, self.attachment.host.max_positions)])
             self.attachment.texts, self.attachment.stream = texts, stream
+            if locality is not None:
+                locality.begin(state)
         for arena in state.arenas:
             arena.forget_optimizer()
         return tensor_digest(b"".join(arena.slots.cpu().numpy().tobytes() for arena in state.arenas))
 
     def learn(self, material: Material, check_interrupt: Callable[[], None]) -> None:
         """The updates, from where the store has them."""
-        start = self.start()
+        start = self.start(material.locality)
         kept = self.store.progress(start)
         if kept is not None and self.store.memory is not None:
             checkpoint.read(self.store.memory).put_into(self.attachment)
