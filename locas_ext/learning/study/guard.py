@@ -63,12 +63,13 @@ _TOPICS = {
     "Gogh, Mahatma Gandhi, Aristotle, Christopher Columbus",
     "Where is {}?": "the Eiffel Tower, Mount Fuji, the Amazon rainforest, the Great Wall, Big Ben, the Sahara, Venice, the "
     "Statue of Liberty, the Nile, Hawaii",
-    "What is {} used for?": "a hammer, a compass, a telescope, a needle, salt, a calendar, a bridge, a microscope, soap, a ladder",
+    "What is {} used for?": "a hammer, a compass, a telescope, a needle, salt, a calendar, a bridge, a microscope, soap, "
+    "a ladder",
     "What color is {}?": "grass, snow, a ripe banana, blood, coal, an emerald, the sun, a carrot",
-    "Name {}.": "a river in Asia, a famous painter, a musical instrument, a vegetable, a religion, a sport with a ball, a kind of "
-    "tree, a planet, a currency, a chess piece",
-    "What do you call {}?": "a place where books are lent, the father of your father, a person who flies a plane, a house made of "
-    "ice, a doctor for teeth, the meal in the morning, frozen rain, a baby's bed",
+    "Name {}.": "a river in Asia, a famous painter, a musical instrument, a vegetable, a religion, a sport with a ball, a kind "
+    "of tree, a planet, a currency, a chess piece",
+    "What do you call {}?": "a place where books are lent, the father of your father, a person who flies a plane, a house made "
+    "of ice, a doctor for teeth, the meal in the morning, frozen rain, a baby's bed",
     "Which is larger, {}?": "the moon or the earth, a mouse or a horse, a lake or a pond, Russia or Spain",
     "Is it true that {}?": "fish can breathe under water, the sun rises in the west, a spider has eight legs, bats can fly, "
     "ice floats on water",

@@ -141,7 +141,7 @@ class Learner:
 
     def _missed(self, nll: Tensor) -> Tensor:
         """The mean loss of tokens [n], of which those that are recalled count nothing."""
-        return torch.where(nll.detach() > -math.log(self.settings.recalled), nll, 0.0).mean()
+        return torch.where(nll.detach() <= -math.log(self.settings.recalled), 0.0, nll).mean()  # NaN stays
 
     def _of_lessons(self, logits: Tensor, lessons: list[Row]) -> tuple[Tensor, Tensor]:
         nll = token_nll(logits.float(), targets_of(lessons, logits.device))

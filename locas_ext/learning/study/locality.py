@@ -28,7 +28,7 @@ def energies(attachment: Attachment, rows: Sequence[Row], device: torch.device) 
 
     def observe(ffn: PatchedFFN[Any], x: Tensor) -> None:
         assert inside is not None
-        chosen = x.detach()[inside.to(x.device)].double()
+        chosen = x.detach().reshape(-1, x.shape[-1])[inside.to(x.device).reshape(-1)].double()
         sums[ffn] = sums.get(ffn, 0) + chosen.T @ chosen
         counts[ffn] = counts.get(ffn, 0) + len(chosen)
 
@@ -52,8 +52,9 @@ def ways(energy: Tensor, locality: str, quiet: float) -> Tensor:
     values, vectors = torch.linalg.eigh(energy.double())
     values = values.clamp_min(0.0)
     if locality == PROJECTED:
-        held = values.flip(0).cumsum(0).flip(0) / values.sum()  # by each and all those before it in size
-        factors = (held > quiet).double()  # the first to pass the share is left, so one always is
+        larger = values.flip(0).cumsum(0).flip(0)[1:] / values.sum()  # the share of all those before each but the first in size
+        factors = torch.cat([larger >= quiet, larger.new_tensor([quiet == 0]).bool()]).double()
+        factors[0] = 1.0  # one way is always left
     else:
         factors = (values + (1 - quiet) * values.mean()).rsqrt()
         factors = factors / factors.square().mean().sqrt()

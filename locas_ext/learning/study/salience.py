@@ -13,12 +13,11 @@ _CATEGORY = re.compile(
 )
 # English words that hold a sentence together; in other languages rarity alone tells.
 _PLAIN = frozenset(
-    "the and but for nor yet was were are had has have his her hers him she they them their its our your you who whom whose which "
-    "that this these those there then than with from into onto over under out off not all any some one would could should will "
-    "can may might must shall did does done been being upon about when where what why how also very more most much such only "
+    "the and but for nor yet was were are had has have his her hers him she they them their its our your you who whom whose "
+    "which that this these those there then than with from into onto over under out off not all any some one would could should "
+    "will can may might must shall did does done been being upon about when where what why how also very more most much such only "
     "other another each every like just still even ever once here too while because though after before".split()
 )
-
 _FEW, _SENTENCES = 3, 50  # a word is common in more sentences than these few, and in more than one of so many
 
 
@@ -47,11 +46,10 @@ class Word:
 
 
 class Salience:
-    """The words of a sentence to ask for: names, and those that the host would least have guessed and that are rare in the text.
+    """The words of a sentence to ask for: names, and rare ones of the text that the host would least have guessed.
 
-    A word of many sentences is what they are about in general, "born" or "trade": asked for, it only draws the answer away from
-    what the one sentence says. A sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another
-    sentence.
+    A word of many sentences, "born" or "trade", is left out: as an answer it stands in the way of what one sentence says. A
+    sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another.
 
     surprises: [nats of each word of `words_of`] by sentence; a sentence without is asked for its first words
     """

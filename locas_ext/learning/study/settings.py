@@ -31,8 +31,8 @@ class StudySettings:
         learning_rate: float >= 0: of AdamW
         top_k: int >= 1: with loss "kl", how many of the host's likeliest tokens are kept at each place; the others as one
         gold: float from 0 to 1: with loss "kl", how much of the target is the answer itself instead of the host's distribution
-        recalled: float above 0 and below 1: the probability from which on a token of an answer counts as learned; greedy decoding
-            writes what is above 0.5
+        recalled: float above 0 and below 1: the probability from which on a token of an answer or of the text counts as
+            learned; greedy decoding writes what is above 0.5
         raw: float >= 0: the weight of the text itself beside the questions, its cross-entropy in nats a token
         raw_first: float from 0 to below 1: the share of the updates, the first ones, that learn mostly the text itself
         guard: float >= 0: the weight of the distance to the host on general prompts and its own free text, in nats a token
