@@ -14,9 +14,9 @@ _CATEGORY = re.compile(
 # English words that hold a sentence together; in other languages rarity alone tells.
 _PLAIN = frozenset(
     "the and but for nor yet was were are had has have his her hers him she they them their its our your you who whom whose "
-    "which that this these those there then than with from into onto over under out off not all any some one would could should "
-    "will can may might must shall did does done been being upon about when where what why how also very more most much such only "
-    "other another each every like just still even ever once here too while because though after before".split()
+    "which that this these those there then than with from into onto over under out off not all any some one would could "
+    "should will can may might must shall did does done been being upon about when where what why how also very more most "
+    "much such only other another each every like just still even ever once here too while because though after before".split()
 )
 _FEW, _SENTENCES = 3, 50  # a word is common in more sentences than these few, and in more than one of so many
 
