@@ -150,6 +150,37 @@ def test_the_first_word_of_a_sentence_is_asked_for_only_if_it_is_a_name():
     assert found == [["evening", "Anna"], ["Anna", "Rome"], ["knew", "time"]]
 
 
+def test_a_word_of_many_sentences_is_not_asked_for():
+    """Of more than three; a name of any number, and with the title before it also where the sentence begins with that."""
+    cities = ["Rome", "Oslo", "Bern", "Vienna"]
+    sentences = [f"Captain Bell was born in {city}, said someone of {city}." for city in cities]
+    sentences += ["Later Captain Bell sold a lamp.", "There was nobody in the yard."]
+    salient = Salience({s: [1.0] * len(words_of(s)) for s in sentences}, most=9)
+    found = [[word.text for word in salient(sentence)] for sentence in sentences]
+    assert found[:4] == [["Captain Bell", city, city] for city in cities]
+    assert found[4:] == [["Captain Bell", "sold", "lamp"], ["nobody", "yard"]]
+    fewer = Salience({s: [1.0] * len(words_of(s)) for s in sentences[1:]}, most=9)
+    assert [word.text for word in fewer(sentences[1])] == ["Captain Bell", "born", "Oslo", "said", "someone", "Oslo"]
+
+
+def test_a_sentence_without_a_name_is_only_asked_whole():
+    text = "The ship Vomel has red sails. There was bread on the old table. A crew feared the ship Vomel."
+    passages = passages_of(Prompter(study_tokenizer()), [text], 256)
+    sentences = sentences_of(passages[0].text)
+    pairs = made_pairs(passages, KINDS, Salience({s: [1.0] * len(words_of(s)) for s in sentences}), SEED)
+    bread = [pair for pair in pairs if any(word in f"{pair.question} {pair.answer}" for word in ("bread", "table"))]
+    assert {pair.kind for pair in bread} == {BLANK, ABOUT, CONTINUED}
+    assert {pair.kind for pair in pairs if "Vomel" in pair.question} >= {BLANK, ABOUT, TURNED, LINKED, BEGUN}
+    of_the_ship = [
+        pair.question
+        for seed in range(20)
+        for pair in made_pairs(passages, (TURNED,), Salience({s: [1.0] * 9 for s in sentences}), seed)
+        if pair.answer == "Vomel."
+    ]
+    assert any("which ship" in question.lower() for question in of_the_ship)
+    assert not any("Vomel" in question for question in of_the_ship)
+
+
 def test_a_name_is_asked_about_with_what_it_is_of():
     sentences = [
         "The sails of the ship Vomel are red.",
