@@ -5,6 +5,7 @@ adapter compute its gradient too.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from locas_ext import reference
 from locas_ext.hosts.gated_ffn import GatedFFN
 from locas_ext.ops.autograd import GluFfnFunction
 from locas_ext.ops.backends import fused_backend, matmul
+from locas_ext.ops.backends.cuda_families import FAMILIES, use_family
 from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
 from locas_ext.state.memory_state import PLANES, MemoryState
 
@@ -40,6 +42,7 @@ class Operands:
         self.state.set_slots(slots, version=1)
         self.arena = self.state.arenas[0]
         self.host = GatedFFN(self.mlp, "silu").weights()
+        self.built: dict[Callable, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {}  # one for all modes
         self.renew()
 
     @torch.no_grad()
@@ -76,7 +79,9 @@ class Arm:
 
     def make(self, operands: Operands, mode: str) -> Callable[[], list[Tensor]]:
         """-> a call that does the work of `mode` and returns y, and dx where there is a backward."""
-        ffn, trained = self.build(operands)
+        if self.build not in operands.built:
+            operands.built[self.build] = self.build(operands)
+        ffn, trained = operands.built[self.build]
         x, dy = operands.x, operands.dy
 
         def inference():
@@ -129,24 +134,33 @@ def eager_sideway(operands):
     return lambda x: operands.mlp(x) + reference.sideway_glu(x, slots, SCALE), [slots]
 
 
-@torch.compile(dynamic=False)
-def _compiled_ffn(x, gate, up, down):
+def _ffn(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-@torch.compile(dynamic=False)
-def _compiled_sideway(x, gate, up, down, slots):
-    y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    return y + SCALE * ((F.silu(x @ slots[0].T) * (x @ slots[1].T)) @ slots[2])
+def _ffn_and_sideway(x, gate, up, down, slots):
+    return _ffn(x, gate, up, down) + SCALE * ((F.silu(x @ slots[0].T) * (x @ slots[1].T)) @ slots[2])
 
 
-def compiled(operands):
-    return lambda x: _compiled_ffn(x, *operands.host[:3]), []
+@functools.cache
+def _compiled(function, mode: str):
+    # The benchmark captures its own graphs.
+    return torch.compile(function, dynamic=False, mode={"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode))
 
 
-def compiled_sideway(operands):
-    slots = nn.Parameter(operands.arena.compute[0].detach().clone())
-    return lambda x: _compiled_sideway(x, *operands.host[:3], slots), [slots]
+def compiled(mode):
+    def build(operands):
+        return lambda x: _compiled(_ffn, mode)(x, *operands.host[:3]), []
+
+    return build
+
+
+def compiled_sideway(mode):
+    def build(operands):
+        slots = nn.Parameter(operands.arena.compute[0].detach().clone())
+        return lambda x: _compiled(_ffn_and_sideway, mode)(x, *operands.host[:3], slots), [slots]
+
+    return build
 
 
 def _same_weights(operands, module: nn.Module) -> nn.Module:
@@ -178,11 +192,15 @@ def lora(operands):
 
 
 # ---- ours -------------------------------------------------------------------------------------------------------
-def _ours(backend):
+def _ours(backend, family=None):
+    """family: of the CUDA kernels; a backward right behind its forward runs the same one."""
+
     def build(operands):
         views, slots, grad = operands.arena.views[0], operands.arena.parameters[0], operands.arena.grads[0]
 
         def ffn(x):
+            if family is not None:
+                use_family(family)
             if torch.is_grad_enabled():
                 return GluFfnFunction.apply(x, slots, views, operands.host, SCALE, 0, grad, backend)
             return backend.glu_ffn_forward(x, operands.host, views, SCALE, 0, save=False)[0]
@@ -215,13 +233,30 @@ def _importable(name: str) -> bool:
     return True
 
 
-def arms(operands: Operands, with_compiled: bool) -> dict[str, Arm | BareGemms]:
-    """The arms that can run on tensors like these, the reference arm first and once more last."""
+def _families() -> list[str]:
+    """The families of CUDA kernels that run on this machine's GPUs, the default one last."""
+    found = []
+    for name in FAMILIES:
+        try:
+            use_family(name)
+            found.append(name)
+        except ValueError:  # not on this GPU, or not in this build
+            pass
+    use_family(None)
+    return found
+
+
+def arms(operands: Operands, compile_mode: str | None = None) -> dict[str, Arm | BareGemms]:
+    """The arms that can run on tensors like these, the reference arm first and once more last.
+
+    compile_mode: of torch.compile; None: without its arms.
+    """
     cuda = operands.x.is_cuda
     d, m = operands.mlp.hidden_size, operands.mlp.intermediate_size
     result = {"eager": Arm(eager, memory=False), "eager + sideway": Arm(eager_sideway)}
-    if with_compiled:
-        result |= {"compiled": Arm(compiled, memory=False), "compiled + sideway": Arm(compiled_sideway)}
+    if compile_mode is not None:
+        result["compiled"] = Arm(compiled(compile_mode), memory=False)
+        result["compiled + sideway"] = Arm(compiled_sideway(compile_mode))
     if cuda and _importable("liger_kernel.transformers"):
         result["Liger"] = Arm(liger, memory=False)
     if cuda and _importable("peft"):
@@ -231,7 +266,9 @@ def arms(operands: Operands, with_compiled: bool) -> dict[str, Arm | BareGemms]:
     result["ours, matmul"] = Arm(_ours(matmul), in_place=True)
     result["ours, rehomed"] = Arm(rehomed, in_place=True)
     fused = fused_backend(operands.x)
-    if fused.obstacle(operands.x, d, m) is None:
+    if fused.obstacle(operands.x, d, m) is None and cuda:
+        result |= {f"ours, sm{name}": Arm(_ours(fused, name), in_place=True) for name in _families()}
+    elif fused.obstacle(operands.x, d, m) is None:
         result["ours, fused"] = Arm(_ours(fused), in_place=True)
     result["eager again"] = Arm(eager, memory=False)
     return result

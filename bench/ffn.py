@@ -5,14 +5,17 @@ activations to leave the L2 cache cold, replayed once a round. The arms are in b
 """
 
 import argparse
+import itertools
 import statistics
+import time
 from pathlib import Path
 
 import torch
 
 from .arms import MODES, Arm, Operands, arms
-from .graphs import Graph, sets_for
-from .harness import interleaved, print_table, ratio, report, summary
+from .ffn_report import COLUMNS, line, print_ratios, row
+from .graphs import Graph, kernel_microseconds, sets_for
+from .harness import interleaved, ratio, report, summary, write
 from .overhead import overhead
 
 PEERS = ("eager", "eager + sideway", "compiled", "compiled + sideway", "Liger", "LoRA", "bare products")
@@ -44,21 +47,35 @@ def relative_error(tensor: torch.Tensor, exact: torch.Tensor) -> float:
     return ((tensor.double() - exact).norm() / exact.norm()).item()
 
 
-def check(name: str, arm: Arm, outputs: list, operands: Operands, slots_grad: torch.Tensor | None) -> None:
-    """The timed outputs against float64: SystemExit if the error is over twice that of the eager arm at this dtype."""
-    gradient = len(outputs) > 1
-    exact = operands.exact(arm.memory, gradient)
-    peer = arms(operands, False)["eager + sideway" if arm.memory else "eager"]
-    mode = "forward + backward" if gradient else "forward"
-    theirs, ours = peer.make(operands, mode)(), list(outputs)
-    if slots_grad is not None and gradient:
-        ours.append(slots_grad)
-        ffn, trained = peer.build(operands)
-        theirs.append(torch.autograd.grad(ffn(operands.x), trained, operands.dy)[0])
-    for what, mine, other, truth in zip(("y", "dx", "the slots' gradient"), ours, theirs, exact, strict=False):
-        error, allowed = relative_error(mine, truth), 2 * relative_error(other, truth) + 1e-6
-        if not error <= allowed:
-            raise SystemExit(f"{name}, {mode}: {what} is wrong: relative error {error:.2e}, allowed {allowed:.2e}")
+class Checker:
+    """The timed outputs of one mode on one set of operands against float64, which is computed once."""
+
+    def __init__(self, operands: Operands, mode: str):
+        self.operands, self.mode = operands, mode
+        self.known: dict[bool, tuple[list, list]] = {}
+
+    def _expected(self, memory: bool) -> tuple[list, list]:
+        """Exactly, and as the eager arm computes it: y, dx, the slots' gradient."""
+        if memory not in self.known:
+            gradient = self.mode == "forward + backward"
+            exact = self.operands.exact(memory, gradient)
+            peer = arms(self.operands)["eager + sideway" if memory else "eager"]
+            theirs = list(peer.make(self.operands, self.mode)())
+            if gradient:
+                ffn, trained = peer.build(self.operands)
+                if trained:
+                    theirs.append(torch.autograd.grad(ffn(self.operands.x), trained, self.operands.dy)[0])
+            self.known[memory] = exact, theirs
+        return self.known[memory]
+
+    def check(self, name: str, arm: Arm, outputs: list, slots_grad: torch.Tensor | None) -> None:
+        """SystemExit if an error is over twice that of the eager arm at this dtype."""
+        exact, theirs = self._expected(arm.memory)
+        ours = [*outputs, slots_grad] if slots_grad is not None and len(outputs) > 1 else outputs
+        for what, mine, other, truth in zip(("y", "dx", "the slots' gradient"), ours, theirs, exact, strict=False):
+            error, allowed = relative_error(mine, truth), 2 * relative_error(other, truth) + 1e-6
+            if not error <= allowed:
+                raise SystemExit(f"{name}, {self.mode}: {what} is wrong: relative error {error:.2e}, allowed {allowed:.2e}")
 
 
 def checked_outputs(arm, run, operands: Operands, calls: int) -> tuple[list, torch.Tensor | None]:
@@ -72,24 +89,25 @@ def checked_outputs(arm, run, operands: Operands, calls: int) -> tuple[list, tor
 def time_on_cpu(operands: Operands, chosen: dict, mode: str, rounds: int) -> dict[str, list[float]]:
     runs = {name: arm.make(operands, mode) for name, arm in chosen.items()}
     seconds = interleaved(runs, rounds)
+    checker = Checker(operands, mode)
     for name, arm in chosen.items():
-        outputs, slots_grad = checked_outputs(arm, runs[name], operands, 1)
-        check(name, arm, outputs, operands, slots_grad)
+        checker.check(name, arm, *checked_outputs(arm, runs[name], operands, 1))
     return seconds
 
 
-def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, calls: int) -> dict[str, list[float]]:
+def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, calls: int, arguments) -> dict[str, list[float]]:
     repeats = -(-calls // len(sets))
     pool = torch.cuda.graph_pool_handle()
     graphs = {name: Graph([arm.make(operands, mode) for operands in sets] * repeats, pool) for name, arm in chosen.items()}
     seconds = {name: [] for name in graphs}
-    for warmup in (True, True, *[False] * rounds):
+    for warmup in (True, True, *[False] * arguments.rounds):
         for operands in sets:
             operands.renew()
         for name, graph in graphs.items():
             taken = graph.seconds()
             if not warmup:
                 seconds[name].append(taken)
+    checker = Checker(sets[0], mode)
     for name, graph in graphs.items():
         if name not in ("eager again", "bare products", "LoRA"):
 
@@ -97,8 +115,10 @@ def time_on_cuda(sets: list[Operands], chosen: dict, mode: str, rounds: int, cal
                 graph.seconds()
                 return graph.first
 
-            outputs, slots_grad = checked_outputs(chosen[name], run, sets[0], repeats)
-            check(name, chosen[name], outputs, sets[0], slots_grad)
+            checker.check(name, chosen[name], *checked_outputs(chosen[name], run, sets[0], repeats))
+            if arguments.kernels and name.startswith("ours"):
+                for kernel, taken in kernel_microseconds(graph).items():
+                    print(f"    {name}, {mode}: {taken:7.2f} us {kernel}")
     return seconds
 
 
@@ -112,14 +132,16 @@ def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> lis
     sets = [fresh()]
     if device.type == "cuda":
         sets += [fresh() for _ in range(sets_for(sets[0].bytes()) - 1)]
-    torch._dynamo.reset()  # otherwise the compiled arms stop compiling at the ninth shape
+    if arguments.compile:
+        torch._dynamo.reset()  # otherwise its arms stop compiling at the ninth shape
     chosen = arms(sets[0], arguments.compile)
     if arguments.arms:
         chosen = {name: arm for name, arm in chosen.items() if name in arguments.arms or name.startswith("eager")}
     records = []
     for mode in arguments.modes:
         if device.type == "cuda":
-            seconds = time_on_cuda(sets, chosen, mode, arguments.rounds, arguments.calls)
+            calls = arguments.calls or min(20, max(4, 4096 // tokens))
+            seconds = time_on_cuda(sets, chosen, mode, calls, arguments)
         else:
             seconds = time_on_cpu(sets[0], chosen, mode, arguments.rounds)
         for name, values in seconds.items():
@@ -146,12 +168,13 @@ def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> lis
     return records
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.ffn", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="CUDA: d of 1024 and 2048, two modes, 15 rounds")
     parser.add_argument("--d", type=int, nargs="+", help="hidden sizes (CPU: 256 1024 2048; CUDA: 1024 2048 4096)")
     parser.add_argument("--m", type=int, help="intermediate size; default 3 d")
-    parser.add_argument("--tokens", type=int, nargs="+", help="(CPU: 128 512 2048; CUDA: 1 64 512 2048)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="(CPU: 128 512 2048; CUDA: 1 8 32 64 128 512 2048 8192)")
     parser.add_argument(
         "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="(CPU: float32 bfloat16; CUDA: bfloat16)"
     )
@@ -159,22 +182,39 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", help="only these besides the eager ones, by name; default: all")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, help="(CPU: 15; CUDA: 50 replays)")
-    parser.add_argument("--calls", type=int, default=20, help="calls in a CUDA graph, at least")
+    parser.add_argument("--calls", type=int, help="calls in a CUDA graph, at least (20, fewer from 512 tokens on)")
     parser.add_argument("--tflops", type=float, default=790.0, help="half-precision peak of the floor, CUDA")
-    parser.add_argument("--terabytes", type=float, default=4.3, help="TB/s of the floor; 3.0 for an H100")
+    parser.add_argument("--terabytes", type=float, help="TB/s of the floor (4.3, as an H200 copies; 3.0 on an H100)")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of both peers (minutes)")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "max-autotune"],
+        help="also time torch.compile of both peers (seconds per shape; minutes with max-autotune)",
+    )
+    parser.add_argument("--kernels", action="store_true", help="CUDA: also print the time of each kernel of our arms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; a CSV file beside it")
+    return parser
+
+
+def _arguments() -> argparse.Namespace:
+    parser = _parser()
     arguments = parser.parse_args()
-    cuda = arguments.device == "cuda"
+    cuda, quick = arguments.device == "cuda", arguments.quick
     if cuda and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch sees no CUDA device")
-    arguments.d = arguments.d or ([1024, 2048, 4096] if cuda else [256, 1024, 2048])
-    arguments.tokens = arguments.tokens or ([1, 64, 512, 2048] if cuda else [128, 512, 2048])
+    if quick and not cuda:
+        parser.error("--quick is for --device cuda")
+    arguments.d = arguments.d or ([1024, 2048, 4096][: 2 if quick else 3] if cuda else [256, 1024, 2048])
+    arguments.tokens = arguments.tokens or ([1, 8, 32, 64, 128, 512, 2048, 8192] if cuda else [128, 512, 2048])
     arguments.dtype = arguments.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
-    arguments.modes = arguments.modes or [mode for mode in MODES if cuda or mode != "training forward"]
-    arguments.rounds = arguments.rounds or (50 if cuda else 15)
+    every_mode = cuda and not quick
+    arguments.modes = arguments.modes or [mode for mode in MODES if every_mode or mode != "training forward"]
+    arguments.rounds = arguments.rounds or (50 if every_mode else 15)
+    if arguments.terabytes is None:
+        arguments.terabytes = 3.0 if cuda and "H100" in torch.cuda.get_device_name() else 4.3
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -182,73 +222,23 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments, started = _arguments(), time.perf_counter()
     cuda = arguments.device == "cuda"
-    records = []
-    for dtype in arguments.dtype:
-        for d in arguments.d:
-            for tokens in arguments.tokens:
-                measured = run_shape(d, arguments.m or 3 * d, tokens, getattr(torch, dtype), arguments)
-                records += measured
-                for record in measured:
-                    print(_line(record), flush=True)
-    calls = {} if cuda else overhead(max(50, arguments.rounds))
-    report(
-        "FFN, every arm",
-        _COLUMNS,
-        [_row(record, cuda) for record in records],
-        {"records": records, "call_us": calls},
-        arguments.out,
-    )
-    peers = [name for name in PEERS if any(record["arm"] == name for record in records)]
-    ours = [record for record in records if record["arm"].startswith("ours")]
-    print_table(
-        "FFN with memory: time over each peer's",
-        [*_COLUMNS[:3], "us", "% floor", *peers, "noise"],
-        [_compact_row(record, records, peers, cuda) for record in ours],
-    )
+    records: list[dict] = []
+    results = {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "out"}, "records": records}
+    for dtype, d, tokens in itertools.product(arguments.dtype, arguments.d, arguments.tokens):
+        measured = run_shape(d, arguments.m or 3 * d, tokens, getattr(torch, dtype), arguments)
+        records += measured
+        for record in measured:
+            print(line(record), flush=True)
+        print(f"after {time.perf_counter() - started:.0f} s", flush=True)
+        if arguments.out is not None:  # a run that is cut short leaves what it has measured
+            write(results, arguments.out)
+    calls = results["call_us"] = {} if cuda else overhead(max(50, arguments.rounds))
+    report("FFN, every arm", COLUMNS, [row(record, cuda) for record in records], results, arguments.out)
+    print_ratios(records, [name for name in PEERS if any(record["arm"] == name for record in records)], cuda)
     if calls:
         print("a call at T = 1, d = 16, in us:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()))
-
-
-_COLUMNS = ["dtype d T", "", "arm", "us", "p10", "p90", "TFLOP/s", "GB/s", "% floor", "/ eager", "/ eager + sideway"]
-
-
-def _line(record: dict) -> str:
-    """For the log of a run that may be cut short."""
-    return (
-        f"{record['dtype']} {record['d']} {record['tokens']} {record['mode']}, {record['arm']}: "
-        f"{record['median_us']:.1f} us, {record['ratio to eager']:.3f} of eager"
-    )
-
-
-def _row(record: dict, cuda: bool) -> list:
-    return [
-        f"{record['dtype']} {record['d']} {record['tokens']}",
-        record["mode"],
-        record["arm"],
-        record["median_us"],
-        record["p10_us"],
-        record["p90_us"],
-        record["tflops"],
-        record["gigabytes_per_second"],
-        record["percent_of_floor"] if cuda else "",
-        record["ratio to eager"],
-        record["ratio to eager + sideway"],
-    ]
-
-
-def _compact_row(record: dict, records: list[dict], peers: list[str], cuda: bool) -> list:
-    same = {r["arm"]: r for r in records if all(r[key] == record[key] for key in ("dtype", "d", "tokens", "mode"))}
-    return [
-        f"{record['dtype']} {record['d']} {record['tokens']}",
-        record["mode"],
-        record["arm"],
-        record["median_us"],
-        record["percent_of_floor"] if cuda else "",
-        *[record.get(f"ratio to {peer}", "") for peer in peers],
-        same["eager again"]["ratio to eager"],
-    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything half an hour on a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
 #
-#      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms decode train long stream write memcheck racecheck; default all
+#      bench/gpu.sh OUT [STEP...]        STEP: build test update gemms ffn ffn4096 stream write memcheck racecheck; default all
 #
 # Each step has its own time limit and log; one that fails or runs out of time does not stop the next, except the build.
 # OUT gets NAME.log, NAME.json, NAME.csv and summary.txt, which is printed last. SCALE=0.5 halves every limit.
@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUT [STEP...]}
 shift
-steps=${*:-build test update gemms decode train long stream write memcheck racecheck}
+steps=${*:-build test update gemms ffn ffn4096 stream write memcheck racecheck}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 : >"$out/summary.txt"
@@ -41,18 +41,17 @@ step build 400 "$python" setup.py build_ext --inplace || { tail -n 20 "$out/buil
 step test 240 "$python" -m pytest python_tests -q -m cuda
 step update 40 "$python" -m bench.update --device cuda --out "$out/update.json"
 step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"
-step decode 150 "$python" -m bench.ffn --device cuda --tokens 1 8 64 --out "$out/decode.json"
-step train 200 "$python" -m bench.ffn --device cuda --tokens 512 2048 --calls 10 --out "$out/train.json"
-step long 120 "$python" -m bench.ffn --device cuda --tokens 8192 --calls 4 --rounds 15 --out "$out/long.json"
+step ffn 200 "$python" -m bench.ffn --device cuda --quick --out "$out/ffn.json"
+step ffn4096 120 "$python" -m bench.ffn --device cuda --quick --d 4096 --tokens 64 2048 8192 --out "$out/ffn4096.json"
 step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --shape 0.6B --tokens 24000 --window 2048 \
   --stride 512 --out "$out/stream.json"
-step write 120 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
+step write 200 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
   --out "$out/write.json"
 step memcheck 240 $sanitizer --tool memcheck "$python" -m pytest $small -k "$some"
 step racecheck 240 $sanitizer --tool racecheck "$python" -m pytest $small -k "$some"
 
 echo
-for name in update decode train long stream write; do # the last table of each log is its compact one
+for name in update ffn ffn4096 stream write; do # the last table of each log is its compact one
   [ -f "$out/$name.log" ] &&
     awk '/┏/ {table = title; inside = 1} inside {table = table "\n" $0} /└/ {inside = 0} {title = $0} END {if (table) print table}' \
       "$out/$name.log"

@@ -1,5 +1,6 @@
 """Timing on CUDA: calls that rotate through enough operands to leave the L2 cache cold, captured in a graph and replayed."""
 
+import re
 import statistics
 from collections.abc import Callable
 
@@ -42,6 +43,23 @@ class Graph:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / len(self.calls)
+
+
+def kernel_microseconds(graph: Graph) -> dict[str, float]:
+    """Of each kernel in one call, by the profiler; what a kernel waits for another one counts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        graph.graph.replay()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_time_total > 0]
+    return {_short(event.key): event.device_time_total / len(graph.calls) for event in events}
+
+
+def _short(kernel: str) -> str:
+    """A kernel of ours by its struct and what it is an instance of, another one by the beginning of its name."""
+    ours = re.search(r"locas::cuda::kernel<(.*)>\(", kernel)
+    if ours is None:
+        return kernel[:60]
+    return re.sub(r"locas::(cuda::)?|\(anonymous namespace\)::|<unnamed>::|\((int|bool)\)", "", ours[1]).strip()
 
 
 def graph_seconds(calls: list, replays: int) -> float:

@@ -114,18 +114,23 @@ def summary(seconds: list[float]) -> dict:
 
 
 def report(title: str, columns: list[str], rows: list[list], results: dict, out: Path | None) -> None:
-    """Prints the table; writes {"machine", **results} as JSON and results["records"] with the machine as CSV beside it."""
+    """Prints the table and writes the results, if there is a file for them."""
     print_table(title, columns, rows)
-    about = machine()
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     if out is not None:
-        out.write_text(json.dumps({"machine": about, **results}, indent=1))
-        records = [{**record, **about} for record in results["records"]]
-        with open(out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
-            writer.writeheader()
-            writer.writerows(records)
+        write(results, out)
         print(f"written: {out}, {out.with_suffix('.csv')}")
+
+
+def write(results: dict, out: Path) -> None:
+    """{"machine", **results} as JSON, and results["records"] with the machine as CSV beside it."""
+    about = machine()
+    out.write_text(json.dumps({"machine": about, **results}, indent=1))
+    records = [{**record, **about} for record in results["records"]]
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

@@ -34,19 +34,26 @@ FfnWeights weights_of(const Checker& check, const FfnTensors& t, const TensorRef
   return w;
 }
 
-// Floats of workspace that the CUDA kernels need; a build without them needs none.
+// What a build without CUDA kernels answers too: floats of workspace that they need on a device, none for tensors on the
+// CPU, and the family of kernels that each device takes.
 #ifdef LOCAS_WITH_CUDA
-int64_t glu_ffn_forward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
-  return cuda::glu_ffn_forward_workspace(tokens, {d, m, r});
+int64_t glu_ffn_forward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r, int64_t device) {
+  return device < 0 ? 0 : cuda::glu_ffn_forward_workspace(tokens, {d, m, r}, static_cast<int>(device));
 }
-int64_t glu_ffn_backward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r) {
-  return cuda::glu_ffn_backward_workspace(tokens, {d, m, r});
+int64_t glu_ffn_backward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r, int64_t device) {
+  return device < 0 ? 0 : cuda::glu_ffn_backward_workspace(tokens, {d, m, r}, static_cast<int>(device));
 }
-int64_t neuron_importance_workspace(int64_t tokens, int64_t m) { return cuda::neuron_importance_workspace(tokens, m); }
+int64_t neuron_importance_workspace(int64_t tokens, int64_t m, int64_t device) {
+  return device < 0 ? 0 : cuda::neuron_importance_workspace(tokens, m, static_cast<int>(device));
+}
+std::vector<std::string> cuda_families() { return cuda::families(); }
+void use_cuda_family(int64_t family) { cuda::use_family(static_cast<int>(family)); }
 #else
-int64_t glu_ffn_forward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
-int64_t glu_ffn_backward_workspace(int64_t, int64_t, int64_t, int64_t) { return 0; }
-int64_t neuron_importance_workspace(int64_t, int64_t) { return 0; }
+int64_t glu_ffn_forward_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t glu_ffn_backward_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t neuron_importance_workspace(int64_t, int64_t, int64_t) { return 0; }
+std::vector<std::string> cuda_families() { return {}; }
+void use_cuda_family(int64_t) {}
 #endif
 
 void glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
@@ -64,7 +71,7 @@ void glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef&
   p.gate = check.pieces_or_null("gate_out", gate_out, tokens, width);
   p.up = check.pieces_or_null("up_out", up_out, tokens, width);
   p.y = check.pieces({"y", y}, tokens, s.d);
-  p.workspace = check.workspace(workspace, glu_ffn_forward_workspace(tokens, s.d, s.m, s.r));
+  p.workspace = check.workspace(workspace, glu_ffn_forward_workspace(tokens, s.d, s.m, s.r, x.device));
   p.scale = scale;
   p.activation = check.activation(activation);
   p.dtype = x.dtype;
@@ -96,7 +103,7 @@ void glu_ffn_backward(const TensorRef& dy, const TensorRef& x, const TensorRef& 
     p.slots_grad = slots_grad_rows(check, *slots_grad, s);
     check.begins_at_a_piece({"slots_grad", *slots_grad});
   }
-  p.workspace = check.workspace(workspace, dx ? glu_ffn_backward_workspace(tokens, s.d, s.m, s.r) : 0);
+  p.workspace = check.workspace(workspace, dx ? glu_ffn_backward_workspace(tokens, s.d, s.m, s.r, x.device) : 0);
   p.scale = scale;
   p.activation = check.activation(activation);
   p.dtype = x.dtype;
@@ -120,7 +127,7 @@ void neuron_importance(const TensorRef& x, const TensorRef& gate, const TensorRe
   p.weights.gate_bias = bias_of(check, "gate_bias", gate_bias, m);
   p.weights.up_bias = bias_of(check, "up_bias", up_bias, m);
   p.importance = check.vector<float>({"out", out}, m);
-  p.workspace = check.workspace(workspace, neuron_importance_workspace(tokens, m));
+  p.workspace = check.workspace(workspace, neuron_importance_workspace(tokens, m, x.device));
   p.activation = check.activation(activation);
   p.dtype = x.dtype;
   LOCAS_LAUNCH_CUDA(neuron_importance, x, stream, p);
@@ -141,10 +148,13 @@ void bind_ffn_cuda(py::module_& m) {
   m.def("neuron_importance", &neuron_importance, py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("gate_bias"),
         py::arg("up_bias"), py::arg("out"), py::arg("workspace"), py::arg("activation"), py::arg("stream"));
   m.def("glu_ffn_forward_workspace", &glu_ffn_forward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"),
-        py::arg("r"));
+        py::arg("r"), py::arg("device"));
   m.def("glu_ffn_backward_workspace", &glu_ffn_backward_workspace, py::arg("tokens"), py::arg("d"), py::arg("m"),
-        py::arg("r"));
-  m.def("neuron_importance_workspace", &neuron_importance_workspace, py::arg("tokens"), py::arg("m"));
+        py::arg("r"), py::arg("device"));
+  m.def("neuron_importance_workspace", &neuron_importance_workspace, py::arg("tokens"), py::arg("m"),
+        py::arg("device"));
+  m.def("cuda_families", &cuda_families);
+  m.def("use_cuda_family", &use_cuda_family, py::arg("family"));
 }
 
 }  // namespace locas

@@ -36,19 +36,19 @@ void write_slots(const WriteSlotsParams&, Queue);
 void adamw_slots_from_factors(const AdamwSlotsParams&, const LayerFactors&, Queue);
 void sgd_slots_from_factors(const SgdSlotsParams&, const LayerFactors&, Queue);
 
-// The FFN with memory as fused kernels. Tiles: any number of tokens; decode: at most kMostDecodeTokens.
-// glu_ffn_forward picks one of them.
-// On an H100 decode is up to 2.0 times as fast as the tiles at 1 token, as fast at 32 and slower above.
-constexpr int64_t kMostDecodeTokens = 32;
+// The FFN with memory as fused kernels, of the family that the device takes (ffn/ffn_kernels.h).
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
-void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
-void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
 void glu_ffn_backward(const GluFfnBackwardParams&, Queue);
 void neuron_importance(const NeuronImportanceParams&, Queue);
-// Floats of workspace that they need.
-int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
-int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes&);
-int64_t neuron_importance_workspace(int64_t tokens, int64_t m);
+// Floats of workspace that they need on a device.
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&, int device);
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes&, int device);
+int64_t neuron_importance_workspace(int64_t tokens, int64_t m, int device);
+
+// The family that each device takes, such as "sm80"; "" for one on which no kernel runs.
+std::vector<std::string> families();
+// From now on this family, 80 or 90; 0: the device's own. std::invalid_argument where a device cannot run it.
+void use_family(int family);
 
 // "80, 90a": what this build was compiled for.
 std::string compiled_architectures();

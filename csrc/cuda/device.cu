@@ -10,13 +10,8 @@ namespace locas::cuda {
 std::string compiled_architectures() { return LOCAS_CUDA_ARCH_LIST; }
 
 std::vector<std::string> devices() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();  // no driver or no device is an answer here, not an error to keep
-    return {};
-  }
   std::vector<std::string> lines;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < device_count(); ++i) {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, i), "cudaGetDeviceProperties");
     lines.push_back(std::string(properties.name) + ", sm_" + std::to_string(properties.major * 10 + properties.minor));

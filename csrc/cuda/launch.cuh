@@ -11,6 +11,7 @@
 // SIMT runner. `shared` has shared_bytes bytes, aligned to 1024.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,10 @@
 #endif
 
 namespace locas::cuda {
+
+struct LaunchOptions {
+  bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
+};
 
 #ifdef __CUDACC__
 
@@ -57,8 +62,23 @@ __global__ void __launch_bounds__(Kernel::threads, Kernel::min_blocks)
   Kernel::run(params, shared);
 }
 
+// Whether the code that runs on this device was compiled for sm_90 or later: only there a kernel can wait.
 template <class Kernel>
-void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params) {
+bool waits_itself(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> versions[kDevices];  // of the PTX; 0: not asked yet
+  if (device >= kDevices) return false;
+  if (versions[device] == 0) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel<Kernel>), Kernel::name);
+    versions[device] = attributes.ptxVersion;
+  }
+  return versions[device] >= 90;
+}
+
+template <class Kernel>
+void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params,
+            LaunchOptions options = {}) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > INT32_MAX)
     throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) +
@@ -69,30 +89,57 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
     check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           Kernel::name);
-  kernel<Kernel>
-      <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
-          params);
-  check(cudaGetLastError(), Kernel::name);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(Kernel::threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  config.attrs = &attribute;
+  config.numAttrs = options.programmatic && waits_itself<Kernel>(queue.device) ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 
-inline int multiprocessor_count(Queue queue) {
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessor_count(Queue queue) { return device_attribute(cudaDevAttrMultiProcessorCount, queue.device); }
+
+// 10 times the major number plus the minor one.
+inline int compute_capability(int device) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+// Of those that the driver shows; 0 without a driver.
+inline int device_count() {
   int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device), "cudaDeviceGetAttribute");
-  return count;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();  // no driver or no device is an answer here, not an error to keep
+  return 0;
 }
 
 #else
 
 template <class Kernel>
-void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::Params& params) {
+void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::Params& params,
+            LaunchOptions options = {}) {
   static_assert(std::is_trivially_copyable_v<typename Kernel::Params>);
   if (blocks == 0) return;
-  simt::run_grid(Kernel::name, blocks, Kernel::threads, shared_bytes,
-                 [&params](unsigned char* shared) { Kernel::run(params, shared); });
+  simt::run_grid(
+      Kernel::name, blocks, Kernel::threads, shared_bytes,
+      [&params](unsigned char* shared) { Kernel::run(params, shared); }, options.programmatic);
 }
 
 // Few, so that small tests see a block take several tiles.
 inline int multiprocessor_count(Queue) { return 3; }
+inline int compute_capability(int) { return 90; }
+inline int device_count() { return 1; }
 
 #endif
 

@@ -12,6 +12,7 @@ constexpr int kNobody = -1, kSeveral = -2;
 struct GlobalCell {  // two bytes; blocks of `launch` that touched them
   uint32_t launch = 0;
   int writer = kNobody, reader = kNobody;
+  uint32_t written = 0;  // by this launch
 };
 
 struct Global {
@@ -51,7 +52,16 @@ bool in_global(const void* address, size_t bytes) {
   return buffer && static_cast<const unsigned char*>(address) + bytes <= buffer->first + buffer->second.bytes;
 }
 
-void touch_global(int block, const void* address, size_t bytes, Access access) {
+size_t distance_from_global(const void* address) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  const auto* before = buffer_before(address);
+  const auto behind = globals().upper_bound(at);
+  const size_t past_end = before ? at - before->first - before->second.bytes : SIZE_MAX;
+  const size_t until_begin = behind == globals().end() ? SIZE_MAX : behind->first - at;
+  return std::min(past_end, until_begin);
+}
+
+void touch_global(int block, bool knows_launch_before, const void* address, size_t bytes, Access access) {
   auto* buffer = buffer_before(address);
   if (!buffer) fail("%s %zu bytes at %p, outside every buffer", verb(access), bytes, address);
   auto& [begin, global] = *buffer;
@@ -64,7 +74,10 @@ void touch_global(int block, const void* address, size_t bytes, Access access) {
         verb(access), bytes, address, name, global.bytes, offset);
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     GlobalCell& cell = global.cells[i];
-    if (cell.launch != launch) cell = {launch, kNobody, kNobody};
+    if (cell.launch != launch) cell = {launch, kNobody, kNobody, cell.written};
+    if (!knows_launch_before && cell.written == launch - 1 && launch > 1)
+      fail("%s byte %zu of '%s', which the launch before wrote, without having waited for it", verb(access), 2 * i,
+           name);
     if (cell.writer != kNobody && cell.writer != block)
       fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name,
            cell.writer);
@@ -72,7 +85,7 @@ void touch_global(int block, const void* address, size_t bytes, Access access) {
       fail("reads byte %zu of '%s' by the read-only path, but this launch wrote it", 2 * i, name);
     if (access == Access::write && cell.reader != kNobody && cell.reader != block)
       fail("race: writes byte %zu of '%s', which another block of the same launch read", 2 * i, name);
-    if (access == Access::write) cell.writer = block;
+    if (access == Access::write) cell.writer = block, cell.written = launch;
     else cell.reader = cell.reader == kNobody || cell.reader == block ? block : kSeveral;
   }
 }
@@ -107,6 +120,9 @@ void SharedMemory::begin_block() {
     tick(warp);
   }
   epochs_.fill(epoch + 1);
+  for (int warp = 0; warp < kMaxWarps; ++warp) begin_[warp] = time(warp);
+  fences_.assign(warps_ * 32, {});
+  async_reads_.assign((bytes_ + 15) / 16, 0);
 }
 
 void SharedMemory::end_launch() {
@@ -164,6 +180,7 @@ void SharedMemory::read(int thread, const void* address, size_t bytes) {
 
 void SharedMemory::write(int thread, const void* address, size_t bytes) {
   check_range(address, bytes, Access::write);
+  check_async_reads(address, bytes);
   const int warp = thread / 32;
   for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
     check_state(cells_[i], i, Access::write);
@@ -172,10 +189,59 @@ void SharedMemory::write(int thread, const void* address, size_t bytes) {
     cells_[i].writer = static_cast<int16_t>(thread);
     cells_[i].write_time = time(warp);
     cells_[i].write_epoch = epochs_[warp];
+    cells_[i].generic = true;
   }
 }
 
-void SharedMemory::begin_copy(int thread, const void* address, size_t bytes, const char* wait) {
+void SharedMemory::check_async_reads(const void* address, size_t bytes) const {
+  for (size_t piece = offset(address) / 16; piece < (offset(address) + bytes + 15) / 16; ++piece)
+    if (async_reads_[piece] > 0)
+      fail("writes byte %zu of shared memory, which a wgmma or a bulk store is still reading", piece * 16);
+}
+
+void SharedMemory::check_proxy(int thread, const Cell& cell, size_t index, Access access) const {
+  if (!cell.generic || cell.writer < 0 || cell.write_time < begin_[cell.writer / 32]) return;
+  const auto& fences = fences_[cell.writer];
+  const auto fence = std::lower_bound(fences.begin(), fences.end(), cell.write_time,
+                                      [](const Fence& fence, uint32_t time) { return fence.time < time; });
+  const int warp = thread / 32, writer = cell.writer / 32;
+  const bool fenced =
+      fence != fences.end() &&
+      (cell.writer == thread || (writer == warp ? fence->epoch < epochs_[warp] : fence->time <= clocks_[warp][writer]));
+  if (!fenced)
+    fail("%s byte %zu of shared memory by the asynchronous proxy, which thread %d wrote without fence_async_shared",
+         verb(access), index * 2, cell.writer);
+}
+
+void SharedMemory::fence_proxy(int thread) {
+  fences_[thread].push_back({time(thread / 32), epochs_[thread / 32]});
+  tick(thread / 32);
+}
+
+void SharedMemory::begin_async_read(int thread, int warps, const void* piece) {
+  check_range(piece, 16, Access::read);
+  for (size_t i = first_cell(piece); i < end_cell(piece, 16); ++i) {
+    check_state(cells_[i], i, Access::read);
+    for (int warp = 0; warp < warps; ++warp) {
+      check_last_write(thread + 32 * warp, cells_[i], i, Access::read);
+      check_proxy(thread + 32 * warp, cells_[i], i, Access::read);
+    }
+  }
+  ++async_reads_[offset(piece) / 16];
+}
+
+void SharedMemory::end_async_read(int thread, int warps, const void* piece) {
+  for (size_t i = first_cell(piece); i < end_cell(piece, 16); ++i)
+    for (int warp = thread / 32; warp < thread / 32 + warps; ++warp)
+      readers_[i * warps_ + warp] = {time(warp), epochs_[warp], warps > 1 ? kSeveral : static_cast<int16_t>(thread)};
+  --async_reads_[offset(piece) / 16];
+}
+
+void SharedMemory::begin_copy(int thread, const void* address, size_t bytes, const char* wait, Proxy proxy) {
+  check_range(address, bytes, Access::write);
+  if (proxy == Proxy::async)
+    for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i)
+      check_proxy(thread, cells_[i], i, Access::write);
   write(thread, address, bytes);
   size_t name = 0;
   while (name < waits_.size() && waits_[name] != wait) ++name;
@@ -186,12 +252,13 @@ void SharedMemory::begin_copy(int thread, const void* address, size_t bytes, con
   }
 }
 
-void SharedMemory::end_copy(int thread, const void* address, size_t bytes, uint32_t time) {
+void SharedMemory::end_copy(int thread, const void* address, size_t bytes, uint32_t time, Proxy proxy) {
   for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
     cells_[i].state = State::plain;
     cells_[i].writer = static_cast<int16_t>(thread);
     cells_[i].write_time = time;
     cells_[i].write_epoch = epochs_[thread / 32];
+    cells_[i].generic = proxy == Proxy::generic;
   }
 }
 

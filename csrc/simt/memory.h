@@ -24,8 +24,11 @@ void unregister_global(const void* data);
 void begin_launch_on_globals();
 // Whether one registered buffer holds all of [address, address + bytes).
 bool in_global(const void* address, size_t bytes);
-// Aborts unless that is so and the access does not race with another block's.
-void touch_global(int block, const void* address, size_t bytes, Access access);
+// How far from a registered buffer it lies, if in none.
+size_t distance_from_global(const void* address);
+// Aborts unless a buffer holds all of it, the access does not race with another block's, and, where the thread does not know that the
+// launch before has ended, that one wrote nothing of it.
+void touch_global(int block, bool knows_launch_before, const void* address, size_t bytes, Access access);
 
 // A global buffer of a test: poisoned with NaN, its exact bounds known to the runner (and to AddressSanitizer).
 // `offset` elements lie unused before it, to test pointers that are not 16-byte aligned.
@@ -69,6 +72,8 @@ constexpr int kMaxWarps = 32;
 using Clock = std::array<uint32_t, kMaxWarps>;
 void join(Clock& into, const Clock& other);  // the later of both, warp by warp
 
+enum class Proxy { generic, async };
+
 class SharedMemory {
  public:
   void begin_launch(size_t bytes, int threads);
@@ -77,15 +82,20 @@ class SharedMemory {
 
   unsigned char* data() const { return data_; }
   bool contains(const void* address) const { return data_ && offset(address) < bytes_; }
-  // Contained or so shortly behind the end that an index went too far.
-  bool is_near(const void* address) const { return data_ && offset(address) < bytes_ + (16 << 10); }
+  // How far behind the end it lies, where an index went too far.
+  size_t distance(const void* address) const { return data_ ? offset(address) - bytes_ : SIZE_MAX; }
 
   void read(int thread, const void* address, size_t bytes);
   void write(int thread, const void* address, size_t bytes);
   // Between the two, an asynchronous copy is under way and nobody may touch the bytes. The finished copy counts as
-  // a write of `thread` at `time`.
-  void begin_copy(int thread, const void* address, size_t bytes, const char* wait);
-  void end_copy(int thread, const void* address, size_t bytes, uint32_t time);
+  // a write of `thread` at `time`. The asynchronous proxy (bulk copies, wgmma) sees ordinary writes after a fence only.
+  void begin_copy(int thread, const void* address, size_t bytes, const char* wait, Proxy proxy);
+  void end_copy(int thread, const void* address, size_t bytes, uint32_t time, Proxy proxy);
+  // The asynchronous proxy reads 16 bytes, for the threads of `warps` warps from `thread` on, or for that one thread.
+  // Between the two nobody may write; the end counts as the read.
+  void begin_async_read(int thread, int warps, const void* piece);
+  void end_async_read(int thread, int warps, const void* piece);
+  void fence_proxy(int thread);
   // The eight bytes of an mbarrier: only mbarrier operations may touch them, ordered after its initialisation.
   void claim_barrier(int thread, const void* address);
   void check_barrier(int thread, const void* address);
@@ -105,7 +115,8 @@ class SharedMemory {
     uint32_t write_time = 0, write_epoch = 0;
     int16_t writer = -1;  // thread
     State state = State::plain;
-    uint8_t wait = 0;  // index of the name of the wait that ends `copying`
+    bool generic = false;  // not written by the asynchronous proxy
+    uint8_t wait = 0;      // index of the name of the wait that ends `copying`
   };
   static constexpr int16_t kSeveral = -2;
   struct Readers {  // the last read by one warp
@@ -120,6 +131,8 @@ class SharedMemory {
   void check_state(const Cell& cell, size_t index, Access access) const;
   void check_last_write(int thread, const Cell& cell, size_t index, Access access) const;
   void check_readers(int thread, size_t index) const;
+  void check_proxy(int thread, const Cell& cell, size_t index, Access access) const;
+  void check_async_reads(const void* address, size_t bytes) const;
 
   unsigned char* data_ = nullptr;
   size_t bytes_ = 0;
@@ -130,6 +143,12 @@ class SharedMemory {
   std::array<Clock, kMaxWarps> clocks_{};
   std::array<uint32_t, kMaxWarps> epochs_{};  // counts what orders the lanes of a warp
   std::vector<const char*> waits_;
+  struct Fence {
+    uint32_t time, epoch;
+  };
+  std::vector<std::vector<Fence>> fences_;   // [threads], of this block
+  std::vector<uint8_t> async_reads_;         // [pieces of 16 bytes] under way
+  std::array<uint32_t, kMaxWarps> begin_{};  // of the block: what is not later needs no fence
 };
 
 }  // namespace locas::simt

@@ -2,88 +2,14 @@
 
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
-#include <memory>
 
-#include "simt/fiber.h"
+#include "simt/machine.h"
 
 namespace locas::simt {
-namespace {
-
-struct AsyncCopy {
-  void* shared;
-  const void* global;  // null: zeros
-  bool landed;
-};
-
-struct Thread {
-  explicit Thread(int index);
-  Fiber fiber;
-  int index;
-  bool exited = true;
-  const char* waits_in = nullptr;
-  std::vector<AsyncCopy> open_copies;                    // not committed yet
-  std::vector<std::vector<AsyncCopy>> committed_copies;  // oldest first
-};
-
-struct Warp {
-  const char* name = nullptr;  // of the collective that its lanes are meeting in
-  WarpOperation operation = nullptr;
-  int arrived = 0, exited = 0;
-  void* arguments[32];
-  std::vector<Thread*> waiting;
-};
-
-struct Barrier {
-  int expected = 0;
-  bool any = false, result = false;
-  std::vector<Thread*> waiting;
-};
-
-struct MBarrier {
-  int count, pending;            // arrivals of a phase, and those still missing
-  int64_t bytes = 0;             // announced less landed
-  uint32_t parity = 0;           // of the phase that is under way
-  Clock gathered{}, released{};  // what the arriving warps knew, in this phase and in the one before
-  std::vector<Thread*> waiting;
-};
-
-struct BulkCopy {
-  void* shared;
-  const void* global;
-  uint32_t bytes;
-  uint64_t* barrier;
-  int thread;
-  uint32_t time;
-};
-
-constexpr int kBarriers = 16;
-
-enum class Order { in_turn, backwards, random };
-
-// Everything about the launch that runs, and the threads kept from one launch to the next.
-struct Machine {
-  uint64_t seed = 0, random_state = 0;
-  Order order = Order::in_turn;
-
-  const char* kernel = nullptr;  // null between launches
-  const std::function<void(unsigned char*)>* body = nullptr;
-  int64_t block = 0, blocks = 0;
-  int threads = 0;
-
-  SharedMemory shared;
-  std::vector<std::unique_ptr<Thread>> pool;
-  std::deque<Thread*> ready;
-  Thread* current = nullptr;
-  int alive = 0;
-  Fiber launcher;
-  std::vector<Warp> warps;
-  Barrier barriers[kBarriers];
-  std::map<const uint64_t*, MBarrier> mbarriers;
-  std::vector<BulkCopy> bulk_copies;
-};
 
 Machine machine;
+
+// ---- Scheduling ----------------------------------------------------------------------------------------------
 
 uint64_t random_below(uint64_t n) {
   uint64_t& x = machine.random_state;  // xorshift64
@@ -95,20 +21,36 @@ uint64_t random_below(uint64_t n) {
 
 bool chance() { return machine.order == Order::random && random_below(2) == 0; }
 
-int current_warp() { return machine.current->index / 32; }
+namespace {
 
-// ---- Scheduling ----------------------------------------------------------------------------------------------
+void land(size_t index) {
+  const auto operation = std::move(machine.in_flight[index].land);
+  machine.in_flight.erase(machine.in_flight.begin() + index);
+  operation();
+}
 
-void complete_phase(MBarrier& barrier);
+}  // namespace
 
-void land_bulk_copy(size_t index) {
-  const BulkCopy copy = machine.bulk_copies[index];
-  machine.bulk_copies.erase(machine.bulk_copies.begin() + index);
-  std::memcpy(copy.shared, copy.global, copy.bytes);
-  machine.shared.end_copy(copy.thread, copy.shared, copy.bytes, copy.time);
-  MBarrier& barrier = machine.mbarriers.at(copy.barrier);
-  barrier.bytes -= copy.bytes;
-  complete_phase(barrier);
+int issue(int queue, std::function<void()> operation) {
+  machine.in_flight.push_back({++machine.operations, queue, std::move(operation)});
+  const int number = machine.operations;
+  if (machine.order == Order::in_turn) land(machine.in_flight.size() - 1);
+  return number;
+}
+
+void finish(int operation) {
+  for (size_t i = 0; i < machine.in_flight.size(); ++i)
+    if (machine.in_flight[i].number == operation) return land(i);
+}
+
+namespace {
+
+void land_any() {
+  size_t index = random_below(machine.in_flight.size());
+  const int queue = machine.in_flight[index].queue;
+  if (queue != kNoQueue)
+    for (index = 0; machine.in_flight[index].queue != queue;) ++index;
+  land(index);
 }
 
 [[noreturn]] void report_deadlock() {
@@ -125,10 +67,10 @@ void land_bulk_copy(size_t index) {
 
 Thread* next_ready() {
   std::deque<Thread*>& ready = machine.ready;
-  if (!machine.bulk_copies.empty() && chance()) land_bulk_copy(random_below(machine.bulk_copies.size()));
+  if (!machine.in_flight.empty() && chance()) land_any();
   while (ready.empty()) {
-    if (machine.bulk_copies.empty()) report_deadlock();
-    land_bulk_copy(0);  // as late as possible: nothing else can go on
+    if (machine.in_flight.empty()) report_deadlock();
+    land(0);  // as late as possible: nothing else can go on
   }
   if (machine.order == Order::random) std::swap(ready[random_below(ready.size())], ready.back());
   Thread* thread = machine.order == Order::in_turn ? ready.front() : ready.back();
@@ -142,6 +84,8 @@ void run_another() {
   machine.current = next_ready();
   if (machine.current != self) Fiber::switch_to(self->fiber, machine.current->fiber);
 }
+
+}  // namespace
 
 void wait_in(const char* what, std::vector<Thread*>& waiting) {
   machine.current->waits_in = what;
@@ -162,17 +106,16 @@ void maybe_run_another() {
   run_another();
 }
 
-void finish_copies(std::vector<AsyncCopy>& group);
+namespace {
 
 void exit_thread() {
   Thread& self = *machine.current;
-  Warp& warp = machine.warps[current_warp()];
-  if (warp.arrived > 0) fail("exits while %d lanes of its warp wait in %s", warp.arrived, warp.name);
-  ++warp.exited;
+  for (Meeting* meeting : {&machine.warps[current_warp()].meeting, &current_warpgroup().meeting}) {
+    if (meeting->arrived > 0) fail("exits while %d lanes wait for it in %s", meeting->arrived, meeting->name);
+    ++meeting->exited;
+  }
   self.exited = true;
-  // Copies that nobody waited for.
-  wait_for_copies(0);
-  finish_copies(self.open_copies);
+  forget_copies();
   if (--machine.alive > 0) {
     machine.current = next_ready();
     Fiber::switch_to(self.fiber, machine.current->fiber);
@@ -195,16 +138,18 @@ void run_block() {
     machine.pool.push_back(std::make_unique<Thread>(static_cast<int>(machine.pool.size())));
   machine.shared.begin_block();
   machine.warps.assign(machine.threads / 32, Warp());
+  machine.warpgroups.assign((machine.threads + 127) / 128, Warpgroup());
   for (Barrier& barrier : machine.barriers) barrier = Barrier();
   machine.ready.clear();
   for (int i = 0; i < machine.threads; ++i) {
     machine.pool[i]->exited = false;
+    machine.pool[i]->knows_launch_before = !machine.programmatic;
     machine.ready.push_back(machine.pool[i].get());
   }
   machine.alive = machine.threads;
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
-  if (!machine.bulk_copies.empty()) fail("the block ends with a bulk copy under way");
+  if (!machine.in_flight.empty()) fail("the block ends with a copy or a wgmma under way");
   for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
   machine.mbarriers.clear();
 }
@@ -219,7 +164,8 @@ void set_seed(uint64_t seed) {
 }
 
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char*)>& body) {
+              const std::function<void(unsigned char*)>& body, bool programmatic) {
+  machine.programmatic = programmatic;
   machine.kernel = kernel;
   machine.body = &body;
   machine.block = 0;
@@ -267,32 +213,48 @@ int thread_index() { return machine.current->index; }
 int block_index() { return static_cast<int>(machine.block); }
 int block_count() { return static_cast<int>(machine.blocks); }
 
+uint32_t shared_offset(const void* shared) {
+  if (!machine.shared.contains(shared)) fail("%p as an operand in shared memory, where it is not", shared);
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - machine.shared.data());
+}
+
+void wait_for_launch_before() { machine.current->knows_launch_before = true; }
+
+void touch_global(const void* address, size_t bytes, Access access) {
+  touch_global(block_index(), machine.current->knows_launch_before, address, bytes, access);
+}
+
 void touch(const void* address, size_t bytes, Access access, Space space) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
     fail("%s %zu bytes at %p, which is not aligned to them", access == Access::write ? "writes" : "reads", bytes,
          address);
   bool shared = space == Space::shared || (space == Space::any && machine.shared.contains(address));
   // An access to neither is reported as what it probably was.
-  if (space == Space::any && !shared && !in_global(address, bytes)) shared = machine.shared.is_near(address);
-  if (!shared) touch_global(block_index(), address, bytes, access);
+  if (space == Space::any && !shared && !in_global(address, bytes))
+    shared = machine.shared.distance(address) < distance_from_global(address);
+  if (!shared) touch_global(address, bytes, access);
   else if (access == Access::write) machine.shared.write(thread_index(), address, bytes);
   else machine.shared.read(thread_index(), address, bytes);
 }
 
-void warp_collective(const char* name, void* argument, WarpOperation operation) {
-  Warp& warp = machine.warps[current_warp()];
-  if (warp.exited > 0) fail("%s, but %d lanes of the warp have exited", name, warp.exited);
-  if (warp.arrived == 0) {
-    warp.name = name;
-    warp.operation = operation;
-  } else if (warp.operation != operation || (warp.name != name && std::strcmp(warp.name, name) != 0)) {
-    fail("divergent collective: %s, while other lanes of the warp are in %s", name, warp.name);
+void meet(Meeting& meeting, int lanes, const char* name, void* argument, WarpOperation operation) {
+  const char* whole = lanes == 32 ? "warp" : "warpgroup";
+  if (meeting.exited > 0) fail("%s, but %d lanes of the %s have exited", name, meeting.exited, whole);
+  if (meeting.arrived == 0) {
+    meeting.name = name;
+    meeting.operation = operation;
+  } else if (meeting.operation != operation || (meeting.name != name && std::strcmp(meeting.name, name) != 0)) {
+    fail("divergent collective: %s, while other lanes of the %s are in %s", name, whole, meeting.name);
   }
-  warp.arguments[thread_index() % 32] = argument;
-  if (++warp.arrived < 32) return wait_in(name, warp.waiting);
-  if (operation) operation(warp.arguments);
-  warp.arrived = 0;
-  wake(warp.waiting);
+  meeting.arguments[thread_index() % lanes] = argument;
+  if (++meeting.arrived < lanes) return wait_in(name, meeting.waiting);
+  if (operation) operation(meeting.arguments);
+  meeting.arrived = 0;
+  wake(meeting.waiting);
+}
+
+void warp_collective(const char* name, void* argument, WarpOperation operation) {
+  meet(machine.warps[current_warp()].meeting, 32, name, argument, operation);
 }
 
 void sync_warp() {
@@ -336,109 +298,5 @@ bool barrier(const char* name, int id, int threads, bool predicate) {
 }
 
 bool sync_threads(bool predicate) { return barrier("sync_threads", 0, machine.threads, predicate); }
-
-// ---- cp.async ------------------------------------------------------------------------------------------------
-namespace {
-
-void land(AsyncCopy& copy) {
-  if (copy.landed) return;
-  if (copy.global) std::memcpy(copy.shared, copy.global, 16);
-  else std::memset(copy.shared, 0, 16);
-  copy.landed = true;
-}
-
-void finish_copies(std::vector<AsyncCopy>& group) {
-  for (AsyncCopy& copy : group) {
-    land(copy);
-    machine.shared.end_copy(thread_index(), copy.shared, 16, machine.shared.time(current_warp()));
-  }
-  group.clear();
-}
-
-}  // namespace
-
-void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
-    fail("cp_async_16 from %p to %p: both must be aligned to 16 bytes", global, shared);
-  if (valid) touch_global(block_index(), global, 16, Access::read);
-  machine.shared.begin_copy(thread_index(), shared, 16, "cp_async_wait");
-  AsyncCopy copy{shared, valid ? global : nullptr, false};
-  if (machine.order == Order::in_turn || chance()) land(copy);
-  machine.current->open_copies.push_back(copy);
-}
-
-void commit_copies() {
-  Thread& self = *machine.current;
-  self.committed_copies.push_back(std::move(self.open_copies));
-  self.open_copies.clear();
-}
-
-void wait_for_copies(size_t pending_groups) {
-  auto& groups = machine.current->committed_copies;
-  while (groups.size() > pending_groups) {
-    finish_copies(groups.front());
-    groups.erase(groups.begin());
-  }
-}
-
-// ---- mbarrier and cp.async.bulk ------------------------------------------------------------------------------
-namespace {
-
-MBarrier& find_mbarrier(uint64_t* address) {
-  const auto found = machine.mbarriers.find(address);
-  if (found == machine.mbarriers.end()) fail("an mbarrier at %p that nobody initialised", static_cast<void*>(address));
-  machine.shared.check_barrier(thread_index(), address);
-  return found->second;
-}
-
-void complete_phase(MBarrier& barrier) {
-  if (barrier.pending > 0 || barrier.bytes != 0) return;
-  barrier.parity ^= 1;
-  barrier.pending = barrier.count;
-  barrier.released = barrier.gathered;
-  wake(barrier.waiting);
-}
-
-}  // namespace
-
-void mbarrier_init(uint64_t* address, int count) {
-  if (reinterpret_cast<uintptr_t>(address) % 8 != 0)
-    fail("an mbarrier at %p, which is not aligned to 8 bytes", static_cast<void*>(address));
-  if (count <= 0) fail("mbarrier_init with a count of %d", count);
-  machine.shared.claim_barrier(thread_index(), address);
-  MBarrier barrier;
-  barrier.count = barrier.pending = count;
-  machine.mbarriers[address] = barrier;
-}
-
-void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
-  MBarrier& barrier = find_mbarrier(address);
-  if (barrier.pending == 0) fail("mbarrier over-arrival: all %d threads of this phase have arrived", barrier.count);
-  join(barrier.gathered, machine.shared.clock(current_warp()));
-  machine.shared.tick(current_warp());
-  barrier.bytes += expected_bytes;
-  --barrier.pending;
-  complete_phase(barrier);
-}
-
-void mbarrier_wait(uint64_t* address, uint32_t parity) {
-  MBarrier& barrier = find_mbarrier(address);
-  while (barrier.parity == (parity & 1)) wait_in("mbarrier_wait", barrier.waiting);
-  machine.shared.learn(current_warp(), barrier.released);
-  machine.shared.sync_lanes(current_warp());
-}
-
-void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
-    fail("bulk_copy_to_shared of %u bytes from %p to %p: size and addresses must be multiples of 16", bytes, global,
-         shared);
-  touch_global(block_index(), global, bytes, Access::read);
-  MBarrier& barrier = find_mbarrier(address);
-  machine.shared.begin_copy(thread_index(), shared, bytes, "mbarrier_wait");
-  join(barrier.gathered, machine.shared.clock(current_warp()));
-  machine.bulk_copies.push_back({shared, global, bytes, address, thread_index(), machine.shared.time(current_warp())});
-  machine.shared.tick(current_warp());
-  if (machine.order == Order::in_turn) land_bulk_copy(machine.bulk_copies.size() - 1);
-}
 
 }  // namespace locas::simt

@@ -17,8 +17,9 @@ namespace locas::simt {
 // once. Seed 1: threads backwards, copies as late as the waits allow. Others: at random.
 void set_seed(uint64_t seed);
 
+// programmatic: the blocks may begin before the launch before this one has ended, and must wait for it themselves.
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char* shared)>& body);
+              const std::function<void(unsigned char* shared)>& body, bool programmatic = false);
 
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* reason, ...);
 
@@ -26,6 +27,9 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
 int thread_index();
 int block_index();
 int block_count();
+
+// The address of shared memory that instructions take: bytes from its begin.
+uint32_t shared_offset(const void* shared);
 
 // Checks alignment, bounds and, in shared memory, races.
 enum class Space { any, global, shared };
@@ -48,11 +52,34 @@ void wait_for_copies(size_t pending_groups);
 
 // An mbarrier counts the arrivals of a phase and the bytes of bulk copies that the arrivals announced. wait(parity)
 // returns when the phase of that parity is complete; the first phase has parity 0, so waiting for 1 on a fresh mbarrier
-// returns at once. One thread initialises, and a barrier tells the others.
+// returns at once. One thread initialises, fences so that bulk copies may use it, and a barrier tells the others.
 // bulk_copy (cp.async.bulk): addresses and size are multiples of 16; its bytes count on the mbarrier.
 void mbarrier_init(uint64_t* barrier, int count);
+void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+
+// A row-major matrix in global memory and the box of it that one copy moves. Outside the matrix a load yields zeros
+// and a store does nothing. In shared memory the box's rows follow each other; with a swizzle of 32, 64 or 128 bytes
+// the 16-byte pieces of each such span are permuted by the address bits from 7 on.
+struct TensorMap {
+  void* data;
+  int64_t rows, cols, stride;  // elements
+  int element_bytes, box_rows, box_cols, swizzle_bytes;
+};
+void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier);
+void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared);
+// A group is what a thread stored since its last commit. The wait returns when at most `pending` of the thread's own
+// groups have still to read shared memory.
+void bulk_commit();
+void bulk_wait_read(size_t pending_groups);
+
+// fence.proxy.async: what this thread wrote to shared memory by ordinary stores may, from its next barrier on, be read
+// by bulk copies and wgmma.
+void fence_async_shared();
+
+// The grid waits for the launch before it (griddepcontrol.wait).
+void wait_for_launch_before();
 
 }  // namespace locas::simt

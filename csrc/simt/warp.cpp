@@ -84,6 +84,29 @@ void ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed) {
   else warp_collective("ldmatrix", &lane, &ldmatrix_lanes<false>);
 }
 
+namespace {
+
+void stmatrix_lanes(void* const* lanes) {
+  count_conflicts(lanes);
+  for (int matrix = 0; matrix < 4; ++matrix)
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t pair = static_cast<LdmatrixLane*>(lanes[lane])->registers[matrix];
+      auto* row =
+          static_cast<uint16_t*>(const_cast<void*>(static_cast<LdmatrixLane*>(lanes[matrix * 8 + lane / 4])->row));
+      row[lane % 4 * 2] = static_cast<uint16_t>(pair);
+      row[lane % 4 * 2 + 1] = static_cast<uint16_t>(pair >> 16);
+    }
+}
+
+}  // namespace
+
+void stmatrix(void* row, const uint32_t (&registers)[4]) {
+  touch(row, 16, Access::write, Space::shared);
+  uint32_t copy[4] = {registers[0], registers[1], registers[2], registers[3]};
+  LdmatrixLane lane{copy, row};
+  warp_collective("stmatrix", &lane, &stmatrix_lanes);
+}
+
 uint64_t ldmatrix_conflicts() { return conflicts; }
 
 // ---- mma.sync ------------------------------------------------------------------------------------------------

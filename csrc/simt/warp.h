@@ -12,7 +12,10 @@ T shuffle(const char* name, T value, int source_lane);
 // Four matrices.
 void ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed);
 
-// How many times more than once shared memory had to be read for a matrix, of all ldmatrix so far: bank conflicts.
+void stmatrix(void* row, const uint32_t (&registers)[4]);
+
+// How many times more than once shared memory had to be accessed for a matrix, of all ldmatrix and stmatrix so far: bank
+// conflicts.
 uint64_t ldmatrix_conflicts();
 
 enum class Half { bf16, f16 };

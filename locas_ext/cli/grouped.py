@@ -1,9 +1,23 @@
 """Options that belong together as one parameter of a command."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, Signature, signature
-from typing import Any, get_type_hints
+from operator import getitem
+from typing import Annotated, Any, get_args, get_type_hints
+
+from typer.models import OptionInfo
+
+
+def _named(name: str, option: Any) -> Any:
+    """An option's annotation, with its name said: typer 0.27 makes one of a metavar that is the same word in capitals."""
+    kind, *infos = get_args(option)
+    for number, info in enumerate(infos):
+        if isinstance(info, OptionInfo) and info.metavar and not info.param_decls:
+            infos[number] = copy(info)
+            infos[number].param_decls = (f"--{name.replace('_', '-')}",)
+    return getitem(Annotated, (kind, *infos))
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -17,13 +31,18 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
     for parameter in signature(function).parameters.values():
         group = hints[parameter.name]
         if not is_dataclass(group):
-            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=group))
+            option = _named(parameter.name, group)
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=option))
             continue
         groups[parameter.name] = group
         options = get_type_hints(group, include_extras=True)
         for field in fields(group):
             default = field.default if parameter.default is Parameter.empty else getattr(parameter.default, field.name)
-            parameters.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=options[field.name]))
+            parameters.append(
+                Parameter(
+                    field.name, Parameter.KEYWORD_ONLY, default=default, annotation=_named(field.name, options[field.name])
+                )
+            )
 
     def command(**values: Any) -> None:
         for name, group in groups.items():

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from locas_ext.ops.backends import fused_backend
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import GATE, KEY, VALUE
 
@@ -14,6 +15,8 @@ class LayerStatus:
         layer: the decoder layer's index
         device, dtype: where and in what the layer computes, such as "cuda:0" and "torch.bfloat16"
         backend_name: what computes it: "fused", "matmul" or "reference"
+        kernels: the family of kernels that "fused" means on this device: "sm80" or "sm90" on a GPU, an instruction set such as
+            "avx512" on a CPU; None where the layer runs none of them
         path: "whole" where host and memory run as one op, "sideway" where the memory is added beside the host's FFN
         reason: why this path
         slots_used, capacity: the slots that hold something, and those there is room for
@@ -32,6 +35,7 @@ class LayerStatus:
     device: str
     dtype: str
     backend_name: str
+    kernels: str | None
     path: str
     reason: str
     slots_used: int
@@ -56,12 +60,14 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
     result = []
     for ffn, layer, scale, layer_norms in zip(attachment.ffns, state.layers, state.scales, norms, strict=True):
         path, reason = ffn.path()
+        name, like = ffn.backend_name(), ffn.arena.compute
         result.append(
             LayerStatus(
                 layer=layer,
-                device=str(ffn.arena.compute.device),
-                dtype=str(ffn.arena.compute.dtype),
-                backend_name=ffn.backend_name(),
+                device=str(like.device),
+                dtype=str(like.dtype),
+                backend_name=name,
+                kernels=fused_backend(like).family(like) if name.startswith("fused") else None,
                 path=path,
                 reason=reason,
                 slots_used=state.used,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from inspect import signature
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
@@ -95,6 +95,19 @@ def test_a_group_is_its_fields():
     }
     flat(first=0, left=3, right=4)
     assert seen == [(0, Pair(left=3, right=4))]
+
+
+def test_an_option_keeps_its_name_whatever_its_metavar_is():
+    """Some typer releases name an option after a metavar that is the same word in capitals."""
+
+    def command(model: Annotated[str, typer.Option(metavar="MODEL")], plain: Annotated[int, typer.Option()] = 1) -> None:
+        """Says it."""
+
+    model, plain = signature(grouped(command)).parameters.values()
+    assert get_args(model.annotation)[1].param_decls == ("--model",)
+    assert not get_args(plain.annotation)[1].param_decls
+    for name in COMMANDS:
+        assert all(opt == opt.lower() for parameter in options(name).values() for opt in parameter.opts if opt[:1] == "-")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 71, 72, 120])

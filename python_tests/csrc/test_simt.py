@@ -33,6 +33,7 @@ def test_kernels_on_the_simt_runner(record_property):
     assert shapes.startswith("shape seed")
     assert all(": ok (" in line for line in lines)
     for kernel in [
+        "families:",
         "glu_ffn with",
         "glu_ffn_decode",
         "neuron_importance:",

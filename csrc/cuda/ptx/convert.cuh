@@ -36,4 +36,28 @@ T from_float(float x) {
 #endif
 LOCAS_DEVICE float to_float(float x) { return x; }
 
+// Two neighbours of a half type, the first in the low half.
+#ifdef __CUDACC__
+template <class T>
+LOCAS_DEVICE uint32_t pack(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+#else
+template <class T>
+uint32_t pack(float first, float second) {
+  return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
+}
+#endif
+template <class T>
+LOCAS_DEVICE float first_of(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair)});
+}
+template <class T>
+LOCAS_DEVICE float second_of(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+
 }  // namespace locas::ptx

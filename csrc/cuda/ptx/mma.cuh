@@ -4,6 +4,8 @@
 // 16 bytes, aligned. Lane l receives elements (l / 4, 2 (l % 4)) and the next one of matrix i in r[i]; _trans: of its
 // transpose.
 //
+// stmatrix_x4: the way back, not transposed.
+//
 // mma_m16n8k16: c [16, 8] += a [16, 16] b [16, 8], T = bf16 or f16, sums in float. With row = l / 4, col = 2 (l % 4),
 // each register two neighbours (low half first): a = (row, col), (row + 8, col), (row, col + 8), (row + 8, col + 8);
 // b0, b1 = (k = col, n = row), (k = col + 8, n = row), neighbours along k; c = (row, col), (row, col + 1),
@@ -36,6 +38,11 @@ LOCAS_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+LOCAS_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 template <class T>
 LOCAS_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
@@ -52,6 +59,7 @@ LOCAS_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 #else
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, true); }
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { simt::stmatrix(row, r); }
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   simt::mma_m16n8k16(std::is_same_v<T, bf16> ? simt::Half::bf16 : simt::Half::f16, c, a, b0, b1);

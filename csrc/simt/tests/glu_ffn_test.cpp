@@ -5,10 +5,16 @@
 // test the rounding. All outputs start as NaN, and all inputs end where their last element ends.
 #include <algorithm>
 
+#include "cuda/ffn/ffn_kernels.h"
+#include "cuda/ffn/sm80/launchers.h"
+#include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
+
+using cuda::FfnKernels;
 
 struct Shape {
   int64_t tokens, d, m, r;
@@ -121,41 +127,41 @@ struct Ffn {
     return there ? rows_of(buffer, s.tokens, cols) : Matrix{};
   }
 
-  void forward(void (*launch)(const GluFfnForwardParams&, cuda::Queue), bool save) {
+  void forward(const FfnKernels& kernels, bool save) {
     const FfnWeights w = weights();
-    simt::Buffer<float> workspace("workspace", cuda::glu_ffn_forward_workspace(s.tokens, w.sizes()));
-    launch({.weights = w,
-            .x = tokens_by(x, s.d),
-            .hidden = tokens_by(hidden, width),
-            .gate = tokens_by(gate, width, save),
-            .up = tokens_by(up, width, save),
-            .y = tokens_by(y, s.d),
-            .workspace = workspace.data(),
-            .scale = static_cast<float>(scale),
-            .activation = s.activation,
-            .dtype = kDType<T>},
-           kQueue);
+    simt::Buffer<float> workspace("workspace", kernels.glu_ffn_forward_workspace(s.tokens, w.sizes()));
+    kernels.glu_ffn_forward({.weights = w,
+                             .x = tokens_by(x, s.d),
+                             .hidden = tokens_by(hidden, width),
+                             .gate = tokens_by(gate, width, save),
+                             .up = tokens_by(up, width, save),
+                             .y = tokens_by(y, s.d),
+                             .workspace = workspace.data(),
+                             .scale = static_cast<float>(scale),
+                             .activation = s.activation,
+                             .dtype = kDType<T>},
+                            kQueue);
   }
 
-  void backward(bool needs_dx) {
+  void backward(const FfnKernels& kernels, bool needs_dx) {
     const FfnWeights w = weights();
-    const int64_t floats = needs_dx ? cuda::glu_ffn_backward_workspace(s.tokens, w.sizes()) : 0;
+    const int64_t floats = needs_dx ? kernels.glu_ffn_backward_workspace(s.tokens, w.sizes()) : 0;
     simt::Buffer<float> workspace("workspace", floats);
-    cuda::glu_ffn_backward({.weights = w,
-                            .dy = tokens_by(dy, s.d),
-                            .x = tokens_by(x, s.d),
-                            .gate = tokens_by(gate, width),
-                            .up = tokens_by(up, width),
-                            .d_gate = tokens_by(d_gate, width),
-                            .d_up = tokens_by(d_up, width),
-                            .memory_hidden = tokens_by(memory_hidden, width - s.m),
-                            .dx = tokens_by(dx, s.d, needs_dx),
-                            .slots_grad = rows_of(slots_grad, 3 * s.r, s.d),
-                            .workspace = workspace.data(),
-                            .scale = static_cast<float>(scale),
-                            .activation = s.activation,
-                            .dtype = kDType<T>},
-                           kQueue);
+    kernels.glu_ffn_backward({.weights = w,
+                              .dy = tokens_by(dy, s.d),
+                              .x = tokens_by(x, s.d),
+                              .gate = tokens_by(gate, width),
+                              .up = tokens_by(up, width),
+                              .d_gate = tokens_by(d_gate, width),
+                              .d_up = tokens_by(d_up, width),
+                              .memory_hidden = tokens_by(memory_hidden, width - s.m),
+                              .dx = tokens_by(dx, s.d, needs_dx),
+                              .slots_grad = rows_of(slots_grad, 3 * s.r, s.d),
+                              .workspace = workspace.data(),
+                              .scale = static_cast<float>(scale),
+                              .activation = s.activation,
+                              .dtype = kDType<T>},
+                             kQueue);
   }
 
   Doubles slot_rows(int kind) const {
@@ -285,11 +291,9 @@ void check_backward(const Ffn<T>& f, bool needs_dx, Check&& check, CheckFloat&& 
   check_float("d_value rows", without_start(f, 2), &Expected<T>::d_value_rows);
 }
 
-using Forward = void (*)(const GluFfnForwardParams&, cuda::Queue);
-
 // -1, 0 or 1, mostly 0: with ReLU, every result is an integer that float holds exactly.
 template <class T>
-void exact_case(const Shape& s, Forward forward, Random& random) {
+void exact_case(const Shape& s, const FfnKernels& kernels, Random& random) {
   Ffn<T> f(s, 2.0, [&](int64_t count, int64_t) {
     std::vector<T> values(count);
     for (T& value : values) {
@@ -306,16 +310,16 @@ void exact_case(const Shape& s, Forward forward, Random& random) {
     expect_equal(what, ours, typed<float>(exact.*member));
   };
   const bool save = random.integer(0, 3) > 0;
-  f.forward(forward, save);
+  f.forward(kernels, save);
   check_forward(f, save, check);
   if (!save) return;
   const bool needs_dx = random.integer(0, 3) > 0;
-  f.backward(needs_dx);
+  f.backward(kernels, needs_dx);
   check_backward(f, needs_dx, check, check_float);
 }
 
 template <class T>
-void rounded_case(const Shape& s, Forward forward, Random& random) {
+void rounded_case(const Shape& s, const FfnKernels& kernels, Random& random, bool backward = true) {
   Ffn<T> f(s, 0.7, [&](int64_t count, int64_t fan_in) {
     return random.normals<T>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
   });
@@ -323,9 +327,10 @@ void rounded_case(const Shape& s, Forward forward, Random& random) {
   const auto check = [&](const char* what, const auto& ours, Doubles Expected<T>::* member) {
     expect_as_good_as(what, ours, (exact.*member).values, (peer.*member).values, kRounding<T>);
   };
-  f.forward(forward, true);
+  f.forward(kernels, true);
   check_forward(f, true, check);
-  f.backward(true);
+  if (!backward) return;
+  f.backward(kernels, true);
   check_backward(f, true, check, check);
 }
 
@@ -340,35 +345,96 @@ Shape draw_shape(Random& random, int64_t least_tokens, int64_t most_tokens, Acti
 }
 
 template <class T>
-int run_cases(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+int run_cases(const FfnKernels& kernels, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
   Random random(start + (std::is_same_v<T, bf16> ? 0 : 1000));
   int cases = 0;
   for_each_seed([&] {
-    exact_case<T>(draw_shape(random, least_tokens, most_tokens, Activation::relu), forward, random);
+    exact_case<T>(draw_shape(random, least_tokens, most_tokens, Activation::relu), kernels, random);
     const auto activation = static_cast<Activation>(cases / 2 % 6);
-    rounded_case<T>(draw_shape(random, least_tokens, most_tokens, activation), forward, random);
+    rounded_case<T>(draw_shape(random, least_tokens, most_tokens, activation), kernels, random);
     cases += 2;
   });
   return cases;
 }
 
-std::string run_both(Forward forward, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
-  const int cases = run_cases<bf16>(forward, least_tokens, most_tokens, start) +
-                    run_cases<f16>(forward, least_tokens, most_tokens, start);
+std::string run_both(const FfnKernels& kernels, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+  const int cases = run_cases<bf16>(kernels, least_tokens, most_tokens, start) +
+                    run_cases<f16>(kernels, least_tokens, most_tokens, start);
   return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
 }
 
-LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(cuda::glu_ffn_forward_tiles, 1, 16, 1); }
-LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(cuda::glu_ffn_forward_tiles, 17, 100, 2); }
-LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(cuda::glu_ffn_forward_tiles, 260, 300, 3); }
-LOCAS_TEST(decode, "glu_ffn_decode") { return run_both(cuda::glu_ffn_forward_decode, 1, cuda::kMostDecodeTokens, 4); }
+// The sm80 family with one of its two forwards.
+FfnKernels tiles() {
+  FfnKernels kernels = cuda::sm80::table;
+  kernels.glu_ffn_forward = cuda::sm80::glu_ffn_forward_tiles;
+  kernels.glu_ffn_forward_workspace = cuda::sm80::glu_ffn_tiles_workspace;
+  return kernels;
+}
+FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)) {
+  FfnKernels kernels = cuda::sm80::table;
+  kernels.glu_ffn_forward = forward;
+  return kernels;
+}
+FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
+
+LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(tiles(), 1, 16, 1); }
+LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(tiles(), 17, 100, 2); }
+LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(tiles(), 260, 300, 3); }
+LOCAS_TEST(few_tokens, "glu_ffn_decode") { return run_both(decode(), 1, cuda::sm80::kMostDecodeTokens, 4); }
+
+// Weights whose rows a warp comes back to several times: as many as it fetches ahead, and more.
+LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
+  Random& random = fresh();
+  for_each_seed([&] {
+    for (const int64_t most_tokens : {8, 16, 32, 64}) {
+      const bool wide = random.integer(0, 1) == 1;
+      const int64_t d = 8 * (wide ? random.integer(30, 140) : random.integer(1, 8));
+      const int64_t m = 8 * (wide ? random.integer(1, 14) : random.integer(60, 270));
+      const Shape s{
+          random.integer(most_tokens / 2 + 1, most_tokens), d, m, random.integer(1, 20), Activation::silu, false};
+      rounded_case<bf16>(s, decode(), random, false);
+    }
+  });
+  return "40 shapes, 10 seeds";
+}
+
+// The Hopper family: each tile alone, K2 whole and in slices, and what its plan picks.
+template <int tile, int most_splits>
+void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
+  GluFfnForwardParams own = p;
+  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
+  const int splits = static_cast<int>(std::min<int64_t>(most_splits, blocks));
+  simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
+  own.workspace = workspace.data();
+  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(cuda::sm90::kHiddenTiles[tile]), queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(cuda::sm90::kDownTiles[tile]), splits, queue);
+}
+
+template <int tile, int most_splits>
+FfnKernels hopper_kernels() {
+  return with_forward(hopper_tile<tile, most_splits>);
+}
+
+LOCAS_TEST(hopper_0, "glu_ffn on Hopper, the first tiles") { return run_both(hopper_kernels<0, 1>(), 1, 300, 10); }
+LOCAS_TEST(hopper_1, "glu_ffn on Hopper, the second tiles") { return run_both(hopper_kernels<1, 2>(), 1, 300, 11); }
+LOCAS_TEST(hopper_2, "glu_ffn on Hopper, the third tiles") { return run_both(hopper_kernels<2, 3>(), 1, 300, 12); }
+LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(cuda::sm90::table, 1, 400, 16); }
+
+LOCAS_TEST(hopper_sizes, "glu_ffn on Hopper with long sums") {
+  Random random(17);
+  for_each_seed([&] {
+    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_kernels<0, 2>(), random);
+    rounded_case<bf16>({140, 520, 328, 65, Activation::silu, false}, cuda::sm90::table, random);
+  });
+  return "2 shapes, 10 seeds";
+}
 
 // A memory larger than a tile, and a depth that is cut into slices.
 LOCAS_TEST(sizes, "glu_ffn with long sums") {
   Random random(5);
   for_each_seed([&] {
-    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, cuda::glu_ffn_forward_tiles, random);
-    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, cuda::glu_ffn_forward_tiles, random);
+    exact_case<bf16>({33, 64, 520, 130, Activation::relu, true}, tiles(), random);
+    rounded_case<bf16>({7, 264, 328, 65, Activation::silu, false}, tiles(), random);
   });
   return "2 shapes, 10 seeds";
 }
@@ -382,7 +448,7 @@ LOCAS_TEST(importance, "neuron_importance") {
       return random.normals<bf16>(count, 1.0 / std::sqrt(static_cast<double>(fan_in)));
     });
     simt::Buffer<float> mean("importance", s.m),
-        workspace("workspace", cuda::neuron_importance_workspace(s.tokens, s.m));
+        workspace("workspace", cuda::sm80::table.neuron_importance_workspace(s.tokens, s.m));
     NeuronImportanceParams p{};
     p.weights = f.weights();
     p.x = f.tokens_by(f.x, s.d);
@@ -390,7 +456,7 @@ LOCAS_TEST(importance, "neuron_importance") {
     p.workspace = workspace.data();
     p.activation = s.activation;
     p.dtype = DType::bf16;
-    cuda::neuron_importance(p, kQueue);
+    cuda::sm80::table.neuron_importance(p, kQueue);
     const auto means = [&](const Doubles& hidden) {
       std::vector<double> result(s.m, 0.0);
       for (int64_t row = 0; row < s.tokens; ++row)

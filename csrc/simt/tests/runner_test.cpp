@@ -1,61 +1,16 @@
 // The runner itself: two pipelines, which must give the right sums in every seed, and the same with one line left out,
 // which the runner must notice; then one kernel for every rule that it enforces, broken.
-#include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shuffle.cuh"
 #include "cuda/ptx/thread.cuh"
+#include "simt/tests/bugs.h"
 #include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
-
-// ---- Kernels that abort, each in a process of its own ------------------------------------------------------------
-// What the runner or fail() said before the process ended; empty if it ended well.
-std::string last_words(const std::function<void()>& body) {
-  int ends[2];
-  if (pipe(ends) != 0) fail("pipe");
-  std::fflush(stdout);
-  const pid_t child = fork();
-  if (child < 0) fail("fork");
-  if (child == 0) {
-    const rlimit no_core{0, 0};
-    setrlimit(RLIMIT_CORE, &no_core);
-    dup2(ends[1], STDERR_FILENO);
-    body();
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string words;
-  char part[512];
-  for (ssize_t count; (count = read(ends[0], part, sizeof part)) > 0;) words.append(part, count);
-  close(ends[0]);
-  int status;
-  waitpid(child, &status, 0);
-  const bool well = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-  if (!well && words.empty()) fail("a process ended with status %d and without a word", status);
-  return well ? "" : words;
-}
-
-// Aborts unless at least one of the seeds finds the bug, saying `reason`; returns how many did.
-int seeds_that_find(const char* bug, const char* reason, const std::function<void()>& body) {
-  int found = 0;
-  for (int seed = 0; seed < kSeeds; ++seed) {
-    const std::string words = last_words([&] {
-      simt::set_seed(seed);
-      body();
-    });
-    if (words.find(reason) != std::string::npos) ++found;
-    else if (!words.empty()) fail("%s, seed %d: expected '%s' but got: %s", bug, seed, reason, words.c_str());
-  }
-  if (found == 0) fail("%s: no seed of %d found it", bug, kSeeds);
-  return found;
-}
 
 enum class Bug { none, no_sync_threads, no_copy_wait, no_bound, no_full_wait, no_empty_wait };
 
@@ -149,6 +104,7 @@ struct BulkRowSum {
         simt::mbarrier_init(&shared.full[stage], 1);
         simt::mbarrier_init(&shared.empty[stage], kConsumers);
       }
+      simt::mbarrier_init_fence();
     }
     ptx::sync_threads();
     if (thread >= kConsumers) {
@@ -281,6 +237,7 @@ LOCAS_TEST(mbarrier_rules, "runner: rules of mbarriers") {
                  auto* barrier = reinterpret_cast<uint64_t*>(shared);
                  if (thread_index() == 0) {
                    simt::mbarrier_init(barrier, 1);
+                   simt::mbarrier_init_fence();
                    simt::mbarrier_arrive(barrier, 32);
                    simt::bulk_copy(shared + 16, data, 16, barrier);
                    simt::mbarrier_wait(barrier, 0);

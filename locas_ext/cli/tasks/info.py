@@ -42,6 +42,8 @@ def _cuda_devices() -> list[str]:
             f"cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, "
             f"{device.total_memory / 2**30:.0f} GiB"
         )
+    for index, family in enumerate(_C.cuda_families()):
+        result[index] += f", kernels: {family or 'none, it is too old for them'}"
     return result
 
 

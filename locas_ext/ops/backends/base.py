@@ -88,3 +88,6 @@ class FusedBackend(Backend, Protocol):
 
     def choice(self, like: Tensor, d: int, m: int) -> str:
         """What backend "auto" comes to for tensors like this one, in words."""
+
+    def family(self, like: Tensor) -> str:
+        """Which build of these kernels runs on tensors like this one, such as "sm90" or "avx512"."""

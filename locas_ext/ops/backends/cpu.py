@@ -44,6 +44,11 @@ def choice(like: Tensor, d: int, m: int) -> str:
     return f"fused from {LEAST_TOKENS} tokens, else matmul" if obstacle(like, d, m) is None else "matmul"
 
 
+def family(like: Tensor) -> str:
+    """The instruction set that the kernels were compiled for."""
+    return _C.build_info()["cpu_isa"]
+
+
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 

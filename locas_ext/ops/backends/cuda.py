@@ -12,6 +12,7 @@ from locas_ext import _C
 from locas_ext.ops.types import HostWeights, InputProjections, Saved, SlotFactors, SlotViews, stream_of
 
 from . import matmul
+from .cuda_families import FASTER, family
 
 NAME = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -24,6 +25,8 @@ def obstacle(like: Tensor, d: int, m: int) -> str | None:
         return f"the fused kernels need a CUDA device; this is {like.device.type}"
     if not BUILT:
         return "this build has no CUDA kernels"
+    if not family(like):
+        return "the fused kernels need a GPU of compute capability 8.0 or newer"
     if like.dtype not in DTYPES:
         return f"the fused kernels take bfloat16 and float16; this is {like.dtype}"
     if d % _C.PIECE_ELEMENTS or m % _C.PIECE_ELEMENTS:
@@ -32,24 +35,14 @@ def obstacle(like: Tensor, d: int, m: int) -> str | None:
     return None
 
 
-# Up to how many tokens our kernels beat cuBLAS with native epilogues, forward and backward, by hidden size: measured on an
-# H100 (bench/RESULTS.md).
-_MOST_TOKENS = ((1024, 128), (float("inf"), 64))
-
-
-def most_tokens(d: int) -> int:
-    """Up to how many tokens backend "auto" takes these kernels."""
-    return next(tokens for width, tokens in _MOST_TOKENS if d <= width)
-
-
 def is_faster(like: Tensor, tokens: int, d: int, m: int) -> bool:
     """What backend "auto" goes by for inputs like this tensor: whether the kernels take them and were faster."""
-    return like.is_cuda and tokens <= most_tokens(d) and obstacle(like, d, m) is None
+    return obstacle(like, d, m) is None and FASTER[family(like)].holds(tokens, d)
 
 
 def choice(like: Tensor, d: int, m: int) -> str:
     """What backend "auto" comes to for tensors like this one, in words."""
-    return f"fused up to {most_tokens(d)} tokens, else matmul" if obstacle(like, d, m) is None else "matmul"
+    return FASTER[family(like)].words(d) if obstacle(like, d, m) is None else "matmul"
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -79,7 +72,7 @@ def glu_ffn_forward(
     gate, up = (torch.empty_like(hidden), torch.empty_like(hidden)) if save else (None, None)
     y = x.new_empty(tokens, d)
     if tokens:
-        workspace = _workspace(x, _C.glu_ffn_forward_workspace(tokens, d, m, rank))
+        workspace = _workspace(x, _C.glu_ffn_forward_workspace(tokens, d, m, rank, x.device.index))
         _C.glu_ffn_forward(x, *host, *slots, hidden, gate, up, y, workspace, activation, scale, stream_of(x))
     return y, (gate, up) if save else ()
 
@@ -109,7 +102,7 @@ def glu_ffn_backward(
     else:
         d_slots = None if isinstance(slots_grad, SlotFactors) else slots_grad
     if tokens:
-        workspace = _workspace(x, _C.glu_ffn_backward_workspace(tokens, d, m, rank))
+        workspace = _workspace(x, _C.glu_ffn_backward_workspace(tokens, d, m, rank, x.device.index))
         _C.glu_ffn_backward(
             dy,
             x,
@@ -137,7 +130,7 @@ def neuron_importance(x: Tensor, host: HostWeights | InputProjections, activatio
     x = _rows(x)
     m = host.gate.shape[0]
     importance = torch.empty(m, dtype=torch.float32, device=x.device)
-    workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m))
+    workspace = _workspace(x, _C.neuron_importance_workspace(x.shape[0], m, x.device.index))
     _C.neuron_importance(x, host.gate, host.up, host.gate_bias, host.up_bias, importance, workspace, activation, stream_of(x))
     return importance
 

@@ -15,11 +15,12 @@
 // Without dx (the lowest layer with a memory) only the memory's tiles exist. No atomics: a sum belongs to one CTA.
 #include "common/activations.h"
 #include "cuda/ffn/add_slices.cuh"
-#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/ffn/sm80/plan.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/thread.cuh"
 
-namespace locas::cuda {
+namespace locas::cuda::sm80 {
 namespace {
 
 template <class Tile>
@@ -34,6 +35,7 @@ struct GluFfnHiddenGrad {
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnBackwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -107,6 +109,8 @@ struct GluFfnInputAndSlotsGrad {
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
+    ptx::wait_for_launch_before();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const int64_t dx_blocks = static_cast<int64_t>(p.tiles_m) * p.tiles_n * p.splits;
     if (ptx::block_index() < dx_blocks) dx_tile(p, shared.dx, ptx::block_index());
@@ -187,22 +191,18 @@ struct GluFfnInputAndSlotsGrad {
   }
 };
 
-int dx_splits(TileKind kind, int64_t tokens, const FfnSizes& sizes) {
-  return split_count(kind, tokens, sizes.d, 2 * (sizes.m + sizes.padded_r()));
-}
-
 }  // namespace
 
 int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  const int splits = dx_splits(tile_kind(tokens, sizes.d, kMostSplits), tokens, sizes);
-  return splits > 1 ? splits * tokens * sizes.d : 0;
+  return backward_plan(tokens, sizes).workspace;
 }
 
 void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
+  const Plan plan = backward_plan(p.tokens(), w.sizes());
   const bool needs_dx = p.dx.data != nullptr;
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(tile_kind(p.tokens(), w.m()), [&]<class Tile>() {
+    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
       using Kernel = GluFfnHiddenGrad<Tile>;
       const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
       const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
@@ -210,26 +210,23 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
       launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
                      params);
     });
-    const TileKind kind = tile_kind(p.tokens(), w.d(), kMostSplits);
-    const int splits = dx_splits(kind, p.tokens(), w.sizes());
-    with_tile<T>(kind, [&]<class Tile>() {
+    with_tile<T>(plan.sum, [&]<class Tile>() {
       using Kernel = GluFfnInputAndSlotsGrad<Tile>;
       const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
       const typename Kernel::Params params{p,
                                            tiles_m,
                                            static_cast<int>(divide_up(w.d(), Tile::kN)),
-                                           splits,
+                                           plan.splits,
                                            static_cast<int>(divide_up(w.r(), Kernel::Slots::kM)),
                                            static_cast<int>(divide_up(w.d(), Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad.data ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
-      const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * splits + slot_tiles;
-      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params);
+      const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * plan.splits + slot_tiles;
+      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
     });
-    if (needs_dx && splits > 1) {
-      const SliceParams slices{p.workspace, splits, nullptr, p.dx};
-      launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
+    if (needs_dx && plan.splits > 1) {
+      add_slices<T>({p.workspace, plan.splits, nullptr, p.dx}, queue);
     }
   });
 }
 
-}  // namespace locas::cuda
+}  // namespace locas::cuda::sm80

@@ -13,14 +13,15 @@
 // No atomics, and nothing depends on the device: the result repeats bit for bit.
 #include "common/activations.h"
 #include "cuda/ffn/add_slices.cuh"
-#include "cuda/ffn/sm80/tiles.cuh"
+#include "cuda/ffn/sm80/plan.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/thread.cuh"
 
-namespace locas::cuda {
+namespace locas::cuda::sm80 {
 namespace {
 
 template <class Tile>
@@ -47,6 +48,7 @@ struct GluFfnHidden {
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -136,6 +138,8 @@ struct GluFfnDown {
   using Shared = typename Tile::Shared;
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    ptx::launch_dependents();
+    ptx::wait_for_launch_before();
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const GluFfnForwardParams& ffn = p.ffn;
     const FfnWeights& w = ffn.weights;
@@ -211,12 +215,6 @@ struct NeuronImportanceMean {
   }
 };
 
-// The hidden kernel has no narrow tile: its neurons come in pairs of halves, and few tokens go to decode.cu.
-TileKind forward_kind(int64_t tokens, int64_t columns, int most_splits = 1) {
-  const TileKind kind = tile_kind(tokens, columns, most_splits);
-  return kind == TileKind::narrow ? TileKind::small : kind;
-}
-
 template <class Tile>
 void hidden_tiles(const GluFfnForwardParams& ffn, float* importance, Queue queue) {
   using Kernel = GluFfnHidden<Tile>;
@@ -229,42 +227,36 @@ void down_tiles(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using Kernel = GluFfnDown<Tile>;
   const typename Kernel::Params p{ffn, static_cast<int>(divide_up(ffn.tokens(), Tile::kM)),
                                   static_cast<int>(divide_up(ffn.weights.d(), Tile::kN)), splits};
-  launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p);
+  launch<Kernel>(static_cast<int64_t>(p.tiles_m) * p.tiles_n * splits, sizeof(typename Kernel::Shared), queue, p,
+                 {.programmatic = true});
 }
-
-int down_splits(TileKind kind, int64_t tokens, const FfnSizes& sizes) {
-  return split_count(kind, tokens, sizes.d, sizes.m + sizes.padded_r());
-}
-
-constexpr int kImportanceRows = 64;  // the small tile's: importance is asked for once a memory
 
 }  // namespace
 
+int64_t glu_ffn_tiles_workspace(int64_t tokens, const FfnSizes& sizes) { return forward_plan(tokens, sizes).workspace; }
+
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  const int splits = down_splits(forward_kind(tokens, sizes.d, kMostSplits), tokens, sizes);
-  return splits > 1 ? splits * tokens * sizes.d : 0;
+  return is_decode(tokens) ? 0 : glu_ffn_tiles_workspace(tokens, sizes);
 }
 
 void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
+  const Plan plan = forward_plan(p.tokens(), w.sizes());
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T>(forward_kind(p.tokens(), 2 * (w.m() + w.padded_r())), [&]<class Tile>() {
+    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
       if constexpr (Tile::kM > 16) hidden_tiles<Tile>(p, nullptr, queue);
     });
-    const TileKind kind = forward_kind(p.tokens(), w.d(), kMostSplits);
-    const int splits = down_splits(kind, p.tokens(), w.sizes());
-    with_tile<T>(kind, [&]<class Tile>() {
-      if constexpr (Tile::kM > 16) down_tiles<Tile>(p, splits, queue);
+    with_tile<T>(plan.sum, [&]<class Tile>() {
+      if constexpr (Tile::kM > 16) down_tiles<Tile>(p, plan.splits, queue);
     });
-    if (splits > 1) {
-      const SliceParams slices{p.workspace, splits, w.down_bias, p.y};
-      launch<AddSlices<T>>(AddSlices<T>::blocks(slices), 0, queue, slices);
+    if (plan.splits > 1) {
+      add_slices<T>({p.workspace, plan.splits, w.down_bias, p.y}, queue);
     }
   });
 }
 
 void glu_ffn_forward(const GluFfnForwardParams& p, Queue queue) {
-  if (p.tokens() <= kMostDecodeTokens) glu_ffn_forward_decode(p, queue);
+  if (is_decode(p.tokens())) glu_ffn_forward_decode(p, queue);
   else glu_ffn_forward_tiles(p, queue);
 }
 
@@ -286,4 +278,4 @@ void neuron_importance(const NeuronImportanceParams& p, Queue queue) {
   launch<NeuronImportanceMean>(divide_up(m, NeuronImportanceMean::threads), 0, queue, mean);
 }
 
-}  // namespace locas::cuda
+}  // namespace locas::cuda::sm80

@@ -21,7 +21,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/thread.cuh"
 
-namespace locas::cuda {
+namespace locas::cuda::sm80 {
 
 constexpr int kBlockK = 64;
 
@@ -173,6 +173,9 @@ template <class T>
 using MediumTile = Tile<T, 64, 128, 2, 2, 3>;
 template <class T>
 using SmallTile = Tile<T, 64, 64, 2, 2, 4>;
+// The same by twice the warps, where a multiprocessor has no second CTA to fill the waits of the first.
+template <class T>
+using LoneTile = Tile<T, 64, 64, 2, 4, 4>;
 // For a handful of tokens: many CTAs that each stream their share of the weights.
 template <class T>
 using NarrowTile = Tile<T, 16, 64, 1, 4, 6>;
@@ -191,4 +194,4 @@ LOCAS_DEVICE TileIndex tile_index(int64_t index, int tiles_m, int tiles_n) {
   return {first_m + within % group_m, within / group_m};
 }
 
-}  // namespace locas::cuda
+}  // namespace locas::cuda::sm80

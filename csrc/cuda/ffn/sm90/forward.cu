@@ -1,0 +1,371 @@
+// glu_ffn_forward (K1 and K2) on Hopper: the forward of an FFN with memory, for many tokens.
+//
+//      K1 glu_ffn_hidden  hidden = scale * act(x W_gate^T) * (x W_up^T)          one product, two weights side by side
+//
+//           B stage [ kN/2 gate rows | kN/2 up rows ]    two copies by two tensor maps; both pre-activations of a neuron
+//           hidden  [tokens,  m host | r' memory ]       are in one thread; memory tiles take the maps of G and K
+//
+//      K2 glu_ffn_down    y = hidden [W_down^T ; V]                               one product, two K ranges
+//
+//           K-blocks [ m: W_down, K-major | r: V, along its columns ]
+//           Where the tiles are few, K is cut into slices; AddSlices adds them in their order.
+//
+// No atomics, and nothing depends on the device: the result repeats bit for bit.
+#include "common/activations.h"
+#include "cuda/ffn/add_slices.cuh"
+#include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/plan.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace locas::cuda::sm90 {
+namespace {
+
+// act(x) for a result that is rounded to a half type.
+template <Activation act>
+LOCAS_DEVICE float activated(float x) {
+  if constexpr (act == Activation::silu) return x * ptx::sigmoid_of_half(x);
+  else return activate<act>(x).value;
+}
+
+template <class Tile>
+struct GluFfnHidden {
+  using T = typename Tile::T;
+  static constexpr const char* name = "glu_ffn_hidden_sm90";
+  static constexpr int threads = Tile::kThreads, min_blocks = 1;
+  static constexpr int kNeurons = Tile::kN / 2, kSlabs = 3;
+  using Stores = sm90::Stores<T, kSlabs>;
+
+  struct Source {
+    ptx::TensorMap gate, up;
+    ptx::TensorMap hidden, gate_out, up_out;
+    const T *gate_bias, *up_bias;
+    int neurons;  // of the buffers
+    float scale;
+  };
+  struct Params {
+    ptx::TensorMap x;
+    Source host, memory;
+    int units, blocks, tiles_m, host_tiles_n, tiles_n;
+    bool saves;
+    Activation activation;
+
+    LOCAS_DEVICE int first_block(int) const { return 0; }
+    LOCAS_DEVICE int last_block(int) const { return blocks; }
+  };
+  struct Shared {
+    typename Tile::Shared tile;
+    typename Stores::Shared stores[Tile::kConsumers * 4];
+  };
+
+  // A tile has neurons of one source.
+  struct Place {
+    const Source& source;
+    int token, neuron;
+  };
+  static LOCAS_DEVICE Place place_of(const Params& p, int unit) {
+    const TileIndex tile = tile_index(unit, p.tiles_m, p.tiles_n);
+    const bool memory = tile.n >= p.host_tiles_n;
+    return {memory ? p.memory : p.host, tile.m * Tile::kM, (memory ? tile.n - p.host_tiles_n : tile.n) * kNeurons};
+  }
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    ptx::launch_dependents();
+    specialise<Tile>(
+        shared.tile,
+        [&] {
+          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+            const Place at = place_of(p, unit);
+            const int k = block * kBlockK;
+            ptx::bulk_tensor_load(stage.a, p.x, k, at.token, full);
+            ptx::bulk_tensor_load(stage.b, at.source.gate, k, at.neuron, full);
+            ptx::bulk_tensor_load(stage.b + kNeurons * kBlockK, at.source.up, k, at.neuron, full);
+          });
+        },
+        [&](int consumer) {
+          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          consume<Tile>(
+              shared.tile, p, consumer,
+              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
+                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, last - first, false,
+                                                          pass_turn);
+              },
+              [&](int unit, const typename Tile::Sums& sums) {
+                const Place at = place_of(p, unit);
+                const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
+                with_activation(p.activation, [&]<Activation act>() {
+                  write<act>(stores, at.source, sums, at.token + first_row, at.neuron, p.saves);
+                });
+              });
+          stores.finish();
+        });
+  }
+
+ private:
+  // Two neighbours of the gate or up part of the sums, rounded as they are saved: forward and backward see the same.
+  static LOCAS_DEVICE uint32_t rounded_pair(float first, float second, const T* bias, int neuron, int neurons) {
+    if (bias && neuron < neurons) {
+      const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + neuron));
+      first += ptx::to_float(pair.at[0]);
+      second += ptx::to_float(pair.at[1]);
+    }
+    return ptx::pack<T>(first, second);
+  }
+
+  template <Activation act>
+  static LOCAS_DEVICE void write(Stores& stores, const Source& to, const typename Tile::Sums& sums, int token,
+                                 int neuron, bool saves) {
+    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() % 4 * 16;
+#pragma unroll
+    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+      for (int col = 0; col < kNeurons; col += Stores::kCols) {
+        if (neuron + col >= to.neurons) break;
+        const int row = token + row_block * 64 + warp_row;
+        const auto part = [&](int i, int first, const T* bias) {
+          const int at = first + col / 2 + 2 * i;
+          return rounded_pair(sums[row_block][at], sums[row_block][at + 1], bias,
+                              neuron + col + i / 2 * 8 + lane % 4 * 2, to.neurons);
+        };
+        const auto gate = [&](int i) { return part(i, 0, to.gate_bias); };
+        const auto up = [&](int i) { return part(i, kNeurons / 2, to.up_bias); };
+        if (saves) {
+          stores.store(to.gate_out, row, neuron + col, gate);
+          stores.store(to.up_out, row, neuron + col, up);
+        }
+        stores.store(to.hidden, row, neuron + col, [&](int i) {
+          const uint32_t g = gate(i), u = up(i);
+          return ptx::pack<T>(to.scale * activated<act>(ptx::first_of<T>(g)) * ptx::first_of<T>(u),
+                              to.scale * activated<act>(ptx::second_of<T>(g)) * ptx::second_of<T>(u));
+        });
+      }
+  }
+};
+
+// sliced: K in slices, whose float sums AddSlices adds.
+template <class Tile, bool sliced>
+struct GluFfnDown {
+  using T = typename Tile::T;
+  static constexpr const char* name = "glu_ffn_down_sm90";
+  static constexpr int threads = Tile::kThreads, min_blocks = 1;
+  static constexpr int kSlabs = 3;
+  using Stores = sm90::Stores<T, kSlabs>;
+
+  struct Params {
+    ptx::TensorMap hidden, memory_hidden, down, value, y;
+    const T* bias;
+    float* slices;  // [splits, tokens, d] where sliced
+    float one;      // 1: a store that reads a register of the sums itself makes ptxas serialise all wgmma (C7511)
+    int64_t tokens, d;
+    int units, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
+
+    LOCAS_DEVICE int first_block(int unit) const { return blocks * (unit / tiles) / splits; }
+    LOCAS_DEVICE int last_block(int unit) const { return blocks * (unit / tiles + 1) / splits; }
+    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit % tiles, tiles_m, tiles_n); }
+  };
+  struct Shared {
+    typename Tile::Shared tile;
+    typename Stores::Shared stores[Tile::kConsumers * 4];
+  };
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    specialise<Tile>(
+        shared.tile,
+        [&] {
+          ptx::wait_for_launch_before();
+          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+            load(p, unit, block, stage, full);
+          });
+        },
+        [&](int consumer) {
+          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          consume<Tile>(
+              shared.tile, p, consumer,
+              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
+                const int middle = first > p.host_blocks ? first : last < p.host_blocks ? last : p.host_blocks;
+                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, middle - first, false,
+                                                          [&] {
+                                                            if (last == middle) pass_turn();
+                                                          });
+                if (last > middle)
+                  multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
+                                                             middle > first, pass_turn);
+              },
+              [&](int unit, const typename Tile::Sums& sums) {
+                const TileIndex tile = p.tile(unit);
+                const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
+                const int token = tile.m * Tile::kM + first_row, channel = tile.n * Tile::kN;
+                if constexpr (sliced) write_slice(p, sums, unit / p.tiles, token, channel);
+                else write(stores, p, sums, token, channel);
+              });
+          stores.finish();
+        });
+  }
+
+ private:
+  static LOCAS_DEVICE void load(const Params& p, int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+    const TileIndex tile = p.tile(unit);
+    const int token = tile.m * Tile::kM, channel = tile.n * Tile::kN;
+    if (block < p.host_blocks) {
+      const int k = block * kBlockK;
+      ptx::bulk_tensor_load(stage.a, p.hidden, k, token, full);
+      ptx::bulk_tensor_load(stage.b, p.down, k, channel, full);
+    } else {
+      const int k = (block - p.host_blocks) * kBlockK;
+      ptx::bulk_tensor_load(stage.a, p.memory_hidden, k, token, full);
+#pragma unroll
+      for (int slab = 0; slab < Tile::kN; slab += 64)
+        ptx::bulk_tensor_load(stage.b + slab * kBlockK, p.value, channel + slab, k, full);
+    }
+  }
+
+  static LOCAS_DEVICE void write(Stores& stores, const Params& p, const typename Tile::Sums& sums, int token,
+                                 int channel) {
+    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() % 4 * 16;
+#pragma unroll
+    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+      for (int col = 0; col < Tile::kN; col += Stores::kCols) {
+        if (channel + col >= p.d) break;
+        stores.store(p.y, token + row_block * 64 + warp_row, channel + col, [&](int i) {
+          const int at = col / 2 + 2 * i, lane_channel = channel + col + i / 2 * 8 + lane % 4 * 2;
+          float first = sums[row_block][at], second = sums[row_block][at + 1];
+          if (p.bias && lane_channel < p.d) {
+            const auto bias = ptx::load(reinterpret_cast<const Elements<T, 2>*>(p.bias + lane_channel));
+            first += ptx::to_float(bias.at[0]);
+            second += ptx::to_float(bias.at[1]);
+          }
+          return ptx::pack<T>(first, second);
+        });
+      }
+  }
+
+  static LOCAS_DEVICE void write_slice(const Params& p, const typename Tile::Sums& sums, int split, int token,
+                                       int channel) {
+    const int lane = ptx::lane_index(), d = static_cast<int>(p.d), at = channel + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2 * Tile::kRowBlocks; ++half) {
+      const int64_t row = token + half / 2 * 64 + ptx::warp_index() % 4 * 16 + half % 2 * 8 + lane / 4;
+      const int columns = row < p.tokens ? d - at : 0;
+      float* to = p.slices + (split * p.tokens + row) * d + at;
+#pragma unroll
+      for (int col = 0; col < Tile::kN; col += 8)
+        if (col < columns)
+          ptx::store(reinterpret_cast<Elements<float, 2>*>(to + col),
+                     Elements<float, 2>{p.one * sums[half / 2][col / 2 + half % 2 * 2],
+                                        p.one * sums[half / 2][col / 2 + half % 2 * 2 + 1]});
+    }
+  }
+};
+
+constexpr int kForwardStageBytes = 200 * 1024;
+
+// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
+template <class Kernel>
+void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
+  const int multiprocessors = multiprocessor_count(queue);
+  launch<Kernel>(p.units < multiprocessors ? p.units : multiprocessors, sizeof(typename Kernel::Shared), queue, p,
+                 options);
+}
+
+template <class T>
+ptx::TensorMap map_or_none(const Matrix& matrix, Box box) {
+  return matrix.data && matrix.rows > 0 && matrix.cols > 0 ? tensor_map<T>(matrix, box) : ptx::TensorMap{};
+}
+
+template <class Tile>
+void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
+  using Kernel = GluFfnHidden<Tile>;
+  using T = typename Tile::T;
+  const FfnWeights& w = ffn.weights;
+  const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
+                          const void* up_bias, float scale) {
+    const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kStoreBox); };
+    return typename Kernel::Source{map_or_none<T>(gate, operand_box(Kernel::kNeurons)),
+                                   map_or_none<T>(up, operand_box(Kernel::kNeurons)),
+                                   out(ffn.hidden),
+                                   out(ffn.gate),
+                                   out(ffn.up),
+                                   static_cast<const T*>(gate_bias),
+                                   static_cast<const T*>(up_bias),
+                                   static_cast<int>(neurons),
+                                   scale};
+  };
+  typename Kernel::Params p;
+  p.x = tensor_map<T>(ffn.x, operand_box(Tile::kM));
+  p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
+  p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
+  p.blocks = static_cast<int>(divide_up(w.d(), kBlockK));
+  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
+  p.host_tiles_n = static_cast<int>(divide_up(w.m(), Kernel::kNeurons));
+  p.tiles_n = p.host_tiles_n + static_cast<int>(divide_up(w.padded_r(), Kernel::kNeurons));
+  p.units = p.tiles_m * p.tiles_n;
+  p.saves = ffn.gate.data != nullptr;
+  p.activation = ffn.activation;
+  launch_units<Kernel>(p, {}, queue);
+}
+
+template <class Tile, bool sliced>
+void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
+  using Kernel = GluFfnDown<Tile, sliced>;
+  using T = typename Tile::T;
+  const FfnWeights& w = ffn.weights;
+  typename Kernel::Params p;
+  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(Tile::kM));
+  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
+  p.down = tensor_map<T>(w.down, operand_box(Tile::kN));
+  p.value = map_or_none<T>(w.memory_value, operand_box(64));
+  p.y = tensor_map<T>(ffn.y, kStoreBox);
+  p.bias = static_cast<const T*>(w.down_bias);
+  p.slices = ffn.workspace;
+  p.one = 1.0f;
+  p.tokens = ffn.tokens();
+  p.d = w.d();
+  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
+  p.tiles_n = static_cast<int>(divide_up(w.d(), Tile::kN));
+  p.tiles = p.tiles_m * p.tiles_n;
+  p.splits = splits;
+  p.units = p.tiles * splits;
+  p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
+  p.blocks = p.host_blocks + static_cast<int>(divide_up(w.r(), kBlockK));
+  launch_units<Kernel>(p, {.programmatic = true}, queue);
+}
+
+}  // namespace
+
+void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
+  with_half_type(p.dtype, [&]<class T>() {
+    with_tile<T, kForwardStageBytes, kHiddenTiles>(static_cast<TileKind>(tile),
+                                                   [&]<class Tile>() { launch_hidden<Tile>(p, queue); });
+  });
+}
+
+void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
+  with_half_type(p.dtype, [&]<class T>() {
+    with_tile<T, kForwardStageBytes, kDownTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
+      if (splits > 1) launch_down<Tile, true>(p, splits, queue);
+      else launch_down<Tile, false>(p, 1, queue);
+    });
+    if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
+  });
+}
+
+int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int splits = down_plan(tokens, sizes).splits;
+  return splits > 1 ? splits * tokens * sizes.d : 0;
+}
+
+void glu_ffn_forward_tiles(const GluFfnForwardParams& p, Queue queue) {
+  const FfnSizes sizes = p.weights.sizes();
+  glu_ffn_hidden(p, static_cast<int>(hidden_plan(p.tokens(), sizes).kind), queue);
+  const Plan down = down_plan(p.tokens(), sizes);
+  glu_ffn_down(p, static_cast<int>(down.kind), down.splits, queue);
+}
+
+}  // namespace locas::cuda::sm90

@@ -1,0 +1,253 @@
+// What the products of this family share: sums [kM, kN] = A B by wgmma, on operands that TMA brings to shared memory.
+//
+//      384 threads                     a CTA stays and takes the units of work that are its turn, one after the other
+//        producer warp                 waits until a stage is empty and starts its copies; runs ahead over the units
+//        2 consumer warpgroups         wait until a stage is full, multiply, and release it when the next one multiplies
+//
+//      cooperative: both consumers have their half of the rows of one unit
+//      ping-pong:   each has a unit of its own, so that one stores its sums while the other multiplies
+//
+// A stage holds the A and the B tile of one K-block of 64 with the 128-byte swizzle of ptx/wgmma.cuh. Whatever lies
+// outside a matrix arrives as 0, and stores do nothing there: no size has to be a multiple of a tile's.
+#pragma once
+
+#include "cuda/common/elements.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/bulk_tensor.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/thread.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace locas::cuda::sm90 {
+
+using ptx::Major;
+
+constexpr int kBlockK = 64;
+
+enum class Schedule { cooperative, ping_pong };
+
+template <class T_, int M, int N, int Stages, Schedule schedule_>
+struct Tile {
+  using T = T_;
+  static constexpr int kM = M, kN = N, kStages = Stages;
+  static constexpr Schedule schedule = schedule_;
+  static constexpr bool kPingPong = schedule == Schedule::ping_pong;
+  static constexpr int kThreads = 384, kConsumers = 2;
+  static constexpr int kRows = kPingPong ? M : M / kConsumers;  // of a consumer
+  static constexpr int kRowBlocks = kRows / 64;
+  static constexpr int kConsumerWarps = kPingPong ? 4 : 8;  // that use a stage
+  static_assert(kRows % 64 == 0 && kRowBlocks * N / 2 <= 192, "the sums must fit the registers of a consumer");
+
+  struct Stage {
+    alignas(1024) T a[kM * kBlockK];
+    alignas(1024) T b[kN * kBlockK];
+  };
+  static constexpr uint32_t kStageBytes = sizeof(Stage);
+  static_assert(kStageBytes == (kM + kN) * kBlockK * sizeof(T));
+
+  struct Shared {
+    Stage stages[kStages];
+    alignas(8) uint64_t full[kStages], empty[kStages];
+    uint64_t turn[kConsumers];  // ping-pong: whose multiplications are next
+  };
+  using Sums = float[kRowBlocks][kN / 2];
+};
+
+// Which stage is next, and how often the ring has gone round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  LOCAS_DEVICE void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  LOCAS_DEVICE void skip(int count) {
+    const int position = stage + count;
+    phase ^= position / kStages & 1;
+    stage = position % kStages;
+  }
+};
+
+template <class Tile>
+LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
+  if (ptx::thread_index() == 0) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], 1);
+      ptx::mbarrier_init(&shared.empty[stage], Tile::kConsumerWarps);
+    }
+    for (uint64_t& turn : shared.turn) ptx::mbarrier_init(&turn, Tile::kConsumerWarps);
+    ptx::mbarrier_init_fence();
+  }
+  ptx::sync_threads();
+}
+
+// Consumer 0 or 1, or -1 for the producer.
+LOCAS_DEVICE int consumer_index() { return ptx::uniform(ptx::warpgroup_index()) - 1; }
+
+// The producer's part: load(unit, block, stage, full) starts the copies of K-block `block` of a unit, whose blocks are
+// work.first_block(unit) to work.last_block(unit) - 1. One thread runs it.
+template <class Tile, class Work, class Load>
+LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&& load) {
+  RingPosition<Tile::kStages> ring;
+  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count()) {
+    const int last = work.last_block(unit);
+    for (int block = work.first_block(unit); block < last; ++block) {
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+      uint64_t* full = &shared.full[ring.stage];
+      ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);
+      load(unit, block, shared.stages[ring.stage], full);
+      ring.next();
+    }
+  }
+}
+
+// The consumers' part: multiply(ring, sums, first, last, pass_turn) goes over the K-blocks of a unit and calls pass_turn
+// when its last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
+//
+// In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
+// parity would take for filled.
+template <class Tile, class Work, class Multiply, class Store>
+LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int consumer, Multiply&& multiply,
+                          Store&& store) {
+  RingPosition<Tile::kStages> ring;
+  int turn = 0;
+  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count(), ++turn) {
+    const int first = work.first_block(unit), last = work.last_block(unit);
+    if (Tile::kPingPong && turn % 2 != consumer) {
+      ring.skip(last - first);
+      continue;
+    }
+    if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
+    typename Tile::Sums sums;
+    multiply(ring, sums, first, last, [&] {
+      if (Tile::kPingPong && ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.turn[1 - consumer]);
+    });
+    store(unit, sums);
+  }
+}
+
+template <class Tile>
+LOCAS_DEVICE void release(typename Tile::Shared& shared, int stage) {
+  if (ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+}
+
+template <class Tile>
+LOCAS_DEVICE void hold(typename Tile::Sums& sums) {
+#pragma unroll
+  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) ptx::hold(sums[row_block]);
+}
+
+// sums (+)= A B over `count` K-blocks, which have been multiplied and released at the end. begun() is called before the
+// last of them has.
+template <class Tile, Major a_major, Major b_major, class Begun>
+LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Tile::kStages>& ring,
+                                  typename Tile::Sums& sums, int consumer, int count, bool accumulate, Begun&& begun) {
+  using T = typename Tile::T;
+  const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
+  int held = -1;  // the stage that the batch under way reads
+  for (int block = 0; block < count; ++block) {
+    typename Tile::Stage& stage = shared.stages[ring.stage];
+    ptx::mbarrier_wait(&shared.full[ring.stage], ring.phase);
+    const uint64_t a = ptx::operand_descriptor<a_major>(stage.a + first_row * kBlockK);
+    const uint64_t b = ptx::operand_descriptor<b_major>(stage.b);
+    hold<Tile>(sums);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockK / 16; ++k)
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+        // 64 rows of a K-major, or 64 columns of an MN-major tile, are 8192 bytes.
+        ptx::wgmma<T, Tile::kN, a_major, b_major>(sums[row_block],
+                                                  a + row_block * (8192 >> 4) + k * ptx::kNextK16<a_major>,
+                                                  b + k * ptx::kNextK16<b_major>, k > 0 || block > 0 || accumulate);
+    ptx::wgmma_commit();
+    hold<Tile>(sums);
+    ptx::wgmma_wait<1>();
+    if (held >= 0) release<Tile>(shared, held);
+    held = ring.stage;
+    ring.next();
+  }
+  begun();
+  ptx::wgmma_wait<0>();
+  hold<Tile>(sums);
+  if (held >= 0) release<Tile>(shared, held);
+}
+
+// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups.
+template <class Tile, class Producer, class Consumer>
+LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer) {
+  initialise<Tile>(shared);
+  const int index = consumer_index();
+  if (index < 0) {
+    ptx::return_registers<24>();
+    if (ptx::uniform(ptx::warp_index()) == 0 && ptx::elect_one()) producer();
+  } else {
+    ptx::take_registers<240>();
+    consumer(index);
+  }
+}
+
+// A warp's way out: its 16 rows x 32 columns at a time go through shared memory and leave by TMA.
+//
+//      slab  16 rows of 64 bytes; the 16-byte pieces are permuted as the 64-byte swizzle wants it
+template <class T, int kSlabs>
+struct Stores {
+  static constexpr int kRows = 16, kCols = 32;
+  struct Shared {
+    alignas(1024) T slabs[kSlabs][kRows * kCols];
+  };
+
+  Shared& shared;
+  int next = 0;
+
+  // pair(i): register i of the warp's slab, two neighbouring elements.
+  template <class Pair>
+  LOCAS_DEVICE void store(const ptx::TensorMap& to, int row, int col, Pair&& pair) {
+    const int lane = ptx::lane_index();
+    if (lane == 0) ptx::bulk_wait_read<kSlabs - 1>();
+    ptx::sync_warp();
+    T* slab = shared.slabs[next];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pairs[4] = {pair(4 * half), pair(4 * half + 1), pair(4 * half + 2), pair(4 * half + 3)};
+      const int in_row = lane % 16, piece = half * 2 + lane / 16;
+      ptx::stmatrix_x4(slab + in_row * kCols + (piece ^ (in_row / 2 % 4)) * kPiece, pairs);
+    }
+    ptx::fence_async_shared();
+    ptx::sync_warp();
+    if (lane == 0) {
+      ptx::bulk_tensor_store(to, col, row, slab);
+      ptx::bulk_commit();
+    }
+    next = next + 1 == kSlabs ? 0 : next + 1;
+  }
+
+  // Shared memory must outlive the stores that read it.
+  LOCAS_DEVICE void finish() {
+    if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
+  }
+};
+constexpr Box kStoreBox{16, 32, 64};
+
+// The tile of unit `index` of a grid of tiles. Neighbours go down kGroup tiles of the tokens before they go on along
+// the weights, so that what runs at one time shares operands in the L2 cache.
+struct TileIndex {
+  int m, n;
+};
+LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
+  constexpr int kGroup = 8;
+  const int group_tiles = kGroup * tiles_n;
+  const int first_m = index / group_tiles * kGroup;
+  const int group_m = tiles_m - first_m < kGroup ? tiles_m - first_m : kGroup;
+  const int within = index % group_tiles;
+  return {first_m + within % group_m, within / group_m};
+}
+
+}  // namespace locas::cuda::sm90

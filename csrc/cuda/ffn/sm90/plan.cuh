@@ -1,0 +1,136 @@
+// Which tile and how many slices of K a product gets on Hopper. Decided from the shape alone, so that results repeat bit
+// for bit; the numbers are for the 132 multiprocessors of an H100.
+//
+// The estimate counts waves: what a unit takes is its K-blocks at the speed of the tensor cores, and its epilogue, which
+// ping-pong hides behind the next unit's multiplications but for the last one. csrc/simt/tests/plan_test.cpp has the
+// measurements that it follows.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "common/ffn_params.h"
+#include "cuda/ffn/sm90/pipeline.cuh"
+
+namespace locas::cuda::sm90 {
+
+// What a plan is for.
+struct Target {
+  int multiprocessors;
+  int least_blocks;  // K-blocks of a slice
+};
+constexpr Target kH100{132, 8};
+#ifdef __CUDACC__
+constexpr Target kTarget = kH100;
+#else
+constexpr Target kTarget{3, 1};  // small tests meet several units a CTA, and slices
+#endif
+
+// By number in kTiles.
+enum class TileKind { m128n256, m128n192, m128n192_ping_pong, m128n128, m128n128_ping_pong };
+constexpr int kTileKinds = 5;
+struct TileShape {
+  int m, n;
+  Schedule schedule;
+  double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
+};
+constexpr TileShape kTiles[kTileKinds] = {{128, 256, Schedule::cooperative, 1.0},
+                                          {128, 192, Schedule::cooperative, 1.0},
+                                          {128, 192, Schedule::ping_pong, 1.0},
+                                          {128, 128, Schedule::cooperative, 1.06},
+                                          {128, 128, Schedule::ping_pong, 1.03}};
+constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
+
+// The tiles that a product is compiled for. On an H100 each of them is the fastest somewhere; all others lost everywhere.
+constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192};
+constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+
+// As many stages as fit into `bytes` of shared memory, beside the slabs of the epilogue.
+template <class T, TileKind kind, int bytes>
+using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n, bytes / ((shape_of(kind).m + shape_of(kind).n) * 128),
+                    shape_of(kind).schedule>;
+
+struct Plan {
+  TileKind kind;
+  int splits;
+};
+
+// A product [rows, columns] over `blocks` K-blocks.
+struct Product {
+  int64_t tiles, blocks;
+  double sums_a_clock;  // that a warpgroup's epilogue puts out
+};
+
+// Clock cycles, where K is cut into slices: those of float that are written, read and added.
+inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
+  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200;
+  const bool ping_pong = tile.schedule == Schedule::ping_pong;
+  const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
+  const double waves = divide_up(product.tiles * splits, target.multiprocessors);
+  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0);
+  const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
+  const double multiply = waves * divide_up(product.blocks, splits) * block;
+  const double slices = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
+  return multiply + (ping_pong ? epilogue : waves * epilogue) + slices;
+}
+
+// The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
+// a slice.
+template <int count, class F>
+Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, double added, const Target& target) {
+  Plan best{kinds[0], 1};
+  double least = -1.0;
+  for (int splits = 1; splits <= most_splits; splits *= 2)
+    for (const TileKind kind : kinds) {
+      const Product of_tile = product(shape_of(kind));
+      if (splits > 1 && of_tile.blocks < splits * target.least_blocks) continue;
+      const double clocks = estimate(shape_of(kind), of_tile, splits, added, target);
+      if (least >= 0.0 && clocks >= least) continue;
+      least = clocks;
+      best = {kind, splits};
+    }
+  return best;
+}
+
+constexpr int kMostSplits = 8;
+constexpr double kSumsAClock = 4.3;  // of the forward's epilogues
+
+// K1: a tile has n / 2 neurons, host and memory apart.
+inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const auto product = [&](const TileShape& tile) {
+    const int64_t neurons = tile.n / 2;
+    const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
+    return Product{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK), kSumsAClock};
+  };
+  return best_plan(kHiddenTiles, product, 1, 0.0, target);
+}
+
+// K2: K is cut into slices where the tiles alone would leave multiprocessors idle.
+inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const int64_t blocks = divide_up(sizes.m, kBlockK) + divide_up(sizes.r, kBlockK);
+  const auto product = [&](const TileShape& tile) {
+    return Product{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks, kSumsAClock};
+  };
+  return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+}
+
+// Calls f with the tile type, one of `kinds`.
+template <class T, int bytes, const auto& kinds, class F, size_t... index>
+void with_tile_of(TileKind kind, F& f, std::index_sequence<index...>) {
+  const auto called = [&]<TileKind candidate>() {
+    if (candidate != kind) return false;
+    f.template operator()<TileOf<T, candidate, bytes>>();
+    return true;
+  };
+  if (!(called.template operator()<kinds[index]>() || ...))
+    throw std::invalid_argument("no instance of this product has tile " + std::to_string(static_cast<int>(kind)));
+}
+template <class T, int bytes, const auto& kinds, class F>
+void with_tile(TileKind kind, F&& f) {
+  with_tile_of<T, bytes, kinds>(kind, f, std::make_index_sequence<std::size(kinds)>());
+}
+
+}  // namespace locas::cuda::sm90
