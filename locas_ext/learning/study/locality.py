@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locas_ext.learning.run_guards import eager_host
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
 from locas_ext.state.arena import SlotArena
@@ -32,7 +33,7 @@ def energies(attachment: Attachment, rows: Sequence[Row], device: torch.device) 
         sums[ffn] = sums.get(ffn, 0) + chosen.T @ chosen
         counts[ffn] = counts.get(ffn, 0) + len(chosen)
 
-    with scoped(attachment.state, observer=observe), torch.no_grad():
+    with scoped(attachment.state, observer=observe), eager_host(attachment.host.model), torch.no_grad():
         for batch in in_batches(rows):
             those = [rows[index] for index in batch]
             lengths = torch.tensor([len(row.ids) - 1 for row in those])
@@ -104,8 +105,9 @@ class Locality:
 
 
 def _finish(arena: SlotArena, way: Tensor, before: Tensor, clip: bool) -> None:
-    rows = arena.slots[:, :-1]
-    rows.copy_(before + (rows - before) @ way[:, None])
-    if clip:
-        arena.slots.div_(arena.slots.norm(dim=-1, keepdim=True).clamp_min(1.0))
+    for part in arena.learning_parts():
+        slots, rows = arena.slots[part], arena.slots[part, :-1]
+        rows.copy_(before[part] + (rows - before[part]) @ way[part, None])
+        if clip:
+            slots.div_(slots.norm(dim=-1, keepdim=True).clamp_min(1.0))
     arena.round_slots()
