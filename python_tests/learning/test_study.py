@@ -149,7 +149,7 @@ def test_how_long_it_takes_is_said_before_it_starts(capsys, monkeypatch):
 # ---- ended and gone on -----------------------------------------------------------------------------------------
 def test_an_ended_study_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     tokenizer = study_tokenizer()
-    chosen = settings(guard=0.5, most_kl=1e6, epochs=4)
+    chosen = settings(guard=0.5, most_kl=1e6, epochs=4, locality="projected", quiet=0.5)
     whole = studying(SEED)
     full = whole.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen)
 
