@@ -10,30 +10,38 @@ import torch
 
 from locas_ext.patching.attachment import Attachment
 
-from .backprop import EagerStep, check_gradient, check_loss, gradient, rates_of, update_slots
+from .backprop import EagerStep, by_plane, check_gradient, check_loss, gradient, measured, rates_of, update_slots
 from .captured import Captured
 from .chunk import Reader, Window
+from .peers import Peers
 from .protocol import Protocol
 from .report import GraphReport
+from .schedule import NoWindow
 from .update import Backprop
 
 
 class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
-    def __init__(self, attachment: Attachment, update: Backprop, reader: Reader, protocol: Protocol):
+    def __init__(
+        self, attachment: Attachment, update: Backprop, reader: Reader, protocol: Protocol, peers: Peers | None = None
+    ):
         """protocol: says which windows are full"""
-        super().__init__(attachment, update, reader)
+        super().__init__(attachment, update, reader, peers=peers)
         self.rates: torch.Tensor | None = None
         self.captured = Captured(attachment, reader, protocol, self, why_not=None)
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
         self._fade()
-        if not self.captured.replay(window):
+        if isinstance(window, NoWindow) or not self.captured.replay(window):
             return self.eagerly(window, place)
         state = self.attachment.state
-        loss, finite = self.outcome.tolist()
+        if self.peers is not None:
+            self._update(self.together(self.loss))
+        loss, finite, *said = self.outcome.tolist()
+        if self.peers is not None:
+            loss = self.heard(said, place)
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
         state.finish_update()
@@ -58,19 +66,39 @@ class GraphStep(EagerStep):
         (arena,) = state.arenas
         rates = rates_of(self.update, state.planes, state.version)
         self.rates = torch.tensor(rates, dtype=torch.float64, device=device)  # of one address: a new rate needs no new graph
-        self.outcome = torch.zeros(2, dtype=torch.float64, device=device)
+        said = 0 if self.peers is None else 3 * self.peers.ranks.size
+        self.outcome = torch.zeros(2 + said, dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.update.optimizer == "adamw":
             arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
 
     def rehearse(self, window: Window) -> None:
-        gradient(self.attachment, window, self.reader, self.update)
+        if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):
+            raise RuntimeError("a host that is split among processes is captured only where kernels of ours read it")
+        loss = self._gradient(window)
+        if self.peers is None:
+            measured(loss, self.attachment.state)
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:
+        loss = self._gradient(window)
+        if self.peers is None:
+            self._update(measured(loss, self.attachment.state))
+        else:  # what others have to say comes between gradient and update: both sides may not be in graphs of theirs
+            self.loss.copy_(loss)
+
+    def _gradient(self, window: Window) -> torch.Tensor:
+        formed = self.peers is not None or by_plane(self.update)
+        return gradient(self.attachment, window, self.reader, formed)
+
+    def _update(self, numbers: torch.Tensor) -> None:
+        """numbers: as `measured` gives them, and what peers said behind them. Nothing waits for the device."""
         (arena,) = self.attachment.state.arenas
+        finite, said = numbers[:2].isfinite().all(), numbers[2:]
+        if self.peers is not None:
+            finite &= (said[-self.peers.ranks.size :] == 0).all()
+        finite = finite.long()
         assert self.rates is not None, "prepare() makes them"
-        loss = gradient(self.attachment, window, self.reader, self.update)
-        finite = (loss.isfinite() & arena.gradient_norm().isfinite()).long()
         update_slots(self.attachment, self.update, self.rates, finite)
         arena.zero_grad()
-        self.outcome.copy_(torch.stack([loss.double(), finite.double()]))
+        self.outcome.copy_(torch.cat([numbers[:1].double(), finite.double()[None], said.double()]))

@@ -16,11 +16,11 @@ def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
     return rates.reshape(-1, 1, 1)
 
 
-def _clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
+def clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
     """Scales back the rows [l, planes, r, d] that are longer than theirs may be."""
     longest = 1.0 if arena.longest is None else arena.longest[part][..., None, None]
-    lengths = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # 0 / 0 is not a length
-    return rows.mul_((longest / lengths).clamp_max(1.0))
+    lengths = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # 0 / 0 is no number
+    return rows.div_((lengths / longest).clamp_min(1.0))
 
 
 def _put_where(finite: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -49,7 +49,7 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
             first, second = torch.lerp(grad, states[0], beta1), torch.lerp(grad.square(), states[1], beta2)
             step = (first / correction1) / ((second / correction2).sqrt() + eps)
             new = (slots - rate * (step + weight_decay * slots)).float()
-            _put_where(finite, (states[0], first), (states[1], second), (slots, _clip_rows_(new, arena, part) if clip else new))
+            _put_where(finite, (states[0], first), (states[1], second), (slots, clip_rows_(new, arena, part) if clip else new))
     _finish(state, finite)
 
 
@@ -64,5 +64,5 @@ def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scal
                 step = momentum * arena.optimizer_state("momentum_buffer")[part] + step
                 pairs.append((arena.optimizer_state("momentum_buffer")[part], step))
             new = slots - rate * (step + weight_decay * slots)
-            _put_where(finite, *pairs, (slots, _clip_rows_(new, arena, part) if clip else new))
+            _put_where(finite, *pairs, (slots, clip_rows_(new, arena, part) if clip else new))
     _finish(state, finite)

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field, replace
 
+import torch.distributed as dist
+
 from locas_ext.checks import boolean
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
@@ -10,9 +12,9 @@ from .keep import Keep
 from .protocol import Protocol
 from .room import NO_LIMIT, Room
 from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
-from .update import Backprop, Update, Write
+from .update import Backprop, Update, Write, backprop_numbers
 
-_ABSENT = asdict(Backprop.paper())  # what a record without a field means
+_ABSENT = backprop_numbers(Backprop.paper())  # what a record without a field means
 _FORMAT_1 = ("learning_rate", "epochs", "optimizer")  # what every record holds of a Backprop
 
 
@@ -55,7 +57,14 @@ class ResolvedSettings:
             )
         else:
             update = self.update
-        return Settings(self.protocol.window, self.protocol.stride, update, self.context_gradient, self.protocol.bos, self.keep)
+        protocol = self.protocol
+        return Settings(protocol.window, protocol.stride, update, self.context_gradient, protocol.bos, self.keep, self.texts)
+
+    @property
+    def texts(self) -> int:
+        """How many texts are learned at once, each by a process of its own."""
+        group = self.update.process_group if isinstance(self.update, Backprop) else None
+        return 1 if group is None else dist.get_world_size(group)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Settings:
     """What `Memory.memorize` was asked for; `resolve` fills in what is None.
 
     keep: how the context is kept; None: it is read anew for every chunk
+    texts: how many texts a saved run learned at once
     """
 
     window: int | None = None
@@ -71,6 +81,7 @@ class Settings:
     context_gradient: bool = False
     bos: bool = False
     keep: Keep | None = None
+    texts: int = 1
 
     def resolve(self, host: Host, state: MemoryState, before: "Settings | None" = None) -> ResolvedSettings:
         """The settings for a memory; ValueError or TypeError for one out of range.
@@ -92,6 +103,8 @@ class Settings:
                     "expected None"
                 )
             require_parameters_that_learn(state)
+            if update.process_group is not None and self.keep is not None:
+                raise ValueError("context is 'keep', but process_group is given, whose ranks read each window anew")
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
     # ---- in a file -------------------------------------------------------------------------------------------
@@ -100,19 +113,20 @@ class Settings:
         where one is kept, later fields of Backprop where they are not the paper's: earlier versions then read what they
         know how to continue."""
         writes = isinstance(self.update, Write)
-        backprop = Backprop() if isinstance(self.update, Write) else self.update
+        numbers = backprop_numbers(Backprop() if isinstance(self.update, Write) else self.update)
         write = (
             {**asdict(self.update), "tokens": selector_to_json(self.update.tokens)} if isinstance(self.update, Write) else None
         )
         return {
             "window": self.window,
             "stride": self.stride,
-            **{name: value for name, value in asdict(backprop).items() if name in _FORMAT_1 or value != _ABSENT[name]},
+            **{name: value for name, value in numbers.items() if name in _FORMAT_1 or value != _ABSENT[name]},
             "update": "write" if writes else "backprop",
             "context_gradient": self.context_gradient,
             "bos": self.bos,
             "write": write,
             **({} if self.keep is None else {"context": asdict(self.keep)}),
+            **({} if self.texts == 1 else {"texts": self.texts}),
         }
 
     @classmethod
@@ -124,7 +138,8 @@ class Settings:
         else:
             update = Backprop.paper(**{name: record[name] for name in _ABSENT if name in _FORMAT_1 or name in record})
         keep = Keep(**record["context"]) if "context" in record else None
-        return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
+        run = record["window"], record["stride"], update, record["context_gradient"], record["bos"]
+        return cls(*run, keep, record.get("texts", 1))
 
 
 def require_parameters_that_learn(state: MemoryState) -> None:

@@ -40,9 +40,9 @@ def window_gradient(memory, slots, window, kernels, ids):
             with fast_reader(reader, ids, len(ids) + 1):
                 reader.settle(window, len(ids))
                 level = reader._level(window)
-                loss = gradient(attachment, window, reader, locas.Backprop())
+                loss = gradient(attachment, window, reader)
         else:
-            loss = gradient(attachment, window, reader, locas.Backprop())
+            loss = gradient(attachment, window, reader)
     return loss, state.arenas[0].grad.clone(), level
 
 
