@@ -119,11 +119,11 @@ def no_dtensors_in_steps():
     """A step of a memory that has learned something is plain tensors and collectives, as a CUDA graph needs it."""
     real = backprop.gradient
 
-    def gradient(attachment, window, reader):
+    def gradient(attachment, *arguments):
         if not attachment.state.learned:
-            return real(attachment, window, reader)
+            return real(attachment, *arguments)
         with mock.patch.object(DTensor, "from_local", side_effect=AssertionError("a DTensor was made")):
-            return real(attachment, window, reader)
+            return real(attachment, *arguments)
 
     with mock.patch.object(backprop, "gradient", gradient), mock.patch.object(graph_step, "gradient", gradient):
         yield
