@@ -48,6 +48,10 @@ constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<i
 constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192};
 constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
 
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
+                                         TileKind::m128n128};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+
 // As many stages as fit into `bytes` of shared memory, beside the slabs of the epilogue.
 template <class T, TileKind kind, int bytes>
 using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n, bytes / ((shape_of(kind).m + shape_of(kind).n) * 128),
@@ -115,6 +119,28 @@ inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& targe
     return Product{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks, kSumsAClock};
   };
   return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+}
+
+// K3: host and memory apart. Its epilogue reads as much as it writes.
+inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const auto product = [&](const TileShape& tile) {
+    const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
+    return Product{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK), kSumsAClock / 2};
+  };
+  return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
+}
+
+// K4: dx, and the slots' gradients as if they were tiles of dx of the same work.
+inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const int64_t slot_blocks = divide_up(sizes.r, kBlockK);
+  const int64_t blocks = 2 * (divide_up(sizes.m, kBlockK) + slot_blocks);
+  const int64_t slot_rows = slot_blocks + divide_up(slot_blocks, 2);
+  const auto product = [&](const TileShape& tile) {
+    const int64_t tiles_n = divide_up(sizes.d, tile.n);
+    const int64_t slots = divide_up(slot_rows * tiles_n * divide_up(tokens, kBlockK), blocks);
+    return Product{divide_up(tokens, tile.m) * tiles_n + slots, blocks, kSumsAClock};
+  };
+  return best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // Calls f with the tile type, one of `kinds`.
