@@ -186,7 +186,8 @@ struct GluFfnHiddenGrad {
           ptx::sync_warp();
         }
         ptx::mbarrier_wait(&ring.arrived[slot], ring.ring.phase);
-        differentiate<act>(piece, ring.shared.hidden, at, sums[row_block], column * kSlabCols / 2);
+        if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
+        differentiate<act>(piece, at.source.scale, sums[row_block], column * kSlabCols / 2);
         ptx::fence_async_shared();
         ptx::sync_warp();
         if (ptx::lane_index() == 0) {
@@ -204,14 +205,28 @@ struct GluFfnHiddenGrad {
       }
   }
 
-  // Turns gate and up into their gradients; sums from `first` on are d_hidden before its scale.
   template <Activation act>
-  static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, Slab<T>& hidden_out, const Place& at,
-                                         const float (&sums)[Tile::kN / 2], int first) {
-    const float scale = at.source.scale;
+  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, Slab<T>& to, float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t gate[4], up[4], hidden[4];
+      uint32_t gate[4], up[4];
+      ptx::ldmatrix_x4(gate, piece.gate.row(half));
+      ptx::ldmatrix_x4(up, piece.up.row(half));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        up[i] = ptx::pack<T>(scale * half_activation<act>(ptx::first_of<T>(gate[i])).value * ptx::first_of<T>(up[i]),
+                             scale * half_activation<act>(ptx::second_of<T>(gate[i])).value * ptx::second_of<T>(up[i]));
+      ptx::stmatrix_x4(to.row(half), up);
+    }
+  }
+
+  // Turns gate and up into their gradients; sums from `first` on are d_hidden before its scale.
+  template <Activation act>
+  static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, float scale, const float (&sums)[Tile::kN / 2],
+                                         int first) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t gate[4], up[4];
       ptx::ldmatrix_x4(gate, piece.gate.row(half));
       ptx::ldmatrix_x4(up, piece.up.row(half));
 #pragma unroll
@@ -221,13 +236,11 @@ struct GluFfnHiddenGrad {
         const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(gate[i]));
         const float u0 = ptx::first_of<T>(up[i]), u1 = ptx::second_of<T>(up[i]);
         const float d0 = scale * sums[of], d1 = scale * sums[of + 1];
-        hidden[i] = ptx::pack<T>(scale * a0.value * u0, scale * a1.value * u1);
         gate[i] = ptx::pack<T>(d0 * u0 * a0.slope, d1 * u1 * a1.slope);
         up[i] = ptx::pack<T>(d0 * a0.value, d1 * a1.value);
       }
       ptx::stmatrix_x4(piece.gate.row(half), gate);
       ptx::stmatrix_x4(piece.up.row(half), up);
-      if (at.memory) ptx::stmatrix_x4(hidden_out.row(half), hidden);
     }
   }
 };
