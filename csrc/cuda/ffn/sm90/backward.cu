@@ -10,7 +10,8 @@
 //           dx         d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges of K;
 //                      where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots      [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32:
-//                      64 slots of the gate and the same of the key, or 128 of the value, x kN channels
+//                      64 slots of the gate and the same of the key, or 128 of the value, x kN channels. The CTAs
+//                      that have a unit of dx less than others take them (plan.cuh).
 //
 // Without dx (the lowest layer with a memory) only the memory's units exist. No atomics: a sum belongs to one warpgroup.
 #include "common/activations.h"
@@ -71,10 +72,10 @@ struct GluFfnHiddenGrad {
     int neurons;  // of the buffers
     float scale;
   };
-  struct Params {
+  struct Params : EachInTurn {
     ptx::TensorMap dy, memory_hidden;
     Source host, memory;
-    int units, blocks, tiles_m, host_tiles_n, tiles_n;
+    int blocks, tiles_m, host_tiles_n, tiles_n;
     Activation activation;
 
     LOCAS_DEVICE int first_block(int) const { return 0; }
@@ -269,7 +270,18 @@ struct GluFfnInputAndSlotsGrad {
     int tiles, tiles_m, tiles_n, splits, blocks;  // of dx; no tiles without dx
     int slot_blocks, token_blocks;                // 64 slots, 64 tokens
 
+    int slots_from;  // the first CTA that takes units of the slots
+
     LOCAS_DEVICE int dx_units() const { return tiles * splits; }
+    LOCAS_DEVICE int first_slot_unit() const {
+      const int behind = ptx::block_index() - slots_from;
+      return behind < 0 ? units : dx_units() + behind;
+    }
+    LOCAS_DEVICE int first_unit() const { return is_dx(ptx::block_index()) ? ptx::block_index() : first_slot_unit(); }
+    LOCAS_DEVICE int next_unit(int unit) const {
+      if (!is_dx(unit)) return unit + ptx::block_count() - slots_from;
+      return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
+    }
     LOCAS_DEVICE bool is_dx(int unit) const { return unit < dx_units(); }
     LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? blocks * (unit / tiles) / splits : 0; }
     LOCAS_DEVICE int last_block(int unit) const {
@@ -405,7 +417,7 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
 }
 
 template <class Kernel>
-typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int tile_n, int splits) {
+typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int tile_n, int splits, Queue queue) {
   using T = typename Kernel::T;
   const FfnWeights& w = ffn.weights;
   const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
@@ -437,7 +449,11 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int t
   for (const auto& of : p.segments) p.blocks += of.blocks;
   p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
-  p.units = p.dx_units() + (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
+  const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
+  p.units = p.dx_units() + slot_units;
+  p.slots_from = longest_turn({p.dx_units(), static_cast<int>(divide_up(p.blocks, splits))},
+                              {slot_units, p.token_blocks}, block_count_for(p.units, queue))
+                     .slots_from;
   return p;
 }
 
@@ -455,7 +471,7 @@ void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int s
     with_tile<T, kInputGradStageBytes, kInputGradTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
       const auto launched = [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
-        launch_units<Kernel>(input_grad_params<Kernel>(p, Tile::kN, splits), {.programmatic = true}, queue);
+        launch_units<Kernel>(input_grad_params<Kernel>(p, Tile::kN, splits, queue), {.programmatic = true}, queue);
       };
       if (splits > 1) launched.template operator()<true>();
       else launched.template operator()<false>();

@@ -41,10 +41,10 @@ struct GluFfnHidden {
     int neurons;  // of the buffers
     float scale;
   };
-  struct Params {
+  struct Params : EachInTurn {
     ptx::TensorMap x;
     Source host, memory;
-    int units, blocks, tiles_m, host_tiles_n, tiles_n;
+    int blocks, tiles_m, host_tiles_n, tiles_n;
     bool saves;
     Activation activation;
 
@@ -149,13 +149,13 @@ struct GluFfnDown {
   static constexpr int kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
 
-  struct Params {
+  struct Params : EachInTurn {
     ptx::TensorMap hidden, memory_hidden, down, value, y;
     const T* bias;
     float* slices;  // [splits, tokens, d] where sliced
     float one;      // 1, for store_floats
     int64_t tokens;
-    int d, units, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
+    int d, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
 
     LOCAS_DEVICE int first_block(int unit) const { return blocks * (unit / tiles) / splits; }
     LOCAS_DEVICE int last_block(int unit) const { return blocks * (unit / tiles + 1) / splits; }

@@ -90,12 +90,19 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
 // Consumer 0 or 1, or -1 for the producer.
 LOCAS_DEVICE int consumer_index() { return ptx::uniform(ptx::warpgroup_index()) - 1; }
 
+// The units of a CTA: every block_count()-th.
+struct EachInTurn {
+  int units;
+  LOCAS_DEVICE int first_unit() const { return ptx::block_index(); }
+  LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
+};
+
 // The producer's part: load(unit, block, stage, full) starts the copies of K-block `block` of a unit, whose blocks are
 // work.first_block(unit) to work.last_block(unit) - 1. One thread runs it.
 template <class Tile, class Work, class Load>
 LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&& load) {
   RingPosition<Tile::kStages> ring;
-  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count()) {
+  for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit)) {
     const int last = work.last_block(unit);
     for (int block = work.first_block(unit); block < last; ++block) {
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
@@ -117,7 +124,7 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
                           Store&& store) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
-  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count(), ++turn) {
+  for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit), ++turn) {
     const int first = work.first_block(unit), last = work.last_block(unit);
     if (Tile::kPingPong && turn % 2 != consumer) {
       ring.skip(last - first);
@@ -208,11 +215,13 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
 }
 
 // There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
+inline int block_count_for(int units, Queue queue) {
+  const int multiprocessors = multiprocessor_count(queue);
+  return units < multiprocessors ? units : multiprocessors;
+}
 template <class Kernel>
 void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
-  const int multiprocessors = multiprocessor_count(queue);
-  launch<Kernel>(p.units < multiprocessors ? p.units : multiprocessors, sizeof(typename Kernel::Shared), queue, p,
-                 options);
+  launch<Kernel>(block_count_for(p.units, queue), sizeof(typename Kernel::Shared), queue, p, options);
 }
 
 }  // namespace locas::cuda::sm90
