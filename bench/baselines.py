@@ -4,14 +4,18 @@ truncation     one forward of the plain host over the window, without gradient; 
 sliding        one forward of the plain host over the last S tokens, on the keys and values that were kept of those before
 host step      context forward into a cache, then forward and backward of the last S tokens, without a memory:
                what every method that learns from the chunk pays
-Both run by transformers' own code, or with the host kernels that memorizing uses (learning/host_kernels).
+Temp-LoRA      the same with a LoRA adapter on every linear layer, and AdamW's step, as often as the adapter learns a chunk
+All run by transformers' own code; truncation and the host's step also with the host kernels that memorizing uses
+(learning/host_kernels). They may share one host, but for Temp-LoRA, which changes it.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from locas_ext.hosts.context_cache import two_forwards
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.learning.chunk import Window, WindowReader
 from locas_ext.learning.cuda_graph import capture, rehearse
@@ -25,11 +29,12 @@ def _frozen(model) -> Host:
 
 
 def _kernels(reader: WindowReader, ids: Tensor) -> HostKernels:
-    """Those of the reader's host for windows of ids [window]; an error where they are not all there."""
+    """Those of the reader's host for windows of ids [window]; ValueError where they are not all there."""
     text = torch.arange(len(ids), device=ids.device) % reader.host.vocab_size
     kernels = host_kernels(reader.host, text, len(ids) + 1)
     if isinstance(kernels, str) or not kernels.found.attentions or kernels.found.head is None:
-        raise SystemExit(f"the host kernels do not suit this host: {kernels if isinstance(kernels, str) else kernels.report()}")
+        why = kernels if isinstance(kernels, str) else kernels.report()
+        raise ValueError(f"the host kernels do not suit this host: {why}")
     return kernels
 
 
@@ -50,7 +55,7 @@ class Truncation:
     def work(self) -> None:
         logits = self.model(input_ids=self.ids[None, :-1], use_cache=False, logits_to_keep=self.stride, **self.mask).logits[0]
         targets = self.ids[-self.stride :]
-        self.nll.copy_(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        self.nll.copy_(F.cross_entropy(logits.float(), targets, reduction="sum"))
 
 
 class FastTruncation:
@@ -86,7 +91,7 @@ class Sliding:
             self._read(context)
         self.latest = self.ids.clone()
         logits = self._read(inputs)
-        self.nll.copy_(torch.nn.functional.cross_entropy(logits.float(), self.ids[-self.stride :], reduction="sum"))
+        self.nll.copy_(F.cross_entropy(logits.float(), self.ids[-self.stride :], reduction="sum"))
 
     def _read(self, inputs: Tensor) -> Tensor:
         self.kept.prepare(len(inputs))
@@ -100,7 +105,7 @@ class HostStep:
 
     def __init__(self, model, window: int, stride: int, kernels: bool = False):
         """kernels: whether the host kernels read the window"""
-        self.reader = WindowReader(_frozen(model))
+        self.embeddings, self.reader = model.get_input_embeddings(), WindowReader(_frozen(model))
         self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
         self.window = Window.of(self.ids, window - stride, window, window, None)
         self.nll = torch.zeros((), device=model.device)
@@ -108,7 +113,6 @@ class HostStep:
         if kernels:
             self.reader.kernels = _kernels(self.reader, self.ids)
             self.reader.settle(self.window, window)
-        model.get_input_embeddings().register_forward_hook(self._need_gradient)
 
     def _need_gradient(self, module, inputs, output: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -117,9 +121,44 @@ class HostStep:
 
     @torch.enable_grad()
     def work(self) -> None:
-        loss = self.reader.loss(self.window)
+        hook = self.embeddings.register_forward_hook(self._need_gradient)
+        try:
+            loss = self.reader.loss(self.window)
+        finally:
+            hook.remove()
         torch.autograd.grad(loss / self.window.targets.numel(), [self.embedded])
         self.nll.copy_(loss.detach())
+
+
+class TempLora:
+    """Scores the last `stride` tokens of ids [window], and learns them, as evaluation/methods/temp_lora.py does.
+
+    model: with an adapter, whose parameters these are; capturable: whether for a CUDA graph
+    """
+
+    def __init__(
+        self, model, parameters: list[nn.Parameter], window: int, stride: int, capturable: bool = False, epochs: int = 2
+    ):
+        self.model, self.parameters, self.stride, self.epochs = model, parameters, stride, epochs
+        self.ids = torch.zeros(window, dtype=torch.int64, device=model.device)
+        self.nll = torch.zeros((), device=model.device)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, capturable=capturable
+        )
+
+    @torch.enable_grad()
+    def work(self) -> None:
+        context, inputs = self.ids[:-1].split([len(self.ids) - 1 - self.stride, self.stride])
+        for epoch in range(self.epochs):
+            logits = two_forwards(self.model, context, inputs)
+            loss = F.cross_entropy(logits.float(), self.ids[-self.stride :], reduction="sum")
+            if epoch == 0:
+                self.nll.copy_(loss.detach())
+            gradients = torch.autograd.grad(loss / self.stride, self.parameters)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 def eager(baseline) -> Callable[[Tensor], float]:

@@ -1,24 +1,25 @@
 """Generating with an attached memory against the bare host: one token behind many others in a static KV cache.
 
-With --learn W a text is also learned token by token (stride 1) over a kept context of W tokens; timed are the full windows.
+With --learn W a text is also learned token by token (stride 1) over a kept context of W tokens: in the second half of the
+windows that are not full yet, and in full ones.
 
 On CUDA a step is a CUDA graph, replayed; on the CPU it runs eagerly. The memory has learned a chunk first, or its FFNs would
 run as the host's own.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
 import locas_ext as locas
-from locas_ext.evaluation.assets import MODEL
 from locas_ext.learning.cuda_graph import capture, rehearse
 
 from .harness import interleaved, parse, ratio, report, summary
-from .stream import SHAPES, load
+from .models import add_options, check, load
 
 ROOM = 24  # rows of the cache behind the context
 
@@ -51,41 +52,44 @@ class DecodeStep:
         return capture(self.work, self.model.device)
 
 
-def _host(arguments):
-    if arguments.shape is not None:
-        return load(arguments)
-    dtype = getattr(torch, arguments.dtype)
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, local_files_only=True).to(arguments.device).eval()
-
-
-def learned(arguments) -> tuple[list[float], locas.GraphReport]:
-    """Seconds of each token in a full window, and how many of the updates were replayed."""
-    memory = locas.attach(_host(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
-    ids = torch.randint(0, memory.model.config.vocab_size, (arguments.learn + arguments.rounds,))
-    seconds: list[float] = []
+def learned(arguments) -> tuple[dict[str, list[float]], locas.MemorizeReport]:
+    """Arm -> seconds of each token; and what the run said of itself."""
+    memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
+    window = arguments.learn
+    ids = torch.randint(0, memory.model.config.vocab_size, (window + arguments.rounds,))
+    growing: list[float] = []
+    full: list[float] = []
     before = time.perf_counter()
 
-    def note(chunk: locas.Chunk) -> None:
+    def note(chunk: locas.Chunk) -> None:  # a step ends with a read from the device
         nonlocal before
-        if chunk.end > arguments.learn:
-            seconds.append(time.perf_counter() - before)
+        if chunk.end > window or window // 2 < chunk.end < window:  # between them the step is captured anew
+            (full if chunk.end > window else growing).append(time.perf_counter() - before)
         before = time.perf_counter()
 
-    settings = dict(window=arguments.learn, stride=1, context="keep", on_divergence="ignore", progress=False)
-    report_ = memory.memorize(ids, **settings, callback=note)
-    return seconds, report_.graph
+    settings = dict(window=window, stride=1, context="keep", on_divergence="ignore", progress=False)
+    said = memory.memorize(ids, **settings, callback=note)
+    return {f"learning a token, W = {window} not yet full": growing, f"learning a token, W = {window}": full}, said
+
+
+def _ratio(values: list[float], host: list[float]) -> float:
+    """Of the medians where an arm has its own number of rounds."""
+    return ratio(values, host) if len(values) == len(host) else statistics.median(values) / statistics.median(host)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, help="a random Qwen3 host of this shape instead of the shipped model")
+    add_options(parser)
     parser.add_argument("--context", type=int, default=1000, help="tokens in the cache")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--learn", type=int, metavar="W", help="learn a text token by token too, over W tokens of context")
     arguments = parse(parser)
-    bare, host = _host(arguments), _host(arguments)
+    check(parser, arguments)
+    if arguments.learn is not None and arguments.learn < 16:
+        parser.error(f"--learn is {arguments.learn}; expected at least 16")
+    bare, host = load(arguments), load(arguments)
     memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     vocabulary = host.config.vocab_size
     text = torch.randint(0, vocabulary, (65,), generator=torch.Generator().manual_seed(1))
@@ -97,11 +101,12 @@ def main() -> None:
     }
     seconds = interleaved(arms, arguments.rounds)
     if arguments.learn is not None:
-        seconds[f"learning a token, W = {arguments.learn}"], graph = learned(arguments)
-        print(f"learning: {graph}")
+        of_learning, said = learned(arguments)
+        seconds |= of_learning
+        print(f"learning: {said.seconds:.1f} s; CUDA graph: {said.graph}; host kernels: {said.host_kernels}")
     rows, records = [], []
     for name, values in seconds.items():
-        record = {"arm": name, **summary(values), "ratio_host": ratio(values, seconds["host"])}
+        record = {"arm": name, **summary(values), "ratio_host": _ratio(values, seconds["host"])}
         records.append(record)
         rows.append([name, record["median_us"], record["p10_us"], record["p90_us"], record["ratio_host"]])
     report(

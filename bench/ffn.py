@@ -132,7 +132,8 @@ def run_shape(d: int, m: int, tokens: int, dtype: torch.dtype, arguments) -> lis
     sets = [fresh()]
     if device.type == "cuda":
         sets += [fresh() for _ in range(sets_for(sets[0].bytes()) - 1)]
-    torch._dynamo.reset()  # otherwise the compiled arms stop compiling at the ninth shape
+    if arguments.compile:
+        torch._dynamo.reset()  # otherwise its arms stop compiling at the ninth shape
     chosen = arms(sets[0], arguments.compile)
     if arguments.arms:
         chosen = {name: arm for name, arm in chosen.items() if name in arguments.arms or name.startswith("eager")}

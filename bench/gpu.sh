@@ -45,7 +45,7 @@ step ffn 200 "$python" -m bench.ffn --device cuda --quick --out "$out/ffn.json"
 step ffn4096 120 "$python" -m bench.ffn --device cuda --quick --d 4096 --tokens 64 2048 8192 --out "$out/ffn4096.json"
 step stream 120 "$python" -m bench.stream --device cuda --dtype bfloat16 --shape 0.6B --tokens 24000 --window 2048 \
   --stride 512 --out "$out/stream.json"
-step write 120 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
+step write 200 "$python" -m bench.write --device cuda --dtype bfloat16 --layers 12 --tokens 512 2048 --stride 512 \
   --out "$out/write.json"
 step memcheck 240 $sanitizer --tool memcheck "$python" -m pytest $small -k "$some"
 step racecheck 240 $sanitizer --tool racecheck "$python" -m pytest $small -k "$some"

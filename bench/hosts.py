@@ -140,7 +140,7 @@ def main() -> None:
     for graph in [False] if arguments.device == "cpu" else [False, True]:
         try:
             records += memorizing(arguments, ids, graph)
-        except (RuntimeError, SystemExit) as error:
+        except (RuntimeError, ValueError) as error:
             if not graph:
                 raise
             records.append({"arm": f"host step, graph: cannot be captured ({' '.join(str(error).split())[:100]})"})

@@ -1,245 +1,274 @@
-"""Memorizing a text against reading it with context truncation, chunk by chunk in one run.
+"""Memorizing a text against reading it with context truncation, chunk by chunk.
 
-After each chunk in a full window, every baseline (baselines.py) runs once on the same window with a second,
-unpatched copy of the host, so whatever disturbs the machine disturbs all arms. The text is memorized over windows that are
-read anew and over a kept context. On CUDA the baselines run eagerly and in CUDA graphs, and each way of memorizing runs with
-the step as a CUDA graph and without. The ratios are to the faster kind of truncation: in a graph where there is one. Peak GPU
-memory is measured beforehand, with one host at a time.
+The text is memorized over windows that are read anew and over a kept context. The baselines (baselines.py) read the same full
+windows. On the CPU every one of them runs once after each chunk, with unpatched copies of the host, so that whatever disturbs
+the machine disturbs all arms. On CUDA one host serves all arms, one after another, so that a large one fits, and each
+arm's peak of GPU memory is its own; they run in CUDA graphs and eagerly, and so does memorizing. The ratios are to the
+faster kind of truncation, in a graph where there is one, and to truncation by the same host kernels. With --stride 1 a
+decode step of the plain host is an arm too.
 """
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import AutoTokenizer
 
 import locas_ext as locas
-from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.evaluation.assets import ASSETS
+from locas_ext.evaluation.methods.temp_lora import lora
 from locas_ext.learning.perplexity import perplexity
 
-from .baselines import FastTruncation, HostStep, Sliding, Truncation, eager, graphed
-from .harness import parse, percentile, print_table, ratio, report
+from .baselines import FastTruncation, HostStep, Sliding, TempLora, Truncation, eager, graphed
+from .decode import ROOM, DecodeStep
+from .harness import parse, percentile, ratio, report
+from .models import SHAPES, add_options, check, load
+
+Score = Callable[[Tensor], float]  # from the ids of a full window to their summed loss
+Build = Callable[[torch.nn.Module], AbstractContextManager[Score]]
+BY_KERNELS = "truncation, host kernels", "truncation, graph, host kernels"
+TEMP_LORA = "Temp-LoRA"  # arms of this name change their host
+CONTEXTS = {"recompute": "memorizing", "keep": "memorizing, context kept"}
 
 
-class Shape(NamedTuple):
-    """A random Qwen3 host of a known model's shape, with that model's vocabulary."""
+@dataclass
+class Measured:
+    """An arm's seconds and summed loss over the full windows; more: what else its record holds."""
 
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tied: bool
+    seconds: list[float] = field(default_factory=list)
+    nll: float = 0.0
+    more: dict = field(default_factory=dict)
 
+    def add(self, seconds: float, nll: float) -> None:
+        self.seconds.append(seconds)
+        self.nll += nll
 
-SHAPES = {
-    "135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),  # SmolLM2-135M
-    "0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),  # Qwen3
-    "1.7B": Shape(2048, 6144, 28, 16, 8, 128, 151936, True),
-    "8B": Shape(4096, 12288, 36, 32, 8, 128, 151936, False),
-}
+    def time(self, score: Score, part: Tensor) -> None:
+        start = time.perf_counter()
+        nll = score(part)
+        self.add(time.perf_counter() - start, nll)
 
 
-def load(arguments):
-    """A new copy of the host."""
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.shape is None:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, local_files_only=True)
-        return model.to(arguments.device).eval()
-    shape = SHAPES[arguments.shape]
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=32768,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # an 8B host in float32 first would not fit beside its copy
-    try:
-        with torch.device(arguments.device):
-            return Qwen3ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+# ---- the arms ---------------------------------------------------------------------------------------------------
+@contextmanager
+def _adapted(host, arguments, runner: Callable) -> Iterator[Score]:
+    with lora(host, arguments.rank) as parameters:
+        yield runner(TempLora(host, parameters, arguments.window, arguments.stride, runner is graphed))
 
 
-def _baselines(arguments) -> dict[str, Callable[[torch.Tensor], float]]:
-    """Arm -> a function from a full window's ids to their summed loss; the first is what ratios are to."""
-    window, stride, plain = arguments.window, arguments.stride, load(arguments)
-    truncation = Truncation(plain, window, stride)
-    sliding = eager(Sliding(plain, window, stride))
-    if arguments.device == "cpu":
-        return {
-            "truncation": eager(truncation),
-            "truncation, host kernels": eager(FastTruncation(plain, window, stride)),
-            "sliding": sliding,
-            "host step": eager(HostStep(load(arguments), window, stride)),
-            "host step, host kernels": eager(HostStep(load(arguments), window, stride, kernels=True)),
-        }
-    arms = {}
-    if arguments.shape is not None:
-        arms["truncation, graph, no mask"] = graphed(Truncation(plain, window, stride, causal_flag=True))
-    arms["truncation, graph"] = graphed(truncation)
-    arms["truncation, graph, host kernels"] = graphed(FastTruncation(plain, window, stride))
-    arms["truncation, eager"] = eager(truncation)
-    arms["sliding, eager"] = sliding
-    step = load(arguments)
-    arms["host step, graph"] = graphed(HostStep(step, window, stride))
-    arms["host step, graph, host kernels"] = graphed(HostStep(step, window, stride, kernels=True))
+def _decoding(host, arguments) -> AbstractContextManager[Score]:
+    """One token behind as many as a window holds; what it gives is no loss of a text."""
+    step = DecodeStep(host, max(1, arguments.window - ROOM))
+    run = step.runner()
+
+    def score(ids: Tensor) -> float:
+        run()
+        step.token.item()
+        return float("nan")
+
+    return nullcontext(score)
+
+
+def builders(arguments) -> dict[str, Build]:
+    """Arm -> what makes it of a host; the first is what ratios are to."""
+    window, stride = arguments.window, arguments.stride
+
+    def of(work: Callable, runner: Callable, **settings) -> Build:
+        return lambda host: nullcontext(runner(work(host, window, stride, **settings)))
+
+    on_gpu = arguments.device == "cuda"
+    first, suffix = (graphed, ", graph") if on_gpu else (eager, "")
+    arms: dict[str, Build] = {}
+    if on_gpu and arguments.shape is not None:
+        arms["truncation, graph, no mask"] = of(Truncation, graphed, causal_flag=True)
+    arms["truncation" + suffix] = of(Truncation, first)
+    arms[f"truncation{suffix}, host kernels"] = of(FastTruncation, first)
+    if on_gpu and not arguments.graphs_only:
+        arms["truncation, eager"] = of(Truncation, eager)
+    if not (on_gpu and arguments.graphs_only):
+        arms["sliding" + (", eager" if on_gpu else "")] = of(Sliding, eager)
+    arms["host step" + suffix] = of(HostStep, first)
+    arms[f"host step{suffix}, host kernels"] = of(HostStep, first, kernels=True)
+    if stride == 1:
+        arms["decoding" + suffix] = partial(_decoding, arguments=arguments)
+    if importlib.util.find_spec("peft") is not None:
+        arms[TEMP_LORA + suffix] = partial(_adapted, arguments=arguments, runner=first)
+        if on_gpu and not arguments.graphs_only:
+            arms[TEMP_LORA + ", eager"] = partial(_adapted, arguments=arguments, runner=eager)
     return arms
 
 
-def _record(arm: str, seconds: list[float], truncation: list[float], stride: int) -> dict:
-    return {
-        "arm": arm,
-        "median_ms": 1e3 * statistics.median(seconds),
-        "p10_ms": 1e3 * percentile(seconds, 10),
-        "p90_ms": 1e3 * percentile(seconds, 90),
-        "tokens_per_second": stride / statistics.median(seconds),
-        "ratio_truncation": ratio(seconds, truncation),
-    }
-
-
-def run(
-    arguments, ids: torch.Tensor, baselines: dict[str, Callable[[torch.Tensor], float]], context: str
-) -> tuple[list[dict], locas.MemorizeReport]:
-    """Memorizes the text once. -> one record per arm, and what the run said of itself."""
-    window, stride = arguments.window, arguments.stride
-    memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
-    first, *others = baselines
-    seconds: dict[str, list[float]] = {name: [] for name in (first, "memorizing", *others, first + " again")}
-    nll = dict.fromkeys(seconds, 0.0)
-    scored = 0
+def memorizing(
+    arguments, host, ids: Tensor, context: str, behind: Callable[[Tensor], None] | None = None
+) -> tuple[Measured, int]:
+    """Memorizes the text once; behind: takes each full window's ids once it is learned. -> and how many tokens were scored"""
+    window, stride, measured, scored = arguments.window, arguments.stride, Measured(), 0
+    memory = locas.attach(host, locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
     resumed = time.perf_counter()
 
-    def run_baselines(chunk) -> None:
+    def note(chunk: locas.Chunk) -> None:
         nonlocal resumed, scored
         learned = time.perf_counter() - resumed
         if chunk.end >= window and chunk.end - chunk.start == stride:  # full windows only
-            seconds["memorizing"].append(learned)
-            nll["memorizing"] += chunk.nll
+            measured.add(learned, chunk.nll)
             scored += chunk.tokens
-            part = ids[chunk.end - window : chunk.end].to(arguments.device)
-            for name in (first, *others, first + " again"):
-                start = time.perf_counter()
-                nll[name] += baselines[name.removesuffix(" again")](part)
-                seconds[name].append(time.perf_counter() - start)
+            if behind is not None:
+                behind(ids[chunk.end - window : chunk.end].to(arguments.device))
         resumed = time.perf_counter()
 
-    settings = dict(window=window, stride=stride, context=context, progress=False)
-    report_ = memory.memorize(ids, **settings, callback=run_baselines)
-    records = []
-    for name, values in seconds.items():
-        record = _record(name, values, seconds[first], stride)
-        if arguments.shape is None and not name.endswith(" again"):
-            record["perplexity"] = perplexity(nll[name], scored)
-        records.append(record)
-    return records, report_
+    said = memory.memorize(ids, window=window, stride=stride, context=context, progress=False, callback=note)
+    memory.detach()
+    measured.more = {"cuda_graph": asdict(said.graph), "host_kernels": asdict(said.host_kernels)}
+    print(f"{CONTEXTS[context]}: CUDA graph: {said.graph}; host kernels: {said.host_kernels}", flush=True)
+    return measured, scored
 
 
-def peak_memory(arguments, ids: torch.Tensor) -> list[dict]:
-    """What the GPU holds at most for the host alone, which reads a window, and for a host that memorizes; each by itself."""
+# ---- on the CPU: all after each chunk ---------------------------------------------------------------------------
+def interleaved(arguments, ids: Tensor) -> list[dict]:
+    """One record per arm and way of memorizing."""
+    plain, records = load(arguments), []
+    built = {
+        name: build(load(arguments) if name.startswith(TEMP_LORA) else plain) for name, build in builders(arguments).items()
+    }
+    scores = {name: arm.__enter__() for name, arm in built.items()}  # for as long as this process lives
+    first = next(iter(scores))
+    for context in arguments.contexts:
+        measured = {name: Measured() for name in (*scores, first + " again")}
 
-    def alone() -> None:
-        baseline = Truncation(load(arguments), arguments.window, arguments.stride)
-        eager(baseline)(ids[: arguments.window].to(arguments.device))
+        def behind(part: Tensor, measured=measured) -> None:
+            for name, of_arm in measured.items():
+                of_arm.time(scores[name.removesuffix(" again")], part)
 
-    def memorizing(context: str) -> None:
-        memory = locas.attach(load(arguments), locas.LocasConfig(rank=arguments.rank), rehome=arguments.rehome)
-        few = ids[: arguments.window + 3 * arguments.stride]
-        memory.memorize(few, window=arguments.window, stride=arguments.stride, context=context, progress=False)
-
-    records = []
-    for name, work in {
-        "host alone": alone,
-        "memorizing": lambda: memorizing("recompute"),
-        "memorizing, context kept": lambda: memorizing("keep"),
-    }.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        records.append({"arm": name, "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30})
+        learned, scored = memorizing(arguments, load(arguments), ids, context, behind)
+        records += _records(arguments, {CONTEXTS[context]: learned, **measured}, first, scored)
     return records
+
+
+# ---- on a GPU: one after another --------------------------------------------------------------------------------
+@contextmanager
+def _peak_memory(more: dict) -> Iterator[None]:
+    """Notes down what the GPU holds at most inside, the host included."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    more["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    more["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+
+
+def _by_itself(host, name: str, build: Build, parts: list[Tensor]) -> Measured | None:
+    """None, with the reason printed, for an arm that this host does not allow."""
+    measured = Measured()
+    try:
+        with _peak_memory(measured.more), build(host) as score:
+            for part in parts:
+                measured.time(score, part)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        print(f"{name}: left out: {type(error).__name__}: {error}", flush=True)
+        return None
+    print(f"{name}: {1e3 * statistics.median(measured.seconds):.2f} ms, {measured.more['peak_gib']:.2f} GiB", flush=True)
+    return measured
+
+
+def one_by_one(arguments, ids: Tensor) -> list[dict]:
+    """One record per arm, with one host alive."""
+    host, arms = load(arguments), builders(arguments)
+    window, stride = arguments.window, arguments.stride
+    ends = range(-(-window // stride) * stride, len(ids) + 1, stride)
+    parts = [ids[end - window : end].to(arguments.device) for end in ends]
+    measured = {name: _by_itself(host, name, build, parts) for name, build in arms.items()}
+    ways = [("", "1")] if arguments.graphs_only else [("", "1"), (", eager", "0")]
+    for context, (eagerly, graph) in itertools.product(arguments.contexts, ways):
+        os.environ["LOCAS_CUDA_GRAPH"] = graph
+        more: dict = {}
+        with _peak_memory(more):
+            learned, scored = memorizing(arguments, host, ids, context)
+        learned.more |= more
+        measured[CONTEXTS[context] + eagerly] = learned
+    there = {name: of_arm for name, of_arm in measured.items() if of_arm is not None}
+    first = next(iter(there))
+    again = _by_itself(host, first + " again", arms[first], parts)
+    return _records(arguments, there if again is None else {**there, first + " again": again}, first, scored)
+
+
+# ---- what is reported -------------------------------------------------------------------------------------------
+def _records(arguments, measured: dict[str, Measured], first: str, scored: int) -> list[dict]:
+    """scored: the tokens of the full windows"""
+    kernels = next((measured[name].seconds for name in BY_KERNELS if name in measured), None)
+    records = []
+    for name, of_arm in measured.items():
+        seconds = of_arm.seconds
+        record = {
+            "arm": name,
+            "median_ms": 1e3 * statistics.median(seconds),
+            "p10_ms": 1e3 * percentile(seconds, 10),
+            "p90_ms": 1e3 * percentile(seconds, 90),
+            "tokens_per_second": arguments.stride / statistics.median(seconds),
+            "ratio_truncation": ratio(seconds, measured[first].seconds),
+        }
+        if kernels is not None:
+            record["ratio_truncation_host_kernels"] = ratio(seconds, kernels)
+        if arguments.shape is None and not name.endswith(" again") and of_arm.nll == of_arm.nll:
+            record["perplexity"] = perplexity(of_arm.nll, scored)
+        records.append({**record, **of_arm.more})
+    return records
+
+
+def _row(record: dict) -> list:
+    columns = ("arm", "median_ms", "p10_ms", "p90_ms", "tokens_per_second", "ratio_truncation")
+    text = {name: f"{record[name]:.2f}" if name in record else "" for name in ("peak_gib", "perplexity")}
+    return [*(record[name] for name in columns), record.get("ratio_truncation_host_kernels", ""), *text.values()]
+
+
+_COLUMNS = ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "/ with kernels", "peak GiB", "perplexity"]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument(
-        "--shape", choices=SHAPES, help="a random Qwen3 host of this shape and random tokens instead of --model and --text"
-    )
-    parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
+    add_options(parser)
+    parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt", help="with --shape tokens are random")
     parser.add_argument("--tokens", type=int, default=8000, help="how much of the text is read")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64, help="of the memory, and of Temp-LoRA's adapter")
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
+    parser.add_argument("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="how the text is memorized")
+    parser.add_argument("--graphs-only", action="store_true", help="on CUDA nothing eagerly")
     arguments = parse(parser)
+    check(parser, arguments)
     if arguments.tokens < arguments.window + arguments.stride:
         parser.error(f"--tokens is {arguments.tokens}; expected at least --window + --stride, for a full window")
     return arguments
 
 
+def _text(arguments) -> Tensor:
+    if arguments.shape is not None:
+        vocabulary = SHAPES[arguments.shape].vocab_size
+        return torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    return torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens])
+
+
 def main() -> None:
     arguments = _arguments()
-    if arguments.shape is None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-        ids = tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"][: arguments.tokens]
-        ids = torch.tensor(ids)
-    else:
-        vocabulary = SHAPES[arguments.shape].vocab_size
-        ids = torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
-    graphs = {"": "1"} if arguments.device == "cpu" else {"": "1", ", memorizing eagerly": "0"}
-    contexts = {"": "recompute", ", context kept": "keep"}
-    peaks = [] if arguments.device == "cpu" else peak_memory(arguments, ids)
-    baselines = _baselines(arguments)
-    rows, records = [], []
-    for (kept, context), (eagerly, graph) in itertools.product(contexts.items(), graphs.items()):
-        suffix = kept + eagerly
-        os.environ["LOCAS_CUDA_GRAPH"] = graph
-        measured, said = run(arguments, ids, baselines, context)
-        for record in measured:
-            record = {**record, "arm": record["arm"] + suffix, "cuda_graph": asdict(said.graph)}
-            record["host_kernels"] = asdict(said.host_kernels)
-            records.append(record)
-            rows.append(
-                [
-                    record["arm"],
-                    record["median_ms"],
-                    record["p10_ms"],
-                    record["p90_ms"],
-                    record["tokens_per_second"],
-                    record["ratio_truncation"],
-                    f"{record['perplexity']:.2f}" if "perplexity" in record else "",
-                ]
-            )
-        if arguments.device == "cuda":
-            print(f"CUDA graph: {said.graph}; host kernels: {said.host_kernels}", flush=True)
-    settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
-    if peaks:
-        print_table("Peak GPU memory", ["arm", "GiB"], [[peak["arm"], f"{peak['peak_gib']:.2f}"] for peak in peaks])
+    ids = _text(arguments)
+    records = (interleaved if arguments.device == "cpu" else one_by_one)(arguments, ids)
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",
-        ["arm", "ms", "p10", "p90", "tokens/s", "/ truncation", "perplexity"],
-        rows,
-        {"settings": settings, "records": records, "peaks": peaks},
+        _COLUMNS,
+        [_row(record) for record in records],
+        {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "out"}, "records": records},
         arguments.out,
     )
 

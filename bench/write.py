@@ -3,11 +3,13 @@
 Two tables. One segment of W tokens: `memory.write` of all of them against the plain host's forward and backward to its
 FFNs' outputs, the gradients that writing reads; beside a full memory also against those of host and memory. One chunk
 of S tokens in a full window of W, as memorizing goes through a text: written and compressed by NL-SVD, written over the
-oldest slots, learned by one backprop step, and by one step per token, against reading it with context truncation.
+oldest slots, learned by one backprop step, and by one step per token, against reading it with context truncation. On CUDA
+all that can be runs from a CUDA graph, and learning eagerly too.
 """
 
 import argparse
 import itertools
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +26,12 @@ from locas_ext.learning.host_kernels.kernels import fast_reader
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.step import step_for
 
+from .baselines import Truncation, eager, graphed
 from .harness import interleaved, parse, percentile, print_table, ratio, report
 
 VOCABULARY = 32768  # of a random host
 AGAIN = " again"
+PER_TOKEN = "backprop, one step per token"
 
 
 def load(arguments):
@@ -70,7 +74,7 @@ def forward_backward(model) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         outputs.append(output if output.requires_grad else output.detach().requires_grad_())
         return outputs[-1]
 
-    for ffn in inspect_host(model).ffns:
+    for ffn in inspect_host(model).ffns.values():
         ffn.projections()[-1].register_forward_hook(keep)
 
     def run(ids: torch.Tensor) -> list[torch.Tensor]:
@@ -80,14 +84,6 @@ def forward_backward(model) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         return torch.autograd.grad(F.cross_entropy(logits.float(), ids[1:], reduction="sum"), outputs)
 
     return run
-
-
-@torch.inference_mode()
-def score(model, ids: torch.Tensor, tokens: int) -> float:
-    """The summed NLL of the last tokens of ids [n]: context truncation's work for one chunk."""
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids[None, :-1], use_cache=False, logits_to_keep=tokens).logits[0]
-    return F.cross_entropy(logits.float(), ids[-tokens:], reduction="sum").item()
 
 
 # ---- one segment ------------------------------------------------------------------------------------------------
@@ -128,44 +124,59 @@ def windows(ids: torch.Tensor, window: int, stride: int, chunk: int):
     return itertools.cycle([(Window.of(ids, end - chunk, end, window, None), ids[end - window : end]) for end in ends])
 
 
+class Learning:
+    """A chunk's turn in a run over a text, again and again: what a memory of its own does with each."""
+
+    def __init__(self, arguments, ids: torch.Tensor, window: int, chunk: int, update: locas.Backprop | locas.Write):
+        """chunk: so many tokens at a time; LOCAS_CUDA_GRAPH as it is now says whether from a graph"""
+        memory = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=arguments.rank))
+        self.window, self.chunks = window, windows(ids, window, arguments.stride, chunk)
+        memory.memorize(ids[:window], window=window, stride=arguments.stride, progress=False)
+        host = memory._attachment.host
+        settings = Settings(window=window, stride=chunk, update=update).resolve(host, memory.state)
+        host.reading.begin_run(host.model)
+        self.reader = WindowReader(host)
+        self.step = step_for(memory._attachment, settings, self.reader)
+        self.kernels = fast_reader(self.reader, ids, window)
+        self.kernels.__enter__()  # for as long as this lives: a graph holds its buffers
+        # Until every further chunk makes the memory overflow.
+        while isinstance(update, locas.Write) and memory.state.used + chunk <= update.capacity:
+            self()
+
+    def __call__(self) -> None:
+        part, _ = next(self.chunks)
+        self.reader.settle(part, self.window)
+        self.step(part, "this chunk")
+
+
 def one_chunk(arguments, window: int) -> list[dict]:
     stride = arguments.stride
     # Written again and again, a chunk would give the same slots: the arms walk through a text.
     ids = text(arguments, window + 15 * stride)
     plain = load(arguments)
-
-    def step(chunk: int, update: locas.Backprop | locas.Write) -> Callable[[], object]:
-        memory = locas.attach(load(arguments), locas.LocasConfig(variant="mlp", rank=arguments.rank))
-        attachment, chunks = memory._attachment, windows(ids, window, stride, chunk)
-        memory.memorize(ids[:window], window=window, stride=stride, progress=False)
-        settings = Settings(window=window, stride=chunk, update=update).resolve(attachment.host, memory.state)
-        reader = WindowReader(attachment.host)
-        learn = step_for(attachment, settings, reader)
-
-        def run():
-            with fast_reader(reader, ids, window):
-                learn(next(chunks)[0], "this chunk")
-
-        # Until every further chunk makes the memory overflow.
-        while isinstance(update, locas.Write) and memory.state.used + stride <= update.capacity:
-            run()
-        return run
-
     kept = min(arguments.slots, plain.config.hidden_size)
     compresses = locas.Write(capacity=kept + stride, when_full="compress", compress_to=kept)
     drops = locas.Write(capacity=kept + stride, when_full="drop_oldest")
-    texts = {name: windows(ids, window, stride, stride) for name in ("truncation", "truncation" + AGAIN)}
-    arms = {
-        "truncation": lambda: score(plain, next(texts["truncation"])[1], stride),
-        "backprop, one step per chunk": step(stride, locas.Backprop()),
-        "write, drop oldest": step(stride, drops),
-        "write, NL-SVD each chunk": step(stride, compresses),
-        "backprop, one step per token": step(1, locas.Backprop()),
-        "truncation" + AGAIN: lambda: score(plain, next(texts["truncation" + AGAIN])[1], stride),
+    asked = {
+        "backprop, one step per chunk": (stride, locas.Backprop()),
+        "write, drop oldest": (stride, drops),
+        "write, NL-SVD each chunk": (stride, compresses),
+        PER_TOKEN: (1, locas.Backprop()),
     }
-    tokens = {name: 1 if name == "backprop, one step per token" else stride for name in arms}
-    sizes = {"window": window, "stride": stride, "kept": kept}
-    return records(interleaved(arms, arguments.rounds), tokens, "truncation", sizes)
+    learning = {}
+    on_gpu = arguments.device == "cuda"
+    for eagerly, graph in {"": "1", ", eagerly": "0"}.items() if on_gpu else {"": "1"}.items():
+        os.environ["LOCAS_CUDA_GRAPH"] = graph
+        for name, (chunk, update) in asked.items():
+            learning[name + eagerly] = Learning(arguments, ids, window, chunk, update)
+    score, parts = (graphed if on_gpu else eager)(Truncation(plain, window, stride)), windows(ids, window, stride, stride)
+    truncation = {name: lambda: score(next(parts)[1]) for name in ("truncation", "truncation" + AGAIN)}
+    arms = {"truncation": truncation["truncation"], **learning, **truncation}
+    seconds = interleaved(arms, arguments.rounds)
+    for name, learned in learning.items():
+        print(f"W = {window}: {name}: CUDA graph: {learned.step.report()}")
+    tokens = {name: 1 if name.startswith(PER_TOKEN) else stride for name in arms}
+    return records(seconds, tokens, "truncation", {"window": window, "stride": stride, "kept": kept})
 
 
 # ---- what is reported -------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ def at_least(least: int, **options: int | None) -> None:
             integer(f"--{name.replace('_', '-')}", value, least)
 
 
-def needs_extra(what: str, library: str, error: ImportError) -> LocasError:
+def needs_extra(what: str, library: str, error: ImportError, extra: str = "eval") -> LocasError:
     """The error for a library that could not be imported."""
-    return LocasError(f"{what} needs {library}, which is not installed ({error}): pip install 'locas_ext[eval]'")
+    return LocasError(f"{what} needs {library}, which is not installed ({error}): pip install 'locas_ext[{extra}]'")
 
 
 def check_temp_lora(temp_lora: dict) -> None:

@@ -87,6 +87,7 @@ _PERPLEXITY: dict[str, Kind] = {
     **dict.fromkeys(("nll", "seconds"), nullable(_any_number)),
     "milestones": nullable(mapping(nullable(_positive), "[1-9][0-9]{0,14}")),
     "curve": nullable(list_of(row_of(_count, nullable(_positive)))),
+    "reading_order": nullable(list_of(_count)),
 }
 PERPLEXITY_RECORD = fields(_PERPLEXITY_NAMES, _PERPLEXITY | {"run": text, "relative_time": nullable(_positive)})
 JOB_RECORD = fields(_PERPLEXITY_NAMES | _PERPLEXITY | {"seconds": _positive})  # what the same version has just written
@@ -130,7 +131,7 @@ _CAPABILITY_TASK = fields(
         "per_question": nullable(list_of(_any_number)),
         "responses_sha256": text,
     },
-    _COMMON,
+    _COMMON | {"cut_questions": _count},
 )
 
 
@@ -185,6 +186,7 @@ _SETTINGS: dict[str, Kind] = {
 }
 _LISTS = dict.fromkeys(("arms", "books"), nullable(list_of(anything)))
 _LOCOMO_SETTINGS: dict[str, Kind] = {"methods": list_of(text), "dialogues": mapping(text), "prompts": mapping(text)}
+_CORRECTIONS = nullable(fields({"file": text, "dialogues": mapping(fields({"audited": _count, "wrong": _count}))}))
 _MACHINE: dict[str, Kind] = {
     **dict.fromkeys(("processor", "torch", "locas_ext"), nullable(text)),
     "gpus": nullable(list_of(text)),
@@ -196,7 +198,8 @@ def _settings(value: Any, place: str) -> None:
     json_object(value, place)
     command = {"command": nullable(text)}
     own = _LOCOMO_SETTINGS if value.get("command") == "locomo" else {}
-    optional = command | _SETTINGS | _LISTS
+    corrected = {"corrections": _CORRECTIONS} if own else {}
+    optional = command | _SETTINGS | _LISTS | corrected
     if "runs" in value:
         fields({"runs": mapping(fields(own, optional))}, own | optional)(value, place)
     else:

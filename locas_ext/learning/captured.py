@@ -1,4 +1,4 @@
-"""Work on the full windows of a run, captured once as a CUDA graph and replayed: these windows have one shape.
+"""Work on windows of a run that have one shape, captured once as a CUDA graph and replayed: the full ones.
 
       ids [W]  --+--> context forward -> KV cache --+
                  +--> chunk forward ----------------+--> what the work makes of it
@@ -6,8 +6,10 @@
 
 Context, chunk and targets are views of one static buffer, so a step is one copy, one launch and one read. Of a context that is
 kept the graph reads the rows, which stay where they are, and leaves those of the chunk. All that a replay touches lies at
-fixed addresses (the arena, the host's weights); when one of them has moved, the work is captured anew. Windows that are not
-full run eagerly, as do hosts that cannot be captured: MemorizeReport.graph says so.
+fixed addresses (the arena, the host's weights); when one of them has moved, the work is captured anew. Over a kept context
+windows that still grow are of one shape too: how many of the rows count is a number on the device. They have a graph of
+their own, which gives way to the one of the full windows. Other windows that are not full run eagerly, as do hosts that
+cannot be captured: MemorizeReport.graph says so.
 """
 
 import warnings
@@ -71,29 +73,37 @@ class Captured:
         self.replayed = 0
         self.graph: Callable[[], None] | None = None
         self.left = reader.left
+        reader.replayed = why_not is None
         self.captured_at: tuple = ()
         self.tensors = _HostTensors(attachment.host.model)
 
     def replay(self, window: Window) -> bool:
-        """Does the work on a window, if that is full and can be captured. -> whether it was done"""
-        if not self._takes(window) or (graph := self._captured(window)) is None:
+        """Does the work on a window, if that has the shape of others and can be captured. -> whether it was done"""
+        part = self._part(window)
+        if part is None or (graph := self._captured(part)) is None:
             return False
         self.attachment.state.sync()  # changes from outside, which a forward would have noticed
-        self.ids.copy_(torch.cat(window))
+        self.ids.copy_(torch.cat(part))
         graph()
         self.replayed += 1
         self.reader.left = self.left
         self.reader.look_ahead()
         return True
 
-    def _takes(self, window: Window) -> bool:
-        """Full windows of a memory that has learned something: before that the FFNs take another path."""
-        full = len(window.inputs) == self.protocol.stride
-        full = full and len(window.context) + len(window.inputs) >= self.protocol.window - 1
-        return self.why_not is None and full and self.attachment.state.learned and self.work.repeats(window)
+    def _part(self, window: Window) -> Window | None:
+        """What a graph reads of a window, in the shape that it has for many; None for a window that is replayed from none.
 
-    def _signature(self) -> tuple:
-        """What a replay takes for granted: where everything lies that it reads or writes, and what is not a tensor."""
+        A memory must have learned something: before that the FFNs take another path.
+        """
+        whole_chunk = len(window.inputs) == self.protocol.stride
+        if self.why_not is not None or not whole_chunk or not self.attachment.state.learned or not self.work.repeats(window):
+            return None
+        if window.tokens >= self.protocol.window - 1:
+            return window
+        return window._replace(context=window.context[:0]) if self.reader.fixes(window) else None
+
+    def _signature(self, part: Window) -> tuple:
+        """What a replay takes for granted: shapes, where everything lies that it reads or writes, and what is not a tensor."""
         attachment, (arena,) = self.attachment, self.attachment.state.arenas
         if not self.tensors.holds():
             self.tensors = _HostTensors(attachment.host.model)
@@ -102,21 +112,21 @@ class Captured:
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         learning = (parameter.requires_grad for parameter in arena.parameters)
         how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
-        return *how, *addresses, *self.tensors.addresses()
+        return len(part.context), *how, *addresses, *self.tensors.addresses()
 
     def _rehomed_ffns(self) -> list[RehomedFFN]:
         return [ffn.rehomed for ffn in self.attachment.ffns if ffn.rehomed is not None and ffn.rehomed.reason is None]
 
     # ---- capturing -------------------------------------------------------------------------------------------
-    def _captured(self, window: Window) -> Callable[[], None] | None:
+    def _captured(self, part: Window) -> Callable[[], None] | None:
         """The work's replay, captured anew where something has moved; None where it cannot be captured."""
-        if self.graph is not None and self._signature() == self.captured_at:
+        if self.graph is not None and self._signature(part) == self.captured_at:
             return self.graph
         self.graph = None  # its memory is free for the new one
         try:
-            self._prepare(window)
+            self._prepare(part)
             rehearse(lambda: self.work.rehearse(self.window), self.ids.device)
-            self.captured_at = self._signature()
+            self.captured_at = self._signature(part)
             self.graph = capture(self._run, self.ids.device)
         except Exception as error:
             self.why_not = f"the step cannot be captured: {error}"
@@ -126,10 +136,10 @@ class Captured:
             self._undo_python()
         return self.graph
 
-    def _prepare(self, window: Window) -> None:
+    def _prepare(self, part: Window) -> None:
         device = self.attachment.state.arenas[0].slots.device
-        self.ids = torch.cat(window).to(device)
-        self.window = Window(*self.ids.split([len(part) for part in window]))
+        self.ids = torch.cat(part).to(device)
+        self.window = Window(*self.ids.split([len(ids) for ids in part]))
         self.work.prepare(device)
         for ffn in self.attachment.ffns:
             if ffn.rehomed is not None:

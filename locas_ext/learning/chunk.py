@@ -73,9 +73,11 @@ class Reader(TakesKernels, Protocol):
 
     Attributes:
         left: what the last forward left for later chunks; None: nothing
+        replayed: whether windows may be replayed from a graph
     """
 
     left: list[Tensor] | None
+    replayed: bool
 
     def take_up(self, stream: Stream) -> None:
         """Continues where another run stood."""
@@ -85,6 +87,9 @@ class Reader(TakesKernels, Protocol):
 
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
+
+    def fixes(self, window: Window) -> bool:
+        """Whether a window that grows is read as all that grow are: from rows that stay in place, whatever its context is."""
 
     def logits(self, window: Window) -> Tensor:
         """The logits [n, V] of a window's targets, with a graph over its inputs."""
@@ -116,9 +121,11 @@ class WindowReader(KernelReading):
         ends_early: whether a context's forward may be left midway
         kernels: what of the host runs through kernels of ours; None: nothing
         left: what a forward leaves for later chunks: nothing
+        replayed: as in Reader
     """
 
     left: list[Tensor] | None = None
+    replayed = False
 
     def __init__(self, host: Host, context_gradient: bool = False):
         self.host, self.context_gradient = host, context_gradient
@@ -165,6 +172,10 @@ class WindowReader(KernelReading):
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
         return self.context_gradient or self._way(window) == ONE
+
+    def fixes(self, window: Window) -> bool:
+        """Never: what is read of a context is as long as the context."""
+        return False
 
     def look_ahead(self) -> None:
         """While the device still works on a chunk. Nothing is kept to get ready."""

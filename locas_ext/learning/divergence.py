@@ -5,6 +5,9 @@ A few chunks of a run are scored by the host alone too, in the same windows:
     chunk 0, 1, 16, 128, 256, 384, ...       on schedule
     the one after a chunk that was harder    to tell an accident of the text from a memory that harms
     one much harder than those before it     a harm that begins between two chunks of the schedule shows at once
+
+Where chunks hold only a few tokens, as many of them as hold enough stand for one in the schedule and in what counts as much
+harder.
 """
 
 import math
@@ -18,6 +21,7 @@ BEGINNING = 16  # chunks: until then a surprise is looked at however recent the 
 WATCHED_EVERY = 16  # once the memory has been found to harm: whether it recovers; and the run's last RECENT chunks
 FOLLOW_UPS = 8  # at most so many chunks in a row, so that a memory that harms a little does not cost a forward each chunk
 ENOUGH = 32  # tokens: nothing is concluded from fewer
+FEW = 8  # tokens: chunks of fewer are looked at together
 HARDER = 0.03  # nats per token: a chunk is called harder beyond this
 NOISE = 1.5  # nats: one token's difference varies by about so much where a memory moves anything; the mean of n by / sqrt(n)
 AT_ONCE = 0.5  # nats per token: no accident
@@ -56,7 +60,9 @@ class DivergenceTest:
         harmed_by: the comparisons that showed the harm, as one; None while nothing did
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = ENOUGH) -> None:
+        """stride: the tokens of a chunk"""
+        self.size = -(-ENOUGH // stride) if stride < FEW else 1  # chunks that are looked at together
         self.harmed_by: Comparison | None = None
         self._suspected = False  # the latest comparison was harder, but not of like with like
         self._streak: list[Comparison] = []  # the latest comparisons of like with like, as far as they were all harder
@@ -66,8 +72,8 @@ class DivergenceTest:
     def is_due(self, number: int) -> bool:
         """Whether chunk `number` is to be compared, as far as that can be told before it is scored."""
         if self.harmed_by is not None:
-            return number % WATCHED_EVERY == 0
-        return number in EARLY or number % EVERY == 0 or self._is_unclear()
+            return number % (WATCHED_EVERY * self.size) == 0
+        return number in EARLY or number % (EVERY * self.size) == 0 or self._is_unclear()
 
     def _is_unclear(self) -> bool:
         """Whether the chunks compared last were harder, and too few to tell."""
@@ -80,11 +86,16 @@ class DivergenceTest:
         return self._suspected or bool(self._streak) or self.harmed_by is not None
 
     def surprises(self, number: int, loss: float, tokens: int, before: list[Chunk]) -> bool:
-        """Whether a chunk is so much harder than those before it that it is to be compared all the same."""
-        recent = before[-RECENT:]
-        rested = number - self._last >= RECENT or number < BEGINNING
+        """Whether a chunk is so much harder than those before it that it is to be compared all the same.
+
+        Of chunks that hold few tokens the latest together, as one token alone often is.
+        """
+        end = max(0, len(before) - (self.size - 1))
+        recent, latest = before[max(0, end - RECENT * self.size) : end], before[end:]
+        rested = number - self._last >= RECENT * self.size or number < BEGINNING
         if self.harmed_by is not None or not rested or not recent:
             return False
+        loss, tokens = loss + math.fsum(chunk.nll for chunk in latest), tokens + sum(chunk.tokens for chunk in latest)
         mean = math.fsum(chunk.nll for chunk in recent) / sum(chunk.tokens for chunk in recent)
         return loss / tokens > mean + SURPRISE
 

@@ -86,7 +86,7 @@ class DivergenceWatch:
         self.reader = reader.anew if isinstance(reader, KeptReader) else reader
         self.mode = on_divergence
         self.first, self.last = len(report.chunks), len(report.chunks) + chunks - 1
-        self.test = DivergenceTest()
+        self.test = DivergenceTest(settings.protocol.stride)
         self.best = _Best()
         self.candidate: KeptState | None = None
         self.unjudged: KeptState | None = None

@@ -14,7 +14,8 @@ from locas_ext.state.stream import Stream
 
 from .chunk import Window, WindowReader
 from .chunk_attention import chunk_attention
-from .host_kernels.kernels import HostKernels
+from .host_kernels.attend import Span
+from .host_kernels.kernels import HostKernels, Level
 from .host_kernels.reading import KernelReading
 from .host_kernels.window_cache import WindowCache
 from .keep import Keep
@@ -22,19 +23,25 @@ from .kept_context import KeptContext, check_positions
 from .protocol import Protocol
 from .run_guards import eager_host
 
+# A run with so many windows of a stride before the first full one replays these too: fewer are not worth another capture.
+WORTH_REPLAYING = 8
+
 
 class KeptReader(KernelReading):
     """Attributes:
     context: what stands before the inputs
     left: what the last forward left of its inputs
+    replayed: whether windows may be replayed from a graph; those that grow are then read from rows that stay in place
     """
+
+    replayed = False
 
     def __init__(self, host: Host, protocol: Protocol, keep: Keep, epochs: int, length: int):
         """length: of the text, as far as it is known. ValueError for a host whose context cannot be kept."""
         check_positions(host.model, length - 1 + protocol.bos)
         if (verdict := host.reading.verdict(1, 2)).way == ONE:
             raise ValueError(f"context is 'keep', but {verdict.why}; expected context='recompute'")
-        self.host, self.keep, self.epochs = host, keep, epochs
+        self.host, self.keep, self.epochs, self.protocol = host, keep, epochs, protocol
         self.bos = bos_token_id(host.model) if protocol.bos else None
         self.anew = WindowReader(host)
         self.context = KeptContext(host.model, host.input_device(), protocol.window, keep.sinks, protocol.stride)
@@ -82,6 +89,16 @@ class KeptReader(KernelReading):
         """Never: what is kept has no gradient."""
         return False
 
+    def fixes(self, window: Window) -> bool:
+        """Whether all of ours reads it, from rows that stay in place: nothing in that depends on how long the context is."""
+        return self._grows(window) and self._level(window) == Level.ALL
+
+    def _grows(self, window: Window) -> bool:
+        """Whether a window is one of many that are not full, in a run that may replay them."""
+        full = self.context.room.before + 1 - len(window.inputs)
+        many = self.protocol.window >= WORTH_REPLAYING * self.protocol.stride
+        return self.replayed and many and self.context.context < full
+
     def _kind(self, window: Window) -> tuple[Hashable, int, int]:
         return "kept", self.context.context, self.context.context + len(window.inputs)
 
@@ -92,20 +109,22 @@ class KeptReader(KernelReading):
         self.left = self.context.left
         return logits
 
-    def _behind(self) -> tuple[HostKernels, WindowCache]:
+    def _behind(self, window: Window) -> tuple[HostKernels, WindowCache]:
         """The inputs' rows are written where they will be kept."""
         assert self.kernels is not None
         self.left = []
-        context, rows = self.context.context, self.context.rows
-        layers = rows.layers(rows.before - context, rows.before + self.context.room.inputs)
-        return self.kernels, self.kernels.behind_rows(list(zip(layers[::2], layers[1::2], strict=True)), context)
+        before, rows, span = self.context.context, self.context.rows, None
+        if self._grows(window):
+            before, span = rows.before, Span.of(self.context.begin, rows.before, len(window.inputs))
+        layers = rows.layers(rows.before - before, rows.before + self.context.room.inputs)
+        return self.kernels, self.kernels.behind_rows(list(zip(layers[::2], layers[1::2], strict=True)), before, span)
 
     def _ours(self, window: Window) -> Tensor:
-        kernels, cache = self._behind()
+        kernels, cache = self._behind(window)
         return kernels.logits(cache, window.inputs, self.context.positions(window.inputs))
 
     def _our_nll(self, window: Window) -> Tensor:
-        kernels, cache = self._behind()
+        kernels, cache = self._behind(window)
         return kernels.nll(cache, window.inputs, window.targets, self.context.positions(window.inputs))
 
     def look_ahead(self) -> None:

@@ -13,13 +13,18 @@ NAMES += re.findall(r'"\w+"', " ".join(re.findall(r"KernelNames names = \{([^}]+
 
 
 def test_no_two_kernels_share_a_name():
-    structs = [struct for struct, _ in KERNEL.findall(SOURCES)]
+    structs = [  # those of a family lie in its namespace
+        (path.parent.name, struct) for path in sorted(CUDA.rglob("*.cu*")) for struct, _ in KERNEL.findall(path.read_text())
+    ]
     assert len(structs) > 12 and len(NAMES) > 12
     assert not [name for name, count in Counter(structs + NAMES).items() if count > 1]
 
 
 def test_names_are_stems():
-    """Words in lower case, of a function that `_C` exports; the codes of the docs (K1, D2, U) are no names."""
+    """Words in lower case, of a function that `_C` exports, and the family where it is not the portable one.
+
+    The codes of the docs (K1, D2, U) are no names.
+    """
     stems = "glu_ffn|glu_activation|neuron_importance|token_nll|rms_norm|layer_norm|rotary"
     stems += "|adamw_slots|sgd_slots|write_slots|add_slices"
-    assert not [name for name in NAMES if not re.fullmatch(rf'"({stems})(_[a-z]+)*"', name)]
+    assert not [name for name in NAMES if not re.fullmatch(rf'"({stems})(_[a-z]+)*(_sm90)?"', name)]

@@ -131,7 +131,7 @@ def test_bad_arguments_are_one_line(files, capsys, arguments, memory, status, co
 
 def test_without_lm_eval_the_error_says_what_to_install(files, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    status, _, err = run(capsys, files, "--tasks", "mmlu")
+    status, _, err = run(capsys, files, "--tasks", "mmlu", "--harness", "lm-eval")
     assert status == 1 and "pip install 'locas_ext[eval]'" in err.splitlines()[-1]
 
 

@@ -162,6 +162,7 @@ def test_the_chunks_and_the_memory_are_kept(study, texts):
         assert [(chunk.start, chunk.end) for chunk in chunks] == chunk_bounds(300, 32)
         assert math.fsum(chunk.nll for chunk in chunks) == pytest.approx(record["nll"], rel=1e-12)
     assert sorted(path.name for path in (study / "memories").iterdir()) == ["one-locas", "two-locas"]
+    assert sorted(path.name for path in (study / "adapters").iterdir()) == ["one-temp-lora", "two-temp-lora"]
     memory = locas.load(model, study / "memories" / "one-locas")
     assert memory.version == len(chunk_bounds(300, 32))
 

@@ -120,7 +120,7 @@ def test_every_plot_of_a_report_is_there_and_is_embedded(tmp_path):
     text = report(tmp_path, records)
     names = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert {"frontier.png", "perplexity-nostromo.png", "perplexity-nostromo-2.png", "perplexity-book.png"} < set(names)
-    assert len(set(names)) == 5
+    assert len(set(names)) == 9  # the frontier, and two of each book
     assert {path.name for path in tmp_path.iterdir()} == {*names, "report.md", "results.json"}
     for name in names:
         assert pixels(tmp_path / name).shape[1] == 1536

@@ -120,16 +120,20 @@ def test_slots_beside_experts_get_the_gradient_of_the_whole(family):
 
     for parameter in memory.parameters():
         parameter.grad = None
-    loss().backward()
-    direction = torch.randn_like(slots) / slots.numel() ** 0.5
-    got = sum((parameter.grad * along).sum() for parameter, along in zip(memory.parameters(), direction, strict=True))
-    ends = []
-    for step in (1e-2, -1e-2):
-        with torch.no_grad():
-            slots.add_(step * direction)
-            ends.append(loss().item())
-            slots.sub_(step * direction)
-    assert got.item() == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.05, abs=1e-4), model.drawn
+    middle = loss()
+    middle.backward()
+    for _ in range(20):
+        direction = torch.randn_like(slots) / slots.numel() ** 0.5
+        got = sum((parameter.grad * along).sum() for parameter, along in zip(memory.parameters(), direction, strict=True))
+        ends = []
+        for step in (3e-3, -3e-3):
+            with torch.no_grad():
+                slots.add_(step * direction)
+                ends.append(loss().item())
+                slots.sub_(step * direction)
+        if abs(ends[0] + ends[1] - 2 * middle.item()) < 1e-5:  # else a router chose other experts on the way
+            break
+    assert got.item() == pytest.approx((ends[0] - ends[1]) / 6e-3, rel=0.05, abs=2e-4), model.drawn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -113,6 +113,22 @@ def test_a_jump_between_two_chunks_of_the_schedule_is_looked_at():
     assert not test.surprises(72, 8 * 9.0, 8, chunks) and test.surprises(74, 8 * 9.0, 8, chunks)
 
 
+def test_of_single_tokens_many_are_looked_at_together():
+    """A token's loss varies by nats, which is no surprise; a harm to all of them is one, within the tokens that show it."""
+    draw = random.Random(0)
+    test, chunks, looked_at = DivergenceTest(stride=1), [], []
+    for number in range(4000):
+        harm = 3.0 * (number >= 3000)
+        loss = max(0.0, draw.gauss(4.0, 2.5))
+        if test.is_due(number) or test.surprises(number, loss + harm, 1, chunks):
+            looked_at.append(number)
+            test.add(number, Comparison(1, loss + harm, loss))
+        chunks.append(Chunk(number, number + 1, 1, loss + harm, number))
+        if test.harmed_by is not None:
+            break
+    assert 3000 <= number < 3000 + 96 and sum(place < 3000 for place in looked_at) < 40
+
+
 def test_a_harm_that_goes_away_is_told_from_one_that_stays():
     recovered, asked = fed([0.0, 1.0, *[-0.1] * 60])
     assert asked == [0, 1, 16, 32, 48] and recovered.harmed_by is not None and not recovered.harms_still()

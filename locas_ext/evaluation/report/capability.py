@@ -28,9 +28,14 @@ def _text_row(record: dict) -> list[str]:
     return [record["state"], perplexity, *cells]
 
 
+def _form(record: dict) -> str:
+    """Shares have four digits behind the point, perplexities two."""
+    return ".2f" if record["metric"].startswith("perplexity") else ".4f"
+
+
 def _task_row(record: dict) -> list[str]:
-    value = f"{record['value']:.4f}" + (f" ± {record['stderr']:.4f}" if record["stderr"] is not None else "")
-    difference = MISSING if record["state"] == "host" else _with_interval(record, "difference", "+.4f")
+    value = f"{record['value']:{_form(record)}}" + (f" ± {record['stderr']:.4f}" if record["stderr"] is not None else "")
+    difference = MISSING if record["state"] == "host" else _with_interval(record, "difference", f"+{_form(record)}")
     return [record["state"], value, difference]
 
 
@@ -59,6 +64,29 @@ def _table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     return titles, [row(record) for record in records]
 
 
+def _all_tasks(records: list[dict], run: str | None) -> list[str]:
+    """A row a task and metric, a column a state: the host's value, of the others the difference from it."""
+    groups = [group for group in _groups(records).values() if "task" in group[0]]
+    if len(groups) < 2:
+        return []
+    states = [state for state in dict.fromkeys(record["state"] for group in groups for record in group) if state != "host"]
+    rows = []
+    for group in groups:
+        of_state, first = {record["state"]: record for record in group}, group[0]
+        cells = {state: _with_interval(record, "difference", f"+{_form(first)}") for state, record in of_state.items()}
+        value = MISSING if "host" not in of_state else f"{of_state['host']['value']:{_form(first)}}"
+        differences = [cells.get(state, MISSING) for state in states]
+        rows.append([f"{first['task']}, {first['metric']}", f"{first['questions']:,}", value, *differences])
+    return [
+        "## All tasks" + (f" ({markdown(run)})" if run else ""),
+        "",
+        "The host's value; of every other state its difference from the host.",
+        "",
+        *markdown_table(["task", "questions", "host", *map(markdown, states)], [list(map(markdown, row)) for row in rows]),
+        "",
+    ]
+
+
 # ---- what detach() left ----------------------------------------------------------------------------------------
 def detached_verdict(records: list[dict]) -> tuple[bool, str]:
     """Whether the detached host is the host, bit for bit, in all that was measured; and the sentence that says so."""
@@ -72,7 +100,7 @@ def detached_verdict(records: list[dict]) -> tuple[bool, str]:
             f"after detach() the logits differ from the host's, first at tokens {start} to {end} of {different['text']}"
         )
     tokens = sum(record["tokens"] for record in detached if "text" in record)
-    questions = sum(record["questions"] for record in detached if "task" in record)
+    questions = sum({record["task"]: record["questions"] for record in detached if "task" in record}.values())
     on_tasks = f", and so are the answers to {questions:,} questions" if questions else ""
     return True, f"after detach() every bit of the logits is the host's, at all {tokens:,} positions{on_tasks}"
 
@@ -100,6 +128,8 @@ def capability_sections(results: dict, folder: Path) -> list[str]:
         "intervals, by a paired bootstrap over the windows (tasks: over the questions).",
         "",
     ]
+    for run in dict.fromkeys(record.get("run") for record in records):
+        lines += _all_tasks([record for record in records if record.get("run") == run], run)
     for key, group in _groups(records).items():
         titles, rows = _table(group)
         rows = [[markdown(cell) for cell in row] for row in rows]

@@ -6,7 +6,7 @@ from pathlib import Path
 from locas_ext.evaluation.display import code, markdown
 from locas_ext.evaluation.locomo.data import CATEGORIES
 from locas_ext.evaluation.locomo.output import ALL_REFUSE, predictions_file
-from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, pool
+from locas_ext.evaluation.locomo.scoring import ANSWERABLE, OVERALL, REFUSAL, TRAP, UNDISPUTED, pool
 from locas_ext.terminal import Figures
 
 from .tables import MISSING, console_table, markdown_table
@@ -16,6 +16,7 @@ _LABELS = {
     TRAP: "5, minus trap F1",
     OVERALL: "1 to 5",
     ANSWERABLE: "1 to 4",
+    UNDISPUTED: "1 to 4, none corrected",
 }
 
 
@@ -27,20 +28,40 @@ def _columns(content: dict) -> dict[str, list[str]]:
     pooled = {method: pool([record["scores"] for record in records]) for method, records in by_method.items()}
     # In an unfinished run not every method has answered all: the control is always the first of a dialogue.
     control = pooled.get(ALL_REFUSE, {})
+    labels = {name: label for name, label in _LABELS.items() if name != UNDISPUTED or name in control}
     columns = {
-        "category": [*_LABELS.values(), "seconds"],
-        "n": [*(str(control[name]["count"]) if name in control else "0" for name in _LABELS), ""],
+        "category": [*labels.values(), "seconds"],
+        "n": [*(str(control[name]["count"]) if name in control else "0" for name in labels), ""],
     }
     for method in (*content["settings"]["methods"], ALL_REFUSE):
         if scores := pooled.get(method):
-            cells = [f"{100 * scores[name]['f1']:.1f}" if name in scores else MISSING for name in _LABELS]
+            cells = [f"{100 * scores[name]['f1']:.1f}" if name in scores else MISSING for name in labels]
             columns[method] = [*cells, f"{sum(record['seconds'] for record in by_method[method]):.0f}"]
     return columns
 
 
 def _title(content: dict) -> str:
     count = len(content["settings"]["dialogues"])
-    return f"LoCoMo, {count} dialogue{'s' if count > 1 else ''}: F1 in percent"
+    wrong = _wrong(content["settings"])
+    corrected = f", {wrong:,} answer{'s' * (wrong != 1)} corrected" if content["settings"].get("corrections") else ""
+    return f"LoCoMo, {count} dialogue{'s' if count > 1 else ''}{corrected}: F1 in percent"
+
+
+def _wrong(settings: dict) -> int:
+    return sum(counts["wrong"] for counts in (settings.get("corrections") or {}).get("dialogues", {}).values())
+
+
+def _corrections(settings: dict) -> list[str]:
+    """What was corrected, dialogue by dialogue; nothing where the published answers were taken."""
+    corrections = settings.get("corrections")
+    if not corrections:
+        return []
+    each = [f"{markdown(name)}: {counts['wrong']} of {counts['audited']}" for name, counts in corrections["dialogues"].items()]
+    return [
+        f"Corrected answers: {markdown(corrections['file'])} replaced {_wrong(settings)} published answers that an audit "
+        f'found wrong, of those that it names ({", ".join(each)}). "1 to 4, none corrected" leaves these questions out.',
+        "",
+    ]
 
 
 def table(content: dict) -> Figures:
@@ -73,6 +94,7 @@ def _run_section(run: str | None, content: dict) -> list[str]:
         "",
         *markdown_table([markdown(name) for name in columns], list(zip(*columns.values(), strict=True))),
         "",
+        *_corrections(settings),
         *_cuts(content["records"]),
         "",
         f"Dialogues: {', '.join(map(markdown, settings['dialogues']))}. "

@@ -8,6 +8,7 @@ from locas_ext.evaluation.display import markdown, one_line
 
 from . import paper_figures
 from .frontier import LEARNING, SHOWN, Point, collect_points, dominators, pareto_front, shared_books
+from .gain import gain_sections
 from .plots.curves import Curve, plot_curves
 from .plots.frontier import plot_frontier
 from .runs import differing
@@ -47,6 +48,7 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
         lines += _all_books(settings, arms, books, host)
         lines += _preset(settings.get("ablate"), arms, host)
         lines += _frontier(settings, arms, folder)
+        lines += gain_sections(arms, _file_names("gain", books), folder)
         lines += _each_book(arms, books, folder)
     return lines + _failures(records)
 
@@ -223,7 +225,7 @@ def _verdict(points: list[Point], method: str, other: str) -> list[str]:
 
 # ---- book by book ----------------------------------------------------------------------------------------------
 def _each_book(arms: list[ArmResults], books: list[str], folder: Path) -> list[str]:
-    lines, names = [], _file_names(books)
+    lines, names = [], _file_names("perplexity", books)
     for book in books:
         on_book = [arm.on({book}) for arm in arms if book in arm.books]
         curves = [Curve(one_line(arm.label), arm.method, points) for arm in on_book if (points := _points(arm.records[0]))]
@@ -251,11 +253,11 @@ def _subtitle(arms: list[ArmResults]) -> str:
     return f"perplexity of everything read so far; {tokens:,} tokens"
 
 
-def _file_names(books: list[str]) -> dict[str, str]:
+def _file_names(kind: str, books: list[str]) -> dict[str, str]:
     """A file name a book: its letters and digits, numbered where two would be the same."""
     names: dict[str, str] = {}
     for book in books:
-        stem = "perplexity-" + (re.sub(r"[^a-z0-9]+", "-", book.lower()).strip("-")[:60] or "book")
+        stem = f"{kind}-" + (re.sub(r"[^a-z0-9]+", "-", book.lower()).strip("-")[:60] or "book")
         taken, number, name = set(names.values()), 1, f"{stem}.png"
         while name in taken:
             number += 1

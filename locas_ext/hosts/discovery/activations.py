@@ -11,7 +11,7 @@ from locas_ext.hosts.probe.recording import Recording
 from locas_ext.hosts.tried import tried
 from locas_ext.ops.activations import INDEX, activate, xielu
 
-from .forward import input_of, is_linear, nearness, output_of
+from .forward import here, input_of, is_linear, nearness, output_of
 
 # One transformers name of each function that has kernels.
 KERNELS = tuple({index: name for name, index in reversed(INDEX.items())}.values())
@@ -40,9 +40,9 @@ def _is_elementwise(module: Any, x: Tensor) -> bool:
 
 
 def _value(module: Any, grid: Tensor) -> Tensor | None:
-    """What an activation module makes of float32 numbers; None if it does not take these."""
+    """What an activation module makes of float32 numbers, on the CPU; None if it does not take these."""
     with tried():
-        value: Tensor = module(grid).float()
+        value: Tensor = module(grid).float().cpu()
         return value
     return None
 
@@ -53,8 +53,8 @@ def function_of(module: Any, like: Tensor) -> str | None:
     value = _value(module, grid)
     if value is None:
         grid = grid.to(like.dtype)
-        value = module(grid).float()
-        grid = grid.float()
+        value = module(grid).float().cpu()
+    grid = grid.float().cpu()  # many small comparisons, each of which would wait for a device
     names = [*KERNELS, *_as_xielu(module, like)]
     errors = {name: nearness(activate(grid, name), value) for name in names}
     name = min(errors, key=errors.__getitem__)
@@ -73,6 +73,7 @@ def nearest_with_kernels(module: Any, like: Tensor) -> str:
     grid = torch.linspace(-4, 4, 401, dtype=torch.float32, device=like.device)
     if (value := _value(module, grid)) is None:
         return "silu"
+    grid = grid.cpu()
     scores = {name: torch.cosine_similarity(activate(grid, name), value, dim=0).item() for name in KERNELS}
     return max(scores, key=scores.__getitem__)
 
@@ -80,23 +81,22 @@ def nearest_with_kernels(module: Any, like: Tensor) -> str:
 class Activations:
     """The activations of one layer: its activation modules as they ran, and the functions with kernels."""
 
-    def __init__(self, layer: nn.Module, recording: Recording):
+    def __init__(self, layer: nn.Module, recording: Recording, rows: int):
         self.modules = []
         for name, module in layer.named_modules():
             if module is layer or is_linear(module) or len(list(module.parameters())) > 8:
                 continue
             for call in recording.of(module):
                 x, y = input_of(call), output_of(call)
-                if x is not None and y is not None and x.shape == y.shape:
-                    self.modules.append((name, module, x, y))
+                if x is not None and y is not None and x.shape == y.shape and x.numel() == rows * x.shape[-1]:
+                    self.modules.append((name, module, x, here(x, rows), here(y, rows)))
 
-    def of(self, pre: Tensor, rows: int) -> list[Activated]:
-        """What may have become of a pre-activation [n, m]: by the modules that took it in, else by any known function."""
+    def of(self, pre: Tensor) -> list[Activated]:
+        """What may have become of a pre-activation [rows, m]: by the modules that took it in, else by any known function."""
         found = []
-        for name, module, x, y in self.modules:
-            same = x.numel() == pre.numel() and x.shape[-1] == pre.shape[-1] and torch.equal(x.reshape(rows, -1), pre)
-            if same and _is_elementwise(module, x):
-                found.append(Activated(y.reshape(rows, -1).float(), function_of(module, x), name))
+        for name, module, x, taken, made in self.modules:
+            if taken.shape == pre.shape and torch.equal(taken, pre) and _is_elementwise(module, x):
+                found.append(Activated(made.float(), function_of(module, x), name))
         return found or [Activated(activate(pre.float(), name), name, "") for name in KERNELS]
 
 

@@ -11,7 +11,7 @@ from locas_ext.hosts.gated_ffn import FusedGatedFFN, InterleavedFFN, UpFirstFFN
 from locas_ext.hosts.probe.recording import Recording
 
 from .activations import Activated, Activations, closest
-from .forward import input_of, is_linear, output_of, sizes, tolerance
+from .forward import here, input_of, is_linear, output_of, sizes, tolerance
 
 # How gate and up can lie in one projection: a class, and the two parts of its output.
 _FUSED = {
@@ -39,10 +39,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class _Linear:
+    """A linear module, and what it computed: [rows, in] and [rows, out] on the CPU."""
+
     name: str
     module: nn.Module
-    x: Tensor  # [n, in]
-    y: Tensor  # [n, out]
+    x: Tensor
+    y: Tensor
     order: int
 
 
@@ -78,15 +80,15 @@ def _linears(layer: nn.Module, recording: Recording, rows: int, without: set[nn.
             x, y = input_of(call), output_of(call)
             ok = x is not None and y is not None and (x.shape[-1], y.shape[-1]) == sizes(module)
             if ok and x is not None and y is not None and _rows(x) == _rows(y) == rows:
-                yield _Linear(name, module, x.reshape(rows, -1), y.reshape(rows, -1), recording.order(call))
+                yield _Linear(name, module, here(x, rows), here(y, rows), recording.order(call))
 
 
-def _at(out: _Linear, firsts: list[_Linear], activations: Activations, rows: int) -> Iterator[tuple[float, Dense]]:
+def _at(out: _Linear, firsts: list[_Linear], activations: Activations) -> Iterator[tuple[float, Dense]]:
     """The FFNs whose output projection this may be, each with how well the numbers fit."""
     m, z, most = out.x.shape[-1], out.x.float(), tolerance(out.x.dtype)
     before = [first for first in firsts if first.order < out.order]
     whole = [first for first in before if first.y.shape[-1] == m]
-    made = {first.name: activations.of(first.y, rows) for first in whole}
+    made = {first.name: activations.of(first.y) for first in whole}
     for gate, up in permutations(whole, 2):
         if (found := closest(made[gate.name], z, up.y.float(), most)) is not None:
             yield found[1], Dense("gated", (gate.name, up.name, out.name), None, found[0], m, out.order)
@@ -98,7 +100,7 @@ def _at(out: _Linear, firsts: list[_Linear], activations: Activations, rows: int
             continue
         for layout, split in _FUSED.items():
             gate, up = split(first.y)
-            if (found := closest(activations.of(gate, rows), z, up.float(), most)) is not None:
+            if (found := closest(activations.of(gate), z, up.float(), most)) is not None:
                 yield found[1], Dense("fused", (first.name, out.name), layout, found[0], m, out.order)
 
 
@@ -109,13 +111,13 @@ def dense_ffns(layer: nn.Module, recording: Recording, d: int, rows: int) -> lis
     stream is wide and without gate, are none.
     """
     linears = list(_linears(layer, recording, rows, _expert_modules(layer, recording, rows)))
-    activations = Activations(layer, recording)
+    activations = Activations(layer, recording, rows)
     firsts = [linear for linear in linears if linear.x.shape[-1] == d]
     found = []
     for out in linears:
         if out.y.shape[-1] != d:
             continue
-        fits = sorted(_at(out, [first for first in firsts if first is not out], activations, rows), key=lambda fit: fit[0])
+        fits = sorted(_at(out, [first for first in firsts if first is not out], activations), key=lambda fit: fit[0])
         if fits and (fits[0][1].kind != "two-layer" or 2 * fits[0][1].width >= d):
             found.append(fits[0][1])
     return sorted(found, key=lambda ffn: ffn.order)

@@ -108,12 +108,17 @@ def recorded(model: Any) -> Recording:
         ) from error
 
 
+def here(value: Tensor, rows: int) -> Tensor:
+    """What was recorded as [rows, n] on the CPU: discovery compares many small tensors, and a device waits at each."""
+    return value.detach().reshape(rows, -1).cpu()
+
+
 def nearness(value: Tensor, expected: Tensor) -> float:
     """The largest difference, as a part of the largest expected number; infinite where they cannot be compared."""
     if value.shape != expected.shape:
         return math.inf
-    scale = expected.abs().max().item()
-    return (value - expected).abs().max().item() / scale if scale > 0 else math.inf
+    scale, apart = torch.stack([expected.abs().max(), (value - expected).abs().max()]).tolist()
+    return apart / scale if scale > 0 else math.inf
 
 
 def tolerance(dtype: torch.dtype) -> float:

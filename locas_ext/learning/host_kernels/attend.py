@@ -6,6 +6,8 @@
 CUDA: flash attention, whose backward makes dK and dV of the context too; they are left. A long context, which nobody
 learns from, goes through cuDNN's, which takes half the time.
 CPU: chunk_attention.py's, whose backward stops at the context.
+
+Rows may also stay in place while ever more of them count (Span): one graph then reads windows of any length.
 """
 
 from typing import NamedTuple
@@ -30,6 +32,23 @@ class Heads(NamedTuple):
     window: int | None
 
 
+class Span(NamedTuple):
+    """Which of a buffer's rows count, as numbers on the device: the queries' own, at the end, and those right before them.
+
+    queries: [2] int32: 0, n; keys: [2] int32: the first row that counts, and the end of them all
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, count: Tensor, before: int, n: int) -> "Span":
+        """count: 0-d, how many rows count of the `before` rows before n queries. Waits for nothing."""
+        first = (before - count).clamp_(min=0)
+        keys = torch.stack([first, torch.full_like(first, before + n)]).int()
+        return cls(torch.arange(0, n + 1, n, dtype=torch.int32, device=count.device), keys)
+
+
 def obstacle(heads: Heads, like: Tensor) -> str | None:
     """Why these heads cannot be computed here, or None."""
     if like.is_cpu:
@@ -41,13 +60,15 @@ def obstacle(heads: Heads, like: Tensor) -> str | None:
     return None
 
 
-def additive_mask(n: int, k: int, window: int | None, like: Tensor) -> Tensor:
+def additive_mask(n: int, k: int, window: int | None, like: Tensor, span: Span | None = None) -> Tensor:
     """[1, 1, n, k]: 0 where a query sees a key, -inf elsewhere; the last n of k rows are the queries' own."""
     queries = torch.arange(k - n, k, device=like.device)[:, None]
     keys = torch.arange(k, device=like.device)
     seen = keys <= queries
     if window is not None:
         seen &= keys > queries - window
+    if span is not None:
+        seen &= keys >= span.keys[0]
     return torch.zeros(n, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)[None, None]
 
 
@@ -66,22 +87,30 @@ def _by_cudnn(query: Tensor, key: Tensor, heads: Heads) -> bool:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, learns: bool) -> tuple[Tensor, tuple]:
+def _batch(span: Span | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [n, ...] as flash attention takes them: a batch of one, or with a span, which stands for batches, as they are."""
+    return tensors if span is not None else tuple(x[None] for x in tensors)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, span: Span | None, learns: bool
+) -> tuple[Tensor, tuple]:
     """-> [n, H, D], what the backward needs.
 
-    query: [n, H, D]; key, value: [k, G, D]; mask: as `additive_mask` (CPU); learns: whether a backward follows
+    query: [n, H, D]; key, value: [k, G, D]; mask: as `additive_mask` (CPU); span: which rows count (CUDA); None: all
+    learns: whether a backward follows
     """
     n, k = len(query), len(key)
-    if query.is_cuda and not learns and _by_cudnn(query, key, heads):
+    if query.is_cuda and not learns and span is None and _by_cudnn(query, key, heads):
         across = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = torch.ops.aten._scaled_dot_product_cudnn_attention(*across, None, False, 0.0, True, False, scale=heads.scaling)[0]
         return out[0].transpose(0, 1), ()
     if query.is_cuda:
         out, *saved = torch.ops.aten._flash_attention_forward(
-            query[None], key[None], value[None], None, None, n, k, 0.0, True, False,
+            *_batch(span, query, key, value), *(span or (None, None)), n, k, 0.0, True, False,
             scale=heads.scaling, window_size_left=_reach(heads, k), window_size_right=0,
         )  # fmt: skip
-        return out[0], (out, *saved[:3])
+        return out.view(query.shape), (out, *saved[:3])
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     if mask is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=heads.scaling, enable_gqa=True)
@@ -91,17 +120,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor
 
 
 def attend_backward(
-    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, saved: list[Tensor]
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Heads,
+    mask: Tensor | None,
+    span: Span | None,
+    saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of query [n, H, D] and of the queries' own rows of key and value [n, G, D]."""
     n, k = len(query), len(key)
     if query.is_cuda:
         out, logsumexp, rng_state, unused = saved
         gradients = torch.ops.aten._flash_attention_backward(
-            d_out[None], query[None], key[None], value[None], out, logsumexp, None, None, n, k, 0.0, True, rng_state, unused,
-            scale=heads.scaling, window_size_left=_reach(heads, k), window_size_right=0,
+            *_batch(span, d_out, query, key, value), out, logsumexp, *(span or (None, None)), n, k, 0.0, True,
+            rng_state, unused, scale=heads.scaling, window_size_left=_reach(heads, k), window_size_right=0,
         )  # fmt: skip
-        d_query, d_key, d_value = (gradient[0] for gradient in gradients)
+        d_query, d_key, d_value = gradients if span is not None else (gradient[0] for gradient in gradients)
         return d_query, d_key[k - n :], d_value[k - n :]
     d_out, query, key, value = (x.transpose(0, 1)[None] for x in (d_out, query, key, value))
     assert mask is not None, "made wherever a backward follows"

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from locas_ext.ops.backends import elementwise
 
-from .attend import Heads, additive_mask, attend, attend_backward, obstacle
+from .attend import Heads, Span, additive_mask, attend, attend_backward, obstacle
 from .binding import why_not_bound
 from .norms import FastRMSNorm, fast_norm
 from .projections import Projections
@@ -42,7 +42,7 @@ class _Rotation(NamedTuple):
 class _Place(NamedTuple):
     """Where the rows of one forward lie: keys and values [W, G, D], of which `start` rows are the context's.
 
-    learns: whether a backward follows
+    span: which of those count; None: all; learns: whether a backward follows
     """
 
     keys: Tensor
@@ -50,6 +50,7 @@ class _Place(NamedTuple):
     start: int
     heads: Heads
     mask: Tensor | None
+    span: Span | None
     learns: bool
 
 
@@ -79,7 +80,7 @@ class WindowAttentionFunction(torch.autograd.Function):
     def forward(ctx, query, key, value, rotation, place):
         turned = _turned(query, key, value, rotation, place)
         keys, values = (buffer[: place.start + len(query)] for buffer in (place.keys, place.values))
-        out, saved = attend(turned, keys, values, place.heads, place.mask, place.learns)
+        out, saved = attend(turned, keys, values, place.heads, place.mask, place.span, place.learns)
         ctx.rotation, ctx.place = rotation, place
         own = (query, key) if rotation.query_norm is not None else (None, None)
         ctx.save_for_backward(*own, turned, keys, values, *saved)
@@ -90,7 +91,8 @@ class WindowAttentionFunction(torch.autograd.Function):
     def backward(ctx, d_out):
         query, key, turned, keys, values, *saved = ctx.saved_tensors
         rotation, place = ctx.rotation, ctx.place
-        gradients = attend_backward(d_out.reshape(turned.shape), turned, keys, values, place.heads, place.mask, saved)
+        d_out = d_out.reshape(turned.shape)
+        gradients = attend_backward(d_out, turned, keys, values, place.heads, place.mask, place.span, saved)
         d_query, d_key, d_value = (gradient.reshape(len(d_out), -1) for gradient in gradients)
         if rotation.cos is not None:
             d_query, d_key = elementwise.rotary_backward(
@@ -147,7 +149,7 @@ class FastAttention:
         cos, sin = (turn[0] for turn in turns) if self.turns and turns is not None else (None, None)
         rotation = _Rotation(cos, sin, self.interleaved, query_norm, key_norm)
         learns = torch.is_grad_enabled() and query.requires_grad
-        place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), learns)
+        place = _Place(keys, values, cache.length, self.heads, self._mask(len(query), query, cache), cache.span, learns)
         if cache.ends_here:
             _turned(query, key, value, rotation, place)
             cache.wrote()
@@ -158,11 +160,12 @@ class FastAttention:
     def _mask(self, n: int, like: Tensor, cache: WindowCache) -> Tensor | None:
         """The mask that the CPU's attention needs; None where causal is all there is to say, or nobody reads one."""
         k, window = cache.length + n, self.heads.window
-        if like.is_cuda or (n == k and not like.requires_grad and (window is None or window >= k)):
+        causal = n == k and cache.span is None and (window is None or window >= k)
+        if like.is_cuda or (causal and not like.requires_grad):
             return None
         kind = (n, k, window)
         if kind not in cache.masks:
-            cache.masks[kind] = additive_mask(n, k, window, like)
+            cache.masks[kind] = additive_mask(n, k, window, like, cache.span)
         return cache.masks[kind]
 
 

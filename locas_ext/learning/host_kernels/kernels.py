@@ -16,6 +16,7 @@ from locas_ext.learning.report import HostKernelsReport
 from locas_ext.learning.run_guards import surrounded
 from locas_ext.ops import token_nll
 
+from .attend import Span
 from .binding import bound
 from .find import TOKENS, Found, find
 from .window_cache import WindowBuffers, WindowCache
@@ -158,12 +159,12 @@ class HostKernels:
                 cache.fill(self.host.model, context[None])
         return cache
 
-    def behind_rows(self, layers: Sequence[tuple[Tensor, Tensor]], context: int) -> WindowCache:
-        """What stands before the inputs: `context` tokens, whose rows lie in each layer's keys and values [rows, G, D].
+    def behind_rows(self, layers: Sequence[tuple[Tensor, Tensor]], before: int, span: Span | None = None) -> WindowCache:
+        """What stands before the inputs: `before` rows of each layer's keys and values [rows, G, D].
 
-        The inputs' rows are written behind them.
+        The inputs' rows are written behind them. span: which of them count; None: all
         """
-        return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, context)
+        return WindowCache(WindowBuffers(len(layers[0][0]), layers), None, before, span)
 
     def logits(self, cache: WindowCache, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """[n, V] of inputs [n], with a graph over them. positions: [n], where they do not just continue the cache's."""

@@ -3,6 +3,7 @@
       keys, values of a layer [W, G, D]      rows -> | context .......... | chunk ...... |
                                                      0                    length
 The context's forward writes rows 0 .. c-1, or rows that were kept lie there; the chunk's writes its own behind them.
+With a span only the latest of the rows before the chunk count.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from locas_ext.hosts.context_cache import EndingCache
+
+from .attend import Span
 
 
 class WindowBuffers:
@@ -38,10 +41,10 @@ class WindowBuffers:
 class WindowCache(EndingCache):
     """What transformers takes for a KV cache of `length` tokens; attentions of ours find their buffers in it."""
 
-    def __init__(self, buffers: WindowBuffers, writes: int | None, length: int = 0):
-        """writes: as in EndingCache; length: the tokens whose rows lie in the buffers already"""
+    def __init__(self, buffers: WindowBuffers, writes: int | None, length: int = 0, span: Span | None = None):
+        """writes: as in EndingCache; length: the rows before the next ones; span: which of them count; None: all"""
         super().__init__()
-        self.buffers, self.writes, self.length = buffers, writes, length
+        self.buffers, self.writes, self.length, self.span = buffers, writes, length, span
         self.masks: dict[Any, Tensor] = {}  # made once for all layers that share them
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The picture of `locas perplexity`: running perplexity along a book, a line an arm."""
+"""The pictures of `locas perplexity` along a book, a line an arm: running perplexity, and the gain over truncation."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HUES = ("#0f766e", "#dd7a1f", "#4a5aa8", "#b0457b", "#7fb3d5", "#7a5c2e")
 
 @dataclass(frozen=True)
 class Curve:
-    """points: (tokens read, perplexity so far), ascending; at least one."""
+    """points: (tokens read, perplexity so far, or a gain), ascending; at least one."""
 
     label: str
     method: str
@@ -28,6 +28,18 @@ class Curve:
     @property
     def end(self) -> float:
         return self.points[-1][1]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a picture's lines show. label: of the axis; unit: behind a line's last value; best: +1 if high is good, -1 if low"""
+
+    label: str
+    unit: str
+    best: int
+
+
+PERPLEXITY, GAIN = Measure("perplexity so far", "", -1), Measure("lower than truncation's, percent", "%", 1)
 
 
 def _colors(curves: list[Curve]) -> dict[str, str]:
@@ -46,17 +58,17 @@ def _colors(curves: list[Curve]) -> dict[str, str]:
     return colors
 
 
-def _labelled(curves: list[Curve]) -> list[Curve]:
+def _labelled(curves: list[Curve], measure: Measure) -> list[Curve]:
     """Those to name: all, or of too many each method's best."""
     if len(curves) <= LABELLED:
         return curves
-    ranked = sorted(curves, key=lambda curve: curve.end if math.isfinite(curve.end) else math.inf)
+    ranked = sorted(curves, key=lambda curve: -measure.best * curve.end if math.isfinite(curve.end) else math.inf)
     methods = dict.fromkeys(curve.method for curve in curves)
     return [c for method in methods for c in [curve for curve in ranked if curve.method == method][:BEST]]
 
 
-def _limits(curves: list[Curve]) -> tuple[float, float]:
-    """The perplexities to show: without the first tokens, which say nothing, and without arms that went astray."""
+def _limits(curves: list[Curve], measure: Measure) -> tuple[float, float]:
+    """The values to show: without the first tokens, which say nothing, and without arms that went astray."""
     first, last = min(c.points[0][0] for c in curves), max(c.points[-1][0] for c in curves)
     settled = first + (last - first) / 25
     values = [
@@ -66,8 +78,12 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
         if math.isfinite(value) and (position >= settled or position == curve.points[-1][0])
     ] or [1.0]
     ends = sorted(curve.end for curve in curves if math.isfinite(curve.end)) or values
-    low = min(values)
-    high = max(low, min(max(values), 1.6 * ends[len(ends) // 2]))
+    low, high = min(values), max(values)
+    if measure == PERPLEXITY:
+        high = max(low, min(high, 1.6 * ends[len(ends) // 2]))
+    else:
+        high = max(high, 0.0)  # truncation itself
+        low = min(max(low, -max(high, 1.0)), 0.0)
     margin = 0.08 * (high - low) or 1.0
     return low - margin, high + margin
 
@@ -103,13 +119,16 @@ def _words(curve: Curve) -> list[str]:
     return wrap(curve.label, LABEL_WIDTH)
 
 
-def _label_ends(axes, curves: list[Curve], colors: dict[str, str], limits: tuple[float, float], height: float) -> None:
+def _label_ends(
+    axes, curves: list[Curve], colors: dict[str, str], limits: tuple[float, float], height: float, measure: Measure
+) -> None:
     """The labels stand beside the axes, each joined to its line's end; `height` of the axes in inches."""
     low, high = limits
     inches = axes.get_position().width * WIDTH
-    texts = ["\n".join([*_words(curve), f"{curve.end:.2f}"]) for curve in curves]
+    texts = ["\n".join([*_words(curve), f"{curve.end:.2f}{measure.unit}"]) for curve in curves]
     heights = [(text.count("\n") + 1) * LINE_HEIGHT + GAP for text in texts]
-    ends = [min(max((c.end - low) / (high - low), 0), 1) if math.isfinite(c.end) else 1.0 for c in curves]
+    astray = 1.0 if measure.best < 0 else 0.0
+    ends = [min(max((c.end - low) / (high - low), 0), 1) if math.isfinite(c.end) else astray for c in curves]
     centres = spread([end * height for end in ends], heights, 0, height)
     for curve, text, end, centre in zip(curves, texts, ends, centres, strict=False):
         color, position = colors[curve.label], curve.points[-1][0]
@@ -136,11 +155,11 @@ def _label_ends(axes, curves: list[Curve], colors: dict[str, str], limits: tuple
         )
 
 
-def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> None:
+def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve], measure: Measure = PERPLEXITY) -> None:
     """Writes a PNG, WIDTH inches wide and as high as its labels need. Raises ValueError without curves."""
     if not curves:
         raise ValueError("curves is empty; expected one per arm")
-    labelled = _labelled(curves)
+    labelled = _labelled(curves, measure)
     if len(labelled) < len(curves):
         subtitle += f"; of {len(curves)} arms, each method's best {BEST} have a label"
     lines = sum(len(_words(curve)) + 1 for curve in labelled)
@@ -151,7 +170,7 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
     figure = new_figure(height)
     axes = figure.add_axes((LEFT, BOTTOM / height, right - LEFT, axes_height / height))
     style(axes)
-    colors, limits = _colors(labelled), _limits(curves)
+    colors, limits = _colors(labelled), _limits(curves, measure)
     for curve in curves:
         named = curve in labelled
         axes.plot(
@@ -161,11 +180,11 @@ def plot_curves(path: Path, title: str, subtitle: str, curves: list[Curve]) -> N
             linestyle=METHOD_LINES.get(curve.method, "-"),
             linewidth=(2.2 if curve.method == "locas" else 1.7) if named else 0.7,
         )
-    _label_ends(axes, labelled, colors, limits, axes_height)
+    _label_ends(axes, labelled, colors, limits, axes_height, measure)
     axes.set_ylim(*limits)
     axes.set_xlim(0, 1.002 * max(1, *(curve.points[-1][0] for curve in curves)))  # so that a round end gets its tick
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_ylabel("perplexity so far", color=INK, fontsize=9.5)
+    axes.set_ylabel(measure.label, color=INK, fontsize=9.5)
     axes.set_xlabel("tokens read", color=INK, fontsize=9.5)
     write_heading(figure, LEFT, title, subtitle)
     save(figure, path)

@@ -20,8 +20,16 @@ METHOD_COLORS = {
     "locas": WITH,
     "temp-lora": "#dd7a1f",
     "long-context": "#4a5aa8",
+    "locas-other-text": "#b0457b",
+    "locas-shuffled": "#7fb3d5",
 }
-METHOD_LINES = {"sliding": (0, (5, 1, 1, 1)), "temp-lora": (0, (4, 1.2)), "long-context": (0, (1, 1))}
+METHOD_LINES = {
+    "sliding": (0, (5, 1, 1, 1)),
+    "temp-lora": (0, (4, 1.2)),
+    "long-context": (0, (1, 1)),
+    "locas-other-text": (0, (6, 2)),
+    "locas-shuffled": (0, (2, 1.5)),
+}
 METHOD_MARKERS = {"truncation": "D", "sliding": "v", "locas": "o", "temp-lora": "s", "long-context": "^"}
 
 

@@ -1,0 +1,1 @@
+"""Eight standard tasks answered offline, by log-probability."""
