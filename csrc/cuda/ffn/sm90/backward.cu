@@ -37,25 +37,25 @@ struct GateUpRing {
   struct Shared {
     Piece pieces[kPieces];
     Slab<T> hidden;
+    uint64_t arrived[kPieces];
   };
 
   Shared& shared;
-  uint64_t* arrived;  // [kPieces]
   RingPosition<kPieces> ring{};
 
   LOCAS_DEVICE void initialise() {
     if (ptx::lane_index() == 0) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&arrived[i], 1);
+      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&shared.arrived[i], 1);
       ptx::mbarrier_init_fence();
     }
     ptx::sync_warp();
   }
   // By lane 0.
   LOCAS_DEVICE void fetch(const ptx::TensorMap& gate, const ptx::TensorMap& up, int row, int col, int at) {
-    ptx::mbarrier_arrive_expect(&arrived[at], sizeof(Piece));
-    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &arrived[at]);
-    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &arrived[at]);
+    ptx::mbarrier_arrive_expect(&shared.arrived[at], sizeof(Piece));
+    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &shared.arrived[at]);
+    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &shared.arrived[at]);
   }
 };
 
@@ -84,7 +84,6 @@ struct GluFfnHiddenGrad {
   struct Shared {
     typename Tile::Shared tile;
     typename Ring::Shared pieces[Tile::kConsumers * 4];
-    uint64_t arrived[Tile::kConsumers * 4][kPieces];
   };
 
   // A tile has neurons of one source.
@@ -121,8 +120,7 @@ struct GluFfnHiddenGrad {
           });
         },
         [&](int consumer) {
-          const int warp = ptx::uniform(ptx::warp_index()) - 4;
-          Ring ring{shared.pieces[warp], shared.arrived[warp]};
+          Ring ring{shared.pieces[ptx::uniform(ptx::warp_index()) - 4]};
           ring.initialise();
           consume<Tile>(
               shared.tile, p, consumer,
@@ -186,7 +184,7 @@ struct GluFfnHiddenGrad {
           if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
           ptx::sync_warp();
         }
-        ptx::mbarrier_wait(&ring.arrived[slot], ring.ring.phase);
+        ptx::mbarrier_wait(&ring.shared.arrived[slot], ring.ring.phase);
         if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
         differentiate<act>(piece, at.source.scale, sums[row_block], column * kSlabCols / 2);
         ptx::fence_async_shared();

@@ -221,6 +221,7 @@ inline int block_count_for(int units, Queue queue) {
 }
 template <class Kernel>
 void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
+  static_assert(sizeof(typename Kernel::Shared) <= 227 * 1024, "what a block can have on sm_90");
   launch<Kernel>(block_count_for(p.units, queue), sizeof(typename Kernel::Shared), queue, p, options);
 }
 
