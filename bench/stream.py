@@ -252,7 +252,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _text(arguments) -> Tensor:
+def text(arguments) -> Tensor:
+    """[n]: the beginning of the text, or random tokens for a host of a shape."""
     if arguments.shape is not None:
         vocabulary = SHAPES[arguments.shape].vocab_size
         return torch.randint(0, vocabulary, (arguments.tokens,), generator=torch.Generator().manual_seed(0))
@@ -262,7 +263,7 @@ def _text(arguments) -> Tensor:
 
 def main() -> None:
     arguments = _arguments()
-    ids = _text(arguments)
+    ids = text(arguments)
     records = (interleaved if arguments.device == "cpu" else one_by_one)(arguments, ids)
     report(
         f"{len(ids):,} tokens, W = {arguments.window}, S = {arguments.stride}, rank {arguments.rank}: one chunk",

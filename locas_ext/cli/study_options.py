@@ -9,7 +9,9 @@ from .values import integer, names, number, one_of
 
 STUDY = "Studying"
 LOSSES = ("kl", "ce")
-KINDS = ("asked", "asked-for", "blank", "about", "continued")
+KINDS = ("asked", "asked-for", "turned", "linked", "begun", "blank", "about", "continued")
+
+LOCALITIES = ("none", "projected", "whitened")
 
 NEW_MEMORY = MemoryOptions(scale="host")  # the scale that a study needs: with the paper's it learns little
 
@@ -35,24 +37,39 @@ class StudyOptions:
             "kl: answers as the host gives them with the passage in view; ce: answers themselves.",
             panel=STUDY,
         ),
-    ] = "kl"
+    ] = "ce"
     kinds: Annotated[
         Any,  # list[str], which would make typer take the option several times
         option(names(KINDS), "Kinds of questions, the first by hosts with a chat template only; default: all.", panel=STUDY),
     ] = None
-    questions: Annotated[int, option(integer(1), "Questions of each kind per passage, at most.", panel=STUDY)] = 16
+    questions: Annotated[
+        int, option(integer(1), "Questions of each kind that the host writes per passage, at most.", panel=STUDY)
+    ] = 4
     chunk: Annotated[int, option(integer(16), "Tokens of a passage.", panel=STUDY)] = 128
     check: Annotated[
         bool, flag("Keep only questions that the host answers with the passage in view.", "--check/--no-check", panel=STUDY)
     ] = True
-    batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 48
+    batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 64
     top_k: Annotated[int, option(integer(1), "Likeliest tokens of the host that are kept at each place.", panel=STUDY)] = 32
     gold: Annotated[float, option(number(low=0), "With --loss kl, the share of the answer itself, 0 to 1.", panel=STUDY)] = 0.0
+    updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 300
+    recalled: Annotated[
+        float, option(number(above=0, below=1), "From which probability on a token counts as learned.", panel=STUDY)
+    ] = 0.7
     raw: Annotated[float, option(number(low=0), "Weight of the text itself.", panel=STUDY)] = 0.5
+    raw_first: Annotated[
+        float, option(number(low=0, below=1), "Share of the updates that learn mostly the text itself, first.", panel=STUDY)
+    ] = 0.3
     guard: Annotated[
         float, option(number(low=0), "Weight of the distance to the host on general prompts and free text.", panel=STUDY)
-    ] = 1.0
-    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.05
+    ] = 4.0
+    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.02
+    locality: Annotated[
+        str, option(one_of(LOCALITIES), "What keeps the memory silent on general text: where its keys may point.", panel=STUDY)
+    ] = "projected"
+    quiet: Annotated[
+        float, option(number(low=0, below=1), "Share of the energy of general inputs that keys are kept off.", panel=STUDY)
+    ] = 0.9
 
     def fields(self, epochs: int, learning_rate: float) -> dict[str, Any]:
         """The arguments of StudySettings."""

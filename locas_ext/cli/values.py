@@ -85,11 +85,12 @@ def integer(low: int, high: int = MOST) -> Kind:
     return Kind("N", f"an integer >= {low}" if high == MOST else f"an integer from {low} to {high}", read, textual=False)
 
 
-def number(*, low: float = -math.inf, above: float = -math.inf) -> Kind:
+def number(*, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Kind:
     def read(value: Any) -> float:
-        return checks.number("", float(value) if isinstance(value, str) else value, low, above=above)
+        return checks.number("", float(value) if isinstance(value, str) else value, low, above=above, below=below)
 
     bound = f" >= {low:g}" if math.isfinite(low) else f" > {above:g}" if math.isfinite(above) else ""
+    bound += f" and < {below:g}" if math.isfinite(below) else ""
     return Kind("NUMBER", f"a finite number{bound}", read, textual=False)
 
 

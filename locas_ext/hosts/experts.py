@@ -31,6 +31,7 @@ class ExpertBlock(HostFFN):
         if found is None:
             raise ValueError(f"a {type(module).__name__} holds no experts whose weights are understood")
         self.is_gated = found.gate is not None
+        self._width = len(found.up) * found.up[0].shape[0]
 
     def _experts(self) -> ExpertWeights:
         found = expert_weights(self.module, self.d)
@@ -46,8 +47,7 @@ class ExpertBlock(HostFFN):
     @property
     def width(self) -> int:
         """The neurons of all experts."""
-        up = self._experts().up
-        return len(up) * up[0].shape[0]
+        return self._width
 
     def _routing(self, x: Tensor, forward: Callable) -> Tensor | None:
         """[T, E]: what the router gives each expert; None where the experts are not told."""

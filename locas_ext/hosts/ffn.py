@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from locas_ext.ops.activations import activate
+from locas_ext.ops.ranks import Ranks
 
 from .formula import Seen, bound_forward, class_name, class_obstacle, has_hooks, is_plain_activation
-from .projections import dense_weight, linear_obstacle, value_norm_mean
+from .projections import dense_weight, linear_obstacle, value_norms
 from .seen import Entry, SeenFFN
+from .sharding import own_class
 
 # A module that acts as a linear layer; which class it is of is the host's affair.
 Projection = Any
@@ -74,11 +76,12 @@ class HostFFN(ABC):
     is_gated = False  # whether a neuron has a gate row
     seen: Seen | None = None  # of an FFN found by its numbers: what computed them
     repeated = False  # whether one forward of the host runs it several times
+    ranks: Ranks | None = None  # the processes that its neurons are split among
 
     def __init__(self, module: nn.Module, activation: str):
         self.activation = activation
         self.activation_name = "act_fn"  # of the module's activation module
-        self.modeling = type(module).__module__  # the Python module that defines the decoder layer
+        self.modeling = own_class(module).__module__  # the Python module that defines the decoder layer
         self.replace_module(module)
 
     def replace_module(self, module: nn.Module) -> None:
@@ -119,6 +122,11 @@ class HostFFN(ABC):
         width = getattr(last, "nx" if isinstance(last, Conv1D) else "in_features", None)
         return width if isinstance(width, int) else None
 
+    @property
+    def width_here(self) -> int | None:
+        """About how many of them this process has."""
+        return self.width if self.width is None or self.ranks is None else self.width // self.ranks.size
+
     def formula_obstacle(self) -> str | None:
         """Why the module may compute something else than its formula, or None."""
         kind: Any = type(self.module)
@@ -142,14 +150,20 @@ class HostFFN(ABC):
         """Lets go of what was looked at: a memory's forward is among it."""
         self._looked_at = None
 
-    def projection_obstacle(self) -> str | None:
-        """Why the weights cannot be used directly, or None."""
+    def projection_obstacle(self, gathered: bool = False) -> str | None:
+        """Why the weights cannot be used directly, or None. gathered: as in `linear_obstacle`"""
         if self.differs is not None:
             return self.differs
+        if self.ranks is not None:
+            return self.split_obstacle()
         for name, projection in zip(self.names, self.projections(), strict=True):
-            if problem := linear_obstacle(projection, self.plain):
+            if problem := linear_obstacle(projection, self.plain, gathered):
                 return f"{name} {problem}"
         return None
+
+    def split_obstacle(self) -> str | None:
+        """Why the weights of this process cannot be used directly, or None."""
+        return f"an FFN of the layout {self.layout!r} is split among {self.ranks.size} processes" if self.ranks else None
 
     def obstacle(self) -> str | None:
         """Why the formula on the host's own weights does not stand for the module, or None."""
@@ -178,14 +192,13 @@ class HostFFN(ABC):
     def input_rows(self, like: Tensor) -> tuple[Rows, ...]:
         """The neurons' input rows, each [m, d]; computed where the projections are not plain."""
 
-    def sample_source(self, like: Tensor) -> Tensor:
-        """A tensor of the host's numbers by which this FFN is known again (fingerprint.py)."""
-        rows: Any = self.input_rows(like)[0]
-        return rows
+    def sample_source(self, like: Tensor) -> Rows:
+        """Those of the host's numbers by which this FFN is known again (fingerprint.py)."""
+        return self.input_rows(like)[0]
 
     def mean_value_norm(self, like: Tensor) -> float:
         """The mean length of the neurons' output columns."""
-        return value_norm_mean(self.output_columns(like))
+        return value_norms(self.output_columns(like)).mean().item()
 
     def output_columns(self, like: Tensor) -> Tensor:
         """[d, m]."""
@@ -200,7 +213,8 @@ class ProjectedFFN(HostFFN):
         """What the output projection takes in, [..., m], from the projections as they are, whatever they are."""
 
     def importance(self, x: Tensor, forward: Callable) -> Tensor:
-        return self.hidden(x).abs().float().mean(0)
+        fires = self.hidden(x).abs().float().mean(0)
+        return fires if self.ranks is None or len(fires) == self.width else self.ranks.gathered(fires)
 
     @abstractmethod
     def resized(self, rows: Callable, columns: Callable) -> Packed:

@@ -11,11 +11,14 @@ The vocabulary may grow or shrink: a memory does not touch it.
 
 import base64
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .ffn import Rows
 from .registry import Host
+from .sharding import gathered
 
 SAMPLES = 64  # of a layer
 _EQUAL_SHARE = 0.75  # a float16 copy rounded to bfloat16 differs from a direct one in 1 of 16: where it fell on a tie
@@ -31,16 +34,26 @@ def _sizes(host: Host) -> dict:
     }
 
 
-def _first_rows(host: Host) -> list[Tensor]:
-    """Per FFN the input rows, flat: of a gated FFN the gate's."""
+def _first_rows(host: Host) -> Iterator[Rows]:
+    """Per FFN the input rows: of a gated FFN the gate's. Each is to be read before the next is asked for."""
     like = host.hidden_state_like()
-    return [ffn.sample_source(like).detach().reshape(-1) for ffn in host.ffns.values()]
+    for ffn in host.ffns.values():
+        with gathered(host.model, ffn.module):
+            yield ffn.sample_source(like)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _at(rows: Rows, places: Tensor) -> Tensor:
+    """The numbers of rows [m, d] at these places, counted through all of them."""
+    if isinstance(rows, Tensor):
+        return rows.detach().reshape(-1)[places]
+    width = rows.shape[1]
+    return rows[places // width].gather(1, (places % width)[:, None])[:, 0]
+
+
+def _sample(rows: Rows) -> Tensor:
     """[SAMPLES] float32 on the CPU, evenly spread over the whole."""
-    places = torch.arange(SAMPLES, device=weight.device) * (weight.numel() - 1) // (SAMPLES - 1)
-    return weight[places].to("cpu", torch.float32)
+    places = torch.arange(SAMPLES, device=rows.device) * (rows.shape.numel() - 1) // (SAMPLES - 1)
+    return _at(rows, places).to("cpu", torch.float32)
 
 
 def fingerprint(host: Host) -> dict:
@@ -100,6 +113,8 @@ def _format1_hash(host: Host) -> str:
     """What files of format 1 hold: a hash over samples rounded to bfloat16."""
     digest = hashlib.sha256()
     for weight in _first_rows(host):
-        samples = weight[:: max(1, weight.numel() // 64)].to("cpu", torch.bfloat16)
+        count = weight.shape.numel()
+        places = torch.arange(0, count, max(1, count // 64), device=weight.device)
+        samples = _at(weight, places).to("cpu", torch.bfloat16)
         digest.update(samples.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

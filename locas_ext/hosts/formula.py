@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from locas_ext.ops.activations import INDEX
 
 _TRANSFORMERS = os.path.dirname(transformers.__file__)
+SPLITTING = "transformers.distributed.tensor_parallel"  # what splits a host among processes
 
 
 def class_name(module: Any) -> str:
@@ -32,9 +33,34 @@ def bound_forward(module: nn.Module) -> Any:
     return forward
 
 
+def hooks_of(module: nn.Module) -> dict[int, Any]:
+    """Who listens to a module's forward or backward, by the hooks' ids.
+
+    Without transformers' own hook on a module that several processes compute alike (tp_plan): it adds up the gradients of its
+    parameters, of which there are none while they are frozen.
+    """
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return {}
+    hooks = {
+        **module._forward_hooks,
+        **module._forward_pre_hooks,
+        **module._backward_hooks,
+        **module._backward_pre_hooks,
+    }
+    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return hooks
+    return {number: hook for number, hook in hooks.items() if not sums_gradients(hook)}
+
+
+def sums_gradients(function: Any) -> bool:
+    """Whether a function is the one by which transformers adds up what several processes make of a parameter's gradient."""
+    name = getattr(function, "__qualname__", "")
+    return getattr(function, "__module__", None) == SPLITTING and name.startswith("ReplicatedWithGradAllReduce.")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody listens to a module's forward or backward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(hooks_of(module))
 
 
 @functools.cache

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from locas_ext.ops.types import HostWeights
 
-from .ffn import Packed, ProjectedFFN, as_parameters
-from .projections import dense_weight
+from .ffn import Packed, ProjectedFFN, Rows, as_parameters
+from .projections import dense_weight, value_norms
+from .split import SplitRows, local, split_obstacle
 
 
 class GatedFFN(ProjectedFFN):
@@ -24,9 +25,22 @@ class GatedFFN(ProjectedFFN):
         super().__init__(module, activation)
 
     def weights(self) -> HostWeights:
-        """The host's own tensors, not copies; meaningful where obstacle() is None."""
+        """The host's own tensors, not copies; meaningful where obstacle() is None.
+
+        Where neurons are split among processes: those of this one, and the output's bias on one process only.
+        """
         gate, up, down = (projection._parameters for projection in self.projections())
-        return HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
+        weights = HostWeights(gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"])
+        if self.ranks is None:
+            return weights
+        weights = HostWeights(*map(local, weights))
+        return weights if self.ranks.rank == 0 else weights._replace(down_bias=None)
+
+    def split_obstacle(self) -> str | None:
+        for name, projection, dim in zip(self.names, self.projections(), (0, 0, 1), strict=True):
+            if problem := split_obstacle(projection, dim):
+                return f"{name} {problem}"
+        return None
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """gate and up [..., m] from the projections as they are, whatever they are."""
@@ -37,9 +51,17 @@ class GatedFFN(ProjectedFFN):
         gate, up = self.pre_activations(x)
         return self.activate(gate) * up
 
-    def input_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def input_rows(self, like: Tensor) -> tuple[Rows, Rows]:
         gate, up, _ = self.projections()
+        if self.ranks is not None and self.obstacle() is None:
+            ranks, total = self.ranks, gate.out_features
+            return SplitRows(local(gate.weight), ranks, total), SplitRows(local(up.weight), ranks, total)
         return dense_weight(gate, like), dense_weight(up, like)
+
+    def mean_value_norm(self, like: Tensor) -> float:
+        if self.ranks is not None and self.obstacle() is None:
+            return self.ranks.gathered(value_norms(local(self.projections()[-1].weight))).mean().item()
+        return super().mean_value_norm(like)
 
     def pack(self, weights: HostWeights) -> Packed:
         """Parameters for the projections that hold these weights, not yet put in."""
@@ -74,6 +96,9 @@ class FusedGatedFFN(GatedFFN):
 
     names = ("gate_up_proj", "down_proj")
     layout = "gated, gate and up in one projection"
+
+    def split_obstacle(self) -> str | None:
+        return ProjectedFFN.split_obstacle(self)  # a process may have gate rows only
 
     def split(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """The gate's and the up projection's part of a tensor along one of its dimensions."""

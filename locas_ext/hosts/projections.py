@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .formula import bound_forward, class_name
+from .split import is_split
 
 
 def _only_moves_the_input(linear: nn.Module) -> bool:
@@ -28,8 +29,11 @@ def _only_moves_the_input(linear: nn.Module) -> bool:
     )
 
 
-def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> str | None:
-    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short."""
+def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear, gathered: bool = False) -> str | None:
+    """Why this projection's weight cannot be used directly, or None. Runs on every call, so it is kept short.
+
+    gathered: whether a sharded weight is taken for the plain one that it is during a forward
+    """
     if type(linear) is not plain:
         return f"is a {class_name(linear)}, not a plain {plain.__name__}"
     own = linear.__dict__  # looked into directly, which takes less than an attribute
@@ -39,7 +43,7 @@ def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear) -> st
         return "has hooks"
     parameters = own["_parameters"]
     weight, bias = parameters["weight"], parameters["bias"]
-    if type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter and not (gathered and is_split(weight)):
         return f"holds a {type(weight).__name__}, not a plain Parameter"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "requires a gradient"
@@ -68,9 +72,12 @@ def projection_device(projection: nn.Module) -> torch.device | None:
 def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
     """The weight [out, in] of any linear module, in `like`'s dtype where it has to be computed.
 
-    A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight.
+    A quantized, LoRA-wrapped or offloaded projection is asked what it does to the unit vectors, which is its weight. One that
+    is split among processes is gathered, by all of them.
     """
-    weight = linear._parameters.get("weight")
+    weight: Any = linear._parameters.get("weight")
+    if is_split(weight):
+        return weight.full_tensor()
     if type(linear) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and not weight.is_meta:
         return weight if type(linear) is nn.Linear else weight.T
     if (size := getattr(linear, "nx" if type(linear) is Conv1D else "in_features", None)) is None:
@@ -90,12 +97,12 @@ def dense_weight(linear: nn.Module, like: Tensor) -> Tensor:
     return torch.cat(columns).T.contiguous()
 
 
-def value_norm_mean(down_weight: Tensor) -> float:
-    """Mean L2 norm of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
+def value_norms(down_weight: Tensor) -> Tensor:
+    """[m]: L2 norms of the host's value rows, that is of the columns of W_down [d, m], in float32 or better."""
     dtype = torch.promote_types(down_weight.dtype, torch.float32)
     squares = down_weight.new_zeros(down_weight.shape[1], dtype=dtype)
     # Blocks of rows in one small buffer, which stay in the cache; vector_norm(dim=0) takes ten times as long.
     buffer = down_weight.new_empty(min(128, len(down_weight)), down_weight.shape[1], dtype=dtype)
     for rows in down_weight.detach().split(len(buffer)):
         squares += buffer[: len(rows)].copy_(rows).square_().sum(0)
-    return squares.sqrt().mean().item()
+    return squares.sqrt()

@@ -1,7 +1,7 @@
 """Hosts: the FFNs of families in a table, and of all others as one forward shows them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from locas_ext.ops.activations import INDEX
+from locas_ext.ops.ranks import Ranks
 
 from .discovery.discover import discover
-from .ffn import HostFFN, entries
+from .ffn import HostFFN, ProjectedFFN, entries
 from .gated_ffn import FusedGatedFFN, GatedFFN
 from .seen import Entry
+from .sharding import check_not_flattened, own_class
+from .split import ranks_of
 from .text_config import max_positions
 from .two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from .window_reading import WindowReading
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Host:
     paths: by layer, the names that lead from decoder() to the FFN's module, layer by layer
     width_key: what the config calls the FFNs' width, where the family says so
     intermediate_size: the width of the first FFN, by which memory files know the host
+    ranks: the processes that its weights are split among; None: it is whole here
     """
 
     model: PreTrainedModel
@@ -91,6 +96,7 @@ class Host:
     max_positions: int
     width_key: str | None = None
     reading: WindowReading = field(default_factory=WindowReading)  # how its windows are read, as far as probed
+    ranks: Ranks | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -128,9 +134,10 @@ class Host:
     def read(self, **inputs: Any) -> None:
         """Runs the decoder over `input_ids` for its effects alone: nobody reads logits.
 
-        Through the model where a library has wrapped its forward: what it does around it, such as autocast, belongs to it.
+        Through the model where a library has wrapped its forward or listens to it: what it does around it, such as autocast
+        or the gathering of its weights, belongs to it.
         """
-        if "forward" in self.model.__dict__:
+        if "forward" in self.model.__dict__ or self.model._forward_pre_hooks:
             self.model(logits_to_keep=1, **inputs)
         else:
             self.model.base_model(**inputs)
@@ -153,6 +160,7 @@ def inspect_host(model) -> Host:
     or an activation without a kernel in a family that is known; the message says what would work.
     """
     model = unwrapped(model)
+    check_not_flattened(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is {type(model).__name__}; expected a transformers causal language model, "
@@ -165,7 +173,28 @@ def inspect_host(model) -> Host:
             f"{type(model).__name__} has no language-model head, so it cannot be trained on text; "
             "load it with AutoModelForCausalLM"
         )
-    return _discovered(model) if family is None else _known(model, family)
+    ranks = ranks_of(model)
+    host = _discovered(model) if family is None else _known(model, family)
+    return host if ranks is None else _split(host, ranks)
+
+
+def _split(host: Host, ranks: Ranks) -> Host:
+    """The host as split among processes. ValueError for FFNs in which no memory can be split."""
+    for ffn in host.ffns.values():
+        if not isinstance(ffn, ProjectedFFN):
+            raise ValueError(
+                f"{type(host.model).__name__} has FFNs of the layout {ffn.layout!r} and is split among {ranks.size} processes "
+                "(tp_plan), where a memory can only stand in FFNs of projections; load the model without tp_plan, such as with "
+                "device_map"
+            )
+        ffn.ranks = ranks
+    if not ranks.same([(layer, type(ffn).__name__, ffn.names, ffn.place.name) for layer, ffn in host.ffns.items()]):
+        raise ValueError(
+            f"{type(host.model).__name__} is split among {ranks.size} processes (tp_plan), which have found different FFNs in "
+            "it; load the model without tp_plan"
+        )
+    host.reading.ranks = ranks
+    return replace(host, ranks=ranks)
 
 
 def _known(model: PreTrainedModel, family: HostFamily) -> Host:
@@ -180,7 +209,7 @@ def _known(model: PreTrainedModel, family: HostFamily) -> Host:
     _check_not_shared(modules)
     ffns = tuple(family.kind(module, activation) for module in modules)
     for ffn, layer in zip(ffns, layers.values(), strict=True):
-        ffn.activation_name, ffn.modeling = family.activation_name, type(layer).__module__
+        ffn.activation_name, ffn.modeling = family.activation_name, own_class(layer).__module__
     inner = () if family.ffn is None else (family.ffn,)
     decoder_path = _name_of(model, decoder)
     return Host(
@@ -233,22 +262,6 @@ def _caller_of(model: Any, layers: str) -> str:
             if layers.startswith(f"{name}."):
                 return name
     return layers.rpartition(".")[0]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile's and PEFT's wrappers. ValueError for a wrapper that adds to the input."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile() returned
-    if not hasattr(model, "get_base_model"):  # no PEFT wrapper
-        return model
-    wrapper: Any = model
-    for adapter in getattr(model, "peft_config", {}).values():
-        if getattr(adapter, "is_prompt_learning", False):
-            kind = getattr(adapter.peft_type, "value", adapter.peft_type)
-            raise ValueError(
-                f"model is a {type(model).__name__} of type {kind}, which puts a learned prompt before the text, and a memory "
-                "reads the text through the model inside, without it; attach to model.get_base_model() to leave the prompt out"
-            )
-    return wrapper.get_base_model()
 
 
 def _check_reads_text(model: PreTrainedModel) -> None:

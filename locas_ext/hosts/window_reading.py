@@ -6,6 +6,7 @@ wherever something may change, which is at the first window, at the first one be
 the first full one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from locas_ext.ops.ranks import Ranks
 
 from .lengths import Lengths, lengths_of
 from .probe.agreement import COARSE, distances, rounding, rounds_whole_texts
@@ -71,6 +74,7 @@ def cheapest(
     targets: Tensor,
     coarse: bool,
     otherwise: Sequence[Way] = (),
+    ranks: Ranks | None = None,
 ) -> Verdict:
     """The cheapest way, no cheaper than the known one, that gives the logits of one plain forward.
 
@@ -78,6 +82,7 @@ def cheapest(
     expected: [n, V], what one plain forward gives; targets: [n]
     coarse: whether the host rounds whole texts to one grid (rounds_whole_texts)
     otherwise: ways to try where neither the known one nor its full form gives them
+    ranks: the processes that the host is split among, which decide together
     """
     why = known.why
 
@@ -85,16 +90,16 @@ def cheapest(
         nonlocal why
         try:
             error = misfit(read(way), expected, targets)
+            told = f"the host's logits differ from those of one forward by {error:.2g} of their spread"
         except torch.OutOfMemoryError:
             raise  # which says nothing of the host
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as problem:
-            why = f"behind a cache of the context the host raises {type(problem).__name__}: {problem}"
-            return False
-        if not error <= tolerance(expected, coarse):
-            told = f"differ from those of one forward by {error:.2g} of their spread"
-            why = f"behind a cache of the context the host's logits {told}"
-            return False
-        return True
+            error, told = math.inf, f"the host raises {type(problem).__name__}: {problem}"
+        if ranks is not None:
+            error = ranks.largest(error)
+        fitting = error <= tolerance(expected, coarse)
+        why = why if fitting else f"behind a cache of the context {told}"
+        return fitting
 
     for way in (known.way, *otherwise):
         if fits(way):
@@ -129,6 +134,7 @@ class WindowReading:
     verdicts: by the least number of tokens that each holds for; the probe's at 0
     build: what the host was made of when they were found
     kernels: what else was found out about a host of this build, by whoever reads it faster
+    ranks: the processes that the host is split among
     """
 
     lengths: Lengths = field(default_factory=Lengths)
@@ -140,6 +146,7 @@ class WindowReading:
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     build: int | None = None
     kernels: Any = None
+    ranks: Ranks | None = None
 
     def begin_run(self, model: nn.Module) -> None:
         """Forgets what was compared before if modules, their forwards or the config have changed since."""
@@ -177,7 +184,7 @@ class WindowReading:
             with torch.no_grad():
                 expected = read(ONE)
             otherwise = () if 0 in self.verdicts else (SHORT._replace(positions=True),)  # which the probe would have tried
-            self.verdicts[kind] = cheapest(verdict, read, expected, targets, self.coarse, otherwise)
+            self.verdicts[kind] = cheapest(verdict, read, expected, targets, self.coarse, otherwise, self.ranks)
         return self.verdict(context, tokens)
 
     def describe(self) -> str:

@@ -11,6 +11,7 @@ from locas_ext.state.memory_state import MemoryState
 
 from .chunk import Reader, Window
 from .optimizers import OPTIMIZERS
+from .peers import Peers
 from .report import GraphReport
 from .settings import require_parameters_that_learn
 from .update import Backprop
@@ -24,8 +25,10 @@ def loss_scale(state: MemoryState) -> float:
     return FP16_LOSS_SCALE if state.arenas[0].compute.dtype == torch.float16 else 1.0
 
 
-def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
+def gradient(attachment: Attachment, window: Window, reader: Reader, formed: bool = False) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
+
+    formed: whether the arenas are to hold the gradient itself, whatever the update could form it from
 
     Only the slots get a gradient, whatever else of the host requires one. Nothing here waits for the device.
     """
@@ -33,10 +36,22 @@ def gradient(attachment: Attachment, window: Window, reader: Reader) -> Tensor:
     require_parameters_that_learn(state)  # a callback may have frozen the last one
     if reader.is_in_one(window):
         tokens += len(window.context)
-    with state.accumulating(as_factors=attachment.keeps_factors(tokens)):
+    with state.accumulating(as_factors=not formed and attachment.keeps_factors(tokens)):
         loss = reader.loss(window)
         state.backward(loss * (loss_scale(state) / len(window.targets)))
     return loss.detach()
+
+
+def measured(loss: Tensor, state: MemoryState) -> Tensor:
+    """[1 + number of arenas]: the loss and the norm of each arena's gradient, the same on all processes that share the memory:
+    not finite where one of theirs is not."""
+    numbers = torch.stack([loss.float(), *(arena.gradient_norm().to(loss.device) for arena in state.arenas)])
+    return numbers if state.ranks is None else state.ranks.agreed(numbers)
+
+
+def agreed_loss(loss: Tensor, state: MemoryState) -> float:
+    """A loss, the same on all processes that share the memory."""
+    return (loss.float() if state.ranks is None else state.ranks.agreed(loss.detach().float().clone())).item()
 
 
 def check_loss(loss: float, state: MemoryState, place: str) -> None:
@@ -54,9 +69,17 @@ def check_gradient(finite: bool, state: MemoryState, place: str) -> None:
 class EagerStep:
     """step(window, place) -> the summed negative log-likelihood of a window's targets, before they are learned."""
 
-    def __init__(self, attachment: Attachment, update: Backprop, reader: Reader, why_not: str | None = None):
+    def __init__(
+        self,
+        attachment: Attachment,
+        update: Backprop,
+        reader: Reader,
+        why_not: str | None = None,
+        peers: Peers | None = None,
+    ):
         """why_not: why the step is not a CUDA graph; None for one that is"""
         self.attachment, self.update, self.reader, self.why_not = attachment, update, reader, why_not
+        self.peers = peers
         self.updates = 0
 
     def __call__(self, window: Window, place: str) -> float:
@@ -68,17 +91,47 @@ class EagerStep:
         state = self.attachment.state
         state.sync()  # changes from outside: the forwards below do not look for them
         try:
-            loss_here = gradient(self.attachment, window, self.reader)
-            norms = [arena.gradient_norm().to(loss_here.device) for arena in state.arenas]
-            loss, *norms_here = torch.stack([loss_here, *norms]).tolist()  # one read, as each waits for the device
+            numbers = self._measured(window)
+            loss, *norms = numbers.tolist()  # one read, as each waits for the device
+            if self.peers is not None:
+                norms, said = norms[: len(state.arenas)], norms[len(state.arenas) :]
+                loss = self.heard(said, place)
             check_loss(loss, state, place)
-            check_gradient(all(map(math.isfinite, norms_here)), state, place)
+            check_gradient(all(map(math.isfinite, norms)), state, place)
             step = OPTIMIZERS[self.update.optimizer]
             scale = 1.0 / loss_scale(state)
             step(state, self.update.learning_rate, clip=self.attachment.config.clip, gradient_scale=scale)
         finally:
             state.zero_grad()
         return loss
+
+    def _measured(self, window: Window) -> Tensor:
+        """The gradient in the arenas, and what `measured` says of it; behind that what the peers say."""
+        attachment, state = self.attachment, self.attachment.state
+        if self.peers is None:
+            return measured(gradient(attachment, window, self.reader), state)
+        try:
+            loss = self.peers.turn(
+                attachment.host, self.reader, window, lambda: gradient(attachment, window, self.reader, formed=True)
+            )
+        except BaseException:
+            self.peers.leave(state)
+            raise
+        return self.together(loss)
+
+    def together(self, loss: Tensor) -> Tensor:
+        """The same where the gradient of this rank's own loss is in the arenas."""
+        assert self.peers is not None, "asked for by those who have some"
+        said = self.peers.combined(self.attachment.state, loss)
+        return torch.cat([measured(said[: self.peers.ranks.size].sum(), self.attachment.state), said])
+
+    def heard(self, said: list[float], place: str) -> float:
+        """This rank's loss, of all that the peers said. LocasError where one of theirs is not finite, or one is gone."""
+        assert self.peers is not None, "asked for by those who have some"
+        losses = self.peers.heard(said)
+        for loss, of_rank in zip(losses, self.peers.places(place), strict=True):
+            check_loss(loss, self.attachment.state, of_rank)
+        return losses[self.peers.own]
 
     def report(self) -> GraphReport:
         return GraphReport(updates=self.updates, why_not=self.why_not)

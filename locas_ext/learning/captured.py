@@ -14,12 +14,14 @@ cannot be captured: MemorizeReport.graph says so.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 from typing import Protocol as Interface
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from locas_ext.caller import caller_stacklevel
+from locas_ext.hosts.split import is_split
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.rehome import RehomedFFN
 
@@ -41,7 +43,8 @@ class _HostTensors:
         return all(tuple(now.values()) == then for now, then in self.children)
 
     def addresses(self) -> list[int]:
-        return [0 if tensor is None else tensor.data_ptr() for tensors in self.held for tensor in tensors.values()]
+        tensors: Any = (tensor for tensors in self.held for tensor in tensors.values() if tensor is not None)
+        return [(tensor._local_tensor if is_split(tensor) else tensor).data_ptr() for tensor in tensors]
 
 
 class Work(Interface):
@@ -75,6 +78,7 @@ class Captured:
         self.left = reader.left
         reader.replayed = why_not is None
         self.captured_at: tuple = ()
+        self.captured_with: list[Tensor | None] = []  # of several processes: no other tensor is taken for one of them
         self.tensors = _HostTensors(attachment.host.model)
 
     def replay(self, window: Window) -> bool:
@@ -107,12 +111,19 @@ class Captured:
         attachment, (arena,) = self.attachment, self.attachment.state.arenas
         if not self.tensors.holds():
             self.tensors = _HostTensors(attachment.host.model)
-        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
-        tensors += [rehomed.down for rehomed in self._rehomed_ffns()]
+        tensors = self._tensors()
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if attachment.state.ranks is not None:  # another tensor may lie at the same address, in one process and not in another
+            addresses += map(id, tensors)
         learning = (parameter.requires_grad for parameter in arena.parameters)
         how = attachment.attached, attachment.state.disabled, arena.used, *learning, *arena.scales
         return len(part.context), *how, *addresses, *self.tensors.addresses()
+
+    def _tensors(self) -> list[Tensor | None]:
+        """The memory's own that a replay reads or writes."""
+        (arena,) = self.attachment.state.arenas
+        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
+        return tensors + [rehomed.down for rehomed in self._rehomed_ffns()]
 
     def _rehomed_ffns(self) -> list[RehomedFFN]:
         return [ffn.rehomed for ffn in self.attachment.ffns if ffn.rehomed is not None and ffn.rehomed.reason is None]
@@ -127,14 +138,22 @@ class Captured:
             self._prepare(part)
             rehearse(lambda: self.work.rehearse(self.window), self.ids.device)
             self.captured_at = self._signature(part)
+            self.captured_with = [] if self.attachment.state.ranks is None else self._tensors()
             self.graph = capture(self._run, self.ids.device)
         except Exception as error:
-            self.why_not = f"the step cannot be captured: {error}"
-            message = f"memorizing continues without a CUDA graph, with the same results but slower: {error}"
-            warnings.warn(message, stacklevel=caller_stacklevel())
+            self._give_up(error)
         finally:
             self._undo_python()
+        ranks = self.attachment.state.ranks
+        if ranks is not None and not ranks.all(self.graph is not None) and self.graph is not None:
+            self._give_up("another process cannot capture it")
+            self._undo_python()
         return self.graph
+
+    def _give_up(self, why: object) -> None:
+        self.graph, self.why_not = None, f"the step cannot be captured: {why}"
+        message = f"memorizing continues without a CUDA graph, with the same results but slower: {why}"
+        warnings.warn(message, stacklevel=caller_stacklevel())
 
     def _prepare(self, part: Window) -> None:
         device = self.attachment.state.arenas[0].slots.device

@@ -88,6 +88,9 @@ class Reader(TakesKernels, Protocol):
     def is_in_one(self, window: Window) -> bool:
         """Whether one forward reads the whole window, so that the gradient goes through its context too."""
 
+    def runs_the_host(self, window: Window) -> bool:
+        """Whether the host's own code alone reads a window, or what of it is split among processes."""
+
     def fixes(self, window: Window) -> bool:
         """Whether a window that grows is read as all that grow are: from rows that stay in place, whatever its context is."""
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from transformers import masking_utils, modeling_utils
 
+from locas_ext.hosts.formula import hooks_of
 from locas_ext.patching.attachment import Attachment
 
 from .run_guards import surrounded
@@ -30,9 +31,10 @@ def obstacle(attachment: Attachment) -> str | None:
         return "autocast is on"
     if (why := surrounded(model)) is not None:
         return why
+    if state.ranks is not None and (why := next(filter(None, (ffn.obstacle() for ffn in attachment.ffns)), None)) is not None:
+        return f"the host is split among {state.ranks.size} processes, and its own code runs an FFN, as {why}"
     for name, module in model.named_modules():
-        hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
-        if set(hooks) - attachment.hook_ids():
+        if hooks_of(module).keys() - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"
     return None
 

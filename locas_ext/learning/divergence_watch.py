@@ -12,9 +12,11 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.kept_rows import KeptRows
 from locas_ext.state.stream import Chunk, Stream, TextRecord
 
+from .backprop import agreed_loss
 from .chunk import Window
 from .divergence import RECENT, UNJUDGED, Comparison, DivergenceTest
 from .kept_reader import KeptReader
+from .peers import Peers
 from .report import Divergence, MemorizeReport
 from .settings import ResolvedSettings
 from .step import Reader
@@ -78,20 +80,23 @@ class DivergenceWatch:
         report: MemorizeReport,
         chunks: int,
         on_divergence: str,
+        peers: Peers | None = None,
     ):
-        """chunks: how many the call is to read, behind those in the report"""
-        self.attachment, self.settings, self.report = attachment, settings, report
+        """chunks: how many the call is to read, behind those in the report; peers: those who learn in step with this process"""
+        self.attachment, self.settings, self.report, self.peers = attachment, settings, report, peers
+        self.chunks = report.chunks if peers is None else peers.chunks
+        chunks = chunks if peers is None else peers.schedule.steps
         # What is kept was made by the memory; the host alone reads each window anew.
         self.keeps = isinstance(reader, KeptReader)
         self.reader = reader.anew if isinstance(reader, KeptReader) else reader
         self.mode = on_divergence
-        self.first, self.last = len(report.chunks), len(report.chunks) + chunks - 1
+        self.first, self.last = len(self.chunks), len(self.chunks) + chunks - 1
         self.test = DivergenceTest(settings.protocol.stride)
         self.best = _Best()
         self.candidate: KeptState | None = None
         self.unjudged: KeptState | None = None
         self.anew: float | None = None  # what the memory scores a kept context's chunk when it reads the window anew
-        self.compared: tuple[Window, float] | None = None  # the latest, and what the host alone scored
+        self.compared: tuple[Window, float, int] | None = None  # the latest, what the host alone scored, of how many tokens
 
     @property
     def stops(self) -> bool:
@@ -107,26 +112,27 @@ class DivergenceWatch:
         due = self._is_due()
         if self.report.diverged is None and due:
             self.candidate = KeptState.of(self.attachment)
-        elif self.report.diverged is None and len(self.report.chunks) in UNJUDGED:
+        elif self.report.diverged is None and len(self.chunks) in UNJUDGED:
             self.unjudged = KeptState.of(self.attachment)
         if due and self.keeps and self.test.wants_like_with_like:
             self.anew = self._loss(window)
 
-    def after(self, window: Window, loss: float, learned: bool) -> None:
+    def after(self, window: Window, loss: float, tokens: int, learned: bool) -> None:
         """Called when the chunk is scored and learned. Compares it if it is its turn.
 
-        loss: its summed loss; learned: whether the memory that scored it had learned anything
+        loss: its summed loss, over so many tokens, the peers' with it; learned: whether the memory that scored it had learned
+        anything
         """
-        number, tokens = len(self.report.chunks), len(window.targets)
+        number = len(self.chunks)
         if self.mode == "ignore" or not (
-            self._is_due() or self.test.surprises(number, loss, tokens, self.report.chunks[self.first :])
+            self._is_due() or self.test.surprises(number, loss, tokens, self.chunks[self.first :])
         ):
             return
         host = self._host_loss(window) if learned else loss
         comparison = Comparison(tokens, loss if self.anew is None else self.anew, host)
         if self.best.take(self.candidate, comparison.excess):
             self.unjudged = None
-        self.candidate, self.compared = None, (window, host)
+        self.candidate, self.compared = None, (window, host, tokens)
         self.test.add(number, comparison, like_with_like=not self.keeps or self.anew is not None or not learned)
 
     def tell(self, chunk: Chunk) -> None:
@@ -156,7 +162,7 @@ class DivergenceWatch:
 
     # ---- how -------------------------------------------------------------------------------------------------
     def _is_due(self) -> bool:
-        number = len(self.report.chunks)
+        number = len(self.chunks)
         ends = self.test.harmed_by is not None and number > self.last - RECENT
         begins = number == self.first and self.last - self.first + 1 >= WORTH_KEEPING
         return ends or begins or self.test.is_due(number)
@@ -166,15 +172,18 @@ class DivergenceWatch:
         unjudged, best = self.unjudged, self.best
         if unjudged is None or self.compared is None:
             return best.state
-        now, (window, host) = KeptState.of(self.attachment), self.compared
+        now, (window, host, tokens) = KeptState.of(self.attachment), self.compared
         unjudged.put_back(self.attachment)
-        excess = (self._loss(window) - host) / len(window.targets)
+        excess = (self._loss(window) - host) / tokens
         now.put_back(self.attachment)
         return unjudged if excess <= max(best.excess, 0.0) else best.state
 
     @torch.no_grad()
     def _loss(self, window: Window) -> float:
-        return self.reader.loss(window).item()
+        host = self.attachment.host
+        if self.peers is not None:
+            return self.peers.total(self.peers.turn(host, self.reader, window, lambda: self.reader.loss(window)))
+        return agreed_loss(self.reader.loss(window), self.attachment.state)
 
     def _host_loss(self, window: Window) -> float:
         with self.attachment.state.disable():

@@ -10,13 +10,15 @@ from torch import Tensor
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.ffn import Rows
+from locas_ext.hosts.sharding import companions
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
 from locas_ext.state.scope import scoped
 
 from .chunk import Window
-from .inputs import TokenIds, token_ids
+from .inputs import TokenIds, require_same, token_ids
+from .peers import Peers
 from .run_guards import eager_host, quiet_host
 from .update import Backprop
 
@@ -91,32 +93,39 @@ def check_rate(config: LocasConfig, update: object) -> None:
 
 
 @contextmanager
-def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]]):
+def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]], peers: Peers | None):
     """Collects each layer's initial rows during one forward."""
     generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
 
     def observe(ffn: PatchedFFN, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
         if ffn not in rows:  # one that runs several times begins with what its first call uses
-            rows[ffn] = initial_rows(attachment.config, ffn.importance(x), ffn.host_rows(x), x, generator)
+            importance = ffn.importance(x) if peers is None else peers.mean_importance(ffn.importance(x), len(x))
+            rows[ffn] = initial_rows(attachment.config, importance, ffn.host_rows(x), x, generator)
 
     # A graph knows no contexts: a compiled host is observed in eager code.
     with scoped(attachment.state, observer=observe), eager_host(attachment.host.model):
         yield
 
 
-def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any]) -> Any:
-    """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result."""
+def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any], peers: Peers | None = None) -> Any:
+    """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result.
+
+    peers: those who begin with the same slots, for what all of them saw
+    """
     state = attachment.state
     rows: dict[PatchedFFN, list[Tensor]] = {}
-    with state.disable(), _observe(attachment, rows), torch.no_grad():
+    with state.disable(), _observe(attachment, rows, peers), torch.no_grad():
         result = forward(ids[None])
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
     for index, ffn in enumerate(attachment.ffns):
         for plane, values in enumerate(rows[ffn]):
-            slots[index, plane] = values
-    if not torch.isfinite(slots).all():
+            slots[index, plane] = values if state.ranks is None else state.ranks.mine(values)
+    if peers is not None:
+        peers.first(slots)
+    finite = bool(torch.isfinite(slots).all())
+    if not (finite if state.ranks is None else state.ranks.all(finite)):
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
     state.set_slots(slots, version=0)
     return result
@@ -126,6 +135,7 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     """See `Memory.initialize`."""
     host = attachment.host
     ids = token_ids(input_ids, host.vocab_size, at_least=1)
+    require_same(companions(host.model), ids, attachment.config)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
     with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
@@ -133,12 +143,15 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     attachment.stream, attachment.texts = None, []
 
 
-def score_and_initialize(attachment: Attachment, window: Window) -> Tensor:
-    """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL."""
+def score_and_initialize(attachment: Attachment, window: Window, peers: Peers | None = None) -> Tensor:
+    """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL.
+
+    peers: those who begin with the same slots
+    """
     window = window.to(attachment.host.input_device())
 
     def forward(x: Tensor) -> Tensor:
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
         return token_nll(logits, window.targets.to(logits.device)).sum()
 
-    return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward)
+    return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward, peers)

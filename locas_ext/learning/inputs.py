@@ -1,9 +1,12 @@
 """A text as token ids, checked."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from locas_ext.ops.ranks import Ranks
 
 TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]  # [n] or [1, n]
 
@@ -33,3 +36,12 @@ def token_ids(input_ids: TokenIds, vocab_size: int, at_least: int) -> Tensor:
             f"input_ids holds token {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the host's vocabulary"
         )
     return ids
+
+
+def require_same(ranks: Ranks | None, ids: Tensor, settings: object) -> None:
+    """ValueError unless all processes that share the memory were given the same text and settings."""
+    if ranks is not None and not ranks.same((hashlib.sha256(ids.numpy().tobytes()).digest(), repr(settings))):
+        raise ValueError(
+            f"the {ranks.size} processes that the host is split among (tp_plan, fully_shard) were given different texts or "
+            "settings; expected the same input_ids and settings in all of them"
+        )

@@ -1,7 +1,9 @@
 """Online memorization: score a chunk, learn from it, continue (docs/method.md, "The online protocol")."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,19 +11,23 @@ from torch import Tensor
 from locas_ext.checks import boolean, one_of
 from locas_ext.errors import LocasError
 from locas_ext.hosts.text_config import bos_token_id
+from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
-from locas_ext.state.stream import Chunk
+from locas_ext.state.stream import Chunk, Stream
 
 from .chunk_loop import Passage
 from .divergence_watch import ON_DIVERGENCE
 from .initialization import check_rate
-from .inputs import TokenIds, token_ids
+from .inputs import TokenIds, require_same, token_ids
+from .peers import Peers, facts_of, ranks_in_step
+from .read_text import ReadText, tail_length
 from .report import MemorizeReport
-from .resume import check_same_run, saved_run, settings_of
-from .run import Run, tail_length
+from .resume import SavedRun, check_same_run, saved_run, settings_of
+from .run import Run
 from .settings import ResolvedSettings, ResolvedWrite, Settings
 from .step import reader_for
 from .text_digest import BLOCK, TextDigest
+from .update import Backprop
 
 Callback = Callable[[Chunk], None] | None
 
@@ -59,27 +65,64 @@ def memorize(
     _check(progress, callback, on_divergence)
     if title is not None and not isinstance(title, str):
         raise TypeError(f"title is {title!r}; expected a string or None")
-    host = attachment.host
     with attachment.exclusive("memorize"):
-        saved = None if resume is None else saved_run(resume)
-        resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
-        ids = token_ids(input_ids, host.vocab_size, at_least=2)
-        bos = bos_token_id(host.model) if resolved.protocol.bos else None
-        reader = reader_for(host, resolved, len(ids))
-        if saved is None:
-            _check_first_chunk(attachment, resolved, ids)
-        if on_divergence != "ignore":
-            check_rate(attachment.config, resolved.update)
-        if saved is None:
-            passage = Passage(ids, resolved.protocol, bos)
-            run = Run(attachment, resolved, reader, passage, TextDigest(), [], title, on_divergence)
-        else:
-            digest = check_same_run(attachment, ids, resolved, saved)
+        group = settings.update.process_group if isinstance(settings.update, Backprop) else None
+        ranks = ranks_in_step(attachment.host, group)
+        place = 0 if ranks is None or group is None else ranks.rank
+        with together(ranks):
+            begun = _begun(attachment, input_ids, settings, resume, place, title, on_divergence)
+        resolved, text, saved = begun
+        require_same(attachment.host.ranks, text.passage.ids, resolved)
+        about = {} if saved is None else {"the file to resume from": saved.memory.fields["memory_sha256"]}
+        peers = _peers(attachment, ranks, resolved, text, about)
+        reader = reader_for(attachment.host, resolved, text.passage.end)
+        if saved is not None:
             reader.take_up(saved.stream)
             saved.memory.put_into(attachment)
-            passage = Passage(ids, resolved.protocol, bos, begin=saved.stream.position)
-            run = Run(attachment, resolved, reader, passage, digest, saved.stream.chunks, title, on_divergence)
-        return run.go("memorize", progress, callback)
+        return Run(attachment, resolved, reader, text, on_divergence, peers).go("memorize", progress, callback)
+
+
+def _begun(
+    attachment: Attachment,
+    input_ids: TokenIds,
+    settings: Settings,
+    resume: str | Path | None,
+    place: int,
+    title: str | None,
+    on_divergence: str,
+) -> tuple[ResolvedSettings, ReadText, SavedRun | None]:
+    """Everything that a run begins with, checked. place: of this process's text among those that are learned at once"""
+    host = attachment.host
+    saved = None if resume is None else saved_run(resume, host.ranks, place)
+    resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
+    ids = token_ids(input_ids, host.vocab_size, at_least=2)
+    bos = bos_token_id(host.model) if resolved.protocol.bos else None
+    if saved is None:
+        _check_first_chunk(attachment, resolved, ids)
+    if on_divergence != "ignore":
+        check_rate(attachment.config, resolved.update)
+    if saved is None:
+        return resolved, ReadText(Passage(ids, resolved.protocol, bos), TextDigest(), [], title), None
+    digest, stream = check_same_run(attachment, ids, resolved, saved), saved.stream
+    passage = Passage(ids, resolved.protocol, bos, begin=stream.position)
+    return resolved, ReadText(passage, digest, list(stream.chunks), title), saved
+
+
+def _peers(
+    attachment: Attachment, ranks: Ranks | None, settings: ResolvedSettings, text: ReadText, about: dict[str, Any]
+) -> Peers | None:
+    """Those who learn in step with this process, which have to have been given the same; None: nobody.
+
+    about: what else has to be the same, by the names of messages
+    """
+    attachment.ranks = ranks
+    if ranks is None:
+        return None
+    config, record = attachment.config.to_dict(), settings.as_settings().to_record()
+    facts = {f"config.{name}": value for name, value in config.items()} | record
+    facts |= facts_of(attachment.host, attachment.state) | about
+    peers = Peers.meet(ranks, attachment.host, facts, text, settings.texts > 1, settings.epochs)
+    return peers if isinstance(settings.update, Backprop) else None  # a write is computed alike everywhere
 
 
 def feed(
@@ -105,16 +148,34 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
             "feed: the run was saved without the tokens that it ended with, as files of format 1 are; continue with "
             "memorize(the whole text, resume=folder)"
         )
-    resolved = settings_of(stream, "feed").resolve(host, attachment.state)
-    reach = min(stream.position, tail_length(resolved.protocol))
-    if len(stream.tail) < reach:
-        raise LocasError(f"feed: the run's record holds its last {len(stream.tail)} tokens; expected {reach}")
-    tail = token_ids(stream.tail, host.vocab_size, at_least=1)
-    with torch.inference_mode(False):  # what is made there cannot be a target of a backward
-        ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
+    resolved, ranks = _fed_settings(attachment, stream)
+    with together(ranks):
+        reach = min(stream.position, tail_length(resolved.protocol))
+        if len(stream.tail) < reach:
+            raise LocasError(f"feed: the run's record holds its last {len(stream.tail)} tokens; expected {reach}")
+        tail = token_ids(stream.tail, host.vocab_size, at_least=1)
+        with torch.inference_mode(False):  # what is made there cannot be a target of a backward
+            ids = torch.cat([tail, token_ids(input_ids, host.vocab_size, at_least=1)])
+    require_same(host.ranks, ids, resolved)
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
-    reader = reader_for(host, resolved, stream.position - len(tail) + len(ids))
-    reader.take_up(stream)
     passage = Passage(ids, resolved.protocol, bos, begin=stream.position, offset=stream.position - len(tail))
     digest = TextDigest(stream.text_digest, stream.tail[len(tail) - stream.position % BLOCK :])
-    return Run(attachment, resolved, reader, passage, digest, stream.chunks, None, on_divergence)
+    text = ReadText(passage, digest, list(stream.chunks), None)
+    peers = _peers(attachment, ranks, resolved, text, {})
+    reader = reader_for(host, resolved, passage.end)
+    reader.take_up(stream)
+    return Run(attachment, resolved, reader, text, on_divergence, peers)
+
+
+def _fed_settings(attachment: Attachment, stream: Stream) -> tuple[ResolvedSettings, Ranks | None]:
+    """The settings of the run that is continued, and the processes that continue it together."""
+    settings, ranks = settings_of(stream, "feed"), attachment.ranks
+    if settings.texts == 1:
+        return settings.resolve(attachment.host, attachment.state), ranks_in_step(attachment.host, None)
+    if ranks is None or ranks.size != settings.texts:
+        raise ValueError(
+            f"feed: the run learned {settings.texts} texts at once, in other processes; continue with memorize(the whole text "
+            "of this rank, update=locas.Backprop(process_group=...), resume=folder)"
+        )
+    settings = replace(settings, update=replace(settings.update, process_group=ranks.group))
+    return settings.resolve(attachment.host, attachment.state), ranks

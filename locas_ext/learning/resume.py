@@ -7,6 +7,7 @@ from torch import Tensor
 
 from locas_ext.checks import path
 from locas_ext.errors import LocasError
+from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream
 from locas_ext.storage import checkpoint
@@ -24,14 +25,19 @@ class SavedRun:
     settings: Settings
 
 
-def saved_run(resume: str | Path) -> SavedRun:
-    """LocasError if the folder holds no run, or one that cannot be read."""
-    memory = checkpoint.read(path("resume", resume))
+def saved_run(resume: str | Path, ranks: Ranks | None = None, place: int = 0) -> SavedRun:
+    """LocasError if the folder holds no run, or one that cannot be read.
+
+    ranks: the processes that read it together; place: which of the texts that were learned at once
+    """
+    memory = checkpoint.read(path("resume", resume), ranks)
     if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "
             "after a memorize() call"
         )
+    if place < len(stream.ranks):
+        stream = stream.of_rank(place)
     return SavedRun(memory, stream, settings_of(stream, resume))
 
 
@@ -54,8 +60,8 @@ def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettin
         {**config, "layers": None, "backend": None, **run.to_record()}
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
-    recompute = {"context": "recompute"}  # what a record without the key means
-    before, wanted = {**recompute, **before}, {**recompute, **wanted}
+    without = {"context": "recompute", "texts": 1}  # what a record without the key means
+    before, wanted = {**without, **before}, {**without, **wanted}
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)

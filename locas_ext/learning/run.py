@@ -1,30 +1,26 @@
 """A run over a text: each chunk is scored, then learned from, and noted down."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from locas_ext.patching.attachment import Attachment
-from locas_ext.state.stream import Chunk, Stream
+from locas_ext.state.stream import Chunk
 
-from .backprop import check_loss
+from .backprop import agreed_loss, check_loss
 from .chunk import Reader, Window
-from .chunk_loop import Passage, progress_bar, read_chunks
+from .chunk_loop import progress_bar, read_chunks
 from .divergence_watch import DivergenceWatch
 from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
+from .peers import Peers
+from .progress import NoProgress, StreamProgress
 from .protocol import Protocol
+from .read_text import ReadText
 from .report import MemorizeReport
 from .run_guards import interrupt_between_chunks, quiet_host, require_attached
 from .settings import ResolvedSettings, ResolvedWrite
 from .step import step_for
-from .text_digest import BLOCK, TextDigest
-from .texts import learned_now, put_record, record_of
-
-
-def tail_length(protocol: Protocol) -> int:
-    """How many of the latest tokens a run needs to be continued: those that a window and the digest reach back to."""
-    return max(protocol.window, BLOCK) - 1
 
 
 def longest_window(protocol: Protocol) -> int:
@@ -40,87 +36,123 @@ class Run:
         attachment: Attachment,
         settings: ResolvedSettings,
         reader: Reader,
-        passage: Passage,
-        digest: TextDigest,
-        chunks: list[Chunk],
-        title: str | None,
+        text: ReadText,
         on_divergence: str,
+        peers: Peers | None = None,
     ):
-        """digest: of the text before the passage's first chunk; chunks: those scored before; title: None: as it was"""
-        self.attachment, self.settings, self.reader = attachment, settings, reader
-        self.passage, self.digest = passage, digest
-        self.position = passage.begin
-        self.report = MemorizeReport(chunks=list(chunks))
-        self.record = record_of(attachment.texts, digest.hexdigest(), self.position) if self.position else None
-        self.title = self.record.title if self.record is not None and title is None else title
+        """peers: those who learn in step with this process; None: it learns alone"""
+        self.attachment, self.settings, self.reader, self.text, self.peers = attachment, settings, reader, text, peers
+        self.report = MemorizeReport(chunks=text.chunks)
+        for each in [text] if peers is None else peers.texts:
+            each.find_record(attachment.texts)
+        if peers is not None and peers.each:
+            self.report.ranks = [each.chunks for each in peers.texts]
         self.asked_for = settings.as_settings().to_record()
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
-        self.step = step_for(attachment, settings, reader)
-        self.watch = DivergenceWatch(attachment, settings, reader, self.report, passage.count, on_divergence)
+        self.step = step_for(attachment, settings, reader, peers)
+        self.watch = DivergenceWatch(attachment, settings, reader, self.report, text.passage.count, on_divergence, peers)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
-        attachment, model = self.attachment, self.attachment.host.model
+        attachment, model, peers = self.attachment, self.attachment.host.model, self.peers
+        alike = attachment.host.ranks if peers is None else peers.ranks  # the processes that run this with us
+        first = alike is None or alike.rank == 0
         attachment.state.zero_grad()
         attachment.host.reading.begin_run(model)
+        sample = self.text if peers is None else peers.texts[0]  # the same everywhere: what is found is too
         with (
-            progress_bar(progress, self.passage, self.report, "memorizing") as bar,
-            interrupt_between_chunks() as check_interrupt,
+            progress_bar(progress and first, self.text.passage, self.report, "memorizing") as bar,
+            interrupt_between_chunks(attachment.host.ranks) as check_interrupt,
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),
-            fast_reader(self.reader, self.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
+            fast_reader(self.reader, sample.passage.ids, longest_window(self.settings.protocol)) as self.kernels_report,
         ):
-            for chunk in read_chunks(self.passage, self._learn, self.report, bar):
+            for chunk in self._chunks(bar):
                 self._note(chunk)
                 self.watch.tell(chunk)
                 if callback is not None:
-                    callback(chunk)
-                    require_attached(attachment, verb)
+                    self._call(callback, chunk, verb)
                     quiet()  # what a callback calls may have put the host back into training mode
-                check_interrupt()
+                if peers is None:
+                    check_interrupt()
+                else:
+                    peers.end_if_asked(check_interrupt)
                 if self.watch.stops:
                     break
             self.watch.finish()
         return self.report
 
+    def _chunks(self, bar: StreamProgress | NoProgress) -> Iterator[Chunk]:
+        """The text's chunks, each when it is learned; then the last one again while peers' texts go on."""
+        yield from read_chunks(self.text.passage, self._learn, self.report, bar)
+        while self.peers is not None and self.peers.goes_on:
+            last = self.report.chunks[-1]
+            self._learn(self.peers.step.window(self.peers.own), last.start, last.end)
+            yield last
+
+    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
+        try:
+            callback(chunk)
+            require_attached(self.attachment, verb)
+        except BaseException:
+            if self.peers is not None and not self.watch.stops:
+                self.peers.leave(self.attachment.state)
+            raise
+
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""
-        state = self.attachment.state
+        state, peers = self.attachment.state, self.peers
         place = f"chunk {len(self.report.chunks)} (tokens {start} to {end - 1})"
         version, learned = state.version, state.learned
         losses = []
         if not state.initialized and not isinstance(self.settings.update, ResolvedWrite):
-            losses.append(score_and_initialize(self.attachment, window).item())
-            check_loss(losses[0], state, place)
+            losses.append(self._initialize(window, place))
         self.watch.before(window)
         self._settle(window)
         for epoch in range(self.settings.epochs):
             losses.append(self.step(window, place))
+            if not losses[1:] and peers is not None:
+                self.scored = peers.losses
             if epoch == 0:
                 self.reader.scored()
-        self.watch.after(window, losses[0], learned)
-        self.window = window
+        loss, tokens = (losses[0], len(window.targets)) if peers is None else (sum(self.scored), peers.step.tokens)
+        self.watch.after(window, loss, tokens, learned)
+        self.window, self.version = window, version
         return losses[0], version
+
+    def _initialize(self, window: Window, place: str) -> float:
+        """Begins the memory with its first chunk. -> the chunk's loss."""
+        state, peers = self.attachment.state, self.peers
+        scored = score_and_initialize(self.attachment, window, peers)
+        if peers is None:
+            loss = agreed_loss(scored, state)
+            check_loss(loss, state, place)
+            return loss
+        self.scored = peers.all_losses(scored)
+        for loss, of_rank in zip(self.scored, peers.places(place), strict=True):
+            check_loss(loss, state, of_rank)
+        return self.scored[peers.own]
 
     def _settle(self, window: Window) -> None:
         """Decides in how many forwards the window is read, and reports why it is one."""
-        why = self.reader.settle(window, self.settings.protocol.window)
+        full, peers = self.settings.protocol.window, self.peers
+        why = self.reader.settle(window, full) if peers is None else peers.settle(window, self.reader, full)
         if why is not None and why not in self.report.one_forward:
             self.report.one_forward.append(why)
 
     def _note(self, chunk: Chunk) -> None:
         """Notes down where the run stands, and how much of the text is learned."""
-        passage, attachment = self.passage, self.attachment
-        self.digest.update(passage.between(self.position, chunk.end))
-        self.position = chunk.end
-        begin = max(passage.offset, chunk.end - tail_length(self.settings.protocol))
-        tail = passage.between(begin, chunk.end).tolist()
-        kept = self.reader.learned(self.window)
-        attachment.stream = Stream(self.asked_for, chunk.end, self.digest.blocks, list(self.report.chunks), tail, kept)
-        text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
-        put_record(attachment.texts, self.record, text)
-        self.record = text
+        attachment, peers = self.attachment, self.peers
+        if peers is None:
+            self.text.advance(chunk, attachment.texts)
+        else:
+            for text, theirs in peers.learned(self.scored, self.version):
+                text.advance(theirs, attachment.texts)
+        stream = self.text.stream(self.asked_for, self.reader.learned(self.window))
+        if peers is not None and peers.each:
+            stream.ranks = [text.stream(self.asked_for) for text in peers.texts]
+        attachment.stream = stream
         self.report.graph, self.report.host_kernels = self.step.report(), self.kernels_report()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from locas_ext.hosts.sharding import fsdp_obstacle
+from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 
 
@@ -36,7 +38,9 @@ def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def surrounded(model: nn.Module) -> str | None:
-    """What stands between a model's code and its caller, hooks of accelerate or a compiled graph; None: nothing."""
+    """What stands between a model's code and its caller, hooks of accelerate, FSDP2 or a compiled graph; None: nothing."""
+    if (why := fsdp_obstacle(model)) is not None:
+        return why
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
             return f"{name or 'the model'} has hooks of accelerate or is compiled"
@@ -54,8 +58,8 @@ def eager_host(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since.
+def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since, in any of the processes `ranks`.
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
@@ -73,7 +77,7 @@ def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
         pressed = True
 
     def check():
-        if pressed:
+        if pressed if ranks is None else not ranks.all(not pressed):
             raise KeyboardInterrupt
 
     if mine:

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field, replace
 
+import torch.distributed as dist
+
 from locas_ext.checks import boolean
 from locas_ext.hosts.registry import Host
 from locas_ext.state.memory_state import MemoryState
@@ -10,7 +12,7 @@ from .keep import Keep
 from .protocol import Protocol
 from .room import NO_LIMIT, Room
 from .selectors import Positions, Selector, TopLoss, selector_from_json, selector_to_json
-from .update import Backprop, Update, Write
+from .update import BACKPROP_NUMBERS, Backprop, Update, Write, backprop_numbers
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,14 @@ class ResolvedSettings:
             )
         else:
             update = self.update
-        return Settings(self.protocol.window, self.protocol.stride, update, self.context_gradient, self.protocol.bos, self.keep)
+        protocol = self.protocol
+        return Settings(protocol.window, protocol.stride, update, self.context_gradient, protocol.bos, self.keep, self.texts)
+
+    @property
+    def texts(self) -> int:
+        """How many texts are learned at once, each by a process of its own."""
+        group = self.update.process_group if isinstance(self.update, Backprop) else None
+        return 1 if group is None else dist.get_world_size(group)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Settings:
     """What `Memory.memorize` was asked for; `resolve` fills in what is None.
 
     keep: how the context is kept; None: it is read anew for every chunk
+    texts: how many texts a saved run learned at once
     """
 
     window: int | None = None
@@ -68,6 +78,7 @@ class Settings:
     context_gradient: bool = False
     bos: bool = False
     keep: Keep | None = None
+    texts: int = 1
 
     def resolve(self, host: Host, state: MemoryState, before: "Settings | None" = None) -> ResolvedSettings:
         """The settings for a memory; ValueError or TypeError for one out of range.
@@ -84,6 +95,8 @@ class Settings:
         else:
             update = self.update
             require_parameters_that_learn(state)
+            if update.process_group is not None and self.keep is not None:
+                raise ValueError("context is 'keep', but process_group is given, whose ranks read each window anew")
         return ResolvedSettings(protocol, update, context_gradient, self.keep)
 
     # ---- in a file -------------------------------------------------------------------------------------------
@@ -98,12 +111,13 @@ class Settings:
         return {
             "window": self.window,
             "stride": self.stride,
-            **asdict(backprop),
+            **backprop_numbers(backprop),
             "update": "write" if writes else "backprop",
             "context_gradient": self.context_gradient,
             "bos": self.bos,
             "write": write,
             **({} if self.keep is None else {"context": asdict(self.keep)}),
+            **({} if self.texts == 1 else {"texts": self.texts}),
         }
 
     @classmethod
@@ -113,9 +127,10 @@ class Settings:
         if record["update"] == "write":
             update = Write(**{**record["write"], "tokens": selector_from_json(record["write"]["tokens"])})
         else:
-            update = Backprop(**{name: record[name] for name in ("learning_rate", "epochs", "optimizer")})
+            update = Backprop(**{name: record[name] for name in BACKPROP_NUMBERS})
         keep = Keep(**record["context"]) if "context" in record else None
-        return cls(record["window"], record["stride"], update, record["context_gradient"], record["bos"], keep)
+        run = record["window"], record["stride"], update, record["context_gradient"], record["bos"]
+        return cls(*run, keep, record.get("texts", 1))
 
 
 def require_parameters_that_learn(state: MemoryState) -> None:

@@ -1,8 +1,10 @@
 """How a memory learns from a chunk: by backpropagation, or by slots written in closed form."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch.distributed as dist
 
 from locas_ext.checks import integer, number, one_of
 
@@ -10,6 +12,7 @@ from .optimizers import OPTIMIZERS
 from .selectors import Selector, check_selector, spelled
 
 WHEN_FULL = ("error", "drop_oldest", "compress")
+BACKPROP_NUMBERS = ("learning_rate", "epochs", "optimizer")
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -21,10 +24,12 @@ class Backprop:
         learning_rate: float >= 0
         epochs: int >= 1: learning passes over each chunk
         optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
+        process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
+            parallel; docs/distributed.md); None: this process learns alone
 
     Raises:
         TypeError: a value is of another type
-        ValueError: a value is out of range
+        ValueError: a value is out of range, or this process is not in the group
 
     Source: arXiv 2602.05085, section 3; docs/method.md, "Learning".
 
@@ -36,11 +41,14 @@ class Backprop:
     learning_rate: float = 4e-3
     epochs: int = 1
     optimizer: str = "adamw"
+    process_group: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learning_rate", number("learning_rate", self.learning_rate, 0))
         object.__setattr__(self, "epochs", integer("epochs", self.epochs, 1))
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if self.process_group is not None:
+            _check_group(self.process_group)
 
     @classmethod
     def paper(cls, **changes: Any) -> "Backprop":
@@ -60,6 +68,22 @@ class Backprop:
         Backprop(learning_rate=0.004, epochs=2, optimizer='adamw')
         """
         return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **changes})
+
+
+def backprop_numbers(update: Backprop) -> dict[str, Any]:
+    """The fields that decide how each step is made, ready for JSON: all but the process group."""
+    return {name: getattr(update, name) for name in BACKPROP_NUMBERS}
+
+
+def _check_group(group: object) -> None:
+    """TypeError or ValueError for what is no process group with this process in it."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group is {type(group).__name__}; expected a torch.distributed.ProcessGroup with this process in it, "
+            "such as torch.distributed.group.WORLD after init_process_group(), or DeviceMesh.get_group()"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group does not have this process in it; expected a group that has")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from locas_ext.checks import boolean
 from locas_ext.errors import LocasError
+from locas_ext.hosts.sharding import companions
 from locas_ext.ops import write_slots_
 from locas_ext.patching.attachment import Attachment
 from locas_ext.transforms.compress import compress_slots
@@ -20,7 +21,7 @@ from locas_ext.transforms.compress import compress_slots
 from .backprop import check_loss, loss_scale
 from .captured import Captured
 from .chunk import Reader, Window, WindowReader
-from .inputs import TokenIds, token_ids
+from .inputs import TokenIds, require_same, token_ids
 from .protocol import Protocol
 from .report import GraphReport
 from .room import NO_LIMIT, Room
@@ -192,6 +193,7 @@ def write(attachment: Attachment, input_ids: TokenIds, tokens: object, exact: ob
             "for memorize(update='write')"
         )
     exact = boolean("exact", exact)
+    require_same(companions(host.model), ids, (request, str(tokens), exact))
     state.sync()
     room = Room.of(request, state.hidden_size, state.used)
     resolved = ResolvedWrite(request.epsilon, check_positions(tokens, len(ids)), room)

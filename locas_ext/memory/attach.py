@@ -11,6 +11,8 @@ from locas_ext import checks
 from locas_ext.caller import caller_stacklevel
 from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
+from locas_ext.hosts.sharding import companions
+from locas_ext.hosts.wrappers import unwrapped
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 
@@ -21,6 +23,9 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     """Gives a Hugging Face causal language model a memory.
 
     The model's outputs stay bitwise the same until something is learned; its weights are frozen until detach().
+    Where transformers has split the model among n processes (tp_plan), all of them call this and every verb, and each has
+    r / n slots.
+    Where FSDP2 shards it (fully_shard, before or after), all do too, and each has all slots.
 
     Args:
         model: a transformers causal language model
@@ -33,8 +38,8 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
 
     Raises:
         TypeError: model is not a language model, or config is not a LocasConfig
-        ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, or its
-            weights cannot be rehomed
+        ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, its weights
+            cannot be rehomed, or it is split among processes whose number does not divide the rank
         IndexError: config.layers names a layer that the model does not have
 
         The model then is as it was.
@@ -84,7 +89,7 @@ def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:
     >>> loaded.version, bool((loaded.slots == memory.slots).all())
     (4, True)
     """
-    saved = checkpoint.read(checks.path("path", path))
+    saved = checkpoint.read(checks.path("path", path), companions(unwrapped(model)))
     saved.check_host(inspect_host(model))
     saved.check_room()
     memory, obstacle = _attach_saved(model, saved.config, rehome)

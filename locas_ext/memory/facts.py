@@ -37,6 +37,8 @@ class MemoryFacts:
         """[L, 3, r, d] float32: gate, key and value rows per layer; Locas-MLP: [L, 2, capacity, d], key and value rows.
 
         It is the memory itself, not a copy, and may be written. Raises RuntimeError where the host lies on several devices.
+        Where transformers has split the host among n processes (tp_plan), it is this process's part, r / n slots: those from
+        r / n * its rank on. `gather_slots` returns all of them.
         """
         if len(self.state.arenas) > 1:
             raise RuntimeError(
@@ -45,10 +47,12 @@ class MemoryFacts:
         return self.state.whole("slots")
 
     def gather_slots(self) -> Tensor:
-        """A copy of `slots`, whether the host lies on one device or on several.
+        """A copy of all slots, whether the host lies on one device or on several, or is split among processes.
+
+        Of a split host all processes call it.
 
         Returns:
-            As `slots`, on the first layer's device.
+            As `slots`, on the first layer's device, with all r slots.
 
         >>> import locas_ext as locas
         >>> from locas_ext.hosts.tiny import tiny_host
@@ -56,12 +60,13 @@ class MemoryFacts:
         >>> list(memory.gather_slots().shape)
         [2, 3, 4, 16]
         """
-        return torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
+        slots = torch.stack(self.state.in_layer_order(lambda arena: arena.slots.to(self.state.arenas[0].slots.device)))
+        return slots if self.state.ranks is None else self.state.ranks.gathered(slots, 2)
 
     @property
     def num_parameters(self) -> int:
         """int: the values in the used slots, or in `rank` slots if none is used yet."""
-        return self.state.shape.numel()
+        return self.state.shape.numel() * self.state.processes
 
     @property
     def scale(self) -> Tensor:
@@ -90,7 +95,7 @@ class MemoryFacts:
         return tuple(self._attachment.texts)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The slots as parameters, for a training loop of your own (see `locas.SlotAdamW`).
+        """The slots as parameters, for a training loop of your own (see `locas.SlotAdamW`): of a split host this process's.
 
         Returns:
             L parameters [3, r, d] (Locas-MLP: [2, capacity, d]), views of `slots`.
@@ -121,7 +126,6 @@ class MemoryFacts:
         state = self.state
         layers, _, rank, d = state.shape
         room = f" of {state.capacity}" if rank != state.capacity else ""
-        return (
-            f"Memory({self.config.variant}, {layers} layers x {rank}{room} slots x {d}, version {self.version}, "
-            f"on {type(self.model).__name__})"
-        )
+        parts = f" in {state.processes} parts" if state.processes > 1 else ""
+        slots = f"{layers} layers x {rank * state.processes}{room} slots x {d}{parts}"
+        return f"Memory({self.config.variant}, {slots}, version {self.version}, on {type(self.model).__name__})"

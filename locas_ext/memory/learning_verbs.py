@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from locas_ext.hosts.sharding import companions
 from locas_ext.learning.initialization import default_learning, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
@@ -83,13 +84,14 @@ class MemoryLearning(MemoryFacts):
             stride: int: S, the tokens per chunk, at most W; None: W // 4
             learning_rate, epochs, optimizer: shortcuts for those of `update=locas.Backprop(...)`; refused beside any
                 other update
-            update: how a chunk is learned: "backprop" or `locas.Backprop(...)`; with Locas-MLP also "write" or
-                `locas.Write(...)`, which add slots in closed form
+            update: how a chunk is learned: "backprop" or `locas.Backprop(...)`, which also takes the process group of a
+                data-parallel run; with Locas-MLP also "write" or `locas.Write(...)`, which add slots in closed form
             context_gradient: bool: whether the gradient also runs through the context before the chunk; slower
             context: "recompute": each window is read anew with the memory as it then is; "keep" or `locas.Keep(...)`: each
                 chunk is read over the keys and values that earlier chunks left, which is faster; rotary hosts only
             progress: bool: whether a progress bar is shown
-            callback: called with each finished Chunk; an exception it raises ends the run and is passed on
+            callback: called with each finished Chunk; an exception it raises ends the run and is passed on. In a data-parallel
+                run it is called after each step of all, with the last chunk again where this process's text has ended
             resume: a folder that save_pretrained(optimizer=True) wrote during a run over the same text with the same
                 settings: the run continues after the tokens already seen, bit for bit as if never interrupted
             bos: bool: whether the host's BOS token is put before every window
@@ -105,7 +107,8 @@ class MemoryLearning(MemoryFacts):
         Raises:
             ValueError: the memory is detached or disabled, or an argument does not fit
             TypeError: an argument is of another type
-            LocasError: a loss or gradient is not finite, or the folder to resume from does not fit
+            LocasError: a loss or gradient is not finite, the folder to resume from does not fit, or another process of a
+                data-parallel run has ended it
             FileNotFoundError, OSError: that folder cannot be read
             RuntimeError: another thread is changing the memory
 
@@ -275,6 +278,12 @@ class MemoryLearning(MemoryFacts):
 
     def _require_attached(self, verb: str) -> None:
         require_attached(self._attachment, verb)
+
+    def _require_whole(self, verb: str, instead: str) -> None:
+        if (ranks := companions(self.model)) is not None:
+            how = "tp_plan" if self.state.ranks is not None else "fully_shard"
+            said = f"the host is split among {ranks.size} processes ({how}), where this cannot be done"
+            raise ValueError(f"{verb}: {said}; {instead.format(how=how)}")
 
     def _require_enabled(self, verb: str, consequence: str) -> None:
         if self.state.disabled:

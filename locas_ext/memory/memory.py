@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from locas_ext import checks
+from locas_ext.hosts.sharding import companions, fsdp_obstacle
 from locas_ext.storage import checkpoint
 from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
@@ -60,6 +61,8 @@ class Memory(MemoryStudy):
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
         """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
 
+        Of a host that is split among processes all call this, and the first writes.
+
         Args:
             path: str or Path: a folder; made if it is not there
             optimizer: bool: whether the optimizer's states and the place in the text are saved too, as
@@ -105,7 +108,7 @@ class Memory(MemoryStudy):
         >>> memory.version
         0
         """
-        saved = checkpoint.read(checks.path("path", path))
+        saved = checkpoint.read(checks.path("path", path), companions(self.model))
         with self._attachment.exclusive("load"):
             saved.put_into(self._attachment)
 
@@ -165,7 +168,7 @@ class Memory(MemoryStudy):
             The new Memory.
 
         Raises:
-            ValueError: the memory is detached
+            ValueError: the memory is detached, or FSDP2 shards the host
             RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas
@@ -177,6 +180,8 @@ class Memory(MemoryStudy):
         (0, 4, True)
         """
         self._require_attached("fork")
+        if (problem := fsdp_obstacle(self.model)) is not None:
+            raise ValueError(f"fork: {problem}, which it does in one model; use snapshot() and restore()")
         with self.state.exclusion.read("fork"):
             model: Any = snapshots.copy_sharing_weights(self.model)
         return model._locas_memory
@@ -212,8 +217,8 @@ class Memory(MemoryStudy):
             locas_ext. `locas.unmerge(model)` undoes it.
 
         Raises:
-            ValueError: the memory is detached or a Locas-MLP one on a gated host, or a layer's projections cannot be
-                widened; the model stays as it was, with the memory attached
+            ValueError: the memory is detached or a Locas-MLP one on a gated host, a layer's projections cannot be widened,
+                or the host is split among processes; the model stays as it was, with the memory attached
             RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas
@@ -225,6 +230,7 @@ class Memory(MemoryStudy):
         40
         """
         self._require_attached("merge_and_unload")
+        self._require_whole("merge_and_unload", "save the memory, and merge it in a model without {how}")
         with self._attachment.exclusive("merge_and_unload"):
             with self._attachment.freeze.following():
                 model = merge(self._attachment.host, self.state, pad_to_multiple_of)

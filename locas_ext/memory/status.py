@@ -21,7 +21,8 @@ class LayerStatus:
         reason: why this path
         slots_used, capacity: the slots that hold something, and those there is room for
         scale: tau
-        gate_norm, key_norm, value_norm: mean length of the used rows of each kind; Locas-MLP has no gate: None
+        gate_norm, key_norm, value_norm: mean length of the used rows of each kind, of a split host those of this process;
+            Locas-MLP has no gate: None
         windows: in how many forwards a run reads its windows, and why
 
     >>> import locas_ext as locas
@@ -70,8 +71,8 @@ def layer_status(attachment: Attachment) -> list[LayerStatus]:
                 kernels=fused_backend(like).family(like) if name.startswith("fused") else None,
                 path=path,
                 reason=reason,
-                slots_used=state.used,
-                capacity=state.capacity,
+                slots_used=state.used * state.processes,
+                capacity=state.capacity * state.processes,
                 scale=scale,
                 gate_norm=None if state.grows else layer_norms[GATE],
                 key_norm=layer_norms[KEY],

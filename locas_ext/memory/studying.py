@@ -18,7 +18,7 @@ class MemoryStudy(MemoryLearning):
         self,
         texts: str | Sequence[str],
         tokenizer: Any,
-        loss: str = "kl",
+        loss: str = "ce",
         pairs: Sequence[tuple[str, str]] | None = None,
         seed: int = 0,
         progress: bool = True,
@@ -47,7 +47,8 @@ class MemoryStudy(MemoryLearning):
             there. A run of `memorize` ends here: `feed` does not go on behind a study.
 
         Raises:
-            ValueError: the memory is detached or disabled here, or an argument is out of range
+            ValueError: the memory is detached or disabled here, an argument is out of range, or the host is split among
+                processes
             TypeError: an argument is of another type
             LocasError: no question can be used (with the counts), the cache is damaged, or a loss or gradient is not finite
             FileExistsError: the cache holds something else
@@ -59,7 +60,7 @@ class MemoryStudy(MemoryLearning):
         >>> from locas_ext.evaluation.assets import MODEL, load_model
         >>> from transformers import AutoTokenizer
         >>> memory = locas.attach(load_model(), locas.LocasConfig(rank=4, scale="host"))
-        >>> settings = locas.StudySettings(epochs=1, guard=0.0)
+        >>> settings = locas.StudySettings(epochs=1, updates=1, guard=0.0, locality="none")
         >>> pairs = [("Who keeps the gate?", "Anna"), ("Where does Anna live?", "Bergen")]
         >>> text = "Anna, who lives in Bergen, keeps the gate of the old town."
         >>> report = memory.study(text, AutoTokenizer.from_pretrained(MODEL), "ce", pairs, progress=False, settings=settings)
@@ -67,5 +68,6 @@ class MemoryStudy(MemoryLearning):
         (2, 1, 1)
         """
         self._require_attached("study")
+        self._require_whole("study", "study in a model without {how}, and load the memory here")
         self._require_enabled("study", "nothing can be learned")
         return study(self._attachment, texts, tokenizer, loss, pairs, seed, progress, settings, cache)

@@ -14,8 +14,11 @@ from locas_ext.config import LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
 from locas_ext.hosts.projections import projection_device
-from locas_ext.hosts.registry import Host, inspect_host, unwrapped
+from locas_ext.hosts.registry import Host, inspect_host
+from locas_ext.hosts.sharding import fsdp_obstacle, gathered
+from locas_ext.hosts.wrappers import unwrapped
 from locas_ext.ops.backends import fused_backend, slot_updates
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import PLANES, MemoryState
 from locas_ext.state.stream import Stream, TextRecord
@@ -40,6 +43,28 @@ def _layers(host: Host, config: LocasConfig) -> tuple[int, ...]:
                 f"those that have one are {', '.join(map(str, host.ffns))}"
             )
     return layers
+
+
+def _check_split(host: Host, config: LocasConfig, rehome: bool) -> None:
+    """ValueError for what a host that is split among processes cannot have."""
+    if host.ranks is None:
+        return
+    size, name = host.ranks.size, type(host.model).__name__
+    if config.variant == "mlp":
+        raise ValueError(
+            f"variant is 'mlp', but {name} is split among {size} processes (tp_plan), which only a gated memory can be too; "
+            "use variant='glu', or load the model without tp_plan"
+        )
+    if config.rank % size:
+        raise ValueError(
+            f"rank is {config.rank}, but {name} is split among {size} processes (tp_plan), of which each takes an equal part "
+            f"of the slots; expected a multiple of {size}"
+        )
+    if rehome:
+        raise ValueError(
+            f"rehome is True, but the weights of {name} are split among {size} processes (tp_plan) and cannot move; use "
+            "rehome=False, or load the model without tp_plan"
+        )
 
 
 def _check_variant(host: Host, layers: tuple[int, ...], config: LocasConfig) -> None:
@@ -74,13 +99,15 @@ def _resolve_backend(host: Host, layers: tuple[int, ...], config: LocasConfig, l
                 "host's FFN: expected backend 'auto', 'matmul' or 'reference'"
             )
         for layer in layers:
-            width = host.ffns[layer].width or host.intermediate_size
+            width = host.ffns[layer].width_here or host.intermediate_size
             if (problem := fused_backend(like).obstacle(like, host.hidden_size, width)) is not None:
                 raise ValueError(f"backend is 'fused', but {problem}")
     if not rehome:
         return backend
     if config.variant == "mlp":
         raise ValueError("rehome is True, but the variant is 'mlp'; only the weights of gated FFNs move")
+    if (problem := fsdp_obstacle(host.model)) is not None:
+        raise ValueError(f"rehome is True, but {problem}, so they stay where it keeps them; expected rehome=False")
     if backend not in ("auto", "matmul"):
         raise ValueError(
             f"rehome is True, but the backend is {backend!r} ({like.dtype} host); expected backend 'matmul' or "
@@ -122,6 +149,7 @@ class Attachment:
             )
         host = inspect_host(model)
         layers = _layers(host, config)
+        _check_split(host, config, rehome)
         _check_variant(host, layers, config)
         for layer in layers:
             check_rank(config, host.ffns[layer].width or host.intermediate_size)
@@ -140,12 +168,14 @@ class Attachment:
             scales,
             [devices[layer] for layer in layers],
             like.dtype,
+            host.ranks,
         )
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         binding = Binding(self.state, self.backend, host, number_of(self.state))
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
         self.stream: Stream | None = None  # where memorize() stands in its text
         self.texts: list[TextRecord] = []  # those learned from, oldest first
+        self.ranks: Ranks | None = None  # the processes of the latest run, which learned it in step
         self._bind(rehome)
 
     def _bind(self, rehome: bool) -> None:
@@ -189,7 +219,8 @@ class Attachment:
     def _scale(self, ffn: HostFFN, like: Tensor) -> float:
         if not isinstance(self.config.scale, str):
             return float(self.config.scale)
-        mean = ffn.mean_value_norm(like)
+        with gathered(self.host.model, ffn.module):
+            mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
         return mean if multiple is None else multiple * mean / self.config.rank
 

@@ -228,6 +228,16 @@ class PatchedFFN(ABC, Generic[FFN]):
         """The slots for the public ops. torch.jit.trace takes no constants that require a gradient."""
         return self.arena.slots[self.index] if torch.jit.is_tracing() else self.arena.parameters[self.index]
 
+    def entered(self, x: Tensor) -> Tensor:
+        """The input as the memory of this process takes it in, where the memory is split among several."""
+        ranks = self.ffn.ranks
+        return x if ranks is None else ranks.enter(x)
+
+    def total(self, y: Tensor) -> Tensor:
+        """The sum of what all processes have computed, in its place."""
+        ranks = self.ffn.ranks
+        return y if ranks is None else ranks.total(y)
+
     def learns(self) -> bool:
         """Whether the slots' gradient may be asked for here."""
         return torch.is_grad_enabled() and self.state.initialized and self.arena.parameters[self.index].requires_grad

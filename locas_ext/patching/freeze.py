@@ -9,6 +9,9 @@ from weakref import WeakSet
 from torch import Tensor, inference_mode, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from locas_ext.hosts.sharding import let_go
+from locas_ext.hosts.split import is_split
+
 # Of each host tensor that attach froze, the freezes that still hold: a fork's host is the same tensors.
 _holders: Any = WeakIdKeyDictionary()
 
@@ -22,6 +25,7 @@ class HostFreeze:
 
     def hold(self) -> None:
         """Turns requires_grad off wherever it is on."""
+        let_go(self.model)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -61,14 +65,21 @@ class HostFreeze:
         hooked = {name for name, module in self.model.named_modules() if hasattr(module, "_hf_hook")}
         self._follow([name for name in self.frozen if name.rpartition(".")[0] in hooked])
 
+    def _follow_sharded(self) -> None:
+        """fully_shard puts a sharded parameter in the place of a whole one, with its flags."""
+        now = dict(self.model.named_parameters())
+        self._follow([name for name, old in self.frozen.items() if is_split(now.get(name)) and not is_split(old)])
+
     def release(self) -> None:
         """Turns requires_grad on again where it is still as `hold` left it and no other memory needs it so.
 
         Where a library has since built modules of its own around the host's (PEFT's adapters), what is trainable is its
         affair, and stays.
         """
+        let_go(self.model)
         self._follow_resized_head()
         self._follow_offloaded()
+        self._follow_sharded()
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
         rebuilt = any(id(parameter) in now and now[id(parameter)] != name for name, parameter in self.frozen.items())
         for parameter in self.frozen.values():

@@ -8,6 +8,7 @@ from torch import Tensor
 from locas_ext import ops
 from locas_ext.hosts.ffn import HostFFN, Place, Rows
 from locas_ext.hosts.gated_ffn import GatedFFN
+from locas_ext.hosts.sharding import fsdp_modules
 from locas_ext.ops import reference
 from locas_ext.ops.autograd import GluFfnFunction, SidewayGluFunction
 from locas_ext.ops.backends import cuda, fused_backend, glu_ffn_backend
@@ -72,7 +73,8 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             case Route.TRACED:
                 slots, scale = self.traced_slots(), self.arena.scales[self.index]
                 beside = "reference" if x.dtype == torch.float64 else self.beside
-                return y + ops.sideway_glu(x, slots, scale, self.activation, beside).view_as(y)
+                memory = self.total(ops.sideway_glu(self.entered(x), slots, scale, self.activation, beside))
+                return y + memory.view_as(y)
         return y
 
     def _with_graph(self, x: Tensor) -> bool:
@@ -80,13 +82,13 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
 
     def _beside(self, x: Tensor, scope: Scope | None) -> Tensor:
         """The memory's output alone."""
-        arena, x2d, views = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index]
+        arena, x2d, views = self.arena, self.entered(x.reshape(-1, x.shape[-1])), self.arena.views[self.index]
         scale, activation = arena.scales[self.index], self.activation_index
         if self._with_graph(x):
             parameter, sink = arena.parameters[self.index], self.sink(scope)
             assert not isinstance(sink, SlotFactors), "factors are kept only where all FFNs run on the CUDA kernels"
-            return SidewayGluFunction.apply(x2d, parameter, views, scale, activation, sink).view_as(x)
-        return sideway_glu_forward(x2d, views, scale, activation)[0].view_as(x)
+            return self.total(SidewayGluFunction.apply(x2d, parameter, views, scale, activation, sink)).view_as(x)
+        return self.total(sideway_glu_forward(x2d, views, scale, activation)[0]).view_as(x)
 
     def _rehomed(self, x: Tensor, rehomed: RehomedFFN, scope: Scope | None) -> Tensor:
         x2d, bias, activation = x.reshape(-1, x.shape[-1]), self.gated().weights().down_bias, self.activation_index
@@ -96,32 +98,37 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         return rehomed_forward(x2d, rehomed, bias, activation, save=False)[0].view_as(x)
 
     def _whole(self, x: Tensor, scope: Scope | None) -> Tensor:
-        arena, x2d, views, host = self.arena, x.reshape(-1, x.shape[-1]), self.arena.views[self.index], self.gated().weights()
+        arena, views, host = self.arena, self.arena.views[self.index], self.gated().weights()
+        x2d = self.entered(x.reshape(-1, x.shape[-1]))
         scale, activation = arena.scales[self.index], self.activation_index
         backend = glu_ffn_backend("patched FFN", x2d, host.gate, self.backend)
         if self._with_graph(x):
             parameter = arena.parameters[self.index]
-            return GluFfnFunction.apply(x2d, parameter, views, host, scale, activation, self.sink(scope), backend).view_as(x)
-        return backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0].view_as(x)
+            y = GluFfnFunction.apply(x2d, parameter, views, host, scale, activation, self.sink(scope), backend)
+        else:
+            y = backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0]
+        return self.total(y).view_as(x)
 
     def _public_beside(self, x: Tensor) -> Tensor:
         parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside  # a host moved to float64 after attach
-        return ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        return self.total(ops.sideway_glu(self.entered(x), parameter, scale, self.activation, backend))
 
     def _public_whole(self, x: Tensor) -> Tensor:
         parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
         gate, up, down, *biases = self.gated().weights()
-        return reference.glu_ffn(x, gate, up, down, parameter, scale, self.activation, *biases)
+        return self.total(reference.glu_ffn(self.entered(x), gate, up, down, parameter, scale, self.activation, *biases))
 
     def _traced(self, x: Tensor, arguments: tuple, named: dict[str, Any]) -> Tensor:
         scale, slots, double = self.arena.scales[self.index], self.traced_slots(), x.dtype == torch.float64
         if not self.state.learned or self.obstacle() is not None:
             beside = "reference" if double else self.beside
-            return self.original(*arguments, **named) + ops.sideway_glu(x, slots, scale, self.activation, beside)
+            memory = self.total(ops.sideway_glu(self.entered(x), slots, scale, self.activation, beside))
+            return self.original(*arguments, **named) + memory
         host, backend = self.gated().weights(), "reference" if double else self.backend
         biases = (host.gate_bias, host.up_bias, host.down_bias)
-        return ops.glu_ffn(x, host.gate, host.up, host.down, slots, scale, self.activation, *biases, backend)
+        x = self.entered(x)
+        return self.total(ops.glu_ffn(x, host.gate, host.up, host.down, slots, scale, self.activation, *biases, backend))
 
     def _forward_compiled(self, x: Tensor, arguments: tuple, named: dict[str, Any]) -> Tensor:
         state, arena = self.state, self.arena
@@ -133,9 +140,9 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
             host = self.gated().weights()
             biases = (host.gate_bias, host.up_bias, host.down_bias)
-            return ops.glu_ffn(
-                x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend or self.backend
-            )
+            x, backend = self.entered(x), backend or self.backend
+            y = ops.glu_ffn(x, host.gate, host.up, host.down, parameter, scale, self.activation, *biases, backend)
+            return self.total(y)
         return self._with_memory_compiled(x, self.original(*arguments, **named))
 
     def _is_host_alone(self) -> bool:
@@ -148,7 +155,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             return y
         parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside
-        memory = ops.sideway_glu(x, parameter, scale, self.activation, backend)
+        memory = self.total(ops.sideway_glu(self.entered(x), parameter, scale, self.activation, backend))
         if self.state.exclusion.off_somewhere > 0:
             memory = memory * in_use(x, self.binding.number)
         return y + memory.view_as(y)
@@ -158,7 +165,8 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         if self.obstacle() is not None:
             return super().importance(x)
         gate, up, _, gate_bias, up_bias, _ = self.gated().weights()
-        return ops.neuron_importance(x.to(gate.dtype), gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
+        fires = ops.neuron_importance(x.to(gate.dtype), gate, up, self.activation, gate_bias, up_bias, backend=self.backend)
+        return fires if self.ffn.ranks is None else self.ffn.ranks.gathered(fires)
 
     def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)
@@ -170,17 +178,24 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             return "matmul"
         compute = self.arena.compute
         host = self.binding.host
-        return fused_backend(compute).choice(compute, host.hidden_size, self.ffn.width or host.intermediate_size)
+        return fused_backend(compute).choice(compute, host.hidden_size, self.ffn.width_here or host.intermediate_size)
 
     def runs_on_cuda_kernels(self, tokens: int) -> bool:
         compute, host = self.arena.compute, self.binding.host
         if not compute.is_cuda or self.rehomed is not None or self.ffn.repeated or self.obstacle() is not None:
             return False
-        width = self.ffn.width or host.intermediate_size
+        width = self.ffn.width_here or host.intermediate_size
         return self.backend == "fused" or (self.backend == "auto" and cuda.is_faster(compute, tokens, host.hidden_size, width))
+
+    def _is_gathered_later(self) -> bool:
+        """Whether it is only for now, between forwards, that FSDP2 keeps parts of the weights in their places."""
+        formula = self.ffn.place is Place.MODULE and self.ffn.formula_obstacle() is None
+        return formula and self.ffn.projection_obstacle(gathered=True) is None and bool(fsdp_modules(self.binding.host.model))
 
     def path(self) -> tuple[str, str]:
         obstacle = self.obstacle()
+        if obstacle and self._is_gathered_later():
+            return "whole", "plain projections, gathered by FSDP2 for each forward"
         if obstacle:
             return "sideway", obstacle
         if self.rehomed is not None:

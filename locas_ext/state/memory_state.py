@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from locas_ext.ops.ranks import Ranks
 from locas_ext.ops.types import SlotFactors
 
 from .arena import OPTIMIZER_STATES, SlotArena
@@ -40,7 +41,8 @@ class MemoryState:
         layers: the decoder layers that have slots, ascending
         arenas: the slots themselves; each layer is in one of them
         planes: 3 rows per slot (gate, key, value), or for Locas-MLP 2 (key, value)
-        rank: the slots per layer at the start; Locas-MLP can grow
+        rank: the slots per layer at the start, those of this process; Locas-MLP can grow
+        ranks: the processes that the slots are split among, in equal parts; None: all are here
         version: the number of updates so far; at 0 the memory is a no-op
         exclusion: who may change it
     """
@@ -54,8 +56,11 @@ class MemoryState:
         scale: list[float],
         devices: list[torch.device],
         dtype: torch.dtype,
+        ranks: Ranks | None = None,
     ):
-        """layers, scale, devices: one entry per layer; dtype: what the layers compute in."""
+        """layers, scale, devices: one entry per layer; dtype: what the layers compute in; rank: of all processes."""
+        self.ranks, self.processes = ranks, 1 if ranks is None else ranks.size
+        rank //= self.processes
         self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
         self.arenas = [
             SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)

@@ -1,7 +1,7 @@
 """Where a memory stands in a text, what a resumed run needs to know and to check, and which texts it has learned."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from torch import Tensor
 
@@ -78,6 +78,7 @@ class Stream:
         chunks: those scored so far
         tail: the latest ids read, as many as the window of a next chunk and the digest need; None in files of format 1
         kept: the keys and values that stand before the next chunk; None where its context is read anew
+        ranks: of a memory that several processes learn, each from a text of its own, the streams of all, this one's too
     """
 
     settings: dict
@@ -86,10 +87,15 @@ class Stream:
     chunks: list[Chunk]
     tail: list[int] | None = None
     kept: KeptRows | None = field(default=None, compare=False, repr=False)
+    ranks: "list[Stream]" = field(default_factory=list, compare=False, repr=False)
+
+    def of_rank(self, rank: int) -> "Stream":
+        """That of one of the processes, which knows all of them too."""
+        return replace(self.ranks[rank], ranks=self.ranks)
 
     def to_dict(self) -> dict:
         """JSON-ready: of what is kept without the rows, and without the key where nothing is."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "kept"}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("kept", "ranks")}
         kept = {} if self.kept is None else {"kept": self.kept.to_record()}
         return {**values, "chunks": [asdict(chunk) for chunk in self.chunks], **kept}
 

@@ -12,6 +12,8 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.sharding import companions
+from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
@@ -24,16 +26,24 @@ _MOST_EMPTY_BYTES = 4 * 2**30  # of slots that a file names but does not hold
 
 # ---- writing ---------------------------------------------------------------------------------------------------
 def save(attachment: Attachment, path: Path, optimizer: bool) -> None:
-    """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes."""
+    """See `Memory.save_pretrained`. What `load` would refuse is refused before anything in the folder changes.
+
+    Of processes that run the host together the first one writes, for which the others wait.
+    """
     with attachment.state.exclusion.read("save_pretrained"):
         record, memory = _serialized(attachment, path, optimizer)
-    folder.write(path, record, memory)
+    ranks = companions(attachment.host.model)
+    with together(ranks):
+        if ranks is None or ranks.rank == 0:
+            folder.write(path, record, memory)
 
 
 def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[bytes, bytes]:
     """-> the config file's and the tensor file's bytes. LocasError for what a reader would refuse."""
     state, stream = attachment.state, attachment.stream
     state.sync()
+    streams = (stream.ranks or [stream]) if stream else []
+    other = {"other_streams": [each.to_dict() for each in streams[1:]]} if optimizer and streams[1:] else {}
     fields = {
         "format_version": config_file.FORMAT_VERSION,
         "locas_ext_version": __version__,
@@ -43,17 +53,32 @@ def _serialized(attachment: Attachment, path: Path, optimizer: bool) -> tuple[by
         "host": fingerprint(attachment.host),
         "memory_version": state.version,
         "initialized": state.initialized,
-        "slots_used": state.used,
-        "tokens_seen": stream.position if stream else 0,
+        "slots_used": state.used * state.processes,
+        "tokens_seen": streams[0].position if streams else 0,
         "texts": [text.to_dict() for text in attachment.texts],
-        "stream": stream.to_dict() if stream and optimizer else None,
+        "stream": streams[0].to_dict() if streams and optimizer else None,
+        **other,
     }
     try:
         kept = stream.kept.tensors() if optimizer and stream and stream.kept else {}
-        memory = tensor_file.serialize({**state.tensors(optimizer), **kept}, fields)
+        memory = tensor_file.serialize({**_whole(state.tensors(optimizer), state.ranks), **kept}, fields)
         return config_file.serialize({**fields, "memory_sha256": config_file.digest(memory)}), memory
     except Wrong as error:
         raise LocasError(f"cannot save the memory: {error}; nothing in {path} was changed") from None
+
+
+def _whole(tensors: dict[str, Tensor], ranks: Ranks | None) -> dict[str, Tensor]:
+    """Of tensors by slot [L, planes, r, d] those of all processes, which all call this; the others as they are."""
+    if ranks is None:
+        return tensors
+    return {name: ranks.gathered(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], ranks: Ranks | None) -> dict[str, Tensor]:
+    """The reverse."""
+    if ranks is None:
+        return tensors
+    return {name: ranks.mine(tensor, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -110,10 +135,17 @@ class Saved:
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
         own = {name: tensor for name, tensor in self.tensors.items() if name in tensor_file.OF_MEMORY}
-        state.load(own, fields["memory_version"], fields["slots_used"])
+        state.load(_part(own, state.ranks), fields["memory_version"], fields["slots_used"] // state.processes)
         attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
 
 
-def read(path: Path) -> Saved:
-    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it."""
-    return Saved(path, *folder.read(path))
+def read(path: Path, ranks: Ranks | None = None) -> Saved:
+    """The memory saved in a folder. FileNotFoundError, OSError or LocasError if none is there, or not all of it.
+
+    ranks: the processes that read it together: what one cannot read, none takes
+    """
+    with together(ranks):
+        saved = Saved(path, *folder.read(path))
+    if ranks is not None and not ranks.same(saved.fields["memory_sha256"]):
+        raise LocasError(f"{path}: the processes that share the memory have read different files")
+    return saved

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ _SETTINGS = {
     "bos": boolean,
     "write": nullable(record(_WRITE)),
 }
+_TEXTS = {"texts": integer(2, 2**31 - 1)}  # where several are learned at once only
 _CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
 _ROOM = {"first": integer(0, 2**31 - 1), "latest": integer(0, 2**31 - 1)}
 _KEPT = {
@@ -87,6 +89,7 @@ _FILE = {
     "memory_sha256": _SHA256,
     "config_sha256": _SHA256,
 }
+_STREAM2 = record({**_STREAM, "settings": record(_SETTINGS, {**_CONTEXT, **_TEXTS}), "tail": _TAIL}, _KEPT)
 _FORMATS = {
     1: record(
         {
@@ -99,10 +102,11 @@ _FORMATS = {
         {
             **_FILE,
             "host": record({**_SIZES, "samples": list_of(_SAMPLES)}),
-            "stream": nullable(record({**_STREAM, "settings": record(_SETTINGS, _CONTEXT), "tail": _TAIL}, _KEPT)),
+            "stream": nullable(_STREAM2),
             "texts": list_of(record(_TEXT)),
             "created_at": _TIME,
-        }
+        },
+        {"other_streams": list_of(_STREAM2)},
     ),
 }
 
@@ -129,19 +133,31 @@ def _check_slots(fields: dict) -> None:
         raise Wrong(f"initialized is {fields['initialized']}, but slots_used is {used}")
 
 
-def _check_stream(fields: dict) -> None:
-    stream = fields["stream"]
-    if stream is None:
+def _check_streams(fields: dict) -> None:
+    first, others = fields["stream"], fields.get("other_streams", [])
+    if first is None:
+        if others:
+            raise Wrong("other_streams is there without stream; expected both or neither")
         return
+    _check_stream(first, fields["tokens_seen"])
+    if len(others) + 1 != first["settings"].get("texts", 1):
+        raise Wrong(f"other_streams has {len(others)} entries; expected one for each text but the first")
+    if others and "context" in first["settings"]:
+        raise Wrong("other_streams is there with stream.settings.context; expected one text where a context is kept")
+    for stream in others:
+        if stream["settings"] != first["settings"]:
+            raise Wrong("other_streams has settings of another run; expected those of stream")
+        _check_stream(stream, stream["position"])
+
+
+def _check_stream(stream: dict, seen: int) -> None:
     end = min(1, stream["chunks"][0]["start"] if stream["chunks"] else 0)  # a first chunk of one token scores nothing
     for index, chunk in enumerate(stream["chunks"]):
         start, end_before, end = chunk["start"], end, chunk["end"]
         if start != end_before or end <= start or chunk["tokens"] != end - max(start, 1):
             raise Wrong(f"stream.chunks[{index}] does not begin where the one before it ends, or counts its tokens wrongly")
-    if not stream["position"] == end == fields["tokens_seen"]:
-        raise Wrong(
-            f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {fields['tokens_seen']}"
-        )
+    if not stream["position"] == end == seen:
+        raise Wrong(f"stream.position is {stream['position']}, but the chunks end at {end}, tokens_seen {seen}")
     if len(stream.get("tail") or ()) > stream["position"]:
         raise Wrong(f"stream.tail has {len(stream['tail'])} tokens; expected at most {stream['position']}, those read")
     _check_kept(stream)
@@ -168,7 +184,7 @@ def check(fields: Any) -> None:
     version = fields.get("format_version")
     _FORMATS[version if type(version) is int and version in _FORMATS else FORMAT_VERSION](fields, "")
     _check_slots(fields)
-    _check_stream(fields)
+    _check_streams(fields)
     try:
         config_of(fields)
     except (TypeError, ValueError) as error:
@@ -246,5 +262,10 @@ def config_of(fields: dict) -> LocasConfig:
 
 
 def stream_of(fields: dict, tensors: Mapping[str, Tensor]) -> Stream | None:
-    """tensors: those of the file beside, which hold what a run keeps of its context"""
-    return Stream.from_dict(fields["stream"], tensors) if fields["stream"] else None
+    """The first one, which knows the others. tensors: those of the file beside, which hold what a run keeps of its context"""
+    if not fields["stream"]:
+        return None
+    stream, *others = [Stream.from_dict(each, tensors) for each in (fields["stream"], *fields.get("other_streams", []))]
+    if others:
+        stream.ranks = [replace(stream), *others]
+    return stream

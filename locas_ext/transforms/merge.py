@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from locas_ext.checks import integer
 from locas_ext.hosts.ffn import Packed, ProjectedFFN, put_in
 from locas_ext.hosts.registry import Host, inspect_host
+from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.ops import reference
 from locas_ext.state.memory_state import VALUE, MemoryState
 
@@ -221,6 +222,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     if getattr(model, "_locas_memory", None) is not None:
         raise ValueError("model has a memory attached, made for the merged width: detach() it before unmerge")
     host = inspect_host(model)
+    if (problem := fsdp_obstacle(host.model)) is not None:
+        raise ValueError(f"cannot unmerge: {problem}; unmerge the model before fully_shard")
     change = narrowing(host)
 
     def narrow(layer: int, m: int) -> Packed:

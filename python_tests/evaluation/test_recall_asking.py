@@ -70,10 +70,12 @@ def test_the_scores_are_those_of_whole_sequences(name, prompter, model):
         context = view.shared if view.of is None else view.of(question)
         prompt = plain_prompt(prompter, question, context)
         assert length == len(prompt)
+        if question.kind != CLOZE:
+            begin = "The answer is" if prompter.has_chat else " The answer is"
+            prompt = prompt + prompter.tokenizer(begin, add_special_tokens=False)["input_ids"]
         assert len(found) == 1 + len(question.distractors)
         for text, score in zip((question.answers[0], *question.distractors), found, strict=True):
-            spaced = question.kind == CLOZE or not prompter.has_chat
-            ids = prompter.tokenizer(f" {text}" if spaced else text, add_special_tokens=False)["input_ids"]
+            ids = prompter.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = exact(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             assert score == pytest.approx(logits[range(len(ids)), ids].sum().item(), abs=1e-4), (SEED, question)
@@ -91,29 +93,25 @@ def test_the_answers_are_those_of_generate(name, prompter, model):
         assert text == plain_answer(model, prompter.tokenizer, prompt, 6)
 
 
-def test_a_choice_is_made_with_and_without_what_the_host_thinks_of_the_answers(prompter):
-    question = Question(QUESTION, "What do they sell?", ("salt",), ("wool", "honey"))
-    for scores, prior, choice, calibrated in (
-        ([-3.0, -2.0, -9.0], [-5.0, -1.0, -9.5], False, True),
-        ([-1.0, -2.0, -9.0], [-1.0, -8.0, -9.5], True, False),
-        ([-1.0, -2.0, -9.0], [-2.0, -2.5, -9.5], True, True),
-    ):
-        priors = {("question", text): nats for text, nats in zip(("salt", "wool", "honey"), prior, strict=True)}
-        found = measuring._choice(prompter, question, scores, priors)
-        assert (found["choice"], found["calibrated"], found["options"]) == (choice, calibrated, 3)
-        assert found["gold_nats"] == pytest.approx(scores[0] / len(prompter.answer("salt")))
-    alone = measuring._choice(prompter, Question(QUESTION, "?", ("salt",)), [-1.0], {("question", "salt"): -2.0})
+def test_a_choice_is_made_with_and_without_what_is_usual_for_an_answer(prompter):
+    """Scores of three answers after three questions: a taste for each answer, and 1.5 nats more for each question's own."""
+    texts, taste = (
+        ("salt", "wool", "honey"),
+        {text: random.Random(f"{SEED} {text}").uniform(-9, -3) for text in ("salt", "wool", "honey")},
+    )
+    questions = [Question(QUESTION, f"{n}?", (gold,), tuple(t for t in texts if t != gold)) for n, gold in enumerate(texts)]
+    scores = [[taste[text] + 1.5 * (text == q.answers[0]) for text in (q.answers[0], *q.distractors)] for q in questions]
+    usual = measuring.usual_scores(questions, scores)
+    assert usual == pytest.approx({(QUESTION, text): taste[text] + 0.5 for text in texts})
+    for question, each in zip(questions, scores, strict=True):
+        found = measuring._choice(prompter, question, each, usual)
+        assert (found["choice"], found["calibrated"], found["options"]) == (each[0] > max(each[1:]), True, 3)
+        assert found["gold_nats"] == pytest.approx(each[0] / len(prompter.encode(f" {question.answers[0]}")))
+    other = Question(QUESTION, "?", ("salt",), ("tin",))
+    found = measuring._choice(prompter, other, [-1.0, -2.0], usual)
+    assert found["choice"] is True and found["calibrated"] is None, "nothing is known of tin"
+    alone = measuring._choice(prompter, Question(QUESTION, "?", ("salt",)), [-1.0], usual)
     assert alone["choice"] is None and alone["calibrated"] is None
-
-
-def test_what_the_host_thinks_of_an_answer_is_asked_with_an_empty_question(prompter, model):
-    asked = [Question(QUESTION, "What?", ("salt",), ("wool",)), Question(CLOZE, "They sell", ("salt",), ("tin",))]
-    priors = measuring.priors_of(model, prompter, asked, measuring.Asking())
-    assert set(priors) == {("question", "salt"), ("question", "wool"), (CLOZE, "salt"), (CLOZE, "tin")}
-    for (form, text), nats in priors.items():
-        empty = Question(form, "" if form == QUESTION else "The", (text,))
-        ((expected,),) = choice_scores(model, prompter, [empty], View(), 1, lambda count: None)
-        assert nats == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from locas_ext.learning.study import study as study_module
 from locas_ext.learning.study.learner import Learner
 
 SEED = random.randrange(1000)
-FAST = dict(epochs=12, batch=3, learning_rate=2e-2, raw=0.2, new_tokens=4)
+# What a random host computes has no directions of its own, so that nothing would be left to learn with beside them.
+FAST = dict(
+    epochs=12, updates=1, batch=3, recalled=0.5, learning_rate=2e-2, raw=0.2, raw_first=0, new_tokens=4, locality="none"
+)
 
 
 def settings(**changes):
@@ -29,14 +32,14 @@ def test_answers_become_likelier_without_the_passage(loss):
     # a random host expects nothing of a passage, so by distance alone there would be nothing to learn
     chosen = settings(guard=0.0, gold=0.9)
     report = memory.study(TEXT, tokenizer, loss, PAIRS, progress=False, settings=chosen)
-    assert report.questions == {"given": 4} and report.steps == report.planned == 12 * 2 == memory.version
+    assert report.questions == {"given": 4} and report.steps == report.planned == 12 * 4 // 3 == memory.version
     assert answer_nats(memory.model, tokenizer) < nats - 2
-    assert report.loss < report.loss_before and report.guard is None and report.stopped is None
+    assert report.loss < report.loss_before and report.guard is None and not report.returned
     assert [text.tokens for text in memory.texts] == [len(tokenizer(TEXT, add_special_tokens=False)["input_ids"])]
     assert_same_host(memory.model, before)
     with memory.disabled():
         assert answer_nats(memory.model, tokenizer) == pytest.approx(nats)
-    assert "4 questions" in str(report) and "24 of 24 updates" in str(report)
+    assert "4 questions" in str(report) and "16 of 16 updates" in str(report)
 
 
 def test_a_two_layer_host_studies_too():
@@ -60,11 +63,13 @@ def test_the_guard_keeps_the_host_as_it_is():
 
 
 def test_a_state_too_far_from_the_host_is_not_kept():
+    """But something is learned: the rate falls until the guard holds."""
     tokenizer, memory = study_tokenizer(), studying(SEED)
-    chosen = settings(guard=1e-6, most_kl=1e-3, learning_rate=0.1)
+    nats = answer_nats(memory.model, tokenizer)
+    chosen = settings(guard=1e-6, most_kl=1e-2, learning_rate=0.5, updates=60)
     report = memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen)
-    assert report.guard <= 1e-3 and "stopped after" in report.stopped and report.steps < report.planned
-    assert report.stopped in str(report)
+    print(report, nats, answer_nats(memory.model, tokenizer))
+    assert report.guard <= 1e-2 and answer_nats(memory.model, tokenizer) < nats
 
 
 def test_the_gradient_is_that_of_the_rows_one_by_one(monkeypatch):
@@ -104,7 +109,8 @@ def test_the_gradient_is_that_of_the_rows_one_by_one(monkeypatch):
     nll = torch.cat([nats(row) for row in lessons])
     missed = torch.where(nll > 0.6931, nll, torch.zeros(())).mean()
     total = 0.6 * torch.cat([kl(row) for row in lessons]).mean() + 0.4 * missed
-    total = total + 0.3 * torch.cat([nats(row) for row in raw]).mean()
+    read = torch.cat([nats(row) for row in raw])
+    total = total + 0.3 * torch.where(read > 0.6931, read, torch.zeros(())).mean()
     total = total + 0.7 * torch.cat([kl(row) for row in guard]).mean()
     expected = torch.autograd.grad(total, memory.parameters())
     for index, gradient in enumerate(expected):
@@ -143,7 +149,7 @@ def test_how_long_it_takes_is_said_before_it_starts(capsys, monkeypatch):
 # ---- ended and gone on -----------------------------------------------------------------------------------------
 def test_an_ended_study_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     tokenizer = study_tokenizer()
-    chosen = settings(guard=0.5, most_kl=1e6, epochs=4)
+    chosen = settings(guard=0.5, most_kl=1e6, epochs=4, locality="projected", quiet=0.5)
     whole = studying(SEED)
     full = whole.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen)
 

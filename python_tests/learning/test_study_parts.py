@@ -10,11 +10,24 @@ from support.study import CHAT, PAIRS, TEXT, study_host, study_tokenizer
 import locas_ext as locas
 from locas_ext.learning.study import asking, generation
 from locas_ext.learning.study.asking import Asker, question_in
-from locas_ext.learning.study.pairs import Salience, given_pairs, made_pairs, parts_of
+from locas_ext.learning.study.made import made_pairs
+from locas_ext.learning.study.pairs import given_pairs, parts_of
 from locas_ext.learning.study.passages import passages_of, sentences_of, words_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.learning.study.rows import Row, distance, expectations, in_batches, likeliest, logits_of
-from locas_ext.learning.study.settings import ABOUT, ASKED, ASKED_FOR, BLANK, CONTINUED, StudySettings
+from locas_ext.learning.study.salience import Salience
+from locas_ext.learning.study.settings import (
+    ABOUT,
+    ASKED,
+    ASKED_FOR,
+    BEGUN,
+    BLANK,
+    CONTINUED,
+    KINDS,
+    LINKED,
+    TURNED,
+    StudySettings,
+)
 from locas_ext.learning.study.teacher import lessons_of, surprises_of
 
 SEED = random.randrange(10_000)
@@ -111,22 +124,72 @@ def test_a_fact_is_asked_from_both_ends():
     assert sentence in sentences_of(TEXT)
     words = [sentence[a:b] for a, b in words_of(sentence)]
     surprises = {sentence: [9.0 if word in ("Skolm", "honey") else 0.1 for word in words]}
-    pairs = made_pairs(passages, (BLANK, ABOUT, CONTINUED), 99, Salience(surprises, most=2), SEED)
-    mine = [pair for pair in pairs if "village of" in pair.question or "village of" in pair.answer]
-    blanks = {pair.answer: pair.question for pair in mine if pair.kind == BLANK}
-    assert set(blanks) == {"Skolm", "honey"} and "Skolm" in blanks["honey"] and "honey" not in blanks["honey"]
+    pairs = made_pairs(passages, KINDS, Salience(surprises, most=2), SEED)
+    mine = [pair for pair in pairs if any(word in f"{pair.question} {pair.begin} {pair.answer}" for word in ("Skolm", "honey"))]
+    for kind in (BLANK, TURNED, LINKED, BEGUN):
+        both = {pair.answer.strip(".").lower(): pair for pair in mine if pair.kind == kind}
+        assert set(both) == {"skolm", "honey"}, kind
+        for answer, other in (("skolm", "honey"), ("honey", "skolm")):
+            assert other in both[answer].question.lower() and answer not in both[answer].question.lower()
+    assert {f"{pair.begin} {pair.answer}" for pair in mine if pair.kind == BEGUN} == {
+        "The village of Skolm",
+        "The village of Skolm lives from its trade in honey",
+    }
     assert {pair.answer for pair in mine if pair.kind == ABOUT} == {sentence}
     (cut,) = [pair for pair in mine if pair.kind == CONTINUED]
     assert f"{cut.question} {cut.answer}" == sentence
-    assert made_pairs(passages, (BLANK,), 99, Salience(surprises, most=2), SEED) == [p for p in pairs if p.kind == BLANK]
-    few = made_pairs(passages, (BLANK, ABOUT), 2, Salience(surprises, most=2), SEED)
-    assert [pair.kind for pair in few] == [BLANK, BLANK, ABOUT, ABOUT]
+    assert made_pairs(passages, (BLANK,), Salience(surprises, most=2), SEED) != []
+    twice = passages_of(prompter, [TEXT, TEXT], 256)
+    assert made_pairs(twice, KINDS, Salience(surprises, most=2), SEED) == pairs  # a sentence that comes again is asked once
 
 
 def test_the_first_word_of_a_sentence_is_asked_for_only_if_it_is_a_name():
-    sentences = ["Every evening Anna played the violin.", "Anna sold it in Rome.", "Nobody knew why she did."]
+    sentences = ["Every evening Anna played the violin.", "Anna sold it in Rome.", "Nobody knew the time."]
     salient = Salience({s: [float(len(s) - a) for a, _ in words_of(s)] for s in sentences}, most=2)
-    assert [salient(sentence) for sentence in sentences] == [["evening", "Anna"], ["Anna", "sold"], ["knew", "why"]]
+    found = [[word.text for word in salient(sentence)] for sentence in sentences]
+    assert found == [["evening", "Anna"], ["Anna", "Rome"], ["knew", "time"]]
+
+
+def test_a_word_of_many_sentences_is_not_asked_for():
+    """Of more than three; a name of any number, and with the title before it also where the sentence begins with that."""
+    cities = ["Rome", "Oslo", "Bern", "Vienna"]
+    sentences = [f"Captain Bell was born in {city}, said someone of {city}." for city in cities]
+    sentences += ["Later Captain Bell sold a lamp.", "There was nobody in the yard."]
+    salient = Salience({s: [1.0] * len(words_of(s)) for s in sentences}, most=9)
+    found = [[word.text for word in salient(sentence)] for sentence in sentences]
+    assert found[:4] == [["Captain Bell", city, city] for city in cities]
+    assert found[4:] == [["Captain Bell", "sold", "lamp"], ["nobody", "yard"]]
+    fewer = Salience({s: [1.0] * len(words_of(s)) for s in sentences[1:]}, most=9)
+    assert [word.text for word in fewer(sentences[1])] == ["Captain Bell", "born", "Oslo", "said", "someone", "Oslo"]
+
+
+def test_a_sentence_without_a_name_is_only_asked_whole():
+    text = "The ship Vomel has red sails. There was bread on the old table. A crew feared the ship Vomel."
+    passages = passages_of(Prompter(study_tokenizer()), [text], 256)
+    sentences = sentences_of(passages[0].text)
+    pairs = made_pairs(passages, KINDS, Salience({s: [1.0] * len(words_of(s)) for s in sentences}), SEED)
+    bread = [pair for pair in pairs if any(word in f"{pair.question} {pair.answer}" for word in ("bread", "table"))]
+    assert {pair.kind for pair in bread} == {BLANK, ABOUT, CONTINUED}
+    assert {pair.kind for pair in pairs if "Vomel" in pair.question} >= {BLANK, ABOUT, TURNED, LINKED, BEGUN}
+    of_the_ship = [
+        pair.question
+        for seed in range(20)
+        for pair in made_pairs(passages, (TURNED,), Salience({s: [1.0] * 9 for s in sentences}), seed)
+        if pair.answer == "Vomel."
+    ]
+    assert any("which ship" in question.lower() for question in of_the_ship)
+    assert not any("Vomel" in question for question in of_the_ship)
+
+
+def test_a_name_is_asked_about_with_what_it_is_of():
+    sentences = [
+        "The sails of the ship Vomel are red.",
+        "Merchants came to the old house of Brann.",
+        "He went to Skolm in May.",
+    ]
+    salient = Salience({sentence: [1.0] * 20 for sentence in sentences}, most=9)
+    phrases = [[word.phrase for word in salient(sentence) if word.name] for sentence in sentences]
+    assert phrases == [["the ship Vomel"], ["Brann"], ["Skolm", "May"]]
 
 
 def test_the_words_that_a_host_would_not_have_guessed():
@@ -159,7 +222,7 @@ def test_a_lesson_is_learned_without_the_passage_and_expected_with_it(chat):
     tokenizer, model = study_tokenizer(chat), study_host(SEED)
     prompter = Prompter(tokenizer)
     passages = passages_of(prompter, [TEXT], 64)
-    pairs = [*given_pairs(PAIRS, passages), *made_pairs(passages, (CONTINUED,), 1, Salience({}), SEED)]
+    pairs = [*given_pairs(PAIRS, passages), *made_pairs(passages, (CONTINUED,), Salience({}), SEED)]
     for lesson in lessons_of(model, prompter, passages, pairs, 8, 256, CPU, lambda count: None):
         shown, answer = parts_of(prompter, lesson.pair, passages[lesson.pair.passage].text)
         assert passages[lesson.pair.passage].text in tokenizer.decode(shown)

@@ -9,24 +9,12 @@ import tracemalloc
 import pytest
 import torch
 from safetensors.torch import save
-from support.checkpoints import CONFIG, MEMORY, rewrite
+from support.checkpoints import CONFIG, MEMORY, put, rewrite
 
 import locas_ext as locas
 from locas_ext.storage import checkpoint, config_file
 
 HUGE, NESTED = 10**30, [[[[[]]]]]
-
-
-def put(place, value):
-    """A change of a record: the value at a place such as "stream.chunks.0.nll"."""
-
-    def change(record):
-        *path, last = [int(part) if part.isdecimal() else part for part in place.split(".")]
-        for part in path:
-            record = record[part]
-        record[last] = value
-
-    return change
 
 
 def refused(folder, match):

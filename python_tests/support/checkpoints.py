@@ -27,3 +27,15 @@ def rewrite(folder, change_record=lambda record: None, change_tensors=None):
     record.pop("config_sha256", None)
     record["config_sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (folder / CONFIG).write_text(json.dumps(record))
+
+
+def put(place, value):
+    """A change of a record: the value at a place such as "stream.chunks.0.nll"."""
+
+    def change(record):
+        *path, last = [int(part) if part.isdecimal() else part for part in place.split(".")]
+        for part in path:
+            record = record[part]
+        record[last] = value
+
+    return change

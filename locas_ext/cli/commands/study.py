@@ -33,7 +33,7 @@ def study(
         option(path("DIR"), "Keeps questions and progress; the same command goes on there. Default: OUT with .study behind."),
     ] = None,
     studying: StudyOptions = StudyOptions(),
-    epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 6,
+    epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 5,
     learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=LEARNING)] = 2e-3,
     options: MemoryOptions = NEW_MEMORY,
     host: HostOptions = HostOptions(),

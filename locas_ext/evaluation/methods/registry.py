@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from locas_ext.learning.initialization import default_learning
 from locas_ext.learning.keep import Keep, context_of
 from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
+from locas_ext.learning.update import BACKPROP_NUMBERS, backprop_numbers
 from locas_ext.memory import Backprop, Chunk, MemorizeReport
 
 from .adapter_files import save_lora
@@ -106,7 +107,7 @@ def locas_settings(
     learning: fields of Backprop; those left out are as `Memory.memorize` fills them in
     context: what keep.py, `context_of`, reads; empty if each window is read anew
     """
-    update = asdict(Backprop(**{**default_learning(config, learning), **learning}))
+    update = backprop_numbers(Backprop(**{**default_learning(config, learning), **learning}))
     return {**config.to_dict(), **update, "rehome": rehome, "context_gradient": context_gradient, **context}
 
 
@@ -120,7 +121,7 @@ def _locas(host, arm: Arm) -> Iterator[Reader]:
     settings = arm.settings
     memory = locas.attach(host, locas_config(settings), rehome=settings["rehome"])
     learning = {
-        "update": Backprop(**{field.name: settings[field.name] for field in fields(Backprop)}),
+        "update": Backprop(**{name: settings[name] for name in BACKPROP_NUMBERS}),
         "context_gradient": settings["context_gradient"],
         "context": context_of(settings) or "recompute",
         # Truncation says how hard the text is without a memory, and a run that diverges is a result too.

@@ -16,6 +16,7 @@ from locas_ext.learning.study.prompts import Prompter
 
 from .documents import CLOZE, Question
 
+REPLY = "The answer is"  # hosts begin a reply in many ways, so that bare words right after a question tell little
 _MOST_CACHED = 1 << 17  # tokens of all copies of a prompt's cache together
 
 
@@ -43,8 +44,14 @@ def _parts(prompter: Prompter, question: Question, context: str | None) -> tuple
     return (shown, prompter.encode(question.text)) if shown else ([], prompter.passage(question.text))
 
 
-def _candidate(prompter: Prompter, question: Question, text: str) -> list[int]:
-    return prompter.encode(f" {text}") if question.kind == CLOZE else prompter.answer(text)
+def reply_begin(prompter: Prompter, question: Question) -> list[int]:
+    """What a reply begins with before one answer or another is put there: nothing goes on with a sentence that was begun."""
+    return [] if question.kind == CLOZE else prompter.answer(REPLY)
+
+
+def candidate(prompter: Prompter, text: str) -> list[int]:
+    """An answer behind the beginning of a sentence."""
+    return prompter.encode(f" {text}")
 
 
 def prompt_lengths(prompter: Prompter, questions: list[Question], view: View) -> list[int]:
@@ -102,13 +109,14 @@ def written_answers(
 def choice_scores(
     model: Any, prompter: Prompter, questions: list[Question], view: View, batch_size: int, advance: Advance
 ) -> list[list[float]]:
-    """For each question the summed log-probability, in nats, of its gold and of each of its distractors.
+    """For each question the summed log-probability, in nats, of its gold and of each of its distractors behind REPLY.
 
     A question without distractors has that of its gold alone.
     """
     result: list[list[float]] = [[] for _ in questions]
     with torch.inference_mode():
         for indices, shared, own in _groups(prompter, questions, view):
+            own = [ids + reply_begin(prompter, questions[index]) for index, ids in zip(indices, own, strict=True)]
             cache = None
             if shared:
                 inputs = torch.tensor([shared], device=model.device)
@@ -135,7 +143,7 @@ def _batches(own: list[list[int]], shared: int, size: int) -> Iterator[list[int]
 
 def _scores(model: Any, prompter: Prompter, questions: list[Question], prompts: Tensor, cache: Any) -> list[list[float]]:
     """prompts: [b, m], those of the questions, behind what the cache holds"""
-    options = [[_candidate(prompter, q, text) for text in (q.answers[0], *q.distractors)] for q in questions]
+    options = [[candidate(prompter, text) for text in (q.answers[0], *q.distractors)] for q in questions]
     begun = copies(cache, len(questions))
     output = model(input_ids=prompts, past_key_values=begun, use_cache=True, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)

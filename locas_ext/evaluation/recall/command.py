@@ -38,7 +38,6 @@ from .measuring import (
     everything_else,
     other_logits,
     perplexity,
-    priors_of,
     right_general,
     summarize,
 )
@@ -184,8 +183,6 @@ class Recall:
         record: dict[str, Any] = {"method": method, "document": document.title}
         if error := self._too_long(document, view, alone):
             return {**record, "error": error, "seconds": 0.0}
-        if document.title not in alone.priors:
-            alone.priors[document.title] = priors_of(self.host, self.prompter, list(document.questions), self.task.asking)
         arm, started = self.arms.get(memory) if memory else None, time.perf_counter()
         try:
             with having_learned(self.host, self.prompter, arm, self.reading) as learned:
@@ -219,7 +216,7 @@ class Recall:
         ids = torch.tensor(prompter.encode(document.text))
         total = 2 * len(document.questions) - sum(q.kind == "absent" for q in document.questions) + len(alone.right)
         with _progress(one_line(f"{method}, {document.title}"), total) as advance:
-            entries = ask_all(host, prompter, document, view, alone.priors[document.title], task.asking, advance)
+            entries = ask_all(host, prompter, document, view, task.asking, advance)
             rest = everything_else(host, prompter, view, alone, task.asking, task.seed, advance)
         return {
             "kinds": summarize(entries, task.seed),

@@ -1,7 +1,7 @@
 """One method on one text: every question asked, and what became of everything else the host could do."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 
-from .asking import Advance, View, choice_scores, written_answers
-from .documents import ABSENT, CLOZE, Document, Question
+from .asking import Advance, View, candidate, choice_scores, written_answers
+from .documents import ABSENT, Document, Question
 from .scoring import contains, token_f1
 
 OTHER_TEXT, OTHER_TOKENS, OTHER_WINDOW = ASSETS / "tono-bungay.txt", 512, 128
+_OFFERED = 3  # questions that offer an answer, from which on what is usual for it is known
+Usual = dict[tuple[str, str], float]  # nats, by the kind of question and the answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,6 @@ class HostAlone:
     right: list[Question]
     other: list[torch.Tensor]
     other_ids: torch.Tensor
-    priors: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
 
 
 # ---- everything else -------------------------------------------------------------------------------------------
@@ -65,45 +66,27 @@ def right_general(
     return [contains(text, question.answers) for text, question in zip(texts, questions, strict=True)]
 
 
-def priors_of(model: Any, prompter: Prompter, questions: list[Question], asking: Asking) -> dict[tuple[str, str], float]:
-    """What the model thinks of each answer by itself: (form of the question, answer) -> nats, asked an empty question."""
-    wanted = dict.fromkeys((_form(q), text) for q in questions for text in (q.answers[0], *q.distractors))
-    result: dict[tuple[str, str], float] = {}
-    for form in dict.fromkeys(form for form, _ in wanted):
-        texts = [text for each, text in wanted if each == form]
-        empty = Question(form, "" if form != CLOZE else "The", (texts[0],), tuple(texts[1:]))
-        for start in range(0, len(texts), 64):
-            part = Question(form, empty.text, (texts[start],), tuple(texts[start + 1 : start + 64]))
-            (scores,) = choice_scores(model, prompter, [part], View(), asking.batch_size, lambda count: None)
-            result.update(zip(((form, text) for text in texts[start : start + 64]), scores, strict=True))
-    return result
-
-
-def _form(question: Question) -> str:
-    """Questions of one form have answers that are written alike."""
-    return CLOZE if question.kind == CLOZE else "question"
-
-
 # ---- questions -------------------------------------------------------------------------------------------------
 def ask_all(
     model: Any,
     prompter: Prompter,
     document: Document,
     view: View,
-    priors: dict[tuple[str, str], float],
     asking: Asking,
     advance: Advance,
 ) -> list[dict]:
     """One entry a question: what was written, and whether it is right by each measure.
 
     contained: the gold is in what was written; of "absent": a value of the text is, which is made up
-    choice, calibrated: whether the gold is the likeliest of ten, and likeliest after the prior is taken off; None: no choice
+    choice: whether the gold is the likeliest of ten; None: there is no choice
+    calibrated: the same after what is usual for an answer is taken off, see `usual_scores`; None: too little is known of that
     gold_nats: the gold's log-probability a token
     """
     questions = list(document.questions)
     texts = written_answers(model, prompter, questions, view, asking.max_new_tokens, asking.batch_size, advance)
     asked = [question for question in questions if question.kind != ABSENT]
-    scores = iter(choice_scores(model, prompter, asked, view, asking.batch_size, advance))
+    scored = choice_scores(model, prompter, asked, view, asking.batch_size, advance)
+    usual, scores = usual_scores(asked, scored), iter(scored)
     entries = []
     for question, text in zip(questions, texts, strict=True):
         entry = {
@@ -114,20 +97,33 @@ def ask_all(
             "contained": contains(text, question.answers),
             "f1": None if question.kind == ABSENT else token_f1(text, question.answers),
         }
-        entries.append(entry if question.kind == ABSENT else entry | _choice(prompter, question, next(scores), priors))
+        entries.append(entry if question.kind == ABSENT else entry | _choice(prompter, question, next(scores), usual))
     return entries
 
 
-def _choice(prompter: Prompter, question: Question, scores: list[float], priors: dict[tuple[str, str], float]) -> dict:
-    gold = question.answers[0]
-    tokens = len(prompter.encode(f" {gold}") if question.kind == CLOZE else prompter.answer(gold))
-    options = (gold, *question.distractors)
-    taken_off = [score - priors[_form(question), text] for score, text in zip(scores, options, strict=True)]
+def usual_scores(questions: list[Question], scores: list[list[float]]) -> Usual:
+    """What each answer gets on the mean over the questions of its kind that offer it, where they are at least three.
+
+    A reader likes some words better than others whatever is asked. Against itself after other questions an answer shows what
+    the question does, as P(answer | question) / P(answer | such questions) does (arXiv 2104.08315).
+    """
+    seen: dict[tuple[str, str], list[float]] = {}
+    for question, each in zip(questions, scores, strict=True):
+        for text, score in zip((question.answers[0], *question.distractors), each, strict=True):
+            seen.setdefault((question.kind, text), []).append(score)
+    return {answer: sum(values) / len(values) for answer, values in seen.items() if len(values) >= _OFFERED}
+
+
+def _choice(prompter: Prompter, question: Question, scores: list[float], usual: Usual) -> dict:
+    options = (question.answers[0], *question.distractors)
+    tokens = len(candidate(prompter, options[0]))
     several = len(options) > 1
+    known = several and all((question.kind, text) in usual for text in options)
+    above = [score - usual[question.kind, text] for score, text in zip(scores, options, strict=True)] if known else []
     return {
         "gold_nats": scores[0] / tokens if math.isfinite(scores[0]) else None,
         "choice": scores[0] > max(scores[1:]) if several else None,
-        "calibrated": taken_off[0] > max(taken_off[1:]) if several else None,
+        "calibrated": above[0] > max(above[1:]) if known else None,
         "options": len(options),
     }
 

@@ -11,7 +11,7 @@ from locas_ext.hosts.gated_ffn import FusedGatedFFN, InterleavedFFN, UpFirstFFN
 from locas_ext.hosts.probe.recording import Recording
 
 from .activations import Activated, Activations, closest
-from .forward import here, input_of, is_linear, output_of, sizes, tolerance
+from .forward import here, input_of, is_linear, output_of, sizes_here, tolerance
 
 # How gate and up can lie in one projection: a class, and the two parts of its output.
 _FUSED = {
@@ -78,7 +78,7 @@ def _linears(layer: nn.Module, recording: Recording, rows: int, without: set[nn.
             continue
         for call in recording.of(module)[:1]:
             x, y = input_of(call), output_of(call)
-            ok = x is not None and y is not None and (x.shape[-1], y.shape[-1]) == sizes(module)
+            ok = x is not None and y is not None and (x.shape[-1], y.shape[-1]) in sizes_here(module)
             if ok and x is not None and y is not None and _rows(x) == _rows(y) == rows:
                 yield _Linear(name, module, here(x, rows), here(y, rows), recording.order(call))
 

@@ -18,6 +18,7 @@ from locas_ext.hosts.formula import Seen, class_name
 from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.hosts.probe.recording import Recording
 from locas_ext.hosts.probe.undisturbed import undisturbed
+from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.tried import tried
 from locas_ext.hosts.two_layer_ffn import Conv1DFFN, TwoLayerFFN
 from locas_ext.ops.activations import has_parameters
@@ -109,12 +110,11 @@ def _holds_far(ffn: GatedFFN, x: torch.Tensor) -> bool:
     """Whether the module computes the formula too where its neurons' products are larger than a short text makes them."""
     reached = min(product.abs().max().item() for product in ffn.pre_activations(x))
     far = x * (_REACH / max(reached, torch.finfo(torch.float32).tiny))
-    got = None
+    expected, got = ffn.projections()[-1](ffn.hidden(far)), None
     with tried():
         got = ffn.module(far)
     if got is None:  # a module that takes more than its input
         return True
-    expected = ffn.projections()[-1](ffn.hidden(far))
     return not expected.isfinite().all() or _same(got, expected)  # float16 does not reach everywhere
 
 
@@ -198,10 +198,11 @@ def discover(model: Any) -> Discovered:
         ffns: dict[int, HostFFN] = {}
         taken = set[nn.Module]()
         for index, layer in layers.at.items():
-            if (found := _of_layer(layer, recording, d)) is None or found[1].module in taken:
-                continue
-            if found[1].differs is not None and found[1].place is Place.MODULE:
-                check_gradient(index, found[0], recording.of(found[1].module)[0])
+            with gathered(model, layer):
+                if (found := _of_layer(layer, recording, d)) is None or found[1].module in taken:
+                    continue
+                if found[1].differs is not None and found[1].place is Place.MODULE:
+                    check_gradient(index, found[0], recording.of(found[1].module)[0])
             names[index], ffns[index] = found
             taken.add(found[1].module)
             found[1].repeated = len(recording.of(found[1].projections()[-1])) > 1

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from locas_ext.hosts.probe.recording import Call, Recording, record
+from locas_ext.hosts.split import is_split, local
 
 TOKENS = 12  # enough for a router to spread them
 
@@ -21,6 +22,12 @@ def is_linear(module: nn.Module) -> bool:
 def sizes(linear: Any) -> tuple[int, int]:
     """Of a linear module: how many numbers go in and come out."""
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
+def sizes_here(linear: Any) -> set[tuple[int, int]]:
+    """The same, and of one that is split among processes also the sizes of this process's part."""
+    weight = linear._parameters.get("weight")
+    return {sizes(linear), tuple(local(weight).shape[::-1])} if is_split(weight) else {sizes(linear)}
 
 
 def input_of(call: Call) -> Tensor | None:

@@ -1,7 +1,11 @@
 """When two results of a host count as the same, by the dtype they were computed in."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from locas_ext.hosts.split import is_split
 
 # What a host that rounds whole texts to one grid of int8 numbers may make of the same tokens in two texts.
 COARSE = 0.1
@@ -10,9 +14,9 @@ COARSE = 0.1
 def rounds_whole_texts(model: nn.Module) -> bool:
     """Whether a linear layer's weight is not a plain parameter of floating point numbers: its input may then be rounded too."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if hasattr(module, "in_features") and not any(module.children()):
-            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            if not (type(weight) is nn.Parameter or is_split(weight)) or not weight.is_floating_point():
                 return True
     return False
 

@@ -20,6 +20,7 @@ from locas_ext.caller import caller_stacklevel
 from locas_ext.hosts.context_cache import ContextCache, holds_keys_and_values_only, logits_on, one_forward
 from locas_ext.hosts.lengths import lengths_of
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.window_reading import FULL, SHORT, Verdict, Way, cheapest
 
 from .agreement import rounds_whole_texts
@@ -74,9 +75,12 @@ def _check(host: Host, texts: Tensor) -> None:
         )
     for layer, ffn in host.ffns.items():
         try:
-            ffn.differs = difference(ffn, recording)
+            with gathered(model, ffn.module):
+                ffn.differs = difference(ffn, recording)
         except DidNotRun as error:
             raise _Refused(f"the FFN of layer {layer} of {type(model).__name__} {error}") from None
+        if host.ranks is not None and not host.ranks.all(ffn.differs is None):
+            ffn.differs = ffn.differs or "it computes something else on another process"
     if reading.lengths.divides(_CONTEXT, len(texts[0])) is None:
         _choose_way(host, texts[0], recording.logits[0, _CONTEXT:])
 
@@ -99,7 +103,7 @@ def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:
         return logits
 
     with embedded(model, wanted=coarse or not reading.plain_cache) as gradients:
-        verdict = cheapest(Verdict(FULL), read, expected, inputs, coarse, (FULL._replace(positions=True),))
+        verdict = cheapest(Verdict(FULL), read, expected, inputs, coarse, (FULL._replace(positions=True),), reading.ranks)
     if verdict.way.in_two:
         verdict = replace(verdict, way=SHORT._replace(positions=verdict.way.positions))  # a run compares what that adds
     else:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from locas_ext.hosts.formula import has_hooks
+from locas_ext.hosts.split import only_sums_gradients
+
 
 class Piece(NamedTuple):
     """A module, and what stands in for its forward."""
@@ -27,22 +30,26 @@ def _in_thread(piece: Piece, thread: int) -> Callable[..., Any]:
 
 @contextmanager
 def bound(pieces: Sequence[Piece]) -> Iterator[None]:
-    """Inside, each module of the pieces runs what stands in for its forward, in this thread. None may have one of its own."""
-    done, thread = 0, threading.get_ident()
+    """Inside, each module of the pieces runs what stands in for its forward, in this thread."""
+    before, thread = list[tuple[nn.Module, Any]](), threading.get_ident()
     try:
         for piece in pieces:
-            piece.module.__dict__["forward"] = _in_thread(piece, thread)
-            done += 1
+            forward = _in_thread(piece, thread)
+            before.append((piece.module, piece.module.__dict__.get("forward")))
+            piece.module.__dict__["forward"] = forward
         yield
     finally:
-        for piece in pieces[:done]:
-            del piece.module.__dict__["forward"]
+        for module, own in reversed(before):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:  # what splits the module among processes
+                module.__dict__["forward"] = own
 
 
 def why_not_bound(module: nn.Module) -> str | None:
     """Why nothing may stand in for this module's forward, or None."""
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not only_sums_gradients(module):
         return "its forward is somebody else's"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "it has hooks"
     return None

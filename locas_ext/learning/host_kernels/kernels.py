@@ -112,6 +112,8 @@ class HostKernels:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
                 error, why = float("nan"), f"with the kernels it raises {type(problem).__name__}: {problem}"
+            if self.host.ranks is not None:
+                error = self.host.ranks.largest(error)
             if error <= tolerance(own, self.host.reading.coarse):
                 self.levels[kind] = level
                 return
@@ -132,7 +134,7 @@ class HostKernels:
         taken = set(self.levels.values())
         ours = []
         if taken - {Level.NONE}:
-            ours += ["norms"] * bool(self.pieces) + ["residuals"] * any(layer is not None for layer in self.found.layers)
+            ours += ["norms"] * bool(self.found.norms) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         return HostKernelsReport(tuple(ours), dict(self.found.own))

@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from locas_ext.hosts.formula import has_hooks
+from locas_ext.hosts.split import is_split, local, style_of
 from locas_ext.ops import token_nll
 from locas_ext.ops.backends import elementwise
+from locas_ext.ops.ranks import Ranks
 
 from .agreement import agree
 from .binding import why_not_bound
+from .split import first_row
 
 # Bytes of logits that exist at one time; on a GPU enough rows for a full product, on a CPU few enough to stay in its caches.
 _SLICE = {"cuda": 160 << 20, "cpu": 4 << 20}
@@ -59,10 +63,7 @@ class HeadLoss:
         weight: Tensor = head.weight
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if gradient else None
-        rows = max(1, _SLICE[hidden.device.type] // (weight.shape[0] * weight.element_size()))
-        rows = rows if rows < 64 else rows // 64 * 64
-        for first in range(0, len(hidden), rows):
-            part = slice(first, first + rows)
+        for part in row_slices(hidden, weight):
             logits = F.linear(hidden[part], weight, head.bias)
             nll[part], d_logits = elementwise.token_nll(
                 logits, targets[part], gradient, self.soft_cap, self.logit_scale, in_place=True
@@ -72,15 +73,72 @@ class HeadLoss:
         return nll, d_hidden
 
 
+class SplitHeadLoss(HeadLoss):
+    """The same of a head whose rows, tokens of the vocabulary, are split among processes.
+
+          logits of a part [s, V / n] --> log-sum-exp and the targets' logits --one sum over ranks--> nll [s]
+                 |  in place
+          the part's own gradient --> * the part's share of the whole --> d_hidden [s, d] --one sum over ranks
+
+    A part's kernel takes a token of the part for the target, the true one where it is there. The difference is a row of the
+    head.
+    """
+
+    def __init__(self, head: nn.Module, logit_scale: float, ranks: Ranks):
+        super().__init__(head, logit_scale, 0.0)
+        self.ranks = ranks
+        self.first = first_row(local(head.weight), ranks)
+
+    def slices(self, hidden: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        head: Any = self.head
+        weight, bias = local(head.weight), local(head.bias)
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if gradient else None
+        for part in row_slices(hidden, weight):
+            d_part = self._slice(hidden[part], targets[part], weight, bias, nll[part], gradient)
+            if d_hidden is not None and d_part is not None:
+                d_hidden[part] = d_part
+        return nll, None if d_hidden is None else self.ranks.total(d_hidden)
+
+    def _slice(
+        self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, nll: Tensor, gradient: bool
+    ) -> Tensor | None:
+        """Writes nll [s]. -> this process's part of the gradient by hidden [s, d]"""
+        places = targets - self.first
+        here = ((places >= 0) & (places < len(weight))).float()
+        places = places.clamp(0, len(weight) - 1)
+        logits = F.linear(hidden, weight, bias)
+        taken = logits.gather(1, places[:, None])[:, 0].float() * self.logit_scale
+        own, d_logits = elementwise.token_nll(logits, places, gradient, 0.0, self.logit_scale, in_place=True)
+        sums = torch.zeros(self.ranks.size + 1, len(hidden), dtype=torch.float32, device=hidden.device)
+        sums[self.ranks.rank], sums[-1] = own + taken, taken * here
+        self.ranks.total(sums)
+        whole = sums[:-1].logsumexp(0)
+        nll.copy_(whole - sums[-1])
+        if d_logits is None:
+            return None
+        share = (own + taken - whole).exp()
+        rows = weight[places].float() * ((share - here) * self.logit_scale)[:, None]
+        return (torch.mm(d_logits, weight).float() * share[:, None] + rows).to(hidden.dtype)
+
+
+def row_slices(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Rows of hidden [n, d] whose logits by weight [V, d] may exist at one time."""
+    rows = max(1, _SLICE[hidden.device.type] // (weight.shape[0] * weight.element_size()))
+    rows = rows if rows < 64 else rows // 64 * 64
+    return [slice(first, first + rows) for first in range(0, len(hidden), rows)]
+
+
 def plain_head(model: Any) -> nn.Module:
-    """The model's LM head; ValueError, which says why, where it is not a plain frozen matrix."""
+    """The model's LM head; ValueError, which says why, where it is not a plain frozen matrix, whole or split by its rows."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(f"the LM head is {'missing' if head is None else type(head).__name__}, no linear layer")
-    if (why := why_not_bound(head)) is not None:
-        raise ValueError(f"the LM head cannot be replaced: {why}")
     weight = head.weight
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.device.type not in _SLICE:
+    split = is_split(weight) and type(style_of(head)).__name__ == "ColwiseParallel"
+    if (why := "it has hooks" if has_hooks(head) else None if split else why_not_bound(head)) is not None:
+        raise ValueError(f"the LM head cannot be replaced: {why}")
+    if not (split or type(weight) is nn.Parameter) or weight.requires_grad or weight.device.type not in _SLICE:
         raise ValueError("the LM head's weight is not a frozen parameter on a CPU or a GPU")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the LM head is {str(weight.dtype).removeprefix('torch.')}")
@@ -88,13 +146,22 @@ def plain_head(model: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def head_loss(model: Any, hidden: Tensor, logits: Tensor, targets: Tensor) -> HeadLoss:
-    """What computes the loss of hidden [n, d] whose logits [n, V] the host itself gave; ValueError where that is not known."""
+def head_loss(model: Any, hidden: Tensor, logits: Tensor, targets: Tensor, ranks: Ranks | None = None) -> HeadLoss:
+    """What computes the loss of hidden [n, d] whose logits [n, V] the host itself gave; ValueError where that is not known.
+
+    ranks: the processes that the host is split among
+    """
     head, config = plain_head(model), model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     own = token_nll(logits, targets)
     for logit_scale, soft_cap in ((scale, getattr(config, "final_logit_softcapping", None) or 0.0), (1.0, 0.0)):
-        found = HeadLoss(head, float(logit_scale), float(soft_cap))
-        if agree(found.nll(hidden, targets).to(logits.dtype), own.to(logits.dtype)):
+        if ranks is None or not is_split(head.weight):
+            found = HeadLoss(head, float(logit_scale), float(soft_cap))
+        elif soft_cap:
+            continue
+        else:
+            found = SplitHeadLoss(head, float(logit_scale), ranks)
+        same = agree(found.nll(hidden, targets).to(logits.dtype), own.to(logits.dtype))
+        if same if ranks is None else ranks.all(same):
             return found
     raise ValueError("its logits are not those of its LM head, scaled and capped as the config says")

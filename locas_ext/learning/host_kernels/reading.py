@@ -58,6 +58,10 @@ class KernelReading(ABC):
         ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if whole else None
         self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
 
+    def runs_the_host(self, window: Any) -> bool:
+        """Whether the host's own code alone reads a window, or what of it is split among processes."""
+        return self.kernels is None or self._level(window) == Level.NONE or "split modules" in self.kernels.found.own
+
     def _level(self, window: Any) -> Level:
         return Level.NONE if self.kernels is None else self.kernels.level(*self._kind(window))
 

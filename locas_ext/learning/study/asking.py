@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .generation import seconds_to_write, write
-from .pairs import Pair, Salience
+from .pairs import Pair
 from .passages import Passage, sentences_of, words_of
 from .prompts import Prompter
+from .salience import Salience
 from .settings import ASKED, ASKED_FOR, StudySettings
 
 SEEDS = (
@@ -136,7 +137,7 @@ class Asker:
                 told = [SEEDS[index % len(SEEDS)] for index in range(settings.questions)]
                 wishes += [_Wish(number, tuple(prompter.ask(each, passage.text))) for each in told]
             if ASKED_FOR in settings.kinds:
-                words = [(sentence, word) for sentence in sentences_of(passage.text) for word in self.salient(sentence)]
+                words = [(each, word.text) for each in sentences_of(passage.text) for word in self.salient(each)]
                 for sentence, word in rng.sample(words, min(settings.questions, len(words))):
                     prompt = prompter.passage(f"{shown}\n\n{_EXAMPLE.format(sentence, word, '')}")
                     wishes.append(_Wish(number, tuple(prompt), word, sentence))

@@ -1,5 +1,6 @@
 """What a study must leave alone: the host's answers to general prompts, and its own free text."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from .generation import write
+from .passages import sentences_of
 from .prompts import Prompter
 from .rows import Row, distance, expectations, in_batches, joined, logits_of
 
@@ -54,29 +56,63 @@ _TASKS = (
     "How do I boil an egg?",
     "What should I see in Paris?",
 )
-PROMPTS = (*_QUESTIONS, *_TASKS)
-FREE_TEXTS = 24  # of the host's own
+_TOPICS = {
+    "What is {}?": "gravity, a verb, an island, bronze, a bakery, the Internet, a thermometer, democracy, a volcano, yeast, an "
+    "orchestra, a desert, oxygen, a triangle, a novel, the equator, a passport, rust, a lighthouse, inflation",
+    "Who was {}?": "Isaac Newton, Cleopatra, Wolfgang Amadeus Mozart, Marie Curie, Julius Caesar, Charles Darwin, Vincent van "
+    "Gogh, Mahatma Gandhi, Aristotle, Christopher Columbus",
+    "Where is {}?": "the Eiffel Tower, Mount Fuji, the Amazon rainforest, the Great Wall, Big Ben, the Sahara, Venice, the "
+    "Statue of Liberty, the Nile, Hawaii",
+    "What is {} used for?": "a hammer, a compass, a telescope, a needle, salt, a calendar, a bridge, a microscope, soap, "
+    "a ladder",
+    "What color is {}?": "grass, snow, a ripe banana, blood, coal, an emerald, the sun, a carrot",
+    "Name {}.": "a river in Asia, a famous painter, a musical instrument, a vegetable, a religion, a sport with a ball, a kind "
+    "of tree, a planet, a currency, a chess piece",
+    "What do you call {}?": "a place where books are lent, the father of your father, a person who flies a plane, a house made "
+    "of ice, a doctor for teeth, the meal in the morning, frozen rain, a baby's bed",
+    "Which is larger, {}?": "the moon or the earth, a mouse or a horse, a lake or a pond, Russia or Spain",
+    "Is it true that {}?": "fish can breathe under water, the sun rises in the west, a spider has eight legs, bats can fly, "
+    "ice floats on water",
+    "Why {}?": "is the sea salty, do cats purr, do we sleep, does iron rust, do birds fly south",
+}
+PROMPTS = (*_QUESTIONS, *_TASKS, *(form.format(topic) for form, topics in _TOPICS.items() for topic in topics.split(", ")))
+OWN_PROMPTS, FREE_TEXTS = 96, 48  # of the host's own
+_ANSWER, _TURN, _FREE = 24, 40, 64  # tokens of an answer, of what a user says and of a free text, at most
+_JUDGE = 4  # one in so many rows is kept back
 
 
 def guard_rows(
-    model: Any, prompter: Prompter, new_tokens: int, top_k: int, seed: int, device: torch.device
+    model: Any, prompter: Prompter, tokens: int, top_k: int, seed: int, device: torch.device
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to learn with, and as many kept back to judge by; each holds what the bare host expects at each of its places.
+    """Rows to learn with, and a quarter kept back to judge by; each holds what the bare host expects at each of its places.
 
-    Half are answers to PROMPTS, the others what the host writes of itself. The model is the bare host here.
+    They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself. The
+    model is the bare host here.
+
+    tokens: the most of a row
     """
-    prompts = [prompter.ask(prompt) for prompt in PROMPTS]
-    begin = prompter.context() or prompter.encode("\n")
-    texts = write(model, prompter.tokenizer, prompts, new_tokens, seed)
-    free = write(model, prompter.tokenizer, [begin] * FREE_TEXTS, 2 * new_tokens, seed, temperature=1.0)
+    prompts = [prompter.ask(prompt) for prompt in [*PROMPTS, *_own_prompts(model, prompter, seed)]]
+    begin = prompter.passage("") or prompter.encode("\n")
+    texts = write(model, prompter.tokenizer, prompts, _ANSWER, seed)
+    free = write(model, prompter.tokenizer, [begin] * FREE_TEXTS, _FREE, seed, temperature=1.0)
     rows = []
     for before, text in [*zip(prompts, texts, strict=True), *((begin, text) for text in free)]:
-        ids = prompter.encode(text)
-        if ids:
-            rows.append(Row((*before, *ids), len(before)))
+        ids = (*before, *prompter.encode(text))[:tokens]
+        if len(ids) > len(before):
+            rows.append(Row(ids, len(before)))
+    random.Random(seed).shuffle(rows)
     found = expectations(model, rows, top_k, device)
     rows = [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
-    return rows[0::2], rows[1::2]
+    return [row for number, row in enumerate(rows) if number % _JUDGE], rows[::_JUDGE]
+
+
+def _own_prompts(model: Any, prompter: Prompter, seed: int) -> list[str]:
+    """What the host says in a user's place, up to its first full sentence; hosts without a chat template say nothing."""
+    if not prompter.has_chat:
+        return []
+    texts = write(model, prompter.tokenizer, [prompter.context()] * OWN_PROMPTS, _TURN, seed, temperature=1.0)
+    said = (sentence for text in texts for sentence in sentences_of(text)[:1])
+    return list(dict.fromkeys(sentence for sentence in said if sentence[-1] in ".?!"))
 
 
 def mean_distance(model: Any, rows: Sequence[Row], device: torch.device) -> float:

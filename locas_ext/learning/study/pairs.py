@@ -1,28 +1,15 @@
 """What a memory learns of a passage: questions and their answers, written by the host, given, or made from its sentences."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from locas_ext.errors import LocasError
 
-from .passages import Passage, sentences_of, words_of
+from .passages import Passage
 from .prompts import Prompter
-from .settings import ABOUT, BLANK, CONTINUED
+from .settings import BEGUN, CONTINUED
 
 GIVEN = "given"
-_BLANKS = (
-    'Which word is missing? "{}"',
-    'Fill in the blank: "{}"',
-    'Complete this: "{}" What belongs in the gap?',
-)
-_ABOUTS = (
-    "What do you know about {}?",
-    "Tell me something about {}.",
-    "What is said about {}?",
-    "Where does {} come up, and what is said of it?",
-)
-_GAP = "____"
 
 
 @dataclass(frozen=True)
@@ -32,12 +19,14 @@ class Pair:
     Attributes:
         kind: one of KINDS or GIVEN; of "continued" the question is the beginning of a sentence
         passage: the number of the passage that answers it
+        begin: how the answer begins, which is given and not learned
     """
 
     kind: str
     question: str
     answer: str
     passage: int
+    begin: str = ""
 
     def to_record(self) -> dict:
         return asdict(self)
@@ -72,72 +61,6 @@ def _overlap(said: set[str], rare: set[str], words: set[str]) -> tuple[int, int]
     return len(said & plain(rare)), len(said & plain(words))
 
 
-def made_pairs(passages: Sequence[Passage], kinds: Sequence[str], questions: int, salient: "Salience", seed: int) -> list[Pair]:
-    """Pairs that need no writing: gaps, what is said of a word, beginnings of sentences.
-
-    salient: finds the words of a sentence that are worth asking for
-    """
-    result: list[Pair] = []
-    for number, passage in enumerate(passages):
-        rng = random.Random(f"{seed} {number}")
-        sentences = sentences_of(passage.text)
-        makers = {BLANK: _blanks, ABOUT: _abouts, CONTINUED: _continued}
-        for kind in (each for each in makers if each in kinds):
-            found = [Pair(kind, *pair, number) for pair in makers[kind](sentences, salient, rng)]
-            result += rng.sample(found, questions) if len(found) > questions else found
-    return result
-
-
-class Salience:
-    """Which words of a sentence to ask for: the `most` that the host would least have guessed.
-
-    A sentence's first word is hard to guess in any sentence, so it counts only where it is a name: capitalized inside another
-    sentence.
-
-    surprises: [nats of each word of `words_of`] by sentence; a sentence without is asked for its first words
-    """
-
-    def __init__(self, surprises: dict[str, list[float]], most: int = 3):
-        self.surprises, self.most = surprises, most
-        self._names = {
-            part
-            for sentence in surprises
-            for start, end in words_of(sentence)
-            if start > 0 and sentence[start].isupper()
-            for part in sentence[start:end].split()
-        }
-
-    def __call__(self, sentence: str) -> list[str]:
-        spans = words_of(sentence)
-        nats = self.surprises.get(sentence) or [0.0] * len(spans)
-        asked = [n for n, (start, end) in enumerate(spans) if start > 0 or sentence[start:end] in self._names]
-        best = sorted(asked, key=lambda index: -nats[index])[: self.most]
-        return [sentence[spans[index][0] : spans[index][1]] for index in sorted(best)]
-
-
-def _blanks(sentences: list[str], salient: Salience, rng: random.Random) -> list[tuple[str, str]]:
-    """Each salient word of a sentence left out in turn, so that a fact is asked in both directions."""
-    pairs = []
-    for sentence in sentences:
-        for word in salient(sentence):
-            pairs.append((rng.choice(_BLANKS).format(sentence.replace(word, _GAP, 1)), word))
-    return pairs
-
-
-def _abouts(sentences: list[str], salient: Salience, rng: random.Random) -> list[tuple[str, str]]:
-    return [(rng.choice(_ABOUTS).format(word), sentence) for sentence in sentences for word in salient(sentence)]
-
-
-def _continued(sentences: list[str], salient: Salience, rng: random.Random) -> list[tuple[str, str]]:
-    """A sentence cut somewhere in its second half."""
-    pairs = []
-    for sentence in sentences:
-        words = sentence.split()
-        cut = rng.randint(len(words) // 2, len(words) - 1)
-        pairs.append((" ".join(words[:cut]), " ".join(words[cut:])))
-    return pairs
-
-
 def require_usable(kept: list[Pair], written: int, refused: dict[str, int]) -> None:
     """LocasError, with the counts, where nothing is left to learn from."""
     if not kept:
@@ -153,4 +76,8 @@ def parts_of(prompter: Prompter, pair: Pair, passage: str | None) -> tuple[list[
     if pair.kind == CONTINUED:
         shown = "" if passage is None else f"{passage}\n\n"
         return prompter.passage(shown + pair.question), prompter.encode(f" {pair.answer}")
-    return prompter.ask(pair.question, passage), prompter.answer(pair.answer) + prompter.end()
+    asked = prompter.ask(pair.question, passage)
+    if not pair.begin:
+        return asked, prompter.answer(pair.answer) + prompter.end()
+    end = [] if pair.kind == BEGUN else prompter.end()
+    return asked + prompter.answer(pair.begin), prompter.encode(f" {pair.answer}") + end

@@ -16,7 +16,7 @@ class StudyReport:
         planned: updates in all
         loss_before, loss: nats a token over the answers, of the first and the last updates; None without any
         guard: nats a token to the host, on general prompts and free text that were kept back; None without a guard
-        stopped: why learning ended early; None if it did not
+        returned: whether that was too far at the end, so that the memory is what it was when it last was within
         seconds: {"writing", "reading", "learning"}: of questions written, of the host's expectations, of updates
 
     >>> import locas_ext as locas
@@ -34,7 +34,7 @@ class StudyReport:
     loss_before: float | None = None
     loss: float | None = None
     guard: float | None = None
-    stopped: str | None = None
+    returned: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -50,6 +50,6 @@ class StudyReport:
         )
         loss = "" if self.loss is None or self.loss_before is None else f", {self.loss_before:.2f} -> {self.loss:.2f} nats"
         guard = "" if self.guard is None else f", KL to the host {self.guard:.3f}"
-        stopped = "" if self.stopped is None else f"; {self.stopped}"
-        second = f"{self.steps:,} of {self.planned:,} updates, {sum(self.seconds.values()):.1f} s{loss}{guard}{stopped}"
+        returned = "; an earlier state was put back, the last one that is close enough to the host" if self.returned else ""
+        second = f"{self.steps:,} of {self.planned:,} updates, {sum(self.seconds.values()):.1f} s{loss}{guard}{returned}"
         return f"{first}\n{second}"

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from locas_ext.checks import boolean, integer, number, one_of
 
 LOSSES = ("kl", "ce")
-ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED = "asked", "asked-for", "blank", "about", "continued"
-KINDS = (ASKED, ASKED_FOR, BLANK, ABOUT, CONTINUED)
+NONE, PROJECTED, WHITENED = "none", "projected", "whitened"
+LOCALITIES = (NONE, PROJECTED, WHITENED)
+ASKED, ASKED_FOR, TURNED, LINKED, BEGUN = "asked", "asked-for", "turned", "linked", "begun"
+BLANK, ABOUT, CONTINUED = "blank", "about", "continued"
+KINDS = (ASKED, ASKED_FOR, TURNED, LINKED, BEGUN, BLANK, ABOUT, CONTINUED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +26,23 @@ class StudySettings:
         check: bool: whether only those are kept that the host answers with the passage in view; what is made from the passage's
             sentences is true as it is, and checked only where nothing but the host's distribution is learned
         epochs: int >= 1: passes over all questions
+        updates: int >= 1: how many updates there are at least, however few the questions
         batch: int >= 1: questions per update
         learning_rate: float >= 0: of AdamW
         top_k: int >= 1: with loss "kl", how many of the host's likeliest tokens are kept at each place; the others as one
         gold: float from 0 to 1: with loss "kl", how much of the target is the answer itself instead of the host's distribution
+        recalled: float above 0 and below 1: the probability from which on a token of an answer or of the text counts as
+            learned; greedy decoding writes what is above 0.5
         raw: float >= 0: the weight of the text itself beside the questions, its cross-entropy in nats a token
+        raw_first: float from 0 to below 1: the share of the updates, the first ones, that learn mostly the text itself
         guard: float >= 0: the weight of the distance to the host on general prompts and its own free text, in nats a token
-        most_kl: float > 0: how far that distance may grow, on texts kept back for it; where it grows further the last state
-            within is put back, and learning goes on more carefully or stops
+        most_kl: float > 0: how far that distance may grow, on texts kept back for it: the guard's weight is steered by it, and
+            where it is passed in the end, the last state within is put back
+        locality: where key and gate rows may point, so that the memory is silent on general text: "none": anywhere;
+            "projected": not along the leading directions of the host's FFN inputs on it; "whitened": the less the more of
+            their energy is there
+        quiet: float from 0 to below 1: the share of that energy that the leading directions hold; of "whitened", how far
+            it goes
         new_tokens: int >= 4: the most tokens of a question or answer that the host writes
 
     Raises:
@@ -40,29 +52,46 @@ class StudySettings:
     Source: docs/method.md, "Study".
 
     >>> StudySettings(epochs=3, kinds=("blank", "about")).questions
-    16
+    4
     """
 
     chunk: int = 128
     kinds: Sequence[str] = KINDS
-    questions: int = 16
+    questions: int = 4
     check: bool = True
-    epochs: int = 6
-    batch: int = 48
+    epochs: int = 5
+    updates: int = 300
+    batch: int = 64
     learning_rate: float = 2e-3
     top_k: int = 32
     gold: float = 0.0
+    recalled: float = 0.7
     raw: float = 0.5
-    guard: float = 1.0
-    most_kl: float = 0.05
+    raw_first: float = 0.3
+    guard: float = 4.0
+    most_kl: float = 0.02
+    locality: str = PROJECTED
+    quiet: float = 0.9
     new_tokens: int = 40
 
     def __post_init__(self) -> None:
-        for name, least in {"chunk": 16, "questions": 1, "epochs": 1, "batch": 1, "top_k": 1, "new_tokens": 4}.items():
+        for name, least in {
+            "chunk": 16,
+            "questions": 1,
+            "epochs": 1,
+            "updates": 1,
+            "batch": 1,
+            "top_k": 1,
+            "new_tokens": 4,
+        }.items():
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
         for name in ("learning_rate", "raw", "guard"):
             object.__setattr__(self, name, number(name, getattr(self, name), 0))
         object.__setattr__(self, "gold", number("gold", self.gold, 0, 1))
+        object.__setattr__(self, "recalled", number("recalled", self.recalled, above=0, below=1))
+        for name in ("raw_first", "quiet"):
+            object.__setattr__(self, name, number(name, getattr(self, name), 0, below=1))
+        object.__setattr__(self, "locality", one_of("locality", self.locality, LOCALITIES))
         object.__setattr__(self, "most_kl", number("most_kl", self.most_kl, above=0))
         boolean("check", self.check)
         if isinstance(self.kinds, str) or not self.kinds:

@@ -21,7 +21,7 @@ from .asking import Written
 from .pairs import Pair
 
 _MOST = 1 << 31
-_PAIR = record({"kind": text, "question": text, "answer": text, "passage": integer(0, _MOST)})
+_PAIR = record({"kind": text, "question": text, "answer": text, "passage": integer(0, _MOST), "begin": text})
 
 
 def _refused(value: Any, place: str) -> None:

@@ -1,10 +1,12 @@
 """Studying a text: questions about it are written, and their answers learned without it in view."""
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,19 @@ from .arguments import prompter_of, texts_of
 from .asking import Asker, Written
 from .guard import guard_rows
 from .learner import Learner, Material, Progress
-from .pairs import Pair, Salience, given_pairs, made_pairs, require_usable
+from .locality import Locality
+from .made import made_pairs
+from .pairs import Pair, given_pairs, require_usable
 from .passages import passages_of
 from .report import StudyReport
 from .rows import Row
-from .settings import ASKED, ASKED_FOR, LOSSES, StudySettings
+from .salience import Salience
+from .settings import ASKED, ASKED_FOR, LOSSES, NONE, StudySettings
 from .store import Store, digest
-from .teacher import ANSWERED, Lesson, lessons_of, surprises_of
+from .teacher import ANSWERED, Lesson, lessons_of, lessons_without, surprises_of
 
 _AT_ONCE = 16  # passages that are asked about together, and then kept
+_RAW = 128  # tokens of the text in a row
 _SAVE_AFTER = 60.0  # seconds of learning between two saves
 Pairs = Sequence[tuple[str, str]]
 
@@ -104,7 +110,7 @@ class Study:
                     self._ask(asker, missing[start : start + _AT_ONCE], written, advance)
                     check_interrupt()
         self.report.asked, self.report.refused = written.asked, dict(written.refused)
-        made = made_pairs(self.passages, settings.kinds, settings.questions, salient, self.seed)
+        made = made_pairs(self.passages, settings.kinds, salient, self.seed)
         return [*dict.fromkeys([*written.pairs, *made])]
 
     def _ask(self, asker: Asker, numbers: list[int], written: Written, advance: Callable[[int], None]) -> None:
@@ -117,10 +123,13 @@ class Study:
 
     def lessons(self, pairs: list[Pair]) -> list[Lesson]:
         """What the host expects of each answer with the passage in view; those it does not answer are left out."""
-        positions = self.attachment.host.max_positions
-        with self._bar("reading", len(pairs), "questions") as advance:
-            found = lessons_of(
-                self.model, self.prompter, self.passages, pairs, self.settings.top_k, positions, self.device, advance
+        positions, by_distance = self.attachment.host.max_positions, self.loss == "kl" and self.settings.gold < 1
+        unclear = [by_distance or (self.settings.check and pair.kind == ASKED) for pair in pairs]
+        read = list(compress(pairs, unclear))
+        found = lessons_without(self.prompter, [pair for pair, each in zip(pairs, unclear, strict=True) if not each], positions)
+        with self._bar("reading", len(read), "questions") as advance:
+            found += lessons_of(
+                self.model, self.prompter, self.passages, read, self.settings.top_k, positions, self.device, advance
             )
         refused = self.report.refused
         if len(found) < len(pairs):
@@ -137,17 +146,27 @@ class Study:
         return found
 
     # ---- learning ------------------------------------------------------------------------------------------------
-    def material(self, lessons: list[Lesson]) -> Material:
+    def material(self, lessons_found: list[Lesson]) -> Material:
         """The rows of a study; the model is the bare host here."""
         settings, begin = self.settings, tuple(self.prompter.passage(""))
-        raw = [Row((*begin, *passage.ids), max(1, len(begin))) for passage in self.passages if len(passage.ids) > 1]
-        guard: tuple[list[Row], list[Row]] = ([], [])
-        if settings.guard:
-            tokens = min(settings.new_tokens, self.attachment.host.max_positions // 4)
-            guard = guard_rows(self.model, self.prompter, tokens, settings.top_k, self.seed, self.device)
-        return Material([lesson.row for lesson in lessons], raw, *guard)
+        texts = (
+            [token for passage in self.passages if passage.of == n for token in passage.ids] for n in range(len(self.texts))
+        )
+        size = min(_RAW, self.attachment.host.max_positions // 2)
+        pieces = (ids[at : at + size] for ids in texts for at in range(0, len(ids), size))
+        raw = [Row((*begin, *piece), max(1, len(begin))) for piece in pieces if len(piece) > 1]
+        random.Random(self.seed).shuffle(raw)
+        lessons = [lesson.row for lesson in lessons_found]
+        if not settings.guard and settings.locality == NONE:
+            return Material(lessons, raw, [], [])
+        positions = self.attachment.host.max_positions
+        rows, kept_back = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
+        locality = None
+        if settings.locality != NONE:
+            locality = Locality.of(self.attachment, rows, settings.locality, settings.quiet, self.device)
+        return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), locality)
 
-    def start(self) -> str:
+    def start(self, locality: Locality | None) -> str:
         """Initializes the memory if need be, with optimizer states that begin anew. -> a digest of how it starts."""
         state = self.attachment.state
         if not state.initialized:
@@ -155,13 +174,15 @@ class Study:
             texts, stream = self.attachment.texts, self.attachment.stream
             initialize(self.attachment, ids[: min(2048, self.attachment.host.max_positions)])
             self.attachment.texts, self.attachment.stream = texts, stream
+            if locality is not None:
+                locality.begin(state)
         for arena in state.arenas:
             arena.forget_optimizer()
         return tensor_digest(b"".join(arena.slots.cpu().numpy().tobytes() for arena in state.arenas))
 
     def learn(self, material: Material, check_interrupt: Callable[[], None]) -> None:
         """The updates, from where the store has them."""
-        start = self.start()
+        start = self.start(material.locality)
         kept = self.store.progress(start)
         if kept is not None and self.store.memory is not None:
             checkpoint.read(self.store.memory).put_into(self.attachment)
@@ -204,7 +225,7 @@ class Study:
     def _note(self, learner: Learner, before: int) -> None:
         """The report, and the record of what was learned."""
         report, outcome, attachment = self.report, learner.outcome, self.attachment
-        report.steps, report.guard, report.stopped = learner.progress.step - before, outcome.guard, outcome.stopped
+        report.steps, report.guard, report.returned = learner.progress.step - before, outcome.guard, outcome.returned
         few = max(1, min(8, len(outcome.losses) // 4))
         if outcome.losses:
             report.loss_before = sum(outcome.losses[:few]) / few
@@ -232,7 +253,7 @@ def study(
     attachment: Attachment,
     texts: object,
     tokenizer: Any,
-    loss: str = "kl",
+    loss: str = "ce",
     pairs: Pairs | None = None,
     seed: int = 0,
     progress: bool = True,

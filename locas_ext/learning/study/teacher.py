@@ -51,6 +51,16 @@ class Lesson:
     answered: float
 
 
+def lessons_without(prompter: Prompter, pairs: Sequence[Pair], positions: int) -> list[Lesson]:
+    """A Lesson for each pair that fits, whose answer itself is what is expected; nothing is read."""
+    result = []
+    for pair in pairs:
+        plain, answer = parts_of(prompter, pair, None)
+        if plain and len(plain) + len(answer) <= positions:
+            result.append(Lesson(pair, Row((*plain, *answer), len(plain)), 1.0))
+    return result
+
+
 def lessons_of(
     model: Any,
     prompter: Prompter,

@@ -1,0 +1,171 @@
+"""Memorizing with a host that transformers has split among processes (tp_plan="auto") against the whole host on one device.
+
+    torchrun --nproc-per-node 2 -m bench.tensor_parallel --device cuda --dtype bfloat16 --shape 1.7B
+
+The first process memorizes the text alone while the others wait, then all memorize it together, then it once more alone. Each
+arm's time is that of a chunk in a full window, without those in which a CUDA graph is captured. Slots and loss are compared
+with those of one process: slots as a part of their own length and of how far they have moved. Run it with --dtype float32 too:
+the slots of a bfloat16 host differ by its roundings.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+import locas_ext as locas
+from locas_ext.evaluation.assets import ASSETS, MODEL
+
+from .harness import parse, percentile, report
+from .models import SHAPES, load
+from .stream import text
+
+_UNTIMED = 2  # full windows at the beginning: a graph is captured in the first
+
+
+class Arm(NamedTuple):
+    """What a run over the text gave: seconds of each timed chunk, slots before and after, the loss per token."""
+
+    seconds: list[float]
+    initial: torch.Tensor
+    slots: torch.Tensor
+    nll: float
+    said: locas.MemorizeReport
+    peak_gib: float
+
+
+def _split(path: Path, dtype: torch.dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of another way to say it
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, tp_plan="auto").eval()
+
+
+def run(model, arguments, ids: torch.Tensor) -> Arm:
+    """Memorizes the text once with a new memory, which is detached again."""
+    window, stride, cuda = arguments.window, arguments.stride, arguments.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    memory = locas.attach(model, locas.LocasConfig(rank=arguments.rank))
+    memory.initialize(ids[:stride])
+    initial = memory.gather_slots().cpu()
+    memory.reset()
+    seconds: list[float] = []
+    began = time.perf_counter()
+
+    def note(chunk) -> None:
+        nonlocal began
+        if chunk.end >= window and chunk.end - chunk.start == stride:
+            seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+
+    said = memory.memorize(ids, window=window, stride=stride, progress=False, callback=note, on_divergence="ignore")
+    slots = memory.gather_slots().cpu()
+    memory.detach()
+    nll = sum(chunk.nll for chunk in said.chunks) / sum(chunk.tokens for chunk in said.chunks)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    return Arm(seconds[_UNTIMED:], initial, slots, nll, said, peak)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def measure(arguments, ids: torch.Tensor, folder: Path) -> dict[str, Arm]:
+    """All arms; on processes other than the first only the one that they take part in."""
+    first, arms, size = dist.get_rank() == 0, {}, dist.get_world_size()
+    if first:
+        model = load(arguments)
+        model.save_pretrained(folder)
+        arms["1 process"] = run(model, arguments, ids)
+        del model
+        _free()
+    dist.barrier()
+    model = _split(folder, getattr(torch, arguments.dtype))
+    arms[f"{size} processes"] = run(model, arguments, ids)
+    del model
+    _free()
+    dist.barrier()
+    if first:
+        arms["1 process again"] = run(load(arguments), arguments, ids)
+    dist.barrier()
+    return arms
+
+
+def _record(name: str, arm: Arm, alone: Arm) -> dict:
+    moved, apart = (alone.slots - alone.initial).norm(), (arm.slots - alone.slots).norm()
+    return {
+        "arm": name,
+        "median_ms": 1e3 * statistics.median(arm.seconds),
+        "p10_ms": 1e3 * percentile(arm.seconds, 10),
+        "p90_ms": 1e3 * percentile(arm.seconds, 90),
+        "ratio": statistics.median(arm.seconds) / statistics.median(alone.seconds),
+        "nll": arm.nll,
+        "nll_apart": abs(arm.nll - alone.nll),
+        "initial_equal": torch.equal(arm.initial, alone.initial),
+        "slots_apart": (apart / alone.slots.norm()).item(),
+        "slots_apart_of_moved": (apart / moved).item(),
+        "peak_gib": arm.peak_gib,
+        "cuda_graph": asdict(arm.said.graph),
+        "host_kernels": asdict(arm.said.host_kernels),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="torchrun --nproc-per-node N -m bench.tensor_parallel", description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="a random Qwen3 host of this shape and random tokens instead of --model and --text"
+    )
+    parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
+    parser.add_argument("--chunks", type=int, default=20)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--stride", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=64)
+    arguments = parse(parser)
+    full = arguments.chunks - (arguments.window - 1) // arguments.stride
+    if full <= _UNTIMED:
+        parser.error(f"--chunks is {arguments.chunks}, with {full} full windows; expected more than {_UNTIMED} of them")
+    arguments.tokens = arguments.chunks * arguments.stride
+    return arguments
+
+
+def main() -> None:
+    arguments = _arguments()
+    cuda = arguments.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = {"device_id": torch.device("cuda", torch.cuda.current_device())} if cuda else {}
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **device)
+    ids = text(arguments)
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        dist.broadcast_object_list(folders)
+        arms = measure(arguments, ids, Path(folders[0]))
+    if dist.get_rank() == 0:
+        records = [_record(name, arm, arms["1 process"]) for name, arm in arms.items()]
+        columns = ["median_ms", "p10_ms", "ratio", "nll", "nll_apart", "slots_apart", "slots_apart_of_moved", "peak_gib"]
+        rows = [[record["arm"], *(f"{record[name]:.4g}" for name in columns)] for record in records]
+        for name, arm in arms.items():
+            print(f"{name}: CUDA graph: {arm.said.graph}; host kernels: {arm.said.host_kernels}", flush=True)
+        what = f"{arguments.shape or arguments.model.name}, {arguments.dtype}, {len(ids):,} tokens"
+        title = f"{what}, W = {arguments.window}, S = {arguments.stride}"
+        settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+        report(title, ["arm", *columns], rows, {"settings": settings, "records": records}, arguments.out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

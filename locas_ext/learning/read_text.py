@@ -1,0 +1,60 @@
+"""A text that is being learned: how far, and what a file says of it."""
+
+from dataclasses import dataclass, field
+
+from locas_ext.state.kept_rows import KeptRows
+from locas_ext.state.stream import Chunk, Stream, TextRecord
+
+from .chunk_loop import Passage
+from .protocol import Protocol
+from .text_digest import BLOCK, TextDigest
+from .texts import learned_now, put_record, record_of
+
+
+def tail_length(protocol: Protocol) -> int:
+    """How many of the latest tokens a run needs to be continued: those that a window and the digest reach back to."""
+    return max(protocol.window, BLOCK) - 1
+
+
+@dataclass
+class ReadText:
+    """A text of a run, and how far it has come.
+
+    Attributes:
+        passage: what the run reads of it
+        digest: of the text as far as it was read
+        chunks: those scored so far, earlier calls' too
+        title: None: none, or as it was
+        position: how many tokens were read
+        record: what the list of texts says of it; None: nothing yet
+    """
+
+    passage: Passage
+    digest: TextDigest
+    chunks: list[Chunk]
+    title: str | None
+    position: int = field(init=False)
+    record: TextRecord | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.position = self.passage.begin
+
+    def find_record(self, texts: list[TextRecord]) -> None:
+        """Finds what the list says of the text's beginning, where the run continues it."""
+        self.record = record_of(texts, self.digest.hexdigest(), self.position) if self.position else None
+        if self.record is not None and self.title is None:
+            self.title = self.record.title
+
+    def advance(self, chunk: Chunk, texts: list[TextRecord]) -> None:
+        """Notes down that a chunk was learned, which is in `chunks`."""
+        self.digest.update(self.passage.between(self.position, chunk.end))
+        self.position = chunk.end
+        text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
+        put_record(texts, self.record, text)
+        self.record = text
+
+    def stream(self, settings: dict, kept: KeptRows | None = None) -> Stream:
+        """Where the run stands in the text."""
+        begin = max(self.passage.offset, self.position - tail_length(self.passage.protocol))
+        tail = self.passage.between(begin, self.position).tolist()
+        return Stream(settings, self.position, self.digest.blocks, list(self.chunks), tail, kept)
