@@ -34,10 +34,10 @@ HOSTS = {
 }
 
 
-def learn_in_step(name, ids, after, how, changes):
-    """The same run on a sharded host and on a whole one."""
+def learn_in_step(name, ids, after, how, changes, **own):
+    """The same run on a sharded host and on a whole one. own: settings of the memory"""
     alone, host = HOSTS[name](), HOSTS[name]()
-    config = locas.LocasConfig("mlp" if name in ("gpt2", "opt") else "glu", **CONFIG)
+    config = locas.LocasConfig("mlp" if name in ("gpt2", "opt") else "glu", **CONFIG, **own)
     expected = locas.attach(alone, config)
     memory = locas.attach(host, config) if after else None
     shard(host, **how)
@@ -71,6 +71,7 @@ def mixed_precision(ids):
 def all_hosts(ids):
     learn_in_step("llama", ids, True, {}, {})
     learn_in_step("llama", ids, False, {}, {"context_gradient": True, "optimizer": "adamw", "learning_rate": 1e-2})
+    learn_in_step("llama", ids, False, {}, {}, clip=1.05, row_length="host")
     learn_in_step("phi3", ids, True, {"layers": []}, {})  # the model alone
     learn_in_step(
         "gpt2", ids, False, {"layers": [1], "root": False}, {"update": "write", "learning_rate": None, "optimizer": None}
