@@ -33,13 +33,13 @@ def test_memorize_has_every_setting_of_the_api():
         *signature(locas.Memory.memorize).parameters,
         *(field.name for kind in (locas.LocasConfig, locas.Backprop, locas.Write) for field in fields(kind)),
     }
-    only_in_python = {"self", "input_ids", "progress", "callback", "on_divergence"}
+    only_in_python = {"self", "input_ids", "progress", "callback", "on_divergence", "process_group"}
     assert api - only_in_python - {"refused", "unknown"} <= set(options("memorize")) | {"config"}
 
 
 @pytest.mark.parametrize("command", ["perplexity", "locomo"])
 def test_a_method_locas_has_the_options_of_memorize(command):
-    wanted = {field.name for kind in (locas.LocasConfig, locas.Backprop) for field in fields(kind)}
+    wanted = {field.name for kind in (locas.LocasConfig, locas.Backprop) for field in fields(kind)} - {"process_group"}
     kept = {"context", "sinks", "refresh_every"}
     for name in (*wanted, *kept, "rehome", "context_gradient", "window", "stride"):
         here, there = options(command)[name], options("memorize")[name]
