@@ -46,6 +46,10 @@ def make(tokens: int, d: int, m: int, r: int, dtype: torch.dtype, splits: int = 
         "y": poison(tokens, d),
         "workspace": poison(splits, tokens, d, dtype=torch.float32),
     }
+    if also.get("gradients"):
+        ffn |= {"gate_out": draw(tokens, width), "up_out": draw(tokens, width), "dy": draw(tokens, d)}
+        ffn |= {"d_gate": poison(tokens, width), "d_up": poison(tokens, width), "dx": poison(tokens, d)}
+        ffn |= {"memory_hidden": poison(tokens, width - m), "slots_grad": poison(3, r, d, dtype=torch.float32).fill_(1)}
     if also.get("biases"):
         ffn |= {"gate_bias": draw(m), "up_bias": draw(m), "down_bias": draw(d)}
     if also.get("saves"):
@@ -85,10 +89,13 @@ def down_reference(ffn: dict, wide: torch.dtype) -> torch.Tensor:
     return (y + ffn["down_bias"].to(wide) if "down_bias" in ffn else y).to(ffn["x"].dtype)
 
 
-def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool) -> None:
-    """Integers are equal; others within three roundings of the largest."""
+def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool, columns: int | None = None) -> None:
+    """Integers are equal; others within three roundings of the largest. columns: those that count; else all."""
     if not kept_poison(ours):
         raise Wrong(f"{what}: wrote behind its end")
+    if exact.numel() == 0:
+        return
+    ours = ours[:, :columns]
     difference = (ours.double() - exact.double()).abs()
     allowed = 0.0 if integers else 3 * ROUNDING[ours.dtype] * float(exact.abs().max())
     if not bool((difference <= allowed).all()):
@@ -105,6 +112,20 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
     tokens, d, m, r = shape
     what = f"{library.names[tile]}, {dtype}, tokens {tokens}, d {d}, m {m}, r {r}, {'integers' if integers else activation}"
     ffn = make(*shape, dtype, splits=4, integers=integers, biases=True, saves=True)
+    if tile in library.instances["K1"]:
+        check_hidden(library, ffn, tile, integers, activation, what)
+    else:
+        library.hidden(ffn, library.instances["K1"][0], 2.0, activation)
+    for splits in (1, 2, 4) if tile in library.instances["K2"] else ():
+        if (m + 63) // 64 + (r + 63) // 64 >= splits:
+            check_down(library, ffn, tile, splits, integers, what)
+    if tile in library.instances["K3"] or tile in library.instances["K4"]:
+        check_gradients(
+            library, make(*shape, dtype, splits=4, integers=integers, gradients=True), tile, integers, activation, what
+        )
+
+
+def check_hidden(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
     library.hidden(ffn, tile, 2.0, activation)
     for name, exact in hidden_reference(ffn, activation, 2.0, torch.float64).items():
         compare(f"K1 {what}, {name}", ffn[name], exact, integers)
@@ -113,16 +134,68 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
     library.hidden(bare, tile, 2.0, activation)
     if not torch.equal(bare["hidden"], ffn["hidden"]):
         raise Wrong(f"K1 {what}: without saving it differs")
-    for splits in (1, 2, 4):
-        if (m + 63) // 64 + (r + 63) // 64 < splits:
-            continue
-        ffn["y"].fill_(float("nan"))
-        library.down(ffn, tile, splits)
-        compare(f"K2 {what}, {splits} slices", ffn["y"], down_reference(ffn, torch.float64), integers)
-        first = ffn["y"].clone()
-        library.down(ffn, tile, splits)
-        if not torch.equal(first, ffn["y"]):
-            raise Wrong(f"K2 {what}, {splits} slices: does not repeat")
+
+
+def check_down(library: Library, ffn: dict, tile: int, splits: int, integers: bool, what: str) -> None:
+    ffn["y"].fill_(float("nan"))
+    library.down(ffn, tile, splits)
+    compare(f"K2 {what}, {splits} slices", ffn["y"], down_reference(ffn, torch.float64), integers)
+    first = ffn["y"].clone()
+    library.down(ffn, tile, splits)
+    if not torch.equal(first, ffn["y"]):
+        raise Wrong(f"K2 {what}, {splits} slices: does not repeat")
+
+
+def gradient_references(ffn: dict, activation: str, scale: float, wide: torch.dtype) -> dict[str, torch.Tensor]:
+    """d_gate, d_up, memory_hidden, in the dtype, from dy and what the forward saved."""
+    m, r = ffn["gate"].shape[0], ffn["slots"].shape[1]
+    dy, gate = ffn["dy"].to(wide), ffn["gate_out"][:, : m + r].double().requires_grad_()
+    scales = torch.ones(m + r, device="cuda", dtype=torch.float64)
+    scales[m:] = scale
+    hidden = scales * FUNCTIONS[activation](gate) * ffn["up_out"][:, : m + r].double()
+    d_hidden = torch.cat([dy @ ffn["down"].to(wide), dy @ ffn["slots"][2].to(wide).T], dim=1).double()
+    (d_gate,) = torch.autograd.grad(hidden, gate, d_hidden)
+    d_up = d_hidden * scales * FUNCTIONS[activation](gate.detach())
+    dtype = ffn["dy"].dtype
+    return {"d_gate": d_gate.to(dtype), "d_up": d_up.to(dtype), "memory_hidden": hidden[:, m:].detach().to(dtype)}
+
+
+def check_hidden_grad(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
+    library.hidden_grad(ffn, tile, 2.0, activation)
+    for name, exact in gradient_references(ffn, activation, 2.0, torch.float64).items():
+        ours = ffn[name]
+        compare(f"K3 {what}, {name}", ours, exact, integers, columns=exact.shape[1])
+
+
+def check_input_grad(library: Library, ffn: dict, tile: int, splits: int, integers: bool, what: str) -> None:
+    """dx and the slots' gradients of d_gate, d_up and memory_hidden as they stand."""
+    m, r = ffn["gate"].shape[0], ffn["slots"].shape[1]
+    ffn["slots_grad"].fill_(1.0)
+    library.input_grad(ffn, tile, splits)
+    parts = [(ffn["d_gate"], ffn["gate"], ffn["slots"][0]), (ffn["d_up"], ffn["up"], ffn["slots"][1])]
+    wide = [(d.double(), host.double(), slots.double()) for d, host, slots in parts]
+    dx = sum(d[:, :m] @ host + d[:, m : m + r] @ slots for d, host, slots in wide)
+    compare(f"K4 {what}, {splits} slices, dx", ffn["dx"], dx.to(ffn["dx"].dtype), integers)
+    coefficients = [ffn["d_gate"][:, m : m + r], ffn["d_up"][:, m : m + r], ffn["memory_hidden"][:, :r]]
+    for kind, (name, rows) in enumerate([("gate", ffn["x"]), ("key", ffn["x"]), ("value", ffn["dy"])]):
+        exact = 1.0 + coefficients[kind].double().T @ rows.double()
+        ours = ffn["slots_grad"][kind]
+        if not kept_poison(ffn["slots_grad"]):
+            raise Wrong(f"K4 {what}: wrote behind the slots' gradients")
+        if r and not bool(((ours - exact).abs() <= (0.0 if integers else 1e-5 * float(exact.abs().max()))).all()):
+            raise Wrong(f"K4 {what}: the gradient of {name} is off by {float((ours - exact).abs().max()):.3g}")
+
+
+def check_gradients(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
+    in_hidden = tile in library.instances["K3"]
+    check_hidden_grad(library, ffn, tile if in_hidden else library.instances["K3"][0], integers, activation, what)
+    for splits in (1, 2, 4) if tile in library.instances["K4"] else ():
+        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits:
+            check_input_grad(library, ffn, tile, splits, integers, what)
+            first = ffn["dx"].clone()
+            library.input_grad(ffn, tile, splits)
+            if not torch.equal(first, ffn["dx"]):
+                raise Wrong(f"K4 {what}, {splits} slices: does not repeat")
 
 
 def check_whole(library: Library, tokens: int, d: int, m: int, r: int) -> None:
@@ -140,6 +213,23 @@ def check_whole(library: Library, tokens: int, d: int, m: int, r: int) -> None:
         raise Wrong(f"forward {tokens}, {d}, {m}, {r}: hidden is off by {error:.3g} of the largest")
 
 
+def check_whole_backward(library: Library, tokens: int, d: int, m: int, r: int) -> None:
+    ffn = make(tokens, d, m, r, torch.bfloat16, splits=8, gradients=True)
+    library.backward(ffn, 0.5)
+    what = f"backward {tokens}, {d}, {m}, {r}"
+    for name, exact in gradient_references(ffn, "silu", 0.5, torch.float32).items():
+        compare(f"{what}, {name}", ffn[name], exact, False, columns=exact.shape[1])
+    parts = [(ffn["d_gate"].float(), "gate", 0), (ffn["d_up"].float(), "up", 1)]
+    dx = sum(g[:, :m] @ ffn[host].float() + g[:, m : m + r] @ ffn["slots"][kind].float() for g, host, kind in parts)
+    compare(f"{what}, dx", ffn["dx"], dx.bfloat16(), False)
+    first, slots_grad = ffn["dx"].clone(), ffn["slots_grad"].clone()
+    for _ in range(5):
+        ffn["slots_grad"].fill_(1.0)
+        library.backward(ffn, 0.5)
+        if not torch.equal(first, ffn["dx"]) or not torch.equal(slots_grad, ffn["slots_grad"]):
+            raise Wrong(f"{what}: does not repeat")
+
+
 def check_all(library: Library) -> bool:
     """Runs every case and says what is wrong; whether nothing is."""
     numbers = itertools.count()
@@ -148,7 +238,8 @@ def check_all(library: Library) -> bool:
         for tile, shape, dtype in itertools.product(range(len(library.tiles)), SHAPES, ROUNDING)
         for integers in (True, False)
     ]
-    cases += [(check_whole, *shape) for shape in [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]]
+    whole = [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
+    cases += [(check, *shape) for check, shape in itertools.product((check_whole, check_whole_backward), whole)]
     wrong = []
     for check, *case in cases:
         try:

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "csrc" / "cuda" / "ffn" / "sm90" / "forward.cu", ROOT / "bench" / "sm90.cu"]
+FAMILY = ROOT / "csrc" / "cuda" / "ffn" / "sm90"
+SOURCES = [FAMILY / "forward.cu", FAMILY / "backward.cu", ROOT / "bench" / "sm90.cu"]
+PRODUCTS = ["K1", "K2", "K3", "K4"]
 ACTIVATIONS = ["silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"]
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -60,6 +62,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ["gate", "up", "down", "gate_bias", "up_bias", "down_bias", "slots"]),
         *((name, ctypes.c_void_p) for name in ["x", "hidden", "gate_out", "up_out", "y", "workspace"]),
+        *((name, ctypes.c_void_p) for name in ["dy", "d_gate", "d_up", "memory_hidden", "dx", "slots_grad"]),
         *((name, ctypes.c_int64) for name in ["tokens", "d", "m", "r"]),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ["activation", "dtype", "device"]),
@@ -72,12 +75,16 @@ class Library:
 
     def __init__(self) -> None:
         self._library = load()
-        for name in ["locas_hidden", "locas_down", "locas_forward"]:
-            getattr(self._library, name).restype = ctypes.c_char_p
+        for name in ["hidden", "down", "forward", "hidden_grad", "input_grad", "backward"]:
+            getattr(self._library, f"locas_{name}").restype = ctypes.c_char_p
         shapes = (ctypes.c_int * 48)()
         count = self._library.locas_tiles(shapes)
         self.tiles = [tuple(shapes[3 * i : 3 * i + 3]) for i in range(count)]
         self.names = [f"{m}x{n}{'pp' if pp else ''}" for m, n, pp in self.tiles]
+        self.instances: dict[str, list[int]] = {}
+        for number, product in enumerate(PRODUCTS):
+            count = self._library.locas_instances(number, shapes)
+            self.instances[product] = shapes[:count]
 
     def hidden(self, ffn: dict, tile: int, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_hidden", ffn, scale, activation, tile)
@@ -88,16 +95,29 @@ class Library:
     def forward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_forward", ffn, scale, activation)
 
-    def plan(self, tokens: int, d: int, m: int, r: int) -> tuple[int, int, int]:
-        """-> the hidden product's tile, the down product's tile and slices."""
-        plan = (ctypes.c_int * 3)()
+    def hidden_grad(self, ffn: dict, tile: int, scale: float = 1.0, activation: str = "silu") -> None:
+        self._run("locas_hidden_grad", ffn, scale, activation, tile)
+
+    def input_grad(self, ffn: dict, tile: int, splits: int) -> None:
+        self._run("locas_input_grad", ffn, 1.0, "silu", tile, splits)
+
+    def backward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
+        self._run("locas_backward", ffn, scale, activation)
+
+    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int]]:
+        """-> each product's tile and slices."""
+        plan = (ctypes.c_int * 8)()
         self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
-        return plan[0], plan[1], plan[2]
+        return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
+
+    def arm(self, tile: int, splits: int) -> str:
+        """Its name."""
+        return f"{self.names[tile]}/{splits}" if splits > 1 else self.names[tile]
 
     def _run(self, name: str, ffn: dict, scale: float, activation: str, *numbers: int) -> None:
         x, gate, slots = ffn["x"], ffn["gate"], ffn["slots"]
         arguments = Arguments(
-            **{key: ffn[key].data_ptr() for key, _ in Arguments._fields_[:13] if key in ffn},
+            **{key: ffn[key].data_ptr() for key, _ in Arguments._fields_[:19] if key in ffn},
             **dict(tokens=x.shape[0], d=x.shape[1], m=gate.shape[0], r=slots.shape[1], scale=scale),
             **dict(activation=ACTIVATIONS.index(activation), dtype=DTYPES[x.dtype], device=x.device.index or 0),
             stream=torch.cuda.current_stream().cuda_stream,

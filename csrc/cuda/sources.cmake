@@ -15,6 +15,7 @@ set(LOCAS_CUDA_SM80
   ffn/sm80/forward.cu
   ffn/sm80/table.cpp)
 set(LOCAS_CUDA_SM90
+  ffn/sm90/backward.cu
   ffn/sm90/forward.cu
   ffn/sm90/table.cpp)
 foreach(list LOCAS_CUDA_KERNELS LOCAS_CUDA_SM80 LOCAS_CUDA_SM90)

@@ -81,6 +81,12 @@ ptx::TensorMap tensor_map(const Matrix& matrix, Box box) {
 
 #endif
 
+// Of a matrix that may not be there: no box of it is moved then.
+template <class T>
+ptx::TensorMap map_or_none(const Matrix& matrix, Box box) {
+  return matrix.data && matrix.rows > 0 && matrix.cols > 0 ? tensor_map<T>(matrix, box) : ptx::TensorMap{};
+}
+
 // Some columns of a matrix.
 template <class T>
 Matrix columns_of(const Matrix& matrix, int64_t first, int64_t count) {

@@ -35,6 +35,8 @@ def test_kernels_on_the_simt_runner(record_property):
     for kernel in [
         "families:",
         "glu_ffn with",
+        "glu_ffn of sm90",
+        "plans of the sm90 family",
         "glu_ffn_decode",
         "neuron_importance:",
         "neuron_importance_of_products",

@@ -398,33 +398,67 @@ LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
   return "40 shapes, 10 seeds";
 }
 
-// The Hopper family: each tile alone, K2 whole and in slices, and what its plan picks.
-template <int tile, int most_splits>
-void hopper_tile(const GluFfnForwardParams& p, cuda::Queue queue) {
+// The sm90 family with tiles of the test's choice: each product whole or in slices.
+int slices_of(int64_t depth, int64_t r, int most) {
+  return static_cast<int>(std::min<int64_t>(most, cuda::divide_up(depth, 64) + cuda::divide_up(r, 64)));
+}
+
+template <int hidden, int down, int most_splits>
+void hopper_forward(const GluFfnForwardParams& p, cuda::Queue queue) {
   GluFfnForwardParams own = p;
-  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
-  const int splits = static_cast<int>(std::min<int64_t>(most_splits, blocks));
+  const int splits = slices_of(p.weights.m(), p.weights.r(), most_splits);
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(cuda::sm90::kHiddenTiles[tile]), queue);
-  cuda::sm90::glu_ffn_down(own, static_cast<int>(cuda::sm90::kDownTiles[tile]), splits, queue);
+  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(cuda::sm90::kHiddenTiles[hidden]), queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(cuda::sm90::kDownTiles[down]), splits, queue);
 }
 
-template <int tile, int most_splits>
-FfnKernels hopper_kernels() {
-  return with_forward(hopper_tile<tile, most_splits>);
+template <int hidden, int input, int most_splits>
+void hopper_backward(const GluFfnBackwardParams& p, cuda::Queue queue) {
+  GluFfnBackwardParams own = p;
+  const int splits = p.dx.data ? slices_of(p.weights.m(), p.weights.r(), most_splits) : 1;
+  simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
+  own.workspace = workspace.data();
+  cuda::sm90::glu_ffn_hidden_grad(own, static_cast<int>(cuda::sm90::kHiddenGradTiles[hidden]), queue);
+  cuda::sm90::glu_ffn_input_and_slots_grad(own, static_cast<int>(cuda::sm90::kInputGradTiles[input]), splits, queue);
 }
 
-LOCAS_TEST(hopper_0, "glu_ffn on Hopper, the first tiles") { return run_both(hopper_kernels<0, 1>(), 1, 300, 10); }
-LOCAS_TEST(hopper_1, "glu_ffn on Hopper, the second tiles") { return run_both(hopper_kernels<1, 2>(), 1, 300, 11); }
-LOCAS_TEST(hopper_2, "glu_ffn on Hopper, the third tiles") { return run_both(hopper_kernels<2, 3>(), 1, 300, 12); }
-LOCAS_TEST(hopper_plan, "glu_ffn on Hopper, planned") { return run_both(cuda::sm90::table, 1, 400, 16); }
+template <int tile, int hidden_grad, int most_splits>
+FfnKernels hopper() {
+  FfnKernels kernels = with_forward(hopper_forward<tile, tile, most_splits>);
+  kernels.glu_ffn_backward = hopper_backward<hidden_grad, tile, most_splits>;
+  return kernels;
+}
 
-LOCAS_TEST(hopper_sizes, "glu_ffn on Hopper with long sums") {
+// Integers in one half type and normal numbers in the other, every seed.
+std::string run_each(const FfnKernels& kernels, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+  Random random(start);
+  int cases = 0;
+  for_each_seed([&] {
+    const Shape whole = draw_shape(random, least_tokens, most_tokens, Activation::relu);
+    const Shape other = draw_shape(random, least_tokens, most_tokens, static_cast<Activation>(cases / 2 % 6));
+    if (cases % 4 == 0) {
+      exact_case<bf16>(whole, kernels, random);
+      rounded_case<f16>(other, kernels, random);
+    } else {
+      exact_case<f16>(whole, kernels, random);
+      rounded_case<bf16>(other, kernels, random);
+    }
+    cases += 2;
+  });
+  return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
+}
+
+LOCAS_TEST(hopper_0, "glu_ffn of sm90, the first tiles") { return run_each(hopper<0, 0, 1>(), 1, 300, 10); }
+LOCAS_TEST(hopper_1, "glu_ffn of sm90, the second tiles") { return run_each(hopper<1, 1, 2>(), 1, 300, 11); }
+LOCAS_TEST(hopper_2, "glu_ffn of sm90, the third tiles") { return run_each(hopper<2, 2, 3>(), 1, 300, 12); }
+LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return run_each(cuda::sm90::table, 65, 400, 16); }
+
+LOCAS_TEST(hopper_sizes, "glu_ffn of sm90 with long sums") {
   Random random(17);
   for_each_seed([&] {
-    exact_case<bf16>({33, 264, 520, 130, Activation::relu, true}, hopper_kernels<0, 2>(), random);
-    rounded_case<bf16>({140, 520, 328, 65, Activation::silu, false}, cuda::sm90::table, random);
+    exact_case<bf16>({33, 136, 136, 130, Activation::relu, true}, hopper<0, 3, 2>(), random);
+    rounded_case<bf16>({140, 200, 136, 65, Activation::silu, false}, cuda::sm90::table, random);
   });
   return "2 shapes, 10 seeds";
 }

@@ -13,10 +13,11 @@
 // No atomics, and nothing depends on the device: the result repeats bit for bit.
 #include "common/activations.h"
 #include "cuda/ffn/add_slices.cuh"
+#include "cuda/ffn/sm90/epilogue.cuh"
+#include "cuda/ffn/sm90/half_activations.cuh"
 #include "cuda/ffn/sm90/launchers.h"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/memory.cuh"
@@ -24,13 +25,6 @@
 
 namespace locas::cuda::sm90 {
 namespace {
-
-// act(x) for a result that is rounded to a half type.
-template <Activation act>
-LOCAS_DEVICE float activated(float x) {
-  if constexpr (act == Activation::silu) return x * ptx::sigmoid_of_half(x);
-  else return activate<act>(x).value;
-}
 
 template <class Tile>
 struct GluFfnHidden {
@@ -47,10 +41,10 @@ struct GluFfnHidden {
     int neurons;  // of the buffers
     float scale;
   };
-  struct Params {
+  struct Params : EachInTurn {
     ptx::TensorMap x;
     Source host, memory;
-    int units, blocks, tiles_m, host_tiles_n, tiles_n;
+    int blocks, tiles_m, host_tiles_n, tiles_n;
     bool saves;
     Activation activation;
 
@@ -91,8 +85,8 @@ struct GluFfnHidden {
           Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
-              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
-                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, last - first, false,
+              [&](int, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
+                multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, p.blocks, false,
                                                           pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
@@ -120,17 +114,16 @@ struct GluFfnHidden {
   template <Activation act>
   static LOCAS_DEVICE void write(Stores& stores, const Source& to, const typename Tile::Sums& sums, int token,
                                  int neuron, bool saves) {
-    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() % 4 * 16;
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
-      for (int col = 0; col < kNeurons; col += Stores::kCols) {
+      for (int col = 0; col < kNeurons; col += kSlabCols) {
         if (neuron + col >= to.neurons) break;
-        const int row = token + row_block * 64 + warp_row;
+        const int row = token + row_block * 64 + warp_row();
         const auto part = [&](int i, int first, const T* bias) {
           const int at = first + col / 2 + 2 * i;
           return rounded_pair(sums[row_block][at], sums[row_block][at + 1], bias,
-                              neuron + col + i / 2 * 8 + lane % 4 * 2, to.neurons);
+                              neuron + col + i / 2 * 8 + ptx::lane_index() % 4 * 2, to.neurons);
         };
         const auto gate = [&](int i) { return part(i, 0, to.gate_bias); };
         const auto up = [&](int i) { return part(i, kNeurons / 2, to.up_bias); };
@@ -140,8 +133,8 @@ struct GluFfnHidden {
         }
         stores.store(to.hidden, row, neuron + col, [&](int i) {
           const uint32_t g = gate(i), u = up(i);
-          return ptx::pack<T>(to.scale * activated<act>(ptx::first_of<T>(g)) * ptx::first_of<T>(u),
-                              to.scale * activated<act>(ptx::second_of<T>(g)) * ptx::second_of<T>(u));
+          return ptx::pack<T>(to.scale * half_activation<act>(ptx::first_of<T>(g)).value * ptx::first_of<T>(u),
+                              to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
         });
       }
   }
@@ -156,13 +149,13 @@ struct GluFfnDown {
   static constexpr int kSlabs = 3;
   using Stores = sm90::Stores<T, kSlabs>;
 
-  struct Params {
+  struct Params : EachInTurn {
     ptx::TensorMap hidden, memory_hidden, down, value, y;
     const T* bias;
     float* slices;  // [splits, tokens, d] where sliced
-    float one;      // 1: a store that reads a register of the sums itself makes ptxas serialise all wgmma (C7511)
-    int64_t tokens, d;
-    int units, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
+    float one;      // 1, for store_floats
+    int64_t tokens;
+    int d, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
 
     LOCAS_DEVICE int first_block(int unit) const { return blocks * (unit / tiles) / splits; }
     LOCAS_DEVICE int last_block(int unit) const { return blocks * (unit / tiles + 1) / splits; }
@@ -187,7 +180,8 @@ struct GluFfnDown {
           Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
-              [&](auto& ring, typename Tile::Sums& sums, int first, int last, auto&& pass_turn) {
+              [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
+                const int first = p.first_block(unit), last = p.last_block(unit);
                 const int middle = first > p.host_blocks ? first : last < p.host_blocks ? last : p.host_blocks;
                 multiply_blocks<Tile, Major::k, Major::k>(shared.tile, ring, sums, consumer, middle - first, false,
                                                           [&] {
@@ -201,8 +195,10 @@ struct GluFfnDown {
                 const TileIndex tile = p.tile(unit);
                 const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
                 const int token = tile.m * Tile::kM + first_row, channel = tile.n * Tile::kN;
-                if constexpr (sliced) write_slice(p, sums, unit / p.tiles, token, channel);
-                else write(stores, p, sums, token, channel);
+                if constexpr (sliced)
+                  store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d,
+                                     p.one);
+                else store_rounded<Tile>(stores, p.y, sums, token, channel, p.d, p.bias);
               });
           stores.finish();
         });
@@ -224,60 +220,9 @@ struct GluFfnDown {
         ptx::bulk_tensor_load(stage.b + slab * kBlockK, p.value, channel + slab, k, full);
     }
   }
-
-  static LOCAS_DEVICE void write(Stores& stores, const Params& p, const typename Tile::Sums& sums, int token,
-                                 int channel) {
-    const int lane = ptx::lane_index(), warp_row = ptx::warp_index() % 4 * 16;
-#pragma unroll
-    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-      for (int col = 0; col < Tile::kN; col += Stores::kCols) {
-        if (channel + col >= p.d) break;
-        stores.store(p.y, token + row_block * 64 + warp_row, channel + col, [&](int i) {
-          const int at = col / 2 + 2 * i, lane_channel = channel + col + i / 2 * 8 + lane % 4 * 2;
-          float first = sums[row_block][at], second = sums[row_block][at + 1];
-          if (p.bias && lane_channel < p.d) {
-            const auto bias = ptx::load(reinterpret_cast<const Elements<T, 2>*>(p.bias + lane_channel));
-            first += ptx::to_float(bias.at[0]);
-            second += ptx::to_float(bias.at[1]);
-          }
-          return ptx::pack<T>(first, second);
-        });
-      }
-  }
-
-  static LOCAS_DEVICE void write_slice(const Params& p, const typename Tile::Sums& sums, int split, int token,
-                                       int channel) {
-    const int lane = ptx::lane_index(), d = static_cast<int>(p.d), at = channel + lane % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2 * Tile::kRowBlocks; ++half) {
-      const int64_t row = token + half / 2 * 64 + ptx::warp_index() % 4 * 16 + half % 2 * 8 + lane / 4;
-      const int columns = row < p.tokens ? d - at : 0;
-      float* to = p.slices + (split * p.tokens + row) * d + at;
-#pragma unroll
-      for (int col = 0; col < Tile::kN; col += 8)
-        if (col < columns)
-          ptx::store(reinterpret_cast<Elements<float, 2>*>(to + col),
-                     Elements<float, 2>{p.one * sums[half / 2][col / 2 + half % 2 * 2],
-                                        p.one * sums[half / 2][col / 2 + half % 2 * 2 + 1]});
-    }
-  }
 };
 
 constexpr int kForwardStageBytes = 200 * 1024;
-
-// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
-template <class Kernel>
-void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
-  const int multiprocessors = multiprocessor_count(queue);
-  launch<Kernel>(p.units < multiprocessors ? p.units : multiprocessors, sizeof(typename Kernel::Shared), queue, p,
-                 options);
-}
-
-template <class T>
-ptx::TensorMap map_or_none(const Matrix& matrix, Box box) {
-  return matrix.data && matrix.rows > 0 && matrix.cols > 0 ? tensor_map<T>(matrix, box) : ptx::TensorMap{};
-}
 
 template <class Tile>
 void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
@@ -286,7 +231,7 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   const FfnWeights& w = ffn.weights;
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
                           const void* up_bias, float scale) {
-    const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kStoreBox); };
+    const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kSlabBox); };
     return typename Kernel::Source{map_or_none<T>(gate, operand_box(Kernel::kNeurons)),
                                    map_or_none<T>(up, operand_box(Kernel::kNeurons)),
                                    out(ffn.hidden),
@@ -321,12 +266,12 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
   p.down = tensor_map<T>(w.down, operand_box(Tile::kN));
   p.value = map_or_none<T>(w.memory_value, operand_box(64));
-  p.y = tensor_map<T>(ffn.y, kStoreBox);
+  p.y = tensor_map<T>(ffn.y, kSlabBox);
   p.bias = static_cast<const T*>(w.down_bias);
   p.slices = ffn.workspace;
   p.one = 1.0f;
   p.tokens = ffn.tokens();
-  p.d = w.d();
+  p.d = static_cast<int>(w.d());
   p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
   p.tiles_n = static_cast<int>(divide_up(w.d(), Tile::kN));
   p.tiles = p.tiles_m * p.tiles_n;

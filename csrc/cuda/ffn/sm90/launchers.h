@@ -7,11 +7,18 @@
 
 namespace locas::cuda::sm90 {
 
+// forward.cu
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
 
 // tile: an index into kTiles of plan.cuh. splits > 1 needs a workspace of splits * tokens * d floats.
 void glu_ffn_hidden(const GluFfnForwardParams&, int tile, Queue);
 void glu_ffn_down(const GluFfnForwardParams&, int tile, int splits, Queue);
+
+// backward.cu
+void glu_ffn_backward_tiles(const GluFfnBackwardParams&, Queue);
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes&);
+void glu_ffn_hidden_grad(const GluFfnBackwardParams&, int tile, Queue);
+void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams&, int tile, int splits, Queue);
 
 }  // namespace locas::cuda::sm90

@@ -12,14 +12,13 @@
 #pragma once
 
 #include "cuda/common/elements.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/bulk_tensor.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/tensor_map.cuh"
 
 namespace locas::cuda::sm90 {
 
@@ -91,12 +90,19 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
 // Consumer 0 or 1, or -1 for the producer.
 LOCAS_DEVICE int consumer_index() { return ptx::uniform(ptx::warpgroup_index()) - 1; }
 
+// The units of a CTA: every block_count()-th.
+struct EachInTurn {
+  int units;
+  LOCAS_DEVICE int first_unit() const { return ptx::block_index(); }
+  LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
+};
+
 // The producer's part: load(unit, block, stage, full) starts the copies of K-block `block` of a unit, whose blocks are
 // work.first_block(unit) to work.last_block(unit) - 1. One thread runs it.
 template <class Tile, class Work, class Load>
 LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&& load) {
   RingPosition<Tile::kStages> ring;
-  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count()) {
+  for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit)) {
     const int last = work.last_block(unit);
     for (int block = work.first_block(unit); block < last; ++block) {
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
@@ -108,8 +114,8 @@ LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&
   }
 }
 
-// The consumers' part: multiply(ring, sums, first, last, pass_turn) goes over the K-blocks of a unit and calls pass_turn
-// when its last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
+// The consumers' part: multiply(unit, ring, sums, pass_turn) goes over the K-blocks of a unit and calls pass_turn when its
+// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
 //
 // In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
 // parity would take for filled.
@@ -118,7 +124,7 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
                           Store&& store) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
-  for (int unit = ptx::block_index(); unit < work.units; unit += ptx::block_count(), ++turn) {
+  for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit), ++turn) {
     const int first = work.first_block(unit), last = work.last_block(unit);
     if (Tile::kPingPong && turn % 2 != consumer) {
       ring.skip(last - first);
@@ -126,7 +132,7 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
     }
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
     typename Tile::Sums sums;
-    multiply(ring, sums, first, last, [&] {
+    multiply(unit, ring, sums, [&] {
       if (Tile::kPingPong && ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.turn[1 - consumer]);
     });
     store(unit, sums);
@@ -194,48 +200,6 @@ LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer,
   }
 }
 
-// A warp's way out: its 16 rows x 32 columns at a time go through shared memory and leave by TMA.
-//
-//      slab  16 rows of 64 bytes; the 16-byte pieces are permuted as the 64-byte swizzle wants it
-template <class T, int kSlabs>
-struct Stores {
-  static constexpr int kRows = 16, kCols = 32;
-  struct Shared {
-    alignas(1024) T slabs[kSlabs][kRows * kCols];
-  };
-
-  Shared& shared;
-  int next = 0;
-
-  // pair(i): register i of the warp's slab, two neighbouring elements.
-  template <class Pair>
-  LOCAS_DEVICE void store(const ptx::TensorMap& to, int row, int col, Pair&& pair) {
-    const int lane = ptx::lane_index();
-    if (lane == 0) ptx::bulk_wait_read<kSlabs - 1>();
-    ptx::sync_warp();
-    T* slab = shared.slabs[next];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t pairs[4] = {pair(4 * half), pair(4 * half + 1), pair(4 * half + 2), pair(4 * half + 3)};
-      const int in_row = lane % 16, piece = half * 2 + lane / 16;
-      ptx::stmatrix_x4(slab + in_row * kCols + (piece ^ (in_row / 2 % 4)) * kPiece, pairs);
-    }
-    ptx::fence_async_shared();
-    ptx::sync_warp();
-    if (lane == 0) {
-      ptx::bulk_tensor_store(to, col, row, slab);
-      ptx::bulk_commit();
-    }
-    next = next + 1 == kSlabs ? 0 : next + 1;
-  }
-
-  // Shared memory must outlive the stores that read it.
-  LOCAS_DEVICE void finish() {
-    if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
-  }
-};
-constexpr Box kStoreBox{16, 32, 64};
-
 // The tile of unit `index` of a grid of tiles. Neighbours go down kGroup tiles of the tokens before they go on along
 // the weights, so that what runs at one time shares operands in the L2 cache.
 struct TileIndex {
@@ -248,6 +212,17 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
   const int group_m = tiles_m - first_m < kGroup ? tiles_m - first_m : kGroup;
   const int within = index % group_tiles;
   return {first_m + within % group_m, within / group_m};
+}
+
+// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
+inline int block_count_for(int units, Queue queue) {
+  const int multiprocessors = multiprocessor_count(queue);
+  return units < multiprocessors ? units : multiprocessors;
+}
+template <class Kernel>
+void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
+  static_assert(sizeof(typename Kernel::Shared) <= 227 * 1024, "what a block can have on sm_90");
+  launch<Kernel>(block_count_for(p.units, queue), sizeof(typename Kernel::Shared), queue, p, options);
 }
 
 }  // namespace locas::cuda::sm90

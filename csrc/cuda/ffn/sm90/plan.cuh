@@ -48,6 +48,10 @@ constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<i
 constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192};
 constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
 
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
+                                         TileKind::m128n128};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+
 // As many stages as fit into `bytes` of shared memory, beside the slabs of the epilogue.
 template <class T, TileKind kind, int bytes>
 using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n, bytes / ((shape_of(kind).m + shape_of(kind).n) * 128),
@@ -58,10 +62,34 @@ struct Plan {
   int splits;
 };
 
-// A product [rows, columns] over `blocks` K-blocks.
+// Units of one kind, and the K-blocks of each.
+struct Units {
+  int64_t count, blocks;
+};
+
+// What the busiest of `ctas` CTAs does, where units of a product and of the slots' gradients share a grid: the product's
+// go to all in turn, the slots' to those that have one less, or to all where that ends sooner.
+struct Turn {
+  int64_t units, blocks;
+  int slots_from;  // the first CTA that takes units of the slots
+};
+inline Turn longest_turn(const Units& product, const Units& slots, int ctas) {
+  const int64_t each = ctas > 0 ? product.count / ctas : 0;
+  const int busy = ctas > 0 ? static_cast<int>(product.count % ctas) : 0;
+  const int64_t most = each + (busy > 0);
+  if (slots.count == 0) return {most, most * product.blocks, 0};
+  const int64_t of_idle = divide_up(slots.count, ctas - busy), of_all = divide_up(slots.count, ctas);
+  const int64_t idle_blocks = each * product.blocks + of_idle * slots.blocks, busy_blocks = most * product.blocks;
+  const int64_t all_blocks = busy_blocks + of_all * slots.blocks;
+  if (idle_blocks > all_blocks) return {most + of_all, all_blocks, 0};
+  return idle_blocks > busy_blocks ? Turn{each + of_idle, idle_blocks, busy} : Turn{most, busy_blocks, busy};
+}
+
+// A product of some tiles.
 struct Product {
-  int64_t tiles, blocks;
+  Units tiles;
   double sums_a_clock;  // that a warpgroup's epilogue puts out
+  Units slots{0, 0};
 };
 
 // Clock cycles, where K is cut into slices: those of float that are written, read and added.
@@ -69,12 +97,12 @@ inline double estimate(const TileShape& tile, const Product& product, int splits
   constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200;
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
-  const double waves = divide_up(product.tiles * splits, target.multiprocessors);
+  const Units units{product.tiles.count * splits, divide_up(product.tiles.blocks, splits)};
+  const Turn turn = longest_turn(units, product.slots, target.multiprocessors);
   const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0);
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
-  const double multiply = waves * divide_up(product.blocks, splits) * block;
   const double slices = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  return multiply + (ping_pong ? epilogue : waves * epilogue) + slices;
+  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + slices;
 }
 
 // The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
@@ -86,7 +114,7 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
       const Product of_tile = product(shape_of(kind));
-      if (splits > 1 && of_tile.blocks < splits * target.least_blocks) continue;
+      if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
       const double clocks = estimate(shape_of(kind), of_tile, splits, added, target);
       if (least >= 0.0 && clocks >= least) continue;
       least = clocks;
@@ -103,7 +131,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
   const auto product = [&](const TileShape& tile) {
     const int64_t neurons = tile.n / 2;
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
-    return Product{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK), kSumsAClock};
+    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
   return best_plan(kHiddenTiles, product, 1, 0.0, target);
 }
@@ -112,9 +140,31 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
 inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const int64_t blocks = divide_up(sizes.m, kBlockK) + divide_up(sizes.r, kBlockK);
   const auto product = [&](const TileShape& tile) {
-    return Product{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks, kSumsAClock};
+    return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
   return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+}
+
+// K3: host and memory apart. Its epilogue reads as much as it writes.
+inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const auto product = [&](const TileShape& tile) {
+    const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
+    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock / 2};
+  };
+  return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
+}
+
+// K4: dx in slices like K2, and the slots' gradients beside it.
+inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
+  const int64_t slot_blocks = divide_up(sizes.r, kBlockK);
+  const int64_t blocks = 2 * (divide_up(sizes.m, kBlockK) + slot_blocks);
+  const auto product = [&](const TileShape& tile) {
+    const int64_t tiles_n = divide_up(sizes.d, tile.n);
+    return Product{{divide_up(tokens, tile.m) * tiles_n, blocks},
+                   kSumsAClock,
+                   {(slot_blocks + divide_up(slot_blocks, 2)) * tiles_n, divide_up(tokens, kBlockK)}};
+  };
+  return best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // Calls f with the tile type, one of `kinds`.

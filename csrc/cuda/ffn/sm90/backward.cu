@@ -1,0 +1,495 @@
+// glu_ffn_backward (K3 and K4) on Hopper: the backward of an FFN with memory, for many tokens. The host is frozen.
+//
+//      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip and becomes d_gate and d_up
+//
+//           each warp fetches gate and up of its rows, 16 x 32 at a time, three ahead; the gradients take their place in
+//           shared memory and leave from there. Memory tiles also write memory_hidden, which dV needs.
+//
+//      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of unit
+//
+//           dx         d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges of K;
+//                      where the tiles are few, K is cut into slices that AddSlices adds in their order
+//           slots      [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32:
+//                      64 slots of the gate and the same of the key, or 128 of the value, x kN channels. The CTAs
+//                      that have a unit of dx less than others take them (plan.cuh).
+//
+// Without dx (the lowest layer with a memory) only the memory's units exist. No atomics: a sum belongs to one warpgroup.
+#include "common/activations.h"
+#include "cuda/ffn/add_slices.cuh"
+#include "cuda/ffn/sm90/epilogue.cuh"
+#include "cuda/ffn/sm90/half_activations.cuh"
+#include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/plan.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/ptx/grid.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace locas::cuda::sm90 {
+namespace {
+
+// gate and up of a warp's rows on their way in, and what becomes of them on its way out.
+template <class T>
+struct GateUpRing {
+  static constexpr int kPieces = 3;
+  struct Piece {
+    Slab<T> gate, up;
+  };
+  struct Shared {
+    Piece pieces[kPieces];
+    Slab<T> hidden;
+    uint64_t arrived[kPieces];
+  };
+
+  Shared& shared;
+  RingPosition<kPieces> ring{};
+
+  LOCAS_DEVICE void initialise() {
+    if (ptx::lane_index() == 0) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&shared.arrived[i], 1);
+      ptx::mbarrier_init_fence();
+    }
+    ptx::sync_warp();
+  }
+  // By lane 0.
+  LOCAS_DEVICE void fetch(const ptx::TensorMap& gate, const ptx::TensorMap& up, int row, int col, int at) {
+    ptx::mbarrier_arrive_expect(&shared.arrived[at], sizeof(Piece));
+    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &shared.arrived[at]);
+    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &shared.arrived[at]);
+  }
+};
+
+template <class Tile>
+struct GluFfnHiddenGrad {
+  using T = typename Tile::T;
+  static constexpr const char* name = "glu_ffn_hidden_grad_sm90";
+  static constexpr int threads = Tile::kThreads, min_blocks = 1;
+  using Ring = GateUpRing<T>;
+  static constexpr int kPieces = Ring::kPieces;
+
+  struct Source {
+    ptx::TensorMap weight, gate, up, d_gate, d_up;
+    int neurons;  // of the buffers
+    float scale;
+  };
+  struct Params : EachInTurn {
+    ptx::TensorMap dy, memory_hidden;
+    Source host, memory;
+    int blocks, tiles_m, host_tiles_n, tiles_n;
+    Activation activation;
+
+    LOCAS_DEVICE int first_block(int) const { return 0; }
+    LOCAS_DEVICE int last_block(int) const { return blocks; }
+  };
+  struct Shared {
+    typename Tile::Shared tile;
+    typename Ring::Shared pieces[Tile::kConsumers * 4];
+  };
+
+  // A tile has neurons of one source.
+  struct Place {
+    const Source& source;
+    bool memory;
+    int token, neuron;
+    // Pieces of 32 neurons in a row block.
+    LOCAS_DEVICE int columns() const {
+      const int inside = source.neurons - neuron;
+      return (inside < Tile::kN ? inside + kSlabCols - 1 : Tile::kN) / kSlabCols;
+    }
+  };
+  static LOCAS_DEVICE Place place_of(const Params& p, int unit) {
+    const TileIndex tile = tile_index(unit, p.tiles_m, p.tiles_n);
+    const bool memory = tile.n >= p.host_tiles_n;
+    return {memory ? p.memory : p.host, memory, tile.m * Tile::kM,
+            (memory ? tile.n - p.host_tiles_n : tile.n) * Tile::kN};
+  }
+  static LOCAS_DEVICE Place rows_of(const Params& p, int unit, int consumer) {
+    Place at = place_of(p, unit);
+    at.token += (Tile::kPingPong ? 0 : consumer * Tile::kRows) + warp_row();
+    return at;
+  }
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    ptx::launch_dependents();
+    specialise<Tile>(
+        shared.tile,
+        [&] {
+          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+            load(p, unit, block * kBlockK, stage, full);
+          });
+        },
+        [&](int consumer) {
+          Ring ring{shared.pieces[ptx::uniform(ptx::warp_index()) - 4]};
+          ring.initialise();
+          consume<Tile>(
+              shared.tile, p, consumer,
+              [&](int unit, auto& stages, typename Tile::Sums& sums, auto&& pass_turn) {
+                const Place at = rows_of(p, unit, consumer);
+                fetch_first(ring, at);
+                if (at.memory)
+                  multiply_blocks<Tile, Major::k, Major::k>(shared.tile, stages, sums, consumer, p.blocks, false,
+                                                            pass_turn);
+                else
+                  multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, stages, sums, consumer, p.blocks, false,
+                                                             pass_turn);
+              },
+              [&](int unit, const typename Tile::Sums& sums) {
+                const Place at = rows_of(p, unit, consumer);
+                with_activation(p.activation, [&]<Activation act>() { write<act>(ring, p, at, sums); });
+              });
+          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
+        });
+  }
+
+ private:
+  static LOCAS_DEVICE void load(const Params& p, int unit, int k, typename Tile::Stage& stage, uint64_t* full) {
+    const Place at = place_of(p, unit);
+    ptx::bulk_tensor_load(stage.a, p.dy, k, at.token, full);
+    if (at.memory) {
+      ptx::bulk_tensor_load(stage.b, at.source.weight, k, at.neuron, full);
+    } else {
+#pragma unroll
+      for (int slab = 0; slab < Tile::kN; slab += 64)
+        ptx::bulk_tensor_load(stage.b + slab * kBlockK, at.source.weight, at.neuron + slab, k, full);
+    }
+  }
+
+  // Piece `index` of a unit, in the order in which write goes over them, into slot `slot` of the ring.
+  static LOCAS_DEVICE void fetch(Ring& ring, const Place& at, int columns, int index, int slot) {
+    const int row_block = index / columns, column = index - row_block * columns;
+    if (row_block < Tile::kRowBlocks)
+      ring.fetch(at.source.gate, at.source.up, at.token + row_block * 64, at.neuron + column * kSlabCols, slot);
+  }
+  static LOCAS_DEVICE void fetch_first(Ring& ring, const Place& at) {
+    if (ptx::lane_index() != 0) return;
+    ptx::bulk_wait_read<0>();
+    RingPosition<kPieces> to = ring.ring;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i, to.next()) fetch(ring, at, at.columns(), i, to.stage);
+  }
+
+  template <Activation act>
+  static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, const typename Tile::Sums& sums) {
+    const int columns = at.columns();
+    int index = 0;
+#pragma unroll
+    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+      for (int column = 0; column < Tile::kN / kSlabCols; ++column) {
+        if (column >= columns) break;
+        const int slot = ring.ring.stage, row = at.token + row_block * 64, col = at.neuron + column * kSlabCols;
+        typename Ring::Piece& piece = ring.shared.pieces[slot];
+        if (at.memory) {  // the one slab of memory_hidden is free
+          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
+          ptx::sync_warp();
+        }
+        ptx::mbarrier_wait(&ring.shared.arrived[slot], ring.ring.phase);
+        if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
+        differentiate<act>(piece, at.source.scale, sums[row_block], column * kSlabCols / 2);
+        ptx::fence_async_shared();
+        ptx::sync_warp();
+        if (ptx::lane_index() == 0) {
+          ptx::bulk_tensor_store(at.source.d_gate, col, row, piece.gate.at);
+          ptx::bulk_tensor_store(at.source.d_up, col, row, piece.up.at);
+          if (at.memory) ptx::bulk_tensor_store(p.memory_hidden, col, row, ring.shared.hidden.at);
+          ptx::bulk_commit();
+          if (index > 0) {  // the slot before has been read, and is the next to be filled
+            ptx::bulk_wait_read<1>();
+            fetch(ring, at, columns, index - 1 + kPieces, slot == 0 ? kPieces - 1 : slot - 1);
+          }
+        }
+        ++index;
+        ring.ring.next();
+      }
+  }
+
+  template <Activation act>
+  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, Slab<T>& to, float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t gate[4], up[4];
+      ptx::ldmatrix_x4(gate, piece.gate.row(half));
+      ptx::ldmatrix_x4(up, piece.up.row(half));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        up[i] = ptx::pack<T>(scale * half_activation<act>(ptx::first_of<T>(gate[i])).value * ptx::first_of<T>(up[i]),
+                             scale * half_activation<act>(ptx::second_of<T>(gate[i])).value * ptx::second_of<T>(up[i]));
+      ptx::stmatrix_x4(to.row(half), up);
+    }
+  }
+
+  // Turns gate and up into their gradients; sums from `first` on are d_hidden before its scale.
+  template <Activation act>
+  static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, float scale, const float (&sums)[Tile::kN / 2],
+                                         int first) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t gate[4], up[4];
+      ptx::ldmatrix_x4(gate, piece.gate.row(half));
+      ptx::ldmatrix_x4(up, piece.up.row(half));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int of = first + 2 * (4 * half + i);
+        const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(gate[i]));
+        const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(gate[i]));
+        const float u0 = ptx::first_of<T>(up[i]), u1 = ptx::second_of<T>(up[i]);
+        const float d0 = scale * sums[of], d1 = scale * sums[of + 1];
+        gate[i] = ptx::pack<T>(d0 * u0 * a0.slope, d1 * u1 * a1.slope);
+        up[i] = ptx::pack<T>(d0 * a0.value, d1 * a1.value);
+      }
+      ptx::stmatrix_x4(piece.gate.row(half), gate);
+      ptx::stmatrix_x4(piece.up.row(half), up);
+    }
+  }
+};
+
+// sliced: dx's K in slices, whose float sums AddSlices adds.
+template <class Tile, bool sliced>
+struct GluFfnInputAndSlotsGrad {
+  using T = typename Tile::T;
+  static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
+  static constexpr int threads = Tile::kThreads, min_blocks = 1;
+  static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
+  using Stores = sm90::Stores<T, 3>;
+
+  struct Segment {
+    ptx::TensorMap gradient, weight;
+    int blocks;
+  };
+  struct Params {
+    Segment segments[4];             // gate, up, memory's gate, memory's key
+    ptx::TensorMap coefficients[3];  // [tokens, slots]: d_gate, d_up and memory_hidden of the memory
+    ptx::TensorMap x, dy, dx;
+    float *slices, *slots_grad;  // [splits, tokens, d] where sliced; [3, r, d]
+    float one;                   // 1, for store_floats
+    int64_t tokens;
+    int d, r, units;
+    int tiles, tiles_m, tiles_n, splits, blocks;  // of dx; no tiles without dx
+    int slot_blocks, token_blocks;                // 64 slots, 64 tokens
+
+    int slots_from;  // the first CTA that takes units of the slots
+
+    LOCAS_DEVICE int dx_units() const { return tiles * splits; }
+    LOCAS_DEVICE int first_slot_unit() const {
+      const int behind = ptx::block_index() - slots_from;
+      return behind < 0 ? units : dx_units() + behind;
+    }
+    LOCAS_DEVICE int first_unit() const { return is_dx(ptx::block_index()) ? ptx::block_index() : first_slot_unit(); }
+    LOCAS_DEVICE int next_unit(int unit) const {
+      if (!is_dx(unit)) return unit + ptx::block_count() - slots_from;
+      return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
+    }
+    LOCAS_DEVICE bool is_dx(int unit) const { return unit < dx_units(); }
+    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? blocks * (unit / tiles) / splits : 0; }
+    LOCAS_DEVICE int last_block(int unit) const {
+      return is_dx(unit) ? blocks * (unit / tiles + 1) / splits : token_blocks;
+    }
+    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit % tiles, tiles_m, tiles_n); }
+  };
+  struct Shared {
+    typename Tile::Shared tile;
+    typename Stores::Shared stores[Tile::kConsumers * 4];
+  };
+
+  // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
+  struct SlotUnit {
+    bool value;
+    int block, channel;
+
+    LOCAS_DEVICE int kind(int half) const { return value ? 2 : half; }
+    LOCAS_DEVICE int slot(int half) const { return (value ? 2 * block + half : block) * 64; }
+  };
+  static LOCAS_DEVICE SlotUnit slot_unit(const Params& p, int unit) {
+    const int index = unit - p.dx_units(), block = index / p.tiles_n;
+    const bool value = block >= p.slot_blocks;
+    return {value, value ? block - p.slot_blocks : block, index % p.tiles_n * Tile::kN};
+  }
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    specialise<Tile>(
+        shared.tile,
+        [&] {
+          ptx::wait_for_launch_before();
+          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+            if (p.is_dx(unit)) load_dx(p, unit, block, stage, full);
+            else load_slots(p, unit, block, stage, full);
+          });
+        },
+        [&](int consumer) {
+          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          consume<Tile>(
+              shared.tile, p, consumer,
+              [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
+                const int count = p.last_block(unit) - p.first_block(unit);
+                if (p.is_dx(unit))
+                  multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, count, false,
+                                                             pass_turn);
+                else
+                  multiply_blocks<Tile, Major::mn, Major::mn>(shared.tile, ring, sums, consumer, count, false,
+                                                              pass_turn);
+              },
+              [&](int unit, const typename Tile::Sums& sums) {
+                if (p.is_dx(unit)) write_dx(stores, p, unit, sums, consumer);
+                else add_slots(p, slot_unit(p, unit), sums, consumer);
+              });
+          stores.finish();
+        });
+  }
+
+ private:
+  static LOCAS_DEVICE void load_b(const ptx::TensorMap& from, int channel, int k, typename Tile::Stage& stage,
+                                  uint64_t* full) {
+#pragma unroll
+    for (int slab = 0; slab < Tile::kN; slab += 64)
+      ptx::bulk_tensor_load(stage.b + slab * kBlockK, from, channel + slab, k, full);
+  }
+
+  static LOCAS_DEVICE void load_dx(const Params& p, int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
+    const TileIndex tile = p.tile(unit);
+    const Segment* segment = p.segments;
+    while (block >= segment->blocks) block -= segment++->blocks;
+    ptx::bulk_tensor_load(stage.a, segment->gradient, block * kBlockK, tile.m * Tile::kM, full);
+    load_b(segment->weight, tile.n * Tile::kN, block * kBlockK, stage, full);
+  }
+
+  static LOCAS_DEVICE void load_slots(const Params& p, int unit, int block, typename Tile::Stage& stage,
+                                      uint64_t* full) {
+    const SlotUnit at = slot_unit(p, unit);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[at.kind(half)], at.slot(half),
+                            block * kBlockK, full);
+    load_b(at.value ? p.dy : p.x, at.channel, block * kBlockK, stage, full);
+  }
+
+  static LOCAS_DEVICE void write_dx(Stores& stores, const Params& p, int unit, const typename Tile::Sums& sums,
+                                    int consumer) {
+    const TileIndex tile = p.tile(unit);
+    const int token = tile.m * Tile::kM + (Tile::kPingPong ? 0 : consumer * Tile::kRows), channel = tile.n * Tile::kN;
+    if constexpr (sliced)
+      store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d, p.one);
+    else store_rounded<Tile>(stores, p.dx, sums, token, channel, p.d, nullptr);
+  }
+
+  static LOCAS_DEVICE void add_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
+                                     int consumer) {
+#pragma unroll
+    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
+      const int half = Tile::kPingPong ? row_block : consumer;
+      float* gradient = p.slots_grad + static_cast<int64_t>(at.kind(half)) * p.r * p.d;
+      for_each_pair(sums[row_block], gradient, at.slot(half), p.r, at.channel, p.d,
+                    [](Elements<float, 2>* to, float first, float second) {
+                      const auto before = ptx::load(to);
+                      ptx::store(to, Elements<float, 2>{before.at[0] + first, before.at[1] + second});
+                    });
+    }
+  }
+};
+
+constexpr int kHiddenGradStageBytes = 160 * 1024, kInputGradStageBytes = 200 * 1024;
+
+template <class Tile>
+void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
+  using Kernel = GluFfnHiddenGrad<Tile>;
+  using T = typename Tile::T;
+  const FfnWeights& w = ffn.weights;
+  const auto source = [&](const ptx::TensorMap& weight, int64_t first, int64_t neurons, float scale) {
+    const auto part = [&](const Matrix& of) { return map_or_none<T>(columns_of<T>(of, first, neurons), kSlabBox); };
+    return typename Kernel::Source{
+        weight, part(ffn.gate), part(ffn.up), part(ffn.d_gate), part(ffn.d_up), static_cast<int>(neurons), scale};
+  };
+  typename Kernel::Params p;
+  p.dy = tensor_map<T>(ffn.dy, operand_box(Tile::kM));
+  p.memory_hidden = map_or_none<T>(ffn.memory_hidden, kSlabBox);
+  p.host = source(tensor_map<T>(w.down, operand_box(64)), 0, w.m(), 1.0f);
+  p.memory = source(map_or_none<T>(w.memory_value, operand_box(Tile::kN)), w.m(), w.padded_r(), ffn.scale);
+  p.blocks = static_cast<int>(divide_up(w.d(), kBlockK));
+  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
+  p.host_tiles_n = ffn.dx.data ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
+  p.tiles_n = p.host_tiles_n + static_cast<int>(divide_up(w.padded_r(), Tile::kN));
+  p.units = p.tiles_m * p.tiles_n;
+  p.activation = ffn.activation;
+  launch_units<Kernel>(p, {}, queue);
+}
+
+template <class Kernel>
+typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int tile_n, int splits, Queue queue) {
+  using T = typename Kernel::T;
+  const FfnWeights& w = ffn.weights;
+  const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
+  const auto segment = [&](const Matrix& gradient, const Matrix& weight) {
+    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(128)), map_or_none<T>(weight, operand_box(64)),
+                                    static_cast<int>(divide_up(weight.rows, kBlockK))};
+  };
+  typename Kernel::Params p{};
+  p.segments[0] = segment(columns_of<T>(ffn.d_gate, 0, w.m()), w.gate);
+  p.segments[1] = segment(columns_of<T>(ffn.d_up, 0, w.m()), w.up);
+  p.segments[2] = segment(memory_columns(ffn.d_gate), w.memory_gate);
+  p.segments[3] = segment(memory_columns(ffn.d_up), w.memory_key);
+  p.coefficients[0] = map_or_none<T>(memory_columns(ffn.d_gate), operand_box(64));
+  p.coefficients[1] = map_or_none<T>(memory_columns(ffn.d_up), operand_box(64));
+  p.coefficients[2] = map_or_none<T>(ffn.memory_hidden, operand_box(64));
+  p.x = tensor_map<T>(ffn.x, operand_box(64));
+  p.dy = tensor_map<T>(ffn.dy, operand_box(64));
+  p.dx = map_or_none<T>(ffn.dx, kSlabBox);
+  p.slices = ffn.workspace;
+  p.slots_grad = static_cast<float*>(ffn.slots_grad.data);
+  p.one = 1.0f;
+  p.tokens = ffn.tokens();
+  p.d = static_cast<int>(w.d());
+  p.r = static_cast<int>(w.r());
+  p.tiles_m = ffn.dx.data ? static_cast<int>(divide_up(ffn.tokens(), 128)) : 0;
+  p.tiles_n = static_cast<int>(divide_up(w.d(), tile_n));
+  p.tiles = p.tiles_m * p.tiles_n;
+  p.splits = splits;
+  for (const auto& of : p.segments) p.blocks += of.blocks;
+  p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
+  p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
+  const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
+  p.units = p.dx_units() + slot_units;
+  p.slots_from = longest_turn({p.dx_units(), static_cast<int>(divide_up(p.blocks, splits))},
+                              {slot_units, p.token_blocks}, block_count_for(p.units, queue))
+                     .slots_from;
+  return p;
+}
+
+}  // namespace
+
+void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
+  with_half_type(p.dtype, [&]<class T>() {
+    with_tile<T, kHiddenGradStageBytes, kHiddenGradTiles>(static_cast<TileKind>(tile),
+                                                          [&]<class Tile>() { launch_hidden_grad<Tile>(p, queue); });
+  });
+}
+
+void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
+  with_half_type(p.dtype, [&]<class T>() {
+    with_tile<T, kInputGradStageBytes, kInputGradTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
+      const auto launched = [&]<bool sliced>() {
+        using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
+        launch_units<Kernel>(input_grad_params<Kernel>(p, Tile::kN, splits, queue), {.programmatic = true}, queue);
+      };
+      if (splits > 1) launched.template operator()<true>();
+      else launched.template operator()<false>();
+    });
+    if (splits > 1 && p.dx.data) add_slices<T>({p.workspace, splits, nullptr, p.dx}, queue);
+  });
+}
+
+int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int splits = input_grad_plan(tokens, sizes).splits;
+  return splits > 1 ? splits * tokens * sizes.d : 0;
+}
+
+void glu_ffn_backward_tiles(const GluFfnBackwardParams& p, Queue queue) {
+  const FfnSizes sizes = p.weights.sizes();
+  const bool needs_dx = p.dx.data != nullptr;
+  const FfnSizes of_hidden{sizes.d, needs_dx ? sizes.m : 0, sizes.r};
+  glu_ffn_hidden_grad(p, static_cast<int>(hidden_grad_plan(p.tokens(), of_hidden).kind), queue);
+  const Plan input = input_grad_plan(p.tokens(), sizes);
+  glu_ffn_input_and_slots_grad(p, static_cast<int>(input.kind), needs_dx ? input.splits : 1, queue);
+}
+
+}  // namespace locas::cuda::sm90

@@ -1,0 +1,124 @@
+// The ways of a warpgroup's sums: to a matrix of a half type through shared memory and TMA, or to floats at once.
+//
+// A warp has 16 of the 64 rows of a row block. wgmma leaves in each lane pairs of neighbours, which ldmatrix and stmatrix
+// take as they are: pair i of 32 columns belongs to row lane / 4 + i % 2 * 8 and column i / 2 * 8 + lane % 4 * 2.
+#pragma once
+
+#include "cuda/ffn/sm90/pipeline.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace locas::cuda::sm90 {
+
+// What a warp moves at a time: 16 rows of 64 bytes, their 16-byte pieces permuted as the 64-byte swizzle wants it.
+template <class T>
+struct alignas(1024) Slab {
+  static constexpr int kRows = 16, kCols = 32;
+  T at[kRows * kCols];
+
+  // What ldmatrix_x4 and stmatrix_x4 want of this lane for pairs 4 * half to 4 * half + 3.
+  LOCAS_DEVICE T* row(int half) {
+    const int row = ptx::lane_index() % 16, piece = half * 2 + ptx::lane_index() / 16;
+    return at + row * kCols + (piece ^ (row / 2 % 4)) * kPiece;
+  }
+};
+constexpr Box kSlabBox{16, 32, 64};
+constexpr int kSlabCols = 32;
+
+// A ring of slabs on their way out.
+template <class T, int kSlabs>
+struct Stores {
+  struct Shared {
+    Slab<T> slabs[kSlabs];
+  };
+
+  Shared& shared;
+  int next = 0;
+
+  // pair(i): pair i of the slab's columns.
+  template <class Pair>
+  LOCAS_DEVICE void store(const ptx::TensorMap& to, int row, int col, Pair&& pair) {
+    const int lane = ptx::lane_index();
+    if (lane == 0) ptx::bulk_wait_read<kSlabs - 1>();
+    ptx::sync_warp();
+    Slab<T>& slab = shared.slabs[next];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pairs[4] = {pair(4 * half), pair(4 * half + 1), pair(4 * half + 2), pair(4 * half + 3)};
+      ptx::stmatrix_x4(slab.row(half), pairs);
+    }
+    ptx::fence_async_shared();
+    ptx::sync_warp();
+    if (lane == 0) {
+      ptx::bulk_tensor_store(to, col, row, slab.at);
+      ptx::bulk_commit();
+    }
+    next = next + 1 == kSlabs ? 0 : next + 1;
+  }
+
+  // Shared memory must outlive the stores that read it.
+  LOCAS_DEVICE void finish() {
+    if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
+  }
+};
+
+// The first row of this warp in a row block.
+LOCAS_DEVICE int warp_row() { return ptx::warp_index() % 4 * 16; }
+
+// Rounded sums, plus a bias that may be null, to a matrix of `cols` columns; the first sum belongs at (row, col).
+template <class Tile, class Stores>
+LOCAS_DEVICE void store_rounded(Stores& stores, const ptx::TensorMap& to, const typename Tile::Sums& sums, int row,
+                                int col, int cols, const typename Tile::T* bias) {
+  using T = typename Tile::T;
+#pragma unroll
+  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+    for (int slab = 0; slab < Tile::kN; slab += kSlabCols) {
+      if (col + slab >= cols) break;
+      stores.store(to, row + row_block * 64 + warp_row(), col + slab, [&](int i) {
+        const int at = slab / 2 + 2 * i, lane_col = col + slab + i / 2 * 8 + ptx::lane_index() % 4 * 2;
+        float first = sums[row_block][at], second = sums[row_block][at + 1];
+        if (bias && lane_col < cols) {
+          const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + lane_col));
+          first += ptx::to_float(pair.at[0]);
+          second += ptx::to_float(pair.at[1]);
+        }
+        return ptx::pack<T>(first, second);
+      });
+    }
+}
+
+// Calls f(to, first, second) for the pairs of a row block that lie inside floats [rows, cols]; the first sum belongs at
+// (row, col).
+template <int count, class F>
+LOCAS_DEVICE void for_each_pair(const float (&sums)[count], float* floats, int64_t row, int64_t rows, int col, int cols,
+                                F&& f) {
+  const int first_col = col + ptx::lane_index() % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
+    const int columns = lane_row < rows ? cols - first_col : 0;
+    float* to = floats + lane_row * cols + first_col;
+#pragma unroll
+    for (int i = 0; i < 2 * count; i += 8)
+      if (i < columns)
+        f(reinterpret_cast<Elements<float, 2>*>(to + i), sums[i / 2 + half * 2], sums[i / 2 + half * 2 + 1]);
+  }
+}
+
+// The same sums as floats. one: 1, as a number that the compiler does not know: a store that reads a register of the sums
+// itself makes ptxas serialise all wgmma (C7511).
+template <class Tile>
+LOCAS_DEVICE void store_floats(float* to, const typename Tile::Sums& sums, int64_t row, int64_t rows, int col, int cols,
+                               float one) {
+#pragma unroll
+  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+    for_each_pair(sums[row_block], to, row + row_block * 64, rows, col, cols,
+                  [&](Elements<float, 2>* pair, float first, float second) {
+                    ptx::store(pair, Elements<float, 2>{one * first, one * second});
+                  });
+}
+
+}  // namespace locas::cuda::sm90
