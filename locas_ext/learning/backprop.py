@@ -42,6 +42,11 @@ def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:
     return [(update.learning_rate if rate is None else rate) * fading for rate in given[-planes:]]
 
 
+def next_rates(update: Backprop, state: MemoryState) -> Tensor:
+    """[1] or [planes] float64 on the CPU: the learning rates of a memory's next update."""
+    return torch.tensor(rates_of(update, state.planes, state.version), dtype=torch.float64, device="cpu")
+
+
 def gradient(attachment: Attachment, window: Window, reader: Reader, formed: bool = False) -> Tensor:
     """-> the summed loss of a window's targets; the gradient of their mean, times loss_scale(), is added into the arenas.
 
@@ -122,8 +127,7 @@ class EagerStep:
                 loss = self.heard(said, place)
             check_loss(loss, state, place)
             check_gradient(all(map(math.isfinite, norms)), state, place)
-            rates = torch.tensor(rates_of(self.update, state.planes, state.version), dtype=torch.float64, device="cpu")
-            update_slots(self.attachment, self.update, rates)
+            update_slots(self.attachment, self.update, next_rates(self.update, state))
         finally:
             state.zero_grad()
         return loss

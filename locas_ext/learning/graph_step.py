@@ -10,7 +10,7 @@ import torch
 
 from locas_ext.patching.attachment import Attachment
 
-from .backprop import EagerStep, by_plane, check_gradient, check_loss, gradient, measured, rates_of, update_slots
+from .backprop import EagerStep, by_plane, check_gradient, check_loss, gradient, measured, next_rates, update_slots
 from .captured import Captured
 from .chunk import Reader, Window
 from .peers import Peers
@@ -52,10 +52,11 @@ class GraphStep(EagerStep):
 
     def _fade(self) -> None:
         """Brings the learning rates that the graph reads up to the memory's updates."""
-        if self.rates is not None and self.update.decay_after is not None:
-            state = self.attachment.state
-            rates = rates_of(self.update, state.planes, state.version)
-            self.rates.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
+        if self.update.decay_after is None:
+            return
+        self.attachment.state.sync()  # a change from outside counts as an update
+        if self.rates is not None:
+            self.rates.copy_(next_rates(self.update, self.attachment.state))
 
     # ---- what is captured ------------------------------------------------------------------------------------
     def repeats(self, window: Window) -> bool:
@@ -64,8 +65,7 @@ class GraphStep(EagerStep):
     def prepare(self, device: torch.device) -> None:
         state = self.attachment.state
         (arena,) = state.arenas
-        rates = rates_of(self.update, state.planes, state.version)
-        self.rates = torch.tensor(rates, dtype=torch.float64, device=device)  # of one address: a new rate needs no new graph
+        self.rates = next_rates(self.update, state).to(device)  # of one address: a new rate needs no new graph
         said = 0 if self.peers is None else 3 * self.peers.ranks.size
         self.outcome = torch.zeros(2 + said, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float32, device=device)

@@ -108,8 +108,8 @@ class Peers:
         met: list[Any] = [None] * ranks.size
         dist.all_gather_object(met, (facts, text if each else None), group=ranks.group)
         for rank, (theirs, _) in enumerate(met):
-            for name, value in met[0][0].items():
-                if theirs.get(name) != value:
+            for name in met[0][0] | theirs:
+                if theirs.get(name) != (value := met[0][0].get(name)):
                     raise ValueError(_differ(name, value, rank, theirs.get(name), each))
         texts = [theirs for _, theirs in met] if each else [text]
         if each:

@@ -35,7 +35,7 @@ class Backprop:
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
         process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
-             parallel; docs/distributed.md); None: this process learns alone
+            parallel; docs/distributed.md); None: this process learns alone
 
     Raises:
         TypeError: a value is of another type

@@ -34,16 +34,18 @@ HOSTS = {
 }
 
 
-def learn_in_step(name, ids, after, how, changes):
-    """The same run on a sharded host and on a whole one."""
+def learn_in_step(name, ids, after, how, changes, **own):
+    """The same run on a sharded host and on a whole one. own: settings of the memory"""
     alone, host = HOSTS[name](), HOSTS[name]()
-    config = locas.LocasConfig("mlp" if name in ("gpt2", "opt") else "glu", **CONFIG)
+    config = locas.LocasConfig("mlp" if name in ("gpt2", "opt") else "glu", **CONFIG, **own)
     expected = locas.attach(alone, config)
     memory = locas.attach(host, config) if after else None
     shard(host, **how)
     if memory is None:
         memory = locas.attach(host, config)
     assert memory.status()[0].path == expected.status()[0].path
+    lengths = [m.state.arenas[0].longest for m in (memory, expected)]
+    assert lengths == [None, None] or torch.allclose(*lengths)
     settings = {**SETTINGS, "optimizer": "sgd", "learning_rate": 0.1, **changes}
     report, expected_report = (m.memorize(ids, **settings) for m in (memory, expected))
     values, expected_values = memory.slots[:, -1], expected.slots[:, -1]  # which begin at 0
@@ -77,7 +79,7 @@ def all_hosts(ids):
     )
     learn_in_step("opt", ids, True, {}, {})
     learn_in_step("olmo3", ids, False, {"inside": "mlp"}, {})
-    learn_in_step("experts", ids, False, {}, {"context": "keep"})
+    learn_in_step("experts", ids, False, {}, {"context": "keep"}, clip=1.05, row_length="host")
     mixed_precision(ids)
 
 

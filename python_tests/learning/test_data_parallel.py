@@ -276,8 +276,8 @@ def replayed(texts):
             cuda_graph._is_capturable = lambda device: True
             captured.rehearse = lambda work, device: work()
             captured.capture = lambda work, device: work
-        _, memory = attached()
-        report = memory.memorize(texts[rank], **LEARN, update=backprop(epochs=2))
+        _, memory = attached(clip=1.05, row_length="host")
+        report = memory.memorize(texts[rank], **LEARN, update=backprop(epochs=2, gate_learning_rate=5e-3, decay_after=3))
         assert (report.graph.replayed > 0) == graph
         memories.append(memory)
         assert_same_bits(memory)
@@ -286,5 +286,26 @@ def replayed(texts):
     ends_with(random_ids(60, 1), fails, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
 
 
+def own_rules(text):
+    """On one text for all, ranks learn what one process does: with rates by kind of row that fade, and clipped at lengths."""
+    rates = dict(gate_learning_rate=5e-3, value_learning_rate=2e-2, decay_after=3, epochs=2)
+    slots = []
+    for changes in (dict(process_group=None), {}):
+        _, memory = attached(clip=1.05, row_length="host")
+        report = memory.memorize(text, **LEARN, update=backprop(**rates, **changes))
+        assert report.graph.replayed > 0
+        slots.append(memory.slots.clone())
+    assert relative_distance(*slots) < 1e-5
+    assert_same_bits(memory)
+    changes = dict(decay_after=3) if dist.get_rank() else {}
+    error = error_of(memory.memorize, text, **LEARN, update=backprop(**changes))
+    assert "decay_after is 3 on rank 1 and None on rank 0" in error, error
+
+
+def replayed_by_all_rules(texts):
+    replayed(texts)
+    own_rules(texts[0])
+
+
 def test_between_the_gradient_and_the_update_of_a_graph_the_ranks_speak():
-    run_ranks(replayed, texts_of(61, 43))
+    run_ranks(replayed_by_all_rules, texts_of(61, 43))

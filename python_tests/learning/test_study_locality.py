@@ -145,6 +145,23 @@ def test_an_update_is_adamw_in_whitened_coordinates():
 
 
 # ---- the schedule and what is judged by ------------------------------------------------------------------------
+def test_rows_end_no_longer_than_the_clip_at_the_hosts_lengths():
+    clip, tau = 1 + random.random(), 2.0
+    memory = fresh(clip)
+    memory.initialize(list(range(3, 40)))
+    state = memory._attachment.state
+    (arena,) = state.arenas
+    with torch.no_grad():
+        arena.slots.copy_(100 * torch.randn(arena.slots.shape))
+    way = torch.eye(32).expand(2, 32, 32)
+    with Locality([way]).update(state, clip=True):
+        adamw_step(state, 1e-3, clip=False)
+    ffns = [layer.mlp for layer in memory.model.model.layers]
+    rows = [(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T / tau) for ffn in ffns]
+    longest = clip * torch.tensor([[kind.norm(dim=-1).mean().item() for kind in layer] for layer in rows])
+    torch.testing.assert_close(arena.slots.norm(dim=-1), longest[..., None].expand(-1, -1, 6), rtol=1e-4, atol=1e-5)
+
+
 def test_the_text_itself_comes_first(monkeypatch):
     memory, learners = fresh(), []
     monkeypatch.setattr(Learner, "run", lambda self, after_step: learners.append(self) or self.outcome)

@@ -27,6 +27,13 @@ pytestmark = pytest.mark.skipif(
 )
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
 RANK = 6
+OWN_CONFIG = dict(rank=RANK, clip=1.05, row_length="host")
+
+
+def own_rules():
+    """What LEARN says, with rates by kind of row that fade."""
+    update = locas.Backprop(learning_rate=2e-2, gate_learning_rate=1e-2, value_learning_rate=4e-2, decay_after=3)
+    return dict(learning_rate=None, update=update)
 
 
 def split_host(path):
@@ -54,6 +61,12 @@ def one_process(folder, model, ids):
     result |= {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks]}
     result |= {"gradients": own_gradients(memory, ids[:20]), "logits": logits_of(model, ids[:20])}
     memory.save_pretrained(folder / "whole")
+    memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(**OWN_CONFIG))
+    memory.initialize(ids[:24])
+    result["own initial"] = memory.gather_slots()
+    memory.reset()
+    result["own"] = learned(memory, ids, **own_rules())
     return result
 
 
@@ -141,7 +154,7 @@ def graphs_on_the_cpu():
 
 
 def learned(memory, ids, **others):
-    report = memory.memorize(ids, **LEARN, **others)
+    report = memory.memorize(ids, **{**LEARN, **others})
     return {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks], "report": report}
 
 
@@ -176,8 +189,13 @@ def on_a_rank(path, folder, ids):
         memory.memorize(ids, **LEARN, callback=stop_after(3))
     memory.save_pretrained(folder / "split half", optimizer=True)
     memory.reset()
-    os.environ["LOCAS_PROBE"] = "0"  # then transformers' own code reads all windows
     memory.detach()
+    for way in nullcontext, graphs_on_the_cpu:
+        memory = locas.attach(model, locas.LocasConfig(**OWN_CONFIG))
+        with way():
+            results.setdefault("own", []).append(learned(memory, ids, **own_rules()))
+        memory.detach()
+    os.environ["LOCAS_PROBE"] = "0"  # then transformers' own code reads all windows
     results["by the host"] = learned(locas.attach(model, locas.LocasConfig(rank=RANK)), ids)
     return results
 
@@ -215,7 +233,9 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
         for run in ("learned", "resumed", "replayed", "by the host"):
             assert apart(rank[run]["slots"], alone["slots"], alone["initial"]) < 1e-4, run
             assert rank[run]["nll"] == pytest.approx(alone["nll"], rel=1e-5) and rank[run]["nll"] == first[run]["nll"]
-        assert rank["replayed"]["report"].graph.replayed > 1
+        assert rank["replayed"]["report"].graph.replayed > 1 and rank["own"][1]["report"].graph.replayed > 1
+        for own in rank["own"]:
+            assert apart(own["slots"], alone["own"]["slots"], alone["own initial"]) < 1e-4
         ours = [rank[run]["report"].host_kernels.ours for run in ("learned", "by the host")]
         assert "attention" in ours[0] and "loss" in ours[0] and not ours[1]
     for mine, other, expected in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):

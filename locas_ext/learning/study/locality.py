@@ -92,7 +92,7 @@ class Locality:
     def update(self, state: MemoryState, clip: bool) -> Iterator[None]:
         """Around an optimizer's step, which must not clip: the change of a row goes the ways that are left.
 
-        clip: whether no row may be longer than 1 in the end
+        clip: whether no row may be longer in the end than an optimizer's clip leaves it
         """
         before = []
         with torch.no_grad():
