@@ -25,7 +25,7 @@ from locas_ext.cli.study_options import NEW_MEMORY, STUDY, StudyOptions
 from locas_ext.cli.values import integer, names, number, path
 from locas_ext.terminal import Terminal
 
-RETRIEVAL = "Retrieval"
+RETRIEVAL, CARTRIDGE = "Retrieval", "Cartridge"
 TEMP_LORA = TempLoraOptions(temp_lora_lr=5e-4)  # its best of three in earlier comparisons; its public code's learns little here
 EXAMPLES = (
     "locas recall nonce --model HuggingFaceTB/SmolLM2-135M-Instruct --out recall",
@@ -42,6 +42,17 @@ class RetrievalOptions:
     retrieval_tokens: Annotated[int, option(integer(2), "Tokens per chunk.", panel=RETRIEVAL)] = 128
 
 
+@dataclass(frozen=True, kw_only=True)
+class CartridgeOptions:
+    """Cartridges as a method among others; everything else is as the study has it."""
+
+    cartridge_tokens: Annotated[int, option(integer(2), "Tokens whose keys and values are trained.", panel=CARTRIDGE)] = 128
+    cartridge_lr: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=CARTRIDGE)] = 2e-2
+
+    def settings(self) -> dict[str, Any]:
+        return {"tokens": self.cartridge_tokens, "learning_rate": self.cartridge_lr}
+
+
 def recall(
     source: Annotated[
         Path, argument(path("DATA"), "nonce: invented facts; fairytaleqa: shipped; or JSON files of texts with questions.")
@@ -53,8 +64,8 @@ def recall(
         option(
             names(),
             "none: the host alone; window: the whole text in the window; retrieval: BM25; locas, temp-lora: a memory that has "
-            "read the text; study: one that has studied it; study-given: with nonce's own questions; each of these four also "
-            "with +retrieval.",
+            "read the text; study: one that has studied it; study-given: with nonce's own questions; cartridge: peft's, "
+            "trained keys and values, with the questions of study; each of these five also with +retrieval.",
         ),
     ] = ["none", "window", "retrieval", "locas", "study"],  # noqa: B006 (typer copies it)
     documents: Annotated[
@@ -75,6 +86,7 @@ def recall(
     study_epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=STUDY)] = 5,
     study_learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=STUDY)] = 2e-3,
     study_passes: Annotated[int, option(integer(0), "How often a text is streamed before it is studied.", panel=STUDY)] = 0,
+    cartridge: CartridgeOptions = CartridgeOptions(),
     retrieval: RetrievalOptions = RetrievalOptions(),
     general: Annotated[
         int, option(integer(0), "General questions that the host answers right, asked again of each method; 0: none.")
@@ -117,6 +129,7 @@ def recall(
             "passes": study_passes,
             "study": studying.fields(study_epochs, study_learning_rate),
         },
+        cartridge=cartridge.settings(),
         window=reading.window,
         stride=reading.stride,
         retrieval=Retrieval(retrieval.retrieval_chunks, retrieval.retrieval_tokens),

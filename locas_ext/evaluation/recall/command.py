@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from locas_ext.checks import number
 from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
 from locas_ext.evaluation.display import one_line
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import Arm, make_arm
+from locas_ext.evaluation.methods.cartridge import check_cartridge
 from locas_ext.evaluation.methods.registry import check_arm
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.recall import table
@@ -41,7 +43,7 @@ from .measuring import (
     right_general,
     summarize,
 )
-from .methods import METHODS, STUDYING, Learned, Reading, Retrieval, having_learned, split, view_of
+from .methods import CARTRIDGE, METHODS, STUDYING, Learned, Reading, Retrieval, having_learned, split, view_of
 from .nonce import nonce_document
 
 NONCE = "nonce"
@@ -60,6 +62,7 @@ class RecallTask:
     locas, temp_lora: the settings of the two memories that stream; methods/registry.py, `locas_settings`
     further: how many more texts a memory learns before it is asked again
     study: {"loss", "passes", "study": the fields of StudySettings}; passes: how often a text is streamed before it is studied
+    cartridge: {"tokens", "learning_rate"}; the rest is as `study` has it
     """
 
     data: str
@@ -73,6 +76,7 @@ class RecallTask:
     passes: int
     further: int
     study: dict
+    cartridge: dict
     window: int | None
     stride: int | None
     retrieval: Retrieval
@@ -97,7 +101,8 @@ def _check(task: RecallTask) -> None:
         max_new_tokens=task.asking.max_new_tokens,
     )
     at_least(1, batch_size=task.asking.batch_size, retrieval_chunks=task.retrieval.chunks)
-    at_least(2, retrieval_tokens=task.retrieval.tokens)
+    at_least(2, retrieval_tokens=task.retrieval.tokens, cartridge_tokens=task.cartridge["tokens"])
+    number("--cartridge-lr", task.cartridge["learning_rate"], 0)
     at_least(0, general=task.asking.general, study_passes=task.study["passes"], further=task.further)
     StudySettings(**task.study["study"])
 
@@ -117,7 +122,8 @@ def _documents(task: RecallTask) -> list[Document]:
 def _arms(task: RecallTask) -> dict[str, Arm]:
     """The memories that the task's methods need, by name."""
     study = {**task.study, "memory": task.locas}
-    base = {"locas": task.locas, "temp-lora": task.temp_lora, "study": study, "study-given": study}
+    cartridge = {**task.cartridge, "seed": task.seed, "loss": task.study["loss"], "study": task.study["study"]}
+    base = {"locas": task.locas, "temp-lora": task.temp_lora, "study": study, "study-given": study, CARTRIDGE: cartridge}
     return {name: make_arm(base, name) for name in dict.fromkeys(split(method)[0] for method in task.methods) if name}
 
 
@@ -155,6 +161,9 @@ class Recall:
         self.protocol = Protocol.of(host, task.window, task.stride, bos, prefix="--")
         self.arms = _arms(task)
         for arm in self.arms.values():
+            if arm.method == CARTRIDGE:
+                check_cartridge(host, arm.settings["tokens"], self.protocol)
+                continue
             check_arm(host, Arm("locas", "", task.locas) if arm.method in STUDYING else arm, self.protocol)
         self.reading = Reading(self.protocol, task.passes, task.out / "studies")
         self.settings = _settings(task, documents, host, self.protocol, self.prompter)
@@ -181,7 +190,8 @@ class Recall:
         memory, context = split(method)
         view = view_of(context, document, self.prompter, self.task.retrieval)
         record: dict[str, Any] = {"method": method, "document": document.title}
-        if error := self._too_long(document, view, alone):
+        before = self.task.cartridge["tokens"] if memory == CARTRIDGE else 0
+        if error := self._too_long(document, view, alone, before):
             return {**record, "error": error, "seconds": 0.0}
         arm, started = self.arms.get(memory) if memory else None, time.perf_counter()
         try:
@@ -225,10 +235,10 @@ class Recall:
             "answers": entries,
         }
 
-    def _too_long(self, document: Document, view: View, alone: HostAlone) -> str | None:
-        """Why the questions do not fit into the window, or None."""
+    def _too_long(self, document: Document, view: View, alone: HostAlone, before: int) -> str | None:
+        """Why the questions do not fit into the window, or None. before: tokens of a cartridge"""
         longest = max(prompt_lengths(self.prompter, [*document.questions, *alone.right], view))
-        needed, most = longest + self.task.asking.max_new_tokens, max_positions(self.host)
+        needed, most = before + longest + self.task.asking.max_new_tokens, max_positions(self.host)
         return None if needed <= most else f"does not fit: {needed:,} tokens, the host has {most:,} positions"
 
 

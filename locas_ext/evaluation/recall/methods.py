@@ -11,6 +11,7 @@ import torch
 from locas_ext import memory as locas
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.methods.arm import Arm, slug
+from locas_ext.evaluation.methods.cartridge import cartridge
 from locas_ext.evaluation.methods.registry import locas_config, locas_update, reader
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
@@ -21,7 +22,8 @@ from .bm25 import BM25
 from .documents import Document
 
 STREAMING, STUDYING = ("locas", "temp-lora"), ("study", "study-given")
-MEMORIES = (*STREAMING, *STUDYING)
+CARTRIDGE = "cartridge"
+MEMORIES = (*STREAMING, *STUDYING, CARTRIDGE)
 CONTEXTS = ("window", "retrieval")
 METHODS = ("none", *CONTEXTS, *MEMORIES, *(f"{memory}+retrieval" for memory in MEMORIES))
 
@@ -95,6 +97,9 @@ def having_learned(host: Any, prompter: Prompter, arm: Arm | None, reading: Read
     elif arm.method in STUDYING:
         with _studying(host, prompter, arm, reading) as learned:
             yield learned
+    elif arm.method == CARTRIDGE:
+        with _with_cartridge(host, prompter, arm, reading) as learned:
+            yield learned
     else:
         with reader(host, arm) as reads:
             protocol = reading.protocol
@@ -139,3 +144,26 @@ def _studying(host: Any, prompter: Prompter, arm: Arm, reading: Reading) -> Iter
         yield Learned(learn, memory.num_parameters, notes)
     finally:
         memory.detach()
+
+
+@contextmanager
+def _with_cartridge(host: Any, prompter: Prompter, arm: Arm, reading: Reading) -> Iterator[Learned]:
+    """The same questions as a study's; how many parameters learn is known with the first text."""
+    settings, titles = arm.settings, list[str]()
+    with cartridge(host, settings["tokens"], settings["learning_rate"]) as prefix:
+
+        def learn(document: Document) -> None:
+            titles.append(slug(document.title))
+            report = prefix.study(
+                document.text,
+                prompter,
+                settings["loss"],
+                StudySettings(**settings["study"]),
+                settings["seed"],
+                cache=reading.studies / arm.slug / "+".join(titles),
+            )
+            learned.extra_parameters = sum(parameter.numel() for parameter in prefix.parameters)
+            learned.notes.append(str(report).replace("\n", "; "))
+
+        learned = Learned(learn)
+        yield learned

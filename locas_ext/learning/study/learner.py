@@ -18,6 +18,7 @@ from locas_ext.storage import snapshot
 
 from .guard import mean_distance
 from .locality import Locality
+from .report import StudyReport
 from .rows import Row, distance, joined, logits_of, targets_of
 from .settings import StudySettings
 
@@ -236,6 +237,15 @@ class Learner:
             self.outcome.returned = True
             self._put_back()
         return self.outcome
+
+    def tell(self, report: StudyReport, before: int) -> None:
+        """Puts what the updates did into a report. before: how many there were when this learner began"""
+        outcome, report.planned = self.outcome, self.planned
+        report.steps, report.guard, report.returned = self.progress.step - before, outcome.guard, outcome.returned
+        few = max(1, min(8, len(outcome.losses) // 4))
+        if outcome.losses:
+            report.loss_before = sum(outcome.losses[:few]) / few
+            report.loss = sum(outcome.losses[-few:]) / few
 
     def _look_at_start(self) -> None:
         """The state that learning begins with is one to come back to."""

@@ -87,7 +87,8 @@ class Study:
         }
 
     # ---- questions -----------------------------------------------------------------------------------------------
-    def _bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+    def bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar, or nothing where none is wanted. Yields what advances it."""
         return _bar(title, total, unit) if self.shows else nullcontext(lambda count: None)
 
     def _salience(self) -> Salience:
@@ -105,7 +106,7 @@ class Study:
             if self.shows and missing:
                 count, seconds = asker.seconds(missing)
                 Terminal(stderr=True).print(f"{count:,} questions to write, about {seconds:,.0f} s")
-            with self._bar("asking", len(missing), "passages") as advance:
+            with self.bar("asking", len(missing), "passages") as advance:
                 for start in range(0, len(missing), _AT_ONCE):
                     self._ask(asker, missing[start : start + _AT_ONCE], written, advance)
                     check_interrupt()
@@ -127,7 +128,7 @@ class Study:
         unclear = [by_distance or (self.settings.check and pair.kind == ASKED) for pair in pairs]
         read = list(compress(pairs, unclear))
         found = lessons_without(self.prompter, [pair for pair, each in zip(pairs, unclear, strict=True) if not each], positions)
-        with self._bar("reading", len(read), "questions") as advance:
+        with self.bar("reading", len(read), "questions") as advance:
             found += lessons_of(
                 self.model, self.prompter, self.passages, read, self.settings.top_k, positions, self.device, advance
             )
@@ -194,7 +195,7 @@ class Study:
             Terminal(stderr=True).print(f"{learner.planned - before:,} updates, about {seconds:,.0f} s")
         self.report.planned = learner.planned
         try:
-            with self._bar("studying", learner.planned - before, "updates") as advance:
+            with self.bar("studying", learner.planned - before, "updates") as advance:
                 self._run(learner, start, advance, check_interrupt)
         finally:
             self._note(learner, before)
@@ -224,12 +225,8 @@ class Study:
 
     def _note(self, learner: Learner, before: int) -> None:
         """The report, and the record of what was learned."""
-        report, outcome, attachment = self.report, learner.outcome, self.attachment
-        report.steps, report.guard, report.returned = learner.progress.step - before, outcome.guard, outcome.returned
-        few = max(1, min(8, len(outcome.losses) // 4))
-        if outcome.losses:
-            report.loss_before = sum(outcome.losses[:few]) / few
-            report.loss = sum(outcome.losses[-few:]) / few
+        report, attachment = self.report, self.attachment
+        learner.tell(report, before)
         if report.steps or before:
             attachment.stream = None  # a run over a text cannot go on behind updates that are not its own
             for text in self.texts:
@@ -269,18 +266,19 @@ def study(
         model, seconds = attachment.host.model, made.report.seconds
         with quiet_host(model), torch.inference_mode(False), interrupt_between_chunks() as check_interrupt:
             with attachment.state.disable():
-                with _timed(seconds, "writing"):
+                with timed(seconds, "writing"):
                     written = made.pairs(check_interrupt)
-                with _timed(seconds, "reading"):
+                with timed(seconds, "reading"):
                     material = made.material(made.lessons(written))
             check_interrupt()
-            with torch.enable_grad(), _timed(seconds, "learning"):
+            with torch.enable_grad(), timed(seconds, "learning"):
                 made.learn(material, check_interrupt)
         return made.report
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Puts how long the block took into `seconds`, by name."""
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
