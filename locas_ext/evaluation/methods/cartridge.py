@@ -22,6 +22,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.arguments import needs_extra
 from locas_ext.hosts.context_cache import holds_keys_and_values_only
+from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.run_guards import interrupt_between_chunks, quiet_host
@@ -123,8 +124,22 @@ class Cartridge:
         with torch.no_grad():
             self._model(input_ids=torch.tensor([ids], device=self._model.device), past_key_values=cache, use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        initialize_kv_prefix_from_past_key_values(self._wrapper, past_key_values=pairs)
+        try:
+            initialize_kv_prefix_from_past_key_values(self._wrapper, past_key_values=pairs)
+        except (RuntimeError, ValueError) as error:  # layers of several shapes, keys wider than values, layers without any
+            name = type(self._model).__name__
+            raise LocasError(f"cartridge: peft's does not fit the keys and values of {name} ({error})") from error
         self.parameters = [parameter for parameter in self._wrapper.parameters() if parameter.requires_grad]
+
+    def _states(self) -> Tensor:
+        """Keys and values [layers, 2, 1, heads, tokens, size] from the rows in which peft's encoder has them.
+
+        Its own `get_prompt` loses those that a sliding window does not reach, and with them how many there were.
+        """
+        config, encoder = self._wrapper.active_peft_config, self._wrapper.prompt_encoder[self._wrapper.active_adapter]
+        shape = (1, config.num_virtual_tokens, config.num_layers, 2, config.num_attention_heads, -1)
+        states: Tensor = encoder.weight.to(self._model.dtype).view(shape).permute(2, 3, 0, 4, 1, 5)
+        return states
 
     def put_before(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """A forward pre-hook: what is read begins behind the cartridge, which an empty cache gets."""
@@ -135,9 +150,8 @@ class Cartridge:
         if cache is None:
             cache = DynamicCache(config=self._model.config)
         if not cache.get_seq_length():
-            prefix = self._wrapper.get_prompt(len(named["input_ids"]))
-            for index, layer in enumerate(prefix.layers):
-                cache.update(layer.keys, layer.values, index)
+            for index, (keys, values) in enumerate(self._states()):
+                cache.update(*(states.expand(len(named["input_ids"]), -1, -1, -1) for states in (keys, values)), index)
         named |= {"past_key_values": cache, "use_cache": True}
         mask: Tensor | None = named.get("attention_mask")
         if mask is not None:
@@ -156,7 +170,9 @@ class Cartridge:
         cache: where the questions that the host writes are kept
         """
         self._acts, chosen = False, replace(settings, locality=NONE, learning_rate=self._learning_rate)
-        attachment = Attachment(self._model, LocasConfig(rank=1), False)  # a study asks a host through one
+        gated = all(ffn.is_gated for ffn in inspect_host(self._model).ffns.values())
+        # a study asks its host through an attachment, of which nothing else is used here
+        attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"), False)
         try:
             made = Study(attachment, text, prompter.tokenizer, loss, None, chosen, seed, True, cache)
             seconds = made.report.seconds
