@@ -142,7 +142,10 @@ class Cartridge:
         return states
 
     def put_before(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """A forward pre-hook: what is read begins behind the cartridge, which an empty cache gets."""
+        """A forward pre-hook: what is read begins behind the cartridge, which an empty cache gets.
+
+        Padding on the left stands between the two, so a sliding window that ends within the cartridge reaches less of it.
+        """
         if not self._acts:
             return None
         count, named = self._wrapper.active_peft_config.num_virtual_tokens, dict(named)
