@@ -140,23 +140,24 @@ class Peers:
                 why = told
         return why
 
-    def keep_up(self, host: Host, reader: Reader, window: Window) -> None:
+    def keep_up(self, host: Host, reader: Reader, window: Window, step: Step) -> None:
         """Runs the forwards that other ranks run before this one's window, where all have to run together."""
         if not self.lockstep:
             return
-        most = max(_forwards(reader, other) for other in self.step.kinds())
+        most = max(_forwards(reader, other) for other in step.kinds())
         for _ in range(most - _forwards(reader, window)):
             with torch.no_grad():
                 host.model(input_ids=window.targets[None, :1].to(host.input_device()), use_cache=False)
 
-    def turn(self, host: Host, reader: Reader, window: Window, read: Callable[[], Tensor]) -> Tensor:
-        """What `read` returns for this rank's window, the loss; 0 where its text has ended."""
+    def turn(self, host: Host, reader: Reader, window: Window, read: Callable[[], Tensor], step: Step | None = None) -> Tensor:
+        """What `read` returns for this rank's window, the loss; 0 where its text has ended. step: the window's; None: `step`"""
+        step = self.step if step is None else step
         if isinstance(window, NoWindow):
             if self.lockstep:
-                self.keep_up(host, reader, window)
+                self.keep_up(host, reader, window, step)
                 read()
             return torch.zeros((), device=host.input_device())
-        self.keep_up(host, reader, window)
+        self.keep_up(host, reader, window, step)
         return read()
 
     # ---- what all say together ---------------------------------------------------------------------------------

@@ -137,13 +137,28 @@ def diverges(texts):
         assert_same_bits(memory)
 
 
-def begin(texts):
+def diverges_to_the_end(texts):
+    """The state of chunk 4, which nothing was compared with, is judged when the run is over and has no step any more."""
+    loss = WindowReader.loss
+    _, memory = attached()
+    shard(memory.model)
+    WindowReader.loss = lambda self, window: loss(self, window) * (0.0 if memory.state.disabled and memory.version > 5 else 1.0)
+    try:
+        report = memory.memorize(texts[dist.get_rank()], **LEARN, update=backprop(), on_divergence="warn")
+    finally:
+        WindowReader.loss = loss
+    assert report.diverged is not None and report.diverged.restored_version == memory.version < 5
+    assert_same_bits(memory)
+
+
+def begin(texts, longer):
     beginnings(texts)
     diverges(texts)
+    diverges_to_the_end(longer)
 
 
 def test_it_begins_from_what_all_texts_show_and_a_divergence_is_decided_by_all_together():
-    run_ranks(begin, texts_of(61, 43))
+    run_ranks(begin, texts_of(61, 43), texts_of(161, 153))
 
 
 class Stop(Exception):
