@@ -97,9 +97,15 @@ def check_refusals(memory, ids, folder):
     refused(ValueError, ["'keep'", "tp_plan"], lambda: memory.memorize(ids, **LEARN, context="keep"))
     mine = ids.roll(dist.get_rank())
     refused(ValueError, ["different texts"], lambda: memory.memorize(mine, **LEARN))
+    bad = ids.clone()
+    bad[0] = -1 if dist.get_rank() else ids[0]  # only one of them is given a token that there is not
+    refused(ValueError, ["input_ids holds token -1"], lambda: memory.memorize(bad, **LEARN))
     refused(FileExistsError, ["something else"], lambda: memory.save_pretrained(folder / "foreign"))
     here = folder / ("half" if dist.get_rank() else "nowhere")  # only one of them finds it
     refused(FileNotFoundError, ["nowhere"], lambda: memory.load(here))
+    refused(FileNotFoundError, ["nowhere"], lambda: memory.memorize(ids, **LEARN, resume=here))
+    resume = {"resume": folder / "half"} if dist.get_rank() else {}
+    refused(ValueError, ["saved runs"], lambda: memory.memorize(ids, **LEARN, **resume))
     assert torch.equal(memory.slots, slots) and sorted(os.listdir(folder / "foreign")) == ["a file"]
 
 
