@@ -57,14 +57,14 @@ class Run:
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
         attachment, model, peers = self.attachment, self.attachment.host.model, self.peers
-        alike = attachment.host.ranks if peers is None else peers.ranks  # the processes that run this with us
+        alike = attachment.host.ranks or attachment.ranks  # the processes that run this with us
         first = alike is None or alike.rank == 0
         attachment.state.zero_grad()
         attachment.host.reading.begin_run(model)
         sample = self.text if peers is None else peers.texts[0]  # the same everywhere: what is found is too
         with (
             progress_bar(progress and first, self.text.passage, self.report, "memorizing") as bar,
-            interrupt_between_chunks(attachment.host.ranks) as check_interrupt,
+            interrupt_between_chunks(alike if peers is None else None) as check_interrupt,  # peers say it in their sums
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -272,6 +272,16 @@ def breaks(model):
     model.model.norm.weight.data.fill_(float("nan"))
 
 
+def breaks_a_replay(model):
+    replay = captured.Captured.replay
+
+    def fail(self, window):
+        captured.Captured.replay = replay
+        raise Stop
+
+    captured.Captured.replay = fail
+
+
 def ends(text):
     refusals(text[:20])
     ends_with(text, fails, {}, 3, "Stop", "LocasError: rank 1 ended the run with an error")
@@ -298,7 +308,8 @@ def replayed(texts):
         assert_same_bits(memory)
     assert torch.equal(memories[0].slots, memories[1].slots)
     ends_with(random_ids(60, 1), breaks, {"on_divergence": "ignore"}, 3, "the loss is nan", "on rank 1")
-    ends_with(random_ids(60, 1), fails, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
+    for does in fails, breaks_a_replay:
+        ends_with(random_ids(60, 1), does, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
 
 
 def own_rules(text):
