@@ -42,7 +42,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     parts: list[Any] = [parameter for parameter in model.parameters() if is_split(parameter)]
     if not parts:
         raise ValueError(
-            f"{type(model).__name__} is split among {size} processes, but its parameters are no DTensors (transformers "
+            f"{type(model).__name__} is split among {size} processes, but its parameters are not DTensors (transformers "
             f"{transformers.__version__}); expected transformers 5.17 or later, or a model loaded without tp_plan"
         )
     mesh = parts[0].device_mesh

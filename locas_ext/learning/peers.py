@@ -6,8 +6,8 @@
            +------ one sum, by tokens ------+         its losses, and who leaves, are in it too
            | update               | update            the same bits on all ranks
 
-Every rank knows all texts, so what comes next is known everywhere without asking. Of a host whose weights FSDP2 gathers each
-rank also runs every forward that another one runs.
+Every rank knows all texts, so what comes next is known everywhere without asking. If FSDP2 shards the host, a forward gathers
+weights from all ranks, so each rank also runs every forward that another one runs.
 """
 
 import hashlib

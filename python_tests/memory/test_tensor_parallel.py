@@ -121,6 +121,11 @@ def check_that_ranks_agree(memory, ids):
     for way in nullcontext, graphs_on_the_cpu:
         with way(), mock.patch.object(SlotArena, "gradient_norm", infinite_on_one):
             refused(locas.LocasError, ["gradient is not finite", "version"], lambda: memory.memorize(ids, **LEARN))
+    optimizer = locas.SlotSGD(memory, lr=1e-2)  # somebody else's loop
+    memory.model(input_ids=ids[None], labels=ids[None]).loss.backward()
+    with mock.patch.object(SlotArena, "gradient_norm", infinite_on_one):
+        refused(locas.LocasError, ["gradient is not finite"], optimizer.step)
+    optimizer.zero_grad()
     assert memory.version == before
 
     def press(chunk):
