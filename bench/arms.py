@@ -21,7 +21,8 @@ from locas_ext.ops.autograd import GluFfnFunction
 from locas_ext.ops.backends import fused_backend, matmul
 from locas_ext.ops.backends.cuda_families import FAMILIES, use_family
 from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
-from locas_ext.state.memory_state import PLANES, MemoryState
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import PLANES
 
 SCALE = 0.1
 

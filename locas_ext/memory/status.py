@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from locas_ext.ops.backends import fused_backend
 from locas_ext.patching.attachment import Attachment
-from locas_ext.state.memory_state import GATE, KEY, VALUE
+from locas_ext.state.planes import GATE, KEY, VALUE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from locas_ext.hosts.wrappers import unwrapped
 from locas_ext.ops.backends import fused_backend, slot_updates
 from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
-from locas_ext.state.memory_state import PLANES, MemoryState
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import PLANES
 from locas_ext.state.stream import Stream, TextRecord
 
 from .base import Binding

@@ -27,7 +27,8 @@ from locas_ext import _C
 from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
 from locas_ext.ops.types import stream_of
 from locas_ext.state.arena import SlotArena
-from locas_ext.state.memory_state import VALUE, MemoryState
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import VALUE
 
 _ALIGNMENT = 8  # elements: rows of 16 bytes in half precision, which cuBLAS's fastest kernels ask for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,6 +1,6 @@
-"""The state of a memory: one arena per device, and what the arenas share.
+"""The state of a memory: what its arenas share.
 
-Nearly always there is one arena. A host spread over several devices (accelerate's device_map) has one on each, so that a
+Nearly always there is one. A host spread over several devices (accelerate's device_map) has one on each, so that a
 layer's slots lie where its FFN is computed; files, snapshots and `Memory.slots` are in layer order all the same.
 """
 
@@ -17,11 +17,9 @@ from locas_ext.ops.types import SlotFactors
 
 from .arena import OPTIMIZER_STATES, SlotArena
 from .exclusion import Exclusion
+from .planes import PLANES
 from .scope import scope_of, scoped
 
-# Where the planes of slots [..., planes, r, d] are, counted from the end: Locas-MLP has no gate.
-GATE, KEY, VALUE = -3, -2, -1
-PLANES = {"glu": 3, "mlp": 2}
 _Item = TypeVar("_Item")
 _generations = itertools.count(1)  # one number for every state that any memory has been in
 
@@ -173,9 +171,7 @@ class MemoryState:
     # ---- all layers, in their order --------------------------------------------------------------------------
     def in_layer_order(self, of_arena: Callable[[SlotArena], Iterable[_Item]]) -> list[_Item]:
         """`of_arena` gives one item for each of an arena's layers; -> those of all arenas, [L]."""
-        items: dict[int, _Item] = {}
-        for arena in self.arenas:
-            items.update(zip(arena.positions, of_arena(arena), strict=True))
+        items = {p: item for arena in self.arenas for p, item in zip(arena.positions, of_arena(arena), strict=True)}
         return [items[position] for position in range(len(self.layers))]
 
     @property
@@ -229,8 +225,7 @@ class MemoryState:
     def clip_at(self, lengths: list[list[float]]) -> None:
         """Clips rows at lengths of their own, [L][planes], instead of 1."""
         for arena in self.arenas:
-            here = [lengths[position] for position in arena.positions]
-            arena.longest = torch.tensor(here, dtype=torch.float32, device=arena.slots.device)
+            arena.longest = arena.slots.new_tensor([lengths[position] for position in arena.positions])
 
     # ---- life ------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -250,9 +245,9 @@ class MemoryState:
             self.version = version
 
     def reset(self) -> None:
-        slots = self.arenas[0].slots
         with self.exclusive("reset"):
-            self.set_slots(slots.new_zeros(len(self.layers), self.planes, self.rank, self.hidden_size), version=0, used=0)
+            shape = len(self.layers), self.planes, self.rank, self.hidden_size
+            self.set_slots(self.arenas[0].slots.new_zeros(shape), version=0, used=0)
 
     def load(self, tensors: dict[str, Tensor], version: int, used: int) -> None:
         """Takes over what tensors() returned; an optimizer state that is missing starts anew."""
@@ -266,8 +261,8 @@ class MemoryState:
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Takes over optimizer states [L, planes, r, d] and `step` []."""
-        for name, tensor in tensors.items():
-            self._put(name, tensor)
+        for name in tensors:
+            self._put(name, tensors[name])
 
     # ---- learning --------------------------------------------------------------------------------------------
     def zero_grad(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from locas_ext.config import MOST_SCALE
 from locas_ext.errors import LocasError
 from locas_ext.state.kept_rows import row_counts
-from locas_ext.state.memory_state import PLANES
+from locas_ext.state.planes import PLANES
 
 from .config_file import digest, strict_json
 from .schema import Wrong, integer, list_of, record, short, text

@@ -7,7 +7,8 @@ import torch
 
 from locas_ext.caller import caller_stacklevel
 from locas_ext.checks import integer, number
-from locas_ext.state.memory_state import KEY, VALUE, MemoryState
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import KEY, VALUE
 
 from .nl_svd import nl_svd
 

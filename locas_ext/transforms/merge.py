@@ -13,7 +13,8 @@ from locas_ext.hosts.ffn import Packed, ProjectedFFN, put_in
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.ops import reference
-from locas_ext.state.memory_state import VALUE, MemoryState
+from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import VALUE
 
 from .widening import ORIGINAL_WIDTH_KEY, Widening, check_stated, narrowing, stated_attributes, stated_by, widening
 
