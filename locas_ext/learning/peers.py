@@ -269,9 +269,7 @@ class Peers:
         try:
             check_interrupt()
         except KeyboardInterrupt as pressed:
-            self.ending = pressed
-            if not self.schedule.is_open:
-                raise
+            self.ending = pressed  # where no step follows, the run raises it in the end
 
 
 def _forwards(reader: Reader, window: Window) -> int:

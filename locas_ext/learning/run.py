@@ -83,6 +83,8 @@ class Run:
                 if self.watch.stops:
                     break
             self.watch.finish()
+        if peers is not None and peers.ending is not None:
+            raise peers.ending
         return self.report
 
     def _chunks(self, bar: StreamProgress | NoProgress) -> Iterator[Chunk]:
@@ -97,10 +99,13 @@ class Run:
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
-        except BaseException:
-            if self.peers is not None and not self.watch.stops:
+        except BaseException as error:
+            if self.peers is None:
+                raise
+            if self.peers.schedule.is_open and not self.watch.stops:
                 self.peers.leave(self.attachment.state)
-            raise
+                raise
+            self.peers.ending = error  # the run ends here for all: raised after what they do together in the end
 
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""

@@ -137,28 +137,44 @@ def diverges(texts):
         assert_same_bits(memory)
 
 
-def diverges_to_the_end(texts):
-    """The state of chunk 4, which nothing was compared with, is judged when the run is over and has no step any more."""
-    loss = WindowReader.loss
-    _, memory = attached()
-    shard(memory.model)
+def diverges_to_the_end(texts, sharded, does):
+    """The state of chunk 4, which nothing was compared with, is judged when the run is over and has no step any more.
+
+    does: what rank 1 does after the last chunk, which ends the run there once it is over
+    """
+    loss, rank = WindowReader.loss, dist.get_rank()
+    model, memory = attached()
+    if sharded:
+        shard(model)
     WindowReader.loss = lambda self, window: loss(self, window) * (0.0 if memory.state.disabled and memory.version > 5 else 1.0)
+
+    def callback(chunk):
+        if does is not None and rank == 1 and memory.version == 20:
+            does(model)
+
+    settings = dict(**LEARN, update=backprop(), on_divergence="warn", callback=callback)
     try:
-        report = memory.memorize(texts[dist.get_rank()], **LEARN, update=backprop(), on_divergence="warn")
+        if does is not None and rank == 1:
+            assert error_of(memory.memorize, texts[rank], **settings) in ("Stop: ", "KeyboardInterrupt: ")
+        else:
+            report = memory.memorize(texts[rank], **settings)
+            assert report.diverged is not None and report.diverged.restored_version == memory.version
     finally:
         WindowReader.loss = loss
-    assert report.diverged is not None and report.diverged.restored_version == memory.version < 5
+    assert memory.version < 5
     assert_same_bits(memory)
 
 
 def begin(texts, longer):
     beginnings(texts)
     diverges(texts)
-    diverges_to_the_end(longer)
+    diverges_to_the_end(longer, True, None)
+    diverges_to_the_end(longer, False, fails)
+    diverges_to_the_end(longer, False, presses_ctrl_c)
 
 
 def test_it_begins_from_what_all_texts_show_and_a_divergence_is_decided_by_all_together():
-    run_ranks(begin, texts_of(61, 43), texts_of(161, 153))
+    run_ranks(begin, texts_of(61, 43), texts_of(160, 153))
 
 
 class Stop(Exception):
