@@ -74,7 +74,7 @@ class Run:
                 self._note(chunk)
                 self.watch.tell(chunk)
                 if callback is not None:
-                    self._call(callback, chunk, verb)
+                    self._call(callback, chunk, verb, check_interrupt)
                     quiet()  # what a callback calls may have put the host back into training mode
                 if peers is None:
                     check_interrupt()
@@ -95,12 +95,13 @@ class Run:
             self._learn(self.peers.step.window(self.peers.own), last.start, last.end)
             yield last
 
-    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
+    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str, check_interrupt: Callable[..., None]) -> None:
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
         except BaseException as error:
             if self.peers is None:
+                check_interrupt(failed=True)
                 raise
             if self.peers.schedule.is_open and not self.watch.stops:
                 self.peers.leave(self.attachment.state)

@@ -135,6 +135,14 @@ def check_that_ranks_agree(memory, ids):
     with pytest.raises(KeyboardInterrupt):
         memory.memorize(ids, **LEARN, callback=press)
     assert memory.tokens_seen == 2 * LEARN["stride"]
+
+    def fail(chunk):
+        if dist.get_rank() and chunk.start:
+            raise Stop
+
+    with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "another process"):
+        memory.memorize(ids, **LEARN, callback=fail)
+    assert memory.tokens_seen == 2 * LEARN["stride"]
     memory.reset()
 
 
