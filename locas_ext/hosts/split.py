@@ -115,7 +115,7 @@ class SplitRows:
         """part: [m of this rank, d]; total: m"""
         self.part, self.ranks = part, ranks
         self.shape, self.device = torch.Size((total, part.shape[1])), part.device
-        self.first = sum(ranks.lengths(len(part))[: ranks.rank])
+        self.first = ranks.before(len(part))
 
     def __getitem__(self, index: Tensor) -> Tensor:
         inside = (index >= self.first) & (index < self.first + len(self.part))
