@@ -70,7 +70,3 @@ class Schedule:
     def is_open(self) -> bool:
         """Whether they will speak again."""
         return self.unsaid > 0
-
-    def close(self) -> None:
-        """The run ends here."""
-        self.unsaid = 0
