@@ -62,12 +62,11 @@ def products(library: Library, tokens: int) -> dict[str, dict]:
         "K3": library.hidden_grad,
         "K4": library.input_grad,
     }
-    slices = (1, 2, 4) if tokens <= 512 else (1,)
     all_arms: dict[str, dict] = {}
     for product, call in ours.items():
         arms: dict[str, Callable] = {"cuBLAS": mm[product]}
         sums = product in ("K2", "K4")
-        for splits, tile in itertools.product(slices if sums else (1,), library.instances[product]):
+        for splits, tile in itertools.product(slices_of(tokens) if sums else (1,), library.instances[product]):
             numbers = (tile, splits) if sums else (tile,)
             arms[library.arm(tile, splits)] = lambda ffn, call=call, numbers=numbers: call(ffn, *numbers)
         all_arms[product] = arms
@@ -86,12 +85,16 @@ def flops(product: str, tokens: int, d: int, m: int, r: int) -> tuple[int, int]:
     return 2 * tokens * d * m * weights, 2 * tokens * d * ((m + r) * weights + slots)
 
 
-def operands(tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
-    m = SHAPES[d]
+def slices_of(tokens: int) -> tuple[int, ...]:
+    """The numbers of slices that are timed."""
+    return (1, 2, 4) if tokens <= 512 else (1,)
+
+
+def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
+    m, r = SHAPES[d], arguments.r
     count = min(6, sets_for(2 * (3 * m * d + tokens * (2 * d + 3 * m))))
-    sets = [
-        make(tokens, d, m, arguments.r, torch.bfloat16, splits=8 if tokens <= 512 else 2, gradients=True) for _ in range(count)
-    ]
+    splits = max(*slices_of(tokens), *(planned for _, planned in library.plan(tokens, d, m, r).values()))
+    sets = [make(tokens, d, m, r, torch.bfloat16, splits=splits, gradients=True) for _ in range(count)]
     for ffn in sets:  # what only the peer needs
         ffn["gate_up"] = torch.cat([ffn["gate"], ffn["up"]])
         ffn["products"] = torch.randn(tokens, 2 * m, device="cuda").bfloat16()
@@ -101,7 +104,7 @@ def operands(tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
 
 def measure(library: Library, d: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
-    sets = operands(tokens, d, arguments)
+    sets = operands(library, tokens, d, arguments)
     picked = {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r).items()}
     records = []
     for product, arms in products(library, tokens).items():

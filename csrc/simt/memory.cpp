@@ -12,7 +12,7 @@ constexpr int kNobody = -1, kSeveral = -2;
 struct GlobalCell {  // two bytes; blocks of `launch` that touched them
   uint32_t launch = 0;
   int writer = kNobody, reader = kNobody;
-  uint32_t written = 0;  // by this launch
+  uint32_t written = 0, read = 0;  // by this launch last; 0: by none
 };
 
 struct Global {
@@ -27,8 +27,17 @@ std::map<const unsigned char*, Global>& globals() {
 }
 
 uint32_t launch = 0;
+uint32_t chain = 0;  // the last launch that was not programmatic: all before it had ended
 
 const char* verb(Access access) { return access == Access::write ? "writes" : "reads"; }
+
+// For a thread that has not waited: the launches of the chain may still run.
+void check_ended(const GlobalCell& cell, Access access, size_t byte, const char* name) {
+  const auto runs = [](uint32_t of) { return of > 0 && of >= chain && of < launch; };
+  if (!runs(cell.written) && !(access == Access::write && runs(cell.read))) return;
+  fail("%s byte %zu of '%s', which a launch before %s, without having waited for it", verb(access), byte, name,
+       runs(cell.written) ? "wrote" : "read");
+}
 
 // The last buffer that begins at or before the address: the only one that can hold it.
 std::pair<const unsigned char* const, Global>* buffer_before(const void* address) {
@@ -45,7 +54,10 @@ void register_global(const void* data, size_t bytes, std::string name) {
 
 void unregister_global(const void* data) { globals().erase(static_cast<const unsigned char*>(data)); }
 
-void begin_launch_on_globals() { ++launch; }
+void begin_launch_on_globals(bool programmatic) {
+  ++launch;
+  if (!programmatic) chain = launch;
+}
 
 bool in_global(const void* address, size_t bytes) {
   const auto* buffer = buffer_before(address);
@@ -74,10 +86,8 @@ void touch_global(int block, bool knows_launch_before, const void* address, size
         verb(access), bytes, address, name, global.bytes, offset);
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     GlobalCell& cell = global.cells[i];
-    if (cell.launch != launch) cell = {launch, kNobody, kNobody, cell.written};
-    if (!knows_launch_before && cell.written == launch - 1 && launch > 1)
-      fail("%s byte %zu of '%s', which the launch before wrote, without having waited for it", verb(access), 2 * i,
-           name);
+    if (cell.launch != launch) cell = {launch, kNobody, kNobody, cell.written, cell.read};
+    if (!knows_launch_before) check_ended(cell, access, 2 * i, name);
     if (cell.writer != kNobody && cell.writer != block)
       fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name,
            cell.writer);
@@ -85,8 +95,13 @@ void touch_global(int block, bool knows_launch_before, const void* address, size
       fail("reads byte %zu of '%s' by the read-only path, but this launch wrote it", 2 * i, name);
     if (access == Access::write && cell.reader != kNobody && cell.reader != block)
       fail("race: writes byte %zu of '%s', which another block of the same launch read", 2 * i, name);
-    if (access == Access::write) cell.writer = block, cell.written = launch;
-    else cell.reader = cell.reader == kNobody || cell.reader == block ? block : kSeveral;
+    if (access == Access::write) {
+      cell.writer = block;
+      cell.written = launch;
+    } else {
+      cell.reader = cell.reader == kNobody || cell.reader == block ? block : kSeveral;
+      cell.read = launch;
+    }
   }
 }
 

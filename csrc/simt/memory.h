@@ -21,13 +21,13 @@ enum class Access { read, read_once, write };
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);
-void begin_launch_on_globals();
+void begin_launch_on_globals(bool programmatic);
 // Whether one registered buffer holds all of [address, address + bytes).
 bool in_global(const void* address, size_t bytes);
 // How far from a registered buffer it lies, if in none.
 size_t distance_from_global(const void* address);
-// Aborts unless a buffer holds all of it, the access does not race with another block's, and, where the thread does not know that the
-// launch before has ended, that one wrote nothing of it.
+// Aborts unless a buffer holds all of it, the access does not race with another block's, and, where the thread does not
+// know that the launches before have ended, it is safe while they run.
 void touch_global(int block, bool knows_launch_before, const void* address, size_t bytes, Access access);
 
 // A global buffer of a test: poisoned with NaN, its exact bounds known to the runner (and to AddressSanitizer).

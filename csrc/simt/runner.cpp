@@ -1,5 +1,6 @@
 #include "simt/runner.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 
@@ -149,6 +150,10 @@ void run_block() {
   machine.alive = machine.threads;
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
+  // Whoever waits for this launch relies on what it has waited for.
+  if (std::none_of(machine.pool.begin(), machine.pool.begin() + machine.threads,
+                   [](const auto& thread) { return thread->knows_launch_before; }))
+    fail("the block ends without having waited for the launch before");
   if (!machine.in_flight.empty()) fail("the block ends with a copy or a wgmma under way");
   for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
   machine.mbarriers.clear();
@@ -182,7 +187,7 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
   if (machine.order == Order::random)
     for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
   machine.shared.begin_launch(shared_bytes, threads);
-  begin_launch_on_globals();
+  begin_launch_on_globals(programmatic);
   for (const int64_t block : order) {
     machine.block = block;
     run_block();

@@ -42,7 +42,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     parts: list[Any] = [parameter for parameter in model.parameters() if is_split(parameter)]
     if not parts:
         raise ValueError(
-            f"{type(model).__name__} is split among {size} processes, but its parameters are no DTensors (transformers "
+            f"{type(model).__name__} is split among {size} processes, but its parameters are not DTensors (transformers "
             f"{transformers.__version__}); expected transformers 5.17 or later, or a model loaded without tp_plan"
         )
     mesh = parts[0].device_mesh
@@ -115,7 +115,7 @@ class SplitRows:
         """part: [m of this rank, d]; total: m"""
         self.part, self.ranks = part, ranks
         self.shape, self.device = torch.Size((total, part.shape[1])), part.device
-        self.first = sum(ranks.lengths(len(part))[: ranks.rank])
+        self.first = ranks.before(len(part))
 
     def __getitem__(self, index: Tensor) -> Tensor:
         inside = (index >= self.first) & (index < self.first + len(self.part))

@@ -1,6 +1,8 @@
 """One step by backpropagation: a chunk's loss, its gradient in the arenas, the update; graph_step.py captures the same."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -137,14 +139,21 @@ class EagerStep:
         attachment, state = self.attachment, self.attachment.state
         if self.peers is None:
             return measured(gradient(attachment, window, self.reader, by_plane(self.update)), state)
-        try:
+        with self.telling_peers():
             loss = self.peers.turn(
                 attachment.host, self.reader, window, lambda: gradient(attachment, window, self.reader, formed=True)
             )
-        except BaseException:
-            self.peers.leave(state)
-            raise
         return self.together(loss)
+
+    @contextmanager
+    def telling_peers(self) -> Iterator[None]:
+        """Around this rank's own part of a step: if it fails, the peers do not wait for it."""
+        try:
+            yield
+        except BaseException:
+            if self.peers is not None:
+                self.peers.leave(self.attachment.state)
+            raise
 
     def together(self, loss: Tensor) -> Tensor:
         """The same where the gradient of this rank's own loss is in the arenas."""

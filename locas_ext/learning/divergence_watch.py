@@ -18,6 +18,7 @@ from .divergence import RECENT, UNJUDGED, Comparison, DivergenceTest
 from .kept_reader import KeptReader
 from .peers import Peers
 from .report import Divergence, MemorizeReport
+from .schedule import Step
 from .settings import ResolvedSettings
 from .step import Reader
 from .update import Backprop
@@ -96,7 +97,8 @@ class DivergenceWatch:
         self.candidate: KeptState | None = None
         self.unjudged: KeptState | None = None
         self.anew: float | None = None  # what the memory scores a kept context's chunk when it reads the window anew
-        self.compared: tuple[Window, float, int] | None = None  # the latest, what the host alone scored, of how many tokens
+        # The latest, what the host alone scored, of how many tokens, and the peers' step, which is over when it is read again.
+        self.compared: tuple[Window, float, int, Step | None] | None = None
 
     @property
     def stops(self) -> bool:
@@ -132,7 +134,8 @@ class DivergenceWatch:
         comparison = Comparison(tokens, loss if self.anew is None else self.anew, host)
         if self.best.take(self.candidate, comparison.excess):
             self.unjudged = None
-        self.candidate, self.compared = None, (window, host, tokens)
+        step = None if self.peers is None else self.peers.step
+        self.candidate, self.compared = None, (window, host, tokens, step)
         self.test.add(number, comparison, like_with_like=not self.keeps or self.anew is not None or not learned)
 
     def tell(self, chunk: Chunk) -> None:
@@ -172,17 +175,17 @@ class DivergenceWatch:
         unjudged, best = self.unjudged, self.best
         if unjudged is None or self.compared is None:
             return best.state
-        now, (window, host, tokens) = KeptState.of(self.attachment), self.compared
+        now, (window, host, tokens, step) = KeptState.of(self.attachment), self.compared
         unjudged.put_back(self.attachment)
-        excess = (self._loss(window) - host) / tokens
+        excess = (self._loss(window, step) - host) / tokens
         now.put_back(self.attachment)
         return unjudged if excess <= max(best.excess, 0.0) else best.state
 
     @torch.no_grad()
-    def _loss(self, window: Window) -> float:
+    def _loss(self, window: Window, step: Step | None = None) -> float:
         host = self.attachment.host
         if self.peers is not None:
-            return self.peers.total(self.peers.turn(host, self.reader, window, lambda: self.reader.loss(window)))
+            return self.peers.total(self.peers.turn(host, self.reader, window, lambda: self.reader.loss(window), step))
         return agreed_loss(self.reader.loss(window), self.attachment.state)
 
     def _host_loss(self, window: Window) -> float:

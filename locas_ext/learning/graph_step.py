@@ -33,8 +33,10 @@ class GraphStep(EagerStep):
 
     def __call__(self, window: Window, place: str) -> float:
         self.updates += 1
-        self._fade()
-        if isinstance(window, NoWindow) or not self.captured.replay(window):
+        with self.telling_peers():
+            self._fade()
+            replayed = not isinstance(window, NoWindow) and self.captured.replay(window)
+        if not replayed:
             return self.eagerly(window, place)
         state = self.attachment.state
         if self.peers is not None:

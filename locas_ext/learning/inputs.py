@@ -42,6 +42,6 @@ def require_same(ranks: Ranks | None, ids: Tensor, settings: object) -> None:
     """ValueError unless all processes that share the memory were given the same text and settings."""
     if ranks is not None and not ranks.same((hashlib.sha256(ids.numpy().tobytes()).digest(), repr(settings))):
         raise ValueError(
-            f"the {ranks.size} processes that the host is split among (tp_plan, fully_shard) were given different texts or "
-            "settings; expected the same input_ids and settings in all of them"
+            f"the {ranks.size} processes that the host is split among (tp_plan, fully_shard) were given different texts, "
+            "settings or saved runs; expected the same input_ids, settings and resume in all of them"
         )

@@ -69,11 +69,11 @@ def memorize(
         group = settings.update.process_group if isinstance(settings.update, Backprop) else None
         ranks = ranks_in_step(attachment.host, group)
         place = 0 if ranks is None or group is None else ranks.rank
-        with together(ranks):
+        with together(ranks or attachment.host.ranks):
             begun = _begun(attachment, input_ids, settings, resume, place, title, on_divergence)
         resolved, text, saved = begun
-        require_same(attachment.host.ranks, text.passage.ids, resolved)
         about = {} if saved is None else {"the file to resume from": saved.memory.fields["memory_sha256"]}
+        require_same(attachment.host.ranks, text.passage.ids, (resolved, about))
         peers = _peers(attachment, ranks, resolved, text, about)
         reader = reader_for(attachment.host, resolved, text.passage.end)
         if saved is not None:
@@ -93,7 +93,7 @@ def _begun(
 ) -> tuple[ResolvedSettings, ReadText, SavedRun | None]:
     """Everything that a run begins with, checked. place: of this process's text among those that are learned at once"""
     host = attachment.host
-    saved = None if resume is None else saved_run(resume, host.ranks, place)
+    saved = None if resume is None else saved_run(resume, place)
     resolved = settings.resolve(host, attachment.state, None if saved is None else saved.settings)
     ids = token_ids(input_ids, host.vocab_size, at_least=2)
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
@@ -149,7 +149,7 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
             "memorize(the whole text, resume=folder)"
         )
     resolved, ranks = _fed_settings(attachment, stream)
-    with together(ranks):
+    with together(ranks or host.ranks):
         reach = min(stream.position, tail_length(resolved.protocol))
         if len(stream.tail) < reach:
             raise LocasError(f"feed: the run's record holds its last {len(stream.tail)} tokens; expected {reach}")

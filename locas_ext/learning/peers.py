@@ -6,8 +6,8 @@
            +------ one sum, by tokens ------+         its losses, and who leaves, are in it too
            | update               | update            the same bits on all ranks
 
-Every rank knows all texts, so what comes next is known everywhere without asking. Of a host whose weights FSDP2 gathers each
-rank also runs every forward that another one runs.
+Every rank knows all texts, so what comes next is known everywhere without asking. If FSDP2 shards the host, a forward gathers
+weights from all ranks, so each rank also runs every forward that another one runs.
 """
 
 import hashlib
@@ -140,23 +140,24 @@ class Peers:
                 why = told
         return why
 
-    def keep_up(self, host: Host, reader: Reader, window: Window) -> None:
+    def keep_up(self, host: Host, reader: Reader, window: Window, step: Step) -> None:
         """Runs the forwards that other ranks run before this one's window, where all have to run together."""
         if not self.lockstep:
             return
-        most = max(_forwards(reader, other) for other in self.step.kinds())
+        most = max(_forwards(reader, other) for other in step.kinds())
         for _ in range(most - _forwards(reader, window)):
             with torch.no_grad():
                 host.model(input_ids=window.targets[None, :1].to(host.input_device()), use_cache=False)
 
-    def turn(self, host: Host, reader: Reader, window: Window, read: Callable[[], Tensor]) -> Tensor:
-        """What `read` returns for this rank's window, the loss; 0 where its text has ended."""
+    def turn(self, host: Host, reader: Reader, window: Window, read: Callable[[], Tensor], step: Step | None = None) -> Tensor:
+        """What `read` returns for this rank's window, the loss; 0 where its text has ended. step: the window's; None: `step`"""
+        step = self.step if step is None else step
         if isinstance(window, NoWindow):
             if self.lockstep:
-                self.keep_up(host, reader, window)
+                self.keep_up(host, reader, window, step)
                 read()
             return torch.zeros((), device=host.input_device())
-        self.keep_up(host, reader, window)
+        self.keep_up(host, reader, window, step)
         return read()
 
     # ---- what all say together ---------------------------------------------------------------------------------
@@ -268,9 +269,7 @@ class Peers:
         try:
             check_interrupt()
         except KeyboardInterrupt as pressed:
-            self.ending = pressed
-            if not self.schedule.is_open:
-                raise
+            self.ending = pressed  # where no step follows, the run raises it in the end
 
 
 def _forwards(reader: Reader, window: Window) -> int:

@@ -92,8 +92,8 @@ class MemorizeReport:
         one_forward: the reasons why windows of this call were read in one forward, and learned from as with
             context_gradient=True; empty if two forwards gave the same result as one
         diverged: a Divergence if the memory was found to make the text harder than the host alone does; else None
-        ranks: of a data-parallel run, by rank the chunks of its text; the rest of the report is of this rank's text, but for
-            `diverged`, which is of all of them; else empty
+        ranks: in a data-parallel run, each rank's list of chunks, in the order of the ranks; empty in any other run. All other
+            attributes describe this rank's text, except `diverged`, which is about all texts
 
     >>> import locas_ext as locas
     >>> report = locas.MemorizeReport([locas.Chunk(0, 9, 8, 16.0, 0), locas.Chunk(9, 13, 4, 5.0, 1)], seconds=1.0)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from locas_ext.checks import path
 from locas_ext.errors import LocasError
-from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream
 from locas_ext.storage import checkpoint
@@ -26,12 +25,9 @@ class SavedRun:
     settings: Settings
 
 
-def saved_run(resume: str | Path, ranks: Ranks | None = None, place: int = 0) -> SavedRun:
-    """LocasError if the folder holds no run, or one that cannot be read.
-
-    ranks: the processes that read it together; place: which of the texts that were learned at once
-    """
-    memory = checkpoint.read(path("resume", resume), ranks)
+def saved_run(resume: str | Path, place: int = 0) -> SavedRun:
+    """LocasError if the folder holds no run, or one that cannot be read. place: which of the texts that were learned at once"""
+    memory = checkpoint.read(path("resume", resume))
     if (stream := memory.stream) is None:
         raise LocasError(
             f"{resume} holds no place to resume from; it must be saved with save_pretrained(path, optimizer=True) "

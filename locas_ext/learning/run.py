@@ -57,14 +57,14 @@ class Run:
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
         attachment, model, peers = self.attachment, self.attachment.host.model, self.peers
-        alike = attachment.host.ranks if peers is None else peers.ranks  # the processes that run this with us
+        alike = attachment.host.ranks or attachment.ranks  # the processes that run this with us
         first = alike is None or alike.rank == 0
         attachment.state.zero_grad()
         attachment.host.reading.begin_run(model)
         sample = self.text if peers is None else peers.texts[0]  # the same everywhere: what is found is too
         with (
             progress_bar(progress and first, self.text.passage, self.report, "memorizing") as bar,
-            interrupt_between_chunks(attachment.host.ranks) as check_interrupt,
+            interrupt_between_chunks(alike if peers is None else None) as check_interrupt,  # peers say it in their sums
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -74,7 +74,7 @@ class Run:
                 self._note(chunk)
                 self.watch.tell(chunk)
                 if callback is not None:
-                    self._call(callback, chunk, verb)
+                    self._call(callback, chunk, verb, check_interrupt)
                     quiet()  # what a callback calls may have put the host back into training mode
                 if peers is None:
                     check_interrupt()
@@ -83,6 +83,8 @@ class Run:
                 if self.watch.stops:
                     break
             self.watch.finish()
+        if peers is not None and peers.ending is not None:
+            raise peers.ending
         return self.report
 
     def _chunks(self, bar: StreamProgress | NoProgress) -> Iterator[Chunk]:
@@ -93,14 +95,18 @@ class Run:
             self._learn(self.peers.step.window(self.peers.own), last.start, last.end)
             yield last
 
-    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
+    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str, check_interrupt: Callable[..., None]) -> None:
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
-        except BaseException:
-            if self.peers is not None and not self.watch.stops:
+        except BaseException as error:
+            if self.peers is None:
+                check_interrupt(failed=True)
+                raise
+            if self.peers.schedule.is_open and not self.watch.stops:
                 self.peers.leave(self.attachment.state)
-            raise
+                raise
+            self.peers.ending = error  # the run ends here for all: raised after what they do together in the end
 
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""

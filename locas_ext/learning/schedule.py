@@ -7,7 +7,7 @@ from .chunk_loop import Passage
 
 
 class NoWindow(Window):
-    """A window of another text, where one's own has ended: read, if at all, for company."""
+    """A window of another text, where this rank's own has ended. It is read only if all ranks have to run each forward."""
 
 
 class Step:
@@ -70,7 +70,3 @@ class Schedule:
     def is_open(self) -> bool:
         """Whether they will speak again."""
         return self.unsaid > 0
-
-    def close(self) -> None:
-        """The run ends here."""
-        self.unsaid = 0

@@ -86,7 +86,8 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
         state.sync()
         for arena in state.arenas:
             arena.gather_grad()
-        if not all([arena.gradient_norm().isfinite() for arena in state.arenas]):
+        finite = all([bool(arena.gradient_norm().isfinite()) for arena in state.arenas])
+        if not (finite if state.ranks is None else state.ranks.all(finite)):
             raise LocasError(f"the gradient is not finite; the memory stays at version {state.version}")
         self._update(state, self.param_groups[0])
         return loss

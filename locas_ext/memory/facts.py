@@ -49,7 +49,7 @@ class MemoryFacts:
     def gather_slots(self) -> Tensor:
         """A copy of all slots, whether the host lies on one device or on several, or is split among processes.
 
-        Of a split host all processes call it.
+        On a split host, all processes must call it.
 
         Returns:
             As `slots`, on the first layer's device, with all r slots.
@@ -95,7 +95,9 @@ class MemoryFacts:
         return tuple(self._attachment.texts)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The slots as parameters, for a training loop of your own (see `locas.SlotAdamW`): of a split host this process's.
+        """The slots as parameters, for a training loop of your own (see `locas.SlotAdamW`).
+
+        On a split host, they are the slots of this process.
 
         Returns:
             L parameters [3, r, d] (Locas-MLP: [2, capacity, d]), views of `slots`.

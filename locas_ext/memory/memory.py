@@ -61,7 +61,7 @@ class Memory(MemoryStudy):
     def save_pretrained(self, path: str | Path, optimizer: bool = False) -> None:
         """Writes locas_config.json and locas_memory.safetensors into the folder `path`, atomically.
 
-        Of a host that is split among processes all call this, and the first writes.
+        On a host that is split among processes, all must call this; the first one writes the files.
 
         Args:
             path: str or Path: a folder; made if it is not there

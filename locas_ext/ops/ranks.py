@@ -121,6 +121,10 @@ class Ranks:
         dist.all_gather_object(numbers, own, group=self.group)
         return numbers
 
+    def before(self, own: int) -> int:
+        """How many the ranks before this one have together. own: how many this one has"""
+        return sum(self.lengths(own)[: self.rank])
+
     def agreed(self, numbers: Tensor) -> Tensor:
         """The mean over all ranks of numbers that should be the same, in their place: NaN or infinite where any is.
 

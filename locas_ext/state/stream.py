@@ -78,7 +78,7 @@ class Stream:
         chunks: those scored so far
         tail: the latest ids read, as many as the window of a next chunk and the digest need; None in files of format 1
         kept: the keys and values that stand before the next chunk; None where its context is read anew
-        ranks: of a memory that several processes learn, each from a text of its own, the streams of all, this one's too
+        ranks: where several processes learn one memory, each from its own text: the streams of all of them, including this one
     """
 
     settings: dict

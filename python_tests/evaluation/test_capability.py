@@ -117,6 +117,8 @@ def test_a_broken_detach_is_exit_status_1(files, capsys, monkeypatch):
         (["--held-out-tokens", "1"], "memory", 2, "--held-out-tokens is 1"),
         (["--limit", "3"], "memory", 2, "--tasks is empty"),
         (["--tasks", ","], "memory", 2, "--tasks is empty"),
+        (["--harness", "builtin"], "memory", 2, "--tasks is empty"),
+        (["--batch-size", "4"], "memory", 2, "--tasks is empty"),
         (["--tasks", "mmlu", "--limit", "0"], "memory", 2, "--limit is 0"),
         (["--tasks", "mmlu", "--few-shot", "-1"], "memory", 2, "--few-shot is -1"),
         (["--tasks", "mmlu", "--batch-size", "0"], "memory", 2, "--batch-size is 0"),

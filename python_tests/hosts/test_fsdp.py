@@ -1,6 +1,8 @@
 """Hosts whose weights FSDP2 (fully_shard) shards over two processes: the memory learns what it learns in one."""
 
+import os
 import random
+import signal
 
 import torch
 import torch.distributed as dist
@@ -130,6 +132,24 @@ def keep_and_refuse(folder, ids):
     text = error_of(locas.attach, shard(tiny_model()), locas.LocasConfig(**CONFIG), rehome=True)
     assert "rehome is True, but FSDP2" in text
     assert "expected FSDP2" in error_of(locas.attach, FullyShardedDataParallel(tiny_model(), device_id=torch.device("cpu")))
+
+
+def interrupt_a_write(ids):
+    """A written memory has no sums between processes: they ask each other after each chunk."""
+    memory = locas.attach(shard(HOSTS["opt"]()), locas.LocasConfig("mlp", **CONFIG))
+
+    def press(chunk):
+        if dist.get_rank() and chunk.start:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    write = {"window": 24, "stride": 8, "progress": False, "update": "write"}
+    assert error_of(memory.memorize, ids, **write, callback=press).startswith("KeyboardInterrupt")
+    assert memory.tokens_seen == 16
+    assert_same_bits(memory)
+
+
+def test_ctrl_c_in_one_process_ends_a_write_in_all():
+    run_ranks(interrupt_a_write, random_ids(45, 1))
 
 
 def test_saving_loading_and_what_cannot_be(tmp_path):

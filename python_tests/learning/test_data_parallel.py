@@ -137,13 +137,44 @@ def diverges(texts):
         assert_same_bits(memory)
 
 
-def begin(texts):
+def diverges_to_the_end(texts, sharded, does):
+    """The state of chunk 4, which nothing was compared with, is judged when the run is over and has no step any more.
+
+    does: what rank 1 does after the last chunk, which ends the run there once it is over
+    """
+    loss, rank = WindowReader.loss, dist.get_rank()
+    model, memory = attached()
+    if sharded:
+        shard(model)
+    WindowReader.loss = lambda self, window: loss(self, window) * (0.0 if memory.state.disabled and memory.version > 5 else 1.0)
+
+    def callback(chunk):
+        if does is not None and rank == 1 and memory.version == 20:
+            does(model)
+
+    settings = dict(**LEARN, update=backprop(), on_divergence="warn", callback=callback)
+    try:
+        if does is not None and rank == 1:
+            assert error_of(memory.memorize, texts[rank], **settings) in ("Stop: ", "KeyboardInterrupt: ")
+        else:
+            report = memory.memorize(texts[rank], **settings)
+            assert report.diverged is not None and report.diverged.restored_version == memory.version
+    finally:
+        WindowReader.loss = loss
+    assert memory.version < 5
+    assert_same_bits(memory)
+
+
+def begin(texts, longer):
     beginnings(texts)
     diverges(texts)
+    diverges_to_the_end(longer, True, None)
+    diverges_to_the_end(longer, False, fails)
+    diverges_to_the_end(longer, False, presses_ctrl_c)
 
 
 def test_it_begins_from_what_all_texts_show_and_a_divergence_is_decided_by_all_together():
-    run_ranks(begin, texts_of(61, 43))
+    run_ranks(begin, texts_of(61, 43), texts_of(160, 153))
 
 
 class Stop(Exception):
@@ -257,6 +288,16 @@ def breaks(model):
     model.model.norm.weight.data.fill_(float("nan"))
 
 
+def breaks_a_replay(model):
+    replay = captured.Captured.replay
+
+    def fail(self, window):
+        captured.Captured.replay = replay
+        raise Stop
+
+    captured.Captured.replay = fail
+
+
 def ends(text):
     refusals(text[:20])
     ends_with(text, fails, {}, 3, "Stop", "LocasError: rank 1 ended the run with an error")
@@ -283,7 +324,8 @@ def replayed(texts):
         assert_same_bits(memory)
     assert torch.equal(memories[0].slots, memories[1].slots)
     ends_with(random_ids(60, 1), breaks, {"on_divergence": "ignore"}, 3, "the loss is nan", "on rank 1")
-    ends_with(random_ids(60, 1), fails, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
+    for does in fails, breaks_a_replay:
+        ends_with(random_ids(60, 1), does, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
 
 
 def own_rules(text):

@@ -97,9 +97,15 @@ def check_refusals(memory, ids, folder):
     refused(ValueError, ["'keep'", "tp_plan"], lambda: memory.memorize(ids, **LEARN, context="keep"))
     mine = ids.roll(dist.get_rank())
     refused(ValueError, ["different texts"], lambda: memory.memorize(mine, **LEARN))
+    bad = ids.clone()
+    bad[0] = -1 if dist.get_rank() else ids[0]  # only one of them is given a token that there is not
+    refused(ValueError, ["input_ids holds token -1"], lambda: memory.memorize(bad, **LEARN))
     refused(FileExistsError, ["something else"], lambda: memory.save_pretrained(folder / "foreign"))
     here = folder / ("half" if dist.get_rank() else "nowhere")  # only one of them finds it
     refused(FileNotFoundError, ["nowhere"], lambda: memory.load(here))
+    refused(FileNotFoundError, ["nowhere"], lambda: memory.memorize(ids, **LEARN, resume=here))
+    resume = {"resume": folder / "half"} if dist.get_rank() else {}
+    refused(ValueError, ["saved runs"], lambda: memory.memorize(ids, **LEARN, **resume))
     assert torch.equal(memory.slots, slots) and sorted(os.listdir(folder / "foreign")) == ["a file"]
 
 
@@ -115,6 +121,11 @@ def check_that_ranks_agree(memory, ids):
     for way in nullcontext, graphs_on_the_cpu:
         with way(), mock.patch.object(SlotArena, "gradient_norm", infinite_on_one):
             refused(locas.LocasError, ["gradient is not finite", "version"], lambda: memory.memorize(ids, **LEARN))
+    optimizer = locas.SlotSGD(memory, lr=1e-2)  # somebody else's loop
+    memory.model(input_ids=ids[None], labels=ids[None]).loss.backward()
+    with mock.patch.object(SlotArena, "gradient_norm", infinite_on_one):
+        refused(locas.LocasError, ["gradient is not finite"], optimizer.step)
+    optimizer.zero_grad()
     assert memory.version == before
 
     def press(chunk):
@@ -123,6 +134,14 @@ def check_that_ranks_agree(memory, ids):
 
     with pytest.raises(KeyboardInterrupt):
         memory.memorize(ids, **LEARN, callback=press)
+    assert memory.tokens_seen == 2 * LEARN["stride"]
+
+    def fail(chunk):
+        if dist.get_rank() and chunk.start:
+            raise Stop
+
+    with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "another process"):
+        memory.memorize(ids, **LEARN, callback=fail)
     assert memory.tokens_seen == 2 * LEARN["stride"]
     memory.reset()
 

@@ -3,6 +3,7 @@
 The table of GPUs itself is tested by csrc/simt/tests/families_test.cpp.
 """
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -42,11 +43,37 @@ def test_a_refused_family_changes_nothing():
     before = _C.cuda_families()
     with pytest.raises(ValueError, match=r"^LOCAS_CUDA_FAMILY is '100'; expected 80 or 90$"):
         use_family("100")
-    assert _C.cuda_families() == before == cuda_families._of_device
+    assert _C.cuda_families() == before == cuda_families.families()
 
 
 def test_an_empty_variable_asks_for_none():
     assert imported_with("").returncode == 0
+
+
+def test_an_import_leaves_the_driver_alone_until_a_gpu_matters(monkeypatch):
+    """A child forked later could not use CUDA, and CUDA_VISIBLE_DEVICES would come too late."""
+    asked = []
+    monkeypatch.setattr(_C, "use_cuda_family", asked.append)
+    monkeypatch.setattr(_C, "cuda_families", lambda: ["sm80"])
+    monkeypatch.setenv("LOCAS_CUDA_FAMILY", "80")
+    name = cuda_families.__name__
+    spec = importlib.util.spec_from_file_location(name, cuda_families.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert asked == []
+    assert anew.family(torch.ones(1)) == anew.family(torch.ones(1)) == "sm80" and asked == [80]
+
+
+def test_the_first_question_may_come_from_a_compiled_graph(monkeypatch):
+    monkeypatch.setattr(cuda_families, "_of_device", [])
+    monkeypatch.setattr(_C, "use_cuda_family", lambda family: None)
+    monkeypatch.setattr(_C, "cuda_families", lambda: ["sm90"])
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def doubled_on_hopper(x):
+        return 2 * x if cuda_families.family(x) == "sm90" else x
+
+    assert doubled_on_hopper(torch.ones(4)).sum() == 8
 
 
 # ---- what "auto" goes by -----------------------------------------------------------------------------------------

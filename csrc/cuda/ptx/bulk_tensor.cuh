@@ -22,9 +22,6 @@ namespace locas::ptx {
 #ifdef __CUDACC__
 using TensorMap = CUtensorMap;
 
-LOCAS_DEVICE void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 LOCAS_DEVICE void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
@@ -46,7 +43,6 @@ LOCAS_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared:
 #else
 using TensorMap = simt::TensorMap;
 
-inline void prefetch_tensor_map(const TensorMap&) {}
 inline void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier) {
   simt::bulk_tensor_load(shared, map, col, row, barrier);
 }

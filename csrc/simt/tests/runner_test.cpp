@@ -2,6 +2,7 @@
 // which the runner must notice; then one kernel for every rule that it enforces, broken.
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shuffle.cuh"
@@ -199,6 +200,46 @@ LOCAS_TEST(memory_rules, "runner: rules of memory") {
   expect_abort("misaligned cp.async", "must be aligned to 16",
                [](float* data, float* shared) { ptx::cp_async_16(shared + 1, data, true); });
   return "7 rules, 10 seeds";
+}
+
+// Every seed must abort with this reason in the last of three launches, of which the second and the third are programmatic;
+// the second one only waits.
+void expect_abort_of_the_last(const char* rule, const char* reason, Body first, Body last) {
+  const int found = seeds_that_find(rule, reason, [first, last] {
+    simt::Buffer<float> data("data", std::vector<float>(64, 1.0f));
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), first});
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), [](float*, float*) { ptx::wait_for_launch_before(); }},
+                         {.programmatic = true});
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), last}, {.programmatic = true});
+  });
+  if (found != kSeeds) fail("%s: found by %d of %d seeds", rule, found, kSeeds);
+}
+
+LOCAS_TEST(launch_rules, "runner: rules of programmatic launches") {
+  const Body writes = [](float* data, float*) { ptx::store(data + thread_index(), 2.0f); };
+  const Body reads = [](float* data, float*) { ptx::load(data + thread_index()); };
+  expect_abort_of_the_last("reads what two launches before wrote", "reads byte", writes, [](float* data, float*) {
+    ptx::load(data + thread_index());
+    ptx::wait_for_launch_before();
+  });
+  expect_abort_of_the_last("overwrites what two launches before read", "which a launch before read", reads,
+                           [](float* data, float*) {
+                             ptx::store(data + thread_index(), 2.0f);
+                             ptx::wait_for_launch_before();
+                           });
+  expect_abort_of_the_last("never waits", "ends without having waited", reads, reads);
+  for_each_seed([&] {
+    simt::Buffer<float> data("data", std::vector<float>(64, 1.0f));
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), writes});
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), reads});  // waits for the first, being an ordinary one
+    const auto reads_early = [](float* data, float*) {
+      ptx::load(data + thread_index());
+      ptx::wait_for_launch_before();
+      ptx::store(data + thread_index(), 3.0f);
+    };
+    cuda::launch<Misuse>(1, 256, kQueue, {data.data(), reads_early}, {.programmatic = true});
+  });
+  return "3 rules, 10 seeds";
 }
 
 LOCAS_TEST(barrier_rules, "runner: rules of warps and barriers") {

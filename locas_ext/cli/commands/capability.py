@@ -99,10 +99,9 @@ def capability(
         from locas_ext.evaluation.capability.command import DEFAULT_TEXT, CapabilityTask, HarnessTasks, run_capability
 
     options = {"--few-shot": few_shot, "--include-path": include_path, "--ability-data": ability_data}
-    if not tasks and (tasks, limit, *options.values()) != (None,) * 5:
-        raise ValueError(
-            "--tasks is empty; expected names of tasks, which --few-shot, --limit, --include-path and --ability-data are for"
-        )
+    of_tasks = {"--harness": harness, "--limit": limit, "--batch-size": batch_size, **options}
+    if not tasks and (tasks, *of_tasks.values()) != (None,) * 7:
+        raise ValueError(f"--tasks is empty; expected names of tasks, which {', '.join(of_tasks)} are for")
     asked: AbilityTasks | HarnessTasks | None = None
     if tasks and _harness(harness, tasks, options) == "builtin":
         asked = AbilityTasks(names=tuple(tasks), limit=limit, batch_size=batch_size, data=ability_data)

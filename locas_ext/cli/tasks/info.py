@@ -10,6 +10,7 @@ from rich.console import Console
 from locas_ext import _C
 from locas_ext.evaluation.machine import processor
 from locas_ext.hosts.registry import HOSTS
+from locas_ext.ops.backends.cuda_families import families
 from locas_ext.version import __version__
 
 from .selftest import self_test
@@ -42,7 +43,7 @@ def _cuda_devices() -> list[str]:
             f"cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, "
             f"{device.total_memory / 2**30:.0f} GiB"
         )
-    for index, family in enumerate(_C.cuda_families()):
+    for index, family in enumerate(families()[: len(result)]):  # torch may be built without CUDA
         result[index] += f", kernels: {family or 'none, it is too old for them'}"
     return result
 

@@ -6,12 +6,12 @@ import numpy as np
 
 from locas_ext.evaluation.capability.bootstrap import interval, resampled_sums
 from locas_ext.evaluation.display import markdown
+from locas_ext.evaluation.recall.documents import KINDS
 from locas_ext.terminal import Figures
 
 from .plots.recall import Bar, plot_recall
 from .tables import MISSING, console_table, markdown_table, parameters_text
 
-_KINDS = ("cloze", "question", "reversed", "conflict", "absent")
 _OVER_TEXTS = 5  # from so many texts on, intervals are over texts
 PLOT = "recall.png"
 Found = tuple[float, list[float] | None] | None
@@ -91,7 +91,7 @@ def _rows(content: dict, with_intervals: bool) -> tuple[list[str], list[list[str
     """Titles and rows; columns in which nothing is known are left out."""
     methods = _by_method(content)
     columns: dict[str, list[str]] = {"method": list(methods)}
-    for kind in _KINDS:
+    for kind in KINDS:
         measures = {"contained": "made up"} if kind == "absent" else {"contained": "gen", "calibrated": "cal"}
         measures |= {"f1": "F1"} if kind == "question" else {}
         for measure, name in measures.items():

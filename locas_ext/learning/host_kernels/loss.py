@@ -22,7 +22,6 @@ from locas_ext.ops.ranks import Ranks
 
 from .agreement import agree
 from .binding import why_not_bound
-from .split import first_row
 
 # Bytes of logits that exist at one time; on a GPU enough rows for a full product, on a CPU few enough to stay in its caches.
 _SLICE = {"cuda": 160 << 20, "cpu": 4 << 20}
@@ -87,7 +86,7 @@ class SplitHeadLoss(HeadLoss):
     def __init__(self, head: nn.Module, logit_scale: float, ranks: Ranks):
         super().__init__(head, logit_scale, 0.0)
         self.ranks = ranks
-        self.first = first_row(local(head.weight), ranks)
+        self.first = ranks.before(len(local(head.weight)))
 
     def slices(self, hidden: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         head: Any = self.head

@@ -73,7 +73,7 @@ class SplitEmbedding:
 
     def __init__(self, module: Any, ranks: Ranks):
         self.module, self.ranks = module, ranks
-        self.first = first_row(local(module.weight), ranks)
+        self.first = ranks.before(len(local(module.weight)))  # the first row that is here
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = local(self.module.weight)
@@ -85,11 +85,6 @@ class SplitEmbedding:
 
 
 SplitModule = SplitOutputs | SplitInputs | SplitEmbedding
-
-
-def first_row(part: Tensor, ranks: Ranks) -> int:
-    """The number, in the whole, of the first row of a process's part."""
-    return sum(ranks.lengths(len(part))[: ranks.rank])
 
 
 def split_modules(modules: Iterable[nn.Module], ranks: Ranks) -> list[SplitModule]:

@@ -20,9 +20,11 @@ class StudySettings:
     Args:
         chunk: int >= 16: tokens of a passage, which is in the host's window while it writes and answers questions
         kinds: some of "asked" (the host writes a question and answers it), "asked-for" (it writes a question to a word of
-            a sentence), "blank" (a sentence with a word left out), "about" (what the passage says of a word) and
-            "continued" (the beginning of a sentence, its rest); hosts without a chat template get all but the first
-        questions: int >= 1: how many of each kind per passage, at most
+            a sentence), "turned" (a sentence as a question for one of its words), "linked" (a word from other words of its
+            sentence), "begun" (the same, where the answer is the sentence itself and has come that far), "blank" (a sentence
+            with a word left out), "about" (what the passage says of a word) and "continued" (the beginning of a sentence,
+            its rest); hosts without a chat template get all but the first
+        questions: int >= 1: how many of each kind that the host writes ("asked", "asked-for") per passage, at most
         check: bool: whether only those are kept that the host answers with the passage in view; what is made from the passage's
             sentences is true as it is, and checked only where nothing but the host's distribution is learned
         epochs: int >= 1: passes over all questions

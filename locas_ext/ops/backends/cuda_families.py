@@ -11,24 +11,44 @@ from torch import Tensor
 from locas_ext import _C
 
 FAMILIES = ("80", "90")
-_of_device: list[str] = []  # "" where no kernel runs
+_of_device: list[str] = []  # "" where no kernel runs; empty before somebody asked
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in FAMILIES:
+        raise ValueError(f"LOCAS_CUDA_FAMILY is {name!r}; expected {' or '.join(FAMILIES)}")
+    return name
+
+
+_asked = _known(os.environ.get("LOCAS_CUDA_FAMILY") or None)
 
 
 def use_family(name: str | None) -> None:
     """From now on this family on all GPUs; None: each GPU's own. ValueError for one that does not exist or cannot run."""
-    if name is not None and name not in FAMILIES:
-        raise ValueError(f"LOCAS_CUDA_FAMILY is {name!r}; expected {' or '.join(FAMILIES)}")
-    _C.use_cuda_family(int(name or 0))
+    _C.use_cuda_family(int(_known(name) or 0))
     _of_device[:] = _C.cuda_families()
 
 
-use_family(os.environ.get("LOCAS_CUDA_FAMILY") or None)
+def families() -> list[str]:
+    """Of each GPU. The first question starts the driver, which an import must not do: a process that forks later would
+    have no CUDA in its children, and CUDA_VISIBLE_DEVICES would come too late."""
+    if not _of_device:
+        use_family(_asked)
+    return _of_device
+
+
+def _family_of(device: int) -> str:
+    known = families()
+    return known[device] if device < len(known) else ""
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler: nothing of this is traced.
+_family_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def family(like: Tensor) -> str:
     """The family that runs where a CUDA tensor lies, such as "sm90"; "" where no kernel does."""
-    index = like.device.index or 0
-    return _of_device[index] if index < len(_of_device) else ""
+    return _family_of(like.device.index or 0)
 
 
 class Faster(NamedTuple):
