@@ -9,13 +9,10 @@ have to be those of the first process alone: slots as a part of their own length
 """
 
 import argparse
-import gc
 import hashlib
 import os
 import statistics
-import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,10 +21,9 @@ from torch.distributed.fsdp import fully_shard
 
 import locas_ext as locas
 
-from .harness import parse, percentile, report
-from .stream import SHAPES, load
-
-_UNTIMED = 2  # full windows at the beginning: a graph is captured in the first
+from .harness import report
+from .models import SHAPES, load
+from .processes import Stopwatch, free, parse_run, start, timing
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,7 @@ def _host(arguments, arm: Arm):
         for layer in model.get_decoder().layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        gc.collect()
-        if arguments.device == "cuda":
-            torch.cuda.empty_cache()
+        free()
     return model
 
 
@@ -77,27 +71,19 @@ def run(arguments, arm: Arm) -> dict:
     ids = torch.randint(0, SHAPES[arguments.shape].vocab_size, (arguments.chunks * stride,), generator=generator)
     model = _host(arguments, arm)
     memory = locas.attach(model, locas.LocasConfig(rank=arguments.rank))
-    seconds: list[float] = []
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
-    began = time.perf_counter()
-
-    def note(chunk) -> None:
-        nonlocal began
-        if chunk.end >= window and chunk.end - chunk.start == stride:
-            seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-
+    stopwatch = Stopwatch(window, stride)
     update = locas.Backprop(process_group=dist.group.WORLD if arm.together else None)
     os.environ["LOCAS_CUDA_GRAPH"] = str(int(arm.graph))
     settings = dict(window=window, stride=stride, update=update, progress=False, on_divergence="ignore")
-    said = memory.memorize(ids, **settings, callback=note)
+    said = memory.memorize(ids, **settings, callback=stopwatch)
     slots = memory.gather_slots().cpu()
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, hashlib.sha256(slots.numpy().tobytes()).hexdigest())
     return {
-        "seconds": seconds[_UNTIMED:],
+        "seconds": stopwatch.seconds,
         "slots": slots,
         "nll": said.nll / said.tokens,
         "same_bits": len(set(hashes)) == 1,
@@ -108,16 +94,13 @@ def run(arguments, arm: Arm) -> dict:
 
 
 def _record(name: str, found: dict, alone: dict, stride: int) -> dict:
-    arm, median = ARMS[name], statistics.median(found["seconds"])
+    arm, processes = ARMS[name], dist.get_world_size()
     compared = not arm.together or arm.one_text  # with the first process alone, on its text
     apart, moved = found["slots"] - alone["slots"], alone["slots"][:, -1]  # values begin at 0
     return {
         "arm": name,
-        "median_ms": 1e3 * median,
-        "p10_ms": 1e3 * percentile(found["seconds"], 10),
-        "p90_ms": 1e3 * percentile(found["seconds"], 90),
-        "ratio": median / statistics.median(alone["seconds"]),
-        "tokens_per_second": (1 if arm.one_text else dist.get_world_size()) * stride / median,
+        **timing(found["seconds"], alone["seconds"]),
+        "tokens_per_second": (1 if arm.one_text else processes) * stride / statistics.median(found["seconds"]),
         "nll": found["nll"],
         "nll_apart": abs(found["nll"] - alone["nll"]) if compared else None,
         "slots_apart": (apart.norm() / alone["slots"].norm()).item() if compared else None,
@@ -132,35 +115,19 @@ def _record(name: str, found: dict, alone: dict, stride: int) -> dict:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="torchrun --nproc-per-node N -m bench.data_parallel", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="135M", help="a random Qwen3 host of this shape, random tokens")
-    parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--stride", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    arguments = parse(parser)
-    full = arguments.chunks - (arguments.window - 1) // arguments.stride
-    if full <= _UNTIMED:
-        parser.error(
-            f"--chunks is {arguments.chunks}, of which {full} lie in full windows; expected more than {_UNTIMED} there"
-        )
-    return arguments
+    return parse_run(parser, chunks=24)
 
 
 def main() -> None:
     arguments = _arguments()
-    cuda = arguments.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = {"device_id": torch.device("cuda", torch.cuda.current_device())} if cuda else {}
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5), **device)
+    start(arguments.device, minutes=5)
     records, alone = [], None
     for name in dict.fromkeys(["alone", *arguments.arms]):
         found = run(arguments, ARMS[name])
         alone = found if alone is None else alone
         records.append(_record(name, found, alone, arguments.stride))
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+        free()
         if dist.get_rank() == 0:
             print(f"{name}: CUDA graph: {found['graph']}; host kernels: {found['host_kernels']}", flush=True)
     if dist.get_rank() == 0:

@@ -9,14 +9,9 @@ the slots of a bfloat16 host differ by its roundings.
 """
 
 import argparse
-import gc
-import os
-import statistics
 import tempfile
-import time
 import warnings
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +22,10 @@ from transformers import AutoModelForCausalLM
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
 
-from .harness import parse, percentile, report
+from .harness import report
 from .models import SHAPES, load
+from .processes import Stopwatch, free, parse_run, start, timing
 from .stream import text
-
-_UNTIMED = 2  # full windows at the beginning: a graph is captured in the first
 
 
 class Arm(NamedTuple):
@@ -60,27 +54,13 @@ def run(model, arguments, ids: torch.Tensor) -> Arm:
     memory.initialize(ids[:stride])
     initial = memory.gather_slots().cpu()
     memory.reset()
-    seconds: list[float] = []
-    began = time.perf_counter()
-
-    def note(chunk) -> None:
-        nonlocal began
-        if chunk.end >= window and chunk.end - chunk.start == stride:
-            seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-
-    said = memory.memorize(ids, window=window, stride=stride, progress=False, callback=note, on_divergence="ignore")
+    stopwatch = Stopwatch(window, stride)
+    said = memory.memorize(ids, window=window, stride=stride, progress=False, callback=stopwatch, on_divergence="ignore")
     slots = memory.gather_slots().cpu()
     memory.detach()
     nll = sum(chunk.nll for chunk in said.chunks) / sum(chunk.tokens for chunk in said.chunks)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    return Arm(seconds[_UNTIMED:], initial, slots, nll, said, peak)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    return Arm(stopwatch.seconds, initial, slots, nll, said, peak)
 
 
 def measure(arguments, ids: torch.Tensor, folder: Path) -> dict[str, Arm]:
@@ -91,12 +71,12 @@ def measure(arguments, ids: torch.Tensor, folder: Path) -> dict[str, Arm]:
         model.save_pretrained(folder)
         arms["1 process"] = run(model, arguments, ids)
         del model
-        _free()
+        free()
     dist.barrier()
     model = _split(folder, getattr(torch, arguments.dtype))
     arms[f"{size} processes"] = run(model, arguments, ids)
     del model
-    _free()
+    free()
     dist.barrier()
     if first:
         arms["1 process again"] = run(load(arguments), arguments, ids)
@@ -108,10 +88,7 @@ def _record(name: str, arm: Arm, alone: Arm) -> dict:
     moved, apart = (alone.slots - alone.initial).norm(), (arm.slots - alone.slots).norm()
     return {
         "arm": name,
-        "median_ms": 1e3 * statistics.median(arm.seconds),
-        "p10_ms": 1e3 * percentile(arm.seconds, 10),
-        "p90_ms": 1e3 * percentile(arm.seconds, 90),
-        "ratio": statistics.median(arm.seconds) / statistics.median(alone.seconds),
+        **timing(arm.seconds, alone.seconds),
         "nll": arm.nll,
         "nll_apart": abs(arm.nll - alone.nll),
         "initial_equal": torch.equal(arm.initial, alone.initial),
@@ -130,25 +107,14 @@ def _arguments() -> argparse.Namespace:
         "--shape", choices=SHAPES, help="a random Qwen3 host of this shape and random tokens instead of --model and --text"
     )
     parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
-    parser.add_argument("--chunks", type=int, default=20)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--stride", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=64)
-    arguments = parse(parser)
-    full = arguments.chunks - (arguments.window - 1) // arguments.stride
-    if full <= _UNTIMED:
-        parser.error(f"--chunks is {arguments.chunks}, with {full} full windows; expected more than {_UNTIMED} of them")
+    arguments = parse_run(parser, chunks=20)
     arguments.tokens = arguments.chunks * arguments.stride
     return arguments
 
 
 def main() -> None:
     arguments = _arguments()
-    cuda = arguments.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = {"device_id": torch.device("cuda", torch.cuda.current_device())} if cuda else {}
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **device)
+    start(arguments.device, minutes=30)
     ids = text(arguments)
     with tempfile.TemporaryDirectory() as own:
         folders = [own]
