@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.tried import tried
 
 from .width_keys import WidthKey, ffn_parameters, made_on_meta, shapes, switches, width_keys
 
@@ -168,10 +169,10 @@ def check_stated(host: Host, before: dict[str, Any]) -> None:
 
 def stated_attributes(host: Host, entries: dict[str, Any]) -> list[tuple[nn.Module, str, int]]:
     """The integers in modules that follow the entries: (module, name, new value). Empty where no such model can be made."""
-    try:
+    before: dict[str, nn.Module] = {}
+    after: dict[str, nn.Module] = {}
+    with tried():
         before, after = dict(made_on_meta(host, {}).named_modules()), dict(made_on_meta(host, entries).named_modules())
-    except Exception:
-        return []
     result = []
     for name, module in host.model.named_modules():
         if name not in before or name not in after:

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from support.helpers import assert_same_host, random_ids, save_host, snapshot, tiny_model
+from support.interrupting import ctrl_c_at
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from locas_ext import LocasError
@@ -153,15 +154,7 @@ def run(host_folder, out, *more, methods="none,cartridge,cartridge+retrieval"):
 
 
 def test_an_ended_run_keeps_finished_pairs_and_goes_on(host_folder, tmp_path, capsys, monkeypatch):
-    measured, asks = [], command.ask_all
-
-    def ends_at_the_third(*arguments):
-        measured.append(arguments)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return asks(*arguments)
-
-    monkeypatch.setattr(command, "ask_all", ends_at_the_third)
+    measured = ctrl_c_at(monkeypatch, command, "ask_all", 3)
     assert run(host_folder, tmp_path) == 130 and "2 of 3 pairs of method and text are finished" in capsys.readouterr().err
     kept = results.read(tmp_path)["records"]
     assert run(host_folder, tmp_path) == 0 and len(measured) == 4

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.helpers import assert_same_host, save_host, snapshot, tiny_model
+from support.interrupting import ctrl_c_at
 
 import locas_ext as locas
 from locas_ext.cli import main
@@ -91,15 +92,7 @@ def test_the_report_has_intervals_a_plot_and_what_was_not_measured(finished, tmp
 
 
 def test_an_ended_run_goes_on_with_what_is_missing(finished, host_folder, tmp_path, capsys, monkeypatch):
-    measured, asks = [], command.ask_all
-
-    def ends_at_the_third(*arguments):
-        measured.append(arguments)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return asks(*arguments)
-
-    monkeypatch.setattr(command, "ask_all", ends_at_the_third)
+    measured = ctrl_c_at(monkeypatch, command, "ask_all", 3)
     out = tmp_path / "run"
     assert run(host_folder, out) == 130 and "3 of 8 pairs of method and text are finished" in capsys.readouterr().err
     assert run(host_folder, out) == 0 and len(measured) == 3 + 5

@@ -15,3 +15,17 @@ def stop_after(chunks, error=Stop):
             raise error
 
     return callback
+
+
+def ctrl_c_at(monkeypatch, module, name, call):
+    """A module's function that stands for Ctrl-C at its `call`-th call. -> the arguments of all calls"""
+    calls, works = [], getattr(module, name)
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return works(*arguments)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
