@@ -171,7 +171,7 @@ def _portable(error: Exception) -> Exception:
     try:
         copy = pickle.loads(pickle.dumps(error))
         return copy if type(copy) is type(error) and str(copy) == str(error) else LocasError(f"{type(error).__name__}: {error}")
-    except Exception:
+    except Exception:  # pickling runs the error's own code, which may raise anything; what it says still arrives
         return LocasError(f"{type(error).__name__}: {error}")
 
 

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
+from support.fused import on_gpu
 from torch.nn import functional as F
 
 from locas_ext import _C, ops, reference
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None,
-        reason="needs a CUDA device and a build with CUDA kernels",
-    ),
-]
+pytestmark = on_gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "quick_gelu"]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

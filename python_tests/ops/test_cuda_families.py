@@ -11,20 +11,13 @@ import sys
 
 import pytest
 import torch
+from support.fused import on_gpu
 
 import locas_ext as locas
 from locas_ext import _C, ops
 from locas_ext.hosts.tiny import tiny_host
 from locas_ext.ops.backends import cpu, cuda_families
 from locas_ext.ops.backends.cuda_families import FAMILIES, FASTER, Faster, use_family
-
-on_a_gpu = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None,
-        reason="needs a CUDA device and a build with CUDA kernels",
-    ),
-]
 
 
 # ---- LOCAS_CUDA_FAMILY -------------------------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def test_status_names_the_kernels_where_a_layer_runs_them():
         assert layer.kernels == (_C.build_info()["cpu_isa"] if fused else None)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=on_a_gpu) for name in (None, *FAMILIES)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in (None, *FAMILIES)])
 def test_each_family_computes_the_same_ffn(name):
     is_hopper = torch.cuda.get_device_capability() == (9, 0) and "90a" in _C.build_info()["cuda_architectures"]
     if name == "90" and not is_hopper:
@@ -156,7 +149,7 @@ def test_each_family_computes_the_same_ffn(name):
         use_family(os.environ.get("LOCAS_CUDA_FAMILY") or None)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_a_gpu) for tokens in (3, 100, 300)])
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (3, 100, 300)])
 def test_rows_that_overlap_are_computed(tokens):
     """No tensor map describes them, so the family of Hopper leaves them to the other one."""
     x = torch.randn(1, 64, device="cuda", dtype=torch.bfloat16).expand(tokens, 64)

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
+from support.fused import on_gpu
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import locas_ext as locas
-from locas_ext import _C
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None,
-        reason="needs a CUDA device and a build with CUDA kernels",
-    ),
-]
+pytestmark = on_gpu
 
 
 def qwen3(layers):
