@@ -20,6 +20,7 @@ except ImportError:  # no POSIX system
     fcntl = None
 
 WAIT_SECONDS = 30.0  # a few times what writing a large memory takes
+_POLL_SECONDS = 0.001  # how often a lock that another holds is tried again, on average
 _NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 _held = threading.local()
 
@@ -65,6 +66,7 @@ class folder_lock:
         finally:
             os.close(self.descriptor)
             self.descriptor = None
+        time.sleep(2 * _POLL_SECONDS)  # who saves in a loop would take the lock again before any other looks
 
 
 def _own_folders() -> set[tuple[int, int]]:
@@ -90,7 +92,7 @@ def _acquire(descriptor: int, folder: Path, wait: float) -> None:
                     f"{folder} is being saved into by {_holder(descriptor)}; waited {wait:g} s for it to finish: "
                     "end one of the two, or save into another folder"
                 ) from None
-            time.sleep(random.uniform(0.001, 0.02))  # at no beat that another saver's could be in step with
+            time.sleep(random.uniform(0.5, 1.5) * _POLL_SECONDS)  # at no beat that another saver's could be in step with
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
