@@ -15,7 +15,8 @@ def _name_in(kind: Any) -> str:
 
 def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
     """The argument by which a forward of the module reads behind a cache; nothing where that is None."""
-    return {} if cache is None else {_name_in(type(module)): cache}
+    kind: Any = type(module)
+    return {} if cache is None else {_name_in(kind): cache}
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
