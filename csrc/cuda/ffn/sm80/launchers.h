@@ -11,6 +11,9 @@ constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
+// decode_cooperative.cu: the same as one kernel; false, and nothing is launched, where the device cannot hold all of it
+// at once.
+bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams&, Queue);
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
 int64_t glu_ffn_tiles_workspace(int64_t tokens, const FfnSizes&);
 
