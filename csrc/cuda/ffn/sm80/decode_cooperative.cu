@@ -164,16 +164,22 @@ struct GluFfnDecode {
   }
 };
 
+template <class Kernel>
+bool has_room(Queue queue) {
+  return multiprocessor_count(queue) <= resident_blocks<Kernel>(sizeof(typename Kernel::Shared), queue);
+}
+
 template <class T, int kTokenBlocks>
 bool decode(const GluFfnForwardParams& p, Queue queue) {
   using Kernel = GluFfnDecode<T, kTokenBlocks>;
-  const int blocks = multiprocessor_count(queue);
-  if (blocks > resident_blocks<Kernel>(sizeof(typename Kernel::Shared), queue)) return false;
-  launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, p, {.cooperative = true});
+  if (!has_room<Kernel>(queue)) return false;
+  launch<Kernel>(multiprocessor_count(queue), sizeof(typename Kernel::Shared), queue, p, {.cooperative = true});
   return true;
 }
 
 }  // namespace
+
+bool has_room_for_cooperative_decode(Queue queue) { return has_room<GluFfnDecode<bf16, 8>>(queue); }
 
 bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams& p, Queue queue) {
   bool launched = false;

@@ -11,9 +11,13 @@ constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
-// decode_cooperative.cu: the same as one kernel; false, and nothing is launched, where the device cannot hold all of it
-// at once.
+// decode_cooperative.cu: the same as one kernel; false, and nothing is launched, where the device cannot hold all its
+// blocks at once, which has_room_for_cooperative_decode says beforehand.
 bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams&, Queue);
+bool has_room_for_cooperative_decode(Queue);
+// Whether glu_ffn_forward_decode tries that first. From the start it does not.
+void use_cooperative_decode(bool);
+bool uses_cooperative_decode();
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
 int64_t glu_ffn_tiles_workspace(int64_t tokens, const FfnSizes&);
 
