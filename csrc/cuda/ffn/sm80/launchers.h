@@ -5,7 +5,7 @@
 
 namespace locas::cuda::sm80 {
 
-// forward.cu. Tiles: any number of tokens; decode (decode.cu): at most kMostDecodeTokens, and no workspace.
+// forward.cu. Tiles: any number of tokens; decode: at most kMostDecodeTokens, and no workspace.
 // glu_ffn_forward picks one of them (plan.cuh).
 constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
