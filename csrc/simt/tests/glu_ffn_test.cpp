@@ -376,10 +376,17 @@ FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)
   return kernels;
 }
 FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
+// Each pass as one kernel.
 FfnKernels decode_cooperative() {
-  return with_forward([](const GluFfnForwardParams& p, cuda::Queue queue) {
+  FfnKernels kernels = with_forward([](const GluFfnForwardParams& p, cuda::Queue queue) {
     if (!cuda::sm80::glu_ffn_forward_decode_cooperative(p, queue)) fail("one kernel is refused");
   });
+  kernels.glu_ffn_backward = [](const GluFfnBackwardParams& p, cuda::Queue queue) {
+    cuda::use_one_decode_kernel(true);
+    cuda::sm80::glu_ffn_backward(p, queue);
+    cuda::use_one_decode_kernel(false);
+  };
+  return kernels;
 }
 
 LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(tiles(), 1, 16, 1); }
@@ -410,7 +417,7 @@ LOCAS_TEST(one_kernel, "glu_ffn_decode as one kernel") {
   Random& random = fresh();
   int seed = 0;
   for_each_seed([&] {
-    if (seed % 5 < 4) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), decode_cooperative(), random, false);
+    if (seed % 5 < 4) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), decode_cooperative(), random);
     else exact_case<f16>(draw_shape(random, 1, 64, Activation::relu), decode_cooperative(), random);
     ++seed;
   });

@@ -26,6 +26,15 @@ namespace locas::cuda::sm80 {
 constexpr int kStep = 32;  // of k that a warp takes at once
 constexpr int kStrip = 8;  // rows of weights, or tokens, that lanes l / 4 have
 
+// Of the kernels whose blocks are all resident, one a multiprocessor: threads, and 16-byte pieces of weights of each
+// thread that are on their way at once.
+constexpr int kResidentThreads = 512;
+#ifdef __CUDACC__
+constexpr int kResidentPieces = 24;  // 192 KB, which GPUs of 8.0, 8.6 or 12.0 do not have
+#else
+constexpr int kResidentPieces = 8;  // small tests use each place several times
+#endif
+
 LOCAS_DEVICE Vec16 zeros() { return Vec16{{0, 0, 0, 0}}; }
 
 // Where in k this lane begins.
@@ -216,5 +225,31 @@ struct MemoryValues {
     }
   }
 };
+
+// f<T, blocks of 8 tokens>() of the instance for at most 64 tokens.
+template <class F>
+bool with_token_blocks(DType dtype, int64_t tokens, F&& f) {
+  bool result = false;
+  with_half_type(dtype, [&]<class T>() {
+    result = tokens <= 8    ? f.template operator()<T, 1>()
+             : tokens <= 16 ? f.template operator()<T, 2>()
+             : tokens <= 32 ? f.template operator()<T, 4>()
+                            : f.template operator()<T, 8>();
+  });
+  return result;
+}
+
+template <class Kernel>
+bool has_room(Queue queue) {
+  return multiprocessor_count(queue) <= resident_blocks<Kernel>(sizeof(typename Kernel::Shared), queue);
+}
+
+// False, and nothing is launched, where the device does not hold a block on every multiprocessor at once.
+template <class Kernel>
+bool launch_resident(const typename Kernel::Params& p, Queue queue) {
+  if (!has_room<Kernel>(queue)) return false;
+  launch<Kernel>(multiprocessor_count(queue), sizeof(typename Kernel::Shared), queue, p, {.cooperative = true});
+  return true;
+}
 
 }  // namespace locas::cuda::sm80

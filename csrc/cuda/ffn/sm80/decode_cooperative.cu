@@ -13,12 +13,7 @@
 namespace locas::cuda::sm80 {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kStride = kWarps * kStep;
-#ifdef __CUDACC__
-constexpr int kQueuePieces = 24;  // of a thread: 192 KB, which A100 and GPUs of 8.6 or 12.0 do not have
-#else
-constexpr int kQueuePieces = 8;  // small tests go round it
-#endif
+constexpr int kWarps = kResidentThreads / 32, kStride = kWarps * kStep;
 
 // The rows of a matrix that a CTA takes, in whole strips.
 struct Range {
@@ -34,9 +29,9 @@ LOCAS_DEVICE Range share_of(int64_t rows) {
 template <class T, int kGroups>
 class WeightQueue {
  public:
-  static constexpr int kRows = 2 * kGroups, kDepth = kQueuePieces / kRows;
+  static constexpr int kRows = 2 * kGroups, kDepth = kResidentPieces / kRows;
   struct Shared {
-    Vec16 pieces[kDepth][kRows][kThreads];
+    Vec16 pieces[kDepth][kRows][kResidentThreads];
   };
 
   LOCAS_DEVICE WeightQueue(Shared& shared, const FfnWeights& w, const Range& neurons, const Range& channels)
@@ -59,19 +54,19 @@ class WeightQueue {
         take(rows);
         tokens.template at<kTokenBlocks>(
             k, [&](int block, const Vec16& piece) { sums.template add<T>(block, rows, piece); });
-        continue;
-      }
-      Vec16 pieces[kTogether][kTokenBlocks];
+      } else {
+        Vec16 pieces[kTogether][kTokenBlocks];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-        tokens.template at<kTokenBlocks>(k + i * kStride,
-                                         [&](int block, const Vec16& piece) { pieces[i][block] = piece; });
+        for (int i = 0; i < kTogether; ++i)
+          tokens.template at<kTokenBlocks>(k + i * kStride,
+                                           [&](int block, const Vec16& piece) { pieces[i][block] = piece; });
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (first + i * kStride >= tokens.width) break;
-        take(rows);
+        for (int i = 0; i < kTogether; ++i) {
+          if (first + i * kStride >= tokens.width) break;
+          take(rows);
 #pragma unroll
-        for (int block = 0; block < kTokenBlocks; ++block) sums.template add<T>(block, rows, pieces[i][block]);
+          for (int block = 0; block < kTokenBlocks; ++block) sums.template add<T>(block, rows, pieces[i][block]);
+        }
       }
     }
   }
@@ -129,7 +124,7 @@ struct GluFfnDecode {
   using T = T_;
   using Params = GluFfnForwardParams;
   static constexpr const char* name = "glu_ffn_decode";
-  static constexpr int threads = kThreads, min_blocks = 1, kGroups = kTokenBlocks <= 2 ? 1 : 2;
+  static constexpr int threads = kResidentThreads, min_blocks = 1, kGroups = kTokenBlocks <= 2 ? 1 : 2;
   using Weights = WeightQueue<T, kGroups>;
   struct Shared {
     typename Weights::Shared queue;
@@ -164,32 +159,14 @@ struct GluFfnDecode {
   }
 };
 
-template <class Kernel>
-bool has_room(Queue queue) {
-  return multiprocessor_count(queue) <= resident_blocks<Kernel>(sizeof(typename Kernel::Shared), queue);
-}
-
-template <class T, int kTokenBlocks>
-bool decode(const GluFfnForwardParams& p, Queue queue) {
-  using Kernel = GluFfnDecode<T, kTokenBlocks>;
-  if (!has_room<Kernel>(queue)) return false;
-  launch<Kernel>(multiprocessor_count(queue), sizeof(typename Kernel::Shared), queue, p, {.cooperative = true});
-  return true;
-}
-
 }  // namespace
 
 bool has_room_for_cooperative_decode(Queue queue) { return has_room<GluFfnDecode<bf16, 8>>(queue); }
 
 bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams& p, Queue queue) {
-  bool launched = false;
-  with_half_type(p.dtype, [&]<class T>() {
-    launched = p.tokens() <= 8    ? decode<T, 1>(p, queue)
-               : p.tokens() <= 16 ? decode<T, 2>(p, queue)
-               : p.tokens() <= 32 ? decode<T, 4>(p, queue)
-                                  : decode<T, 8>(p, queue);
+  return with_token_blocks(p.dtype, p.tokens(), [&]<class T, int kTokenBlocks>() {
+    return launch_resident<GluFfnDecode<T, kTokenBlocks>>(p, queue);
   });
-  return launched;
 }
 
 }  // namespace locas::cuda::sm80
