@@ -249,8 +249,8 @@ def _families() -> list[str]:
     return found
 
 
-DECODE_TOKENS = 64  # the most that the forward's kernels for few tokens take
-ONE_KERNEL = "ours, one kernel"  # of them, instead of two
+DECODE_TOKENS = 64  # the most that the kernels for few tokens take
+ONE_KERNEL = "ours, one kernel"  # for each pass
 
 
 def _has_room_for_one_kernel(device: int) -> bool:

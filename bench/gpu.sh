@@ -42,7 +42,7 @@ step build 400 "$python" setup.py build_ext --inplace || { tail -n 20 "$out/buil
 step test 240 "$python" -m pytest python_tests -q -m cuda
 step decodetest 60 env LOCAS_CUDA_DECODE=1 "$python" -m pytest python_tests/ops/test_fused.py python_tests/ops/test_cuda_families.py \
   -q -m cuda
-step decode 60 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 32 64 --modes forward --kernels \
+step decode 80 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 32 64 --kernels \
   --arms "bare products" "ours, rehomed" "ours, sm90" "ours, one kernel" --out "$out/decode.json"
 step update 40 "$python" -m bench.update --device cuda --out "$out/update.json"
 step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"

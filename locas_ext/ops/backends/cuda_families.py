@@ -1,7 +1,7 @@
 """Which family of the fused CUDA kernels each GPU runs, and for how many tokens a family is the faster backend.
 
 csrc/cuda/ffn/ffn_kernels.h says which GPU takes which family; LOCAS_CUDA_FAMILY asks for one of them. LOCAS_CUDA_DECODE=1
-asks for the forward of up to 64 tokens as one kernel instead of 2, which bench.ffn compares.
+asks for each pass of up to 64 tokens as one kernel instead of 2, which bench.ffn compares.
 """
 
 import os
@@ -32,7 +32,8 @@ def use_family(name: str | None) -> None:
 
 
 def use_decode_kernels(count: str | None) -> None:
-    """From now on so many kernels for up to 64 tokens; None: as many as were faster. A GPU without room for one takes two."""
+    """From now on so many kernels a pass of up to 64 tokens; None: two, until one is known to be faster. A GPU without room
+    for one takes two."""
     if count is not None and count not in DECODE_KERNELS:
         raise ValueError(f"LOCAS_CUDA_DECODE is {count!r}; expected {' or '.join(DECODE_KERNELS)}")
     _C.use_one_cuda_decode_kernel(count == "1")

@@ -1,11 +1,11 @@
 // glu_ffn_forward as one kernel (D): what D1 and D2 do (decode.cuh), by CTAs that are all resident and wait for each other
 // between the two products.
 //
-//      CTA     strips of 8 neurons, its share of them         sync_grid         strips of 8 channels, its share of them
-//      queue   gate | up | gate | up | ...  W_down | W_down | ...  ----------->
+//      CTA     its share of the neurons, 8 or 16 at a time     sync_grid     its share of the channels, 16 or 32 at a time
+//      queue   gate, up | gate, up | ...                  W_down | W_down | ...
 //
 // The weights of both products are one stream through a queue in shared memory: when the first product's end, those of
-// the second follow, and keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in the queue.
+// the second follow, and keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
 #include "cuda/ffn/sm80/decode.cuh"
 #include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/grid.cuh"
