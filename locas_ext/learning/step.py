@@ -10,6 +10,7 @@ from .chunk import Reader, Window, WindowReader
 from .cuda_graph import obstacle
 from .graph_step import GraphStep
 from .kept_reader import KeptReader
+from .leaving import Leaving
 from .peers import Peers
 from .report import GraphReport
 from .run_guards import quiet_host
@@ -40,11 +41,20 @@ def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
         return KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
 
 
-def step_for(attachment: Attachment, settings: ResolvedSettings, reader: Reader, peers: Peers | None = None) -> Step:
-    """The step of a run: eager wherever it cannot be captured. peers: those who learn in step; None: nobody"""
+def step_for(
+    attachment: Attachment,
+    settings: ResolvedSettings,
+    reader: Reader,
+    peers: Peers | None = None,
+    leaving: Leaving | None = None,
+) -> Step:
+    """The step of a run: eager wherever it cannot be captured.
+
+    peers: those who learn in step; None: nobody; leaving: what the step says of who ends the run; None: nothing
+    """
     update, why_not = settings.update, obstacle(attachment)
     if isinstance(update, ResolvedWrite):
         return WriteStep(attachment, update, reader, settings.protocol, why_not)
     if why_not is not None:
-        return EagerStep(attachment, update, reader, why_not, peers)
-    return GraphStep(attachment, update, reader, settings.protocol, peers)
+        return EagerStep(attachment, update, reader, why_not, peers, leaving)
+    return GraphStep(attachment, update, reader, settings.protocol, peers, leaving)

@@ -132,17 +132,20 @@ def check_that_ranks_agree(memory, ids):
         if dist.get_rank() and chunk.start:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        memory.memorize(ids, **LEARN, callback=press)
-    assert memory.tokens_seen == 2 * LEARN["stride"]
+    for way in nullcontext, graphs_on_the_cpu:
+        with way(), pytest.raises(KeyboardInterrupt):
+            memory.memorize(ids, **LEARN, callback=press)
+        assert memory.tokens_seen == 3 * LEARN["stride"]  # the step in which it is said is learned too
 
-    def fail(chunk):
-        if dist.get_rank() and chunk.start:
-            raise Stop
+    for last in False, True:  # behind the last chunk no step says it
 
-    with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "another process"):
-        memory.memorize(ids, **LEARN, callback=fail)
-    assert memory.tokens_seen == 2 * LEARN["stride"]
+        def fail(chunk, last=last):
+            if dist.get_rank() and chunk.start and (chunk.end == len(ids) or not last):
+                raise Stop
+
+        with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "rank 1 ended"):
+            memory.memorize(ids, **LEARN, callback=fail)
+        assert memory.tokens_seen == (len(ids) if last else 3 * LEARN["stride"])
     memory.reset()
 
 
