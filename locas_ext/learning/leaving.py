@@ -22,7 +22,8 @@ class Leaving:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.flags = torch.zeros(ranks.size, dtype=torch.float32, device=ranks.device)
+        with torch.inference_mode(False):  # what is made there cannot be written elsewhere
+            self.flags = torch.zeros(ranks.size, dtype=torch.float32, device=ranks.device)
         self.ending: BaseException | None = None
         self._heard: list[float] | None = None  # since the latest `between_chunks`
 

@@ -14,11 +14,12 @@ import torch.distributed as dist
 import transformers
 from support.helpers import logits_of, random_ids, tiny_model
 from support.interrupting import Stop, stop_after
-from support.ranks import run_ranks
+from support.ranks import RanksFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
+from locas_ext.learning.host_kernels import split
 from locas_ext.state.arena import SlotArena
 
 pytestmark = pytest.mark.skipif(
@@ -260,6 +261,7 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
             assert apart(own["slots"], alone["own"]["slots"], alone["own initial"]) < 1e-4
         ours = [rank[run]["report"].host_kernels.ours for run in ("learned", "by the host")]
         assert "attention" in ours[0] and "loss" in ours[0] and not ours[1]
+        assert rank["learned"]["report"].host_kernels.own == {"sums": "the processes are on cpu"}
     for mine, other, expected in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
         torch.testing.assert_close(torch.cat([mine, other], 1), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
@@ -290,3 +292,31 @@ def test_where_a_layout_cannot_be_split_by_its_neurons_the_memory_stands_beside(
     for path, begun, slots in run_ranks(beside_on_a_rank, tmp_path / "host", ids):
         assert path == ["sideway"] * 2 and torch.equal(begun, initial)
         assert apart(slots, expected, initial) < 1e-4
+
+
+def fails_on_one(path, ids):
+    """One of them fails in its part of a step, while the other waits for it in a sum."""
+    memory = locas.attach(split_host(path), locas.LocasConfig(rank=RANK))
+    memory.memorize(ids, **LEARN)
+    linear = torch.nn.functional.linear
+
+    def fail(*arguments):
+        if dist.get_rank():
+            raise Stop("no room")
+        return linear(*arguments)
+
+    slots = memory.slots.clone()
+    try:
+        with mock.patch.object(split.F, "linear", fail):
+            memory.memorize(ids, **LEARN)
+    finally:
+        assert torch.equal(memory.slots, slots)
+
+
+def test_a_process_that_fails_in_a_step_ends_the_others(tmp_path):
+    tiny_model("llama", vocab_size=60).save_pretrained(tmp_path / "host")
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(fails_on_one, tmp_path / "host", random_ids(40, vocab=60))
+    first, second = str(failed.value).split("---- rank 1 ----")
+    assert "LocasError: rank 1 failed in the middle of the run: Stop: no room" in first
+    assert "Stop: no room" in second and "LocasError" not in second
