@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
 from locas_ext.learning.host_kernels import split
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 
 pytestmark = pytest.mark.skipif(
@@ -176,6 +177,16 @@ def graphs_on_the_cpu():
         yield
 
 
+def check_number_of_sums(memory, ids):
+    """A replayed step of L layers makes 6 L + 1: two a layer in each of context forward, chunk forward and backward, without
+    the last layer of the context and the first of the backward; embeddings, loss and its gradient; what all decide by."""
+    sums, after = [], []
+    add_up = Ranks.add_up
+    with mock.patch.object(Ranks, "add_up", lambda ranks, y: sums.append(y) or add_up(ranks, y)):
+        memory.memorize(ids, **LEARN, callback=lambda chunk: after.append(len(sums)))
+    assert after[4] - after[3] == 6 * memory.model.config.num_hidden_layers + 1
+
+
 def learned(memory, ids, **others):
     report = memory.memorize(ids, **{**LEARN, **others})
     return {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks], "report": report}
@@ -201,6 +212,8 @@ def on_a_rank(path, folder, ids):
     check_that_ranks_agree(memory, ids)
     with graphs_on_the_cpu(), no_dtensors_in_steps():
         results["replayed"] = learned(memory, ids)
+        check_number_of_sums(memory, ids)
+    memory.reset()
     with memory.disabled():
         assert torch.equal(logits_of(model, ids[:20]), alone)
     memory.detach()
