@@ -32,7 +32,10 @@ class PeerMemory:
         self.slot_bytes = _MOST_READ // (size - 1) // 256 * 256
         self.memory = symmetric.empty(_C.PEER_BOX_BYTES + 2 * self.slot_bytes, dtype=torch.uint8, device=device)
         self.memory.zero_()
-        self.boxes = [int(address) for address in symmetric.rendezvous(self.memory, group.group_name).buffer_ptrs]
+        self.shared = symmetric.rendezvous(self.memory, group.group_name)
+        self.boxes = [int(address) for address in self.shared.buffer_ptrs]
+        if self.boxes[rank] != self.memory.data_ptr():
+            raise RuntimeError("torch places the memory behind others")
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # everybody's counts are 0 before somebody counts

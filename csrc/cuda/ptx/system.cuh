@@ -7,6 +7,10 @@
 #include "cuda/ptx/device.cuh"
 #include "cuda/ptx/memory.cuh"
 
+#ifndef __CUDACC__
+#include <thread>
+#endif
+
 namespace locas::ptx {
 
 #ifdef __CUDACC__
@@ -22,7 +26,10 @@ LOCAS_DEVICE uint32_t load_acquire(const uint32_t* from) {
 #else
 inline void fence_system() {}
 inline void store_release(uint32_t* to, uint32_t value) { store(to, value); }
-inline uint32_t load_acquire(const uint32_t* from) { return load(from); }
+inline uint32_t load_acquire(const uint32_t* from) {
+  std::this_thread::yield();  // the process that is waited for may need this core
+  return load(from);
+}
 #endif
 
 }  // namespace locas::ptx

@@ -1,93 +1,112 @@
-// peer_sum of one process: the others have brought their parts before it begins. On the runner only one process runs, so
-// who waits for whom is not tested here, but what each reads and writes is.
+// peer_sum between processes that share memory: each runs the kernel on a runner of its own, at its own pace. The blocks
+// run in order there (seed 0), since a block waits for the same block of another process.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "common/peer_params.h"
-
-#include <cstring>
-#include <memory>
-
 #include "simt/tests/harness.h"
 
 namespace locas::test {
 namespace {
 
-// The memory of all processes, as the one of `rank` addresses it.
+constexpr int64_t kSlotBytes = 1 << 20;
+
+// The memory of all processes, as one of them addresses it.
 struct Peers {
   int peers, rank;
-  int64_t slot_bytes;
-  std::vector<std::unique_ptr<simt::Buffer<unsigned char>>> memory;
+  unsigned char* memory;  // shared
   simt::Buffer<int32_t> stop{"stop", std::vector<int32_t>{0}};
 
-  Peers(int peers, int rank, int64_t slot_bytes) : peers(peers), rank(rank), slot_bytes(slot_bytes) {
-    for (int i = 0; i < peers; ++i) {
-      memory.push_back(std::make_unique<simt::Buffer<unsigned char>>("memory", sizeof(PeerBox) + 2 * slot_bytes));
-      std::memset(memory.back()->data(), 0, sizeof(PeerBox));
-    }
+  Peers(int peers, int rank, void* shared) : peers(peers), rank(rank), memory(static_cast<unsigned char*>(shared)) {
+    for (int i = 0; i < peers; ++i) simt::register_global(box(i), kBytes, "memory of " + std::to_string(i));
   }
-  PeerBox& box(int of) { return *reinterpret_cast<PeerBox*>(memory[of]->data()); }
-  template <class T>
-  T* slot(int of, uint32_t turn) {
-    return reinterpret_cast<T*>(memory[of]->data() + sizeof(PeerBox) + turn % 2 * slot_bytes);
+  ~Peers() {
+    for (int i = 0; i < peers; ++i) simt::unregister_global(box(i));
   }
+  static constexpr size_t kBytes = sizeof(PeerBox) + 2 * kSlotBytes;
+  unsigned char* box(int of) { return memory + of * kBytes; }
+
   template <class T>
   void run(T* data, int64_t count) {
-    PeerSumParams p{data, count, rank, peers, {}, slot_bytes, stop.data(), kDType<T>};
-    for (int i = 0; i < peers; ++i) p.boxes[i] = memory[i]->data();
+    PeerSumParams p{data, count, rank, peers, {}, kSlotBytes, stop.data(), kDType<T>};
+    for (int i = 0; i < peers; ++i) p.boxes[i] = box(i);
     cuda::peer_sum(p, kQueue);
   }
 };
 
+// One sum; the parts of all processes are known to each from the seed.
 template <class T>
-void check_sums(int peers, int rank, int64_t count, size_t offset) {
-  Random random(count * 10 + peers);
-  simt::set_seed(fresh().integer(0, kSeeds - 1));  // ten orders of 32,768 threads would take long
-  Peers group(peers, rank, (count * sizeof(T) + 511) / 256 * 256);
-  for (uint32_t turn = 1; turn <= 3; ++turn) {
-    std::vector<std::vector<T>> parts;
-    for (int i = 0; i < peers; ++i) parts.push_back(random.normals<T>(count));
-    for (int i = 0; i < peers; ++i) {
-      if (i == rank) continue;
-      std::memcpy(group.slot<T>(i, turn), parts[i].data(), count * sizeof(T));
-      for (uint32_t& arrived : group.box(rank).arrived[i]) arrived = turn;
-    }
-    simt::Buffer<T> data("data", parts[rank], offset);
-    group.run(data.data(), count);
-    std::vector<T> expected;
-    for (int64_t i = 0; i < count; ++i) {
-      float sum = 0.0f;
-      for (const auto& part : parts) sum += ptx::to_float(part[i]);
-      expected.push_back(ptx::from_float<T>(sum));
-    }
-    expect_equal("data", data.values(), expected);
-    const T* own = group.slot<T>(rank, turn);
-    expect_equal("own slot", std::vector<T>(own, own + count), parts[rank]);
-    for (int block = 0; block < kPeerBlocks; ++block) {
-      if (group.box(rank).done[block] != turn) fail("block %d counts %u sums", block, group.box(rank).done[block]);
-      for (int i = 0; i < peers; ++i)
-        if (i != rank && group.box(i).arrived[rank][block] != turn) fail("block %d does not say it to %d", block, i);
-    }
+void check_sum(Peers& group, uint64_t seed, int64_t count, size_t offset) {
+  std::vector<float> sums(count, 0.0f);
+  std::vector<T> own, expected;
+  for (int rank = 0; rank < group.peers; ++rank) {
+    const auto part = Random(seed + rank).normals<T>(count);
+    for (int64_t i = 0; i < count; ++i) sums[i] += ptx::to_float(part[i]);
+    if (rank == group.rank) own = part;
+  }
+  for (const float sum : sums) expected.push_back(ptx::from_float<T>(sum));
+  simt::Buffer<T> data("data", own, offset);
+  group.run(data.data(), count);
+  expect_equal("data", data.values(), expected);
+}
+
+// Sums of all kinds and sizes, one after the other: a slot is soon used again, by other blocks.
+void run_process(Peers& group, uint64_t seed, int turns) {
+  simt::set_seed(0);
+  alarm(100);  // a process that waits forever
+  Random shapes(seed), pace(seed + group.rank);
+  for (int turn = 0; turn < turns; ++turn) {
+    const int64_t most = kSlotBytes / (turn % 3 == 0 ? 4 : 2), count = shapes.integer(1, turn % 2 ? most : 3000);
+    const size_t offset = shapes.integer(0, 1) ? 8 : 1;  // aligned or not
+    usleep(static_cast<useconds_t>(pace.integer(0, 30000)));
+    if (turn % 3 == 0) check_sum<float>(group, seed + 100 * turn, count, offset);
+    else if (turn % 3 == 1) check_sum<bf16>(group, seed + 100 * turn, count, offset);
+    else check_sum<f16>(group, seed + 100 * turn, count, offset);
   }
 }
 
-LOCAS_TEST(sums, "peer_sum") {
-  const auto draw = [](auto type, size_t offset) {
-    const int peers = static_cast<int>(fresh().integer(2, kMostPeers));
-    const int rank = static_cast<int>(fresh().integer(0, peers - 1));
-    check_sums<decltype(type)>(peers, rank, fresh().integer(1, 5000), offset);
-  };
-  draw(bf16{}, 8);
-  draw(f16{}, 1);  // not aligned
-  draw(float{}, 0);
-  check_sums<bf16>(2, 1, 5 * kPeerBlocks * 512 * 8 + 3, 0);  // a second group of vectors for some threads
-  return "4 cases";
+void* shared_memory(int peers) {
+  void* memory = mmap(nullptr, peers * Peers::kBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) fail("mmap");
+  return memory;
+}
+
+LOCAS_TEST(processes, "peer_sum between processes") {
+  const int peers = static_cast<int>(fresh().integer(2, 3)), turns = 5;
+  const uint64_t seed = fresh().integer(0, 1 << 30);
+  void* memory = shared_memory(peers);
+  std::fflush(stdout);
+  std::vector<pid_t> children;
+  for (int rank = 0; rank < peers; ++rank) {
+    children.push_back(fork());
+    if (children.back() < 0) fail("fork");
+    if (children.back() > 0) continue;
+    Peers group(peers, rank, memory);
+    run_process(group, seed, turns);
+    _exit(0);
+  }
+  for (const pid_t child : children) {
+    int status;
+    waitpid(child, &status, 0);
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+      fail("process %d of %d ended with status %d", child, peers, status);
+  }
+  munmap(memory, peers * Peers::kBytes);
+  return std::to_string(turns) + " sums of " + std::to_string(peers) + " processes";
 }
 
 LOCAS_TEST(stopped, "peer_sum that is told to stop") {
-  Peers group(2, 0, 512);
-  group.stop[0] = 1;
-  simt::Buffer<float> data("data", std::vector<float>(100, 1.0f));
-  group.run(data.data(), 100);
-  for (const float value : data.values())
-    if (!std::isnan(value)) fail("a sum without the other's part is %g", value);
+  void* memory = shared_memory(2);
+  {
+    Peers group(2, 0, memory);
+    group.stop[0] = 1;
+    simt::Buffer<float> data("data", std::vector<float>(100, 1.0f));
+    group.run(data.data(), 100);
+    for (const float value : data.values())
+      if (!std::isnan(value)) fail("a sum without the other's part is %g", value);
+  }
+  munmap(memory, 2 * Peers::kBytes);
   return "1 case";
 }
 
