@@ -37,8 +37,7 @@ class PeerMemory:
         if self.boxes[rank] != self.memory.data_ptr():
             raise RuntimeError("torch places the memory behind others")
         self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        torch.cuda.synchronize(device)
-        dist.barrier(group)  # everybody's counts are 0 before somebody counts
+        torch.cuda.synchronize(device)  # its counts are 0 before somebody counts
 
     def takes(self, x: Tensor) -> bool:
         """Whether `add_up` can sum tensors like this one, and does so sooner than the group."""

@@ -197,7 +197,7 @@ def through_memory(ranks: Ranks) -> Ranks:
             memory = PeerMemory(ranks.group, ranks.rank, ranks.size, ranks.device)
         except Exception as problem:  # whatever torch or the driver says
             why = f"memory that the GPUs read of each other cannot be had: {type(problem).__name__}: {problem}"
-    if not ranks.all(memory is not None):
+    if not ranks.all(memory is not None):  # nobody counts before everybody is here
         return replace(ranks, why_not=why or "another process has no memory to show")
     assert memory is not None, "all have it"
     if not ranks.all(memory.adds_up()):
