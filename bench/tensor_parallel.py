@@ -74,7 +74,8 @@ def run(model, arguments, ids: torch.Tensor) -> Arm:
             kernels(chunk)
         stopwatch(chunk)
 
-    said = memory.memorize(ids, window=window, stride=stride, progress=False, callback=callback, on_divergence="ignore")
+    settings = dict(window=window, stride=stride, context=arguments.context, progress=False, on_divergence="ignore")
+    said = memory.memorize(ids, **settings, callback=callback)
     slots = memory.gather_slots().cpu()
     memory.detach()
     seconds = stopwatch.seconds if kernels is None else stopwatch.seconds[: -_PROFILED - 1]
@@ -150,6 +151,7 @@ def _arguments() -> argparse.Namespace:
         "--shape", choices=SHAPES, help="a random Qwen3 host of this shape and random tokens instead of --model and --text"
     )
     parser.add_argument("--text", type=Path, default=ASSETS / "nostromo.txt")
+    parser.add_argument("--context", choices=["recompute", "keep"], default="recompute")
     parser.add_argument("--profile", action="store_true", help="say where the time of each GPU goes; CUDA")
     arguments = parse_run(parser, chunks=20)
     if arguments.profile and arguments.device != "cuda":

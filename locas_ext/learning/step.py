@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from locas_ext.hosts.registry import Host
+from locas_ext.ops.ranks import together
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
@@ -32,13 +33,11 @@ def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
     """What reads the chunks of a run over a text of so many tokens. ValueError for a host that cannot be read so."""
     if settings.keep is None:
         return WindowReader(host, settings.context_gradient)
+    with quiet_host(host.model), together(host.ranks):
+        reader = KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
     if host.ranks is not None:
-        raise ValueError(
-            f"context is 'keep', but the host is split among {host.ranks.size} processes (tp_plan), of which each has keys and "
-            "values of its own heads only; expected context='recompute'"
-        )
-    with quiet_host(host.model):
-        return KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
+        reader.context.share(host.ranks)
+    return reader
 
 
 def step_for(

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     reason="transformers splits hosts over accelerators",
 )
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
+KEEP = dict(LEARN, context=locas.Keep(sinks=2, refresh_every=None))
 RANK = 6
 OWN_CONFIG = dict(rank=RANK, clip=1.05, row_length="host")
 
@@ -69,6 +70,12 @@ def one_process(folder, model, ids):
     result["own initial"] = memory.gather_slots()
     memory.reset()
     result["own"] = learned(memory, ids, **own_rules())
+    memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(rank=RANK))
+    with pytest.raises(Stop):
+        memory.memorize(ids, **KEEP, callback=stop_after(4))
+    memory.save_pretrained(folder / "kept half", optimizer=True)
+    result["kept"] = learned(memory, ids, resume=folder / "kept half", **KEEP)
     return result
 
 
@@ -96,7 +103,6 @@ def check_refusals(memory, ids, folder):
     slots = memory.slots.clone()
     refused(ValueError, ["merge_and_unload", "tp_plan"], memory.merge_and_unload)
     refused(ValueError, ["study", "tp_plan"], lambda: memory.study("a text", None))
-    refused(ValueError, ["'keep'", "tp_plan"], lambda: memory.memorize(ids, **LEARN, context="keep"))
     mine = ids.roll(dist.get_rank())
     refused(ValueError, ["different texts"], lambda: memory.memorize(mine, **LEARN))
     bad = ids.clone()
@@ -231,6 +237,15 @@ def on_a_rank(path, folder, ids):
         with way():
             results.setdefault("own", []).append(learned(memory, ids, **own_rules()))
         memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(rank=RANK))
+    with graphs_on_the_cpu():
+        results["kept"] = learned(memory, ids, **KEEP)
+    memory.reset()
+    with pytest.raises(Stop):
+        memory.memorize(ids, **KEEP, callback=stop_after(4))
+    memory.save_pretrained(folder / "split kept half", optimizer=True)
+    results["kept, resumed"] = learned(memory, ids, resume=folder / "kept half", **KEEP)
+    memory.detach()
     os.environ["LOCAS_PROBE"] = "0"  # then transformers' own code reads all windows
     results["by the host"] = learned(locas.attach(model, locas.LocasConfig(rank=RANK)), ids)
     return results
@@ -272,6 +287,8 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
         assert rank["replayed"]["report"].graph.replayed > 1 and rank["own"][1]["report"].graph.replayed > 1
         for own in rank["own"]:
             assert apart(own["slots"], alone["own"]["slots"], alone["own initial"]) < 1e-4
+        for run in ("kept", "kept, resumed"):
+            assert apart(rank[run]["slots"], alone["kept"]["slots"], alone["initial"]) < 1e-4, run
         ours = [rank[run]["report"].host_kernels.ours for run in ("learned", "by the host")]
         assert "attention" in ours[0] and "loss" in ours[0] and not ours[1]
         assert rank["learned"]["report"].host_kernels.own == {"sums": "the processes are on cpu"}
@@ -283,6 +300,8 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
     report = whole.memorize(ids, **LEARN, resume=tmp_path / "split half")
     assert apart(whole.gather_slots(), alone["slots"], alone["initial"]) < 1e-4
     assert [chunk.nll for chunk in report.chunks] == pytest.approx(alone["nll"], rel=1e-5)
+    whole.memorize(ids, **KEEP, resume=tmp_path / "split kept half")
+    assert apart(whole.gather_slots(), alone["kept"]["slots"], alone["initial"]) < 1e-4
 
 
 def beside_on_a_rank(path, ids):
