@@ -138,7 +138,11 @@ class HostKernels:
             ours += ["norms"] * bool(self.found.norms) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
-        return HostKernelsReport(tuple(ours), dict(self.found.own))
+        own, ranks = dict(self.found.own), self.host.ranks
+        if ranks is not None and ranks.why_not is not None:
+            own["sums"] = ranks.why_not
+        ours += ["sums"] * (ranks is not None and ranks.why_not is None)
+        return HostKernelsReport(tuple(ours), own)
 
     # ---- reading ---------------------------------------------------------------------------------------------
     def pieces_bound(self) -> AbstractContextManager[None]:
