@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 from support.study import PAIRS, TEXT, study_host, study_tokenizer
 
@@ -64,30 +65,37 @@ def test_rows_are_least_squares_from_inputs_to_the_slots_of_words():
     d, rank, words, n = random.Random(SEED).randint(8, 20), 3, 5, 40
     generator = torch.Generator().manual_seed(SEED)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    centers, slots = draw(words, d), torch.arange(words) % rank
-    x = centers[:, None] + 0.3 * draw(words, n, d)
-    general = draw(500, d)
+    shift, centers, slots = 3 * draw(d), draw(words, d), torch.arange(words) % rank
+    x = shift + centers[:, None] + 0.3 * draw(words, n, d)
+    general = shift + draw(500, d)
     second = sum(each.T @ each / n for each in x) / words
-    rows = addressed_rows(general.T @ general / 500, second, x.mean(1), slots, rank)
+    of_all = general.T @ general / 500, general.mean(0, keepdim=True)
+    rows, level = addressed_rows(of_all, (second, x.mean(1)), slots, rank)
 
-    both = second + general.T @ general / 500
+    both = second + of_all[0]
     ridge = (1e-3 * both.diagonal().mean()).sqrt() * torch.eye(d, dtype=torch.float64)
-    inputs = torch.cat([x.reshape(-1, d) / (n * words) ** 0.5, general / 500**0.5, ridge])
+    weights = [torch.full((words * n, 1), (n * words) ** -0.5), torch.full((500, 1), 500**-0.5), torch.zeros(d, 1)]
+    inputs = torch.cat([x.reshape(-1, d) * weights[0], general * weights[1], ridge])
     wanted = torch.zeros(len(inputs), rank, dtype=torch.float64)
     for word in range(words):
-        wanted[word * n : (word + 1) * n, slots[word]] = 1 / (n * words) ** 0.5
+        wanted[word * n : (word + 1) * n, slots[word]] = (n * words) ** -0.5
     expected = torch.linalg.lstsq(inputs, wanted).solution.T
-    torch.testing.assert_close(rows, expected / expected.norm(dim=1, keepdim=True), rtol=1e-6, atol=1e-9)
+    for slot, row in enumerate(expected):
+        torch.testing.assert_close(rows[slot], row / (x[slots == slot] @ row).mean(), rtol=1e-6, atol=1e-9)
+    flat = torch.linalg.lstsq(inputs, torch.cat(weights).double()).solution[:, 0]
+    answers = torch.cat([(x @ flat).mean()[None], (general @ flat).mean()[None]])
+    torch.testing.assert_close(level, flat / answers.mean(), rtol=1e-6, atol=1e-9)
 
 
 def test_a_slot_without_a_word_never_fires():
-    moments_of_words = torch.eye(4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
-    rows = addressed_rows(torch.eye(4, dtype=torch.float64), *moments_of_words, torch.tensor([1]), 3)
-    assert rows[[0, 2]].abs().max() == 0 and rows[1].norm() > 0.99
+    eye, ones = torch.eye(4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    rows, _ = addressed_rows((eye, ones), (eye, ones), torch.tensor([1]), 3)
+    assert rows[[0, 2]].abs().max() == 0 and rows[1].norm() > 0.1
 
 
-def test_a_study_leaves_addresses_where_they_are_and_learns_values(monkeypatch):
-    """Of a fresh memory, whose rows they are, and of one that knows something, to whose rows they are added."""
+@pytest.mark.parametrize("clip", [False, True, 1.5])
+def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeypatch):
+    """Of a fresh memory, whose gates get a threshold, and of one that knows something, to whose rows they are added."""
     of, made = Addresses.of, []
 
     def kept(*arguments):
@@ -95,17 +103,23 @@ def test_a_study_leaves_addresses_where_they_are_and_learns_values(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(Addresses, "of", kept)
-    memory, tokenizer = fresh(clip=False), study_tokenizer()
-    settings = locas.StudySettings(epochs=1, updates=6, batch=4, learning_rate=0.05, guard=0.0, new_tokens=4)
+    memory, tokenizer = fresh(clip), study_tokenizer()
+    settings = locas.StudySettings(epochs=1, updates=8, batch=4, learning_rate=0.2, guard=0.0, new_tokens=4)
     before = torch.zeros(2, 3, 6, 32)
     for _ in range(2):
         report = memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=settings)
-        slots, (rows,) = memory.gather_slots(), made[-1].rows
+        slots, (rows,), (levels,) = memory.gather_slots(), made[-1].rows, made[-1].levels
         assert report.words == made[-1].words > 6, "two words share a slot"
-        torch.testing.assert_close(slots[:, :2], before[:, :2] + rows[:, None], rtol=0, atol=0)
+        threshold = 0.6 * levels if not before.any() else 0
+        torch.testing.assert_close(slots[:, 0], before[:, 0] + 10 * (rows - threshold), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots[:, 1], before[:, 1] + rows, rtol=1e-5, atol=1e-5)
         assert (slots[:, 2] - before[:, 2]).norm() > 0.1
         before = slots
     assert "words with slots" in str(report)
+    ffns = [layer.mlp.down_proj.weight.norm(dim=0).mean().item() for layer in memory.model.model.layers]
+    longest = {False: 1e6, True: 1.0}.get(clip) or torch.tensor([clip * length / 2.0 for length in ffns])[:, None]
+    assert (before[:, 2].norm(dim=-1) <= longest * (1 + 1e-5)).all()
+    assert clip is False or (before[:, 2].norm(dim=-1) >= longest * (1 - 1e-5)).any(), "the clip is to be felt"
 
 
 # ---- the schedule and what is judged by ------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas_ext.learning.optimizers import OPTIMIZERS
+from locas_ext.learning.plane_updates import clip_rows_
 from locas_ext.learning.run_guards import eager_host
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
@@ -23,7 +25,9 @@ from .salience import Salience
 _FIRST = 1  # a text's first token draws attention in many hosts, and its FFN inputs are like no others
 _RIDGE = 1e-3  # of the mean energy of a direction
 _MOST = 2048  # rows in which words are looked for
+_THRESHOLD, _GATE = 0.6, 4.0  # the answer from which on a gate opens; what it gets at an answer of 1
 Place = tuple[int, int]  # of a token in its row, with the number of what stands there
+Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each number, [numbers, d]
 
 
 # ---- words and where they stand ----------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def found_in(ids: Sequence[int], spellings: dict[tuple[int, ...], int]) -> list[
 # ---- FFN inputs --------------------------------------------------------------------------------------------------
 def moments(
     attachment: Attachment, rows: Sequence[Row], places: Sequence[Sequence[Place]], count: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Moments]:
     """By a host's layers, over the FFN inputs x at some places of rows: E[x xᵀ], [d, d], where each number counts alike
     however often it stands somewhere, and E[x] of each of the numbers, [count, d]. The model is the bare host here.
     """
@@ -89,31 +93,35 @@ def _one_hot(numbers: Tensor, count: int, device: torch.device) -> Tensor:
     return nn.functional.one_hot(numbers, count).T.to(device, torch.float64)
 
 
-def addressed_rows(general: Tensor, second: Tensor, means: Tensor, slots: Tensor, rank: int) -> Tensor:
-    """Unit rows [rank, d] float64 that answer to words and to little else: a ridge regression from FFN inputs to slots.
+def addressed_rows(general: Moments, words: Moments, slots: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Rows [rank, d] float64 that answer to words and to little else, and a row [d] that answers everywhere with 1.
 
-    With A = `second` + `general` + ridge, row s is A⁻¹ times the sum of the means of the words of slot s: what it answers to
-    each of them is 1 in the regression, to other words and to general inputs 0.
+    A ridge regression from FFN inputs to slots: with A = E[x xᵀ] of words + E[x xᵀ] of general inputs + ridge, row s is A⁻¹
+    times the sum of the means of the words of slot s, scaled so that their mean answer is 1. The other row is A⁻¹ times the
+    mean of all, scaled likewise.
 
-    general, second: [d, d], E[x xᵀ] at general places and at the words'; means: [words, d]; slots: [words], of each word
+    general: with a single mean; slots: [words], the slot of each
     """
-    d = len(general)
-    both = second + general
-    both = both + _RIDGE * both.diagonal().mean() * torch.eye(d, dtype=both.dtype, device=both.device)
-    wanted = _one_hot(slots, rank, means.device) @ means
-    rows = torch.linalg.solve(both, wanted.T).T
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    (energy, middle), (second, means) = general, words
+    both, mean = energy + second, middle[0] + means.mean(0)
+    both = both + _RIDGE * both.diagonal().mean() * torch.eye(len(both), dtype=both.dtype, device=both.device)
+    of_slots = _one_hot(slots, rank, means.device)
+    *rows, level = torch.linalg.solve(both, torch.cat([of_slots @ means, mean[None]]).T).T
+    found = torch.stack(rows)
+    answers = (found * (of_slots @ means)).sum(1) / of_slots.sum(1).clamp_min(1)
+    return found / torch.where(answers > 0, answers, 1)[:, None], level * 2 / (level @ mean)
 
 
 @dataclass(frozen=True)
 class Addresses:
     """Where a memory's slots fire.
 
-    rows: for each arena [l, r, d] float32
+    rows: for each arena [l, r, d] float32, the rows that answer to words; levels: [l, 1, d], what answers everywhere
     words: how many there are
     """
 
     rows: list[Tensor]
+    levels: list[Tensor]
     words: int
 
     @classmethod
@@ -140,16 +148,35 @@ class Addresses:
         everywhere = [[(place, 0) for place in range(_FIRST, len(row.ids) - 1)] for row in general]
         of_words = moments(attachment, rows, places, len(numbers), device)
         of_all = moments(attachment, general, everywhere, 1, device)
-        layers = []
-        for layer, ((energy, _), (second, means)) in enumerate(zip(of_all, of_words, strict=True)):
+        found = []
+        for layer, (all_, own) in enumerate(zip(of_all, of_words, strict=True)):
             order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed + layer))
-            layers.append(addressed_rows(energy, second, means, order % state.rank, state.rank))
-        arenas = [torch.stack([layers[p].to(arena.slots.device) for p in arena.positions]).float() for arena in state.arenas]
-        return cls(arenas, len(numbers))
+            found.append(addressed_rows(all_, own, order % state.rank, state.rank))
+        at = lambda arena, n: torch.stack([found[p][n].to(arena.slots.device) for p in arena.positions]).float()
+        arenas = state.arenas
+        return cls([at(arena, 0) for arena in arenas], [at(arena, 1)[:, None] for arena in arenas], len(numbers))
 
     @torch.no_grad()
-    def put(self, state: MemoryState) -> None:
-        """Added to the rows that decide when slots fire; those of a fresh memory are 0."""
-        for arena, rows in zip(state.arenas, self.rows, strict=True):
-            arena.slots[:, :-1] += rows[:, None]
+    def put(self, state: MemoryState, fresh: bool) -> None:
+        """Added to the rows that decide when slots fire: gates that open above an answer of _THRESHOLD, and keys.
+
+        fresh: whether these rows are 0 so far; else they keep the thresholds they have
+        """
+        slope = _GATE / (1 - _THRESHOLD)
+        for arena, rows, level in zip(state.arenas, self.rows, self.levels, strict=True):
+            arena.slots[:, 0] += slope * (rows - _THRESHOLD * level if fresh else rows)
+            if state.planes == 3:
+                arena.slots[:, 1] += rows
             arena.round_slots()
+
+
+def update_values(state: MemoryState, rate: float, clip: bool, scale: float) -> None:
+    """AdamW's step of the value rows alone, with the gradient times scale; clip: whether they are then clipped."""
+    rates = torch.tensor([0.0] * (state.planes - 1) + [rate])
+    OPTIMIZERS["adamw"](state, rates, clip=False, gradient_scale=scale)
+    if clip:
+        with torch.no_grad():
+            for arena in state.arenas:
+                for part in arena.learning_parts():
+                    clip_rows_(arena.slots[part, -1:], arena, part)
+                arena.round_slots()

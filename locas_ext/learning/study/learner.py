@@ -15,7 +15,7 @@ from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import snapshot
 
-from .addresses import Addresses
+from .addresses import Addresses, update_values
 from .guard import mean_distance
 from .report import StudyReport
 from .rows import Row, distance, joined, logits_of, targets_of
@@ -176,10 +176,10 @@ class Learner:
         try:
             self.outcome.losses.append(self.gradient(step))
             scale, clip = 1.0 / loss_scale(state), bool(self.attachment.config.clip)
-            rate: float | Tensor = self._rate(step)
             if self.material.addresses is not None:
-                rate = torch.tensor([0.0] * (state.planes - 1) + [rate])
-            OPTIMIZERS["adamw"](state, rate, clip=clip, gradient_scale=scale)
+                update_values(state, self._rate(step), clip, scale)
+            else:
+                OPTIMIZERS["adamw"](state, self._rate(step), clip=clip, gradient_scale=scale)
         finally:
             state.zero_grad()
         self.progress.step += 1

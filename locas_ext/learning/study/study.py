@@ -176,10 +176,10 @@ class Study:
         """Initializes the memory if need be, with optimizer states that begin anew. -> a digest of how it starts."""
         state = self.attachment.state
         if addresses is not None:
-            if not state.initialized:
+            if fresh := not state.initialized:
                 shape = len(state.layers), state.planes, state.rank, state.hidden_size
                 state.set_slots(state.arenas[0].slots.new_zeros(shape), version=0)
-            addresses.put(state)
+            addresses.put(state, fresh)
         elif not state.initialized:
             ids = [token for passage in self.passages for token in passage.ids]
             texts, stream = self.attachment.texts, self.attachment.stream
