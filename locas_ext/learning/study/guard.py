@@ -96,28 +96,29 @@ _JUDGE = 4  # one in so many rows is kept back
 def guard_rows(
     model: Any, prompter: Prompter, tokens: int, top_k: int, seed: int, device: torch.device
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to learn with, and a quarter kept back to judge by; each holds what the bare host expects at each of its places.
+    """Rows to learn with, and others to judge by; each holds what the bare host expects at each of its places.
 
-    They are answers to PROMPTS, to questions about invented names and to what the host says itself in a user's place, and what
-    it writes of itself. The model is the bare host here.
+    They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself, of which a
+    quarter is kept back; and, to learn with, answers to questions about invented names. The model is the bare host here.
 
     tokens: the most of a row
     """
-    prompts = [
-        prompter.ask(prompt) for prompt in [*PROMPTS, *named_prompts(prompter, seed), *_own_prompts(model, prompter, seed)]
-    ]
+
+    def answered(prompts: list[list[int]], most: int, temperature: float = 0.0) -> list[Row]:
+        texts = write(model, prompter.tokenizer, prompts, most, seed, temperature)
+        whole = [((*before, *prompter.encode(text))[:tokens], len(before)) for before, text in zip(prompts, texts, strict=True)]
+        rows = [Row(ids, first) for ids, first in whole if len(ids) > first]
+        found = expectations(model, rows, top_k, device)
+        return [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
+
     begin = prompter.passage("") or prompter.encode("\n")
-    texts = write(model, prompter.tokenizer, prompts, _ANSWER, seed)
-    free = write(model, prompter.tokenizer, [begin] * FREE_TEXTS, _FREE, seed, temperature=1.0)
-    rows = []
-    for before, text in [*zip(prompts, texts, strict=True), *((begin, text) for text in free)]:
-        ids = (*before, *prompter.encode(text))[:tokens]
-        if len(ids) > len(before):
-            rows.append(Row(ids, len(before)))
-    random.Random(seed).shuffle(rows)
-    found = expectations(model, rows, top_k, device)
-    rows = [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
-    return [row for number, row in enumerate(rows) if number % _JUDGE], rows[::_JUDGE]
+    asked = [prompter.ask(prompt) for prompt in [*PROMPTS, *_own_prompts(model, prompter, seed)]]
+    general = [*answered(asked, _ANSWER), *answered([begin] * FREE_TEXTS, _FREE, temperature=1.0)]
+    named = answered([prompter.ask(prompt) for prompt in named_prompts(prompter, seed)], _ANSWER)
+    shuffled = random.Random(seed).sample
+    general = shuffled(general, len(general))
+    learned = [*named, *(row for number, row in enumerate(general) if number % _JUDGE)]
+    return shuffled(learned, len(learned)), general[::_JUDGE]
 
 
 def named_prompts(prompter: Prompter, seed: int) -> list[str]:
