@@ -1,6 +1,7 @@
 """Slots that words fire, against least squares and hooks by hand; the schedule of a study, and what judges it."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from support.study import PAIRS, TEXT, study_host, study_tokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.recall.general import general_questions
-from locas_ext.learning.study.addresses import Addresses, addressed_rows, found_in, moments, spelled
+from locas_ext.learning.study.addresses import Addresses, addressed_rows, enough, found_in, moments, spelled
 from locas_ext.learning.study.guard import PROMPTS
 from locas_ext.learning.study.learner import Learner
 from locas_ext.learning.study.prompts import Prompter
@@ -30,6 +31,15 @@ def test_a_word_is_found_at_its_last_token_wherever_it_stands():
     assert [words[number] for _, number in found] == ["honey", "Skolm", "Skolm", "honey"], "no row is read to its last token"
     for place, number in found:
         assert prompter.tokenizer.decode(ids[: place + 1]).lower().endswith(words[number].lower())
+
+
+def test_rows_are_read_until_each_word_stood_in_enough_places_or_in_all_there_are():
+    rng, words = random.Random(SEED), {(number,): number for number in range(9)}
+    rows = [Row(tuple(rng.choices(range(12), weights=range(1, 13), k=rng.randint(2, 9))), 1) for _ in range(150)]
+    chosen, places = enough(rows, words)
+    assert places == [found_in(row.ids, words) for row in chosen] and 9 < len(chosen) < len(rows)
+    count = lambda those: Counter(number for row in those for _, number in found_in(row.ids, words))
+    assert all(count(chosen)[number] >= min(16, total) for number, total in count(rows).items())
 
 
 def test_moments_are_those_of_the_places_alone_and_each_word_counts_alike():

@@ -24,7 +24,7 @@ from .salience import Salience
 
 _FIRST = 1  # a text's first token draws attention in many hosts, and its FFN inputs are like no others
 _RIDGE = 1e-3  # of the mean energy of a direction
-_MOST = 2048  # rows in which words are looked for
+_ENOUGH = 16  # places of a word
 _THRESHOLD, _GATE = 0.6, 4.0  # the answer from which on a gate opens; what it gets at an answer of 1
 Place = tuple[int, int]  # of a token in its row, with the number of what stands there
 Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each number, [numbers, d]
@@ -57,6 +57,19 @@ def found_in(ids: Sequence[int], spellings: dict[tuple[int, ...], int]) -> list[
             result.append((place + length - 1, spellings[tuple(ids[place : place + length])]))
         place += max(1, length)
     return result
+
+
+def enough(rows: Sequence[Row], spellings: dict[tuple[int, ...], int]) -> tuple[list[Row], list[list[Place]]]:
+    """The first rows in which a word stands that did not stand in _ENOUGH places before, and their words' places."""
+    often: Counter[int] = Counter()
+    chosen, places = [], []
+    for row in rows:
+        found = found_in(row.ids, spellings)
+        if any(often[number] < _ENOUGH for _, number in found):
+            often.update(number for _, number in found)
+            chosen.append(row)
+            places.append(found)
+    return chosen, places
 
 
 # ---- FFN inputs --------------------------------------------------------------------------------------------------
@@ -141,8 +154,7 @@ class Addresses:
         are apart in others.
         """
         spellings, state = spelled(prompter, words), attachment.state
-        rows = random.Random(seed).sample(list(rows), min(_MOST, len(rows)))
-        places = [found_in(row.ids, spellings) for row in rows]
+        rows, places = enough(random.Random(seed).sample(list(rows), len(rows)), spellings)
         numbers = {number: at for at, number in enumerate(dict.fromkeys(n for each in places for _, n in each))}
         places = [[(place, numbers[number]) for place, number in each] for each in places]
         everywhere = [[(place, 0) for place in range(_FIRST, len(row.ids) - 1)] for row in general]

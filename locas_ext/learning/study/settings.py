@@ -62,14 +62,14 @@ class StudySettings:
     epochs: int = 5
     updates: int = 300
     batch: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     top_k: int = 32
     gold: float = 0.0
     recalled: float = 0.7
     raw: float = 0.5
     raw_first: float = 0.3
     guard: float = 4.0
-    most_kl: float = 0.02
+    most_kl: float = 0.004
     keys: str = ADDRESSED
     new_tokens: int = 40
 
