@@ -29,7 +29,7 @@ from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.run_guards import interrupt_between_chunks, quiet_host
 from locas_ext.learning.study.learner import Learner, Material, Progress
 from locas_ext.learning.study.prompts import Prompter
-from locas_ext.learning.study.settings import NONE
+from locas_ext.learning.study.settings import LEARNED
 from locas_ext.learning.study.study import Study, timed
 from locas_ext.memory import StudyReport, StudySettings
 from locas_ext.patching.attachment import Attachment
@@ -170,11 +170,11 @@ class Cartridge:
     def study(
         self, text: str, prompter: Prompter, loss: str, settings: StudySettings, seed: int, cache: Path | None
     ) -> StudyReport:
-        """Learns a text as `Memory.study` does, from the same questions; locality is a memory's own and left out.
+        """Learns a text as `Memory.study` does, from the same questions; addresses are a memory's own and left out.
 
         cache: where the questions that the host writes are kept
         """
-        self._acts, chosen = False, replace(settings, locality=NONE, learning_rate=self._learning_rate)
+        self._acts, chosen = False, replace(settings, keys=LEARNED, learning_rate=self._learning_rate)
         gated = all(ffn.is_gated for ffn in inspect_host(self._model).ffns.values())
         # a study asks its host through an attachment, of which nothing else is used here
         attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"), False)
