@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.errors import LocasError
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.hosts.kept_cache import KeptCache
 from locas_ext.hosts.key_turning import find_turning, reaches, turned
 from locas_ext.hosts.lengths import lengths_of
@@ -165,7 +166,7 @@ class KeptContext:
         logits = self.model(
             input_ids=inputs[None],
             position_ids=self.positions(inputs)[None],
-            past_key_values=cache,
+            **cache_argument(self.model, cache),
             use_cache=True,
             return_dict=True,
         ).logits[0]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.hosts.probe.gradient import embedded
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import misfit, tolerance
@@ -185,9 +186,9 @@ class HostKernels:
 
     def _read(self, part: Any, cache: WindowCache, inputs: Tensor, positions: Tensor | None) -> Any:
         """What the model or its decoder returns."""
-        places = {} if positions is None else {"position_ids": positions[None]}
+        given = cache_argument(part, cache) | ({} if positions is None else {"position_ids": positions[None]})
         with self._all_bound():
-            return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places)
+            return part(input_ids=inputs[None], use_cache=True, return_dict=True, **given)
 
 
 def _error_of_all(ours: Ours, own: Tensor, targets: Tensor) -> float:
