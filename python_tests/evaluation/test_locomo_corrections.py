@@ -78,7 +78,9 @@ def test_an_entry_that_does_not_fit_is_named(dialogues, tmp_path, changes, messa
 def test_a_second_entry_about_a_question_is_named(dialogues, tmp_path, types):
     question = answered(dialogues[0])[0]
     file = write(tmp_path / "corrections", [entry(7, question, "x", error_type) for error_type in types])
-    with pytest.raises(ValueError, match=r"corrections\[1\]: .*corrections\[0\] is about the same question; expected one entry"):
+    with pytest.raises(
+        ValueError, match=r"corrections\[1\]: .*corrections\[0\] is about the same question; expected one entry"
+    ):
         correct(dialogues, read_corrections(file))
 
 

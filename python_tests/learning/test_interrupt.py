@@ -220,7 +220,7 @@ def test_sigint_to_a_process_saves_what_was_learned_and_the_run_resumes_to_the_b
         while process.stdout.readline() not in ("40\n", ""):
             pass
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, err

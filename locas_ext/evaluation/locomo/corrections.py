@@ -11,7 +11,7 @@ from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.schemas import anything
 from locas_ext.storage.schema import short
 
-from .data import ADVERSARIAL, CATEGORIES, Dialogue, Place, Question
+from .data import ADVERSARIAL, CATEGORIES, Dialogue, Place
 
 RIGHT_ANSWER = "WRONG_CITATION"  # the type of an entry whose answer was right
 
