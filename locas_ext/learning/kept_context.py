@@ -69,7 +69,7 @@ class KeptContext:
         self.context = self.inputs = 0
         self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
-    def take_up(self, rows: KeptRows, seen: int) -> None:
+    def resume(self, rows: KeptRows, seen: int) -> None:
         """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:

@@ -1,11 +1,11 @@
 import pytest
 from support.cuda_graphs import graphs_on_the_cpu
-from support.fused import on_gpu
+from support.devices import DEVICES
 
 from locas_ext.learning import captured
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     """Where steps go the way of CUDA graphs."""
     monkeypatch.delenv("LOCAS_CUDA_GRAPH", raising=False)

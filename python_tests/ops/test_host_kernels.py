@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from support.devices import DEVICES, DTYPES
 from support.helpers import assert_as_exact_as_torch
-from support.mlp_ops import DEVICES, DTYPES
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama import modeling_llama

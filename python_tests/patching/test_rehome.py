@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from support.fused import on_gpu
+from support.devices import DEVICES
 from support.helpers import (
     SETTINGS,
     TEXT,
@@ -26,7 +26,7 @@ import locas_ext as locas
 @pytest.mark.parametrize("needs_dx", [True, False])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_one_ffn_and_its_gradients_are_as_exact_as_torch(device, dtype, biases, needs_dx):
     rank, m, d = 3, 37, 32
     model, memory = rehomed(rank=rank, dtype=dtype, model_settings={"intermediate_size": m, "mlp_bias": biases})

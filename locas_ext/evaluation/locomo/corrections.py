@@ -64,16 +64,13 @@ def correct(dialogues: list[Dialogue], corrections: list[Correction]) -> list[Di
     """
     result = []
     for dialogue in dialogues:
-        entries = dict[int, Correction]()
+        questions, entries = list(dialogue.questions), dict[int, Correction]()
         for entry in corrections:
             if entry.applies_to(dialogue.name):
-                entries[_find(entry, dialogue, entries)] = entry
-        questions = [
-            replace(question, answer=entry.correct, published=entry.published)
-            if (entry := entries.get(index)) is not None and entry.wrong
-            else question
-            for index, question in enumerate(dialogue.questions)
-        ]
+                index = _find(entry, dialogue, entries)
+                entries[index] = entry
+                if entry.wrong:
+                    questions[index] = replace(questions[index], answer=entry.correct, published=entry.published)
         result.append(replace(dialogue, questions=tuple(questions)))
     return result
 
