@@ -31,10 +31,10 @@ def _no_waiting_for_the_disk():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(request):
     """Every test starts from the same random state, so a failure repeats on its own."""
     torch.manual_seed(0)
-    random.seed(SEED)
+    random.seed(f"{SEED} {request.node.nodeid}")
     yield
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "a test left the grad mode changed"
 
