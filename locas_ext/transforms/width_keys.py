@@ -55,7 +55,7 @@ def made_on_meta(host: Host, settings: dict[str, Any]) -> nn.Module:
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Of a model's parameters, by name."""
+    """The shapes of a model's parameters, by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
