@@ -8,6 +8,8 @@ CPU_TOKEN_MULTIPLE: int
 MOST_FACTOR_LAYERS: int
 MOST_FACTOR_TOKENS: int
 MOST_FACTOR_WIDTH: int
+MOST_PEERS: int
+PEER_BOX_BYTES: int
 PIECE_ELEMENTS: int
 
 def adamw_slots(
@@ -170,6 +172,9 @@ def neuron_importance_of_products(
     gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: int, stream: int
 ) -> None: ...
 def neuron_importance_workspace(tokens: int, m: int, device: int) -> int: ...
+def peer_sum(
+    data: torch.Tensor, boxes: collections.abc.Sequence[int], rank: int, slot_bytes: int, stop: int, stream: int
+) -> None: ...
 def rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,

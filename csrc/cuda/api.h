@@ -7,6 +7,7 @@
 #include "common/elementwise_params.h"
 #include "common/ffn_params.h"
 #include "common/norm_params.h"
+#include "common/peer_params.h"
 #include "common/rotary_params.h"
 #include "common/slot_params.h"
 
@@ -26,6 +27,7 @@ void rms_norm(const NormParams&, Queue);
 void rms_norm_backward(const NormBackwardParams&, Queue);
 void layer_norm(const NormParams&, Queue);
 void layer_norm_backward(const NormBackwardParams&, Queue);
+void peer_sum(const PeerSumParams&, Queue);
 void rotary_forward(const RotaryForwardParams&, Queue);
 void rotary_backward(const RotaryBackwardParams&, Queue);
 void adamw_slots(const AdamwSlotsParams&, Queue);

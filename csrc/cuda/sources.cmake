@@ -4,6 +4,7 @@ set(LOCAS_CUDA_KERNELS
   dispatch.cu
   elementwise/glu_activation.cu
   elementwise/norms.cu
+  elementwise/peer_sum.cu
   elementwise/rotary.cu
   elementwise/token_nll.cu
   slots/update.cu
