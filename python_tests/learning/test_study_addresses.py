@@ -9,11 +9,13 @@ from support.study import PAIRS, TEXT, study_host, study_tokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.recall.general import general_questions
-from locas_ext.learning.study.addresses import Addresses, addressed_rows, enough, found_in, moments, spelled
+from locas_ext.learning.study.addresses import Addresses, addressed_rows, addressed_words, enough, found_in, moments, spelled
 from locas_ext.learning.study.guard import PROMPTS
 from locas_ext.learning.study.learner import Learner
+from locas_ext.learning.study.passages import passages_of, words_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.learning.study.rows import Row
+from locas_ext.learning.study.salience import Word
 
 SEED = random.randrange(10_000)
 CPU = torch.device("cpu")
@@ -31,6 +33,19 @@ def test_a_word_is_found_at_its_last_token_wherever_it_stands():
     assert [words[number] for _, number in found] == ["honey", "Skolm", "Skolm", "honey"], "no row is read to its last token"
     for place, number in found:
         assert prompter.tokenizer.decode(ids[: place + 1]).lower().endswith(words[number].lower())
+
+
+def test_words_that_general_text_has_get_slots_only_beside_names():
+    prompter = Prompter(study_tokenizer())
+    text = "It rained on the harbour and on the market. Captain Klau sold honey on the market. Nobody counted the lanterns."
+    salient = lambda sentence: [
+        Word(start, end, sentence[start:end], sentence[start:end], sentence[start] == "K")
+        for start, end in words_of(sentence)
+        if sentence[start:end] in ("harbour", "market", "Klau", "honey", "lanterns")
+    ]
+    general = [Row(tuple(prompter.encode("Bees make honey. The harbour, the market?")), 1)]
+    words = addressed_words(passages_of(prompter, [text], 64), salient, prompter, general)
+    assert words == ["Klau", "honey", "market", "lanterns"]
 
 
 def test_rows_are_read_until_each_word_stood_in_enough_places_or_in_all_there_are():

@@ -1,6 +1,7 @@
 """Slots that are addressed by words: which inputs fire a slot is computed, what the slot then says is learned."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +32,18 @@ Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each num
 
 
 # ---- words and where they stand ----------------------------------------------------------------------------------
-def words_of_passages(passages: Sequence[Passage], salient: Salience) -> list[str]:
-    """The words worth asking for, in the order of the text; a name of several words by its last one."""
-    sentences = dict.fromkeys(sentence for passage in passages for sentence in sentences_of(passage.text))
-    return list(dict.fromkeys(word.text.split()[-1] for sentence in sentences for word in salient(sentence)))
+def addressed_words(passages: Sequence[Passage], salient: Salience, prompter: Prompter, general: Sequence[Row]) -> list[str]:
+    """The words worth asking for, in the order of the text; a name of several words by its last one.
+
+    A word that general rows have too counts only beside a name: elsewhere its slots would fire in any text.
+    """
+    usual = set(re.findall(r"\w+", " ".join(prompter.tokenizer.decode(row.ids) for row in general).lower()))
+    result: dict[str, None] = {}
+    for sentence in dict.fromkeys(sentence for passage in passages for sentence in sentences_of(passage.text)):
+        words = salient(sentence)
+        named = any(word.name for word in words)
+        result |= dict.fromkeys(word.text.split()[-1] for word in words if named or word.text.lower() not in usual)
+    return list(result)
 
 
 def spelled(prompter: Prompter, words: Sequence[str]) -> dict[tuple[int, ...], int]:
