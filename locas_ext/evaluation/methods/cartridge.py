@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.arguments import needs_extra
+from locas_ext.hosts.cache_names import cache_argument, given_cache
 from locas_ext.hosts.context_cache import holds_keys_and_values_only
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.text_config import max_positions
@@ -122,7 +123,8 @@ class Cartridge:
             self._wrapper = get_peft_model(self._model, config)
         cache = DynamicCache()
         with torch.no_grad():
-            self._model(input_ids=torch.tensor([ids], device=self._model.device), past_key_values=cache, use_cache=True)
+            inputs = torch.tensor([ids], device=self._model.device)
+            self._model(input_ids=inputs, **cache_argument(self._model, cache), use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         try:
             initialize_kv_prefix_from_past_key_values(self._wrapper, past_key_values=pairs)
@@ -149,13 +151,13 @@ class Cartridge:
         if not self._acts:
             return None
         count, named = self._wrapper.active_peft_config.num_virtual_tokens, dict(named)
-        cache = named.get("past_key_values")
+        cache = given_cache(named)
         if cache is None:
             cache = DynamicCache(config=self._model.config)
         if not cache.get_seq_length():
             for index, (keys, values) in enumerate(self._states()):
                 cache.update(*(states.expand(len(named["input_ids"]), -1, -1, -1) for states in (keys, values)), index)
-        named |= {"past_key_values": cache, "use_cache": True}
+        named |= {**cache_argument(module, cache), "use_cache": True}
         mask: Tensor | None = named.get("attention_mask")
         if mask is not None:
             named["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
