@@ -136,7 +136,7 @@ def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeyp
         slots, (rows,), (levels,) = memory.gather_slots(), made[-1].rows, made[-1].levels
         assert report.words == made[-1].words > 6, "two words share a slot"
         threshold = 0.6 * levels if not before.any() else 0
-        torch.testing.assert_close(slots[:, 0], before[:, 0] + 10 * (rows - threshold), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots[:, 0], before[:, 0] + 20 * (rows - threshold), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(slots[:, 1], before[:, 1] + rows, rtol=1e-5, atol=1e-5)
         assert (slots[:, 2] - before[:, 2]).norm() > 0.1
         before = slots

@@ -26,7 +26,7 @@ from .salience import Salience
 _FIRST = 1  # a text's first token draws attention in many hosts, and its FFN inputs are like no others
 _RIDGE = 1e-3  # of the mean energy of a direction
 _ENOUGH = 16  # places of a word
-_THRESHOLD, _GATE = 0.6, 4.0  # the answer from which on a gate opens; what it gets at an answer of 1
+_THRESHOLD, _GATE = 0.6, 8.0  # the answer from which on a gate opens; what it gets at an answer of 1
 Place = tuple[int, int]  # of a token in its row, with the number of what stands there
 Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each number, [numbers, d]
 
