@@ -167,7 +167,12 @@ _RECALL_DONE = fields(
         "kept_interval": _interval,
         "answers": list_of(_RECALL_ANSWER),
     },
-    {"extra_parameters": _count, "kept_questions": _count, "notes": list_of(text)},
+    {
+        **dict.fromkeys(("extra_parameters", "kept_questions"), _count),
+        **dict.fromkeys(("kept_in_float32", "kept_by_rounding"), nullable(_share)),
+        "kept_in_float32_interval": _interval,
+        "notes": list_of(text),
+    },
 )
 
 
