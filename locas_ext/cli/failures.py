@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from locas_ext.errors import Interrupted, LocasError
+from locas_ext.errors import Interrupted, LocasError, is_out_of_memory
 from locas_ext.version import __version__
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -53,7 +53,7 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
         return Failure(1, str(error))
     if isinstance(error, (ValueError, TypeError, IndexError)) and _raised_here(error):
         return Failure(2, _with_origin(str(error), origin))
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(1, f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}")
     return Failure(1, _unexpected(error))
 
@@ -74,11 +74,6 @@ def _with_origin(message: str, origin: Callable[[str], Path | None]) -> str:
     match = re.match(r"(?:--)?([a-z][\w-]*)(?: |:|=)", message)
     file = origin(match[1].replace("-", "_")) if match else None
     return f"{file}: {message}" if file else message
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
 
 
 def _unexpected(error: BaseException) -> str:

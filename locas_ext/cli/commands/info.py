@@ -7,7 +7,7 @@ import typer
 
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import HOST, option
-from locas_ext.cli.values import path, text
+from locas_ext.cli.values import MODEL, path
 from locas_ext.errors import LocasError
 from locas_ext.terminal import Terminal
 
@@ -24,7 +24,7 @@ def info(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str | None, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
+    model: Annotated[str | None, option(MODEL, "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
 ) -> None:
     """Versions, build, devices and a self-test of the kernels, for a bug report; or what a memory or a model's FFNs are."""
     if memory is not None and model is not None:
