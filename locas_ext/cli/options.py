@@ -173,7 +173,11 @@ class MemoryOptions:
     ] = "unit"
     clip_at: Annotated[
         float | None,
-        option(number(above=0, high=MOST_CLIP), "Keep rows within this multiple of the host's mean row length, not of 1.", panel=MEMORY),
+        option(
+            number(above=0, high=MOST_CLIP),
+            "Keep rows within this multiple of the host's mean row length, not of 1.",
+            panel=MEMORY,
+        ),
     ] = None
 
     def config(self) -> LocasConfig:

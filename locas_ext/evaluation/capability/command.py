@@ -25,6 +25,7 @@ from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.capability import console_tables, detached_verdict
 from locas_ext.evaluation.texts import Text, read_text
 from locas_ext.storage.snapshot import copy_sharing_weights
+from locas_ext.terminal import neutral
 
 from .ability.suite import Ability, AbilityTasks
 from .bootstrap import interval, resampled_sums
@@ -123,8 +124,8 @@ def _pooled(records: list[dict], seed: int) -> list[dict]:
 # ---- the command -----------------------------------------------------------------------------------------------
 def _names(paths: list[Path]) -> list[str]:
     """What the texts are called in the results: their files' names, or their paths where two names are the same."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [neutral(path.name) for path in paths]
+    return names if len(set(names)) == len(names) else [neutral(str(path)) for path in paths]
 
 
 def _probe(model, memory_folder: Path) -> dict:

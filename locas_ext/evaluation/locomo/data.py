@@ -12,6 +12,7 @@ from pathlib import Path
 from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.schemas import anything
 from locas_ext.storage.schema import short
+from locas_ext.terminal import neutral
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 ADVERSARIAL = 5
@@ -98,7 +99,7 @@ def _read_file(file: Path) -> list[Dialogue]:
         if not content:
             raise ValueError(f"{file} is an empty list; expected dialogues")
         return [_listed(place) for place in root.items()]
-    return [_listed(root)] if "conversation" in root.need_object() else [_dialogue(file.stem, root, root)]
+    return [_listed(root)] if "conversation" in root.need_object() else [_dialogue(neutral(file.stem), root, root)]
 
 
 def _listed(place: "Place") -> Dialogue:
