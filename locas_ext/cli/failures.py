@@ -1,6 +1,7 @@
 """What ended a command, as one line and an exit status.
 
-0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 Ctrl-C, 141 closed pipe.
+0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 Ctrl-C (143 SIGTERM, 129 SIGHUP), 141
+closed pipe.
 """
 
 import dis
@@ -17,6 +18,8 @@ import typer
 
 from locas_ext.errors import Interrupted, LocasError, is_out_of_memory
 from locas_ext.version import __version__
+
+from .interrupts import status_of
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -35,9 +38,9 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
     origin: the --config file that an option comes from, or None, so that a complaint about its value can name it
     """
     if isinstance(error, Interrupted):
-        return Failure(130, f"interrupted: {error}")
+        return Failure(status_of(error), f"interrupted: {error}")
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return Failure(130, "interrupted: nothing was kept")
+        return Failure(status_of(error), "interrupted: nothing was kept")
     # rich answers a closed pipe with an exit
     if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)):
         return Failure(141)

@@ -1,10 +1,8 @@
 """What holds while a run learns: the memory attached, the host in evaluation mode, Ctrl-C between chunks only."""
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -13,6 +11,7 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
+from locas_ext.signals import handled
 
 _FAILED = 2.0  # what a process says that ends with an error, beside 1 for Ctrl-C
 
@@ -68,31 +67,25 @@ def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[..
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
-    Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes.
+    Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes. SIGTERM and
+    SIGHUP are treated alike where they do.
     """
-    mine = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    pressed = False
+    pressed: tuple[int, ...] = ()
 
     def handler(signum, frame):
         nonlocal pressed
         if not pressed:
-            os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
-        pressed = True
+            with suppress(OSError):  # a terminal that has hung up takes nothing
+                os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
+        pressed = (signum,)
 
     def check(failed: bool = False) -> None:
-        said = _FAILED if failed else float(pressed)
+        said = _FAILED if failed else float(bool(pressed))
         worst = said if ranks is None else ranks.largest(said)
         if worst == _FAILED and not failed:
             raise LocasError("another process ended the run here with an error; the memory is as it was there")
         if worst and not failed:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(*pressed)
 
-    if mine:
-        signal.signal(signal.SIGINT, handler)
-    try:
+    with handled(handler):
         yield check
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """`locas memorize`: streams texts through a model into a memory folder."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,14 @@ def _learn(task: MemorizeTask, memory: Memory, ids: Tensor, update: Backprop | W
             report = memory.memorize(ids, callback=save, resume=resume, update=update, **task.settings)
             memory.save_pretrained(task.out, optimizer=True)
     except KeyboardInterrupt:
-        if unsaved:
-            memory.save_pretrained(task.out, optimizer=True)
+        with suppress(KeyboardInterrupt):  # pressed again: what was saved before is still there
+            if unsaved:
+                memory.save_pretrained(task.out, optimizer=True)
         if not (task.out / CONFIG_NAME).exists():
             raise Interrupted("nothing had been learned yet, nothing was kept") from None
         raise Interrupted(
-            f"what was learned from {memory.tokens_seen:,} of {len(ids):,} tokens is kept in {task.out}; "
-            "the same command with --resume continues"
+            f"what was learned from {checkpoint.read(task.out).fields['tokens_seen']:,} of {len(ids):,} tokens is kept in "
+            f"{task.out}; the same command {'' if task.resume else 'with --resume '}continues"
         ) from None
     return report
 

@@ -1,0 +1,28 @@
+"""The standard streams as every command finds them: all three open, and no character that standard output cannot take."""
+
+import io
+import os
+import sys
+
+
+def prepare() -> None:
+    """Called before anything else is opened: a file would get the number of a stream that is closed, and all that is said there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        descriptor = ("stdin", "stdout", "stderr").index(name)
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not text is refused where it is used
+
+
+def let_go(descriptor: int) -> None:
+    """What is still to be written to an output that nobody takes goes nowhere, so that the process does not stumble over it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
