@@ -1,4 +1,4 @@
-"""The signals that end a run as Ctrl-C does: SIGINT, and where a command asked for it those of schedulers and closed terminals."""
+"""The signals that end a run as Ctrl-C does; a command makes those of schedulers and closed terminals some of them."""
 
 import signal
 import threading

@@ -6,9 +6,8 @@ import sys
 
 
 def prepare() -> None:
-    """Called before anything else is opened: a file would get the number of a stream that is closed, and all that is said there."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        descriptor = ("stdin", "stdout", "stderr").index(name)
+    """To be called before any file is opened, which would get the number of a closed stream and all that is written there."""
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(descriptor)
         except OSError:
