@@ -73,6 +73,10 @@ class Terminal(Console):
     def file(self) -> Any:
         return _OnTheSide(super().file) if self.stderr else super().file
 
+    @file.setter
+    def file(self, stream: Any) -> None:
+        self._file = stream
+
     def on_broken_pipe(self) -> None:
         """Called while a BrokenPipeError is handled; continues, where rich would end the process."""
         raise

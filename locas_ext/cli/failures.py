@@ -23,6 +23,7 @@ from .interrupts import status_of
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+CLOSED_PIPE = 141
 UsageError: Any = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
 
 
@@ -43,7 +44,7 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
         return Failure(status_of(error), "interrupted: nothing was kept")
     # rich answers a closed pipe with an exit
     if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)):
-        return Failure(141)
+        return Failure(CLOSED_PIPE)
     if isinstance(error, SystemExit):
         return Failure(error.code if isinstance(error.code, int) else 1)
     if isinstance(error, UsageError):

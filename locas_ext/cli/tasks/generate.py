@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -30,6 +31,14 @@ class GenerateTask:
     device: str | None
 
 
+_COLDEST = 1e-4  # below, the likeliest token is all that is drawn, and logits divided by less overflow
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """How `generate` draws a token."""
+    return {"do_sample": True, "temperature": temperature} if temperature >= _COLDEST else {"do_sample": False}
+
+
 class Streamer(TextStreamer):
     """Shows what a model writes; a terminal does not obey it."""
 
@@ -54,13 +63,12 @@ def run_generate(task: GenerateTask) -> str:
     if task.memory is not None:
         locas.load(host, task.memory)
     torch.manual_seed(task.seed)
-    sampling = {"do_sample": True, "temperature": task.temperature} if task.temperature else {"do_sample": False}
     with torch.inference_mode():
         output = host.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=task.max_new_tokens,
             streamer=Streamer(tokenizer, skip_special_tokens=True),
-            **sampling,
+            **sampling(task.temperature),
         )
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from locas_ext import memory as locas
 from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
-from locas_ext.evaluation.arguments import at_least
+from locas_ext.evaluation.arguments import at_least, once
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.adapter_files import saved_lora
@@ -189,6 +189,7 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     detach() did not restore the host; Interrupted at Ctrl-C.
     """
     at_least(2, held_out_tokens=task.held_out_tokens)
+    once("--held-out", task.held_out)
     evaluator = _evaluator(task.tasks)
     if task.temp_lora is not None and evaluator is None:
         raise ValueError("--temp-lora is given, but --tasks, which the adapter is to answer, is not")
