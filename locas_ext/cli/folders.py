@@ -16,6 +16,8 @@ _LAST = "config.json"  # without which nobody takes a folder for a model's
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """Inside the block the folder exists and can be written; of the folders made for that, those still empty go again."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder")
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,10 @@ def _as_number(value: Any) -> Any:
 
 def integer(low: int, high: int = MOST) -> Kind:
     def read(value: Any) -> int:
-        return checks.integer("", int(value) if isinstance(value, str) else value, low, high)
+        number = checks.integer("", int(value) if isinstance(value, str) else value, low)
+        if number > high:
+            raise BadValue(number, f"an integer from {low} to {high}")
+        return number
 
     return Kind("N", f"an integer >= {low}" if high == MOST else f"an integer from {low} to {high}", read, textual=False)
 

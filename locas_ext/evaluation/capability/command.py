@@ -20,7 +20,7 @@ from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, once
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.inputs import load_host, weights_digest
-from locas_ext.evaluation.methods.adapter_files import saved_lora
+from locas_ext.evaluation.methods.adapter_files import lora_digest, saved_lora
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.capability import console_tables, detached_verdict
 from locas_ext.evaluation.texts import Text, read_text
@@ -160,6 +160,7 @@ def _settings(task: CapabilityTask, model, texts: list[Text], evaluator: Evaluat
         "window": task.window,
         "merged": task.merged,
         "temp_lora": task.temp_lora,
+        "temp_lora_sha256": task.temp_lora and lora_digest(task.temp_lora),
         "tasks": None,
         **(evaluator.settings if evaluator else {}),
         "seed": task.seed,
