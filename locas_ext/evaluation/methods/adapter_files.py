@@ -69,9 +69,8 @@ def saved_lora(model: Any, folder: Path) -> Iterator[None]:
         tensors = load((folder / TENSORS).read_bytes())
     except (SafetensorError, ValueError) as error:
         raise LocasError(f"{folder / TENSORS} is damaged: {error}") from None
-    if not tensors or any(
-        config["r"] not in tensor.shape for tensor in tensors.values()
-    ):  # before room is made for such a rank
+    # before room is made for such a rank
+    if not tensors or any(config["r"] not in tensor.shape for tensor in tensors.values()):
         raise LocasError(f"{folder} is damaged: its tensors are not of rank {config['r']}, which {CONFIG} says")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise LocasError(f"{folder / TENSORS} is damaged: it holds numbers that are not finite")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from locas_ext.checks import integer, number
+from locas_ext.checks import number
 from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
 from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
@@ -50,7 +50,6 @@ from .nonce import nonce_document
 
 NONCE = "nonce"
 _FURTHER_SEED = 1_000_000
-_MOST_INVENTED = 10_000
 _AT_ONCE = 96  # general questions between two looks at whether enough are right
 
 
@@ -112,8 +111,7 @@ def _check(task: RecallTask) -> None:
 
 def _documents(task: RecallTask) -> list[Document]:
     if task.data == NONCE:
-        count = 1 if task.documents is None else integer("--documents", task.documents, 1, _MOST_INVENTED, "they are invented")
-        integer("--further", task.further, 0, _MOST_INVENTED, "they are invented")
+        count = 1 if task.documents is None else task.documents
         return [nonce_document(task.facts, task.seed + number) for number in range(count)]
     if task.data not in SHIPPED and not Path(task.data).exists():
         raise FileNotFoundError(f"DATA: {task.data} is not there; expected {NONCE}, {', '.join(SHIPPED)}, a file or a folder")
