@@ -12,6 +12,7 @@ from support.study import CHAT, TEXT, study_host, study_tokenizer
 import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.cli.tasks import chat as chat_module
+from locas_ext.cli.tasks import generate as generate_module
 from locas_ext.evaluation.inputs import load_host
 
 
@@ -151,3 +152,13 @@ def test_a_signal_that_ends_the_process_ends_the_conversation(host, capsys, monk
     monkeypatch.setattr(model, "generate", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(chat_module, "load_host", lambda *arguments: (model, tokenizer))
     assert talk(capsys, monkeypatch, host, "First?", "Second?")[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_not_taken_for_an_answer(host, capsys, monkeypatch, temperature):
+    model, tokenizer = load_host(str(host), None, "cpu")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    monkeypatch.setattr(generate_module, "load_host", lambda *arguments: (model, tokenizer))
+    assert main(["generate", "--model", str(host), "--prompt", "First?", "--temperature", str(temperature)]) == 1
+    assert "the model's logits are not finite" in capsys.readouterr().err

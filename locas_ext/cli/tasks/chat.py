@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from locas_ext import memory as locas
 from locas_ext.cli.failures import CLOSED_PIPE, failure
@@ -21,7 +21,7 @@ from locas_ext.learning.study.generation import ends_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import Memory
 
-from .generate import Streamer, sampling
+from .generate import Finite, Streamer, sampling
 
 HELP = """/off          answer without the memory, to compare
 /on           answer with it again
@@ -104,6 +104,7 @@ class Chat:
                 streamer=streamer,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 eos_token_id=ends_of(model, self.tokenizer),
+                logits_processor=LogitsProcessorList([Finite()]),
                 **sampling(task.temperature),
                 **stops,
             )
