@@ -144,19 +144,19 @@ def _names(value: Any) -> list[str]:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list):
         raise TypeError
-    found = [name.strip() for part in parts if (name := _text(part)).strip()]
-    if not found or len(set(found)) < len(found):
-        raise ValueError
-    return found
+    return [name.strip() for part in parts if (name := _text(part)).strip()]
 
 
 def names(choices: tuple[str, ...] | None = None) -> Kind:
-    """NAME,... on the command line, a list or the same text in a file: at least one, none of them twice."""
+    """NAME,... on the command line, a list or the same text in a file. Of `choices` at least one, and none of them twice."""
 
     def read(value: Any) -> list[str]:
-        return [checks.one_of("", name, choices) if choices else name for name in _names(value)]
+        found = _names(value)
+        if choices and (not found or len(set(found)) < len(found)):
+            raise ValueError
+        return [checks.one_of("", name, choices) if choices else name for name in found]
 
-    return Kind("NAME,...", f"names of {', '.join(choices)}, each once" if choices else "names, each once", read)
+    return Kind("NAME,...", f"names of {', '.join(choices)}, each once" if choices else "names", read)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from locas_ext import memory as locas
 from locas_ext.cli.folders import made
 from locas_ext.config import LocasConfig
-from locas_ext.errors import Interrupted
+from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
 from locas_ext.evaluation.texts import read_texts
@@ -74,14 +74,14 @@ def _selector(text: str) -> str | TopLoss | LossAbove:
 
 
 def _check_settings(task: MemorizeTask) -> None:
-    """ValueError if the run that --out holds has another memory than the command line asks for."""
+    """LocasError, as for its other settings, if the run that --out holds has another memory than the command line asks for."""
     saved = checkpoint.read(task.out)
     names = ("variant", "rank", "init", "scale", "clip", "row_length", "seed")
     before, wanted = ({name: getattr(config, name) for name in names} for config in (saved.config, task.config))
     before["layers"] = saved.fields["layers"]
     wanted["layers"] = list(task.config.resolve_layers(saved.fields["host"]["num_hidden_layers"]))
     if different := differences(before, wanted):
-        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {different}")
+        raise LocasError(f"--resume: {task.out} was saved by a run with other settings: {different}")
 
 
 def _check_out(task: MemorizeTask) -> None:
