@@ -26,6 +26,7 @@ from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import StudySettings
+from locas_ext.terminal import neutral
 
 from .asking import Advance, View, prompt_lengths
 from .distractors import with_distractors
@@ -135,7 +136,7 @@ def _settings(task: RecallTask, documents: list[Document], host: Any, protocol: 
         "weights_sha256": weights_digest(host),
         "dtype": str(host.dtype).removeprefix("torch."),
         "device": str(host.device),
-        "data": task.data,
+        "data": neutral(task.data),
         "methods": task.methods,
         "documents": {document.title: document.digest() for document in documents},
         "chat_template": prompter.has_chat,
