@@ -118,6 +118,14 @@ def test_a_slot_without_a_word_never_fires():
     assert rows[[0, 2]].abs().max() == 0 and rows[1].norm() > 0.1
 
 
+def test_a_text_without_a_word_to_ask_for_is_refused_and_the_memory_stays_as_it_was():
+    memory = fresh()
+    settings = locas.StudySettings(epochs=1, updates=1, guard=0.0, new_tokens=4)
+    with pytest.raises(locas.LocasError, match="^keys is 'addressed', but the text has no word .*keys='learned'$"):
+        memory.study("a b c d e f g h", study_tokenizer(), "ce", [("What is a?", "b c")], progress=False, settings=settings)
+    assert not memory._attachment.state.initialized
+
+
 @pytest.mark.parametrize("clip", [False, True, 1.5])
 def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeypatch):
     """Of a fresh memory, whose gates get a threshold, and of one that knows something, to whose rows they are added."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas_ext.errors import LocasError
 from locas_ext.learning.optimizers import OPTIMIZERS
 from locas_ext.learning.plane_updates import clip_rows_
 from locas_ext.learning.run_guards import eager_host
@@ -160,11 +161,16 @@ class Addresses:
         """Of words where they stand in rows, apart from what general rows have; the model is the bare host here.
 
         Each layer shares its slots out among the words in another order, so that two words that share one in a layer
-        are apart in others.
+        are apart in others. LocasError where no word stands anywhere.
         """
         spellings, state = spelled(prompter, words), attachment.state
         rows, places = enough(random.Random(seed).sample(list(rows), len(rows)), spellings)
         numbers = {number: at for at, number in enumerate(dict.fromkeys(n for each in places for _, n in each))}
+        if not numbers:
+            raise LocasError(
+                "keys is 'addressed', but the text has no word that is worth asking for; expected a text with names or rare "
+                "words, or keys='learned'"
+            )
         places = [[(place, numbers[number]) for place, number in each] for each in places]
         everywhere = [[(place, 0) for place in range(_FIRST, len(row.ids) - 1)] for row in general]
         of_words = moments(attachment, rows, places, len(numbers), device)
