@@ -63,7 +63,7 @@ class StudyOptions:
     guard: Annotated[
         float, option(number(low=0), "Weight of the distance to the host on general prompts and free text.", panel=STUDY)
     ] = 4.0
-    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.004
+    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.05
     keys: Annotated[
         str,
         option(
