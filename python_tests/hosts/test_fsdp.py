@@ -4,12 +4,13 @@ import os
 import random
 import signal
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from support.helpers import SETTINGS, attached, logits_of, random_ids, relative_distance, tiny_model, tiny_opt
 from support.hosts import tiny
-from support.ranks import run_ranks
+from support.ranks import RanksFailed, run_ranks
 from support.sharded import assert_same_bits, error_of, shard
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 
@@ -154,3 +155,26 @@ def test_ctrl_c_in_one_process_ends_a_write_in_all():
 
 def test_saving_loading_and_what_cannot_be(tmp_path):
     run_ranks(keep_and_refuse, tmp_path, random_ids(45, random.randrange(1000)))
+
+
+def fails_between_forwards(ids):
+    """One of them fails while the other runs a forward, for which it waits for weights."""
+    host = shard(tiny_model())
+    memory = locas.attach(host, locas.LocasConfig(**CONFIG))
+
+    def fail(module, arguments):
+        raise MemoryError("no room")
+
+    def callback(chunk):
+        if dist.get_rank() and chunk.start:
+            host.model.layers[0].register_forward_pre_hook(fail)
+
+    memory.memorize(ids, **SETTINGS, callback=callback)
+
+
+def test_a_process_that_fails_between_forwards_ends_the_others():
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(fails_between_forwards, random_ids(40))
+    first, second = str(failed.value).split("---- rank 1 ----")
+    assert "LocasError: rank 1 failed in the middle of the run: MemoryError: no room" in first
+    assert "MemoryError: no room" in second and "LocasError" not in second

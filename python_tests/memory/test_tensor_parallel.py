@@ -224,14 +224,14 @@ def check_memory_that_cannot_be_shared():
     assert WrongMemory.made == made, "who makes some waits for all others to make theirs"
 
 
-def check_number_of_sums(memory, ids):
-    """A replayed step of L layers makes 6 L + 1: two a layer in each of context forward, chunk forward and backward, without
+def check_number_of_sums(memory, ids, a_layer, others, **settings):
+    """How many a replayed step of L layers makes: two a layer in each of context forward, chunk forward and backward, without
     the last layer of the context and the first of the backward; embeddings, loss and its gradient; what all decide by."""
     sums, after = [], []
     add_up = Ranks.add_up
     with mock.patch.object(Ranks, "add_up", lambda ranks, y: sums.append(y) or add_up(ranks, y)):
-        memory.memorize(ids, **LEARN, callback=lambda chunk: after.append(len(sums)))
-    assert after[4] - after[3] == 6 * memory.model.config.num_hidden_layers + 1
+        memory.memorize(ids, **settings, callback=lambda chunk: after.append(len(sums)))
+    assert after[4] - after[3] == a_layer * memory.model.config.num_hidden_layers + others
 
 
 def learned(memory, ids, **others):
@@ -260,7 +260,7 @@ def on_a_rank(path, folder, ids):
     check_that_ranks_agree(memory, ids)
     with graphs_on_the_cpu(), no_dtensors_in_steps():
         results["replayed"] = learned(memory, ids)
-        check_number_of_sums(memory, ids)
+        check_number_of_sums(memory, ids, 6, 1, **LEARN)
     memory.reset()
     with memory.disabled():
         assert torch.equal(logits_of(model, ids[:20]), alone)
@@ -282,6 +282,8 @@ def on_a_rank(path, folder, ids):
     memory = locas.attach(model, locas.LocasConfig(rank=RANK))
     with graphs_on_the_cpu():
         results["kept"] = learned(memory, ids, **KEEP)
+        memory.reset()
+        check_number_of_sums(memory, ids, 4, 2, **KEEP)
     memory.reset()
     with pytest.raises(Stop):
         memory.memorize(ids, **KEEP, callback=stop_after(4))
