@@ -46,7 +46,7 @@ def ended_alike() -> Iterator[None]:
 def status_of(error: BaseException | None) -> int:
     """The exit status of a command that this error ended: 128 and the number of the signal."""
     while error is not None:
-        if isinstance(error, KeyboardInterrupt) and error.args:
+        if isinstance(error, KeyboardInterrupt) and error.args and isinstance(error.args[0], int):
             return 128 + error.args[0]
         error = error.__context__
     return 128 + signal.SIGINT
