@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_SIZE = 2**31 - 1  # of ranks, slots and widths: a file holds no more
+MOST_COUNT = 2**53  # of updates, tokens and chunks: what every reader of JSON holds exactly
+LEAST_FLOAT32, MOST_FLOAT32 = 1.1754943508222875e-38, 3.4028234663852886e38  # normal numbers
+
 
 def _plain(value: Any) -> Any:
     """What a numpy scalar or a 0-d array or tensor holds; anything else as it is."""

@@ -2,10 +2,11 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from locas_ext.interrupts import interrupts_here
 
 _MESSAGE = b"locas: interrupted: nothing was kept\n"
 
@@ -22,10 +23,7 @@ def importing() -> Iterator[None]:
     An exception would not do: import machinery and C modules swallow a KeyboardInterrupt, or turn it into another error.
     Where something else than Python's own handler is in place, it stays.
     """
-    ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
+    if not interrupts_here():
         yield
         return
     signal.signal(signal.SIGINT, _end)

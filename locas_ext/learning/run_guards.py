@@ -1,8 +1,5 @@
 """What holds while a run learns: the memory attached, the host in evaluation mode, Ctrl-C between chunks only."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +8,7 @@ from torch import nn
 
 from locas_ext.errors import LocasError
 from locas_ext.hosts.sharding import fsdp_obstacle
+from locas_ext.interrupts import noting_interrupts
 from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
 
@@ -70,29 +68,14 @@ def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[..
 
     Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes.
     """
-    mine = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    pressed = False
-
-    def handler(signum, frame):
-        nonlocal pressed
-        if not pressed:
-            os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
-        pressed = True
 
     def check(failed: bool = False) -> None:
-        said = _FAILED if failed else float(pressed)
+        said = _FAILED if failed else float(pressed())
         worst = said if ranks is None else ranks.largest(said)
         if worst == _FAILED and not failed:
             raise LocasError("another process ended the run here with an error; the memory is as it was there")
         if worst and not failed:
             raise KeyboardInterrupt
 
-    if mine:
-        signal.signal(signal.SIGINT, handler)
-    try:
+    with noting_interrupts(b"\nstopping after this chunk\n") as pressed:
         yield check
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
