@@ -66,9 +66,13 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
         attachment = Attachment(model, config or LocasConfig(), checks.boolean("rehome", rehome))
         memory = Memory(attachment)
         host: Any = memory.model
-        with uninterrupted():
-            attachment.bind()
-            host._locas_memory = memory
+        try:
+            with uninterrupted():
+                attachment.bind()
+                host._locas_memory = memory
+        except BaseException:
+            memory.detach()  # Ctrl-C may have come when all was in place
+            raise
     return memory
 
 

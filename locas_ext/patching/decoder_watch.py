@@ -47,7 +47,8 @@ class DecoderWatch:
             state.sync()
             looking = scoped(state, looked=True)
             looking.__enter__()
-        fresh = is_first_filling(named.get("past_key_values"), state)
+        caches = (each for each in (named.get("past_key_values"), *arguments) if hasattr(each, "get_seq_length"))
+        fresh = is_first_filling(next(caches, None), state)
         running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
 
     def _follow(self, decoder: nn.Module) -> None:
