@@ -157,7 +157,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         backend = "reference" if x.dtype == torch.float64 else self.beside
         memory = self.total(ops.sideway_glu(self.entered(x), parameter, scale, self.activation, backend))
         if self.state.exclusion.off_somewhere > 0:
-            memory = memory * in_use(x, self.binding.number)
+            memory = memory * in_use(x.detach(), self.binding.number)
         return y + memory.view_as(y)
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else self.beside
         memory = ops.sideway_mlp(x, parameter, scale, self.activation, backend)
-        return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
+        return y + (memory * in_use(x.detach(), self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
 
     def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to

@@ -254,9 +254,8 @@ class MemoryState:
         with self.exclusive("load"), torch.no_grad():
             self.set_slots(tensors["slots"], version, used)
             self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
-            self._put("scale", tensors["scale"])
             for arena in self.arenas:
-                arena.scales = arena.scale.tolist()
+                arena.use_scale(tensors["scale"][arena.positions])
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:

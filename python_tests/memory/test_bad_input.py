@@ -238,6 +238,12 @@ def test_bad_texts(verb, ids, error, message):
     assert memory.version == 0 and not memory.slots.any() and not memory.state.initialized
 
 
+def test_a_text_without_data():
+    _, memory = attached()
+    with pytest.raises(ValueError, match="input_ids is on the meta device"):
+        memory.memorize(torch.zeros(8, dtype=torch.int64, device="meta"))
+
+
 def test_one_token_is_too_few_to_learn_from():
     _, memory = attached()
     with pytest.raises(ValueError, match="holds 1 tokens; expected at least 2"):

@@ -121,6 +121,8 @@ def test_disabled_in_a_compiled_host_is_its_threads_own():
         torch.testing.assert_close(logits(), alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen["thread"], with_memory, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(), with_memory, rtol=1e-4, atol=1e-4)
+    with memory.disabled():  # with a gradient too
+        torch.testing.assert_close(compiled(input_ids=TEXT[None], use_cache=False).logits[0], alone, rtol=1e-5, atol=1e-5)
 
 
 def memorized_beside(work):
