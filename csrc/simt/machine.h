@@ -97,28 +97,36 @@ constexpr int kBarriers = 16;
 
 enum class Order { in_turn, backwards, random };
 
-// Everything about the launch that runs, and the threads kept from one launch to the next.
-struct Machine {
-  uint64_t seed = 0, random_state = 0;
-  Order order = Order::in_turn;
-
-  const char* kernel = nullptr;  // null between launches
-  const std::function<void(unsigned char*)>* body = nullptr;
-  int64_t block = 0, blocks = 0;
-  int threads = 0;
-  bool programmatic = false;
-
+// One block and its threads, which are kept for the next one.
+struct Block {
+  int64_t block = 0;  // its index
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> pool;
   std::deque<Thread*> ready;
   Thread* current = nullptr;
   int alive = 0;
-  Fiber launcher;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
   Barrier barriers[kBarriers];
   std::map<const uint64_t*, MBarrier> mbarriers;
   std::vector<InFlight> in_flight;
+  std::vector<Thread*> at_grid_barrier;  // thread 0, on behalf of the block
+};
+
+// Everything about the launch that runs, and the block that runs.
+struct Machine : Block {
+  uint64_t seed = 0, random_state = 0;
+  Order order = Order::in_turn;
+
+  const char* kernel = nullptr;  // null between launches
+  const std::function<void(unsigned char*)>* body = nullptr;
+  int64_t blocks = 0;
+  int threads = 0;
+  LaunchKind kind = LaunchKind::ordinary;
+
+  std::deque<Block> resident;  // of a cooperative launch; the one that runs has changed places with what is above
+  int most_resident = kMultiprocessors;
+  Fiber launcher;
   int operations = 0;  // issued so far
 };
 

@@ -66,10 +66,12 @@ void land_any() {
   fail("deadlock: %s", text.c_str());
 }
 
+// The thread that goes on; null where the block waits for the grid.
 Thread* next_ready() {
   std::deque<Thread*>& ready = machine.ready;
   if (!machine.in_flight.empty() && chance()) land_any();
   while (ready.empty()) {
+    if (!machine.at_grid_barrier.empty()) return nullptr;
     if (machine.in_flight.empty()) report_deadlock();
     land(0);  // as late as possible: nothing else can go on
   }
@@ -80,11 +82,14 @@ Thread* next_ready() {
   return thread;
 }
 
-void run_another() {
+// From the thread that runs to another one, or to the launcher where there is none.
+void switch_to(Thread* next) {
   Thread* self = machine.current;
-  machine.current = next_ready();
-  if (machine.current != self) Fiber::switch_to(self->fiber, machine.current->fiber);
+  machine.current = next;
+  if (next != self) Fiber::switch_to(self->fiber, next ? next->fiber : machine.launcher);
 }
+
+void run_another() { switch_to(next_ready()); }
 
 }  // namespace
 
@@ -117,13 +122,7 @@ void exit_thread() {
   }
   self.exited = true;
   forget_copies();
-  if (--machine.alive > 0) {
-    machine.current = next_ready();
-    Fiber::switch_to(self.fiber, machine.current->fiber);
-  } else {
-    machine.current = nullptr;
-    Fiber::switch_to(self.fiber, machine.launcher);
-  }
+  switch_to(--machine.alive > 0 ? next_ready() : nullptr);
 }
 
 // A thread's fiber lives for many blocks: it runs the body once for each.
@@ -134,7 +133,8 @@ void thread_main() {
   }
 }
 
-void run_block() {
+void begin_block(int64_t block) {
+  machine.block = block;
   while (static_cast<int>(machine.pool.size()) < machine.threads)
     machine.pool.push_back(std::make_unique<Thread>(static_cast<int>(machine.pool.size())));
   machine.shared.begin_block();
@@ -144,12 +144,19 @@ void run_block() {
   machine.ready.clear();
   for (int i = 0; i < machine.threads; ++i) {
     machine.pool[i]->exited = false;
-    machine.pool[i]->knows_launch_before = !machine.programmatic;
+    machine.pool[i]->knows_launch_before = machine.kind != LaunchKind::programmatic;
     machine.ready.push_back(machine.pool[i].get());
   }
   machine.alive = machine.threads;
+}
+
+// Until all its threads have ended or it waits for the grid.
+void run_block() {
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
+}
+
+void end_block() {
   // Whoever waits for this launch relies on what it has waited for.
   if (std::none_of(machine.pool.begin(), machine.pool.begin() + machine.threads,
                    [](const auto& thread) { return thread->knows_launch_before; }))
@@ -157,6 +164,59 @@ void run_block() {
   if (!machine.in_flight.empty()) fail("the block ends with a copy or a wgmma under way");
   for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
   machine.mbarriers.clear();
+}
+
+std::vector<int64_t> draw_order_of_blocks() {
+  std::vector<int64_t> order(machine.blocks);
+  for (int64_t i = 0; i < machine.blocks; ++i)
+    order[i] = machine.order == Order::backwards ? machine.blocks - 1 - i : i;
+  if (machine.order == Order::random)
+    for (int64_t i = machine.blocks - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
+  return order;
+}
+
+void run_one_after_the_other(size_t shared_bytes) {
+  machine.shared.begin_launch(shared_bytes, machine.threads);
+  for (const int64_t block : draw_order_of_blocks()) {
+    begin_block(block);
+    run_block();
+    end_block();
+  }
+  machine.shared.end_launch();
+}
+
+// Each block runs until it waits for the grid; when all do, each goes on.
+void run_resident(size_t shared_bytes) {
+  if (machine.blocks > machine.most_resident)
+    fail("a cooperative launch of %lld blocks; %d are resident at once", static_cast<long long>(machine.blocks),
+         machine.most_resident);
+  if (machine.resident.size() < static_cast<size_t>(machine.blocks)) machine.resident.resize(machine.blocks);
+  const auto for_each_block = [](const std::function<void(int64_t)>& f) {
+    for (const int64_t block : draw_order_of_blocks()) {
+      std::swap<Block>(machine, machine.resident[block]);
+      f(block);
+      std::swap<Block>(machine, machine.resident[block]);
+    }
+  };
+  for_each_block([&](int64_t block) {
+    machine.shared.begin_launch(shared_bytes, machine.threads);
+    begin_block(block);
+  });
+  for (int64_t waiting = machine.blocks; waiting > 0;) {
+    if (waiting < machine.blocks)
+      fail("deadlock: %lld blocks wait in sync_grid, the others have ended", static_cast<long long>(waiting));
+    pass_grid_barrier_on_globals();
+    waiting = 0;
+    for_each_block([&](int64_t) {
+      wake(machine.at_grid_barrier);
+      run_block();
+      waiting += !machine.at_grid_barrier.empty();
+    });
+  }
+  for_each_block([](int64_t) {
+    end_block();
+    machine.shared.end_launch();
+  });
 }
 
 }  // namespace
@@ -169,8 +229,8 @@ void set_seed(uint64_t seed) {
 }
 
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char*)>& body, bool programmatic) {
-  machine.programmatic = programmatic;
+              const std::function<void(unsigned char*)>& body, LaunchKind kind) {
+  machine.kind = kind;
   machine.kernel = kernel;
   machine.body = &body;
   machine.block = 0;
@@ -182,19 +242,14 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
   if (blocks > INT32_MAX) fail("a grid of %lld blocks", static_cast<long long>(blocks));
   if (shared_bytes > 227 << 10) fail("%zu bytes of shared memory; sm_90 has 227 KB a block", shared_bytes);
 
-  std::vector<int64_t> order(blocks);
-  for (int64_t i = 0; i < blocks; ++i) order[i] = machine.order == Order::backwards ? blocks - 1 - i : i;
-  if (machine.order == Order::random)
-    for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
-  machine.shared.begin_launch(shared_bytes, threads);
-  begin_launch_on_globals(programmatic);
-  for (const int64_t block : order) {
-    machine.block = block;
-    run_block();
-  }
-  machine.shared.end_launch();
+  begin_launch_on_globals(kind == LaunchKind::programmatic);
+  if (kind == LaunchKind::cooperative) run_resident(shared_bytes);
+  else run_one_after_the_other(shared_bytes);
   machine.kernel = nullptr;
 }
+
+int most_resident_blocks() { return machine.most_resident; }
+void set_cooperative_launches(bool has) { machine.most_resident = has ? kMultiprocessors : 0; }
 
 void fail(const char* reason, ...) {
   std::fflush(stdout);
@@ -303,5 +358,12 @@ bool barrier(const char* name, int id, int threads, bool predicate) {
 }
 
 bool sync_threads(bool predicate) { return barrier("sync_threads", 0, machine.threads, predicate); }
+
+void sync_grid() {
+  if (machine.kind != LaunchKind::cooperative) fail("sync_grid in a launch that is not cooperative");
+  sync_threads();
+  if (thread_index() == 0) wait_in("sync_grid", machine.at_grid_barrier);
+  sync_threads();
+}
 
 }  // namespace locas::simt
