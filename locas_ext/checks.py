@@ -47,11 +47,14 @@ def integer(name: str, value: object, low: float = -math.inf, high: float = math
     ValueError: window is 1; expected an integer from 2 to 512 (the host's positions)
     """
     plain = _plain(value)
+    whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    if high in (MOST_SIZE, MOST_COUNT) and not (whole and plain > high):
+        high = math.inf  # not worth words where nobody meets it
     if math.isfinite(low) and math.isfinite(high):
         bounds = [f"from {low} to {high}"]
     else:
         bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), ("<=", high)) if math.isfinite(bound)]
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
+    if not whole:
         raise TypeError(f"{name} is {value!r}; {_expected('an integer', bounds, why)}")
     if not low <= int(plain) <= high:
         raise ValueError(f"{name} is {plain}; {_expected('an integer', bounds, why)}")

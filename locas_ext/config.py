@@ -27,7 +27,8 @@ def paper_multiple(scale: object) -> float | None:
     return multiple if LEAST_FLOAT32 <= multiple <= MOST_SCALE else None
 
 
-def _checked_scale(scale: object) -> str | float:
+def checked_scale(scale: object) -> str | float:
+    """A scale as a config takes it; TypeError or ValueError for any other."""
     if not isinstance(scale, str):
         plain = number("scale", scale, -MOST_SCALE, MOST_SCALE)
         if abs(plain) < LEAST_FLOAT32:
@@ -98,7 +99,7 @@ class LocasConfig:
         checked = {
             "rank": integer("rank", self.rank, 1, MOST_SIZE),
             "layers": None if self.layers is None else integers("layers", self.layers),
-            "scale": _checked_scale(self.scale),
+            "scale": checked_scale(self.scale),
             "clip": _checked_clip(self.clip),
             "seed": integer("seed", self.seed, -(2**63), 2**64 - 1),
         }

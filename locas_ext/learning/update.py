@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from locas_ext.checks import LEAST_FLOAT32, MOST_COUNT, MOST_SIZE, integer, number, one_of
+from locas_ext.checks import MOST_COUNT, MOST_SIZE, integer, number, one_of
 from locas_ext.config import MOST_RATE, MOST_SLOT
 
 from .optimizers import OPTIMIZERS
@@ -153,7 +153,7 @@ class Write:
 
 def check_epsilon(epsilon: object) -> float:
     """epsilon as a float; TypeError or ValueError if it is not a length that a memory's float32 slots can have."""
-    return number("epsilon", epsilon, LEAST_FLOAT32, MOST_SLOT, why="slots are float32")
+    return number("epsilon", epsilon, above=0, high=MOST_SLOT, why="slots are float32")
 
 
 Update = Backprop | Write

@@ -162,7 +162,6 @@ def test_a_snapshot_of_another_rank():
         (lambda: locas.Backprop(epochs=2**54), "epochs"),
         (lambda: locas.Backprop(decay_after=2**54), "decay_after"),
         (lambda: locas.Write(epsilon=1.1e6), "epsilon"),
-        (lambda: locas.Write(epsilon=1e-39), "epsilon"),
         (lambda: locas.Write(capacity=2**31), "capacity"),
         (lambda: locas.TopLoss(2**31), "n"),
         (lambda: locas.Keep(sinks=2**54), "sinks"),

@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_memory_of_the_last_chunk(chunk
         (dict(tokens=3), TypeError, r"tokens is 3; write locas.TopLoss\(3\)"),
         (dict(tokens=0.5), TypeError, r"tokens is 0.5; write locas.LossAbove\(0.5\)"),
         (dict(when_full="grow"), ValueError, "when_full is 'grow'; expected one of error, drop_oldest, compress"),
-        (dict(capacity=0), ValueError, "capacity is 0; expected an integer from 1"),
+        (dict(capacity=0), ValueError, "capacity is 0; expected an integer >= 1"),
         (dict(compress_to=2.0), TypeError, "compress_to is 2.0"),
     ],
     ids=str,
