@@ -38,7 +38,7 @@ class KernelTimes:
     def _kernels(self) -> Iterator[tuple[str, float, float]]:
         """(name, begin, end) in microseconds."""
         for event in self._profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
                 yield event.name, event.time_range.start, event.time_range.end
 
     def record(self) -> dict:

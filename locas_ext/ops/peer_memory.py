@@ -4,6 +4,7 @@ A process group's own sum (NCCL) is made for large messages. Those of a split ho
 the same stream, where what counts is how soon the next one begins. csrc/cuda/elementwise/peer_sum.cu has the picture.
 """
 
+import os
 import threading
 
 import torch
@@ -19,6 +20,17 @@ from .types import stream_of
 _MOST_READ = 16 << 20
 _PATIENCE = 30.0  # seconds
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def obstacle(size: int, device: torch.device) -> str | None:
+    """Why so many processes have no memory to show each other, as far as one of them knows; None: nothing known."""
+    if os.environ.get("LOCAS_PEER_SUMS", "1") == "0":
+        return "LOCAS_PEER_SUMS is 0"
+    if device.type != "cuda":
+        return f"the processes are on {device.type}"
+    if _C.build_info()["cuda_architectures"] is None:
+        return "this build has no CUDA kernels"
+    return None if size <= _C.MOST_PEERS else f"they are {size} processes; at most {_C.MOST_PEERS} show theirs"
 
 
 class PeerMemory:

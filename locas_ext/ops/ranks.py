@@ -8,7 +8,6 @@ Each function here is called by all ranks, in the same order.
 """
 
 import functools
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from locas_ext import _C
 from locas_ext.errors import LocasError
 
-from .peer_memory import PeerMemory
+from .peer_memory import PeerMemory, obstacle
 
 
 class _EnterFunction(torch.autograd.Function):
@@ -191,7 +189,7 @@ class Ranks:
 @functools.cache  # a group's memory is made once
 def through_memory(ranks: Ranks) -> Ranks:
     """The same, which make sums through memory that they show each other where they can. Called by all of them."""
-    memory, why = None, _no_memory(ranks)
+    memory, why = None, obstacle(ranks.size, ranks.device)
     if why is None:
         try:
             memory = PeerMemory(ranks.group, ranks.rank, ranks.size, ranks.device)
@@ -203,17 +201,6 @@ def through_memory(ranks: Ranks) -> Ranks:
     if not ranks.all(memory.adds_up()):
         return replace(ranks, why_not="sums through memory that the GPUs read of each other came out wrong")
     return replace(ranks, memory=memory)
-
-
-def _no_memory(ranks: Ranks) -> str | None:
-    """Why there is none to ask for, or None."""
-    if os.environ.get("LOCAS_PEER_SUMS", "1") == "0":
-        return "LOCAS_PEER_SUMS is 0"
-    if ranks.device.type != "cuda":
-        return f"the processes are on {ranks.device.type}"
-    if _C.build_info()["cuda_architectures"] is None:
-        return "this build has no CUDA kernels"
-    return None if ranks.size <= _C.MOST_PEERS else f"they are {ranks.size} processes; at most {_C.MOST_PEERS} show theirs"
 
 
 def _portable(error: Exception) -> Exception:

@@ -6,6 +6,7 @@ import random
 import signal
 import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
 from locas_ext.learning.host_kernels import split
+from locas_ext.ops import ranks as ranks_module
 from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 
@@ -183,6 +185,30 @@ def graphs_on_the_cpu():
         yield
 
 
+class WrongMemory:
+    """Memory whose sums come out wrong on one of them."""
+
+    def __init__(self, *about):
+        pass
+
+    def adds_up(self):
+        return dist.get_rank() == 0
+
+
+def check_memory_that_cannot_be_shared():
+    """Both find the same, and say why their group makes the sums."""
+    alone = Ranks(dist.group.WORLD, dist.get_rank(), 2, torch.device("cpu"))
+    find = ranks_module.through_memory.__wrapped__
+    assert find(alone) == replace(alone, why_not="the processes are on cpu")
+    with mock.patch.object(ranks_module, "obstacle", lambda size, device: None):
+        assert "cannot be had" in find(alone).why_not  # on the CPU torch has none
+        with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
+            assert "came out wrong" in find(alone).why_not
+    with mock.patch.object(ranks_module, "obstacle", lambda size, device: "it is off" if alone.rank else None):
+        with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
+            assert find(alone).why_not == ("it is off" if alone.rank else "another process has no memory to show")
+
+
 def check_number_of_sums(memory, ids):
     """A replayed step of L layers makes 6 L + 1: two a layer in each of context forward, chunk forward and backward, without
     the last layer of the context and the first of the backward; embeddings, loss and its gradient; what all decide by."""
@@ -199,6 +225,7 @@ def learned(memory, ids, **others):
 
 
 def on_a_rank(path, folder, ids):
+    check_memory_that_cannot_be_shared()
     model = split_host(path)
     alone = logits_of(model, ids[:20])
     check_refusals_at_attach(model)
