@@ -78,10 +78,10 @@ def open_folder(folder: Path, settings: dict) -> list[dict]:
     """
     make(folder)
     with folder_lock(folder):
-        return _take_up(folder, settings)
+        return _earlier_records(folder, settings)
 
 
-def _take_up(folder: Path, settings: dict) -> list[dict]:
+def _earlier_records(folder: Path, settings: dict) -> list[dict]:
     if not (folder / NAME).exists():
         if foreign := next((entry.name for entry in folder.iterdir()), None):
             raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")

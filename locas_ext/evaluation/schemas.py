@@ -136,7 +136,7 @@ _CAPABILITY_TASK = fields(
 
 
 def _capability_record(value: Any, place: str) -> None:
-    """Of a task, of a text, or of all texts together: `pooled`."""
+    """The record of a task, of a text, or of all texts together: `pooled`."""
     json_object(value, place)
     if "task" in value:
         return _CAPABILITY_TASK(value, place)
@@ -172,7 +172,7 @@ _RECALL_DONE = fields(
 
 
 def _recall_record(value: Any, place: str) -> None:
-    """Of a method that could not answer: `error` alone."""
+    """The record of a method that could not answer: `error` alone."""
     fields({"method": text, "document": text, "error": nullable(text), "seconds": _not_negative}, _COMMON)(value, place)
     if value["error"] is None:
         _RECALL_DONE(value, place)
@@ -194,7 +194,7 @@ _MACHINE: dict[str, Kind] = {
 
 
 def _settings(value: Any, place: str) -> None:
-    """Of one run, or of several: what they share, and each one's under `runs`."""
+    """The settings of one run, or of several: what they share, and each one's under `runs`."""
     json_object(value, place)
     command = {"command": nullable(text)}
     own = _LOCOMO_SETTINGS if value.get("command") == "locomo" else {}

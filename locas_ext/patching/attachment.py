@@ -207,7 +207,7 @@ class Attachment:
             raise
 
     def hook_ids(self) -> set[int]:
-        """Of the hooks that the memory itself has put on the host."""
+        """The ids of the hooks that the memory itself has put on the host."""
         return {handle.id for handle in self.watch.handles}
 
     def exclusive(self, verb: str) -> AbstractContextManager[None]:

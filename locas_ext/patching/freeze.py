@@ -97,7 +97,7 @@ class HostFreeze:
         self.frozen, self.places = {}, {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostFreeze":
-        """Of a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
+        """For a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
         new = memo[id(self)] = object.__new__(HostFreeze)
         new.model, new.frozen, new.places = copy.deepcopy((self.model, self.frozen, self.places), memo)
         new._register()

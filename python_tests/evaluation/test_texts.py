@@ -178,7 +178,7 @@ def test_an_endless_pipe_is_read_as_far_as_it_is_needed(tmp_path, tokenizer):
 
     threading.Thread(target=feed, daemon=True).start()
     assert len(read_text(pipe, tokenizer, 500).ids) == 500
-    assert ended.wait(10)
+    assert ended.wait(120)
 
 
 # ---- several texts, the shipped books ------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.helpers import SETTINGS, TEXT, assert_same_host, logits_of, random_ids, snapshot
 from support.hosts import config_for, tiny
-from support.torch_settings import setting
+from support.torch_settings import DEFAULTS, setting
 
 import locas_ext as locas
 
@@ -15,9 +15,7 @@ MORE = random_ids(16, seed=4)
 
 
 SETTINGS_OF_TORCH = {
-    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "default device meta": lambda: setting(torch.set_default_device, "meta", None),
+    **DEFAULTS,
     "within device meta": lambda: torch.device("meta"),
     "within device cpu": lambda: torch.device("cpu"),
     "inference_mode": torch.inference_mode,

@@ -30,7 +30,7 @@ def study(
     ] = None,
     cache: Annotated[
         Path | None,
-        option(path("DIR"), "Keeps questions and progress; the same command goes on there. Default: OUT with .study behind."),
+        option(path("DIR"), "Keeps questions and progress; the same command continues there. Default: OUT with .study behind."),
     ] = None,
     studying: StudyOptions = StudyOptions(),
     epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 5,

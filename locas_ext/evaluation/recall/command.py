@@ -269,7 +269,7 @@ def _progress(title: str, questions: int) -> Iterator[Advance]:
 def run_recall(task: RecallTask, console: Console) -> dict:
     """Asks every question by every method; prints a table, writes a report and returns the content of results.json.
 
-    A folder that an ended run of the same settings left is taken up after its last finished pair of method and text.
+    A folder that an ended run of the same settings left is continued after its last finished pair of method and text.
 
     Raises ValueError or OSError for arguments or data that do not fit, LocasError for data of another shape and if a
     library is missing, Interrupted at Ctrl-C.
@@ -296,7 +296,8 @@ def _run(run: Recall, console: Console) -> dict:
     except KeyboardInterrupt:
         total = len(run.documents) * len(task.methods)
         raise Interrupted(
-            f"{len(records)} of {total} pairs of method and text are finished and kept in {task.out}; the same command goes on"
+            f"{len(records)} of {total} pairs of method and text are finished and kept in {task.out}; "
+            "the same command continues there"
         ) from None
     content = results.read(task.out)
     console.print(table(content))
