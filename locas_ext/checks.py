@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_SIZE = 2**31 - 1  # of ranks, slots and widths: a file holds no more
+MOST_COUNT = 2**53  # of updates, tokens and chunks: what every reader of JSON holds exactly
+LEAST_FLOAT32, MOST_FLOAT32 = 1.1754943508222875e-38, 3.4028234663852886e38  # normal numbers
+
 
 def _plain(value: Any) -> Any:
     """What a numpy scalar or a 0-d array or tensor holds; anything else as it is."""
@@ -43,11 +47,14 @@ def integer(name: str, value: object, low: float = -math.inf, high: float = math
     ValueError: window is 1; expected an integer from 2 to 512 (the host's positions)
     """
     plain = _plain(value)
+    whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    if high in (MOST_SIZE, MOST_COUNT) and not (whole and plain > high):
+        high = math.inf  # not worth words where nobody meets it
     if math.isfinite(low) and math.isfinite(high):
         bounds = [f"from {low} to {high}"]
     else:
         bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), ("<=", high)) if math.isfinite(bound)]
-    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
+    if not whole:
         raise TypeError(f"{name} is {value!r}; {_expected('an integer', bounds, why)}")
     if not low <= int(plain) <= high:
         raise ValueError(f"{name} is {plain}; {_expected('an integer', bounds, why)}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from locas_ext.checks import boolean, integer, integers, number, one_of
+from locas_ext.checks import LEAST_FLOAT32, MOST_SIZE, boolean, integer, integers, number, one_of
 
 VARIANTS = ("glu", "mlp")
 INITS = ("topk", "bottomk", "random", "gaussian", "activation")
@@ -14,23 +14,30 @@ ROW_LENGTHS = ("unit", "host")
 BACKENDS = ("auto", "fused", "matmul", "reference")
 MOST_CLIP = 1e3  # times the host's own rows
 MOST_SCALE = 1e6  # a thousand times the largest mean norm of a host's value rows
+MOST_SLOT = 1e6  # of a number in the slots: squares must be far from infinity
+MOST_RATE = 1e6  # of a learning rate or decay: a step of that length still has squares in float32
 
 
 def paper_multiple(scale: object) -> float | None:
     """16.0 for "16x", 1.0 for "paper"; None for a scale that is not a multiple of the paper's."""
     if scale == "paper":
         return 1.0
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x", scale) if isinstance(scale, str) else None
-    return float(match[1]) or None if match else None
+    match = re.fullmatch(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)x", scale) if isinstance(scale, str) else None
+    multiple = float(match[1]) if match else 0.0
+    return multiple if LEAST_FLOAT32 <= multiple <= MOST_SCALE else None
 
 
-def _checked_scale(scale: object) -> str | float:
+def checked_scale(scale: object) -> str | float:
+    """A scale as a config takes it; TypeError or ValueError for any other."""
     if not isinstance(scale, str):
-        if number("scale", scale, -MOST_SCALE, MOST_SCALE) == 0:
+        plain = number("scale", scale, -MOST_SCALE, MOST_SCALE)
+        if abs(plain) < LEAST_FLOAT32:
             raise ValueError(f"scale is {scale}; expected a finite number other than 0, or 'paper', '16x' or 'host'")
-        return number("scale", scale)
+        return plain
     if scale not in SCALES and paper_multiple(scale) is None:
-        raise ValueError(f"scale is {scale!r}; expected paper, a multiple of it such as '16x', host or a number")
+        raise ValueError(
+            f"scale is {scale!r}; expected paper, a multiple of it such as '16x' (at most {MOST_SCALE:g}), host or a number"
+        )
     return scale
 
 
@@ -90,9 +97,9 @@ class LocasConfig:
         one_of("backend", self.backend, BACKENDS)
         one_of("row_length", self.row_length, ROW_LENGTHS)
         checked = {
-            "rank": integer("rank", self.rank, 1),
+            "rank": integer("rank", self.rank, 1, MOST_SIZE),
             "layers": None if self.layers is None else integers("layers", self.layers),
-            "scale": _checked_scale(self.scale),
+            "scale": checked_scale(self.scale),
             "clip": _checked_clip(self.clip),
             "seed": integer("seed", self.seed, -(2**63), 2**64 - 1),
         }

@@ -1,9 +1,10 @@
-"""The signals that end a run as Ctrl-C does; a command makes those of schedulers and closed terminals some of them."""
+"""Ctrl-C, and the signals that a command makes do the same: what takes note of them, and what they wait for."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -31,3 +32,34 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for each, own in before.items():
             signal.signal(each, own)
+
+
+@contextmanager
+def noting(said: bytes = b"") -> Iterator[Callable[[], None]]:
+    """Inside, these signals only take note. Yields what raises the KeyboardInterrupt, if one came.
+
+    said: is written to standard error by the first
+    """
+    noted: tuple[int, ...] = ()
+
+    def handler(signum: int, frame: Any) -> None:
+        nonlocal noted
+        first, noted = not noted, (signum,)
+        if first and said:
+            with suppress(OSError):  # a terminal that has hung up takes nothing
+                os.write(2, said)  # print() may not be called from a signal handler
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt(*noted)
+
+    with handled(handler):
+        yield check
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What this block changes, it changes whole: Ctrl-C is raised at its end."""
+    with noting() as check:
+        yield
+    check()

@@ -77,6 +77,8 @@ void adamw_slots(const TensorRef& slots, const TensorRef& grad, const TensorRef&
   AdamwSlotsParams p = adamw_params(check, slots, exp_avg, exp_avg_sq, step, learning_rate, beta1, beta2, eps,
                                     weight_decay, clip, compute, finite);
   p.grad = check.rows<float>({"grad", grad}, {"slots", slots});
+  check_apart(check, {{"slots", &slots}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}, part("compute", compute)},
+              {{"grad", &grad}});
   LOCAS_DISPATCH(adamw_slots, p, slots.device, stream);
 }
 
@@ -87,6 +89,8 @@ void sgd_slots(const TensorRef& slots, const TensorRef& grad, const MaybeTensor&
   SgdSlotsParams p =
       sgd_params(check, slots, momentum_buffer, learning_rate, momentum, weight_decay, clip, compute, finite);
   p.grad = check.rows<float>({"grad", grad}, {"slots", slots});
+  check_apart(check, {{"slots", &slots}, part("momentum_buffer", momentum_buffer), part("compute", compute)},
+              {{"grad", &grad}});
   LOCAS_DISPATCH(sgd_slots, p, slots.device, stream);
 }
 

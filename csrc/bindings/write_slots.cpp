@@ -39,6 +39,8 @@ void write_slots(const TensorRef& slots, int64_t start, const TensorRef& inputs,
   p.gradient_norms = check.vector_or_null<const float>("gradient_norm", gradient_norm, p.tokens);
   p.norms = check.vector<float>({"norms", norms}, p.tokens);
   p.workspace = check.vector<double>({"workspace", workspace}, write_slots_workspace(p.layers, p.tokens));
+  check_apart(check, {{"slots", &slots}, part("compute", compute)},
+              {{"inputs", &inputs}, {"gradients", &gradients}, part("gradient_norm", gradient_norm)});
   p.epsilon = epsilon;
   p.dtype = inputs.dtype;
   p.compute_dtype = dtype_of_copy(compute);

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from locas_ext import checks
-from locas_ext.config import MOST_SCALE, paper_multiple
+from locas_ext.config import checked_scale, paper_multiple
 
 MOST = 2**53  # up to here every integer is a float too, and the files take it
 LARGEST = 1e30  # a float32 holds it, and ten times it: Adam's first step divides a rate by a tenth
@@ -167,12 +167,8 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 
 def _scale(value: Any) -> str | float:
-    if value == "host" or paper_multiple(value) is not None:
-        return value
-    number = checks.number("", float(value) if isinstance(value, str) else value, -MOST_SCALE, MOST_SCALE)
-    if number == 0:
-        raise ValueError
-    return number
+    named = value == "host" or paper_multiple(value) is not None
+    return checked_scale(float(value) if isinstance(value, str) and not named else value)
 
 
 LAYERS = Kind("N,...", "layer indices such as 0,1,-1", _layers)

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from locas_ext.ops.activations import INDEX
@@ -59,8 +60,8 @@ def sums_gradients(function: Any) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody listens to a module's forward or backward."""
-    return bool(hooks_of(module))
+    """Whether anybody listens to a module's forward or backward, or to those of all modules."""
+    return bool(hooks_of(module)) or bool(_has_any_global_hook())
 
 
 @functools.cache

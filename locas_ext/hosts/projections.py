@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .formula import bound_forward, class_name
@@ -41,6 +42,8 @@ def linear_obstacle(linear: nn.Module, plain: type[nn.Module] = nn.Linear, gathe
         return "has a forward of its own (a hook of another library)"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has hooks"
+    if _has_any_global_hook():
+        return "has hooks that all modules have"
     parameters = own["_parameters"]
     weight, bias = parameters["weight"], parameters["bias"]
     if type(weight) is not nn.Parameter and not (gathered and is_split(weight)):

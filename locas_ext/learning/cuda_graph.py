@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import masking_utils, modeling_utils
 
 from locas_ext.hosts.formula import hooks_of
@@ -33,6 +34,8 @@ def obstacle(attachment: Attachment) -> str | None:
         return why
     if state.ranks is not None and (why := next(filter(None, (ffn.obstacle() for ffn in attachment.ffns)), None)) is not None:
         return f"the host is split among {state.ranks.size} processes, and its own code runs an FFN, as {why}"
+    if _has_any_global_hook():
+        return "all modules have hooks"
     for name, module in model.named_modules():
         if hooks_of(module).keys() - attachment.hook_ids():
             return f"{name or 'the model'} has hooks"

@@ -11,6 +11,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.ffn import Rows, mean_row_norm
 from locas_ext.hosts.sharding import companions
+from locas_ext.signals import uninterrupted
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
@@ -111,12 +112,13 @@ def check_rate(config: LocasConfig, update: object) -> None:
 
 
 @contextmanager
-def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]], peers: Peers | None):
-    """Collects each layer's initial rows during one forward."""
+def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]], finite: list[Tensor], peers: Peers | None):
+    """Collects each layer's initial rows during one forward, and in `finite` whether what went into each FFN is."""
     generator = torch.Generator("cpu").manual_seed(attachment.config.seed)
 
     def observe(ffn: PatchedFFN, x: Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1])
+        finite.append(x.isfinite().all())
         if ffn not in rows:  # one that runs several times begins with what its first call uses
             importance = ffn.importance(x) if peers is None else peers.mean_importance(ffn.importance(x), len(x))
             rows[ffn] = initial_rows(attachment.config, importance, ffn.host_rows(x), x, generator)
@@ -126,15 +128,17 @@ def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]], peers
         yield
 
 
-def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any], peers: Peers | None = None) -> Any:
-    """Runs `forward` over ids [n], as [1, n], through the host alone, sets the slots from what it saw, returns its result.
+def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any], peers: Peers | None = None) -> None:
+    """Runs `forward` over ids [n], as [1, n], through the host alone, and sets the slots from what it saw.
 
-    peers: those who begin with the same slots, for what all of them saw
+    forward: raises what speaks against beginning with this text; peers: those who begin with the same slots, for what all of
+    them saw
     """
     state = attachment.state
     rows: dict[PatchedFFN, list[Tensor]] = {}
-    with state.disable(), _observe(attachment, rows, peers), torch.no_grad():
-        result = forward(ids[None])
+    seen: list[Tensor] = []
+    with state.disable(), _observe(attachment, rows, seen, peers), torch.no_grad():
+        forward(ids[None])
     first = state.arenas[0].slots
     slots = first.new_zeros(len(state.layers), state.planes, state.rank, state.hidden_size)
     for index, ffn in enumerate(attachment.ffns):
@@ -142,11 +146,10 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
             slots[index, plane] = values if state.ranks is None else state.ranks.mine(values)
     if peers is not None:
         peers.first(slots)
-    finite = bool(torch.isfinite(slots).all())
+    finite = bool(torch.isfinite(slots).all()) and (peers is not None or all(map(bool, seen)))  # peers have compared losses
     if not (finite if state.ranks is None else state.ranks.all(finite)):
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
     state.set_slots(slots, version=0)
-    return result
 
 
 def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
@@ -156,20 +159,23 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     require_same(companions(host.model), ids, attachment.config)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
-    with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
+    with uninterrupted(), attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
         _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
-    attachment.stream, attachment.texts = None, []
+        attachment.stream, attachment.texts = None, []
 
 
-def score_and_initialize(attachment: Attachment, window: Window, peers: Peers | None = None) -> Tensor:
-    """The first chunk: scored by the host, which also shows which neurons it uses. Returns the summed NLL.
+def score_and_initialize(
+    attachment: Attachment, window: Window, scored: Callable[[Tensor], None], peers: Peers | None = None
+) -> None:
+    """The first chunk: scored by the host, which also shows which neurons it uses.
 
-    peers: those who begin with the same slots
+    scored: is given the summed NLL before anything changes, and raises what speaks against it; peers: those who begin with the
+    same slots
     """
     window = window.to(attachment.host.input_device())
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> None:
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
-        return token_nll(logits, window.targets.to(logits.device)).sum()
+        scored(token_nll(logits, window.targets.to(logits.device)).sum())
 
-    return _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward, peers)
+    _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward, peers)

@@ -22,6 +22,8 @@ def token_ids(input_ids: TokenIds, vocab_size: int, at_least: int) -> Tensor:
             input_ids = input_ids.long()
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids is {input_ids.dtype}; expected integers")
+    if input_ids.is_meta:
+        raise ValueError("input_ids is on the meta device and holds no numbers; expected a tensor with data")
     if input_ids.dim() == 2 and input_ids.shape[0] == 1:
         input_ids = input_ids[0]
     if input_ids.dim() != 1:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from locas_ext.checks import integer
+from locas_ext.checks import MOST_COUNT, integer
 
 CONTEXTS = ("recompute", "keep")
 
@@ -38,9 +38,9 @@ class Keep:
     refresh_every: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sinks", integer("sinks", self.sinks, 0))
+        object.__setattr__(self, "sinks", integer("sinks", self.sinks, 0, MOST_COUNT))
         if self.refresh_every is not None:
-            object.__setattr__(self, "refresh_every", integer("refresh_every", self.refresh_every, 1))
+            object.__setattr__(self, "refresh_every", integer("refresh_every", self.refresh_every, 1, MOST_COUNT))
 
     def check_fits(self, window: int, stride: int, context_gradient: bool = False) -> None:
         """Checks that a context can be kept in a run with these settings.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk
@@ -103,9 +104,15 @@ class Run:
             yield last
 
     def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
+        stream = self.attachment.stream
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
+            if self.attachment.stream is not stream:
+                raise ValueError(
+                    f"{verb}: the callback began another run or put another memory in this one's place, so the run ends here; "
+                    "call verbs like reset(), load(), restore() and memorize() after it"
+                )
         except BaseException as error:
             if self.leaving is not None and self.attachment.attached:
                 self.leaving.leave(error)
@@ -150,15 +157,15 @@ class Run:
     def _initialize(self, window: Window, place: str) -> float:
         """Begins the memory with its first chunk. -> the chunk's loss."""
         state, peers = self.attachment.state, self.peers
-        scored = score_and_initialize(self.attachment, window, peers)
-        if peers is None:
-            loss = agreed_loss(scored, state)
-            check_loss(loss, state, place)
-            return loss
-        self.scored = peers.all_losses(scored)
-        for loss, of_rank in zip(self.scored, peers.places(place), strict=True):
-            check_loss(loss, state, of_rank)
-        return self.scored[peers.own]
+
+        def scored(loss: Tensor) -> None:
+            self.scored = [agreed_loss(loss, state)] if peers is None else peers.all_losses(loss)
+            places = [place] if peers is None else peers.places(place)
+            for each, of_rank in zip(self.scored, places, strict=True):
+                check_loss(each, state, of_rank)
+
+        score_and_initialize(self.attachment, window, scored, peers)
+        return self.scored[0 if peers is None else peers.own]
 
     def _settle(self, window: Window) -> None:
         """Decides in how many forwards the window is read, and reports why it is one."""

@@ -1,15 +1,14 @@
 """What holds while a run learns: the memory attached, the host in evaluation mode, Ctrl-C between chunks only."""
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.patching.attachment import Attachment
-from locas_ext.signals import handled
+from locas_ext.signals import noting
 
 
 def require_attached(attachment: Attachment, verb: str) -> None:
@@ -64,18 +63,5 @@ def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
     Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes. SIGTERM and
     SIGHUP are treated alike where they do.
     """
-    pressed: tuple[int, ...] = ()
-
-    def handler(signum, frame):
-        nonlocal pressed
-        if not pressed:
-            with suppress(OSError):  # a terminal that has hung up takes nothing
-                os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
-        pressed = (signum,)
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt(*pressed)
-
-    with handled(handler):
+    with noting(b"\nstopping after this chunk\n") as check:
         yield check

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locas_ext.checks import integer, integers, number
+from locas_ext.checks import MOST_SIZE, integer, integers, number
 
 _EXPECTED = "'all', locas.TopLoss(n) or locas.LossAbove(nats)"
 
@@ -31,7 +31,7 @@ class TopLoss:
     n: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", integer("TopLoss(n): n", self.n, 1))
+        object.__setattr__(self, "n", integer("TopLoss(n): n", self.n, 1, MOST_SIZE))
 
 
 @dataclass(frozen=True)

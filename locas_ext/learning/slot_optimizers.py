@@ -5,11 +5,19 @@ from typing import ClassVar
 
 import torch
 
-from locas_ext.checks import number
+from locas_ext.checks import LEAST_FLOAT32, number
+from locas_ext.config import MOST_RATE
 from locas_ext.errors import LocasError
 from locas_ext.state.memory_state import MemoryState
+from locas_ext.storage.schema import Wrong
+from locas_ext.storage.tensor_file import check_values
 
 from .optimizers import adamw_step, sgd_step
+
+
+def _rates(settings: dict, **lowest: float) -> dict[str, float]:
+    """Settings as plain numbers from these on up."""
+    return {name: number(name, settings[name], low, MOST_RATE) for name, low in lowest.items()}
 
 
 class _SlotOptimizer(torch.optim.Optimizer, ABC):
@@ -66,6 +74,7 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             LocasError: a gradient is not finite; the memory is unchanged
+            RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas
         >>> from locas_ext.hosts.tiny import tiny_host
@@ -83,13 +92,14 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         state = self.memory.state
-        state.sync()
-        for arena in state.arenas:
-            arena.gather_grad()
-        finite = all([bool(arena.gradient_norm().isfinite()) for arena in state.arenas])
-        if not (finite if state.ranks is None else state.ranks.all(finite)):
-            raise LocasError(f"the gradient is not finite; the memory stays at version {state.version}")
-        self._update(state, self.param_groups[0])
+        with state.exclusion.held("step"):
+            state.sync()
+            for arena in state.arenas:
+                arena.gather_grad()
+            finite = all([bool(arena.gradient_norm().isfinite()) for arena in state.arenas])
+            if not (finite if state.ranks is None else state.ranks.all(finite)):
+                raise LocasError(f"the gradient is not finite; the memory stays at version {state.version}")
+            self._update(state, self.param_groups[0])
         return loss
 
     # ---- the states live in the arenas, where save_pretrained(optimizer=True) finds them ----------------------
@@ -119,6 +129,7 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: a state or setting is not this optimizer's, or does not fit; nothing is taken over
             TypeError: a setting is of another type; nothing is taken over
+            RuntimeError: another thread is changing the memory
 
         >>> import locas_ext as locas
         >>> from locas_ext.hosts.tiny import tiny_host
@@ -135,13 +146,22 @@ class _SlotOptimizer(torch.optim.Optimizer, ABC):
             shape = torch.Size() if name == "step" else state.shape
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
+        try:
+            check_values(tensors, state.layers)
+        except Wrong as error:
+            raise ValueError(f"optimizer state: {error}") from None
         if len(groups) != 1:
             raise ValueError(f"param_groups holds {len(groups)} groups; expected 1, as all slots are stepped together")
         saved = {name: value for name, value in groups[0].items() if name != "params"}
         saved.update(self._checked({name: saved.get(name, value) for name, value in self.defaults.items()}))
-        self._forget()
-        state.load_optimizer(tensors)
-        self.param_groups[0].update(saved)
+        with state.exclusion.held("load_state_dict"):
+            self._forget()
+            state.load_optimizer(tensors)
+            self.param_groups[0].update(saved)
+
+    def __getstate__(self) -> dict:
+        """With the memory before its parameters: in a copy they are those of the memory's copy. Pickling is refused by it."""
+        return {"memory": self.memory, **super().__getstate__()}
 
     def _forget(self) -> None:
         for arena in self.memory.state.arenas:
@@ -157,9 +177,10 @@ class SlotAdamW(_SlotOptimizer):
 
     Args:
         memory: a Memory; its config says whether rows are clipped
-        lr: float >= 0: learning rate
+        lr: float from 0 to 1e6: learning rate
         betas: two floats in [0, 1): as in torch.optim.AdamW
-        eps, weight_decay: floats >= 0: as there; the defaults are those of `Memory.memorize` (no decay)
+        eps, weight_decay: floats up to 1e6, eps > 0 and weight_decay >= 0: as there; the defaults are those of
+            `Memory.memorize` (no decay)
 
     Raises:
         TypeError: memory is not a Memory, or a setting is not a number
@@ -190,7 +211,7 @@ class SlotAdamW(_SlotOptimizer):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas is {betas!r}; expected two numbers >= 0 and < 1")
         betas = number("betas[0]", betas[0], 0, below=1), number("betas[1]", betas[1], 0, below=1)
-        return {"betas": betas, **{name: number(name, settings[name], 0) for name in ("lr", "eps", "weight_decay")}}
+        return {"betas": betas, **_rates(settings, lr=0, eps=LEAST_FLOAT32, weight_decay=0)}
 
     def _update(self, state, group):
         clip = bool(self.memory.config.clip)
@@ -202,9 +223,9 @@ class SlotSGD(_SlotOptimizer):
 
     Args:
         memory: a Memory; its config says whether rows are clipped
-        lr: float >= 0: learning rate
+        lr: float from 0 to 1e6: learning rate
         momentum: float in [0, 1)
-        weight_decay: float >= 0
+        weight_decay: float from 0 to 1e6
 
     Raises:
         TypeError: memory is not a Memory, or a setting is not a number
@@ -225,7 +246,7 @@ class SlotSGD(_SlotOptimizer):
     @staticmethod
     def _checked(settings):
         momentum = number("momentum", settings["momentum"], 0, below=1)
-        return {"momentum": momentum, **{name: number(name, settings[name], 0) for name in ("lr", "weight_decay")}}
+        return {"momentum": momentum, **_rates(settings, lr=0, weight_decay=0)}
 
     def _update(self, state, group):
         sgd_step(state, group["lr"], group["momentum"], group["weight_decay"], bool(self.memory.config.clip))

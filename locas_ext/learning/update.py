@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from locas_ext.checks import integer, number, one_of
+from locas_ext.checks import MOST_COUNT, MOST_SIZE, integer, number, one_of
+from locas_ext.config import MOST_RATE, MOST_SLOT
 
 from .optimizers import OPTIMIZERS
 from .selectors import Selector, check_selector, spelled
@@ -20,7 +21,6 @@ BACKPROP_NUMBERS = (
     "value_learning_rate",
     "decay_after",
 )
-_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Backprop:
     """Learning by backpropagation of the chunk's mean loss, the norm clip included (docs/method.md, "Learning").
 
     Args:
-        learning_rate: float >= 0
+        learning_rate: float from 0 to 1e6
         epochs: int >= 1: learning passes over each chunk
         optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
-        gate_learning_rate, value_learning_rate: float >= 0: of gate and value rows; None: learning_rate
+        gate_learning_rate, value_learning_rate: float from 0 to 1e6: of gate and value rows; None: learning_rate
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
         process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
@@ -58,14 +58,14 @@ class Backprop:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "learning_rate": number("learning_rate", self.learning_rate, 0),
-            "epochs": integer("epochs", self.epochs, 1),
+            "learning_rate": number("learning_rate", self.learning_rate, 0, MOST_RATE),
+            "epochs": integer("epochs", self.epochs, 1, MOST_COUNT),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
-                checked[name] = number(name, rate, 0)
+                checked[name] = number(name, rate, 0, MOST_RATE)
         if self.decay_after is not None:
-            checked["decay_after"] = integer("decay_after", self.decay_after, 1)
+            checked["decay_after"] = integer("decay_after", self.decay_after, 1, MOST_COUNT)
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.process_group is not None:
             _check_group(self.process_group)
@@ -114,7 +114,7 @@ class Write:
     """Learning by slots in closed form, without training; Locas-MLP only (docs/method.md, "Writing").
 
     Args:
-        epsilon: float > 0: the length of the step that a token's slots make, over all layers together, before tau
+        epsilon: float > 0, at most 1e6: the length of the step that a token's slots make, over all layers together, before tau
         tokens: which tokens of a chunk get a slot: "all", `TopLoss(n)` or `LossAbove(nats)`
         capacity: int >= 1: the most slots per layer; None: the slots used before the run plus twice the stride or
             twice the rank, whichever is more (no limit with when_full="error")
@@ -146,14 +146,14 @@ class Write:
         check_selector(self.tokens)
         for name, why in (("capacity", "slots per layer"), ("compress_to", "slots per layer")):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, integer(name, value, 1, why=why))
+                object.__setattr__(self, name, integer(name, value, 1, MOST_SIZE, why))
         if self.when_full is not None:
             one_of("when_full", self.when_full, WHEN_FULL)
 
 
 def check_epsilon(epsilon: object) -> float:
-    """epsilon as a float; TypeError or ValueError if it is not a length that float32 holds."""
-    return number("epsilon", epsilon, above=0, high=_FLOAT32_MAX, why="slots are float32")
+    """epsilon as a float; TypeError or ValueError if it is not a length that a memory's float32 slots can have."""
+    return number("epsilon", epsilon, above=0, high=MOST_SLOT, why="slots are float32")
 
 
 Update = Backprop | Write

@@ -1,6 +1,9 @@
 """A model gets a memory: a new one, or a saved one."""
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,14 @@ from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.sharding import companions
 from locas_ext.hosts.wrappers import unwrapped
+from locas_ext.signals import uninterrupted
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import checkpoint
 
 from .memory import Memory
+
+_attaching: set[int] = set()  # the models that are being given a memory
+_attaching_lock = threading.Lock()
 
 
 def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = False) -> Memory:
@@ -41,6 +48,7 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
         ValueError: no FFN can be found in the model, it already has a memory, a setting does not fit it, its weights
             cannot be rehomed, or it is split among processes whose number does not divide the rank
         IndexError: config.layers names a layer that the model does not have
+        RuntimeError: another thread is giving the model a memory
 
         The model then is as it was.
 
@@ -54,10 +62,32 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
     """
     if config is not None and not isinstance(config, LocasConfig):
         raise TypeError(f"config is {type(config).__name__}; expected a LocasConfig or None")
-    memory = Memory(Attachment(model, config or LocasConfig(), checks.boolean("rehome", rehome)))
-    host: Any = memory.model
-    host._locas_memory = memory
+    with _alone_with(model):
+        attachment = Attachment(model, config or LocasConfig(), checks.boolean("rehome", rehome))
+        memory = Memory(attachment)
+        host: Any = memory.model
+        try:
+            with uninterrupted():
+                attachment.bind()
+                host._locas_memory = memory
+        except BaseException:
+            memory.detach()  # Ctrl-C may have come when all was in place
+            raise
     return memory
+
+
+@contextmanager
+def _alone_with(model: nn.Module) -> Iterator[None]:
+    """Only one thread at a time gives a model a memory. RuntimeError in another one."""
+    place = id(unwrapped(model))
+    with _attaching_lock:
+        if place in _attaching:
+            raise RuntimeError("model is being given a memory in another thread; wait until that is done")
+        _attaching.add(place)
+    try:
+        yield
+    finally:
+        _attaching.discard(place)
 
 
 def load(model: nn.Module, path: str | Path, rehome: bool = False) -> Memory:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from locas_ext.hosts.sharding import companions
+from locas_ext.signals import uninterrupted
 from locas_ext.learning.initialization import default_learning, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
@@ -272,7 +273,7 @@ class MemoryLearning(MemoryFacts):
         >>> memory.version, bool(memory.slots.any()), memory.texts
         (0, False, ())
         """
-        with self._attachment.exclusive("reset"):
+        with uninterrupted(), self._attachment.exclusive("reset"):
             self.state.reset()
             self._attachment.stream, self._attachment.texts = None, []
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from locas_ext import checks
 from locas_ext.hosts.sharding import companions, fsdp_obstacle
+from locas_ext.signals import uninterrupted
 from locas_ext.storage import checkpoint
 from locas_ext.storage import snapshot as snapshots
 from locas_ext.storage.snapshot import Snapshot
@@ -109,7 +110,7 @@ class Memory(MemoryStudy):
         0
         """
         saved = checkpoint.read(checks.path("path", path), companions(self.model))
-        with self._attachment.exclusive("load"):
+        with uninterrupted(), self._attachment.exclusive("load"):
             saved.put_into(self._attachment)
 
     def snapshot(self) -> Snapshot:
@@ -156,7 +157,7 @@ class Memory(MemoryStudy):
         4
         """
         attachment = self._attachment
-        with attachment.exclusive("restore"):
+        with uninterrupted(), attachment.exclusive("restore"):
             attachment.stream, attachment.texts = snapshots.restore(self.state, attachment.host, snapshot)
 
     def fork(self) -> "Memory":
@@ -202,9 +203,10 @@ class Memory(MemoryStudy):
         >>> all(parameter.requires_grad for parameter in model.parameters())
         True
         """
-        if self._attachment.attached:
-            self._attachment.detach()
-            del self.model._locas_memory
+        with uninterrupted(), self._attachment.exclusive("detach"):
+            if self._attachment.attached:
+                self._attachment.detach()
+                del self.model._locas_memory
 
     def merge_and_unload(self, pad_to_multiple_of: int = 256) -> PreTrainedModel:
         """Makes the memory part of the host's own FFNs, which become wider, and detaches.
@@ -231,7 +233,7 @@ class Memory(MemoryStudy):
         """
         self._require_attached("merge_and_unload")
         self._require_whole("merge_and_unload", "save the memory, and merge it in a model without {how}")
-        with self._attachment.exclusive("merge_and_unload"):
+        with uninterrupted(), self._attachment.exclusive("merge_and_unload"):
             with self._attachment.freeze.following():
                 model = merge(self._attachment.host, self.state, pad_to_multiple_of)
             self.detach()

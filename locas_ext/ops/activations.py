@@ -52,7 +52,10 @@ def _float32(value: float) -> float:
 def _xielu_numbers(name: str) -> tuple[float, float] | None:
     """The two numbers in the name of an xIELU; None for other names, or numbers that it cannot have."""
     found = _XIELU.fullmatch(name)
-    numbers = () if found is None else tuple(map(float, found.groups()))
+    try:
+        numbers = () if found is None else tuple(map(float, found.groups()))
+    except ValueError:
+        return None
     return (numbers[0], numbers[1]) if numbers and all(0 < number < 1e30 for number in numbers) else None
 
 

@@ -1,21 +1,22 @@
 """Checks of the operations' tensors: each names the operation, the tensor, what it is and what was expected."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from locas_ext.checks import number, one_of
+from locas_ext.checks import MOST_FLOAT32, number, one_of
 from locas_ext.config import BACKENDS
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALAR_DTYPES = (torch.int64, torch.float32, torch.float64)  # of what the updates read on the device
 
 
 def finite_float(name: str, value: object) -> float:
-    """The number as a float, in a fraction of a microsecond where it is one."""
-    if type(value) is float and math.isfinite(value):
+    """The number as a float that float32 holds, in a fraction of a microsecond where it is one."""
+    if type(value) is float and -MOST_FLOAT32 <= value <= MOST_FLOAT32:
         return value
-    return value if torch.compiler.is_compiling() else number(name, value)  # type: ignore[return-value]  # may be symbolic
+    if torch.compiler.is_compiling():
+        return value  # type: ignore[return-value]  # may be symbolic
+    return number(name, value, -MOST_FLOAT32, MOST_FLOAT32)
 
 
 def is_tensor(op: str, name: str, tensor: object) -> None:
@@ -53,6 +54,8 @@ def check_x(op: str, x: Tensor, backend: str) -> None:
     is_tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x has no dimensions; expected [..., d]")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}; expected [..., d] with d at least 1")
     if backend == "reference":
         if not x.is_floating_point():
             raise ValueError(f"{op}: x is {x.dtype}; expected a float dtype")
@@ -98,7 +101,7 @@ def plainly_fits(
     biases: tuple[Tensor | None, ...],
 ) -> bool:
     """Whether all is as it should be in the common case, in a few microseconds; if not, the checks above say why."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or biases != (None, None, None):
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0 or biases != (None, None, None):
         return False
     dtype, device, d = x.dtype, x.device, x.shape[-1]
     for weight in (gate_weight, up_weight, down_weight):
@@ -129,10 +132,10 @@ def check_slots(op: str, x: Tensor, slots: Tensor, planes: int) -> None:
 def check_logits(op: str, logits: Tensor, targets: Tensor) -> None:
     is_tensor(op, "logits", logits)
     is_tensor(op, "targets", targets)
-    if logits.dim() == 0 or not logits.is_floating_point():
-        raise ValueError(f"{op}: logits is {logits.dtype} of shape {list(logits.shape)}; expected a float dtype and [..., V]")
-    tokens = logits.numel() // max(1, logits.shape[-1])
-    if targets.numel() != tokens:
+    if logits.dim() == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
+        shape = list(logits.shape)
+        raise ValueError(f"{op}: logits is {logits.dtype} of shape {shape}; expected a float dtype and [..., V], V at least 1")
+    if targets.shape != logits.shape[:-1]:
         raise ValueError(f"{op}: targets has shape {list(targets.shape)}; expected {list(logits.shape[:-1])}")
     expect(op, "targets", targets, tuple(targets.shape), logits, (torch.int64,), "logits")
 
@@ -145,6 +148,8 @@ def scalar_tensor(op: str, name: str, value: object, like: Tensor) -> Tensor:
         return torch.tensor(plain, dtype=torch.float64, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}; expected a 0-d tensor")
+    if value.dtype not in SCALAR_DTYPES:
+        raise ValueError(f"{op}: {name} is {value.dtype}; expected {' or '.join(map(str, SCALAR_DTYPES))}")
     return value
 
 

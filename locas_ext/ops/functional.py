@@ -10,7 +10,8 @@ measured to be faster (cuda.py, cpu.py), else "matmul". routes.py says what comp
 The mathematics is in docs/method.md (the paper: arXiv 2602.05085, section 3).
 """
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,9 +44,18 @@ def _wants_gradient(x: Tensor, slots: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or slots.requires_grad)
 
 
+def _with_rows(matrix: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose last dimension is not contiguous, which kernels do not take."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def _with_rows_all(weights: Iterable[Tensor | None]) -> list[Any]:
+    return [weight if weight is None else _with_rows(weight) for weight in weights]
+
+
 def _in_dtype(slots: Tensor, dtype: torch.dtype) -> SlotViews:
     with torch.no_grad():
-        return SlotViews.of(slots if slots.dtype is dtype else slots.to(dtype))
+        return SlotViews.of(_with_rows(slots if slots.dtype is dtype else slots.to(dtype)))
 
 
 # ---- public operations --------------------------------------------------------------------------------------
@@ -113,6 +123,7 @@ def glu_ffn(
     host = HostWeights(gate_weight, up_weight, down_weight, *biases)
     if not by_address(x, slots, *[weight for weight in host if weight is not None]):
         return _traced_glu_ffn(x, host, slots, scale, activation, backend)
+    host = HostWeights(*_with_rows_all(host))
     x2d = x.reshape(-1, x.shape[-1])
     module = glu_ffn_backend("glu_ffn", x, gate_weight, backend, activation)
     views = _in_dtype(slots, x.dtype)
@@ -264,5 +275,6 @@ def neuron_importance(
         if backend == "reference" or transformed():
             return reference.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
         return torch.ops.locas.neuron_importance(x2d, gate_weight, up_weight, activation, gate_bias, up_bias)
+    host = InputProjections(*_with_rows_all(host))
     module: Backend = glu_ffn_backend("neuron_importance", x, gate_weight, backend, activation)
     return module.neuron_importance(x2d, host, index)

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from locas_ext.checks import boolean, integer, number
+from locas_ext.checks import LEAST_FLOAT32, MOST_FLOAT32, boolean, integer, number
+from locas_ext.config import MOST_RATE
 
 from .backends import slot_updates
 from .checks import check_update, check_writing, scalar_tensor
 from .routes import by_address, refuse_transforms
 from .types import SGD, AdamW
-
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -20,7 +19,7 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 def _check_rate(op: str, learning_rate: Tensor, step: Tensor | None = None) -> None:
     """ValueError for values out of range, on the CPU only: on a GPU this would wait for the kernels."""
     if learning_rate.is_cpu:
-        number(f"{op}: learning_rate", learning_rate, low=0)
+        number(f"{op}: learning_rate", learning_rate, 0, MOST_RATE)
     if step is not None and step.is_cpu and not float(step) >= 1:
         raise ValueError(f"{op}: step is {float(step)}; expected the number of this update, counted from 1")
 
@@ -29,16 +28,16 @@ def _checked_adamw(op: str, adamw: AdamW) -> AdamW:
     return AdamW(
         number(f"{op}: beta1", adamw.beta1, low=0, below=1),
         number(f"{op}: beta2", adamw.beta2, low=0, below=1),
-        number(f"{op}: eps", adamw.eps, low=0),
-        number(f"{op}: weight_decay", adamw.weight_decay),
+        number(f"{op}: eps", adamw.eps, LEAST_FLOAT32, MOST_RATE),
+        number(f"{op}: weight_decay", adamw.weight_decay, -MOST_RATE, MOST_RATE),
         boolean(f"{op}: clip", adamw.clip),
     )
 
 
 def _checked_sgd(op: str, sgd: SGD) -> SGD:
     return SGD(
-        number(f"{op}: momentum", sgd.momentum),
-        number(f"{op}: weight_decay", sgd.weight_decay),
+        number(f"{op}: momentum", sgd.momentum, -MOST_RATE, MOST_RATE),
+        number(f"{op}: weight_decay", sgd.weight_decay, -MOST_RATE, MOST_RATE),
         boolean(f"{op}: clip", sgd.clip),
     )
 
@@ -68,12 +67,12 @@ def update_slots_(
         exp_avg_sq: as slots, AdamW's second moment
         step: 0-d, int64, float32 or float64, on the slots' device, or a number: the number of this update, counted from
             1. It is read, not advanced, so that one counter can serve several calls
-        learning_rate: 0-d, float32 or float64, on the slots' device, or a number >= 0. It and step are read on the device,
-            so a captured CUDA graph can be replayed with other values
+        learning_rate: 0-d, float32 or float64, on the slots' device, or a number from 0 to 1e6. It and step are read on the
+            device, so a captured CUDA graph can be replayed with other values
         beta1: in [0, 1), the decay of exp_avg
         beta2: in [0, 1), the decay of exp_avg_sq
-        eps: >= 0, added to the denominator
-        weight_decay: decoupled, times the learning rate
+        eps: > 0, at most 1e6: added to the denominator
+        weight_decay: decoupled, times the learning rate; from -1e6 to 1e6
         clip: whether rows are clipped
         compute: as slots, float32, bfloat16 or float16: receives the rounded copy of the new slots; or None
         finite: 0-d, float32, float64 or int64, on the slots' device: where it is 0 nothing is written, which lets a captured
@@ -131,11 +130,11 @@ def sgd_slots_(
     Args:
         slots: [..., d], float32, contiguous; a row is a vector of the last dimension
         grad: as slots
-        learning_rate: 0-d, float32 or float64, on the slots' device, or a number >= 0
+        learning_rate: 0-d, float32 or float64, on the slots' device, or a number from 0 to 1e6
         momentum_buffer: as slots, or None where momentum is 0. It becomes momentum * momentum_buffer + grad, and the slots
             move along it
-        momentum: a finite number
-        weight_decay: decoupled, times the learning rate
+        momentum: from -1e6 to 1e6
+        weight_decay: decoupled, times the learning rate; from -1e6 to 1e6
         clip: whether rows are clipped
         compute: as slots, float32, bfloat16 or float16: receives the rounded copy of the new slots; or None
         finite: 0-d, float32, float64 or int64, on the slots' device: where it is 0 nothing is written; or None
@@ -225,7 +224,7 @@ def write_slots_(
         return torch.ops.locas.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
     n, capacity = inputs.shape[1], slots.shape[2]
     start = integer(f"{op}: start", start, 0, capacity - n, f"{n} tokens, capacity {capacity}")
-    epsilon = number(f"{op}: epsilon", epsilon, above=0, high=_LARGEST, why="the slots are float32")
+    epsilon = number(f"{op}: epsilon", epsilon, above=0, high=MOST_FLOAT32, why="the slots are float32")
     if by_address(slots, inputs, gradients, *_given(compute, gradient_norm)):
         norm = slot_updates.write_slots_(slots, start, inputs, gradients, epsilon, compute, gradient_norm)
     else:

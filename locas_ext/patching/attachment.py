@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.caller import caller_stacklevel
-from locas_ext.checks import number
+from locas_ext.checks import LEAST_FLOAT32
 from locas_ext.config import MOST_SCALE, LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
@@ -143,7 +143,7 @@ class Attachment:
     """A host, its memory's state and the patched FFNs: what the verbs (memorize, save, load, merge) work on."""
 
     def __init__(self, model, config: LocasConfig, rehome: bool = False):
-        """Checks everything, then binds: a failure leaves the model as it was."""
+        """Checks everything and changes nothing; `bind` does."""
         if getattr(unwrapped(model), "_locas_memory", None) is not None:
             raise ValueError(
                 "model already has a memory attached: use the one that locas.memory_of(model) returns, "
@@ -177,28 +177,34 @@ class Attachment:
         places = self.state.in_layer_order(lambda arena: [(arena, index) for index in range(len(arena.positions))])
         binding = Binding(self.state, self.backend, host, number_of(self.state))
         self.ffns = [_patched(config, binding, ffn, *place) for ffn, place in zip(ffns, places, strict=True)]
+        for ffn, layer in zip(self.ffns, layers, strict=True):
+            if ffn.is_taken():
+                raise ValueError(
+                    f"the FFN of layer {layer} is another model's too, and the memory attached to that one stands in it; "
+                    "detach that memory first"
+                )
         self.stream: Stream | None = None  # where memorize() stands in its text
         self.texts: list[TextRecord] = []  # those learned from, oldest first
         self.ranks: Ranks | None = None  # the processes of the latest run, which learned it in step
-        self._bind(rehome)
+        self.rehomes = rehome
 
-    def _bind(self, rehome: bool) -> None:
-        """Freezes the host and puts the memory's forwards in place."""
+    def bind(self) -> None:
+        """Freezes the host and puts the memory's forwards in place. A failure leaves the model as it was."""
         model = self.host.model
         self.cache_guard = StaleCacheGuard(model, self.state)
         self.watch = DecoderWatch(self.host, self.state, self.ffns)
         self.freeze = HostFreeze(model)
-        self.freeze.hold()
-        for ffn in self.ffns:
-            ffn.bind()
-        self.watch.bind()
-        self.cache_guard.bind()
-        if rehome:
-            try:
+        try:
+            self.freeze.hold()
+            for ffn in self.ffns:
+                ffn.bind()
+            self.watch.bind()
+            self.cache_guard.bind()
+            if self.rehomes:
                 self._rehome()
-            except BaseException:
-                self.detach()
-                raise
+        except BaseException:
+            self.detach()
+            raise
 
     def hook_ids(self) -> set[int]:
         """The ids of the hooks that the memory itself has put on the host."""
@@ -227,7 +233,12 @@ class Attachment:
             mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
         scale = mean if multiple is None else multiple * mean / self.config.rank
-        return number(f"scale {self.config.scale}, for this host,", scale, -MOST_SCALE, MOST_SCALE)
+        if not LEAST_FLOAT32 <= scale <= MOST_SCALE:
+            raise ValueError(
+                f"scale is {self.config.scale!r}, which is {scale:g} where the value rows of the host's FFN have a mean length "
+                f"of {mean:g}; expected a scale up to {MOST_SCALE:g} other than 0: use a number, such as scale=0.5"
+            )
+        return scale
 
     def _longest(self, ffn: HostFFN, like: Tensor, scale: float) -> list[float]:
         """How long the rows of each plane may grow."""

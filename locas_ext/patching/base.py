@@ -21,7 +21,7 @@ from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import Scope, scopes
 
-from .forward_patch import ForwardPatch, the_input
+from .forward_patch import ForwardPatch, forward_name, the_input
 from .rehome import RehomedFFN
 
 FFN = TypeVar("FFN", bound=HostFFN)
@@ -156,6 +156,12 @@ class PatchedFFN(ABC, Generic[FFN]):
     @abstractmethod
     def with_memory(self, x: Tensor, y: Tensor) -> Tensor:
         """The FFN's output y [..., d] for its input x [..., d], with the memory's added."""
+
+    def is_taken(self) -> bool:
+        """Whether the memory of another model that has these modules too stands here."""
+        forwards = [module.__dict__.get(forward_name(module)) for module in self.modules()]
+        owners = [getattr(forward, "__self__", None) for forward in forwards]
+        return any(isinstance(owner, PatchedFFN) and owner.attached for owner in owners)
 
     def bind(self) -> None:
         self.patches = [ForwardPatch(*pair) for pair in zip(self.modules(), self.forwards(), strict=True)]

@@ -40,12 +40,14 @@ def stamp(cache: Any, now: int, fresh: bool) -> None:
 class StaleCacheGuard:
     """Binds a `generate` to a model; unbind() takes it away."""
 
+    original: Callable[..., Any] | None = None  # the model's own; None while nothing is bound
+
     def __init__(self, model: PreTrainedModel, state: MemoryState):
         self.model, self.state = model, state
 
     def bind(self) -> None:
         self.replaced = self.model.__dict__.get("generate")
-        self.original: Callable[..., Any] | None = getattr(self.model, "generate", None)
+        self.original = getattr(self.model, "generate", None)
         if self.original is not None:
             self.model.generate = self._generate
 

@@ -48,7 +48,9 @@ class DecoderWatch:
             state.sync()
             looking = scoped(state, looked=True)
             looking.__enter__()
-        fresh = is_first_filling(given_cache(named), state)
+        by_position = (each for each in arguments if hasattr(each, "get_seq_length"))
+        cache = given_cache(named)
+        fresh = is_first_filling(next(by_position, None) if cache is None else cache, state)
         running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
 
     def _follow(self, decoder: nn.Module) -> None:

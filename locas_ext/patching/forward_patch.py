@@ -6,6 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def forward_name(module: nn.Module) -> str:
+    """accelerate keeps the real forward in _old_forward and calls it from its hook: what stands in is bound beneath it."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
 class ForwardPatch:
     """A module whose forward a method of another object stands in for. It does not keep that object alive."""
 
@@ -13,8 +18,7 @@ class ForwardPatch:
         """forward: a bound method"""
         self.module = module
         self.method: Any = forward.__func__  # type: ignore[attr-defined]
-        # accelerate keeps the real forward in _old_forward and calls it from its hook: bind beneath it.
-        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        name = forward_name(module)
         self.replaced = module.__dict__.get(name)
         setattr(module, name, forward)
 

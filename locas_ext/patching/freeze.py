@@ -7,13 +7,13 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, inference_mode, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from locas_ext.hosts.sharding import let_go
 from locas_ext.hosts.split import is_split
 
-# The freezes that still hold each host tensor that attach froze: a fork's host is the same tensors.
-_holders: Any = WeakIdKeyDictionary()
+# Of each host tensor that attach froze, by its identity, the freezes that still hold: a fork's host is the same tensors. A
+# freeze keeps its tensors alive, so no identity comes twice. Tensors with weak references could not be swapped by `.to()`.
+_holders: dict[int, "WeakSet[HostFreeze]"] = {}
 
 
 class HostFreeze:
@@ -22,6 +22,7 @@ class HostFreeze:
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.frozen: dict[str, Tensor] = {}
+        self.places: dict[str, nn.Module] = {}  # the modules that have them
 
     def hold(self) -> None:
         """Turns requires_grad off wherever it is on."""
@@ -30,13 +31,16 @@ class HostFreeze:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self.frozen[name] = parameter
-            elif _holders.get(parameter):  # frozen by the memory of another model on the same weights
+            elif _holders.get(id(parameter)):  # frozen by the memory of another model on the same weights
                 self.frozen[name] = parameter
+        self.places = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.frozen}
         self._register()
 
     def _register(self) -> None:
+        for place in [place for place, holders in _holders.items() if not holders]:
+            del _holders[place]  # of models that were dropped with their memory
         for parameter in self.frozen.values():
-            _holders.setdefault(parameter, WeakSet()).add(self)
+            _holders.setdefault(id(parameter), WeakSet()).add(self)
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -49,7 +53,7 @@ class HostFreeze:
         now = dict(self.model.named_parameters())
         for name in names:
             if name in now and now[name] is not self.frozen[name]:
-                _holders[self.frozen[name]].discard(self)
+                _holders[id(self.frozen[name])].discard(self)
                 self.frozen[name] = now[name]
         self._register()
 
@@ -60,15 +64,18 @@ class HostFreeze:
         heads = {name: p for name, p in self.model.named_parameters() if id(p) in parameters and name in self.frozen}
         self._follow([name for name, parameter in heads.items() if parameter.shape != self.frozen[name].shape])
 
-    def _follow_offloaded(self) -> None:
-        """accelerate puts a new parameter in the place of an offloaded one after each forward, with the old one's flags."""
-        hooked = {name for name, module in self.model.named_modules() if hasattr(module, "_hf_hook")}
-        self._follow([name for name in self.frozen if name.rpartition(".")[0] in hooked])
-
-    def _follow_sharded(self) -> None:
-        """fully_shard puts a sharded parameter in the place of a whole one, with its flags."""
-        now = dict(self.model.named_parameters())
-        self._follow([name for name, old in self.frozen.items() if is_split(now.get(name)) and not is_split(old)])
+    def _follow_in_place(self) -> None:
+        """Some put a new parameter with the old one's flags in its place: accelerate after each forward of an offloaded module,
+        fully_shard, load_state_dict(assign=True), `.to()` where torch is set to overwrite."""
+        now = dict(self.model.named_modules())
+        names = []
+        for name, old in self.frozen.items():
+            path, _, own = name.rpartition(".")
+            new: Any = self.places[name]._parameters.get(own)
+            stands_in = new is not None and new.shape == old.shape and (type(new) is type(old) or is_split(new))
+            if now.get(path) is self.places[name] and stands_in and not new.requires_grad:
+                names.append(name)
+        self._follow(names)
 
     def release(self) -> None:
         """Turns requires_grad on again where it is still as `hold` left it and no other memory needs it so.
@@ -78,21 +85,20 @@ class HostFreeze:
         """
         let_go(self.model)
         self._follow_resized_head()
-        self._follow_offloaded()
-        self._follow_sharded()
+        self._follow_in_place()
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
         rebuilt = any(id(parameter) in now and now[id(parameter)] != name for name, parameter in self.frozen.items())
         for parameter in self.frozen.values():
-            holders = _holders.get(parameter, WeakSet())
+            holders = _holders.get(id(parameter), WeakSet())
             holders.discard(self)
             if not holders and not rebuilt:
                 with inference_mode(parameter.is_inference()):  # only there may such a tensor be asked for a gradient
                     parameter.requires_grad_(True)
-        self.frozen = {}
+        self.frozen, self.places = {}, {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostFreeze":
         """For a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
         new = memo[id(self)] = object.__new__(HostFreeze)
-        new.model, new.frozen = copy.deepcopy((self.model, self.frozen), memo)
+        new.model, new.frozen, new.places = copy.deepcopy((self.model, self.frozen, self.places), memo)
         new._register()
         return new

@@ -145,7 +145,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             return y
         memory = self._public_beside(x, self.arena.parameters[self.index])
         if self.state.exclusion.off_somewhere > 0:
-            memory = memory * in_use(x, self.binding.number)
+            memory = memory * in_use(x.detach(), self.binding.number)
         return y + memory.view_as(y)
 
     @torch.no_grad()

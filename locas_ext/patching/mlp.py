@@ -67,7 +67,7 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         if self.is_host_alone():
             return y
         memory = self._public_beside(x, self.arena.parameters[self.index])  # with the empty slots, as where it is traced
-        return y + (memory * in_use(x, self.binding.number) if self.state.exclusion.off_somewhere > 0 else memory)
+        return y + (memory * in_use(x.detach(), self.binding.number) if self.state.exclusion.off_somewhere > 0 else memory)
 
     def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to

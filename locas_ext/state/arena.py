@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from locas_ext.ops.types import SlotFactors, SlotViews
 
+from .planes import VALUE
+
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -80,6 +82,13 @@ class SlotArena:
         self.used = used
         self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
 
+    def use_scale(self, scale: Tensor) -> None:
+        """Takes over tau of each layer [l]; what value rows may add at most stays, where rows have lengths of their own."""
+        if self.longest is not None:
+            self.longest[:, VALUE] *= (self.scale / scale).abs().to(self.longest)
+        self.scale.copy_(scale)
+        self.scales = self.scale.tolist()
+
     def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
         with torch.inference_mode(False), torch.no_grad():
@@ -92,8 +101,7 @@ class SlotArena:
             tensors = {}
             for name, tensor in self._tensors().items():
                 if tensor.dim() == 4:
-                    layers, planes, _, d = tensor.shape
-                    new = tensor.new_zeros(layers, planes, capacity, d)
+                    new = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
                     new[:, :, :rows] = tensor[:, :, :rows]
                     tensors[name] = new
             return tensors
@@ -110,8 +118,7 @@ class SlotArena:
         kept = self.used - count
         for tensor in self._tensors().values():
             if tensor.dim() == 4:
-                if kept:
-                    tensor[:, :, :kept] = tensor[:, :, count : self.used].clone()
+                tensor[:, :, :kept] = tensor[:, :, count : self.used].clone()
                 tensor[:, :, kept : self.used] = 0
         self.round_slots()
 
@@ -160,15 +167,12 @@ class SlotArena:
         adopted = self._adopt_replaced_data()
         changed = adopted or self.slots._version != self._seen_version
         changed = changed or [parameter._version for parameter in self.parameters] != self._seen_parameters
-        if not changed and by_content and self.seen is not None and not self._is_capturing():
+        capturing = self.seen is not None and self.slots.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not changed and by_content and self.seen is not None and not capturing:  # in a capture nothing can be compared
             changed = not torch.equal(_bits(self.slots), _bits(self.seen))
         if changed:
             self.round_slots()
         return changed
-
-    def _is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, in which nothing can be compared."""
-        return self.slots.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _adopt_replaced_data(self) -> bool:
         """Brings tensors that replaced a parameter's `.data` back into the arena. Returns whether there were any."""
@@ -238,8 +242,7 @@ class SlotArena:
         """[] float32, not finite if the gradient is not; of factors an upper bound."""
         if self.factors is None:
             return self.grad.norm()
-        bounds = [layer.norm_bound() for part in self.learning_parts() for layer in self.factors[part]]
-        return torch.stack(bounds).sum()
+        return torch.stack([layer.norm_bound() for part in self.learning_parts() for layer in self.factors[part]]).sum()
 
     def gather_grad(self) -> None:
         """Brings back gradients that a `zero_grad(set_to_none=True)` moved out of the arena."""
@@ -276,8 +279,7 @@ class SlotArena:
 
     # ---- copies ----------------------------------------------------------------------------------------------
     def __deepcopy__(self, memo):
-        copy = object.__new__(SlotArena)
-        memo[id(self)] = copy
+        copy = memo[id(self)] = object.__new__(SlotArena)
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self.__dict__.items():
                 if isinstance(value, Tensor):

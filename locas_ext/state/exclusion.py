@@ -52,10 +52,15 @@ class Exclusion:
             with self.lock:
                 self.off_somewhere -= 1
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another thread is changing the memory."""
+        holder = self.holder
+        return holder is not None and holder[0] != threading.get_ident()
+
     def check_reader(self) -> None:
         """RuntimeError if another thread is changing the memory."""
-        holder = self.holder
-        if holder is not None and holder[0] != threading.get_ident():
+        if self.elsewhere:
             raise RuntimeError(
                 f"the memory cannot be read here: {self._who()}; wait until it is done, or read the host alone inside "
                 "memory.disabled()"
@@ -64,8 +69,7 @@ class Exclusion:
     @contextmanager
     def read(self, verb: str) -> Iterator[None]:
         """What this block reads of the memory is of one moment; RuntimeError if another thread changes it."""
-        holder = self.holder
-        if holder is not None and holder[0] != threading.get_ident():
+        if self.elsewhere:
             raise RuntimeError(f"{verb}: {self._who()}; wait until it is done")
         epoch = self.epoch
         yield

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from locas_ext.signals import uninterrupted
 from locas_ext.ops.ranks import Ranks
 from locas_ext.ops.types import SlotFactors
 
@@ -26,10 +27,7 @@ _generations = itertools.count(1)  # one number for every state that any memory 
 
 def grouped_by_device(devices: Sequence[torch.device]) -> list[list[int]]:
     """The positions of the layers on each device, devices in the order of their first layer."""
-    groups: dict[torch.device, list[int]] = {}
-    for position, device in enumerate(devices):
-        groups.setdefault(device, []).append(position)
-    return list(groups.values())
+    return [[p for p, other in enumerate(devices) if other == device] for device in dict.fromkeys(devices)]
 
 
 class MemoryState:
@@ -93,6 +91,8 @@ class MemoryState:
         """Takes over a change of the slots made from outside, which counts as one update."""
         by_content = not scope_of(self).looked
         with self.exclusion.lock:
+            if self.exclusion.elsewhere:
+                return  # what a verb in another thread is writing is its own affair
             if any([arena.refresh(by_content) for arena in self.arenas]):
                 if self.used == 0 or any([arena.slots[:, :, arena.used :].any() for arena in self.arenas]):
                     self.set_used(self.capacity)
@@ -234,7 +234,7 @@ class MemoryState:
 
         The capacity becomes r, optimizer states start anew.
         """
-        with self.exclusive("putting slots in place"):
+        with uninterrupted(), self.exclusive("putting slots in place"):
             if slots.shape[2] != self.capacity:
                 self.resize(slots.shape[2])
             self._put("slots", slots)
@@ -254,9 +254,8 @@ class MemoryState:
         with self.exclusive("load"), torch.no_grad():
             self.set_slots(tensors["slots"], version, used)
             self.load_optimizer({name: tensor for name, tensor in tensors.items() if name not in ("slots", "scale")})
-            self._put("scale", tensors["scale"])
             for arena in self.arenas:
-                arena.scales = arena.scale.tolist()
+                arena.use_scale(tensors["scale"][arena.positions])
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:

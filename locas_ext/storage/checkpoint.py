@@ -13,6 +13,7 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.sharding import companions
+from locas_ext.signals import uninterrupted
 from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Stream, TextRecord
@@ -135,8 +136,10 @@ class Saved:
             if there != here:
                 raise LocasError(f"{self.path} has {name} {there!r}; attached is {here!r}")
         own = {name: tensor for name, tensor in self.tensors.items() if name in tensor_file.OF_MEMORY}
-        state.load(_part(own, state.ranks), fields["memory_version"], fields["slots_used"] // state.processes)
-        attachment.stream, attachment.texts = copy.deepcopy(self.stream), list(self.texts)
+        own, stream = _part(own, state.ranks), copy.deepcopy(self.stream)
+        with uninterrupted():
+            state.load(own, fields["memory_version"], fields["slots_used"] // state.processes)
+            attachment.stream, attachment.texts = stream, list(self.texts)
 
 
 def read(path: Path, ranks: Ranks | None = None) -> Saved:

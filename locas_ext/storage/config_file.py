@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from locas_ext.checks import MOST_COUNT, MOST_SIZE
 from locas_ext.config import BACKENDS, INITS, MOST_CLIP, MOST_SCALE, ROW_LENGTHS, VARIANTS, LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.state.stream import Stream
@@ -23,8 +24,8 @@ FORMAT_VERSION = 2
 MOST_BYTES = 2**28  # the chunks of some two million; more is not one of ours
 
 # ---- the table -------------------------------------------------------------------------------------------------
-_SIZE = integer(1, 2**31 - 1)
-_COUNT = integer(0, 2**53)
+_SIZE = integer(1, MOST_SIZE)
+_COUNT = integer(0, MOST_COUNT)
 _SHA256 = matching("[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
 _TIME = matching(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "a time in UTC such as 2026-01-31T12:00:00+00:00")
 _SAMPLES = matching("[A-Za-z0-9+/]{342}==", "64 float32 numbers in base64")
@@ -33,7 +34,7 @@ _FLOAT = number(-sys.float_info.max, sys.float_info.max)
 _CONFIG = {
     "variant": one_of(*VARIANTS),
     "rank": _SIZE,
-    "layers": nullable(list_of(integer(-(2**31), 2**31 - 1))),
+    "layers": nullable(list_of(integer(-(2**31), MOST_SIZE))),
     "init": one_of(*INITS),
     "scale": either(matching(r"paper|host|[0-9.]{1,100}x", "'paper', '16x', 'host'"), number(-MOST_SCALE, MOST_SCALE)),
     "clip": either(boolean, number(0, MOST_CLIP)),
@@ -56,10 +57,10 @@ _WRITE = {
     "compress_to": nullable(_SIZE),
 }
 _SETTINGS = {
-    "window": integer(2, 2**31 - 1),
+    "window": integer(2, MOST_SIZE),
     "stride": _SIZE,
     "learning_rate": number(0, sys.float_info.max),
-    "epochs": integer(1, 2**53),
+    "epochs": integer(1, MOST_COUNT),
     "optimizer": one_of("adamw", "sgd"),
     "update": one_of("backprop", "write"),
     "context_gradient": boolean,
@@ -70,11 +71,13 @@ _RATE = number(0, sys.float_info.max)
 _BACKPROP = {  # where they are not the paper's
     "gate_learning_rate": _RATE,
     "value_learning_rate": _RATE,
-    "decay_after": integer(1, 2**53),
+    "decay_after": integer(1, MOST_COUNT),
 }
-_TEXTS = {"texts": integer(2, 2**31 - 1)}  # where several are learned at once only
-_CONTEXT = {"context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, 2**53))})}  # beside a kept context only
-_ROOM = {"first": integer(0, 2**31 - 1), "latest": integer(0, 2**31 - 1)}
+_TEXTS = {"texts": integer(2, MOST_SIZE)}  # where several are learned at once only
+_CONTEXT = {
+    "context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, MOST_COUNT))})
+}  # beside a kept context only
+_ROOM = {"first": integer(0, MOST_SIZE), "latest": integer(0, MOST_SIZE)}
 _KEPT = {
     "kept": record(
         {"seen": _COUNT, "held": _COUNT, "head": list_of(integer(0, 2**63 - 1)), "rooms": list_of(record(_ROOM))},
@@ -88,10 +91,10 @@ _FILE = {
     "format_version": one_of(1, 2),
     "locas_ext_version": text,
     "config": record(_CONFIG, _CONFIG_LATER),
-    "layers": list_of(integer(0, 2**31 - 1)),
+    "layers": list_of(integer(0, MOST_SIZE)),
     "memory_version": _COUNT,
     "initialized": boolean,
-    "slots_used": integer(0, 2**31 - 1),
+    "slots_used": integer(0, MOST_SIZE),
     "tokens_seen": _COUNT,
     "memory_sha256": _SHA256,
     "config_sha256": _SHA256,

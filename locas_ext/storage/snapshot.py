@@ -18,6 +18,7 @@ class Snapshot:
 
     Attributes:
         layers: the decoder layers that have slots
+        rank: the slots per layer that the memory began with
         host: the host's fingerprint
         tensors: "slots", "scale" and "step", and the optimizer states there are, by name
         memory_version: the memory's version
@@ -33,6 +34,7 @@ class Snapshot:
     """
 
     layers: tuple[int, ...]
+    rank: int
     host: dict
     tensors: dict[str, Tensor]
     memory_version: int
@@ -46,6 +48,7 @@ def take(state: MemoryState, host: Host, stream: Stream | None, texts: list[Text
     state.sync()
     return Snapshot(
         layers=state.layers,
+        rank=state.rank,
         host=fingerprint(host),
         tensors={name: tensor.clone() for name, tensor in state.tensors().items()},
         memory_version=state.version,
@@ -63,10 +66,11 @@ def restore(state: MemoryState, host: Host, snapshot: Snapshot) -> tuple[Stream 
         raise ValueError(f"the snapshot is of another host: {', '.join(different)}")
     shape = snapshot.tensors["slots"].shape
     rows = shape[2] if state.grows else state.rank
-    if snapshot.layers != state.layers or shape != (*state.shape[:2], rows, state.hidden_size):
+    fits = shape == (*state.shape[:2], rows, state.hidden_size)
+    if (snapshot.layers, snapshot.rank) != (state.layers, state.rank) or not fits:
         raise ValueError(
-            f"the snapshot has slots {list(shape)} in layers {list(snapshot.layers)}; "
-            f"attached are {list(state.shape)} in layers {list(state.layers)}"
+            f"the snapshot has slots {list(shape)} of rank {snapshot.rank} in layers {list(snapshot.layers)}; "
+            f"attached are {list(state.shape)} of rank {state.rank} in layers {list(state.layers)}"
         )
     state.load(snapshot.tensors, snapshot.memory_version, snapshot.slots_used)
     return copy.deepcopy(snapshot.stream), list(snapshot.texts)

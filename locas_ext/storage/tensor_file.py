@@ -13,7 +13,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from locas_ext.config import MOST_SCALE
+from locas_ext.checks import MOST_FLOAT32
+from locas_ext.config import MOST_SCALE, MOST_SLOT
 from locas_ext.errors import LocasError
 from locas_ext.state.kept_rows import row_counts
 from locas_ext.state.planes import PLANES
@@ -24,7 +25,6 @@ from .schema import Wrong, integer, list_of, record, short, text
 _MOST_HEADER_BYTES = 2**16
 _ENTRY = record({"dtype": text, "shape": list_of(integer(0, 2**53)), "data_offsets": list_of(integer(0, 2**63))})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class _Tensor:
 
 
 _TENSORS = {
-    "slots": _Tensor("slot", -1e6, 1e6),  # rows are of length 1 or less when clipped; squares must be far from infinity
+    "slots": _Tensor("slot", -MOST_SLOT, MOST_SLOT),  # rows are of length 1 or less when clipped
     "scale": _Tensor("layer", -MOST_SCALE, MOST_SCALE),
     "step": _Tensor("memory", 0, 2**53, torch.int64),
-    "exp_avg": _Tensor("slot", -_LARGEST, _LARGEST),
-    "exp_avg_sq": _Tensor("slot", 0, _LARGEST),
-    "momentum_buffer": _Tensor("slot", -_LARGEST, _LARGEST),
+    "exp_avg": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
+    "exp_avg_sq": _Tensor("slot", 0, MOST_FLOAT32),
+    "momentum_buffer": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
 }
 OF_MEMORY = tuple(_TENSORS)
 _REQUIRED = ("slots", "scale")

@@ -209,3 +209,17 @@ def test_others_are_not(changes, settings):
     _, memory = attached(**{"init": "activation", **changes})
     memory.memorize(TEXT, window=24, stride=8, progress=False, **settings)
     assert memory.version == 8
+
+
+# ---- a host that is not finite --------------------------------------------------------------------------------
+@pytest.mark.parametrize("init", ["topk", "random", "gaussian", "activation"])
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_a_host_that_is_not_finite_begins_no_memory(init, part):
+    model, memory = attached(init=init, scale=0.5)
+    next(p for name, p in model.named_parameters() if part in name).data.fill_(float("nan"))
+    if part == "embed_tokens":  # what the FFNs see
+        with pytest.raises(locas.LocasError, match="not finite; the memory was not initialized"):
+            memory.initialize(TEXT[:20])
+    with pytest.raises(locas.LocasError, match="the loss is nan at chunk 0|not finite; the memory was not initialized"):
+        memory.memorize(TEXT, **SETTINGS)
+    assert not memory.state.initialized and not memory.slots.any() and memory.texts == ()

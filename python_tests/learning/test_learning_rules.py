@@ -160,3 +160,13 @@ def test_a_run_with_settings_of_its_own_is_resumed_bit_for_bit(tmp_path, optimiz
         again.memorize(TEXT[:64], 16, 4, update=locas.Backprop(**{**OWN, "decay_after": None}), progress=False, resume=tmp_path)
     again.memorize(TEXT[:64], 16, 4, update=update, progress=False, resume=tmp_path)
     assert torch.equal(again.slots, whole.slots)
+
+
+def test_the_length_of_value_rows_follows_a_loaded_scale(tmp_path):
+    """Tau times it is a number of times the length of the host's own value rows."""
+    settings = dict(rank=4, clip=1.5, model_settings=dict(num_hidden_layers=3), layers=[0, 2])
+    _, saved = attached(scale=0.5, **settings)
+    saved.save_pretrained(tmp_path)
+    _, memory = attached(scale="host", **settings)
+    memory.load(tmp_path)
+    torch.testing.assert_close(memory.state.arenas[0].longest, saved.state.arenas[0].longest)

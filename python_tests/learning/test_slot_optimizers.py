@@ -1,6 +1,7 @@
 """SlotAdamW and SlotSGD as torch optimizers: their states go round, and nothing is updated that must not be."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -131,3 +132,26 @@ def test_a_gradient_that_is_not_finite_is_refused(kind, value):
 def test_settings_out_of_range(kind, settings, message):
     with pytest.raises((TypeError, ValueError), match=message):
         getattr(locas, kind)(attached()[1], **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copied_optimizer_steps_a_copied_memory_and_none_is_pickled(kind):
+    model, memory, optimizer = ready(kind)
+    step(model, memory, optimizer)
+    other = copy.deepcopy(optimizer)
+    assert other.memory is not memory
+    assert all(a is b for a, b in zip(other.param_groups[0]["params"], other.memory.parameters(), strict=True))
+    assert torch.equal(step(other.memory.model, other.memory, other), step(model, memory, optimizer))
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(optimizer)
+
+
+def test_a_state_out_of_range_is_refused():
+    _, memory, optimizer = ready("SlotAdamW")
+    before = states(memory)
+    for name, value in {"step": -5, "exp_avg": float("nan"), "exp_avg_sq": -1.0}.items():
+        state = optimizer.state_dict()
+        state["state"] = {name: torch.full_like(before["step" if name == "step" else "slots"], value)}
+        with pytest.raises(ValueError, match=f"optimizer state: {name} holds"):
+            optimizer.load_state_dict(state)
+    assert_states(memory, before)

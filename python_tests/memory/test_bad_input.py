@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from support.helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model
+from support.helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model, tiny_opt
 
 import locas_ext as locas
 
@@ -128,6 +128,61 @@ def test_a_config_that_does_not_fit_the_host_changes_nothing(config, error, mess
     locas.attach(model, locas.LocasConfig(rank=4))
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be probed")
+@pytest.mark.parametrize("scale, clip", [("paper", True), ("16x", True), ("host", 2.0)])
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e30])
+def test_value_rows_that_give_no_scale(value, scale, clip):
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(value)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"scale is '{scale}', which is .* where the value rows .* use a number"):
+        locas.attach(model, locas.LocasConfig(rank=4, scale=scale, clip=clip))
+    if math.isfinite(value):
+        assert_same_host(model, before)
+
+
+def test_a_snapshot_of_another_rank():
+    few, many = (locas.attach(tiny_opt(), locas.LocasConfig("mlp", rank=rank, scale=0.5)) for rank in (4, 8))
+    many.write(IDS)
+    with pytest.raises(ValueError, match="of rank 4 .*attached are .* of rank 8"):
+        many.restore(few.snapshot())
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: locas.LocasConfig(rank=2**31), "rank"),
+        (lambda: locas.LocasConfig(scale=1e-300), "scale"),
+        (lambda: locas.LocasConfig(scale="9" * 400 + "x"), "scale"),
+        (lambda: locas.LocasConfig(scale="1000001x"), "scale"),
+        (lambda: locas.LocasConfig(scale="0." + "0" * 39 + "1x"), "scale"),
+        (lambda: locas.Backprop(learning_rate=1.1e6), "learning_rate"),
+        (lambda: locas.Backprop(gate_learning_rate=1e300), "gate_learning_rate"),
+        (lambda: locas.Backprop(epochs=2**54), "epochs"),
+        (lambda: locas.Backprop(decay_after=2**54), "decay_after"),
+        (lambda: locas.Write(epsilon=1.1e6), "epsilon"),
+        (lambda: locas.Write(capacity=2**31), "capacity"),
+        (lambda: locas.TopLoss(2**31), "n"),
+        (lambda: locas.Keep(sinks=2**54), "sinks"),
+        (lambda: locas.Keep(refresh_every=2**54), "refresh_every"),
+    ],
+)
+def test_settings_beyond_what_slots_and_files_hold(make, name):
+    with pytest.raises(ValueError, match=f"{name} is .*; expected"):
+        make()
+
+
+MOST = dict(learning_rate=1e6, gate_learning_rate=1e6, value_learning_rate=1e6, decay_after=2**53)
+
+
+@pytest.mark.parametrize("update", [locas.Backprop(**MOST), locas.Backprop(learning_rate=1e6, optimizer="sgd")], ids=str)
+def test_the_largest_settings_make_a_memory_that_can_be_kept(update, tmp_path):
+    model, memory = attached()
+    memory.memorize(TEXT[:24], window=16, stride=8, update=update, progress=False, on_divergence="ignore")
+    memory.save_pretrained(tmp_path, optimizer=True)
+    assert torch.equal(locas.load(tiny_model(), tmp_path).slots, memory.slots) and memory.slots.any()
+
+
 @pytest.mark.parametrize("init", ["gaussian", "activation"])
 def test_a_rank_beyond_the_host_is_fine_where_nothing_is_cloned(init):
     memory = locas.attach(tiny_model(), locas.LocasConfig(rank=50, init=init))
@@ -179,6 +234,12 @@ def test_bad_texts(verb, ids, error, message):
         memory.memorize(ids, progress=False) if verb == "memorize" else memory.initialize(ids)
     assert_same_host(model, before)
     assert memory.version == 0 and not memory.slots.any() and not memory.state.initialized
+
+
+def test_a_text_without_data():
+    _, memory = attached()
+    with pytest.raises(ValueError, match="input_ids is on the meta device"):
+        memory.memorize(torch.zeros(8, dtype=torch.int64, device="meta"))
 
 
 def test_one_token_is_too_few_to_learn_from():

@@ -31,6 +31,28 @@ def test_a_hooked_projection_is_honoured():
     assert torch.equal(logits_of(model, IDS), plain)
 
 
+@pytest.mark.parametrize("rehome", [False, True], ids=["plain", "rehomed"])
+def test_a_hook_of_all_modules_is_honoured(rehome):
+    model, memory = learned()
+    if rehome:
+        snapshot = memory.snapshot()
+        memory.detach()
+        memory = locas.attach(model, memory.config, rehome=True)
+        memory.restore(snapshot)
+    plain = logits_of(model, IDS)
+    double = lambda module, args, y: 2 * y if isinstance(module, torch.nn.Linear) and module.out_features == 40 else None
+    hooks = [module.register_forward_hook(double) for module in model.modules()]
+    want = logits_of(model, IDS)
+    for hook in hooks:
+        hook.remove()
+    hook = torch.nn.modules.module.register_module_forward_hook(double)
+    try:
+        assert torch.equal(logits_of(model, IDS), want) and not torch.allclose(want, plain)
+    finally:
+        hook.remove()
+    assert torch.equal(logits_of(model, IDS), plain)
+
+
 def test_a_linear_subclass_is_honoured():
     class Doubling(torch.nn.Linear):
         def forward(self, x):

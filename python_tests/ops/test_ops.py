@@ -115,6 +115,23 @@ def test_non_contiguous_slots_and_weights():
     torch.testing.assert_close(fused(0.5, "silu")(case.x, case.host, case.slots), plain)
 
 
+def test_strided_biases_and_slots_that_repeat_a_column():
+    case = Case((12, 20, 31, 5), torch.float32, seed=9)
+    case.host[3:] = [torch.randn(2 * n)[::2] for n in (31, 31)] + [torch.randn(1).expand(20)]
+    case.slots = case.slots[..., :1].expand(case.slots.shape)
+    copies = [t.contiguous() for t in case.host]
+    ours = fused(0.5, "silu")
+    torch.testing.assert_close(ours(case.x, case.host, case.slots), ours(case.x, copies, case.slots.contiguous()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_slots(backend):
+    x, slots = torch.randn(4, 20, requires_grad=True), torch.zeros(3, 0, 20, requires_grad=True)
+    y = ops.sideway_glu(x, slots, 0.5, backend=backend)
+    y.sum().backward()
+    assert not y.any() and not x.grad.any() and slots.grad.shape == slots.shape
+
+
 @pytest.mark.parametrize("ours", [fused, alone])
 @pytest.mark.parametrize("shape", [(0, 20), (3, 0, 20)])
 def test_no_tokens(ours, shape):

@@ -177,3 +177,94 @@ def test_adamw_step_and_betas_are_checked():
 def test_sgd_with_momentum_needs_a_buffer():
     with pytest.raises(ValueError, match="momentum is 0.9 but momentum_buffer is None"):
         ops.sgd_slots_(**sgd_arguments(momentum_buffer=None))
+
+
+# ---- what is written ------------------------------------------------------------------------------------------
+def overlapping(a, b):
+    """Two tensors of the arguments' shape: the same one, or one that begins in the middle of the other."""
+    shape, n = (2, 3, R, D), 6 * R * D
+    both = torch.rand(2 * n)
+    return {a: both[:n].view(shape), b: both[n // 2 : n // 2 + n].view(shape)}, dict.fromkeys((a, b), both[n:].view(shape))
+
+
+ADAMW, SGD = (ops.update_slots_, adamw_arguments), (ops.sgd_slots_, sgd_arguments)
+PAIRS = [
+    *[(*ADAMW, *pair) for pair in (("slots", "grad"), ("exp_avg", "exp_avg_sq"), ("exp_avg", "grad"), ("slots", "compute"))],
+    *[(*SGD, *pair) for pair in (("slots", "momentum_buffer"), ("momentum_buffer", "grad"), ("slots", "compute"))],
+]
+
+
+@pytest.mark.parametrize("op, arguments, a, b", PAIRS)
+def test_what_is_written_shares_memory_with_nothing(op, arguments, a, b):
+    for tensors in overlapping(a, b):
+        given = arguments(**tensors)
+        before = {name: tensor.clone() for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
+        with pytest.raises(ValueError, match=f"{op.__name__}: {b} shares memory with {a}, which is written"):
+            op(**given)
+        assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["inputs", "gradients", "compute"])
+def test_slots_are_written_from_elsewhere(name):
+    slots, n = torch.rand(1, 2, 8, D), 4
+    given = dict(inputs=torch.rand(1, n, D), gradients=torch.rand(1, n, D))
+    given[name] = slots if name == "compute" else slots[:, 0, :n]
+    with pytest.raises(ValueError, match=f"write_slots_: {name} shares memory with slots"):
+        ops.write_slots_(slots, 0, epsilon=0.5, **given)
+
+
+@pytest.mark.parametrize(
+    "update, changes",
+    [
+        (ADAMW, dict(eps=0.0)),
+        (ADAMW, dict(eps=1e-50)),
+        (ADAMW, dict(weight_decay=1e39)),
+        (ADAMW, dict(learning_rate=1e7)),
+        (ADAMW, dict(learning_rate=torch.tensor(1e30))),
+        (SGD, dict(learning_rate=1e300)),
+        (SGD, dict(momentum=1e300)),
+        (SGD, dict(weight_decay=-1e300)),
+    ],
+)
+def test_numbers_that_make_float32_slots_nan_or_nothing(update, changes):
+    (op, arguments), (name,) = update, changes
+    with pytest.raises(ValueError, match=f"{op.__name__}: {name} is .*; expected a finite number"):
+        op(**arguments(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16])
+def test_the_dtype_of_step_and_rate(dtype):
+    for name in ("step", "learning_rate"):
+        with pytest.raises(ValueError, match=f"update_slots_: {name} is {dtype}; expected torch.int64 or"):
+            ops.update_slots_(**adamw_arguments(**{name: torch.ones((), dtype=dtype)}))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_hidden_size_of_zero(backend):
+    x, weight = torch.zeros(T, 0), torch.zeros(M, 0)
+    for op, given in (
+        (ops.glu_ffn, dict(gate_weight=weight, up_weight=weight, down_weight=weight.T, slots=torch.zeros(3, R, 0))),
+        (ops.sideway_glu, dict(slots=torch.zeros(3, R, 0))),
+        (ops.sideway_mlp, dict(slots=torch.zeros(2, R, 0))),
+    ):
+        with pytest.raises(ValueError, match=rf"{op.__name__}: x has shape \[{T}, 0\]; expected .* with d at least 1"):
+            op(x, **given, scale=0.5, backend=backend)
+
+
+def test_targets_of_another_shape_and_no_vocabulary():
+    with pytest.raises(ValueError, match=r"token_nll: targets has shape \[3, 2\]; expected \[2, 3\]"):
+        ops.token_nll(torch.zeros(2, 3, 5), torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="token_nll: logits is .* V at least 1"):
+        ops.token_nll(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("scale", [1e39, -1e300])
+def test_a_scale_that_float32_cannot_hold(scale):
+    with pytest.raises(ValueError, match="sideway_glu: scale is .*; expected a finite number"):
+        ops.sideway_glu(torch.zeros(T, D), torch.zeros(3, R, D), scale)
+
+
+@pytest.mark.parametrize("name", ["xielu(1e,2)", "xielu(--,1)", "xielu(1,+)"])
+def test_an_activation_with_numbers_that_are_none(name):
+    with pytest.raises(ValueError, match="activation is .*; expected one of silu"):
+        ops.sideway_glu(torch.zeros(T, D), torch.zeros(3, R, D), 0.5, name)

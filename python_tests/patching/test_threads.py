@@ -121,6 +121,8 @@ def test_disabled_in_a_compiled_host_is_its_threads_own():
         torch.testing.assert_close(logits(), alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen["thread"], with_memory, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(), with_memory, rtol=1e-4, atol=1e-4)
+    with memory.disabled():  # with a gradient too
+        torch.testing.assert_close(compiled(input_ids=TEXT[None], use_cache=False).logits[0], alone, rtol=1e-5, atol=1e-5)
 
 
 def memorized_beside(work):
@@ -154,8 +156,13 @@ def memorized_beside(work):
         lambda model, memory, pending: memory.save_pretrained("never-made"),
         lambda model, memory, pending: memory.detach(),
         lambda model, memory, pending: memory.merge_and_unload(pad_to_multiple_of=8),
+        lambda model, memory, pending: locas.SlotAdamW(memory).step(),
+        lambda model, memory, pending: (other := locas.SlotSGD(memory, lr=0.1)).load_state_dict(other.state_dict()),
     ],
-    ids=["train", "read", "memorize", "initialize", "reset", "restore", "snapshot", "fork", "save", "detach", "merge"],
+    ids=[
+        *["train", "read", "memorize", "initialize", "reset", "restore", "snapshot", "fork", "save", "detach", "merge"],
+        *["step", "load state"],
+    ],
 )
 def test_what_would_spoil_memorize_is_refused(work):
     want, _ = memorized_beside(lambda *_: None)
@@ -170,6 +177,30 @@ def test_a_backward_of_another_thread_does_not_reach_the_gradient_of_memorize():
     memory, raised = memorized_beside(lambda model, memory, pending: pending.backward())
     assert raised is None and torch.equal(memory.slots, want.slots)
     assert torch.equal(memory.parameters()[0].grad, torch.full_like(memory.parameters()[0], 3.0))  # and is not lost
+
+
+def test_who_looks_while_another_thread_updates_counts_no_update(monkeypatch):
+    _, memory = attached()
+    memory.parameters()  # from now on changes from outside are looked for
+    increment, seen = torch.autograd.graph.increment_version, []
+
+    def looked_at(tensors):
+        increment(tensors)
+        in_thread(lambda: seen.append((memory.version, memory.status(), repr(memory))))
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", looked_at)
+    report = memory.memorize(TEXT, **SETTINGS)
+    assert seen and memory.version == len(report.chunks)
+
+
+def test_one_thread_at_a_time_gives_a_model_a_memory():
+    model, raised = tiny("llama"), []
+    hook = model.model.register_forward_hook(lambda *_: raised.append(in_thread(lambda: locas.attach(model))))
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    hook.remove()
+    assert raised and all("being given a memory in another thread" in str(error) for error in raised)
+    memory.detach()
+    locas.attach(model, locas.LocasConfig(rank=4))
 
 
 def test_the_host_alone_can_be_read_while_memorize_runs():

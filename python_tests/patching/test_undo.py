@@ -118,6 +118,34 @@ def test_adapters_added_while_attached_stay_the_only_trainable_ones():
     assert [name for name, p in wrapped.named_parameters() if p.requires_grad] == trainable
 
 
+@pytest.mark.parametrize("how", ["assign", "overwrite", "swap"])
+def test_parameters_that_torch_replaced_while_attached_are_given_back(how):
+    model, memory = attached()
+    setting = {"overwrite": "overwrite_module_params", "swap": "swap_module_params"}.get(how)
+    if setting is None:
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    else:
+        switch = getattr(torch.__future__, f"set_{setting}_on_conversion")
+        switch(True)
+        model.to(torch.bfloat16)
+        switch(False)
+    memory.detach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_decoder_of_two_models_has_one_memory():
+    model, other = tiny_model(), tiny_model(seed=1)
+    other.model = model.model
+    before, memory = snapshot(other), locas.attach(model, locas.LocasConfig(rank=4, layers=[1]))
+    held = snapshot(other)
+    with pytest.raises(ValueError, match="the FFN of layer 1 is another model's too"):
+        locas.attach(other, locas.LocasConfig(rank=4))
+    assert_same_host(other, held)
+    memory.detach()
+    locas.attach(other, locas.LocasConfig(rank=4)).detach()
+    assert_same_host(other, before)
+
+
 def test_another_head_on_the_same_decoder():
     model, memory = learned()
     model.score = torch.nn.Linear(32, 2)

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from support.helpers import SETTINGS, TEXT, logits_of, tiny_model
 
 import locas_ext as locas
@@ -216,6 +217,19 @@ def test_a_cache_from_before_an_update_is_refused(monkeypatch):
     assert memory.version == 9
     with pytest.raises(ValueError, match="past_key_values was filled before the memory changed"):
         model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, **arguments)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_cache_that_a_decoder_continued_is_refused(monkeypatch, by_name):
+    model, memory = attach(monkeypatch)
+    memory.memorize(TEXT, **SETTINGS)
+    cache = transformers.DynamicCache(config=model.config)
+    with memory.disabled(), torch.no_grad():
+        model(input_ids=TEXT[None, :8], past_key_values=cache)
+    with torch.no_grad():
+        model.model(TEXT[None, 8:10], past_key_values=cache) if by_name else model.model(TEXT[None, 8:10], None, None, cache)
+    with pytest.raises(ValueError, match="past_key_values was filled before the memory changed"):
+        model.generate(input_ids=TEXT[None, :12], past_key_values=cache, max_new_tokens=2, pad_token_id=0)
 
 
 def test_a_layer_or_an_arena_torn_apart_is_an_error(monkeypatch):

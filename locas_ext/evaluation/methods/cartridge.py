@@ -177,8 +177,9 @@ class Cartridge:
         self._acts, chosen = False, replace(settings, keys=LEARNED, learning_rate=self._learning_rate)
         gated = all(ffn.is_gated for ffn in inspect_host(self._model).ffns.values())
         # a study asks its host through an attachment, of which nothing else is used here
-        attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"), False)
+        attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"))
         try:
+            attachment.bind()
             made = Study(attachment, text, prompter.tokenizer, loss, None, chosen, seed, True, cache)
             seconds = made.report.seconds
             with quiet_host(self._model), torch.inference_mode(False), interrupt_between_chunks() as check_interrupt:

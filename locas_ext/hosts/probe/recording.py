@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from locas_ext.hosts.cache_names import cache_argument
+from locas_ext.signals import uninterrupted
 
 
 class Call(NamedTuple):
@@ -88,6 +89,7 @@ def record(
         behind = cache_argument(model, cache)
         logits = model(input_ids=ids, **behind, use_cache=cache is not None, return_dict=True).logits
     finally:
-        for handle in handles:
-            handle.remove()
+        with uninterrupted():
+            for handle in handles:
+                handle.remove()
     return Recording([call for call in begun if call is not None], logits)

@@ -20,9 +20,9 @@ def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
     return []
 
 
-def _stacked(slots: SlotViews) -> Tensor:
+def _stacked(slots: SlotViews, planes: int) -> Tensor:
     """The slots [planes, r, d]."""
-    return torch.cat(slots).view(-1, *slots.value.shape)
+    return torch.cat(slots).view(planes, *slots.value.shape)
 
 
 def _gradients(
@@ -30,10 +30,11 @@ def _gradients(
     dy: Tensor,
     x: Tensor,
     slots: SlotViews,
+    planes: int,
     needs_dx: bool,
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    leaves = x.detach().requires_grad_(needs_dx), _stacked(slots).detach().requires_grad_()
+    leaves = x.detach().requires_grad_(needs_dx), _stacked(slots, planes).detach().requires_grad_()
     with torch.enable_grad():
         y = formula(*leaves)
     *dx, d_slots = torch.autograd.grad(y, leaves if needs_dx else leaves[1:], dy)
@@ -46,7 +47,7 @@ def glu_ffn_forward(
     x: Tensor, host: HostWeights, slots: SlotViews, scale: float, activation: int, save: bool, needs_dx: bool = True
 ) -> tuple[Tensor, Saved]:
     gate, up, down, *biases = host
-    return reference.glu_ffn(x, gate, up, down, _stacked(slots), scale, activation_name(activation), *biases), ()
+    return reference.glu_ffn(x, gate, up, down, _stacked(slots, 3), scale, activation_name(activation), *biases), ()
 
 
 def glu_ffn_backward(
@@ -65,11 +66,11 @@ def glu_ffn_backward(
     def formula(x: Tensor, slots: Tensor) -> Tensor:
         return reference.glu_ffn(x, gate, up, down, slots, scale, activation_name(activation), *biases)
 
-    return _gradients(formula, dy, x, slots, needs_dx, slots_grad)
+    return _gradients(formula, dy, x, slots, 3, needs_dx, slots_grad)
 
 
 def sideway_glu_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
-    return reference.sideway_glu(x, _stacked(slots), scale, activation_name(activation)), ()
+    return reference.sideway_glu(x, _stacked(slots, 3), scale, activation_name(activation)), ()
 
 
 def sideway_glu_backward(
@@ -83,11 +84,11 @@ def sideway_glu_backward(
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     formula = lambda x, slots: reference.sideway_glu(x, slots, scale, activation_name(activation))
-    return _gradients(formula, dy, x, slots, needs_dx, slots_grad)
+    return _gradients(formula, dy, x, slots, 3, needs_dx, slots_grad)
 
 
 def sideway_mlp_forward(x: Tensor, slots: SlotViews, scale: float, activation: int) -> tuple[Tensor, Saved]:
-    return reference.sideway_mlp(x, _stacked(slots), scale, activation_name(activation)), ()
+    return reference.sideway_mlp(x, _stacked(slots, 2), scale, activation_name(activation)), ()
 
 
 def sideway_mlp_backward(
@@ -102,7 +103,7 @@ def sideway_mlp_backward(
     slots_grad: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     formula = lambda x, slots: reference.sideway_mlp(x, slots, scale, activation_name(activation))
-    dx, d_slots = _gradients(formula, dy, x, slots, needs_dx, slots_grad if needs_slots else None)
+    dx, d_slots = _gradients(formula, dy, x, slots, 2, needs_dx, slots_grad if needs_slots else None)
     return dx, d_slots if needs_slots else None
 
 
