@@ -27,6 +27,7 @@ namespace locas::cuda {
 
 struct LaunchOptions {
   bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
+  int cluster = 1;            // so many neighbouring blocks reach each other's shared memory (ptx/cluster.cuh)
 };
 
 #ifdef __CUDACC__
@@ -89,16 +90,23 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
     check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           Kernel::name);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (options.programmatic && waits_itself<Kernel>(queue.device)) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(Kernel::threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  config.attrs = &attribute;
-  config.numAttrs = options.programmatic && waits_itself<Kernel>(queue.device) ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 
@@ -133,7 +141,7 @@ void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::P
   if (blocks == 0) return;
   simt::run_grid(
       Kernel::name, blocks, Kernel::threads, shared_bytes,
-      [&params](unsigned char* shared) { Kernel::run(params, shared); }, options.programmatic);
+      [&params](unsigned char* shared) { Kernel::run(params, shared); }, options.programmatic, options.cluster);
 }
 
 // Few, so that small tests see a block take several tiles.

@@ -1,5 +1,5 @@
-// Runs a CUDA kernel on the CPU: one fiber a thread, one block after the other, in an order drawn from a seed, and
-// aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
+// Runs a CUDA kernel on the CPU: one fiber a thread, one block or cluster of blocks after the other, in an order drawn
+// from a seed, and aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
 // the tour.
 //
 // Of the kernels only csrc/cuda/ptx/ includes this.
@@ -18,8 +18,9 @@ namespace locas::simt {
 void set_seed(uint64_t seed);
 
 // programmatic: the blocks may begin before the launch before this one has ended, and must wait for it themselves.
+// cluster: so many neighbouring blocks run together and reach each other's shared memory.
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char* shared)>& body, bool programmatic = false);
+              const std::function<void(unsigned char* shared)>& body, bool programmatic = false, int cluster = 1);
 
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* reason, ...);
 
@@ -27,6 +28,7 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
 int thread_index();
 int block_index();
 int block_count();
+int cluster_rank();  // of the block in its cluster
 
 // The address of shared memory that instructions take: bytes from its begin.
 uint32_t shared_offset(const void* shared);
@@ -44,6 +46,8 @@ void sync_warp();
 // bar.sync: returns whether the predicate held in any of the threads that met.
 bool barrier(const char* name, int id, int threads, bool predicate = false);
 bool sync_threads(bool predicate = false);
+// barrier.cluster: all threads of the cluster meet that have not exited.
+void sync_cluster();
 
 // cp.async: into shared memory, 16 bytes; zeros where not valid.
 void copy_async(void* shared, const void* global, bool valid);
@@ -57,6 +61,7 @@ void wait_for_copies(size_t pending_groups);
 void mbarrier_init(uint64_t* barrier, int count);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
+void mbarrier_arrive_in(int block, uint64_t* barrier);  // that lies where `barrier` lies in this block
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 
@@ -69,6 +74,10 @@ struct TensorMap {
   int element_bytes, box_rows, box_cols, swizzle_bytes;
 };
 void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier);
+// Into the blocks of the cluster whose bit is set, to the same place in each; the bytes count on the mbarrier of each.
+void bulk_tensor_multicast(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier, uint32_t blocks);
+// st.async: 16 bytes of this thread into another block of the cluster, on whose mbarrier they count.
+void store_async(int block, void* shared, const void* value, uint64_t* barrier);
 void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared);
 // A group is what a thread stored since its last commit. The wait returns when at most `pending` of the thread's own
 // groups have still to read shared memory.
