@@ -20,6 +20,7 @@
 #include "cuda/ffn/sm90/half_activations.cuh"
 #include "cuda/ffn/sm90/launchers.h"
 #include "cuda/ffn/sm90/neuron_tiles.cuh"
+#include "cuda/ffn/sm90/output_tiles.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/grid.cuh"
@@ -224,52 +225,45 @@ struct GluFfnHiddenGrad {
   }
 };
 
-// sliced: dx's K in slices, whose float sums AddSlices adds.
 template <class Tile, bool sliced>
 struct GluFfnInputAndSlotsGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
-  using Stores = sm90::Stores<T, 3>;
+  static_assert(Tile::kSharers == 1, "units of the slots share nothing");
+  using Output = OutputTiles<Tile, sliced>;
+  using Stores = typename Output::Stores;
 
   struct Segment {
     ptx::TensorMap gradient, weight;
     int blocks;
   };
-  struct Params {
+  struct Params : Output {
     Segment segments[4];             // gate, up, memory's gate, memory's key
     ptx::TensorMap coefficients[3];  // [tokens, slots]: d_gate, d_up and memory_hidden of the memory
-    ptx::TensorMap x, dy, dx;
-    float *slices, *slots_grad;  // [splits, tokens, d] where sliced; [3, r, d]
-    float one;                   // 1, for store_floats
-    int64_t tokens;
-    int d, r, units;
-    int tiles, tiles_m, tiles_n, splits, blocks;  // of dx; no tiles without dx
-    int slot_blocks, token_blocks;                // 64 slots, 64 tokens
+    ptx::TensorMap x, dy;
+    float* slots_grad;  // [3, r, d]
+    int r, units;
+    int slot_blocks, token_blocks;  // 64 slots, 64 tokens
+    int slots_from;                 // the first CTA that takes units of the slots
 
-    int slots_from;  // the first CTA that takes units of the slots
-
-    LOCAS_DEVICE int dx_units() const { return tiles * splits; }
     LOCAS_DEVICE int first_slot_unit() const {
       const int behind = ptx::block_index() - slots_from;
-      return behind < 0 ? units : dx_units() + behind;
+      return behind < 0 ? units : this->tile_units() + behind;
     }
     LOCAS_DEVICE int first_unit() const { return is_dx(ptx::block_index()) ? ptx::block_index() : first_slot_unit(); }
     LOCAS_DEVICE int next_unit(int unit) const {
       if (!is_dx(unit)) return unit + ptx::block_count() - slots_from;
       return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
     }
-    LOCAS_DEVICE bool is_dx(int unit) const { return unit < dx_units(); }
-    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? blocks * (unit / tiles) / splits : 0; }
-    LOCAS_DEVICE int last_block(int unit) const {
-      return is_dx(unit) ? blocks * (unit / tiles + 1) / splits : token_blocks;
-    }
-    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit % tiles, tiles_m, tiles_n); }
+    LOCAS_DEVICE bool is_dx(int unit) const { return unit < this->tile_units(); }
+    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? Output::first_block(unit) : 0; }
+    LOCAS_DEVICE int last_block(int unit) const { return is_dx(unit) ? Output::last_block(unit) : token_blocks; }
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Stores::Shared stores[Tile::kConsumers * 4];
+    typename Output::Shared output[Tile::kConsumers * 4];
   };
 
   // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
@@ -281,13 +275,14 @@ struct GluFfnInputAndSlotsGrad {
     LOCAS_DEVICE int slot(int half) const { return (value ? 2 * block + half : block) * 64; }
   };
   static LOCAS_DEVICE SlotUnit slot_unit(const Params& p, int unit) {
-    const int index = unit - p.dx_units(), block = index / p.tiles_n;
+    const int index = unit - p.tile_units(), block = index / p.tiles_n;
     const bool value = block >= p.slot_blocks;
     return {value, value ? block - p.slot_blocks : block, index % p.tiles_n * Tile::kN};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -298,7 +293,7 @@ struct GluFfnInputAndSlotsGrad {
           });
         },
         [&](int consumer) {
-          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          Stores stores{shared.output[Output::consumer_warp()].stores};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -311,7 +306,7 @@ struct GluFfnInputAndSlotsGrad {
                                                               pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                if (p.is_dx(unit)) write_dx(stores, p, unit, sums, consumer);
+                if (p.is_dx(unit)) p.write(stores, shared.output, unit, sums, consumer);
                 else add_slots(p, slot_unit(p, unit), sums, consumer);
               });
           stores.finish();
@@ -335,15 +330,6 @@ struct GluFfnInputAndSlotsGrad {
       ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[at.kind(half)], at.slot(half),
                             block * kBlockK, full);
     load_mn_major<Tile>(stage, at.value ? p.dy : p.x, at.channel, block * kBlockK, full);
-  }
-
-  static LOCAS_DEVICE void write_dx(Stores& stores, const Params& p, int unit, const typename Tile::Sums& sums,
-                                    int consumer) {
-    const TileIndex tile = p.tile(unit);
-    const int token = tile.m * Tile::kM + (Tile::kPingPong ? 0 : consumer * Tile::kRows), channel = tile.n * Tile::kN;
-    if constexpr (sliced)
-      store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d, p.one);
-    else store_rounded(stores, p.dx, sums, token, channel, p.d, static_cast<const T*>(nullptr));
   }
 
   static LOCAS_DEVICE void add_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
@@ -403,25 +389,19 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   p.coefficients[2] = map_or_none<T>(ffn.memory_hidden, kMnMajorBox);
   p.x = tensor_map<T>(ffn.x, kMnMajorBox);
   p.dy = tensor_map<T>(ffn.dy, kMnMajorBox);
-  p.dx = map_or_none<T>(ffn.dx, kSlabBox);
-  p.slices = ffn.workspace;
   p.slots_grad = static_cast<float*>(ffn.slots_grad.data);
-  p.one = 1.0f;
-  p.tokens = ffn.tokens();
-  p.d = static_cast<int>(w.d());
   p.r = static_cast<int>(w.r());
-  p.tiles_m = ffn.dx.data ? token_tiles<Tile>(ffn.tokens()) : 0;
-  p.tiles_n = static_cast<int>(divide_up(w.d(), Tile::kN));
-  p.tiles = p.tiles_m * p.tiles_n;
-  p.splits = splits;
-  for (const auto& of : p.segments) p.blocks += of.blocks;
+  int blocks = 0;
+  for (const auto& of : p.segments) blocks += of.blocks;
+  p.set(ffn.dx, nullptr, w.d(), blocks, splits, ffn.workspace);
   p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
   const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
-  p.units = p.dx_units() + slot_units;
-  p.slots_from = longest_turn({p.dx_units(), static_cast<int>(divide_up(p.blocks, splits))},
-                              {slot_units, p.token_blocks}, block_count_for<Tile>(p.units, queue))
-                     .slots_from;
+  p.units = p.tile_units() + slot_units;
+  p.slots_from = Tile::kSlices > 1 ? p.tile_units()
+                                   : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
+                                                  {slot_units, p.token_blocks}, block_count_for<Tile>(p.units, queue))
+                                         .slots_from;
   return p;
 }
 
@@ -437,12 +417,10 @@ void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
 void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kInputGradStageBytes, kInputGradTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      const auto launched = [&]<bool sliced>() {
+      with_sliced<Tile>(splits, [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
         launch_units<Kernel, Tile>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);
-      };
-      if (splits > 1) launched.template operator()<true>();
-      else launched.template operator()<false>();
+      });
     });
     if (splits > 1 && p.dx.data) add_slices<T>({p.workspace, splits, nullptr, p.dx}, queue);
   });

@@ -17,6 +17,7 @@
 #include "cuda/ffn/sm90/half_activations.cuh"
 #include "cuda/ffn/sm90/launchers.h"
 #include "cuda/ffn/sm90/neuron_tiles.cuh"
+#include "cuda/ffn/sm90/output_tiles.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/convert.cuh"
@@ -126,43 +127,25 @@ struct GluFfnHidden {
   }
 };
 
-// sliced: K in slices, whose float sums AddSlices adds. The slices of a cluster are beside each other.
 template <class Tile, bool sliced>
 struct GluFfnDown {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_down_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static constexpr int kSlabs = 3;
-  using Stores = sm90::Stores<T, kSlabs>;
+  using Output = OutputTiles<Tile, sliced>;
 
-  struct Params : EachInTurn {
-    ptx::TensorMap hidden, memory_hidden, down, value, y;
-    const T* bias;
-    float* slices;  // [splits, tokens, d] where sliced
-    float one;      // 1, for store_floats
-    int64_t tokens;
-    int d, tiles, tiles_m, tiles_n, host_blocks, blocks;
-    int splits;  // of K, those of a cluster too
-
-    LOCAS_DEVICE int slice(int unit) const {
-      return unit / Tile::kSlices / tiles * Tile::kSlices + unit % Tile::kSlices;
-    }
-    LOCAS_DEVICE int first_block(int unit) const { return blocks * slice(unit) / splits; }
-    LOCAS_DEVICE int last_block(int unit) const { return blocks * (slice(unit) + 1) / splits; }
-    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit / Tile::kSlices % tiles, tiles_m, tiles_n); }
+  struct Params : EachInTurn, Output {
+    ptx::TensorMap hidden, memory_hidden, down, value;
+    int host_blocks;
   };
-  using Slices = SlicedSums<Tile>;
   struct Shared {
     typename Tile::Shared tile;
-    typename Stores::Shared stores[Tile::kConsumers * 4];
-    typename Slices::Shared slices[Tile::kConsumers * 4];
+    typename Output::Shared output[Tile::kConsumers * 4];
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    const int consumer_warp = ptx::uniform(ptx::warp_index()) - 4;
-    if constexpr (Tile::kSlices > 1)
-      if (consumer_warp >= 0) Slices{shared.slices[consumer_warp]}.initialise();
+    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -172,7 +155,7 @@ struct GluFfnDown {
           });
         },
         [&](int consumer) {
-          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          typename Output::Stores stores{shared.output[Output::consumer_warp()].stores};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -186,21 +169,7 @@ struct GluFfnDown {
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
                                                              middle > first, pass_turn);
               },
-              [&](int unit, const typename Tile::Sums& sums) {
-                const TileIndex tile = p.tile(unit);
-                const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
-                const int token = tile.m * Tile::kM + first_row, channel = tile.n * Tile::kN;
-                if constexpr (sliced) {
-                  store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d,
-                                     p.one);
-                } else if constexpr (Tile::kSlices > 1) {
-                  typename Slices::Sums added;
-                  Slices{shared.slices[consumer_warp]}.add(sums, p.one, added);
-                  store_rounded(stores, p.y, added, token, channel + ptx::cluster_rank() * Slices::kCols, p.d, p.bias);
-                } else {
-                  store_rounded(stores, p.y, sums, token, channel, p.d, p.bias);
-                }
-              });
+              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, shared.output, unit, sums, consumer); });
           stores.finish();
         });
   }
@@ -261,19 +230,9 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
   p.down = tensor_map<T>(w.down, k_major_box<Tile>);
   p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
-  p.y = tensor_map<T>(ffn.y, kSlabBox);
-  p.bias = static_cast<const T*>(w.down_bias);
-  p.slices = ffn.workspace;
-  p.one = 1.0f;
-  p.tokens = ffn.tokens();
-  p.d = static_cast<int>(w.d());
-  p.tiles_m = token_tiles<Tile>(ffn.tokens());
-  p.tiles_n = static_cast<int>(divide_up(w.d(), Tile::kN));
-  p.tiles = p.tiles_m * p.tiles_n;
-  p.splits = splits * Tile::kSlices;
-  p.units = p.tiles * p.splits;
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
-  p.blocks = p.host_blocks + static_cast<int>(divide_up(w.r(), kBlockK));
+  p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
+  p.units = p.tile_units();
   launch_units<Kernel, Tile>(p, true, queue);
 }
 
@@ -289,9 +248,7 @@ void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kForwardStageBytes, kDownTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      if (splits == 1) return launch_down<Tile, false>(p, 1, queue);
-      if constexpr (Tile::kCluster == 1) launch_down<Tile, true>(p, splits, queue);
-      else throw std::invalid_argument("the tiles of a cluster are not sliced by launch");
+      with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });

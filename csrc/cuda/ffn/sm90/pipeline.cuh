@@ -264,8 +264,9 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
 // There are at most as many CTAs as multiprocessors: a CTA fills one, and stays. Of slices, each CTA has one.
 template <class Tile>
 int block_count_for(int units, Queue queue) {
+  if (Tile::kSlices > 1) return static_cast<int>(divide_up(units, Tile::kSlices)) * Tile::kSlices;
   const int most = multiprocessor_count(queue) / Tile::kCluster * Tile::kCluster;
-  return Tile::kSlices > 1 || units < most ? units : most;
+  return units < most ? units : most;
 }
 template <class Kernel, class Tile>
 void launch_units(const typename Kernel::Params& p, bool programmatic, Queue queue) {

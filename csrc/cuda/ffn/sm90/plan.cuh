@@ -84,7 +84,8 @@ constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong,
                                          TileKind::m256n96_ping_pong,
                                          TileKind::m128n192_ping_pong_pair,
                                          TileKind::m128n128_ping_pong_pair};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
+                                        TileKind::m128n128_2_slices, TileKind::m128n128_4_slices};
 
 // What SlicedSums has in shared memory (epilogue.cuh).
 constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
