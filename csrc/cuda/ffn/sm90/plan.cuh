@@ -140,11 +140,12 @@ inline double estimate(const TileShape& tile, const Product& product, int splits
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
   const int slices = splits * tile.slices, cluster = tile.sharers * tile.slices;
   const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
-  const Turn turn = longest_turn(units, product.slots, target.multiprocessors / cluster * cluster);
+  const int ctas = target.multiprocessors / cluster * cluster;
+  const Turn turn = longest_turn(units, product.slots, ctas);
   const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
   const double by_launch = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  const double in_cluster = turn.units * received_bytes(tile) / kSentAClock;
+  const double in_cluster = divide_up(units.count, ctas) * received_bytes(tile) / kSentAClock;
   return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + by_launch + in_cluster;
 }
 
