@@ -6,6 +6,7 @@
 // measurements that it follows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <stdexcept>
@@ -140,7 +141,7 @@ inline double estimate(const TileShape& tile, const Product& product, int splits
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
   const int slices = splits * tile.slices, cluster = tile.sharers * tile.slices;
   const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
-  const int ctas = target.multiprocessors / cluster * cluster;
+  const int ctas = std::max(target.multiprocessors / cluster, 1) * cluster;
   const Turn turn = longest_turn(units, product.slots, ctas);
   const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
