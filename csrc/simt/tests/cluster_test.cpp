@@ -154,7 +154,7 @@ struct AddedParts {
         parts[part][i] = ptx::load(p.x + (ptx::block_index() * kCluster + part) * kPart + 4 * lane + i);
     ptx::store_async(1 - rank, shared.received + 4 * (bug == Bug::wrong_slot ? lane / 2 : lane), parts[1 - rank],
                      &shared.arrived);
-    if (bug != Bug::no_wait) ptx::mbarrier_wait(&shared.arrived, 0);
+    if (bug != Bug::no_wait) ptx::mbarrier_wait_in_cluster(&shared.arrived, 0);
     for (int i = 0; i < 4; ++i)
       ptx::store(p.out + ptx::block_index() * kPart + 4 * lane + i,
                  parts[rank][i] + ptx::load(shared.received + 4 * lane + i));

@@ -126,7 +126,7 @@ struct SlicedSums {
                            {one * from[0], one * from[1], one * from[2], one * from[3]}, &shared.arrived);
         }
     }
-    ptx::mbarrier_wait(&shared.arrived, 0);
+    ptx::mbarrier_wait_in_cluster(&shared.arrived, 0);
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
