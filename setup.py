@@ -49,8 +49,10 @@ class CMakeBuild(build_ext):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path}
         cmake = shutil.which("cmake", path=path) or sys.exit("locas_ext: cmake not found; pip install cmake ninja")
-        subprocess.run([cmake, "-G", "Ninja", ROOT, *defines], cwd=build, env=environment, check=True)
-        subprocess.run([cmake, "--build", "."], cwd=build, env=environment, check=True)
+        for arguments in ["-G", "Ninja", ROOT, *defines], ["--build", "."]:
+            if subprocess.run([cmake, *arguments], cwd=build, env=environment).returncode:
+                needs = "a C++20 compiler, Python's headers, cmake and ninja"
+                sys.exit(f'locas_ext: not built, for the reason above; it needs {needs} (README.md, "Building")')
 
 
 setup(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 
 import locas_ext as locas
@@ -119,6 +120,7 @@ def _arguments() -> argparse.Namespace:
     return parse_run(parser, chunks=24)
 
 
+@record  # a failure's whole traceback, of whichever process
 def main() -> None:
     arguments = _arguments()
     start(arguments.device, minutes=5)

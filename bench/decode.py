@@ -16,6 +16,7 @@ import torch
 from transformers import StaticCache
 
 import locas_ext as locas
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.learning.cuda_graph import capture, rehearse
 
 from .harness import interleaved, parse, ratio, report, summary
@@ -34,7 +35,7 @@ class DecodeStep:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (1, context), generator=torch.Generator().manual_seed(0)).to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, **cache_argument(model, self.cache), use_cache=True, logits_to_keep=1).logits
         self.token = logits[0].argmax(-1, keepdim=True)
 
     @torch.no_grad()
@@ -42,7 +43,8 @@ class DecodeStep:
         for layer in self.cache.layers:  # every step writes the same place
             if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
                 layer.cumulative_length.fill_(self.context)
-        logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
+        behind = cache_argument(self.model, self.cache)
+        logits = self.model(input_ids=self.token, **behind, use_cache=True).logits
         self.token.copy_(logits[0].argmax(-1, keepdim=True))
 
     def runner(self) -> Callable[[], None]:

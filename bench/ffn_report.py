@@ -102,9 +102,10 @@ def per_group(records: list[dict]) -> Iterator[str]:
             for mode in (FORWARD, BACKWARD):
                 shapes = [key for key in same if key[:2] == (dtype, d) and first <= key[2] <= last and key[3] == mode]
                 if shapes:
-                    each = [[same[shape][arm]["ratio to eager"] for shape in shapes] for arm in arms]
-                    best = [min(ratios) for ratios in zip(*each, strict=True)]
-                    cells = [f"{min(ratios):.2f}-{max(ratios):.2f}" for ratios in [best, *each]]
+                    here = [{arm: same[shape][arm]["ratio to eager"] for arm in arms if arm in same[shape]} for shape in shapes]
+                    best = [min(ratios.values()) for ratios in here]
+                    each = [[ratios[arm] for ratios in here if arm in ratios] for arm in arms]
+                    cells = [f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "" for ratios in [best, *each]]
                     rows.append([dtype, str(d), f"{first}-{last}", mode, *cells])
     return _table(["", "d", "T", "", "best of ours", *arms], rows)
 

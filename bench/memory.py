@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.assets import ASSETS, MODEL
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.hosts.context_cache import ContextCache
 from locas_ext.learning.backprop import EagerStep
 from locas_ext.learning.chunk import Window, WindowReader
@@ -55,7 +56,7 @@ def main() -> None:
         cache = ContextCache(plain, torch.device("cpu"), None)
         cache.fill(plain, window.context[None])
         embedded = plain.get_input_embeddings()(window.inputs[None]).requires_grad_()
-        logits = plain(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
+        logits = plain(inputs_embeds=embedded, **cache_argument(plain, cache), use_cache=True).logits
         F.cross_entropy(logits[0].float(), window.targets).backward()
 
     def of_memory():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, Qwen3F
 import locas_ext as locas
 from locas_ext import ops
 from locas_ext.evaluation.assets import MODEL
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.ops.backends import glu_ffn_backend
 
 from .arms import SCALE
@@ -98,7 +99,7 @@ def decode(rounds: int) -> dict:
     ids = torch.arange(3, 67)
     memory.memorize(ids, window=64, stride=32, progress=False)
     watch, decoder, cache = memory._attachment.watch, model.base_model, DynamicCache(config=model.config)
-    model(input_ids=ids[None], past_key_values=cache)
+    model(input_ids=ids[None], **cache_argument(model, cache))
 
     spent = {}
 
@@ -119,7 +120,7 @@ def decode(rounds: int) -> dict:
         steps, hooks = [], []
         for _ in range(rounds):
             start = time.thread_time()
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **cache_argument(model, cache))
             steps.append(time.thread_time() - start)
             hooks.append(sum(spent.values()))
             cache.crop(-1)

@@ -8,6 +8,8 @@ CPU_TOKEN_MULTIPLE: int
 MOST_FACTOR_LAYERS: int
 MOST_FACTOR_TOKENS: int
 MOST_FACTOR_WIDTH: int
+MOST_PEERS: int
+PEER_BOX_BYTES: int
 PIECE_ELEMENTS: int
 
 def adamw_slots(
@@ -73,6 +75,7 @@ def cpu_glu_ffn_forward(
     activation: int,
     scale: float,
 ) -> None: ...
+def cuda_decode_kernels() -> list[str]: ...
 def cuda_families() -> list[str]: ...
 def glu_activation_backward(
     d_hidden: torch.Tensor,
@@ -169,6 +172,9 @@ def neuron_importance_of_products(
     gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: int, stream: int
 ) -> None: ...
 def neuron_importance_workspace(tokens: int, m: int, device: int) -> int: ...
+def peer_sum(
+    data: torch.Tensor, boxes: collections.abc.Sequence[int], rank: int, slot_bytes: int, stop: int, stream: int
+) -> None: ...
 def rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -259,6 +265,7 @@ def token_nll(
     stream: int,
 ) -> None: ...
 def use_cuda_family(family: int) -> None: ...
+def use_one_cuda_decode_kernel(uses: bool) -> None: ...
 def write_slots(
     slots: torch.Tensor,
     start: int,

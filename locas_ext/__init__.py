@@ -106,6 +106,11 @@ def __getattr__(name: str) -> object:
         value = getattr(import_module(f"locas_ext.{_MODULE_OF[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"locas_ext.{name}")
+    elif name == "_C":
+        try:
+            value = import_module("locas_ext._C")
+        except ModuleNotFoundError:
+            raise ImportError('locas_ext is not built here; run pip install . (README.md, "Building")') from None
     else:
         raise AttributeError(f"module 'locas_ext' has no attribute {name!r}")
     globals()[name] = value

@@ -7,6 +7,7 @@
 
 #include "common/activations.h"
 #include "common/ffn_params.h"
+#include "common/peer_params.h"
 #include "common/slot_params.h"
 #include "cpu/kernels.h"
 #ifdef LOCAS_WITH_CUDA
@@ -52,6 +53,8 @@ void bind_constants(py::module_& m) {
   for (const char* name : kActivationNames) activations.append(name);
   m.attr("ACTIVATIONS") = py::tuple(activations);
   m.attr("CPU_TOKEN_MULTIPLE") = kCpuTokenMultiple;
+  m.attr("MOST_PEERS") = kMostPeers;
+  m.attr("PEER_BOX_BYTES") = sizeof(PeerBox);
   m.attr("PIECE_ELEMENTS") = kPieceElements;
   m.attr("MOST_FACTOR_LAYERS") = kMostFactorLayers;
   m.attr("MOST_FACTOR_TOKENS") = kMostFactorTokens;
@@ -66,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ffn_cuda(m);
   bind_ffn_cpu(m);
   bind_norms(m);
+  bind_peer_sum(m);
   bind_rotary(m);
   bind_update_slots(m);
   bind_write_slots(m);

@@ -7,6 +7,7 @@
 #include "common/elementwise_params.h"
 #include "common/ffn_params.h"
 #include "common/norm_params.h"
+#include "common/peer_params.h"
 #include "common/rotary_params.h"
 #include "common/slot_params.h"
 
@@ -26,6 +27,7 @@ void rms_norm(const NormParams&, Queue);
 void rms_norm_backward(const NormBackwardParams&, Queue);
 void layer_norm(const NormParams&, Queue);
 void layer_norm_backward(const NormBackwardParams&, Queue);
+void peer_sum(const PeerSumParams&, Queue);
 void rotary_forward(const RotaryForwardParams&, Queue);
 void rotary_backward(const RotaryBackwardParams&, Queue);
 void adamw_slots(const AdamwSlotsParams&, Queue);
@@ -49,6 +51,11 @@ int64_t neuron_importance_workspace(int64_t tokens, int64_t m, int device);
 std::vector<std::string> families();
 // From now on this family, 80 or 90; 0: the device's own. std::invalid_argument where a device cannot run it.
 void use_family(int family);
+
+// From now on each pass of up to 64 tokens as one kernel, on the devices that have room for all its blocks at once.
+void use_one_decode_kernel(bool);
+// What they run as on each device: "one kernel", "two kernels", or "two kernels: no room for one".
+std::vector<std::string> decode_kernels();
 
 // "80, 90a": what this build was compiled for.
 std::string compiled_architectures();

@@ -27,6 +27,7 @@ namespace locas::cuda {
 
 struct LaunchOptions {
   bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
+  bool cooperative = false;   // at most resident_blocks(), which may wait for each other (ptx/grid.cuh)
   int cluster = 1;            // so many neighbouring blocks reach each other's shared memory (ptx/cluster.cuh)
 };
 
@@ -77,6 +78,14 @@ bool waits_itself(int device) {
   return versions[device] >= 90;
 }
 
+// Up to 48 KB of shared memory need no permission.
+template <class Kernel>
+void permit_shared_memory(size_t bytes) {
+  if (bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          Kernel::name);
+}
+
 template <class Kernel>
 void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Kernel::Params& params,
             LaunchOptions options = {}) {
@@ -85,14 +94,13 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
     throw std::runtime_error(std::string(Kernel::name) + ": a grid of " + std::to_string(blocks) +
                              " blocks; at most 2^31 - 1");
   const DeviceGuard guard(queue.device);
-  // Up to 48 KB need no permission.
-  if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          Kernel::name);
+  permit_shared_memory<Kernel>(shared_bytes);
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
-  if (options.programmatic && waits_itself<Kernel>(queue.device)) {
+  if (options.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  } else if (options.programmatic && waits_itself<Kernel>(queue.device)) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -118,6 +126,20 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
 
 inline int multiprocessor_count(Queue queue) { return device_attribute(cudaDevAttrMultiProcessorCount, queue.device); }
 
+// How many blocks the device holds at once, the most of a cooperative launch; 0 where it cannot hold any or has no
+// cooperative launches.
+template <class Kernel>
+int64_t resident_blocks(size_t shared_bytes, Queue queue) {
+  const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device));
+  if (shared_bytes > most || !device_attribute(cudaDevAttrCooperativeLaunch, queue.device)) return 0;
+  const DeviceGuard guard(queue.device);
+  permit_shared_memory<Kernel>(shared_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<Kernel>, Kernel::threads, shared_bytes),
+        Kernel::name);
+  return static_cast<int64_t>(blocks) * multiprocessor_count(queue);
+}
+
 // 10 times the major number plus the minor one.
 inline int compute_capability(int device) {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
@@ -141,11 +163,18 @@ void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::P
   if (blocks == 0) return;
   simt::run_grid(
       Kernel::name, blocks, Kernel::threads, shared_bytes,
-      [&params](unsigned char* shared) { Kernel::run(params, shared); }, options.programmatic, options.cluster);
+      [&params](unsigned char* shared) { Kernel::run(params, shared); },
+      options.cooperative    ? simt::LaunchKind::cooperative
+      : options.programmatic ? simt::LaunchKind::programmatic
+                             : simt::LaunchKind::ordinary,
+      options.cluster);
 }
 
-// Few, so that small tests see a block take several tiles.
-inline int multiprocessor_count(Queue) { return 3; }
+inline int multiprocessor_count(Queue) { return simt::kMultiprocessors; }
+template <class Kernel>
+int64_t resident_blocks(size_t, Queue) {
+  return simt::most_resident_blocks();
+}
 inline int compute_capability(int) { return 90; }
 inline int device_count() { return 1; }
 

@@ -4,6 +4,7 @@ set(LOCAS_CUDA_KERNELS
   dispatch.cu
   elementwise/glu_activation.cu
   elementwise/norms.cu
+  elementwise/peer_sum.cu
   elementwise/rotary.cu
   elementwise/token_nll.cu
   slots/update.cu
@@ -12,6 +13,8 @@ set(LOCAS_CUDA_KERNELS
 set(LOCAS_CUDA_SM80
   ffn/sm80/backward.cu
   ffn/sm80/decode.cu
+  ffn/sm80/decode_backward.cu
+  ffn/sm80/decode_cooperative.cu
   ffn/sm80/forward.cu
   ffn/sm80/table.cpp)
 set(LOCAS_CUDA_SM90

@@ -97,29 +97,37 @@ constexpr int kBarriers = 16;  // of a block
 
 enum class Order { in_turn, backwards, random };
 
-// Everything about the launch that runs, and the threads kept from one launch to the next.
-struct Machine {
-  uint64_t seed = 0, random_state = 0;
-  Order order = Order::in_turn;
-
-  const char* kernel = nullptr;  // null between launches
-  const std::function<void(unsigned char*)>* body = nullptr;
-  int64_t first_block = 0, blocks = 0;  // first_block: of the cluster that runs
-  int threads = 0, cluster = 1;         // of a block; blocks of a cluster
-  bool programmatic = false;
-
+// A cluster of blocks, or one, and their threads, which are kept for the next one.
+struct Cluster {
+  int64_t first_block = 0;
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> pool;
   std::deque<Thread*> ready;
   Thread* current = nullptr;
   std::vector<int> alive;  // threads of each block
-  Fiber launcher;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
   std::vector<Barrier> barriers;  // [cluster, kBarriers]
   Barrier cluster_barrier;
   std::map<const uint64_t*, MBarrier> mbarriers;
   std::vector<InFlight> in_flight;
+  std::vector<Thread*> at_grid_barrier;  // thread 0, on behalf of the block
+};
+
+// Everything about the launch that runs, and the cluster that runs.
+struct Machine : Cluster {
+  uint64_t seed = 0, random_state = 0;
+  Order order = Order::in_turn;
+
+  const char* kernel = nullptr;  // null between launches
+  const std::function<void(unsigned char*)>* body = nullptr;
+  int64_t blocks = 0;
+  int threads = 0, cluster = 1;  // of a block; blocks of a cluster
+  LaunchKind kind = LaunchKind::ordinary;
+
+  std::deque<Cluster> resident;  // of a cooperative launch; the one that runs has changed places with what is above
+  int most_resident = kMultiprocessors;
+  Fiber launcher;
   int operations = 0;  // issued so far
 };
 

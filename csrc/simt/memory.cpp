@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kNobody = -1, kSeveral = -2;
 
-struct GlobalCell {  // two bytes; blocks of `launch` that touched them
-  uint32_t launch = 0;
+struct GlobalCell {  // two bytes; blocks that touched them in `phase`
+  uint32_t phase = 0;
   int writer = kNobody, reader = kNobody;
   uint32_t written = 0, read = 0;  // by this launch last; 0: by none
 };
@@ -27,6 +27,7 @@ std::map<const unsigned char*, Global>& globals() {
 }
 
 uint32_t launch = 0;
+uint32_t phase = 0;  // a launch, or what lies between two barriers of its grid
 uint32_t chain = 0;  // the last launch that was not programmatic: all before it had ended
 
 const char* verb(Access access) { return access == Access::write ? "writes" : "reads"; }
@@ -56,8 +57,11 @@ void unregister_global(const void* data) { globals().erase(static_cast<const uns
 
 void begin_launch_on_globals(bool programmatic) {
   ++launch;
+  ++phase;
   if (!programmatic) chain = launch;
 }
+
+void pass_grid_barrier_on_globals() { ++phase; }
 
 bool in_global(const void* address, size_t bytes) {
   const auto* buffer = buffer_before(address);
@@ -86,12 +90,12 @@ void touch_global(int block, bool knows_launch_before, const void* address, size
         verb(access), bytes, address, name, global.bytes, offset);
   for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     GlobalCell& cell = global.cells[i];
-    if (cell.launch != launch) cell = {launch, kNobody, kNobody, cell.written, cell.read};
+    if (cell.phase != phase) cell = {phase, kNobody, kNobody, cell.written, cell.read};
     if (!knows_launch_before) check_ended(cell, access, 2 * i, name);
     if (cell.writer != kNobody && cell.writer != block)
       fail("race: %s byte %zu of '%s', which block %d of the same launch wrote", verb(access), 2 * i, name,
            cell.writer);
-    if (access == Access::read_once && cell.writer != kNobody)
+    if (access == Access::read_once && cell.written == launch)
       fail("reads byte %zu of '%s' by the read-only path, but this launch wrote it", 2 * i, name);
     if (access == Access::write && cell.reader != kNobody && cell.reader != block)
       fail("race: writes byte %zu of '%s', which another block of the same launch read", 2 * i, name);

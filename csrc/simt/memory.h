@@ -15,13 +15,14 @@
 namespace locas::simt {
 
 // ---- Global memory -------------------------------------------------------------------------------------------
-// Blocks of one launch cannot wait for each other: none may read or write what another one writes. Bytes are watched in
-// pairs. read_once: by the read-only path, so nobody may write it in this launch.
+// None of a launch's blocks may read or write what another one writes, unless a barrier of the whole grid lies between
+// the two. Bytes are watched in pairs. read_once: by the read-only path, so nobody may have written it in this launch.
 enum class Access { read, read_once, write };
 
 void register_global(const void* data, size_t bytes, std::string name);
 void unregister_global(const void* data);
 void begin_launch_on_globals(bool programmatic);
+void pass_grid_barrier_on_globals();
 // Whether one registered buffer holds all of [address, address + bytes).
 bool in_global(const void* address, size_t bytes);
 // How far from a registered buffer it lies, if in none.

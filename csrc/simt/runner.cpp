@@ -67,10 +67,12 @@ void land_any() {
   fail("deadlock: %s", text.c_str());
 }
 
+// The thread that goes on; null where the block waits for the grid.
 Thread* next_ready() {
   std::deque<Thread*>& ready = machine.ready;
   if (!machine.in_flight.empty() && chance()) land_any();
   while (ready.empty()) {
+    if (!machine.at_grid_barrier.empty()) return nullptr;
     if (machine.in_flight.empty()) report_deadlock();
     land(0);  // as late as possible: nothing else can go on
   }
@@ -81,11 +83,14 @@ Thread* next_ready() {
   return thread;
 }
 
-void run_another() {
+// From the thread that runs to another one, or to the launcher where there is none.
+void switch_to(Thread* next) {
   Thread* self = machine.current;
-  machine.current = next_ready();
-  if (machine.current != self) Fiber::switch_to(self->fiber, machine.current->fiber);
+  machine.current = next;
+  if (next != self) Fiber::switch_to(self->fiber, next ? next->fiber : machine.launcher);
 }
+
+void run_another() { switch_to(next_ready()); }
 
 }  // namespace
 
@@ -147,13 +152,7 @@ void exit_thread() {
   forget_copies();
   --machine.alive[cluster_rank()];
   complete_cluster_barrier();
-  if (threads_alive() > 0) {
-    machine.current = next_ready();
-    Fiber::switch_to(self.fiber, machine.current->fiber);
-  } else {
-    machine.current = nullptr;
-    Fiber::switch_to(self.fiber, machine.launcher);
-  }
+  switch_to(threads_alive() > 0 ? next_ready() : nullptr);
 }
 
 // A thread's fiber lives for many blocks: it runs the body once for each.
@@ -164,7 +163,8 @@ void thread_main() {
   }
 }
 
-void run_cluster() {
+void begin_cluster(int64_t first_block) {
+  machine.first_block = first_block;
   const int threads = machine.cluster * machine.threads;
   while (static_cast<int>(machine.pool.size()) < threads)
     machine.pool.push_back(std::make_unique<Thread>(static_cast<int>(machine.pool.size())));
@@ -175,19 +175,80 @@ void run_cluster() {
   machine.ready.clear();
   for (int i = 0; i < threads; ++i) {
     machine.pool[i]->exited = false;
-    machine.pool[i]->knows_launch_before = !machine.programmatic;
+    machine.pool[i]->knows_launch_before = machine.kind != LaunchKind::programmatic;
     machine.ready.push_back(machine.pool[i].get());
   }
   machine.alive.assign(machine.cluster, machine.threads);
+}
+
+// Until all its threads have ended or it waits for the grid.
+void run_cluster() {
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
+}
+
+void end_cluster() {
   // Whoever waits for this launch relies on what it has waited for.
-  for (auto block = machine.pool.begin(); block < machine.pool.begin() + threads; block += machine.threads)
+  const auto end = machine.pool.begin() + machine.cluster * machine.threads;
+  for (auto block = machine.pool.begin(); block < end; block += machine.threads)
     if (std::none_of(block, block + machine.threads, [](const auto& thread) { return thread->knows_launch_before; }))
       fail("the block ends without having waited for the launch before");
   if (!machine.in_flight.empty()) fail("the block ends with a copy or a wgmma under way");
   for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
   machine.mbarriers.clear();
+}
+
+std::vector<int64_t> draw_order(int64_t count) {
+  std::vector<int64_t> order(count);
+  for (int64_t i = 0; i < count; ++i) order[i] = machine.order == Order::backwards ? count - 1 - i : i;
+  if (machine.order == Order::random)
+    for (int64_t i = count - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
+  return order;
+}
+
+void run_one_after_the_other(size_t shared_bytes) {
+  machine.shared.begin_launch(shared_bytes, machine.threads, machine.cluster);
+  for (const int64_t index : draw_order(machine.blocks / machine.cluster)) {
+    begin_cluster(index * machine.cluster);
+    run_cluster();
+    end_cluster();
+  }
+  machine.shared.end_launch();
+}
+
+// Each block runs until it waits for the grid; when all do, each goes on.
+void run_resident(size_t shared_bytes) {
+  if (machine.cluster > 1) fail("a cooperative launch of clusters");
+  if (machine.blocks > machine.most_resident)
+    fail("a cooperative launch of %lld blocks; %d are resident at once", static_cast<long long>(machine.blocks),
+         machine.most_resident);
+  if (machine.resident.size() < static_cast<size_t>(machine.blocks)) machine.resident.resize(machine.blocks);
+  const auto for_each_block = [](const std::function<void(int64_t)>& f) {
+    for (const int64_t block : draw_order(machine.blocks)) {
+      std::swap<Cluster>(machine, machine.resident[block]);
+      f(block);
+      std::swap<Cluster>(machine, machine.resident[block]);
+    }
+  };
+  for_each_block([&](int64_t block) {
+    machine.shared.begin_launch(shared_bytes, machine.threads, 1);
+    begin_cluster(block);
+  });
+  for (int64_t waiting = machine.blocks; waiting > 0;) {
+    if (waiting < machine.blocks)
+      fail("deadlock: %lld blocks wait in sync_grid, the others have ended", static_cast<long long>(waiting));
+    pass_grid_barrier_on_globals();
+    waiting = 0;
+    for_each_block([&](int64_t) {
+      wake(machine.at_grid_barrier);
+      run_cluster();
+      waiting += !machine.at_grid_barrier.empty();
+    });
+  }
+  for_each_block([](int64_t) {
+    end_cluster();
+    machine.shared.end_launch();
+  });
 }
 
 }  // namespace
@@ -200,8 +261,8 @@ void set_seed(uint64_t seed) {
 }
 
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char*)>& body, bool programmatic, int cluster) {
-  machine.programmatic = programmatic;
+              const std::function<void(unsigned char*)>& body, LaunchKind kind, int cluster) {
+  machine.kind = kind;
   machine.kernel = kernel;
   machine.body = &body;
   machine.first_block = 0;
@@ -219,28 +280,22 @@ void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_byt
   if (blocks > INT32_MAX) fail("a grid of %lld blocks", static_cast<long long>(blocks));
   if (shared_bytes > 227 << 10) fail("%zu bytes of shared memory; sm_90 has 227 KB a block", shared_bytes);
 
-  const int64_t clusters = blocks / cluster;
-  std::vector<int64_t> order(clusters);
-  for (int64_t i = 0; i < clusters; ++i) order[i] = machine.order == Order::backwards ? clusters - 1 - i : i;
-  if (machine.order == Order::random)
-    for (int64_t i = clusters - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
-  machine.shared.begin_launch(shared_bytes, threads, cluster);
-  begin_launch_on_globals(programmatic);
-  for (const int64_t index : order) {
-    machine.first_block = index * cluster;
-    run_cluster();
-  }
-  machine.shared.end_launch();
+  begin_launch_on_globals(kind == LaunchKind::programmatic);
+  if (kind == LaunchKind::cooperative) run_resident(shared_bytes);
+  else run_one_after_the_other(shared_bytes);
   machine.kernel = nullptr;
 }
+
+int most_resident_blocks() { return machine.most_resident; }
+void set_cooperative_launches(bool has) { machine.most_resident = has ? kMultiprocessors : 0; }
 
 void fail(const char* reason, ...) {
   std::fflush(stdout);
   std::fputs("simt: ", stderr);
-  if (machine.kernel) std::fprintf(stderr, "%s, ", machine.kernel);
+  const int64_t block = machine.current ? block_index() : machine.first_block;
+  if (machine.kernel) std::fprintf(stderr, "%s, block %lld, ", machine.kernel, static_cast<long long>(block));
   if (machine.current)
-    std::fprintf(stderr, "block %d, thread %d (warp %d, lane %d), ", block_index(), thread_index(), thread_index() / 32,
-                 thread_index() % 32);
+    std::fprintf(stderr, "thread %d (warp %d, lane %d), ", thread_index(), thread_index() / 32, thread_index() % 32);
   if (machine.kernel) std::fprintf(stderr, "seed %llu: ", static_cast<unsigned long long>(machine.seed));
   va_list arguments;
   va_start(arguments, reason);
@@ -346,6 +401,13 @@ void sync_cluster() {
   synchronise_with(barrier.waiting);
   wake(barrier.waiting);
   maybe_run_another();
+}
+
+void sync_grid() {
+  if (machine.kind != LaunchKind::cooperative) fail("sync_grid in a launch that is not cooperative");
+  sync_threads();
+  if (thread_index() == 0) wait_in("sync_grid", machine.at_grid_barrier);
+  sync_threads();
 }
 
 }  // namespace locas::simt

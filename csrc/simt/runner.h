@@ -1,5 +1,6 @@
-// Runs a CUDA kernel on the CPU: one fiber a thread, one block or cluster of blocks after the other, in an order drawn
-// from a seed, and aborts with kernel, block, thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
+// Runs a CUDA kernel on the CPU: one fiber a thread, one block or cluster of blocks after the other (those of a
+// cooperative launch from one grid barrier to the next), in an order drawn from a seed, and aborts with kernel, block,
+// thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
 // the tour.
 //
 // Of the kernels only csrc/cuda/ptx/ includes this.
@@ -18,9 +19,17 @@ namespace locas::simt {
 void set_seed(uint64_t seed);
 
 // programmatic: the blocks may begin before the launch before this one has ended, and must wait for it themselves.
+// cooperative: all blocks are resident at once and may wait for each other.
 // cluster: so many neighbouring blocks run together and reach each other's shared memory.
+enum class LaunchKind { ordinary, programmatic, cooperative };
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char* shared)>& body, bool programmatic = false, int cluster = 1);
+              const std::function<void(unsigned char* shared)>& body, LaunchKind kind = LaunchKind::ordinary,
+              int cluster = 1);
+
+constexpr int kMultiprocessors = 3;  // few, so that small tests see a block take several tiles
+// How many blocks are resident at once: one a multiprocessor, or none on a device without cooperative launches.
+int most_resident_blocks();
+void set_cooperative_launches(bool has);
 
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* reason, ...);
 
@@ -90,5 +99,8 @@ void fence_async_shared();
 
 // The grid waits for the launch before it (griddepcontrol.wait).
 void wait_for_launch_before();
+
+// All threads of a cooperative launch meet.
+void sync_grid();
 
 }  // namespace locas::simt

@@ -49,7 +49,7 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
         # What the system says comes without the file's name, what transformers says as a whole sentence.
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         return Failure(2 if isinstance(error, _WRONG_PATH) else 1, line)
-    if isinstance(error, LocasError):
+    if isinstance(error, (LocasError, ImportError)):  # of the latter, what is not installed
         return Failure(1, str(error))
     if isinstance(error, (ValueError, TypeError, IndexError)) and _raised_here(error):
         return Failure(2, _with_origin(str(error), origin))

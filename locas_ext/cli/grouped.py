@@ -11,10 +11,13 @@ from typer.models import OptionInfo
 
 
 def _named(name: str, option: Any) -> Any:
-    """An option's annotation, with its name said: typer 0.27 makes one of a metavar that is the same word in capitals."""
+    """An option's annotation, with its name said: typer 0.27 makes one of a metavar that is the same word in capitals.
+
+    What an option is called when it is made is its first positional argument, which typer keeps as `default`.
+    """
     kind, *infos = get_args(option)
     for number, info in enumerate(infos):
-        if isinstance(info, OptionInfo) and info.metavar and not info.param_decls:
+        if isinstance(info, OptionInfo) and info.metavar and info.default is ... and not info.param_decls:
             infos[number] = copy(info)
             infos[number].param_decls = (f"--{name.replace('_', '-')}",)
     return getitem(Annotated, (kind, *infos))

@@ -48,6 +48,7 @@ Dtype = Annotated[
     str | None, option(one_of(DTYPES), "The host's dtype; default: float32 on CPU, the checkpoint's on CUDA.", panel=HOST)
 ]
 Device = Annotated[str | None, option(text("cpu|cuda:N"), "Where the host runs; default: CUDA where there is one.", panel=HOST)]
+DeviceOrCpu = Annotated[str | None, option(text("cpu|cuda:N"), "Where the host runs; default: the CPU.", panel=HOST)]
 MemoryFolder = Annotated[Path, option(path("DIR"), "A folder that `locas memorize` wrote.", panel=HOST)]
 
 

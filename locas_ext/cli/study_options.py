@@ -10,8 +10,7 @@ from .values import integer, names, number, one_of
 STUDY = "Studying"
 LOSSES = ("kl", "ce")
 KINDS = ("asked", "asked-for", "turned", "linked", "begun", "blank", "about", "continued")
-
-LOCALITIES = ("none", "projected", "whitened")
+KEYS = ("addressed", "learned")
 
 NEW_MEMORY = MemoryOptions(scale="host")  # the scale that a study needs: with the paper's it learns little
 
@@ -64,13 +63,15 @@ class StudyOptions:
     guard: Annotated[
         float, option(number(low=0), "Weight of the distance to the host on general prompts and free text.", panel=STUDY)
     ] = 4.0
-    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.02
-    locality: Annotated[
-        str, option(one_of(LOCALITIES), "What keeps the memory silent on general text: where its keys may point.", panel=STUDY)
-    ] = "projected"
-    quiet: Annotated[
-        float, option(number(low=0, below=1), "Share of the energy of general inputs that keys are kept off.", panel=STUDY)
-    ] = 0.9
+    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.004
+    keys: Annotated[
+        str,
+        option(
+            one_of(KEYS),
+            "addressed: slots answer to words of the text, values alone are learned; learned: keys are learned too.",
+            panel=STUDY,
+        ),
+    ] = "addressed"
 
     def fields(self, epochs: int, learning_rate: float) -> dict[str, Any]:
         """The arguments of StudySettings."""

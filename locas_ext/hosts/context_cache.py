@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .cache_names import cache_argument
+
 # Layers of a KV cache that hold keys and values and nothing else.
 _PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
@@ -47,7 +49,8 @@ class EndingCache(DynamicCache):
         """Runs the context [1, n] through the model: nobody reads its logits. positions: [1, n]; None: from 0 on."""
         self.is_filling, self.written = True, 0
         try:
-            model(input_ids=context, position_ids=positions, past_key_values=self, use_cache=True, logits_to_keep=1)
+            own = cache_argument(model, self)
+            model(input_ids=context, position_ids=positions, **own, use_cache=True, logits_to_keep=1)
         except _ContextReady:
             pass
         finally:
@@ -137,14 +140,15 @@ def logits_on(model, inputs: Tensor, cache: ContextCache, begin: int | None = No
     places = {}
     if begin is not None:
         places["position_ids"] = torch.arange(begin, begin + len(inputs), device=inputs.device)[None]
-    return model(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places).logits[0]
+    behind = cache_argument(model, cache)
+    return model(input_ids=inputs[None], **behind, use_cache=True, return_dict=True, **places).logits[0]
 
 
 def one_forward(model, context: Tensor, inputs: Tensor, cache: NoContext | None = None) -> Tensor:
     """Logits [n, V] of inputs [n] from one forward over context and inputs. Without a cache it is the plainest there is."""
     logits: Tensor = model(
         input_ids=torch.cat([context, inputs])[None],
-        past_key_values=cache,
+        **cache_argument(model, cache),
         use_cache=cache is not None,
         logits_to_keep=len(inputs),
         return_dict=True,

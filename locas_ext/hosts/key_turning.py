@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .cache_names import cache_argument
 from .context_cache import one_forward
 from .kept_cache import KeptCache
 from .probe.agreement import rounding, rounds_whole_texts
@@ -125,7 +126,7 @@ def _read(model: Any, ids: Tensor, begin: int) -> tuple[Tensor, list[Tensor]]:
     """Logits [n, V] of tokens at positions from `begin` on, and each layer's keys and values [H, n, D]."""
     cache = KeptCache(model, ids.device, 0, [])
     positions = torch.arange(begin, begin + len(ids), device=ids.device)[None]
-    logits = model(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+    logits = model(input_ids=ids[None], position_ids=positions, **cache_argument(model, cache), use_cache=True).logits[0]
     return logits, cache.left
 
 
@@ -133,7 +134,8 @@ def _read_behind(model: Any, ids: Tensor, rows: Sequence[Tensor], kept: int) -> 
     """Logits [n - kept, V] of the tokens ids [n] from the kept first ones on, over rows [H, n, D] of all of them."""
     cache = KeptCache(model, ids.device, kept, [part[:, :kept] for part in rows])
     positions = torch.arange(kept, len(ids), device=ids.device)[None]
-    return model(input_ids=ids[None, kept:], position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
+    behind = cache_argument(model, cache)
+    return model(input_ids=ids[None, kept:], position_ids=positions, **behind, use_cache=True).logits[0]
 
 
 def _check_kept_rows(model: Any, ids: Tensor, logits: Tensor, rows: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from locas_ext.ops.ranks import Ranks
+from locas_ext.ops.ranks import Ranks, through_memory
 
 from .formula import SPLITTING, bound_forward, class_name, has_hooks, sums_gradients
 
@@ -51,7 +51,7 @@ def ranks_of(model: nn.Module) -> Ranks | None:
             f"{type(model).__name__} is split in more ways than one (tensor parallel together with FSDP or expert parallel); "
             "expected one that is split by tp_plan alone"
         )
-    return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size(), local(parts[0]).device)
+    return through_memory(Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size(), local(parts[0]).device))
 
 
 def style_of(linear: nn.Module) -> Any:

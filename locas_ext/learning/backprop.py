@@ -12,6 +12,7 @@ from locas_ext.patching.attachment import Attachment
 from locas_ext.state.memory_state import MemoryState
 
 from .chunk import Reader, Window
+from .leaving import Leaving
 from .optimizers import OPTIMIZERS
 from .peers import Peers
 from .report import GraphReport
@@ -73,10 +74,12 @@ def update_slots(attachment: Attachment, update: Backprop, rates: Tensor, finite
     OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite)
 
 
-def measured(loss: Tensor, state: MemoryState) -> Tensor:
+def measured(loss: Tensor, state: MemoryState, leaving: Leaving | None = None) -> Tensor:
     """[1 + number of arenas]: the loss and the norm of each arena's gradient, the same on all processes that share the memory:
-    not finite where one of theirs is not."""
+    not finite where one of theirs is not. Behind that which of them leave the run."""
     numbers = torch.stack([loss.float(), *(arena.gradient_norm().to(loss.device) for arena in state.arenas)])
+    if leaving is not None:
+        numbers = torch.cat([numbers, leaving.flags])
     return numbers if state.ranks is None else state.ranks.agreed(numbers)
 
 
@@ -107,10 +110,11 @@ class EagerStep:
         reader: Reader,
         why_not: str | None = None,
         peers: Peers | None = None,
+        leaving: Leaving | None = None,
     ):
         """why_not: why the step is not a CUDA graph; None for one that is"""
         self.attachment, self.update, self.reader, self.why_not = attachment, update, reader, why_not
-        self.peers = peers
+        self.peers, self.leaving = peers, leaving
         self.updates = 0
 
     def __call__(self, window: Window, place: str) -> float:
@@ -124,9 +128,8 @@ class EagerStep:
         try:
             numbers = self._measured(window)
             loss, *norms = numbers.tolist()  # one read, as each waits for the device
-            if self.peers is not None:
-                norms, said = norms[: len(state.arenas)], norms[len(state.arenas) :]
-                loss = self.heard(said, place)
+            norms, said = norms[: len(state.arenas)], norms[len(state.arenas) :]
+            loss = self.heard(loss, said, place)
             check_loss(loss, state, place)
             check_gradient(all(map(math.isfinite, norms)), state, place)
             update_slots(self.attachment, self.update, next_rates(self.update, state))
@@ -135,10 +138,10 @@ class EagerStep:
         return loss
 
     def _measured(self, window: Window) -> Tensor:
-        """The gradient in the arenas, and what `measured` says of it; behind that what the peers say."""
+        """The gradient in the arenas, and what `measured` says of it; behind that what peers say."""
         attachment, state = self.attachment, self.attachment.state
         if self.peers is None:
-            return measured(gradient(attachment, window, self.reader, by_plane(self.update)), state)
+            return measured(gradient(attachment, window, self.reader, by_plane(self.update)), state, self.leaving)
         with self.telling_peers():
             loss = self.peers.turn(
                 attachment.host, self.reader, window, lambda: gradient(attachment, window, self.reader, formed=True)
@@ -161,9 +164,12 @@ class EagerStep:
         said = self.peers.combined(self.attachment.state, loss)
         return torch.cat([measured(said[: self.peers.ranks.size].sum(), self.attachment.state), said])
 
-    def heard(self, said: list[float], place: str) -> float:
-        """This rank's loss, of all that the peers said. LocasError where one of theirs is not finite, or one is gone."""
-        assert self.peers is not None, "asked for by those who have some"
+    def heard(self, loss: float, said: list[float], place: str) -> float:
+        """This rank's loss, with all that others said. LocasError where a peer's is not finite, or one is gone."""
+        if self.leaving is not None:
+            self.leaving.hear(said)
+        if self.peers is None:
+            return loss
         losses = self.peers.heard(said)
         for loss, of_rank in zip(losses, self.peers.places(place), strict=True):
             check_loss(loss, self.attachment.state, of_rank)

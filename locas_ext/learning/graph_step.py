@@ -13,6 +13,7 @@ from locas_ext.patching.attachment import Attachment
 from .backprop import EagerStep, by_plane, check_gradient, check_loss, gradient, measured, next_rates, update_slots
 from .captured import Captured
 from .chunk import Reader, Window
+from .leaving import Leaving
 from .peers import Peers
 from .protocol import Protocol
 from .report import GraphReport
@@ -24,10 +25,16 @@ class GraphStep(EagerStep):
     """step(window, place) -> the summed negative log-likelihood before the update; from a graph where there is one."""
 
     def __init__(
-        self, attachment: Attachment, update: Backprop, reader: Reader, protocol: Protocol, peers: Peers | None = None
+        self,
+        attachment: Attachment,
+        update: Backprop,
+        reader: Reader,
+        protocol: Protocol,
+        peers: Peers | None = None,
+        leaving: Leaving | None = None,
     ):
         """protocol: says which windows are full"""
-        super().__init__(attachment, update, reader, peers=peers)
+        super().__init__(attachment, update, reader, peers=peers, leaving=leaving)
         self.rates: torch.Tensor | None = None
         self.captured = Captured(attachment, reader, protocol, self, why_not=None)
 
@@ -42,8 +49,7 @@ class GraphStep(EagerStep):
         if self.peers is not None:
             self._update(self.together(self.loss))
         loss, finite, *said = self.outcome.tolist()
-        if self.peers is not None:
-            loss = self.heard(said, place)
+        loss = self.heard(loss, said, place)
         check_loss(loss, state, place)
         check_gradient(bool(finite), state, place)
         state.finish_update()
@@ -69,6 +75,7 @@ class GraphStep(EagerStep):
         (arena,) = state.arenas
         self.rates = next_rates(self.update, state).to(device)  # of one address: a new rate needs no new graph
         said = 0 if self.peers is None else 3 * self.peers.ranks.size
+        said += 0 if self.leaving is None else self.leaving.ranks.size
         self.outcome = torch.zeros(2 + said, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.update.optimizer == "adamw":
@@ -79,13 +86,13 @@ class GraphStep(EagerStep):
             raise RuntimeError("a host that is split among processes is captured only where kernels of ours read it")
         loss = self._gradient(window)
         if self.peers is None:
-            measured(loss, self.attachment.state)
+            measured(loss, self.attachment.state, self.leaving)
         self.attachment.state.zero_grad()
 
     def run(self, window: Window) -> None:
         loss = self._gradient(window)
         if self.peers is None:
-            self._update(measured(loss, self.attachment.state))
+            self._update(measured(loss, self.attachment.state, self.leaving))
         else:  # what others have to say comes between gradient and update: both sides may not be in graphs of theirs
             self.loss.copy_(loss)
 
@@ -94,7 +101,7 @@ class GraphStep(EagerStep):
         return gradient(self.attachment, window, self.reader, formed)
 
     def _update(self, numbers: torch.Tensor) -> None:
-        """numbers: as `measured` gives them, and what peers said behind them. Nothing waits for the device."""
+        """numbers: as `measured` gives them, and what others said behind them. Nothing waits for the device."""
         (arena,) = self.attachment.state.arenas
         finite, said = numbers[:2].isfinite().all(), numbers[2:]
         if self.peers is not None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from locas_ext.errors import LocasError
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.hosts.kept_cache import KeptCache
 from locas_ext.hosts.key_turning import find_turning, reaches, turned
 from locas_ext.hosts.lengths import lengths_of
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.kept_rows import KeptRows, LayerRoom, RowGroup, WindowRoom
 
 
@@ -69,12 +71,17 @@ class KeptContext:
         self.context = self.inputs = 0
         self.ahead: tuple[int, list[Tensor]] | None = None  # first rows, turned on by so many positions
 
+    def share(self, ranks: Ranks) -> None:
+        """Called by all processes that the host is split among, before anything is kept: whether each has heads of its own."""
+        own = [rows.flatten().tolist() for rows in self.turning.like[:2]]
+        self.rows.ranks = None if ranks.same(own) else ranks
+
     def take_up(self, rows: KeptRows, seen: int) -> None:
         """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:
                 raise ValueError(f"{rows.seen} inputs; expected {seen}, and rows for this host's layers and this window")
-            self.rows = rows.on(self.turning.like, self.room)
+            self.rows = rows.on(self.turning.like, self.room, self.rows.ranks)
         except ValueError as error:
             raise LocasError(f"the kept context does not fit: {error}") from None
         self.ahead = None
@@ -159,7 +166,7 @@ class KeptContext:
         logits = self.model(
             input_ids=inputs[None],
             position_ids=self.positions(inputs)[None],
-            past_key_values=cache,
+            **cache_argument(self.model, cache),
             use_cache=True,
             return_dict=True,
         ).logits[0]

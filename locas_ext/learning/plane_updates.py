@@ -17,8 +17,8 @@ def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
 
 
 def clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
-    """Scales back the rows [l, planes, r, d] that are longer than theirs may be."""
-    longest = 1.0 if arena.longest is None else arena.longest[part][..., None, None]
+    """Scales back the rows [l, n, r, d] of the last n planes that are longer than theirs may be."""
+    longest = 1.0 if arena.longest is None else arena.longest[part, -rows.shape[1] :, None, None]
     lengths = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # 0 / 0 is no number
     return rows.div_((lengths / longest).clamp_min(1.0))
 

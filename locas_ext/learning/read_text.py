@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from locas_ext.state.kept_rows import KeptRows
-from locas_ext.state.stream import Chunk, Stream, TextRecord
+from locas_ext.state.stream import Beginning, Chunk, Stream, TextRecord
 
 from .chunk_loop import Passage
 from .protocol import Protocol
@@ -24,6 +24,7 @@ class ReadText:
         passage: what the run reads of it
         digest: of the text as far as it was read
         chunks: those scored so far, earlier calls' too
+        learned: those that were noted down; callers get `chunks`, and may do with it what they like
         title: None: none, or as it was
         position: how many tokens were read
         record: what the list of texts says of it; None: nothing yet
@@ -33,11 +34,12 @@ class ReadText:
     digest: TextDigest
     chunks: list[Chunk]
     title: str | None
+    learned: list[Chunk] = field(init=False)
     position: int = field(init=False)
     record: TextRecord | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.position = self.passage.begin
+        self.learned, self.position = list(self.chunks), self.passage.begin
 
     def find_record(self, texts: list[TextRecord]) -> None:
         """Finds what the list says of the text's beginning, where the run continues it."""
@@ -46,8 +48,9 @@ class ReadText:
             self.title = self.record.title
 
     def advance(self, chunk: Chunk, texts: list[TextRecord]) -> None:
-        """Notes down that a chunk was learned, which is in `chunks`."""
+        """Notes down that a chunk was learned."""
         self.digest.update(self.passage.between(self.position, chunk.end))
+        self.learned.append(chunk)
         self.position = chunk.end
         text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
         put_record(texts, self.record, text)
@@ -57,4 +60,4 @@ class ReadText:
         """Where the run stands in the text."""
         begin = max(self.passage.offset, self.position - tail_length(self.passage.protocol))
         tail = self.passage.between(begin, self.position).tolist()
-        return Stream(settings, self.position, self.digest.blocks, list(self.chunks), tail, kept)
+        return Stream(settings, self.position, self.digest.blocks, Beginning(self.learned), tail, kept)

@@ -47,7 +47,7 @@ def settings_of(stream: Stream, place: str | Path) -> Settings:
 
 
 def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettings, saved: SavedRun) -> TextDigest:
-    """ValueError if a saved run was not over this text with these settings.
+    """LocasError if a saved run was not over this text with these settings.
 
     Returns the digest of what was read of the text.
     """
@@ -62,11 +62,11 @@ def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettin
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)
-        raise ValueError(f"resume: {saved.memory.path} was saved by a run with other settings: {details}")
+        raise LocasError(f"resume: {saved.memory.path} was saved by a run with other settings: {details}")
     digest = TextDigest()
     digest.update(ids[: saved.stream.position])
     if not _is_of(saved.stream, ids, digest):
-        raise ValueError(f"resume: {saved.memory.path} was saved by a run over another text")
+        raise LocasError(f"resume: {saved.memory.path} was saved by a run over another text")
     return digest
 
 

@@ -7,12 +7,14 @@ import torch
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk
 
+from .alarm import alarm
 from .backprop import agreed_loss, check_loss
 from .chunk import Reader, Window
 from .chunk_loop import progress_bar, read_chunks
 from .divergence_watch import DivergenceWatch
 from .host_kernels.kernels import fast_reader
 from .initialization import score_and_initialize
+from .leaving import Leaving
 from .peers import Peers
 from .progress import NoProgress, StreamProgress
 from .protocol import Protocol
@@ -51,20 +53,24 @@ class Run:
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
-        self.step = step_for(attachment, settings, reader, peers)
+        alike = attachment.host.ranks or attachment.ranks  # the processes that run this with us
+        self.speaks = alike is None or alike.rank == 0  # for all of them, to whoever watches
+        self.leaving = None if alike is None or peers is not None else Leaving(alike)  # peers say it in sums of theirs
+        # Those that share every forward cannot be told in the sum of a step that one of them does not come to.
+        self.sharers = alike if peers is None or peers.lockstep else None
+        self.step = step_for(attachment, settings, reader, peers, self.leaving)
         self.watch = DivergenceWatch(attachment, settings, reader, self.report, text.passage.count, on_divergence, peers)
 
     def go(self, verb: str, progress: bool, callback: Callable[[Chunk], None] | None) -> MemorizeReport:
         """Reads the passage to its end."""
         attachment, model, peers = self.attachment, self.attachment.host.model, self.peers
-        alike = attachment.host.ranks or attachment.ranks  # the processes that run this with us
-        first = alike is None or alike.rank == 0
         attachment.state.zero_grad()
         attachment.host.reading.begin_run(model)
         sample = self.text if peers is None else peers.texts[0]  # the same everywhere: what is found is too
         with (
-            progress_bar(progress and first, self.text.passage, self.report, "memorizing") as bar,
-            interrupt_between_chunks(alike if peers is None else None) as check_interrupt,  # peers say it in their sums
+            progress_bar(progress and self.speaks, self.text.passage, self.report, "memorizing") as bar,
+            interrupt_between_chunks() as check_interrupt,
+            alarm(self.sharers),
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -73,15 +79,14 @@ class Run:
             for chunk in self._chunks(bar):
                 self._note(chunk)
                 self.watch.tell(chunk)
-                if callback is not None:
-                    self._call(callback, chunk, verb, check_interrupt)
+                if callback is not None and (self.leaving is None or self.leaving.ending is None):
+                    self._call(callback, chunk, verb)
                     quiet()  # what a callback calls may have put the host back into training mode
-                if peers is None:
-                    check_interrupt()
-                else:
-                    peers.end_if_asked(check_interrupt)
+                self._between_chunks(check_interrupt)
                 if self.watch.stops:
                     break
+            if self.leaving is not None:
+                self.leaving.between_chunks(check_interrupt)  # what came after the last step that could say it
             self.watch.finish()
         if peers is not None and peers.ending is not None:
             raise peers.ending
@@ -95,18 +100,29 @@ class Run:
             self._learn(self.peers.step.window(self.peers.own), last.start, last.end)
             yield last
 
-    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str, check_interrupt: Callable[..., None]) -> None:
+    def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
         except BaseException as error:
+            if self.leaving is not None and self.attachment.attached:
+                self.leaving.leave(error)
+                return
             if self.peers is None:
-                check_interrupt(failed=True)
                 raise
             if self.peers.schedule.is_open and not self.watch.stops:
                 self.peers.leave(self.attachment.state)
                 raise
             self.peers.ending = error  # the run ends here for all: raised after what they do together in the end
+
+    def _between_chunks(self, check_interrupt: Callable[[], None]) -> None:
+        """Ends the run where Ctrl-C was pressed, or where another process ends it."""
+        if self.peers is not None:
+            self.peers.end_if_asked(check_interrupt)
+        elif self.leaving is not None:
+            self.leaving.between_chunks(check_interrupt)
+        else:
+            check_interrupt()
 
     def _learn(self, window: Window, start: int, end: int) -> tuple[float, int]:
         """Scores a chunk, then learns it. -> its loss from before anything was learned of it, and who scored it."""

@@ -9,12 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from locas_ext.errors import LocasError
 from locas_ext.hosts.sharding import fsdp_obstacle
-from locas_ext.ops.ranks import Ranks
 from locas_ext.patching.attachment import Attachment
-
-_FAILED = 2.0  # what a process says that ends with an error, beside 1 for Ctrl-C
 
 
 def require_attached(attachment: Attachment, verb: str) -> None:
@@ -61,10 +57,8 @@ def eager_host(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[..., None]]:
-    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since, in any of the processes `ranks`.
-
-    A process that ends with an error calls it as `check(failed=True)`; then it raises LocasError in the others.
+def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed since.
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
@@ -81,12 +75,8 @@ def interrupt_between_chunks(ranks: Ranks | None = None) -> Iterator[Callable[..
             os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
         pressed = True
 
-    def check(failed: bool = False) -> None:
-        said = _FAILED if failed else float(pressed)
-        worst = said if ranks is None else ranks.largest(said)
-        if worst == _FAILED and not failed:
-            raise LocasError("another process ended the run here with an error; the memory is as it was there")
-        if worst and not failed:
+    def check() -> None:
+        if pressed:
             raise KeyboardInterrupt
 
     if mine:

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from locas_ext.hosts.registry import Host
+from locas_ext.ops.ranks import together
 from locas_ext.patching.attachment import Attachment
 
 from .backprop import EagerStep
@@ -10,6 +11,7 @@ from .chunk import Reader, Window, WindowReader
 from .cuda_graph import obstacle
 from .graph_step import GraphStep
 from .kept_reader import KeptReader
+from .leaving import Leaving
 from .peers import Peers
 from .report import GraphReport
 from .run_guards import quiet_host
@@ -31,20 +33,27 @@ def reader_for(host: Host, settings: ResolvedSettings, length: int) -> Reader:
     """What reads the chunks of a run over a text of so many tokens. ValueError for a host that cannot be read so."""
     if settings.keep is None:
         return WindowReader(host, settings.context_gradient)
+    with quiet_host(host.model), together(host.ranks):
+        reader = KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
     if host.ranks is not None:
-        raise ValueError(
-            f"context is 'keep', but the host is split among {host.ranks.size} processes (tp_plan), of which each has keys and "
-            "values of its own heads only; expected context='recompute'"
-        )
-    with quiet_host(host.model):
-        return KeptReader(host, settings.protocol, settings.keep, settings.epochs, length)
+        reader.context.share(host.ranks)
+    return reader
 
 
-def step_for(attachment: Attachment, settings: ResolvedSettings, reader: Reader, peers: Peers | None = None) -> Step:
-    """The step of a run: eager wherever it cannot be captured. peers: those who learn in step; None: nobody"""
+def step_for(
+    attachment: Attachment,
+    settings: ResolvedSettings,
+    reader: Reader,
+    peers: Peers | None = None,
+    leaving: Leaving | None = None,
+) -> Step:
+    """The step of a run: eager wherever it cannot be captured.
+
+    peers: those who learn in step; None: nobody; leaving: what the step says of who ends the run; None: nothing
+    """
     update, why_not = settings.update, obstacle(attachment)
     if isinstance(update, ResolvedWrite):
         return WriteStep(attachment, update, reader, settings.protocol, why_not)
     if why_not is not None:
-        return EagerStep(attachment, update, reader, why_not, peers)
-    return GraphStep(attachment, update, reader, settings.protocol, peers)
+        return EagerStep(attachment, update, reader, why_not, peers, leaving)
+    return GraphStep(attachment, update, reader, settings.protocol, peers, leaving)

@@ -60,7 +60,7 @@ class MemoryStudy(MemoryLearning):
         >>> from locas_ext.evaluation.assets import MODEL, load_model
         >>> from transformers import AutoTokenizer
         >>> memory = locas.attach(load_model(), locas.LocasConfig(rank=4, scale="host"))
-        >>> settings = locas.StudySettings(epochs=1, updates=1, guard=0.0, locality="none")
+        >>> settings = locas.StudySettings(epochs=1, updates=1, guard=0.0, keys="learned")
         >>> pairs = [("Who keeps the gate?", "Anna"), ("Where does Anna live?", "Bergen")]
         >>> text = "Anna, who lives in Bergen, keeps the gate of the old town."
         >>> report = memory.study(text, AutoTokenizer.from_pretrained(MODEL), "ce", pairs, progress=False, settings=settings)

@@ -7,10 +7,11 @@
 Each function here is called by all ranks, in the same order.
 """
 
+import functools
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,29 +21,31 @@ from torch import Tensor
 
 from locas_ext.errors import LocasError
 
+from .peer_memory import PeerMemory, obstacle
+
 
 class _EnterFunction(torch.autograd.Function):
-    """apply(x, group) -> x, whose gradient is the sum of all ranks' gradients."""
+    """apply(x, ranks) -> x, whose gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, ranks: "Ranks") -> Tensor:
+        ctx.ranks = ranks
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dy = dy.contiguous()  # nobody else has it: enter's result goes into one op, or autograd has added it up
-        dist.all_reduce(dy, group=ctx.group)
+        ctx.ranks.add_up(dy)
         return dy, None
 
 
 class _TotalFunction(torch.autograd.Function):
-    """apply(y, group) -> the sum of all ranks' y, in its place."""
+    """apply(y, ranks) -> the sum of all ranks' y, in its place."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, y: Tensor, ranks: "Ranks") -> Tensor:
         ctx.mark_dirty(y)
-        dist.all_reduce(y, group=group)
+        ranks.add_up(y)
         return y
 
     @staticmethod
@@ -72,12 +75,15 @@ class Ranks:
 
     group: of torch.distributed; rank: this process's place in it; size: how many there are
     device: where tensors lie that its collectives take
+    memory: through which they make sums on GPUs that read each other's; None: the group makes all; why_not: why there is none
     """
 
     group: Any
     rank: int
     size: int
     device: torch.device
+    memory: PeerMemory | None = None
+    why_not: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         """A copied model is on the same processes."""
@@ -88,16 +94,23 @@ class Ranks:
         """x, the same on all ranks, where each goes on with it by itself."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
-        entered: Tensor = _EnterFunction.apply(x, self.group)
+        entered: Tensor = _EnterFunction.apply(x, self)
         return entered
 
     def total(self, y: Tensor) -> Tensor:
         """The sum of all ranks' y, contiguous, in its place."""
         if torch.is_grad_enabled() and y.requires_grad:
-            total: Tensor = _TotalFunction.apply(y, self.group)
+            total: Tensor = _TotalFunction.apply(y, self)
             return total
-        dist.all_reduce(y, group=self.group)
+        self.add_up(y)
         return y
+
+    def add_up(self, y: Tensor) -> None:
+        """The same without a graph."""
+        if self.memory is not None and self.memory.takes(y):
+            self.memory.add_up(y)
+        else:
+            dist.all_reduce(y, group=self.group)
 
     def joined(self, y: Tensor, lengths: list[int]) -> Tensor:
         """All ranks' y [..., n] side by side, of which all ranks make the same. lengths: n of each rank"""
@@ -130,8 +143,15 @@ class Ranks:
 
         Nothing waits for the device.
         """
-        dist.all_reduce(numbers, group=self.group)
+        self.add_up(numbers)
         return numbers.div_(self.size)
+
+    def give_up(self) -> None:
+        """Ends this process's waiting for others, in a sum that is then NaN or an error: the group is of no use any more."""
+        if self.memory is not None:
+            self.memory.stop.fill_(1)
+        with suppress(Exception):  # not every backend can, in every torch
+            self.group._get_backend(self.device).abort()
 
     # ---- decisions -------------------------------------------------------------------------------------------
     def largest(self, number: float) -> float:
@@ -164,6 +184,23 @@ class Ranks:
             raise error
         if others := [other for other in errors if other is not None]:
             raise others[0]
+
+
+@functools.cache  # a group's memory is made once
+def through_memory(ranks: Ranks) -> Ranks:
+    """The same, which make sums through memory that they show each other where they can. Called by all of them."""
+    memory, why = None, obstacle(ranks.size, ranks.device)
+    if why is None:
+        try:
+            memory = PeerMemory(ranks.group, ranks.rank, ranks.size, ranks.device)
+        except Exception as problem:  # whatever torch or the driver says
+            why = f"memory that the GPUs read of each other cannot be had: {type(problem).__name__}: {problem}"
+    if not ranks.all(memory is not None):  # nobody counts before everybody is here
+        return replace(ranks, why_not=why or "another process has no memory to show")
+    assert memory is not None, "all have it"
+    if not ranks.all(memory.adds_up()):
+        return replace(ranks, why_not="sums through memory that the GPUs read of each other came out wrong")
+    return replace(ranks, memory=memory)
 
 
 def _portable(error: Exception) -> Exception:

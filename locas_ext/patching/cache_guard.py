@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from locas_ext.hosts.cache_names import given_cache
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.scope import scope_of, scoped
 
@@ -60,11 +61,11 @@ class StaleCacheGuard:
     def _generate(self, *args, allow_stale_cache: bool = False, **kwargs):
         """The model's own generate.
 
-        A `past_key_values` that was filled under another state of the memory is refused with ValueError unless
+        A `past_key_values` (or `cache`) that was filled under another state of the memory is refused with ValueError unless
         allow_stale_cache is True. The slots are compared with what was last seen once, and not again for each token.
         """
         assert self.original is not None, "bind() puts this in the place of an original only"
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         self.state.sync()
         now = self.state.output_state
         if cache is not None and not allow_stale_cache and not is_empty(cache) and getattr(cache, _STAMP, 0) != now:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from locas_ext.hosts.cache_names import given_cache, returned_cache
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.seen import SeenPlaces
 from locas_ext.state.memory_state import MemoryState
@@ -47,7 +48,7 @@ class DecoderWatch:
             state.sync()
             looking = scoped(state, looked=True)
             looking.__enter__()
-        fresh = is_first_filling(named.get("past_key_values"), state)
+        fresh = is_first_filling(given_cache(named), state)
         running_forward.set(RunningForward(state, state.exclusion.epoch, fresh, looking, running_forward.get()))
 
     def _follow(self, decoder: nn.Module) -> None:
@@ -70,7 +71,7 @@ class DecoderWatch:
         try:
             now = self.state.output_state
             overtaken = running.epoch != self.state.exclusion.epoch and output is not None and not self.state.disabled
-            cache = getattr(output, "past_key_values", None)
+            cache = returned_cache(output)
             if cache is not None:
                 stamp(cache, now, running.fresh_cache)
         finally:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from locas_ext.ops.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class LayerRoom:
@@ -78,6 +80,7 @@ class KeptRows:
     groups: made by `on`
     covering: the context before which the first rows stand; None: they stand nowhere
     packed: what a file held, until it is put in place; None: nothing
+    ranks: the processes that the heads are split among, in equal parts; None: all are here
     """
 
     rooms: list[LayerRoom]
@@ -88,6 +91,7 @@ class KeptRows:
     groups: list[RowGroup] = field(default_factory=list, repr=False)
     covering: int | None = None
     packed: dict[str, Tensor] | None = field(default=None, repr=False)
+    ranks: Ranks | None = field(default=None, repr=False)
 
     @property
     def first(self) -> int:
@@ -164,8 +168,10 @@ class KeptRows:
         """Lets go of all rows, where the window is read anew next."""
         self.held = 0
 
-    def on(self, like: Sequence[Tensor], window: WindowRoom) -> "KeptRows":
+    def on(self, like: Sequence[Tensor], window: WindowRoom, ranks: Ranks | None = None) -> "KeptRows":
         """These where tensors `like`, one per number, are and in their dtypes; itself where they lie there.
+
+        ranks: the processes that the heads of `like` are split among
 
         ValueError for rows of other shapes.
         """
@@ -173,8 +179,11 @@ class KeptRows:
         here = [form(group.window[place], 1) for group, place in self._places()]
         if self.window == window and here == [form(tensor, 0) for tensor in like]:
             return self
-        packed, counts = self.tensors(), row_counts(self.to_record())
-        moved = KeptRows(self.rooms, self.seen, self.held, list(self.head), window, _groups(self.rooms, like, window))
+        packed, counts = self._rows() if self.packed is None else self.packed, row_counts(self.to_record())
+        if self.packed is not None and ranks is not None:
+            packed = {name: ranks.mine(rows, 0) for name, rows in packed.items()}
+        groups = _groups(self.rooms, like, window)
+        moved = KeptRows(self.rooms, self.seen, self.held, list(self.head), window, groups, ranks=ranks)
         for number, (group, place) in enumerate(moved._places()):
             if (name := row_names(number // 2)[number % 2]) not in counts:
                 continue
@@ -201,9 +210,17 @@ class KeptRows:
         return {"seen": self.seen, "held": self.held, "head": list(self.head), "rooms": rooms}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows that are needed, [H, n, D]: of the text's first inputs, then of the latest; only those there are."""
+        """The rows that are needed, [H, n, D]: of the text's first inputs, then of the latest; only those there are.
+
+        Of all heads: called by all processes that have some.
+        """
         if self.packed is not None:
             return self.packed
+        rows = self._rows()
+        return rows if self.ranks is None else {name: self.ranks.gathered(tensor, 0) for name, tensor in rows.items()}
+
+    def _rows(self) -> dict[str, Tensor]:
+        """The same of the heads that are here."""
         self.uncover()
         counts = row_counts(self.to_record())
         result = {}

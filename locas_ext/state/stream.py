@@ -1,7 +1,8 @@
 """Where a memory stands in a text, what a resumed run needs to know and to check, and which texts it has learned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,26 @@ class Chunk:
     tokens: int
     nll: float
     memory_version: int
+
+
+class Beginning(Sequence[Chunk]):
+    """A list as long as it is now, without a copy of it. Whoever holds the list may only append to it."""
+
+    def __init__(self, growing: list[Chunk]):
+        self._growing, self._length = growing, len(growing)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: Any) -> Any:
+        places = range(self._length)[place]
+        return self._growing[places] if isinstance(places, int) else [self._growing[each] for each in places]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Chunk]:
+        return list(self)
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,7 @@ class Stream:
     settings: dict
     position: int
     text_digest: str
-    chunks: list[Chunk]
+    chunks: Sequence[Chunk]
     tail: list[int] | None = None
     kept: KeptRows | None = field(default=None, compare=False, repr=False)
     ranks: "list[Stream]" = field(default_factory=list, compare=False, repr=False)

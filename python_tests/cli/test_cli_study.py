@@ -11,7 +11,7 @@ import locas_ext as locas
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.learning.study.learner import Learner
 
-OPTIONS = ["--loss", "ce", "--epochs", 3, "--updates", 1, "--batch", 2, "--guard", 0, "--locality", "none", "--device", "cpu"]
+OPTIONS = ["--loss", "ce", "--epochs", 3, "--updates", 1, "--batch", 2, "--guard", 0, "--keys", "learned", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

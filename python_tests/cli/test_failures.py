@@ -35,6 +35,7 @@ def ending(monkeypatch, error):
         (Interrupted("7 tokens are kept"), 130, "interrupted: 7 tokens are kept"),
         (KeyboardInterrupt(), 130, "interrupted: nothing was kept"),
         (LocasError("x is\n damaged"), 1, "x is damaged"),
+        (ModuleNotFoundError("No module named 'torch'"), 1, "No module named 'torch'"),
         (FileNotFoundError(2, "No such file", "a [/b]\x1b[31m"), 2, "a [/b]\\u001b[31m: No such file"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (MemoryError(), 1, "out of memory: no more could be had"),
@@ -47,6 +48,12 @@ def test_the_line(monkeypatch, capsys, error, status, line):
     assert ending(monkeypatch, error) == status
     captured = capsys.readouterr()
     assert captured.err.startswith(f"locas: {line}") and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_checkout_that_is_not_built_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "locas_ext._C", None)
+    with pytest.raises(ImportError, match=r"^locas_ext is not built here; run pip install \."):
+        locas_ext.__getattr__("_C")
 
 
 @pytest.mark.parametrize(

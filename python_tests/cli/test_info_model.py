@@ -44,3 +44,5 @@ def test_a_family_of_the_table(capsys):
 def test_a_model_or_a_memory(capsys, tmp_path):
     status, _, err = run(capsys, "info", tmp_path, "--model", MODEL)
     assert status == 2 and "--model is given beside a memory folder" in err
+    status, _, err = run(capsys, "info", "--device", "cpu")
+    assert status == 2 and "--device is cpu without --model" in err

@@ -65,14 +65,20 @@ def test_every_command_with_settings_takes_a_file_and_shows_examples(command, ca
     assert "<str>" not in out and "left out" not in out
 
 
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"report"}))
+def test_every_command_that_loads_a_model_says_how(command):
+    assert {"dtype", "device"} <= options(command).keys()
+
+
 def test_one_option_is_the_same_wherever_it_is_declared():
     kept: dict = {}
     for command in COMMANDS:
         for name, parameter in options(command).items():
-            if name in ("out", "memory", "window", "dtype", "methods", "max_tokens", "config"):
+            if name in ("out", "memory", "window", "device", "methods", "max_tokens", "config"):
                 continue  # what they mean differs by command
             if command in ("demo", "recall", "study") and name in ("learning_rate", "epochs"):
                 continue  # their defaults, or what they mean, are their own
+            assert len(set(parameter.opts)) == len(parameter.opts), (command, parameter.opts)
             help_text = kept.setdefault(name, parameter.help)
             assert parameter.help == help_text, (command, name)
 

@@ -53,5 +53,5 @@ def test_kernels_on_the_simt_runner(record_property):
     ]:
         assert any(line.startswith(kernel) for line in lines), f"{kernel} did not run"
     (planted,) = [line for line in lines if line.startswith("runner: planted bugs")]
-    for bug in ["no sync_threads", "no cp.async wait", "no mbarrier wait", "no bound"]:
+    for bug in ["no sync_threads", "no cp.async wait", "no mbarrier wait", "no bound", "no sync_grid before a read"]:
         assert f"{bug} found by" in planted

@@ -90,7 +90,7 @@ def test_it_learns_and_leaves_the_host_and_its_first_token_alone(loss, tokenizer
     model = host(tokenizer)
     before, drawn = snapshot(model), torch.get_rng_state()
     with cartridge(model, 9, 0.1) as prefix:
-        settings = StudySettings(kinds=("blank",), epochs=12, updates=1, batch=32, guard=0, raw=0, check=False, locality="none")
+        settings = StudySettings(kinds=("blank",), epochs=12, updates=1, batch=32, guard=0, raw=0, check=False, keys="learned")
         report = learn(prefix, tokenizer, loss, settings)
         assert report.steps == report.planned > 30 and set(report.seconds) == {"writing", "reading", "learning"}
         layers = model.config.num_hidden_layers

@@ -18,7 +18,7 @@ OPTIONS = ["--window", "64", "--stride", "32", "--rank", "4", "--learning-rate",
 OPTIONS += ["--temp-lora-rank", "2", "--facts", "5", "--max-new-tokens", "3"]
 OPTIONS += ["--retrieval-chunks", "2", "--retrieval-tokens", "32"]
 OPTIONS += ["--loss", "ce", "--study-epochs", "1", "--questions", "2", "--guard", "0", "--study-learning-rate", "0.02"]
-OPTIONS += ["--updates", "6", "--locality", "none"]
+OPTIONS += ["--updates", "6", "--keys", "learned"]
 
 
 @pytest.fixture(scope="module")

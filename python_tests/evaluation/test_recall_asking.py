@@ -8,6 +8,7 @@ from support.helpers import tiny_model
 from support.locomo import plain_answer
 from transformers import AutoTokenizer
 
+import locas_ext as locas
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.assets import MODEL
 from locas_ext.evaluation.recall import measuring
@@ -143,3 +144,26 @@ def test_a_bos_token_begins_plain_prompts():
     begins = Prompter(Begins())
     assert begins.ask("Q", "x").count(5) == 1 and begins.ask("Q", "x")[0] == 5 and begins.passage("x")[0] == 5
     assert 5 not in begins.answer("Q") + begins.end() + begins.question("Q")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_host_asked_in_float32_is_the_one_of_its_rounded_weights_and_as_before_afterwards(dtype):
+    """With a memory: against a float32 host with the same weights and the same slots."""
+    ids, rounded = torch.randint(3, 61, (2, 9)), tiny_model("llama", seed=SEED, dtype=dtype)
+    exact = tiny_model("llama", seed=SEED)
+    for own, given in zip((*exact.parameters(), *exact.buffers()), (*rounded.parameters(), *rounded.buffers()), strict=True):
+        own.data = given.data.float()
+    memories = [locas.attach(host, locas.LocasConfig(rank=4, scale=2.0)) for host in (rounded, exact)]
+    slots = torch.randn(2, 3, 4, 32)
+    for memory in memories:
+        memory._attachment.state.set_slots(slots, version=0)
+    with torch.no_grad():
+        before = rounded(input_ids=ids).logits
+        with measuring.in_float32(rounded):
+            inside = rounded(input_ids=ids).logits
+        after = rounded(input_ids=ids).logits
+        expected = exact(input_ids=ids).logits
+    assert before.dtype == after.dtype == dtype and inside.dtype == torch.float32
+    torch.testing.assert_close(inside, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert (before.float() - expected).abs().max() > 1e-3, "rounding is to be seen"

@@ -86,6 +86,19 @@ def test_a_failed_arm_is_listed_with_its_error_and_not_averaged(tmp_path):
     assert "## Failed" in nothing and "|" not in nothing.replace("\\|", "")
 
 
+def test_an_arm_that_made_its_book_harder_is_named(tmp_path):
+    settings = {"scale": "host"}
+    records = [record("truncation", perplexity=37.9), record("locas", "locas scale=host", settings=settings, perplexity=179.0)]
+    records += [record("long-context", perplexity=38.0), record("temp-lora", perplexity=37.8)]
+    text = report(tmp_path, records)
+    listed = text.split("## Harder than without learning")[1].split("##")[0]
+    assert [line for line in listed.splitlines() if line.startswith("-")] == [
+        "- locas scale=host, Nostromo: 179.00, without learning 37.90"
+    ]
+    for others in (records[1:], [records[0], *records[2:]], [{**records[0], "tokens": 9}, records[1]]):
+        assert "Harder than" not in report(tmp_path, others)
+
+
 def test_a_run_that_goes_on_says_how_much_is_there(tmp_path):
     expected = {"arms": [{"arm": "locas"}, {"arm": "truncation"}], "books": [{"name": "Nostromo"}, {"name": "Typhoon"}]}
     assert "Not finished: 1 of 4 records." in report(tmp_path, [record()], **expected)

@@ -114,7 +114,7 @@ def keep_and_refuse(folder, ids):
     memory.reset()
     memory.restore(before)
     assert torch.equal(memory.slots, learned) and memory.version == before.memory_version
-    assert host.generate(ids[None, :4], max_new_tokens=2, do_sample=False).shape == (1, 6)
+    assert host.generate(ids[None, :4], min_new_tokens=2, max_new_tokens=2, do_sample=False).shape == (1, 6)
 
     # failure on the rank that writes is an error of all
     if rank == 0:

@@ -196,3 +196,13 @@ def test_a_digest_does_not_depend_on_how_the_text_comes(seed):
 def test_digests_tell_texts_apart():
     texts = [IDS[:n] for n in (0, 1, 63, 64, 65, 127, 128, 200)] + [IDS.flip(0), torch.zeros(3, dtype=torch.int64)]
     assert len({text_digest(text) for text in texts}) == len(texts)
+
+
+def test_what_a_memory_keeps_of_its_chunks_is_nobody_elses():
+    whole, memory, streams = attached()[1], attached()[1], []
+    whole_report = whole.memorize(IDS[:32], **RUN)
+    report = memory.memorize(IDS[:24], **RUN, callback=lambda chunk: streams.append(memory._attachment.stream))
+    assert [list(stream.chunks) for stream in streams] == [report.chunks[:count] for count in (1, 2, 3)]
+    assert streams[1].chunks[-1] == report.chunks[1] and copy.deepcopy(streams[1]).chunks == report.chunks[:2]
+    report.chunks.clear()
+    assert_same(memory, memory.feed(IDS[24:32], progress=False), whole, whole_report)

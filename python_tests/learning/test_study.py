@@ -15,9 +15,7 @@ from locas_ext.learning.study.learner import Learner
 
 SEED = random.randrange(1000)
 # What a random host computes has no directions of its own, so that nothing would be left to learn with beside them.
-FAST = dict(
-    epochs=12, updates=1, batch=3, recalled=0.5, learning_rate=2e-2, raw=0.2, raw_first=0, new_tokens=4, locality="none"
-)
+FAST = dict(epochs=12, updates=1, batch=3, recalled=0.5, learning_rate=2e-2, raw=0.2, raw_first=0, new_tokens=4, keys="learned")
 
 
 def settings(**changes):
@@ -149,7 +147,7 @@ def test_how_long_it_takes_is_said_before_it_starts(capsys, monkeypatch):
 # ---- ended and gone on -----------------------------------------------------------------------------------------
 def test_an_ended_study_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     tokenizer = study_tokenizer()
-    chosen = settings(guard=0.5, most_kl=1e6, epochs=4, locality="projected", quiet=0.5)
+    chosen = settings(guard=0.5, most_kl=1e6, epochs=4, keys="addressed")
     whole = studying(SEED)
     full = whole.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen)
 

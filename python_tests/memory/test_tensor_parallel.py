@@ -6,6 +6,7 @@ import random
 import signal
 import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,11 +15,14 @@ import torch.distributed as dist
 import transformers
 from support.helpers import logits_of, random_ids, tiny_model
 from support.interrupting import Stop, stop_after
-from support.ranks import run_ranks
+from support.ranks import RanksFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 import locas_ext as locas
 from locas_ext.learning import backprop, captured, cuda_graph, graph_step
+from locas_ext.learning.host_kernels import split
+from locas_ext.ops import ranks as ranks_module
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 
 pytestmark = pytest.mark.skipif(
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.skipif(
     reason="transformers splits hosts over accelerators",
 )
 LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
+KEEP = dict(LEARN, context=locas.Keep(sinks=2, refresh_every=None))
 RANK = 6
 OWN_CONFIG = dict(rank=RANK, clip=1.05, row_length="host")
 
@@ -67,6 +72,12 @@ def one_process(folder, model, ids):
     result["own initial"] = memory.gather_slots()
     memory.reset()
     result["own"] = learned(memory, ids, **own_rules())
+    memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(rank=RANK))
+    with pytest.raises(Stop):
+        memory.memorize(ids, **KEEP, callback=stop_after(4))
+    memory.save_pretrained(folder / "kept half", optimizer=True)
+    result["kept"] = learned(memory, ids, resume=folder / "kept half", **KEEP)
     return result
 
 
@@ -94,7 +105,6 @@ def check_refusals(memory, ids, folder):
     slots = memory.slots.clone()
     refused(ValueError, ["merge_and_unload", "tp_plan"], memory.merge_and_unload)
     refused(ValueError, ["study", "tp_plan"], lambda: memory.study("a text", None))
-    refused(ValueError, ["'keep'", "tp_plan"], lambda: memory.memorize(ids, **LEARN, context="keep"))
     mine = ids.roll(dist.get_rank())
     refused(ValueError, ["different texts"], lambda: memory.memorize(mine, **LEARN))
     bad = ids.clone()
@@ -132,17 +142,20 @@ def check_that_ranks_agree(memory, ids):
         if dist.get_rank() and chunk.start:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        memory.memorize(ids, **LEARN, callback=press)
-    assert memory.tokens_seen == 2 * LEARN["stride"]
+    for way in nullcontext, graphs_on_the_cpu:
+        with way(), pytest.raises(KeyboardInterrupt):
+            memory.memorize(ids, **LEARN, callback=press)
+        assert memory.tokens_seen == 3 * LEARN["stride"]  # the step in which it is said is learned too
 
-    def fail(chunk):
-        if dist.get_rank() and chunk.start:
-            raise Stop
+    for last in False, True:  # behind the last chunk no step says it
 
-    with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "another process"):
-        memory.memorize(ids, **LEARN, callback=fail)
-    assert memory.tokens_seen == 2 * LEARN["stride"]
+        def fail(chunk, last=last):
+            if dist.get_rank() and chunk.start and (chunk.end == len(ids) or not last):
+                raise Stop
+
+        with pytest.raises(Stop if dist.get_rank() else locas.LocasError, match=None if dist.get_rank() else "rank 1 ended"):
+            memory.memorize(ids, **LEARN, callback=fail)
+        assert memory.tokens_seen == (len(ids) if last else 3 * LEARN["stride"])
     memory.reset()
 
 
@@ -172,12 +185,47 @@ def graphs_on_the_cpu():
         yield
 
 
+class WrongMemory:
+    """Memory whose sums come out wrong on one of them."""
+
+    def __init__(self, *about):
+        pass
+
+    def adds_up(self):
+        return dist.get_rank() == 0
+
+
+def check_memory_that_cannot_be_shared():
+    """Both find the same, and say why their group makes the sums."""
+    alone = Ranks(dist.group.WORLD, dist.get_rank(), 2, torch.device("cpu"))
+    find = ranks_module.through_memory.__wrapped__
+    assert find(alone) == replace(alone, why_not="the processes are on cpu")
+    with mock.patch.object(ranks_module, "obstacle", lambda size, device: None):
+        assert "cannot be had" in find(alone).why_not  # on the CPU torch has none
+        with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
+            assert "came out wrong" in find(alone).why_not
+    with mock.patch.object(ranks_module, "obstacle", lambda size, device: "it is off" if alone.rank else None):
+        with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
+            assert find(alone).why_not == ("it is off" if alone.rank else "another process has no memory to show")
+
+
+def check_number_of_sums(memory, ids):
+    """A replayed step of L layers makes 6 L + 1: two a layer in each of context forward, chunk forward and backward, without
+    the last layer of the context and the first of the backward; embeddings, loss and its gradient; what all decide by."""
+    sums, after = [], []
+    add_up = Ranks.add_up
+    with mock.patch.object(Ranks, "add_up", lambda ranks, y: sums.append(y) or add_up(ranks, y)):
+        memory.memorize(ids, **LEARN, callback=lambda chunk: after.append(len(sums)))
+    assert after[4] - after[3] == 6 * memory.model.config.num_hidden_layers + 1
+
+
 def learned(memory, ids, **others):
     report = memory.memorize(ids, **{**LEARN, **others})
     return {"slots": memory.gather_slots(), "nll": [chunk.nll for chunk in report.chunks], "report": report}
 
 
 def on_a_rank(path, folder, ids):
+    check_memory_that_cannot_be_shared()
     model = split_host(path)
     alone = logits_of(model, ids[:20])
     check_refusals_at_attach(model)
@@ -197,6 +245,8 @@ def on_a_rank(path, folder, ids):
     check_that_ranks_agree(memory, ids)
     with graphs_on_the_cpu(), no_dtensors_in_steps():
         results["replayed"] = learned(memory, ids)
+        check_number_of_sums(memory, ids)
+    memory.reset()
     with memory.disabled():
         assert torch.equal(logits_of(model, ids[:20]), alone)
     memory.detach()
@@ -214,6 +264,15 @@ def on_a_rank(path, folder, ids):
         with way():
             results.setdefault("own", []).append(learned(memory, ids, **own_rules()))
         memory.detach()
+    memory = locas.attach(model, locas.LocasConfig(rank=RANK))
+    with graphs_on_the_cpu():
+        results["kept"] = learned(memory, ids, **KEEP)
+    memory.reset()
+    with pytest.raises(Stop):
+        memory.memorize(ids, **KEEP, callback=stop_after(4))
+    memory.save_pretrained(folder / "split kept half", optimizer=True)
+    results["kept, resumed"] = learned(memory, ids, resume=folder / "kept half", **KEEP)
+    memory.detach()
     os.environ["LOCAS_PROBE"] = "0"  # then transformers' own code reads all windows
     results["by the host"] = learned(locas.attach(model, locas.LocasConfig(rank=RANK)), ids)
     return results
@@ -255,8 +314,11 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
         assert rank["replayed"]["report"].graph.replayed > 1 and rank["own"][1]["report"].graph.replayed > 1
         for own in rank["own"]:
             assert apart(own["slots"], alone["own"]["slots"], alone["own initial"]) < 1e-4
+        for run in ("kept", "kept, resumed"):
+            assert apart(rank[run]["slots"], alone["kept"]["slots"], alone["initial"]) < 1e-4, run
         ours = [rank[run]["report"].host_kernels.ours for run in ("learned", "by the host")]
         assert "attention" in ours[0] and "loss" in ours[0] and not ours[1]
+        assert rank["learned"]["report"].host_kernels.own == {"sums": "the processes are on cpu"}
     for mine, other, expected in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
         torch.testing.assert_close(torch.cat([mine, other], 1), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
@@ -265,6 +327,8 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
     report = whole.memorize(ids, **LEARN, resume=tmp_path / "split half")
     assert apart(whole.gather_slots(), alone["slots"], alone["initial"]) < 1e-4
     assert [chunk.nll for chunk in report.chunks] == pytest.approx(alone["nll"], rel=1e-5)
+    whole.memorize(ids, **KEEP, resume=tmp_path / "split kept half")
+    assert apart(whole.gather_slots(), alone["kept"]["slots"], alone["initial"]) < 1e-4
 
 
 def beside_on_a_rank(path, ids):
@@ -287,3 +351,31 @@ def test_where_a_layout_cannot_be_split_by_its_neurons_the_memory_stands_beside(
     for path, begun, slots in run_ranks(beside_on_a_rank, tmp_path / "host", ids):
         assert path == ["sideway"] * 2 and torch.equal(begun, initial)
         assert apart(slots, expected, initial) < 1e-4
+
+
+def fails_on_one(path, ids):
+    """One of them fails in its part of a step, while the other waits for it in a sum."""
+    memory = locas.attach(split_host(path), locas.LocasConfig(rank=RANK))
+    memory.memorize(ids, **LEARN)
+    linear = torch.nn.functional.linear
+
+    def fail(*arguments):
+        if dist.get_rank():
+            raise Stop("no room")
+        return linear(*arguments)
+
+    slots = memory.slots.clone()
+    try:
+        with mock.patch.object(split.F, "linear", fail):
+            memory.memorize(ids, **LEARN)
+    finally:
+        assert torch.equal(memory.slots, slots)
+
+
+def test_a_process_that_fails_in_a_step_ends_the_others(tmp_path):
+    tiny_model("llama", vocab_size=60).save_pretrained(tmp_path / "host")
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(fails_on_one, tmp_path / "host", random_ids(40, vocab=60))
+    first, second = str(failed.value).split("---- rank 1 ----")
+    assert "LocasError: rank 1 failed in the middle of the run: Stop: no room" in first
+    assert "Stop: no room" in second and "LocasError" not in second

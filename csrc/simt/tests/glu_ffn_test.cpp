@@ -1,4 +1,4 @@
-// glu_ffn (K1-K4, D1 and D2) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
+// glu_ffn (K1-K4, D1 and D2, D) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
 // tile.
 //
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
@@ -376,6 +376,18 @@ FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)
   return kernels;
 }
 FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
+// Each pass as one kernel.
+FfnKernels decode_cooperative() {
+  FfnKernels kernels = with_forward([](const GluFfnForwardParams& p, cuda::Queue queue) {
+    if (!cuda::sm80::glu_ffn_forward_decode_cooperative(p, queue)) fail("one kernel is refused");
+  });
+  kernels.glu_ffn_backward = [](const GluFfnBackwardParams& p, cuda::Queue queue) {
+    cuda::use_one_decode_kernel(true);
+    cuda::sm80::glu_ffn_backward(p, queue);
+    cuda::use_one_decode_kernel(false);
+  };
+  return kernels;
+}
 
 LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_both(tiles(), 1, 16, 1); }
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_both(tiles(), 17, 100, 2); }
@@ -383,19 +395,39 @@ LOCAS_TEST(large_tiles, "glu_ffn with large tiles") { return run_both(tiles(), 2
 LOCAS_TEST(few_tokens, "glu_ffn_decode") { return run_both(decode(), 1, cuda::sm80::kMostDecodeTokens, 4); }
 
 // Weights whose rows a warp comes back to several times: as many as it fetches ahead, and more.
+Shape draw_long_rows(Random& random, int64_t most_tokens) {
+  const bool wide = random.integer(0, 1) == 1;
+  const int64_t d = 8 * (wide ? random.integer(30, 140) : random.integer(1, 8));
+  const int64_t m = 8 * (wide ? random.integer(1, 14) : random.integer(60, 270));
+  return {random.integer(most_tokens / 2 + 1, most_tokens), d, m, random.integer(1, 20), Activation::silu, false};
+}
+
 LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
   Random& random = fresh();
+  int seed = 0;
   for_each_seed([&] {
-    for (const int64_t most_tokens : {8, 16, 32, 64}) {
-      const bool wide = random.integer(0, 1) == 1;
-      const int64_t d = 8 * (wide ? random.integer(30, 140) : random.integer(1, 8));
-      const int64_t m = 8 * (wide ? random.integer(1, 14) : random.integer(60, 270));
-      const Shape s{
-          random.integer(most_tokens / 2 + 1, most_tokens), d, m, random.integer(1, 20), Activation::silu, false};
-      rounded_case<bf16>(s, decode(), random, false);
-    }
+    for (const int64_t most_tokens : {8 << seed % 2, 32 << seed % 2})
+      rounded_case<bf16>(draw_long_rows(random, most_tokens), decode(), random, false);
+    ++seed;
   });
-  return "40 shapes, 10 seeds";
+  return "20 shapes, 10 seeds";
+}
+
+LOCAS_TEST(one_kernel, "glu_ffn_decode as one kernel") {
+  Random& random = fresh();
+  int seed = 0;
+  for_each_seed([&] {
+    if (seed % 5 < 4) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), decode_cooperative(), random);
+    else exact_case<f16>(draw_shape(random, 1, 64, Activation::relu), decode_cooperative(), random);
+    ++seed;
+  });
+  // On a device without room for it two kernels run.
+  cuda::use_one_decode_kernel(true);
+  simt::set_cooperative_launches(false);
+  exact_case<bf16>(draw_shape(random, 1, 64, Activation::relu), decode(), random);
+  simt::set_cooperative_launches(true);
+  cuda::use_one_decode_kernel(false);
+  return "11 shapes, 10 seeds";
 }
 
 // The sm90 family with tiles of the test's choice: each product whole or in slices.

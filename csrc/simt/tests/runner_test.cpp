@@ -13,7 +13,18 @@
 namespace locas::test {
 namespace {
 
-enum class Bug { none, no_sync_threads, no_copy_wait, no_bound, no_full_wait, no_empty_wait };
+enum class Bug {
+  none,
+  no_sync_threads,
+  no_copy_wait,
+  no_bound,
+  no_full_wait,
+  no_empty_wait,
+  no_sync_grid,
+  one_sync_grid,
+  skips_sync_grid,
+  read_once
+};
 
 // ---- out [rows] = row sums of x [rows, cols] in a cp.async pipeline of two stages ----------------------------------
 // CTA b owns row b. A stage holds 16 bytes a thread; zeros come where the row has ended.
@@ -136,10 +147,50 @@ void row_sums() {
   }
 }
 
-LOCAS_TEST(pipelines, "runner: cp.async and mbarrier pipelines") {
+// ---- Each block's number goes round all blocks of a cooperative grid, twice -----------------------------------------
+struct RoundParams {
+  float* numbers;  // [blocks], of each block in the end that of the second one before it
+};
+
+template <Bug bug>
+struct Round {
+  using Params = RoundParams;
+  static constexpr const char* name = "Round";
+  static constexpr int threads = 64, min_blocks = 1;
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char*) {
+    const int block = ptx::block_index(), blocks = ptx::block_count();
+    // Behind the first warp, which is not the one that waits for the grid.
+    const bool moves = ptx::thread_index() == threads - 1;
+    if (moves) ptx::store(p.numbers + block, static_cast<float>(block));
+    for (int turn = 0; turn < 2; ++turn) {
+      if (bug != Bug::no_sync_grid && !(bug == Bug::skips_sync_grid && turn == 1 && block == 1)) ptx::sync_grid();
+      const float* before = p.numbers + (block + blocks - 1) % blocks;
+      const float number = !moves ? 0.0f : bug == Bug::read_once ? ptx::load_once(before) : ptx::load(before);
+      if (bug != Bug::one_sync_grid) ptx::sync_grid();  // all have read what is now overwritten
+      if (moves) ptx::store(p.numbers + block, number);
+    }
+  }
+};
+
+// Twice, as a graph replays it.
+template <class Kernel>
+void rounds() {
+  constexpr int kBlocks = simt::kMultiprocessors;
+  simt::Buffer<float> numbers("numbers", kBlocks);
+  for (int replay = 0; replay < 2; ++replay) {
+    cuda::launch<Kernel>(kBlocks, 0, kQueue, {numbers.data()}, {.cooperative = true});
+    for (int block = 0; block < kBlocks; ++block)
+      if (numbers[block] != static_cast<float>((block + kBlocks - 2) % kBlocks))
+        fail("block %d: %g", block, numbers[block]);
+  }
+}
+
+LOCAS_TEST(pipelines, "runner: cp.async and mbarrier pipelines, a cooperative grid") {
   for_each_seed(row_sums<RowSum<Bug::none>>);
   for_each_seed(row_sums<BulkRowSum<Bug::none>>);
-  return "8 cases, 10 seeds";
+  for_each_seed(rounds<Round<Bug::none>>);
+  return "9 cases, 10 seeds";
 }
 
 LOCAS_TEST(planted_bugs, "runner: planted bugs") {
@@ -153,6 +204,10 @@ LOCAS_TEST(planted_bugs, "runner: planted bugs") {
   plant("no mbarrier wait", "", row_sums<BulkRowSum<Bug::no_full_wait>>);
   plant("no wait for an empty stage", "", row_sums<BulkRowSum<Bug::no_empty_wait>>);
   plant("no bound", "outside every buffer", row_sums<RowSum<Bug::no_bound>>);
+  plant("no sync_grid before a read", "race", rounds<Round<Bug::no_sync_grid>>);
+  plant("no sync_grid before a write", "race", rounds<Round<Bug::one_sync_grid>>);
+  plant("a block skips sync_grid", "race", rounds<Round<Bug::skips_sync_grid>>);
+  plant("load_once behind sync_grid", "by the read-only path", rounds<Round<Bug::read_once>>);
   return counts + " of 10 seeds";
 }
 
@@ -173,10 +228,10 @@ struct Misuse {
 using ptx::thread_index, ptx::warp_index, ptx::lane_index;
 
 // Every seed must abort with this reason.
-void expect_abort(const char* rule, const char* reason, Body body, int blocks = 1) {
-  const int found = seeds_that_find(rule, reason, [body, blocks] {
+void expect_abort(const char* rule, const char* reason, Body body, int blocks = 1, cuda::LaunchOptions options = {}) {
+  const int found = seeds_that_find(rule, reason, [=] {
     simt::Buffer<float> data("data", std::vector<float>(64, 1.0f));
-    cuda::launch<Misuse>(blocks, 256, kQueue, {data.data(), body});
+    cuda::launch<Misuse>(blocks, 256, kQueue, {data.data(), body}, options);
   });
   if (found != kSeeds) fail("%s: found by %d of %d seeds", rule, found, kSeeds);
 }
@@ -259,6 +314,28 @@ LOCAS_TEST(barrier_rules, "runner: rules of warps and barriers") {
   expect_abort("half a warp", "expected whole warps", [](float*, float*) { simt::barrier("named_barrier", 1, 48); });
   expect_abort("barrier 16", "numbered 0 to 15", [](float*, float*) { simt::barrier("named_barrier", 16, 64); });
   return "6 rules, 10 seeds";
+}
+
+LOCAS_TEST(grid_rules, "runner: rules of cooperative grids") {
+  const cuda::LaunchOptions cooperative{.cooperative = true};
+  expect_abort("sync_grid of blocks that are not all there", "not cooperative",
+               [](float*, float*) { ptx::sync_grid(); });
+  expect_abort(
+      "too many blocks", "a cooperative launch of 4 blocks; 3 are resident at once", [](float*, float*) {}, 4,
+      cooperative);
+  expect_abort(
+      "a block ends", "deadlock: 2 blocks wait in sync_grid, the others have ended",
+      [](float*, float*) {
+        if (ptx::block_index() != 1) ptx::sync_grid();
+      },
+      3, cooperative);
+  expect_abort(
+      "a warp does not come", "deadlock: 32 threads have exited, 32 threads wait in sync_threads",
+      [](float*, float*) {
+        if (warp_index() == 0) ptx::sync_grid();
+      },
+      3, cooperative);
+  return "4 rules, 10 seeds";
 }
 
 LOCAS_TEST(mbarrier_rules, "runner: rules of mbarriers") {

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
-from locas_ext.cli.options import READING, Epochs, LearningRate, Rank, Scale, option
+from locas_ext.cli.options import READING, DeviceOrCpu, Dtype, Epochs, LearningRate, Rank, Scale, option
 from locas_ext.cli.values import integer, path
 from locas_ext.terminal import Terminal
 
@@ -19,11 +19,22 @@ def demo(
     learning_rate: LearningRate = 5e-3,
     scale: Scale = 0.3,
     epochs: Epochs = 1,
+    dtype: Dtype = None,
+    device: DeviceOrCpu = None,
     config: ConfigFile = None,
 ) -> None:
     """Let the shipped small model memorize the shipped novel; print a table, write a plot and the memory."""
     with importing():
         from locas_ext.cli.tasks.demo import DemoSettings, run_demo
 
-    settings = DemoSettings(out=out, max_tokens=max_tokens, rank=rank, learning_rate=learning_rate, scale=scale, epochs=epochs)
+    settings = DemoSettings(
+        out=out,
+        max_tokens=max_tokens,
+        rank=rank,
+        learning_rate=learning_rate,
+        scale=scale,
+        epochs=epochs,
+        dtype=dtype,
+        device=device or "cpu",
+    )
     run_demo(settings, Terminal())

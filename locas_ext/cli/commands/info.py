@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from locas_ext.cli.interrupts import importing
-from locas_ext.cli.options import HOST, option
+from locas_ext.cli.options import HOST, DeviceOrCpu, Dtype, option
 from locas_ext.cli.values import path, text
 from locas_ext.errors import LocasError
 from locas_ext.terminal import Terminal
@@ -25,6 +25,8 @@ def info(
         ),
     ] = None,
     model: Annotated[str | None, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
+    dtype: Dtype = None,
+    device: DeviceOrCpu = None,
 ) -> None:
     """Versions, build, devices and a self-test of the kernels, for a bug report; or what a memory or a model's FFNs are."""
     if memory is not None and model is not None:
@@ -33,8 +35,11 @@ def info(
         with importing():
             from locas_ext.cli.tasks.host_ffns import describe_host
 
-        describe_host(model, Terminal())
+        describe_host(model, dtype, device or "cpu", Terminal())
         return
+    for name, value in ("--dtype", dtype), ("--device", device):
+        if value is not None:
+            raise ValueError(f"{name} is {value} without --model, whose host it is about")
     if memory is not None:
         with importing():
             from locas_ext.cli.tasks.describe import describe

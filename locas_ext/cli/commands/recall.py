@@ -84,7 +84,7 @@ def recall(
     temp_lora: TempLoraOptions = TEMP_LORA,
     studying: StudyOptions = StudyOptions(),
     study_epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=STUDY)] = 5,
-    study_learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=STUDY)] = 2e-3,
+    study_learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=STUDY)] = 5e-3,
     study_passes: Annotated[int, option(integer(0), "How often a text is streamed before it is studied.", panel=STUDY)] = 0,
     cartridge: CartridgeOptions = CartridgeOptions(),
     retrieval: RetrievalOptions = RetrievalOptions(),

@@ -34,7 +34,7 @@ def study(
     ] = None,
     studying: StudyOptions = StudyOptions(),
     epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 5,
-    learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=LEARNING)] = 2e-3,
+    learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=LEARNING)] = 5e-3,
     options: MemoryOptions = NEW_MEMORY,
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,

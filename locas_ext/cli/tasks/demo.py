@@ -11,8 +11,9 @@ from rich.console import Console
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
-from locas_ext.evaluation.assets import load_model, read_book
+from locas_ext.evaluation.assets import MODEL, read_book
 from locas_ext.evaluation.curve import running_perplexity
+from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
 from locas_ext.evaluation.texts import Text
@@ -27,7 +28,7 @@ UNRELATED = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """The options of `locas demo`; all but `out` and `max_tokens` as in LocasConfig and Memory.memorize."""
+    """The options of `locas demo`; rank, learning_rate, scale and epochs as in LocasConfig and Memory.memorize."""
 
     out: Path
     max_tokens: int
@@ -35,6 +36,8 @@ class DemoSettings:
     learning_rate: float
     scale: str | float
     epochs: int
+    dtype: str | None
+    device: str
 
     @property
     def memory_folder(self) -> Path:
@@ -77,7 +80,7 @@ def _digest(model) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 
@@ -180,7 +183,7 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
     with tempfile.TemporaryFile(dir=settings.out):
         pass  # an unwritable folder shows now, not after the work
     check_folder(settings.memory_folder)
-    model = load_model()
+    model, _ = load_host(str(MODEL), settings.dtype, settings.device)
     book = read_book("Nostromo", "nostromo.txt", settings.max_tokens)
     other = read_book("Tono-Bungay", "tono-bungay.txt", UNRELATED)
     result = _measure(model, book, other, settings)

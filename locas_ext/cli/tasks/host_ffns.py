@@ -28,9 +28,9 @@ def _line(host: Host, layer: int, note: str) -> str:
     return f"{path}: {ffn.layout}{names}, {ffn.width:,} neurons, {ffn.activation}; {variant}, {_standing(ffn)}; {note}"
 
 
-def describe_host(model: str, console: Console) -> None:
+def describe_host(model: str, dtype: str | None, device: str, console: Console) -> None:
     """Prints it. Raises what loading a model raises, and ValueError for one that no memory fits."""
-    loaded, _ = load_host(model, None, "cpu")
+    loaded, _ = load_host(model, dtype, device)
     host = inspect_host(loaded.requires_grad_(False))
     probe(host)
     notes = merge_notes(host)

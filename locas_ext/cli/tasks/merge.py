@@ -20,6 +20,7 @@ class MergeTask:
     out: Path
     pad_to_multiple_of: int
     dtype: str | None
+    device: str
 
 
 def run_merge(task: MergeTask, console: Console) -> None:
@@ -28,7 +29,7 @@ def run_merge(task: MergeTask, console: Console) -> None:
     Raises ValueError, FileNotFoundError, LocasError or OSError for arguments that do not fit.
     """
     check_new(task.out)
-    host, tokenizer = load_host(task.model, task.dtype, "cpu")
+    host, tokenizer = load_host(task.model, task.dtype, task.device)
     before = inspect_host(host).intermediate_size
     merged = locas.load(host, task.memory).merge_and_unload(task.pad_to_multiple_of)
     width = inspect_host(merged).intermediate_size

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from locas_ext.hosts.cache_names import cache_argument, returned_cache
+
 from .data import Dialogue
 from .prompts import dialogue_text, question_text
 
@@ -81,7 +83,7 @@ def answer(
     cache = None
     if len(prompts.context):
         inputs = prompts.context[None].to(model.device)
-        cache = model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = returned_cache(model(input_ids=inputs, use_cache=True, logits_to_keep=1))
     answers = [""] * len(prompts.questions)
     for batch in _batches(prompts.questions, batch_size):
         inputs = torch.stack([prompts.questions[index] for index in batch]).to(model.device)
@@ -116,8 +118,8 @@ def _continue(model, tokenizer, inputs: Tensor, cache, max_new_tokens: int) -> l
     written: list[list[int]] = [[] for _ in range(len(inputs))]
     running = set(range(len(inputs)))
     for _ in range(max_new_tokens):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, inputs = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        output = model(input_ids=inputs, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+        cache, inputs = returned_cache(output), output.logits[:, -1].argmax(-1, keepdim=True)
         for row, token in enumerate(inputs[:, 0].tolist()):
             if row in running:
                 written[row].append(token)

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.arguments import needs_extra
+from locas_ext.hosts.cache_names import cache_argument, given_cache
 from locas_ext.hosts.context_cache import holds_keys_and_values_only
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.text_config import max_positions
@@ -28,7 +29,7 @@ from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.run_guards import interrupt_between_chunks, quiet_host
 from locas_ext.learning.study.learner import Learner, Material, Progress
 from locas_ext.learning.study.prompts import Prompter
-from locas_ext.learning.study.settings import NONE
+from locas_ext.learning.study.settings import LEARNED
 from locas_ext.learning.study.study import Study, timed
 from locas_ext.memory import StudyReport, StudySettings
 from locas_ext.patching.attachment import Attachment
@@ -122,7 +123,8 @@ class Cartridge:
             self._wrapper = get_peft_model(self._model, config)
         cache = DynamicCache()
         with torch.no_grad():
-            self._model(input_ids=torch.tensor([ids], device=self._model.device), past_key_values=cache, use_cache=True)
+            inputs = torch.tensor([ids], device=self._model.device)
+            self._model(input_ids=inputs, **cache_argument(self._model, cache), use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         try:
             initialize_kv_prefix_from_past_key_values(self._wrapper, past_key_values=pairs)
@@ -149,13 +151,13 @@ class Cartridge:
         if not self._acts:
             return None
         count, named = self._wrapper.active_peft_config.num_virtual_tokens, dict(named)
-        cache = named.get("past_key_values")
+        cache = given_cache(named)
         if cache is None:
             cache = DynamicCache(config=self._model.config)
         if not cache.get_seq_length():
             for index, (keys, values) in enumerate(self._states()):
                 cache.update(*(states.expand(len(named["input_ids"]), -1, -1, -1) for states in (keys, values)), index)
-        named |= {"past_key_values": cache, "use_cache": True}
+        named |= {**cache_argument(module, cache), "use_cache": True}
         mask: Tensor | None = named.get("attention_mask")
         if mask is not None:
             named["attention_mask"] = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
@@ -168,11 +170,11 @@ class Cartridge:
     def study(
         self, text: str, prompter: Prompter, loss: str, settings: StudySettings, seed: int, cache: Path | None
     ) -> StudyReport:
-        """Learns a text as `Memory.study` does, from the same questions; locality is a memory's own and left out.
+        """Learns a text as `Memory.study` does, from the same questions; addresses are a memory's own and left out.
 
         cache: where the questions that the host writes are kept
         """
-        self._acts, chosen = False, replace(settings, locality=NONE, learning_rate=self._learning_rate)
+        self._acts, chosen = False, replace(settings, keys=LEARNED, learning_rate=self._learning_rate)
         gated = all(ffn.is_gated for ffn in inspect_host(self._model).ffns.values())
         # a study asks its host through an attachment, of which nothing else is used here
         attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"), False)

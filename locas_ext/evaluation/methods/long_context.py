@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.learning.chunk import Window
 from locas_ext.memory import Chunk, MemorizeReport
 
@@ -42,7 +43,7 @@ def long_context(
         unread = before if cache is None else before[cache.get_seq_length() :]
         logits = model(
             input_ids=torch.cat([unread, inputs])[None],
-            past_key_values=cache,
+            **cache_argument(model, cache),
             use_cache=cache is not None,
             logits_to_keep=len(targets),
         ).logits

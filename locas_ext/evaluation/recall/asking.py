@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from locas_ext.evaluation.locomo.answers import Prompts, answer, copies
+from locas_ext.hosts.cache_names import cache_argument, returned_cache
 from locas_ext.learning.study.generation import write
 from locas_ext.learning.study.prompts import Prompter
 
@@ -120,7 +121,7 @@ def choice_scores(
             cache = None
             if shared:
                 inputs = torch.tensor([shared], device=model.device)
-                cache = model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
+                cache = returned_cache(model(input_ids=inputs, use_cache=True, logits_to_keep=1))
             for batch in _batches(own, len(shared), batch_size):
                 chosen = [questions[indices[place]] for place in batch]
                 prompts = torch.tensor([own[place] for place in batch], device=model.device)
@@ -145,14 +146,14 @@ def _scores(model: Any, prompter: Prompter, questions: list[Question], prompts: 
     """prompts: [b, m], those of the questions, behind what the cache holds"""
     options = [[candidate(prompter, text) for text in (q.answers[0], *q.distractors)] for q in questions]
     begun = copies(cache, len(questions))
-    output = model(input_ids=prompts, past_key_values=begun, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=prompts, **cache_argument(model, begun), use_cache=True, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)
     counts = torch.tensor([len(each) for each in options], device=prompts.device)
     rows = torch.arange(len(questions), device=prompts.device).repeat_interleave(counts)
     flat = [ids for each in options for ids in each]
     total = first[rows, torch.tensor([ids[0] for ids in flat], device=prompts.device)].double()
     if max(map(len, flat)) > 1:
-        behind = output.past_key_values
+        behind = returned_cache(output)
         behind.batch_select_indices(rows)
         total = total + _rest(model, flat, behind)
     values = iter(total.tolist())
@@ -164,7 +165,7 @@ def _rest(model: Any, candidates: list[list[int]], cache: Any) -> Tensor:
     width = max(map(len, candidates))
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in candidates], device=model.device)
     lengths = torch.tensor([len(ids) for ids in candidates], device=model.device)
-    logits = model(input_ids=padded[:, :-1], past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=padded[:, :-1], **cache_argument(model, cache), use_cache=True).logits
     taken = logits.float().log_softmax(-1).gather(2, padded[:, 1:, None])[..., 0].double()
     inside = torch.arange(1, width, device=model.device)[None] < lengths[:, None]
     return torch.where(inside, taken, 0.0).sum(1)

@@ -38,6 +38,7 @@ from .measuring import (
     HostAlone,
     ask_all,
     everything_else,
+    in_float32,
     other_logits,
     perplexity,
     right_general,
@@ -172,18 +173,26 @@ class Recall:
         """Asks the general questions until enough are right, and reads the unrelated text."""
         prompter, asking = self.prompter, self.task.asking
         ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
-        questions: list[Question] = general_questions()
-        right: list[Question] = []
-        if not asking.general:
-            return HostAlone(right, other_logits(self.host, ids), ids)
+        right = self._right(general_questions())
+        right_in_float32, still = list[Question](), list[bool]()
+        if right and self.host.dtype != torch.float32:
+            with in_float32(self.host):
+                right_in_float32 = self._right(general_questions())
+                still = right_general(self.host, prompter, right, View(), asking, lambda count: None)
+        rounding = sum(still) / len(still) if still else None
+        return HostAlone(right, right_in_float32, rounding, other_logits(self.host, ids), ids)
+
+    def _right(self, questions: list[Question]) -> list[Question]:
+        """The first of them that the host answers right, as many as are asked again."""
+        asking, right = self.task.asking, list[Question]()
         with _progress("general questions", len(questions)) as advance:
             for start in range(0, len(questions), _AT_ONCE):
                 if len(right) >= asking.general:
                     break
                 part = questions[start : start + _AT_ONCE]
-                is_right = right_general(self.host, prompter, part, View(), asking, advance)
+                is_right = right_general(self.host, self.prompter, part, View(), asking, advance)
                 right += [question for question, each in zip(part, is_right, strict=True) if each]
-        return HostAlone(right[: asking.general], other_logits(self.host, ids), ids)
+        return right[: asking.general]
 
     def record(self, method: str, document: Document, alone: HostAlone) -> dict:
         """Everything that is measured of one method on one text."""
@@ -224,7 +233,8 @@ class Recall:
     def _asked(self, method: str, document: Document, view: View, alone: HostAlone) -> dict:
         host, prompter, task = self.host, self.prompter, self.task
         ids = torch.tensor(prompter.encode(document.text))
-        total = 2 * len(document.questions) - sum(q.kind == "absent" for q in document.questions) + len(alone.right)
+        total = 2 * len(document.questions) - sum(q.kind == "absent" for q in document.questions)
+        total += len(alone.right) + len(alone.right_in_float32)
         with _progress(one_line(f"{method}, {document.title}"), total) as advance:
             entries = ask_all(host, prompter, document, view, task.asking, advance)
             rest = everything_else(host, prompter, view, alone, task.asking, task.seed, advance)
@@ -237,7 +247,7 @@ class Recall:
 
     def _too_long(self, document: Document, view: View, alone: HostAlone, before: int) -> str | None:
         """Why the questions do not fit into the window, or None. before: tokens of a cartridge"""
-        longest = max(prompt_lengths(self.prompter, [*document.questions, *alone.right], view))
+        longest = max(prompt_lengths(self.prompter, [*document.questions, *alone.right, *alone.right_in_float32], view))
         needed, most = before + longest + self.task.asking.max_new_tokens, max_positions(self.host)
         return None if needed <= most else f"does not fit: {needed:,} tokens, the host has {most:,} positions"
 

@@ -1,6 +1,8 @@
 """One method on one text: every question asked, and what became of everything else the host could do."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +44,37 @@ class HostAlone:
     """What the bare host does, asked once a run: figures of every method compare with it.
 
     right: the general questions that it answers right
+    right_in_float32: those that it answers right in float32; none where that is its precision
+    rounding: the share of the first that it answers right in float32 too: what rounding alone leaves; None where there are none
     other: its logits on an unrelated text, window by window
     """
 
     right: list[Question]
+    right_in_float32: list[Question]
+    rounding: float | None
     other: list[torch.Tensor]
     other_ids: torch.Tensor
 
 
 # ---- everything else -------------------------------------------------------------------------------------------
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Inside, a host of half precision computes in float32 with the same weights, and a memory with it; then it is as before.
+
+    In bfloat16 the two likeliest tokens are often equal or one rounding apart, so that any change at all may decide which of
+    them is written.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    halves = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, data in halves:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in halves:
+            tensor.data = data
+
+
 def other_logits(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """Logits [n, V] of an unrelated text's windows, read side by side."""
     with torch.inference_mode():
@@ -158,18 +182,21 @@ def summarize(entries: list[dict], seed: int) -> dict[str, dict]:
 def everything_else(
     model: Any, prompter: Prompter, view: View, alone: HostAlone, asking: Asking, seed: int, advance: Advance
 ) -> dict:
-    """kept: the share of general questions still right; other_kl: nats a token to the host on an unrelated text."""
+    """What a method leaves of what the host does alone.
+
+    kept, kept_in_float32: the share of general questions still right, in the host's precision and in float32; kept_by_rounding:
+    what the bare host keeps of the first in float32; other_kl: nats a token to the host on an unrelated text
+    """
     logits = other_logits(model, alone.other_ids)
     pairs = zip(alone.other, logits, strict=True)
     total = sum(divergence(host, other) for host, other in pairs)
-    right = right_general(model, prompter, alone.right, view, asking, advance) if alone.right else []
-    kept, kept_interval = mean_and_interval([float(each) for each in right], seed)
-    return {
-        "kept": kept,
-        "kept_interval": kept_interval,
-        "kept_questions": len(right),
-        "other_kl": total / sum(map(len, logits)),
-    }
+    right = right_general(model, prompter, alone.right, view, asking, advance)
+    with in_float32(model):
+        right_in_float32 = right_general(model, prompter, alone.right_in_float32, view, asking, advance)
+    result: dict[str, Any] = {"kept_questions": len(right), "kept_by_rounding": alone.rounding}
+    for name, values in {"kept": right, "kept_in_float32": right_in_float32}.items():
+        result[name], result[f"{name}_interval"] = mean_and_interval([float(each) for each in values], seed)
+    return {**result, "other_kl": total / sum(map(len, logits))}
 
 
 def perplexity(model: Any, ids: torch.Tensor, protocol: Protocol) -> float:

@@ -50,7 +50,7 @@ def perplexity_sections(results: dict, folder: Path) -> list[str]:
         lines += _frontier(settings, arms, folder)
         lines += gain_sections(arms, _file_names("gain", books), folder)
         lines += _each_book(arms, books, folder)
-    return lines + _failures(records)
+    return lines + _harmed(records) + _failures(records)
 
 
 def _missing(settings: dict, records: list[dict]) -> list[str]:
@@ -264,6 +264,21 @@ def _file_names(kind: str, books: list[str]) -> dict[str, str]:
             name = f"{stem}-{number}.png"
         names[book] = name
     return names
+
+
+def _harmed(records: list[dict]) -> list[str]:
+    """The arms that made a book harder to predict than truncation finds it."""
+    known = [record for record in records if not record.get("error") and record.get("perplexity") is not None]
+    alone = {
+        (record["book"], record.get("tokens")): record["perplexity"] for record in known if record["method"] == "truncation"
+    }
+    lines = []
+    for record in known:
+        host = alone.get((record["book"], record.get("tokens")), math.inf)
+        if record["method"] in LEARNING and record["perplexity"] > host:
+            figures = f"{perplexity_text(record['perplexity'])}, without learning {perplexity_text(host)}"
+            lines.append(f"- {markdown(record['arm'])}, {markdown(record['book'])}: {figures}")
+    return ["## Harder than without learning", "", "Try a lower learning rate or scale.", "", *lines, ""] if lines else []
 
 
 def _failures(records: list[dict]) -> list[str]:

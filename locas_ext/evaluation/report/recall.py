@@ -59,12 +59,12 @@ def _mean(records: list[dict], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _kept(records: list[dict]) -> Found:
+def _kept(records: list[dict], name: str = "kept") -> Found:
     """Over texts; of one text, with its interval over questions."""
-    known = [record for record in records if record.get("kept") is not None]
+    known = [record for record in records if record.get(name) is not None]
     if len(known) == 1:
-        return known[0]["kept"], known[0]["kept_interval"]
-    return _pooled([[record["kept"]] for record in known])
+        return known[0][name], known[0][f"{name}_interval"]
+    return _pooled([[record[name]] for record in known])
 
 
 # ---- text ------------------------------------------------------------------------------------------------------
@@ -101,7 +101,8 @@ def _rows(content: dict, with_intervals: bool) -> tuple[list[str], list[list[str
     columns["gold, nats a token"] = [_nats(each, with_intervals) for each in found]
     columns |= _after(content, methods, with_intervals)
     asked = max((record.get("kept_questions", 0) for records in methods.values() for record in records), default=0)
-    columns[f"kept of {asked}"] = [_percent(_kept(records), with_intervals) for records in methods.values()]
+    for title, name in {f"kept of {asked}": "kept", "kept in float32": "kept_in_float32"}.items():
+        columns[title] = [_percent(_kept(records, name), with_intervals) for records in methods.values()]
     for title, name, form in (
         ("other KL", "other_kl", ".3f"),
         ("perplexity", "perplexity", ".2f"),
@@ -136,11 +137,12 @@ def table(content: dict) -> Figures:
 # ---- the report ------------------------------------------------------------------------------------------------
 _LEGEND = (
     "gen: a right answer is in what was written (greedy). cal: the right one of ten answers has the highest log-probability "
-    "after taking off what the bare host thinks of each by itself (chance: 10). F1: of words. gold: log-probability of the "
-    "right answer. made up: questions about what the text never mentions that were answered with something it says of others. "
-    "kept: general questions that the bare host answers right and that are still right, with the method's context in the "
-    "window. other KL: nats a token to the bare host on an unrelated text. perplexity: of the text, read again at the end. "
-    "seconds: of learning."
+    "after taking off what is usual for each over the text's questions (chance: 10). F1: of words. gold: log-probability of "
+    "the right answer. made up: questions about what the text never mentions that were answered with something it says of "
+    "others. kept: general questions that the bare host answers right and that are still right, with the method's context "
+    "in the window; in float32: the same with host and memory computed in it, where rounding decides between no two tokens. "
+    "other KL: nats a token to the bare host on an unrelated text. perplexity: of the text, read again at the end. seconds: "
+    "of learning."
 )
 
 
@@ -152,11 +154,19 @@ def recall_sections(content: dict, folder: Path) -> list[str]:
     lines = [f"## {_title(content)}", ""]
     if rows:
         lines += [*markdown_table([markdown(title) for title in titles], [[markdown(c) for c in row] for row in rows]), ""]
-    lines += [f"{_LEGEND} In brackets: 95% bootstrap intervals over {units}.", "", *_errors(content), *_notes(content)]
+    lines += [f"{_LEGEND} In brackets: 95% bootstrap intervals over {units}.", ""]
+    lines += [*_rounding(content), *_errors(content), *_notes(content)]
     if bars := _bars(content):
         plot_recall(folder / PLOT, _title(content).partition(":")[0], bars)
         lines += [f"![recall]({PLOT})", ""]
     return lines
+
+
+def _rounding(content: dict) -> list[str]:
+    shares = [share for record in content["records"] if (share := record.get("kept_by_rounding")) is not None]
+    if not shares:
+        return []
+    return [f"The bare host itself, computed in float32, keeps {100 * shares[0]:.0f}: so much rounding alone decides.", ""]
 
 
 def _errors(content: dict) -> list[str]:

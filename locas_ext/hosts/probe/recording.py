@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from locas_ext.hosts.cache_names import cache_argument
+
 
 class Call(NamedTuple):
     """One call of a module. Tensors are copies: what the model changes in place later does not show."""
@@ -83,7 +85,8 @@ def record(
         for module in model.modules() if modules is None else modules:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, return_dict=True).logits
+        behind = cache_argument(model, cache)
+        logits = model(input_ids=ids, **behind, use_cache=cache is not None, return_dict=True).logits
     finally:
         for handle in handles:
             handle.remove()

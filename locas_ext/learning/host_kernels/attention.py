@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from locas_ext.hosts.cache_names import given_cache
 from locas_ext.ops.backends import elementwise
 
 from .attend import Heads, Span, additive_mask, attend, attend_backward, obstacle
@@ -135,8 +136,7 @@ class FastAttention:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As the module's own, for a WindowCache."""
-        cache = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs["layer_past"]  # GPT-NeoX's name for it
-        return self.over(hidden_states, kwargs.get("position_embeddings"), cache), None
+        return self.over(hidden_states, kwargs.get("position_embeddings"), given_cache(kwargs)), None
 
     def over(self, hidden_states: Tensor, turns: tuple[Tensor, Tensor] | None, cache: WindowCache) -> Tensor:
         """hidden_states [1, n, d] -> [1, n, d]; turns: cos and sin [1, n, R]; None where positions are learned."""

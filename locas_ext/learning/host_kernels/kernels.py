@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from locas_ext.hosts.cache_names import cache_argument
 from locas_ext.hosts.probe.gradient import embedded
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.window_reading import misfit, tolerance
@@ -137,7 +138,11 @@ class HostKernels:
             ours += ["norms"] * bool(self.found.norms) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
-        return HostKernelsReport(tuple(ours), dict(self.found.own))
+        own, ranks = dict(self.found.own), self.host.ranks
+        if ranks is not None and ranks.why_not is not None:
+            own["sums"] = ranks.why_not
+        ours += ["sums"] * (ranks is not None and ranks.why_not is None)
+        return HostKernelsReport(tuple(ours), own)
 
     # ---- reading ---------------------------------------------------------------------------------------------
     def pieces_bound(self) -> AbstractContextManager[None]:
@@ -181,9 +186,9 @@ class HostKernels:
 
     def _read(self, part: Any, cache: WindowCache, inputs: Tensor, positions: Tensor | None) -> Any:
         """What the model or its decoder returns."""
-        places = {} if positions is None else {"position_ids": positions[None]}
+        given = cache_argument(part, cache) | ({} if positions is None else {"position_ids": positions[None]})
         with self._all_bound():
-            return part(input_ids=inputs[None], past_key_values=cache, use_cache=True, return_dict=True, **places)
+            return part(input_ids=inputs[None], use_cache=True, return_dict=True, **given)
 
 
 def _error_of_all(ours: Ours, own: Tensor, targets: Tensor) -> float:

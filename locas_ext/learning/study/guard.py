@@ -76,7 +76,19 @@ _TOPICS = {
     "Why {}?": "is the sea salty, do cats purr, do we sleep, does iron rust, do birds fly south",
 }
 PROMPTS = (*_QUESTIONS, *_TASKS, *(form.format(topic) for form, topics in _TOPICS.items() for topic in topics.split(", ")))
-OWN_PROMPTS, FREE_TEXTS = 96, 48  # of the host's own
+# Names that there are not: a memory of names must be silent where another one stands.
+_OF_NAMES = (
+    "Who is {}?",
+    "Where is {}?",
+    "What is {} known for?",
+    "Tell me something about {}.",
+    "What do you know about {} and {}?",
+    "What has {} to do with {}?",
+    "{}?",
+    "Which one is {}?",
+)
+NAMED_PROMPTS, OWN_PROMPTS, FREE_TEXTS = 96, 96, 48  # with invented names; of the host's own
+_TRIED, _LONGEST_PIECE = 4096, 4  # tokens looked at for pieces of names; letters of one
 _ANSWER, _TURN, _FREE = 24, 40, 64  # tokens of an answer, of what a user says and of a free text, at most
 _JUDGE = 4  # one in so many rows is kept back
 
@@ -84,26 +96,40 @@ _JUDGE = 4  # one in so many rows is kept back
 def guard_rows(
     model: Any, prompter: Prompter, tokens: int, top_k: int, seed: int, device: torch.device
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to learn with, and a quarter kept back to judge by; each holds what the bare host expects at each of its places.
+    """Rows to learn with, and others to judge by; each holds what the bare host expects at each of its places.
 
-    They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself. The
-    model is the bare host here.
+    They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself, of which a
+    quarter is kept back; and, to learn with, answers to questions about invented names. The model is the bare host here.
 
     tokens: the most of a row
     """
-    prompts = [prompter.ask(prompt) for prompt in [*PROMPTS, *_own_prompts(model, prompter, seed)]]
+
+    def answered(prompts: list[list[int]], most: int, temperature: float = 0.0) -> list[Row]:
+        texts = write(model, prompter.tokenizer, prompts, most, seed, temperature)
+        whole = [((*before, *prompter.encode(text))[:tokens], len(before)) for before, text in zip(prompts, texts, strict=True)]
+        rows = [Row(ids, first) for ids, first in whole if len(ids) > first]
+        found = expectations(model, rows, top_k, device)
+        return [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
+
     begin = prompter.passage("") or prompter.encode("\n")
-    texts = write(model, prompter.tokenizer, prompts, _ANSWER, seed)
-    free = write(model, prompter.tokenizer, [begin] * FREE_TEXTS, _FREE, seed, temperature=1.0)
-    rows = []
-    for before, text in [*zip(prompts, texts, strict=True), *((begin, text) for text in free)]:
-        ids = (*before, *prompter.encode(text))[:tokens]
-        if len(ids) > len(before):
-            rows.append(Row(ids, len(before)))
-    random.Random(seed).shuffle(rows)
-    found = expectations(model, rows, top_k, device)
-    rows = [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
-    return [row for number, row in enumerate(rows) if number % _JUDGE], rows[::_JUDGE]
+    asked = [prompter.ask(prompt) for prompt in [*PROMPTS, *_own_prompts(model, prompter, seed)]]
+    general = [*answered(asked, _ANSWER), *answered([begin] * FREE_TEXTS, _FREE, temperature=1.0)]
+    named = answered([prompter.ask(prompt) for prompt in named_prompts(prompter, seed)], _ANSWER)
+    shuffled = random.Random(seed).sample
+    general = shuffled(general, len(general))
+    learned = [*named, *(row for number, row in enumerate(general) if number % _JUDGE)]
+    return shuffled(learned, len(learned)), general[::_JUDGE]
+
+
+def named_prompts(prompter: Prompter, seed: int) -> list[str]:
+    """Questions about names put together from pieces of words in the vocabulary."""
+    rng, tokenizer = random.Random(seed), prompter.tokenizer
+    tried = (tokenizer.decode([rng.randrange(len(tokenizer))]).strip() for _ in range(_TRIED))
+    pieces = [piece for piece in tried if len(piece) <= _LONGEST_PIECE and piece.isalpha() and piece.islower()]
+    if not pieces:
+        return []
+    name = lambda: "".join(rng.choices(pieces, k=rng.randint(2, 4))).capitalize()
+    return [_OF_NAMES[n % len(_OF_NAMES)].format(name(), name()) for n in range(NAMED_PROMPTS)]
 
 
 def _own_prompts(model: Any, prompter: Prompter, seed: int) -> list[str]:

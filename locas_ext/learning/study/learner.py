@@ -4,7 +4,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +15,8 @@ from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.storage import snapshot
 
+from .addresses import Addresses, update_values
 from .guard import mean_distance
-from .locality import Locality
 from .report import StudyReport
 from .rows import Row, distance, joined, logits_of, targets_of
 from .settings import StudySettings
@@ -35,14 +34,14 @@ class Material:
     """Everything that is learned with.
 
     lessons: answers, with what the host expects; raw: the text; guard, kept_back: what is to stay, a part of it to judge by
-    locality: what keeps the memory silent on general text, or None
+    addresses: where the memory's slots fire, which stay there, or None
     """
 
     lessons: Sequence[Row]
     raw: Sequence[Row]
     guard: Sequence[Row]
     kept_back: Sequence[Row]
-    locality: Locality | None = None
+    addresses: Addresses | None = None
 
 
 @dataclass
@@ -177,9 +176,10 @@ class Learner:
         try:
             self.outcome.losses.append(self.gradient(step))
             scale, clip = 1.0 / loss_scale(state), bool(self.attachment.config.clip)
-            locality = self.material.locality
-            with nullcontext() if locality is None else locality.update(state, clip):
-                OPTIMIZERS["adamw"](state, self._rate(step), clip=clip and locality is None, gradient_scale=scale)
+            if self.material.addresses is not None:
+                update_values(state, self._rate(step), clip, scale)
+            else:
+                OPTIMIZERS["adamw"](state, self._rate(step), clip=clip, gradient_scale=scale)
         finally:
             state.zero_grad()
         self.progress.step += 1

@@ -12,6 +12,7 @@ class StudyReport:
         asked: how many questions the host was to write
         refused: why questions were not used: {reason: how many}
         questions: how many were learned, by kind
+        words: how many have a slot in each layer that answers to them; 0 where keys are learned
         steps: updates in this call
         planned: updates in all
         loss_before, loss: nats a token over the answers, of the first and the last updates; None without any
@@ -29,6 +30,7 @@ class StudyReport:
     asked: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     questions: dict[str, int] = field(default_factory=dict)
+    words: int = 0
     steps: int = 0
     planned: int = 0
     loss_before: float | None = None
@@ -45,7 +47,8 @@ class StudyReport:
     def __str__(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.questions.items())
         refused = ", ".join(f"{count:,} {why}" for why, count in self.refused.items())
-        first = f"{self.used:,} questions about {self.passages:,} passages ({kinds})" + (
+        words = f", {self.words:,} words with slots" if self.words else ""
+        first = f"{self.used:,} questions about {self.passages:,} passages ({kinds}){words}" + (
             f"; not used: {refused}" if refused else ""
         )
         loss = "" if self.loss is None or self.loss_before is None else f", {self.loss_before:.2f} -> {self.loss:.2f} nats"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from locas_ext.checks import boolean, integer, number, one_of
 
 LOSSES = ("kl", "ce")
-NONE, PROJECTED, WHITENED = "none", "projected", "whitened"
-LOCALITIES = (NONE, PROJECTED, WHITENED)
+ADDRESSED, LEARNED = "addressed", "learned"
+KEYS = (ADDRESSED, LEARNED)
 ASKED, ASKED_FOR, TURNED, LINKED, BEGUN = "asked", "asked-for", "turned", "linked", "begun"
 BLANK, ABOUT, CONTINUED = "blank", "about", "continued"
 KINDS = (ASKED, ASKED_FOR, TURNED, LINKED, BEGUN, BLANK, ABOUT, CONTINUED)
@@ -40,11 +40,9 @@ class StudySettings:
         guard: float >= 0: the weight of the distance to the host on general prompts and its own free text, in nats a token
         most_kl: float > 0: how far that distance may grow, on texts kept back for it: the guard's weight is steered by it, and
             where it is passed in the end, the last state within is put back
-        locality: where key and gate rows may point, so that the memory is silent on general text: "none": anywhere;
-            "projected": not along the leading directions of the host's FFN inputs on it; "whitened": the less the more of
-            their energy is there
-        quiet: float from 0 to below 1: the share of that energy that the leading directions hold; of "whitened", how far
-            it goes
+        keys: how gate and key rows get to where they fire: "addressed": they are computed, so that they answer to the words
+            of the text that are worth asking for and the memory is silent elsewhere, and values alone are learned;
+            "learned": they are learned as values are
         new_tokens: int >= 4: the most tokens of a question or answer that the host writes
 
     Raises:
@@ -64,16 +62,15 @@ class StudySettings:
     epochs: int = 5
     updates: int = 300
     batch: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     top_k: int = 32
     gold: float = 0.0
     recalled: float = 0.7
     raw: float = 0.5
     raw_first: float = 0.3
     guard: float = 4.0
-    most_kl: float = 0.02
-    locality: str = PROJECTED
-    quiet: float = 0.9
+    most_kl: float = 0.004
+    keys: str = ADDRESSED
     new_tokens: int = 40
 
     def __post_init__(self) -> None:
@@ -91,9 +88,8 @@ class StudySettings:
             object.__setattr__(self, name, number(name, getattr(self, name), 0))
         object.__setattr__(self, "gold", number("gold", self.gold, 0, 1))
         object.__setattr__(self, "recalled", number("recalled", self.recalled, above=0, below=1))
-        for name in ("raw_first", "quiet"):
-            object.__setattr__(self, name, number(name, getattr(self, name), 0, below=1))
-        object.__setattr__(self, "locality", one_of("locality", self.locality, LOCALITIES))
+        object.__setattr__(self, "raw_first", number("raw_first", self.raw_first, 0, below=1))
+        object.__setattr__(self, "keys", one_of("keys", self.keys, KEYS))
         object.__setattr__(self, "most_kl", number("most_kl", self.most_kl, above=0))
         boolean("check", self.check)
         if isinstance(self.kinds, str) or not self.kinds:

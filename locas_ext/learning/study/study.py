@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,18 @@ from locas_ext.storage import checkpoint
 from locas_ext.storage.config_file import digest as tensor_digest
 from locas_ext.terminal import Terminal
 
+from .addresses import Addresses, words_of_passages
 from .arguments import prompter_of, texts_of
 from .asking import Asker, Written
 from .guard import guard_rows
 from .learner import Learner, Material, Progress
-from .locality import Locality
 from .made import made_pairs
 from .pairs import Pair, given_pairs, require_usable
 from .passages import passages_of
 from .report import StudyReport
 from .rows import Row
 from .salience import Salience
-from .settings import ASKED, ASKED_FOR, LOSSES, NONE, StudySettings
+from .settings import ADDRESSED, ASKED, ASKED_FOR, LOSSES, StudySettings
 from .store import Store, digest
 from .teacher import ANSWERED, Lesson, lessons_of, lessons_without, surprises_of
 
@@ -91,14 +92,16 @@ class Study:
         """A progress bar, or nothing where none is wanted. Yields what advances it."""
         return _bar(title, total, unit) if self.shows else nullcontext(lambda count: None)
 
-    def _salience(self) -> Salience:
+    @cached_property
+    def salience(self) -> Salience:
+        """Finds the words worth asking for; the model is the bare host here."""
         return Salience(surprises_of(self.model, self.prompter, self.passages, self.device))
 
     def pairs(self, check_interrupt: Callable[[], None]) -> list[Pair]:
         """All questions: those given, or those that the host writes (or has written before) and those made."""
         if self.given is not None:
             return self.given
-        salient, settings = self._salience(), self.settings
+        salient, settings = self.salience, self.settings
         written, done = self.store.written()
         if ASKED_FOR in settings.kinds or (ASKED in settings.kinds and self.prompter.has_chat):
             asker = Asker(self.model, self.prompter, self.passages, salient, settings, self.seed)
@@ -158,32 +161,37 @@ class Study:
         raw = [Row((*begin, *piece), max(1, len(begin))) for piece in pieces if len(piece) > 1]
         random.Random(self.seed).shuffle(raw)
         lessons = [lesson.row for lesson in lessons_found]
-        if not settings.guard and settings.locality == NONE:
+        if not settings.guard and settings.keys != ADDRESSED:
             return Material(lessons, raw, [], [])
         positions = self.attachment.host.max_positions
         rows, kept_back = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
-        locality = None
-        if settings.locality != NONE:
-            locality = Locality.of(self.attachment, rows, settings.locality, settings.quiet, self.device)
-        return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), locality)
+        addresses = None
+        if settings.keys == ADDRESSED:
+            words = words_of_passages(self.passages, self.salience)
+            addresses = Addresses.of(self.attachment, self.prompter, words, [*lessons, *raw], rows, self.seed, self.device)
+            self.report.words = addresses.words
+        return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), addresses)
 
-    def start(self, locality: Locality | None) -> str:
+    def start(self, addresses: Addresses | None) -> str:
         """Initializes the memory if need be, with optimizer states that begin anew. -> a digest of how it starts."""
         state = self.attachment.state
-        if not state.initialized:
+        if addresses is not None:
+            if fresh := not state.initialized:
+                shape = len(state.layers), state.planes, state.rank, state.hidden_size
+                state.set_slots(state.arenas[0].slots.new_zeros(shape), version=0)
+            addresses.put(state, fresh)
+        elif not state.initialized:
             ids = [token for passage in self.passages for token in passage.ids]
             texts, stream = self.attachment.texts, self.attachment.stream
             initialize(self.attachment, ids[: min(2048, self.attachment.host.max_positions)])
             self.attachment.texts, self.attachment.stream = texts, stream
-            if locality is not None:
-                locality.begin(state)
         for arena in state.arenas:
             arena.forget_optimizer()
         return tensor_digest(b"".join(arena.slots.cpu().numpy().tobytes() for arena in state.arenas))
 
     def learn(self, material: Material, check_interrupt: Callable[[], None]) -> None:
         """The updates, from where the store has them."""
-        start = self.start(material.locality)
+        start = self.start(material.addresses)
         kept = self.store.progress(start)
         if kept is not None and self.store.memory is not None:
             checkpoint.read(self.store.memory).put_into(self.attachment)

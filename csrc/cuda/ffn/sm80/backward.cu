@@ -194,25 +194,29 @@ struct GluFfnInputAndSlotsGrad {
 }  // namespace
 
 int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  return backward_plan(tokens, sizes).workspace;
+  const int splits = is_decode(tokens) ? decode_input_splits(sizes.d) : 1;
+  return std::max<int64_t>(backward_plan(tokens, sizes).workspace, splits > 1 ? splits * tokens * sizes.d : 0);
 }
 
 void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const Plan plan = backward_plan(p.tokens(), w.sizes());
   const bool needs_dx = p.dx.data != nullptr;
+  const bool done =
+      needs_dx && is_decode(p.tokens()) && uses_cooperative_decode() && glu_ffn_input_grad_decode_cooperative(p, queue);
   with_half_type(p.dtype, [&]<class T>() {
-    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
-      using Kernel = GluFfnHiddenGrad<Tile>;
-      const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
-      const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
-                                           host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
-      launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
-                     params);
-    });
+    if (!done)
+      with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
+        using Kernel = GluFfnHiddenGrad<Tile>;
+        const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
+        const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
+                                             host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
+        launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
+                       params);
+      });
     with_tile<T>(plan.sum, [&]<class Tile>() {
       using Kernel = GluFfnInputAndSlotsGrad<Tile>;
-      const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
+      const int tiles_m = needs_dx && !done ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
       const typename Kernel::Params params{p,
                                            tiles_m,
                                            static_cast<int>(divide_up(w.d(), Tile::kN)),
@@ -223,7 +227,7 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * plan.splits + slot_tiles;
       if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
     });
-    if (needs_dx && plan.splits > 1) {
+    if (needs_dx && !done && plan.splits > 1) {
       add_slices<T>({p.workspace, plan.splits, nullptr, p.dx}, queue);
     }
   });

@@ -5,12 +5,21 @@
 
 namespace locas::cuda::sm80 {
 
-// forward.cu. Tiles: any number of tokens; decode (decode.cu): at most kMostDecodeTokens, and no workspace.
+// forward.cu. Tiles: any number of tokens; decode: at most kMostDecodeTokens, and no workspace.
 // glu_ffn_forward picks one of them (plan.cuh).
 constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
+// decode_cooperative.cu: the same as one kernel; false, and nothing is launched, where the device cannot hold all its
+// blocks at once, which has_room_for_cooperative_decode says beforehand.
+bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams&, Queue);
+// decode_backward.cu: all of the backward but the slots' gradient, in the same way.
+bool glu_ffn_input_grad_decode_cooperative(const GluFfnBackwardParams&, Queue);
+bool has_room_for_cooperative_decode(Queue);
+// Whether these are tried first. From the start they are not.
+void use_cooperative_decode(bool);
+bool uses_cooperative_decode();
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
 int64_t glu_ffn_tiles_workspace(int64_t tokens, const FfnSizes&);
 

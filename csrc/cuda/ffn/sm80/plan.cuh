@@ -3,6 +3,8 @@
 // for the 132 multiprocessors of an H100.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/ffn/sm80/gemm_tile.cuh"
 #include "cuda/ffn/sm80/launchers.h"
 
@@ -79,6 +81,11 @@ inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 // unless that leaves multiprocessors idle.
 inline int decode_down_groups(int64_t tokens, int64_t d) {
   return tokens > 16 && 8 * d >= 3 * 32 * kMultiprocessors ? 2 : 1;
+}
+
+// Ranges of K that the input's gradient is cut into where it is one kernel, so that all multiprocessors have a part of it.
+inline int decode_input_splits(int64_t d) {
+  return std::max<int>(1, static_cast<int>(kMultiprocessors / divide_up(d, 32)));
 }
 
 constexpr int kImportanceRows = 64;  // of the small tile: importance is asked for once a memory

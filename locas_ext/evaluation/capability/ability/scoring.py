@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locas_ext.evaluation.locomo.answers import copies
+from locas_ext.hosts.cache_names import cache_argument, returned_cache
 
 from .requests import Request
 
@@ -110,7 +111,7 @@ def batches(requests: list[Request], members: list[int], shared: int, budget: Bu
 def _beginning(model: Any, ids: np.ndarray) -> Any:
     """The KV cache of what many requests begin with."""
     inputs = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
-    return model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
+    return returned_cache(model(input_ids=inputs, use_cache=True, logits_to_keep=1))
 
 
 def _score(model: Any, requests: list[Request], shared: int, cache: Any) -> list[Scores]:
@@ -120,7 +121,7 @@ def _score(model: Any, requests: list[Request], shared: int, cache: Any) -> list
     inputs = np.zeros((len(own), longest), dtype=np.int64)
     for row, ids in enumerate(own):
         inputs[row, : len(ids)] = ids
-    given = {"use_cache": False} if cache is None else {"past_key_values": copies(cache, len(own)), "use_cache": True}
+    given = {**cache_argument(model, copies(cache, len(own))), "use_cache": cache is not None}
     logits = model(input_ids=torch.from_numpy(inputs).to(model.device), logits_to_keep=keep, **given).logits
     rows: list[int] = []
     places: list[int] = []

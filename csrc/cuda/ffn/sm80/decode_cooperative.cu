@@ -1,0 +1,172 @@
+// glu_ffn_forward as one kernel (D): what D1 and D2 do (decode.cuh), by CTAs that are all resident and wait for each other
+// between the two products.
+//
+//      CTA     its share of the neurons, 8 or 16 at a time     sync_grid     its share of the channels, 16 or 32 at a time
+//      queue   gate, up | gate, up | ...                  W_down | W_down | ...
+//
+// The weights of both products are one stream through a queue in shared memory: when the first product's end, those of
+// the second follow, and keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
+#include "cuda/ffn/sm80/decode.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/grid.cuh"
+
+namespace locas::cuda::sm80 {
+namespace {
+
+constexpr int kWarps = kResidentThreads / 32, kStride = kWarps * kStep;
+
+// The rows of a matrix that a CTA takes, in whole strips.
+struct Range {
+  int first, end;
+};
+LOCAS_DEVICE Range share_of(int64_t rows) {
+  const int64_t strips = rows / kStrip, block = ptx::block_index(), blocks = ptx::block_count();
+  return {static_cast<int>(strips * block / blocks) * kStrip, static_cast<int>(strips * (block + 1) / blocks) * kStrip};
+}
+
+// A lane's weights of all that its CTA does, kDepth steps ahead of their use. A lane reads only what it has copied itself,
+// so that no lane waits for another one.
+template <class T, int kGroups>
+class WeightQueue {
+ public:
+  static constexpr int kRows = 2 * kGroups, kDepth = kResidentPieces / kRows;
+  struct Shared {
+    Vec16 pieces[kDepth][kRows][kResidentThreads];
+  };
+
+  LOCAS_DEVICE WeightQueue(Shared& shared, const FfnWeights& w, const Range& neurons, const Range& channels)
+      : shared_(shared), w_(w), at_(neurons), channels_(channels) {
+    begin_pass();
+#pragma unroll 1
+    for (int i = 0; i < kDepth; ++i) copy_next();
+  }
+
+  // A whole sum over k of the next kRows rows: += weights * tokens. Of few tokens those of kTogether steps come at once,
+  // as nothing but them is waited for behind sync_grid.
+  template <int kTokenBlocks>
+  LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens) {
+    constexpr int kTogether = kTokenBlocks == 1 ? 8 : kTokenBlocks == 2 ? 4 : 1;
+    Vec16 rows[kRows];
+#pragma unroll 1
+    for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
+      const int k = first + lane_offset();
+      if constexpr (kTogether == 1) {
+        take(rows);
+        tokens.template at<kTokenBlocks>(
+            k, [&](int block, const Vec16& piece) { sums.template add<T>(block, rows, piece); });
+      } else {
+        Vec16 pieces[kTogether][kTokenBlocks];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          tokens.template at<kTokenBlocks>(k + i * kStride,
+                                           [&](int block, const Vec16& piece) { pieces[i][block] = piece; });
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (first + i * kStride >= tokens.width) break;
+          take(rows);
+#pragma unroll
+          for (int block = 0; block < kTokenBlocks; ++block) sums.template add<T>(block, rows, pieces[i][block]);
+        }
+      }
+    }
+  }
+
+ private:
+  LOCAS_DEVICE void take(Vec16 (&rows)[kRows]) {
+    ptx::cp_async_wait<kDepth - 1>();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) rows[row] = ptx::load(&shared_.pieces[place_][row][ptx::thread_index()]);
+    copy_next();  // into the place that has just been read
+  }
+
+  // Copies the next step and advances. Behind the last one there are empty groups, so that the wait counts right.
+  LOCAS_DEVICE void copy_next() {
+    if (at_.first < at_.end) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row)
+        ptx::cp_async_16(&shared_.pieces[place_][row][ptx::thread_index()], rows_[row] + k_,
+                         rows_[row] != nullptr && k_ < width());
+      k_ += kStride;
+      if (k_ - lane_offset() >= width()) {
+        at_.first += (down_ ? 2 : 1) * kGroups * kStrip;
+        begin_pass();
+      }
+    }
+    ptx::cp_async_commit();
+    place_ = place_ + 1 == kDepth ? 0 : place_ + 1;
+  }
+
+  LOCAS_DEVICE int width() const { return static_cast<int>(down_ ? w_.m() : w_.d()); }
+
+  // The first step of the rows from at_.first on; of the second product where the first has none left for this warp.
+  LOCAS_DEVICE void begin_pass() {
+    k_ = ptx::warp_index() * kStep + lane_offset();
+    const bool empty = at_.first >= at_.end || ptx::warp_index() * kStep >= width();
+    if (empty && !down_) {
+      down_ = true;
+      at_ = channels_;
+    }
+    if (ptx::warp_index() * kStep >= width()) at_.first = at_.end;
+    if (down_) rows_of_down<T, kGroups>(w_, at_.first, at_.end, rows_);
+    else rows_of_hidden<T, kGroups>(w_, at_.first, at_.end, rows_);
+  }
+
+  Shared& shared_;
+  const FfnWeights& w_;
+  Range at_, channels_;  // what is left of the product that is copied; all of the second one
+  bool down_ = false;
+  const T* rows_[kRows];  // null: zeros
+  int k_, place_ = 0;
+};
+
+template <class T_, int kTokenBlocks>
+struct GluFfnDecode {
+  using T = T_;
+  using Params = GluFfnForwardParams;
+  static constexpr const char* name = "glu_ffn_decode";
+  static constexpr int threads = kResidentThreads, min_blocks = 1, kGroups = kTokenBlocks <= 2 ? 1 : 2;
+  using Weights = WeightQueue<T, kGroups>;
+  struct Shared {
+    typename Weights::Shared queue;
+    WarpSums<kGroups, kWarps> sums;
+  };
+
+  static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    const FfnWeights& w = p.weights;
+    const Range neurons = share_of(w.m() + w.padded_r()), channels = share_of(w.d());
+    Weights queue(shared.queue, w, neurons, channels);
+
+    const TokenRows<T> x(p.x, p.tokens(), w.d());
+    for (int first = neurons.first; first < neurons.end; first += kGroups * kStrip) {
+      Sums<kTokenBlocks, kGroups> sums;
+      queue.add_to(sums, x);
+      finish_hidden<T>(p, shared.sums, sums, first, neurons.end);
+    }
+    MemoryValues<T, kGroups, kWarps> values;
+    values.load(w, channels.first, channels.end);
+    ptx::sync_grid();
+
+    const TokenRows<T> hidden(p.hidden, p.tokens(), w.m());
+    for (int first = channels.first; first < channels.end;) {
+      Sums<kTokenBlocks, kGroups> sums;
+      queue.add_to(sums, hidden);
+      values.add_to(sums, p, first, channels.end);
+      finish_down<T>(p, shared.sums, sums, first, channels.end);
+      first += 2 * kGroups * kStrip;
+      values.load(w, first, channels.end);
+    }
+  }
+};
+
+}  // namespace
+
+bool has_room_for_cooperative_decode(Queue queue) { return has_room<GluFfnDecode<bf16, 8>>(queue); }
+
+bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams& p, Queue queue) {
+  return with_token_blocks(p.dtype, p.tokens(), [&]<class T, int kTokenBlocks>() {
+    return launch_resident<GluFfnDecode<T, kTokenBlocks>>(p, queue);
+  });
+}
+
+}  // namespace locas::cuda::sm80

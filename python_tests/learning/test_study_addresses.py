@@ -1,0 +1,157 @@
+"""Slots that words fire, against least squares and hooks by hand; the schedule of a study, and what judges it."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from support.study import PAIRS, TEXT, study_host, study_tokenizer
+
+import locas_ext as locas
+from locas_ext.evaluation.recall.general import general_questions
+from locas_ext.learning.study.addresses import Addresses, addressed_rows, enough, found_in, moments, spelled
+from locas_ext.learning.study.guard import PROMPTS
+from locas_ext.learning.study.learner import Learner
+from locas_ext.learning.study.prompts import Prompter
+from locas_ext.learning.study.rows import Row
+
+SEED = random.randrange(10_000)
+CPU = torch.device("cpu")
+
+
+def fresh(clip=True):
+    return locas.attach(study_host(SEED, num_hidden_layers=2), locas.LocasConfig(rank=6, scale=2.0, clip=clip))
+
+
+def test_a_word_is_found_at_its_last_token_wherever_it_stands():
+    prompter = Prompter(study_tokenizer())
+    words = ["Skolm", "honey", "Vomel"]
+    ids = prompter.encode("Honey? The village of Skolm, Skolm's honey. The Vomel")
+    found = found_in(ids, spelled(prompter, words))
+    assert [words[number] for _, number in found] == ["honey", "Skolm", "Skolm", "honey"], "no row is read to its last token"
+    for place, number in found:
+        assert prompter.tokenizer.decode(ids[: place + 1]).lower().endswith(words[number].lower())
+
+
+def test_rows_are_read_until_each_word_stood_in_enough_places_or_in_all_there_are():
+    rng, words = random.Random(SEED), {(number,): number for number in range(9)}
+    rows = [Row(tuple(rng.choices(range(12), weights=range(1, 13), k=rng.randint(2, 9))), 1) for _ in range(150)]
+    chosen, places = enough(rows, words)
+    assert places == [found_in(row.ids, words) for row in chosen] and 9 < len(chosen) < len(rows)
+    count = lambda those: Counter(number for row in those for _, number in found_in(row.ids, words))
+    assert all(count(chosen)[number] >= min(16, total) for number, total in count(rows).items())
+
+
+def test_moments_are_those_of_the_places_alone_and_each_word_counts_alike():
+    memory, rng = fresh(), random.Random(SEED)
+    rows = [Row(tuple(rng.randrange(3, 4000) for _ in range(rng.randint(4, 20))), 1) for _ in range(6)]
+    places = [[(place, rng.randrange(3)) for place in range(1, len(row.ids) - 1)] for row in rows]
+    places[0][0], places[1][0], places[2][0] = (1, 0), (1, 1), (1, 2)
+    seen = {0: [], 1: []}
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda module, arguments, n=n: seen[n].append(arguments[0][0]))
+        for n, layer in enumerate(memory.model.model.layers)
+    ]
+    with memory.disabled(), torch.no_grad():
+        for row in rows:
+            memory.model(input_ids=torch.tensor([row.ids[:-1]]))
+    for hook in hooks:
+        hook.remove()
+    with memory.disabled():
+        found = moments(memory._attachment, rows, places, 3, CPU)
+    for layer, (second, means) in enumerate(found):
+        x = [[] for _ in range(3)]
+        for inputs, each in zip(seen[layer], places, strict=True):
+            for place, number in each:
+                x[number].append(inputs[place].double())
+        x = [torch.stack(each) for each in x]
+        torch.testing.assert_close(means, torch.stack([each.mean(0) for each in x]), rtol=1e-4, atol=1e-6)
+        expected = sum(each.T @ each / len(each) for each in x) / 3
+        torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_least_squares_from_inputs_to_the_slots_of_words():
+    """torch's least squares over all inputs: each word's as the slot's 1, others' and general ones as 0, and the ridge."""
+    d, rank, words, n = random.Random(SEED).randint(8, 20), 3, 5, 40
+    generator = torch.Generator().manual_seed(SEED)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    shift, centers, slots = 3 * draw(d), draw(words, d), torch.arange(words) % rank
+    x = shift + centers[:, None] + 0.3 * draw(words, n, d)
+    general = shift + draw(500, d)
+    second = sum(each.T @ each / n for each in x) / words
+    of_all = general.T @ general / 500, general.mean(0, keepdim=True)
+    rows, level = addressed_rows(of_all, (second, x.mean(1)), slots, rank)
+
+    both = second + of_all[0]
+    ridge = (1e-3 * both.diagonal().mean()).sqrt() * torch.eye(d, dtype=torch.float64)
+    weights = [torch.full((words * n, 1), (n * words) ** -0.5), torch.full((500, 1), 500**-0.5), torch.zeros(d, 1)]
+    inputs = torch.cat([x.reshape(-1, d) * weights[0], general * weights[1], ridge])
+    wanted = torch.zeros(len(inputs), rank, dtype=torch.float64)
+    for word in range(words):
+        wanted[word * n : (word + 1) * n, slots[word]] = (n * words) ** -0.5
+    expected = torch.linalg.lstsq(inputs, wanted).solution.T
+    for slot, row in enumerate(expected):
+        torch.testing.assert_close(rows[slot], row / (x[slots == slot] @ row).mean(), rtol=1e-6, atol=1e-9)
+    flat = torch.linalg.lstsq(inputs, torch.cat(weights).double()).solution[:, 0]
+    answers = torch.cat([(x @ flat).mean()[None], (general @ flat).mean()[None]])
+    torch.testing.assert_close(level, flat / answers.mean(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_slot_without_a_word_never_fires():
+    eye, ones = torch.eye(4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    rows, _ = addressed_rows((eye, ones), (eye, ones), torch.tensor([1]), 3)
+    assert rows[[0, 2]].abs().max() == 0 and rows[1].norm() > 0.1
+
+
+@pytest.mark.parametrize("clip", [False, True, 1.5])
+def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeypatch):
+    """Of a fresh memory, whose gates get a threshold, and of one that knows something, to whose rows they are added."""
+    of, made = Addresses.of, []
+
+    def kept(*arguments):
+        made.append(of(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(Addresses, "of", kept)
+    memory, tokenizer = fresh(clip), study_tokenizer()
+    settings = locas.StudySettings(epochs=1, updates=8, batch=4, learning_rate=0.2, guard=0.0, new_tokens=4)
+    before = torch.zeros(2, 3, 6, 32)
+    for _ in range(2):
+        report = memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=settings)
+        slots, (rows,), (levels,) = memory.gather_slots(), made[-1].rows, made[-1].levels
+        assert report.words == made[-1].words > 6, "two words share a slot"
+        threshold = 0.6 * levels if not before.any() else 0
+        torch.testing.assert_close(slots[:, 0], before[:, 0] + 10 * (rows - threshold), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots[:, 1], before[:, 1] + rows, rtol=1e-5, atol=1e-5)
+        assert (slots[:, 2] - before[:, 2]).norm() > 0.1
+        before = slots
+    assert "words with slots" in str(report)
+    ffns = [layer.mlp.down_proj.weight.norm(dim=0).mean().item() for layer in memory.model.model.layers]
+    longest = {False: 1e6, True: 1.0}.get(clip) or torch.tensor([clip * length / 2.0 for length in ffns])[:, None]
+    assert (before[:, 2].norm(dim=-1) <= longest * (1 + 1e-5)).all()
+    assert clip is False or (before[:, 2].norm(dim=-1) >= longest * (1 - 1e-5)).any(), "the clip is to be felt"
+
+
+# ---- the schedule and what is judged by ------------------------------------------------------------------------
+def test_the_text_itself_comes_first(monkeypatch):
+    memory, learners = fresh(), []
+    monkeypatch.setattr(Learner, "run", lambda self, after_step: learners.append(self) or self.outcome)
+    settings = locas.StudySettings(
+        epochs=1, updates=20, batch=4, guard=0.0, raw=0.5, raw_first=0.25, keys="learned", new_tokens=4
+    )
+    memory.study(TEXT, study_tokenizer(), "ce", PAIRS, progress=False, settings=settings)
+    (learner,) = learners
+    assert [len(learner._lessons(step)) for step in (0, 4, 5, 19)] == [1, 1, 4, 4]
+    assert [learner._raw(step)[1] for step in (0, 4, 5, 19)] == [2.0, 2.0, 0.5, 0.5]
+
+
+def test_what_the_guard_learns_with_is_not_what_is_asked_to_judge():
+    """No general question of the evaluation is a prompt of the guard, nor one with another thing put in."""
+    words = lambda text: "".join(c for c in text.lower() if c.isalnum() or c == " ").split()
+    asked = [words(question.text) for question in general_questions()]
+    for prompt in PROMPTS:
+        mine = words(prompt)
+        for other in asked:
+            assert mine != other
+            same = sum(a == b for a, b in zip(mine, other, strict=False))
+            assert same < 5 or same < max(len(mine), len(other)) - 1, (prompt, " ".join(other))
