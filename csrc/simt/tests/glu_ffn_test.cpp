@@ -511,8 +511,8 @@ LOCAS_TEST(hopper_pairs, "glu_ffn of sm90 by pairs") {
 }
 LOCAS_TEST(hopper_slices, "glu_ffn of sm90 with slices in clusters") {
   using enum TileKind;
-  int count = run_each(hopper({m128n192, m128n128_2_slices, m128n128, m128n128_2_slices, 1}), 1, 200, 40);
-  count += run_each(hopper({m128n192, m128n128_4_slices, m128n128, m128n128_4_slices, 1}), 1, 200, 42);
+  int count = run_each(hopper({m128n192, m128n128_2_slices, m128n128, m128n128_2_slices, 1}), 1, 140, 40);
+  count += run_each(hopper({m128n192, m128n128_4_slices, m128n128, m128n128_4_slices, 1}), 1, 140, 42);
   return shapes(count);
 }
 LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return shapes(run_each(cuda::sm90::table, 65, 400, 16)); }
