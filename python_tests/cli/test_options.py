@@ -16,7 +16,7 @@ from locas_ext.cli import options as options_module
 from locas_ext.cli.app import app
 from locas_ext.cli.commands import memorize as memorize_command
 from locas_ext.cli.grouped import grouped
-from locas_ext.cli.study_options import KINDS, LOCALITIES, LOSSES, StudyOptions
+from locas_ext.cli.study_options import KEYS, KINDS, LOSSES, StudyOptions
 from locas_ext.evaluation.inputs import DTYPES as LOADABLE
 from locas_ext.learning.optimizers import OPTIMIZERS
 from locas_ext.learning.study import settings as study_settings
@@ -137,6 +137,6 @@ def test_the_options_of_a_study_are_its_settings_and_have_their_defaults():
     study = options("study")
     given = StudyOptions().fields(study["epochs"].default, study["learning_rate"].default)
     assert locas.StudySettings(**given) == locas.StudySettings()
-    assert (KINDS, LOCALITIES, LOSSES) == (study_settings.KINDS, study_settings.LOCALITIES, study_settings.LOSSES)
+    assert (KINDS, KEYS, LOSSES) == (study_settings.KINDS, study_settings.KEYS, study_settings.LOSSES)
     assert StudyOptions().loss == signature(locas.Memory.study).parameters["loss"].default
     assert {field.name for field in fields(locas.StudySettings)} - set(given) == {"new_tokens"}

@@ -29,3 +29,10 @@ def test_every_imported_library_is_declared():
     declared = project["dependencies"] + project["optional-dependencies"]["eval"] + project["optional-dependencies"]["gguf"]
     names = {re.split(r"[\[<>=~! ]", line)[0].lower().replace("-", "_") for line in declared}
     assert {PACKAGE_OF.get(name, name).lower() for name in imported()} <= names
+
+
+def test_every_environment_variable_is_in_the_readme():
+    sources = [ROOT / "setup.py", *(ROOT / "locas_ext").rglob("*.py")]
+    read = {name for file in sources for name in re.findall(r'environ(?:\.get\(|\[)"(LOCAS_\w+)"', file.read_text())}
+    listed = set(re.findall(r"^\| `(LOCAS_\w+)` \|", (ROOT / "README.md").read_text(), re.M))
+    assert read == listed and "LOCAS_PROBE" in read
