@@ -112,7 +112,10 @@ def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespac
 def measure(library: Library, right: Collection[int], d: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     sets = operands(library, tokens, d, arguments)
-    picked = {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r).items()}
+    picked, with_clusters = (
+        {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r, clusters).items()}
+        for clusters in (False, True)
+    )
     records = []
     for product, arms in products(library, tokens, right).items():
         theirs, ours = flops(product, tokens, d, m, r)
@@ -120,19 +123,23 @@ def measure(library: Library, right: Collection[int], d: int, tokens: int, argum
         for name, us in taken.items():
             tflops = (theirs if name == "cuBLAS" else ours) / us / 1e6
             record = dict(d=d, m=m, r=r, tokens=tokens, product=product, arm=name, us=us, tflops=tflops)
-            records.append(record | dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name))
+            record |= dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name)
+            records.append(record | dict(picked_with_clusters=with_clusters.get(product) == name))
     return records
 
 
 def show(records: list[dict]) -> None:
-    """A line for each product of each shape: the peer, then ours from the fastest on; [] is the plan."""
-    print("\nmicroseconds, and TFLOP/s over cuBLAS's")
+    """A line for each product of each shape: the peer, then ours from the fastest on."""
+    print("\nmicroseconds, and TFLOP/s over cuBLAS's; [] is the plan, {} the plan if it took clusters, + saves for a backward")
     for (d, tokens, product), group in itertools.groupby(records, lambda x: (x["d"], x["tokens"], x["product"])):
         peer, *ours = group
         ours.sort(key=lambda x: x["us"])
-        shown = [x for place, x in enumerate(ours) if place < 7 or x["picked"]]
+        shown = [x for place, x in enumerate(ours) if place < 7 or x["picked"] or x["picked_with_clusters"]]
         arms = [f"{x['arm'].replace(' saving', '+')} {x['us']:.1f} {x['tflops'] / peer['tflops']:.2f}" for x in shown]
-        marked = [f"[{arm}]" if x["picked"] else arm for arm, x in zip(arms, shown, strict=True)]
+        marked = [
+            f"[{arm}]" if x["picked"] else f"{{{arm}}}" if x["picked_with_clusters"] else arm
+            for arm, x in zip(arms, shown, strict=True)
+        ]
         print(f"{d} {tokens} {product}: cuBLAS {peer['us']:.1f}; {'; '.join(marked)}", flush=True)
 
 

@@ -109,10 +109,10 @@ class Library:
     def backward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_backward", ffn, scale, activation)
 
-    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int]]:
-        """-> each product's tile and slices."""
+    def plan(self, tokens: int, d: int, m: int, r: int, clusters: bool = False) -> dict[str, tuple[int, int]]:
+        """-> each product's tile and slices. clusters: where it may take those of clusters, though it does not yet."""
         plan = (ctypes.c_int * 8)()
-        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
+        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), ctypes.c_int(clusters), plan)
         return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
 
     def clusters_at_once(self, ctas: int) -> int:
