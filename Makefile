@@ -1,5 +1,6 @@
 # make demo         a small model memorizes a novel: a table, a plot and a memory folder
 # make test         all tests
+# make coverage     the same, and which share of the lines of locas_ext they run: takes 1.4 times as long
 # make lint         style, types, layers, spelling, and whether the compiled module's stub is up to date
 # make sdist-test   an sdist, a wheel from it without torch, and `locas info` from that wheel
 # make bench        how fast it is on this machine
@@ -15,15 +16,19 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint sdist-test bench clean
+.PHONY: demo test coverage lint sdist-test bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/locas demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --cov=locas_ext
+	$(PYTEST)
+
+coverage: $(VENV)/.built
+	$(PYTEST) --cov=locas_ext
 
 lint: $(VENV)/.lint $(VENV)/.built
 	$(BIN)/ruff check .

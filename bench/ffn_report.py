@@ -27,7 +27,7 @@ def line(record: dict) -> str:
 
 
 def row(record: dict, cuda: bool) -> list:
-    """Of the table of every arm."""
+    """A row of the table of every arm."""
     return [
         f"{record['dtype']} {record['d']} {record['tokens']}",
         record["mode"],

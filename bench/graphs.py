@@ -36,7 +36,7 @@ class Graph:
                 call()
 
     def seconds(self) -> float:
-        """Of one call, in one replay."""
+        """The time of one call, in one replay."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         self.graph.replay()
@@ -46,7 +46,7 @@ class Graph:
 
 
 def kernel_microseconds(graph: Graph) -> dict[str, float]:
-    """Of each kernel in one call, by the profiler; what a kernel waits for another one counts."""
+    """The time of each kernel in one call, by the profiler; what a kernel waits for another one counts."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         graph.graph.replay()
         torch.cuda.synchronize()

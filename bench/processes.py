@@ -61,7 +61,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each chunk, without the first ones."""
+        """The time of each chunk, without the first ones."""
         return self._seconds[_UNTIMED:]
 
 

@@ -4,6 +4,7 @@ Every row of logits is compared, bit for bit, with that of a quiet machine. Exit
 """
 
 import argparse
+import itertools
 import random
 import sys
 import threading
@@ -92,11 +93,11 @@ def soak(seconds: float, threads: int = 8) -> Tally:
     readers, tally, end = [Reader(glu_host(), "glu"), Reader(mlp_host(), "mlp")], Tally(), time.monotonic() + seconds
 
     def until_the_end(work) -> None:
-        number = 0
         try:
-            while time.monotonic() < end:
+            for number in itertools.count():  # at least one piece of work, however busy the machine is
                 work(number)
-                number += 1
+                if time.monotonic() >= end:
+                    break
         except Exception as error:
             tally.errors.append(f"{type(error).__name__}: {error}")
 

@@ -57,7 +57,7 @@ def _graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def microseconds(run: Callable[[], object]) -> list[float]:
-    """Of one sum, in each replay; on the slowest process."""
+    """The time of one sum, in each replay; on the slowest process."""
     graph, took = _graph(run), []
     for _ in range(_REPLAYS):
         dist.barrier()

@@ -34,3 +34,16 @@ class DivergenceWarning(UserWarning):
 
 class Interrupted(Exception):
     """Ctrl-C ended a command; the message says what was kept."""
+
+
+_NO_ROOM = ("can't allocate memory", "out of memory", "size calculation overflowed", "multiplication overflow")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room for what was asked: what torch says of that is often a plain RuntimeError.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    True
+    """
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM))

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich import box
@@ -32,8 +33,33 @@ def neutral(text: str) -> str:
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
+class _OnTheSide:
+    """Standard error, where what cannot be written is left out.
+
+    A closed pipe, a full disk or a terminal that has hung up must not end a run that has only been telling how far it is.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 class Terminal(Console):
-    """A rich console on which a string is text: no markup, no emoji codes, no control characters."""
+    """A rich console on which a string is text: no markup, no emoji codes, no control characters.
+
+    On standard error what cannot be written is left out; on standard output it is an error.
+    """
 
     def __init__(self, stderr: bool = False, **options: Any):
         # Soft wrapping: piped into a file or pasted into a report, lines stay whole.
@@ -42,6 +68,14 @@ class Terminal(Console):
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(neutral(segment.text), segment.style)
+
+    @property
+    def file(self) -> Any:
+        return _OnTheSide(super().file) if self.stderr else super().file
+
+    @file.setter
+    def file(self, stream: Any) -> None:
+        self._file = stream
 
     def on_broken_pipe(self) -> None:
         """Called while a BrokenPipeError is handled; continues, where rich would end the process."""

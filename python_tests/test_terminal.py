@@ -1,6 +1,7 @@
 """Text from outside is shown on a terminal, whatever it holds."""
 
 import io
+import sys
 import unicodedata
 
 import pytest
@@ -10,6 +11,8 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+import locas_ext as locas
+from locas_ext.hosts.tiny import tiny_host
 from locas_ext.terminal import Figures, Terminal, neutral
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
@@ -80,3 +83,26 @@ def test_a_closed_pipe_is_an_error_and_not_an_exit():
 
     with pytest.raises(BrokenPipeError):
         Terminal(file=Closed()).print("a")
+
+
+class Gone(io.StringIO):
+    """What a full disk, a closed pipe or a terminal that has hung up makes of every write."""
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+    def flush(self):
+        self.write("")
+
+
+def test_what_cannot_be_said_on_standard_error_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    memory = locas.attach(tiny_host(), locas.LocasConfig(rank=2))
+    assert memory.memorize(list(range(3, 51)), window=16, stride=8, progress=True).tokens == 47
+    Terminal(stderr=True).print("x")
+
+
+def test_results_that_cannot_be_written_are_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(OSError, match="Input/output"):
+        Terminal().print("x")

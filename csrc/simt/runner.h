@@ -1,7 +1,6 @@
 // Runs a CUDA kernel on the CPU: one fiber a thread, one block or cluster of blocks after the other (those of a
 // cooperative launch from one grid barrier to the next), in an order drawn from a seed, and aborts with kernel, block,
-// thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is
-// the tour.
+// thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is the tour.
 //
 // Of the kernels only csrc/cuda/ptx/ includes this.
 #pragma once

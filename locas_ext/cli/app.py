@@ -1,6 +1,5 @@
 """The commands, and how one is run. Each command's arguments are in commands/, what goes wrong in failures.py."""
 
-import os
 import shutil
 import sys
 from functools import partial
@@ -16,6 +15,7 @@ from .config_file import origin
 from .examples import examples
 from .failures import Failure, failure
 from .grouped import grouped
+from .streams import let_go
 
 _PANELS = 72  # columns under which panels of options would cut the options' names
 
@@ -74,12 +74,10 @@ def _flush() -> None:
 
 
 def _complain(ended: Failure) -> None:
-    """Prints the one line. An output that nobody takes is let go, so that the process does not stumble over it at its end."""
+    """Prints the one line."""
+    if ended.line:
+        Terminal(stderr=True).print(f"locas: {' '.join(ended.line.split())}")
     try:
-        if ended.line:
-            Terminal(stderr=True).print(f"locas: {' '.join(ended.line.split())}")
         sys.stdout.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
+        let_go(1)

@@ -1,6 +1,7 @@
 """What ended a command, as one line and an exit status.
 
-0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 Ctrl-C, 141 closed pipe.
+0 done, 1 failed, 2 bad arguments (a path that is not what it should be is one), 130 Ctrl-C (143 SIGTERM, 129 SIGHUP), 141
+closed pipe.
 """
 
 import dis
@@ -15,11 +16,14 @@ from typing import Any
 
 import typer
 
-from locas_ext.errors import Interrupted, LocasError
+from locas_ext.errors import Interrupted, LocasError, is_out_of_memory
 from locas_ext.version import __version__
+
+from .interrupts import status_of
 
 _WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+CLOSED_PIPE = 141
 UsageError: Any = typer.BadParameter.__base__  # typer's or click's, whichever this typer is built on
 
 
@@ -35,12 +39,12 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
     origin: the --config file that an option comes from, or None, so that a complaint about its value can name it
     """
     if isinstance(error, Interrupted):
-        return Failure(130, f"interrupted: {error}")
+        return Failure(status_of(error), f"interrupted: {error}")
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return Failure(130, "interrupted: nothing was kept")
+        return Failure(status_of(error), "interrupted: nothing was kept")
     # rich answers a closed pipe with an exit
     if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)):
-        return Failure(141)
+        return Failure(CLOSED_PIPE)
     if isinstance(error, SystemExit):
         return Failure(error.code if isinstance(error.code, int) else 1)
     if isinstance(error, UsageError):
@@ -53,7 +57,7 @@ def failure(error: BaseException, origin: Callable[[str], Path | None] = lambda 
         return Failure(1, str(error))
     if isinstance(error, (ValueError, TypeError, IndexError)) and _raised_here(error):
         return Failure(2, _with_origin(str(error), origin))
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(1, f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more could be had'}")
     return Failure(1, _unexpected(error))
 
@@ -74,11 +78,6 @@ def _with_origin(message: str, origin: Callable[[str], Path | None]) -> str:
     match = re.match(r"(?:--)?([a-z][\w-]*)(?: |:|=)", message)
     file = origin(match[1].replace("-", "_")) if match else None
     return f"{file}: {message}" if file else message
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
 
 
 def _unexpected(error: BaseException) -> str:

@@ -10,15 +10,22 @@ from pathlib import Path
 from locas_ext.errors import LocasError
 from locas_ext.storage.files import follow_umask
 
+_LAST = "config.json"  # without which nobody takes a folder for a model's
+
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """Inside the block the folder exists and can be written; of the folders made for that, those still empty go again."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder")
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write into it: {error.strerror}", str(folder)) from error
         yield
     finally:
         for each in missing:  # the innermost first
@@ -28,32 +35,34 @@ def made(folder: Path) -> Iterator[None]:
                 break
 
 
-def check_new(folder: Path) -> None:
-    """FileExistsError for anything but an empty folder in this place; a link is something."""
+def check_new(folder: Path, but: Path | None = None) -> None:
+    """FileExistsError for anything but an empty folder in this place; a link is something. but: what may be in it"""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"{folder} is a {'link' if folder.is_symlink() else 'file'}; expected a new or empty folder")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(entry != but for entry in folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already; expected a new or empty folder")
 
 
 @contextmanager
 def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
-    """Yields a folder to write into, which takes the place of `folder` when the block ends, or is removed if it fails.
+    """Yields a folder to write into, whose content is moved into `folder` when the block ends, or removed if it fails.
 
-    It lies in a temporary folder of its own beside `folder`, so nothing else is ever moved or removed. What the libraries
-    that write raise at a full disk has many types; all become one LocasError.
+    It is a temporary folder of its own in `folder`, so nothing else is ever moved or removed, and `folder` may be what no other
+    folder can take the place of: where a disk is mounted, or where the command was started. What the libraries that write
+    raise at a full disk has many types; all become one LocasError.
     """
     check_new(folder)
-    with made(folder.parent):
-        private = Path(tempfile.mkdtemp(prefix=".locas-", dir=folder.parent))
+    with made(folder):
+        private = Path(tempfile.mkdtemp(prefix=".locas-", dir=folder))
         try:
             unfinished = private / "unfinished"
             unfinished.mkdir()
             yield unfinished
             for place, _, _ in os.walk(unfinished):
                 follow_umask(Path(place))
-            check_new(folder)
-            unfinished.rename(folder)  # onto an empty folder at most
+            check_new(folder, but=private)
+            for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.name == _LAST):
+                entry.rename(folder / entry.name)
         except Exception as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
             raise LocasError(f"{folder} could not be written: {reason}; nothing was kept") from error

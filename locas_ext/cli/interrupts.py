@@ -1,35 +1,52 @@
-"""Ctrl-C while libraries are imported: nothing has been done yet, so the process simply ends."""
+"""What ends a command from outside: Ctrl-C, and the signals of schedulers and closed terminals, which then do the same."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
+
+from locas_ext.signals import ENDING, handled, interrupt
 
 _MESSAGE = b"locas: interrupted: nothing was kept\n"
 
 
-def _end(*_: Any) -> None:
-    os.write(2, _MESSAGE)
-    os._exit(130)
+def _end(signum: int, frame: Any) -> None:
+    with suppress(OSError):
+        os.write(2, _MESSAGE)
+    os._exit(128 + signum)
+
+
+def importing() -> AbstractContextManager[None]:
+    """Inside the block Ctrl-C ends the process at once, with one line: nothing has been done yet.
+
+    An exception would not do: import machinery and C modules swallow a KeyboardInterrupt, or turn it into another error.
+    """
+    return handled(_end)
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Inside the block Ctrl-C ends the process at once, with one line.
+def ended_alike() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP do what Ctrl-C does, so that what was learned is kept.
 
-    An exception would not do: import machinery and C modules swallow a KeyboardInterrupt, or turn it into another error.
-    Where something else than Python's own handler is in place, it stays.
+    One that is ignored, as under nohup, or handled otherwise stays as it is.
     """
-    ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
-        yield
-        return
-    signal.signal(signal.SIGINT, _end)
+    of_ours = threading.current_thread() is threading.main_thread()
+    mine = [each for each in ENDING if of_ours and signal.getsignal(each) is signal.SIG_DFL]
+    for each in mine:
+        signal.signal(each, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in mine:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def status_of(error: BaseException | None) -> int:
+    """The exit status of a command that this error ended: 128 and the number of the signal."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) and error.args:
+            return 128 + error.args[0]
+        error = error.__context__
+    return 128 + signal.SIGINT

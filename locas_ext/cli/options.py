@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from locas_ext.config import BACKENDS, INITS, ROW_LENGTHS, VARIANTS, LocasConfig
+from locas_ext.config import BACKENDS, INITS, MOST_CLIP, ROW_LENGTHS, VARIANTS, LocasConfig
 from locas_ext.learning.keep import CONTEXTS, Keep
 
 from . import values
@@ -43,7 +43,7 @@ def argument(kind: Kind, help: str) -> Any:
 
 
 # ---- what every command that loads a model has ----------------------------------------------------------------
-Model = Annotated[str, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)]
+Model = Annotated[str, option(values.MODEL, "A folder, a hub name or a GGUF file.", panel=HOST)]
 Dtype = Annotated[
     str | None, option(one_of(DTYPES), "The host's dtype; default: float32 on CPU, the checkpoint's on CUDA.", panel=HOST)
 ]
@@ -174,7 +174,11 @@ class MemoryOptions:
     ] = "unit"
     clip_at: Annotated[
         float | None,
-        option(number(above=0), "Keep rows within this multiple of the host's mean row length, not of 1.", panel=MEMORY),
+        option(
+            number(above=0, high=MOST_CLIP),
+            "Keep rows within this multiple of the host's mean row length, not of 1.",
+            panel=MEMORY,
+        ),
     ] = None
 
     def config(self) -> LocasConfig:

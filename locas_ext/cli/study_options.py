@@ -51,7 +51,7 @@ class StudyOptions:
     ] = True
     batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 64
     top_k: Annotated[int, option(integer(1), "Likeliest tokens of the host that are kept at each place.", panel=STUDY)] = 32
-    gold: Annotated[float, option(number(low=0), "With --loss kl, the share of the answer itself, 0 to 1.", panel=STUDY)] = 0.0
+    gold: Annotated[float, option(number(low=0, high=1), "With --loss kl, the share of the answer itself.", panel=STUDY)] = 0.0
     updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 300
     recalled: Annotated[
         float, option(number(above=0, below=1), "From which probability on a token counts as learned.", panel=STUDY)
@@ -63,7 +63,7 @@ class StudyOptions:
     guard: Annotated[
         float, option(number(low=0), "Weight of the distance to the host on general prompts and free text.", panel=STUDY)
     ] = 4.0
-    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.004
+    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.05
     keys: Annotated[
         str,
         option(

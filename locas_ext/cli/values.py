@@ -1,6 +1,7 @@
 """What an option's value may be: read from the command line as text, from a --config file as a YAML value."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import typer
 from locas_ext import checks
 from locas_ext.config import MOST_SCALE, paper_multiple
 
-MOST = 2**63 - 1  # what torch and a file can hold
+MOST = 2**53  # up to here every integer is a float too, and the files take it
+LARGEST = 1e30  # a float32 holds it, and ten times it: Adam's first step divides a rate by a tenth
 
 
 class BadValue(typer.BadParameter):
@@ -80,18 +82,21 @@ def _as_number(value: Any) -> Any:
 
 def integer(low: int, high: int = MOST) -> Kind:
     def read(value: Any) -> int:
-        return checks.integer("", int(value) if isinstance(value, str) else value, low, high)
+        number = checks.integer("", int(value) if isinstance(value, str) else value, low)
+        if number > high:
+            raise BadValue(number, f"an integer from {low} to {high}")
+        return number
 
     return Kind("N", f"an integer >= {low}" if high == MOST else f"an integer from {low} to {high}", read, textual=False)
 
 
-def number(*, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Kind:
+def number(*, low: float = -math.inf, above: float = -math.inf, high: float = LARGEST, below: float = math.inf) -> Kind:
     def read(value: Any) -> float:
-        return checks.number("", float(value) if isinstance(value, str) else value, low, above=above, below=below)
+        return checks.number("", float(value) if isinstance(value, str) else value, low, high, above=above, below=below)
 
-    bound = f" >= {low:g}" if math.isfinite(low) else f" > {above:g}" if math.isfinite(above) else ""
-    bound += f" and < {below:g}" if math.isfinite(below) else ""
-    return Kind("NUMBER", f"a finite number{bound}", read, textual=False)
+    least = f">= {low:g}" if math.isfinite(low) else f"> {above:g}"
+    most = f"< {below:g}" if math.isfinite(below) else f"<= {high:g}"
+    return Kind("NUMBER", f"a number {least} and {most}", read, textual=False)
 
 
 def one_of(choices: tuple[str, ...]) -> Kind:
@@ -109,12 +114,26 @@ def text(metavar: str) -> Kind:
     return Kind(metavar, "text in UTF-8", _text)
 
 
+def at_home(path: str) -> str:
+    """A path with the home folder in the place of a first ~, which no shell replaces in --out=~/x, a file or a chat."""
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+
+
 def _path(value: Any) -> Path:
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value or "\0" in value:
         raise TypeError
-    return Path(value)
+    return Path(at_home(value))
+
+
+def _model(value: Any) -> str:
+    if not _text(value):
+        raise ValueError
+    return at_home(value)
+
+
+MODEL = Kind("MODEL", "a folder, a hub name or a GGUF file", _model)
 
 
 def path(metavar: str) -> Kind:
@@ -129,12 +148,15 @@ def _names(value: Any) -> list[str]:
 
 
 def names(choices: tuple[str, ...] | None = None) -> Kind:
-    """NAME,... on the command line, a list or the same text in a file."""
+    """NAME,... on the command line, a list or the same text in a file. Of `choices` at least one, and none of them twice."""
 
     def read(value: Any) -> list[str]:
-        return [checks.one_of("", name, choices) if choices else name for name in _names(value)]
+        found = _names(value)
+        if choices and (not found or len(set(found)) < len(found)):
+            raise ValueError
+        return [checks.one_of("", name, choices) if choices else name for name in found]
 
-    return Kind("NAME,...", f"names of {', '.join(choices)}" if choices else "names", read)
+    return Kind("NAME,...", f"names of {', '.join(choices)}, each once" if choices else "names", read)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ _REFUSED = {yaml.TagToken: "tags (!)", yaml.AnchorToken: "anchors (&)", yaml.Ali
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with 4e-3 as a number (YAML 1.2), dates as text, and each key once."""
+    """YAML's safe loader with the numbers of YAML 1.2 (4e-3 is one, 010 is ten, 1:30 is text), dates as text, each key once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -23,12 +23,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBERS = {
+    _INT: r"[-+]?[0-9]+$",
+    _FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS and not tag.endswith(":timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+for _tag, _form in _NUMBERS.items():  # integers first: what is both is one
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+_Loader.add_constructor(_INT, lambda loader, node: int(node.value))
 
 
 def _check_tokens(content: str) -> None:

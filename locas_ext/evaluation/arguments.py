@@ -1,6 +1,7 @@
 """What several commands check before they begin, so that it is refused in the same words: a ValueError of one line."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from locas_ext.checks import integer, number, one_of
 from locas_ext.errors import LocasError
@@ -14,6 +15,13 @@ def choose(name: str, values: list[str], valid: Sequence[str]) -> None:
         one_of(name, value, valid)
         if values.count(value) > 1:
             raise ValueError(f"{name} names {value} twice")
+
+
+def once(name: str, paths: Sequence[Path]) -> None:
+    """ValueError for a file that is named twice: it would count twice."""
+    places = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"{name} names {twice[0]} twice")
 
 
 def at_least(least: int, **options: int | None) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from locas_ext.storage.files import write_atomically
 from locas_ext.storage.lock import folder_lock
+from locas_ext.terminal import neutral
 
-from .json_files import read_json
+from .json_files import parse_json, read_json
 from .machine import machine
 from .schemas import results as schema
 
@@ -18,7 +19,7 @@ NAME = "results.json"
 
 def plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists, paths are text; a number that is not finite, which JSON has not, is None."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    return json.loads(json.dumps(value, default=lambda path: neutral(str(path))), parse_constant=lambda name: None)
 
 
 def read(folder: Path) -> dict:
@@ -78,10 +79,10 @@ def open_folder(folder: Path, settings: dict) -> list[dict]:
     """
     make(folder)
     with folder_lock(folder):
-        return _take_up(folder, settings)
+        return _earlier_records(folder, settings)
 
 
-def _take_up(folder: Path, settings: dict) -> list[dict]:
+def _earlier_records(folder: Path, settings: dict) -> list[dict]:
     if not (folder / NAME).exists():
         if foreign := next((entry.name for entry in folder.iterdir()), None):
             raise FileExistsError(f"--out: {folder} holds something else ({foreign}); expected an empty or new folder")
@@ -94,6 +95,8 @@ def _take_up(folder: Path, settings: dict) -> list[dict]:
 
 
 def write(folder: Path, settings: dict, records: list[dict]) -> None:
-    """Replaces results.json, atomically."""
+    """Replaces results.json, atomically. LocasError for what `read` would refuse; then the old one is still there."""
     content = plain({"settings": settings, "machine": machine(), "records": records})
-    write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
+    raw = json.dumps(content, indent=1).encode()
+    parse_json(raw, f"what was to be written into {folder / NAME}", schema)
+    write_atomically(folder / NAME, raw)

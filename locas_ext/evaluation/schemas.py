@@ -136,7 +136,7 @@ _CAPABILITY_TASK = fields(
 
 
 def _capability_record(value: Any, place: str) -> None:
-    """Of a task, of a text, or of all texts together: `pooled`."""
+    """The record of a task, of a text, or of all texts together: `pooled`."""
     json_object(value, place)
     if "task" in value:
         return _CAPABILITY_TASK(value, place)
@@ -167,12 +167,17 @@ _RECALL_DONE = fields(
         "kept_interval": _interval,
         "answers": list_of(_RECALL_ANSWER),
     },
-    {"extra_parameters": _count, "kept_questions": _count, "notes": list_of(text)},
+    {
+        **dict.fromkeys(("extra_parameters", "kept_questions"), _count),
+        **dict.fromkeys(("kept_in_float32", "kept_by_rounding"), nullable(_share)),
+        "kept_in_float32_interval": _interval,
+        "notes": list_of(text),
+    },
 )
 
 
 def _recall_record(value: Any, place: str) -> None:
-    """Of a method that could not answer: `error` alone."""
+    """The record of a method that could not answer: `error` alone."""
     fields({"method": text, "document": text, "error": nullable(text), "seconds": _not_negative}, _COMMON)(value, place)
     if value["error"] is None:
         _RECALL_DONE(value, place)
@@ -194,7 +199,7 @@ _MACHINE: dict[str, Kind] = {
 
 
 def _settings(value: Any, place: str) -> None:
-    """Of one run, or of several: what they share, and each one's under `runs`."""
+    """The settings of one run, or of several: what they share, and each one's under `runs`."""
     json_object(value, place)
     command = {"command": nullable(text)}
     own = _LOCOMO_SETTINGS if value.get("command") == "locomo" else {}

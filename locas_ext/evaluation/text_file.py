@@ -13,7 +13,7 @@ _BLOCK = 1 << 20  # bytes
 class TextFile:
     """A context manager over a text file, whose `text` grows as it is asked for.
 
-    text: what was read so far, with every line end as a line feed
+    text: what was read so far, with every line end as a line feed and without the mark that some editors put before a text
     ended: whether that is the whole file
     """
 
@@ -21,7 +21,7 @@ class TextFile:
         self.path, self.text, self.ended = path, "", False
         self._file = open(path, "rb", buffering=0)
         self._is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
-        self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+        self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
         self._sha256, self._position = hashlib.sha256(), 0
 
     def __enter__(self) -> "TextFile":
@@ -48,11 +48,10 @@ class TextFile:
         return block
 
     def _decode(self, block: bytes) -> str:
-        pending = len(self._decoder.getstate()[0])  # bytes of a character that the last block cut
         try:
             return self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            place = self._position - len(block) - pending + error.start
+            place = self._position - len(error.object) + error.start  # what is decoded ends where the block does
             raise ValueError(f"{self.path} is not UTF-8 text (byte {place})") from None
 
     def digest(self) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from locas_ext.terminal import neutral
+
 from .beginning import encode_beginning
 from .text_file import TextFile
 
@@ -17,7 +19,7 @@ CHAPTER = re.compile(r"^CHAPTER [A-Z]+$", re.M)
 class Text:
     """A text file, or its beginning.
 
-    name: the file's name without its ending, or a title
+    name: the file's name without its ending, or a title; what a terminal or a file of UTF-8 does not take is escaped in it
     sha256: of the whole file; of a pipe, of what was read from it
     ids: [n] int64 token ids
     words, bytes: of exactly the text that is scored, from the end of the first token to the end of the last: runs of
@@ -71,7 +73,7 @@ def read_text(path: Path, tokenizer, max_tokens: int | None, name: str | None = 
         else:
             scored = file.text[offsets[0][1] : offsets[-1][1]]
         return Text(
-            name=path.stem if name is None else name,
+            name=neutral(path.stem) if name is None else name,
             sha256=file.digest(),
             ids=torch.tensor(ids),
             words=len(scored.split()),

@@ -125,7 +125,7 @@ class Seen:
 
     @classmethod
     def now(cls, module: Any, act: Any) -> "Seen":
-        """Of a module, and its activation module or None."""
+        """Looks at a module and its activation module, or None for one without."""
         return cls(type(module).forward, None if act is None else (type(act), type(act).forward, _settings(act)))
 
     def obstacle(self, module: Any, act: Any) -> str | None:

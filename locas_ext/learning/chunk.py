@@ -79,7 +79,7 @@ class Reader(TakesKernels, Protocol):
     left: list[Tensor] | None
     replayed: bool
 
-    def take_up(self, stream: Stream) -> None:
+    def resume(self, stream: Stream) -> None:
         """Continues where another run stood."""
 
     def settle(self, window: Window, full: int) -> str | None:
@@ -134,7 +134,7 @@ class WindowReader(KernelReading):
         self.host, self.context_gradient = host, context_gradient
         self.ends_early = may_end_early(host.model)
 
-    def take_up(self, stream: Stream) -> None:
+    def resume(self, stream: Stream) -> None:
         """Continues where another run stood. Nothing was kept of it."""
 
     def settle(self, window: Window, full: int) -> str | None:

@@ -76,7 +76,7 @@ class KeptContext:
         own = [rows.flatten().tolist() for rows in self.turning.like[:2]]
         self.rows.ranks = None if ranks.same(own) else ranks
 
-    def take_up(self, rows: KeptRows, seen: int) -> None:
+    def resume(self, rows: KeptRows, seen: int) -> None:
         """Continues with rows that another run has kept. LocasError if they are not of this host, window and place."""
         try:
             if rows.rooms != self.rows.rooms or rows.seen != seen:

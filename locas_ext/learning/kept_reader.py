@@ -50,12 +50,12 @@ class KeptReader(KernelReading):
         self.way = SHORT
         self.scored_rows: list[Tensor] = []
 
-    def take_up(self, stream: Stream) -> None:
+    def resume(self, stream: Stream) -> None:
         """Continues where another run stood."""
         if stream.kept is None:
             raise LocasError("the run's record holds no kept context")
         self.chunks = len(stream.chunks)
-        self.context.take_up(stream.kept, stream.position - 1 + (self.bos is not None))
+        self.context.resume(stream.kept, stream.position - 1 + (self.bos is not None))
 
     # ---- one chunk, from settle to learned -------------------------------------------------------------------
     def settle(self, window: Window, full: int) -> str | None:

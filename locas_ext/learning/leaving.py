@@ -11,7 +11,7 @@ import torch
 from locas_ext.errors import LocasError
 from locas_ext.ops.ranks import Ranks
 
-_PRESSED, _FAILED = 1.0, 2.0  # what a rank says that leaves: by Ctrl-C, with an error
+_PRESSED, _FAILED = 1, 2  # what a rank says that leaves: by Ctrl-C, with an error
 
 
 class Leaving:
@@ -53,7 +53,7 @@ class Leaving:
             return
         if self.ending is not None:
             raise self.ending
-        said = [flag * self.ranks.size for flag in heard]  # which came as means
+        said = [round(flag * self.ranks.size) for flag in heard]  # which came as means
         if _FAILED in said:
             raise LocasError(f"rank {said.index(_FAILED)} ended the run here with an error; the memory is as it was there")
         raise KeyboardInterrupt

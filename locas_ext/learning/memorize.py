@@ -77,7 +77,7 @@ def memorize(
         peers = _peers(attachment, ranks, resolved, text, about)
         reader = reader_for(attachment.host, resolved, text.passage.end)
         if saved is not None:
-            reader.take_up(saved.stream)
+            reader.resume(saved.stream)
             saved.memory.put_into(attachment)
         return Run(attachment, resolved, reader, text, on_divergence, peers).go("memorize", progress, callback)
 
@@ -163,7 +163,7 @@ def _fed_run(attachment: Attachment, input_ids: TokenIds, on_divergence: str) ->
     text = ReadText(passage, digest, list(stream.chunks), None)
     peers = _peers(attachment, ranks, resolved, text, {})
     reader = reader_for(host, resolved, passage.end)
-    reader.take_up(stream)
+    reader.resume(stream)
     return Run(attachment, resolved, reader, text, on_divergence, peers)
 
 

@@ -1,16 +1,15 @@
 """What holds while a run learns: the memory attached, the host in evaluation mode, Ctrl-C between chunks only."""
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.patching.attachment import Attachment
+from locas_ext.signals import handled
 
 
 def require_attached(attachment: Attachment, verb: str) -> None:
@@ -62,27 +61,21 @@ def interrupt_between_chunks() -> Iterator[Callable[[], None]]:
 
     Within a chunk Ctrl-C only takes note, so that memory and place in the text never part.
 
-    Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes.
+    Where Ctrl-C does not mean KeyboardInterrupt here (another thread, a handler of the caller's), nothing changes. SIGTERM and
+    SIGHUP are treated alike where they do.
     """
-    mine = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    pressed = False
+    pressed: tuple[int, ...] = ()
 
     def handler(signum, frame):
         nonlocal pressed
         if not pressed:
-            os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
-        pressed = True
+            with suppress(OSError):  # a terminal that has hung up takes nothing
+                os.write(2, b"\nstopping after this chunk\n")  # print() may not be called from a signal handler
+        pressed = (signum,)
 
     def check() -> None:
         if pressed:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(*pressed)
 
-    if mine:
-        signal.signal(signal.SIGINT, handler)
-    try:
+    with handled(handler):
         yield check
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

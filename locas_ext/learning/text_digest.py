@@ -31,7 +31,7 @@ class TextDigest:
         self._rest = ids[whole:]
 
     def hexdigest(self) -> str:
-        """Of all ids so far, 64 hexadecimal digits."""
+        """The digest of all ids so far, 64 hexadecimal digits."""
         return _digest(self.blocks, self._rest) if len(self._rest) else self.blocks
 
 

@@ -39,12 +39,12 @@ class MemoryStudy(MemoryLearning):
             seed: int >= 0: of questions, draws and order
             progress: bool: whether progress bars are shown, and before writing and before learning about how long it will take
             settings: a `locas.StudySettings`; None: its defaults
-            cache: a folder that keeps questions and progress, so that the same call goes on where an ended one stood; None:
+            cache: a folder that keeps questions and progress, so that the same call continues where an ended one stood; None:
                 nothing is kept on disk
 
         Returns:
-            A StudyReport. Ctrl-C takes effect between updates: the memory is that of the last one, and the cache goes on
-            there. A run of `memorize` ends here: `feed` does not go on behind a study.
+            A StudyReport. Ctrl-C takes effect between updates: the memory is that of the last one, and the same call
+            continues there. A run of `memorize` ends here: `feed` does not continue it after a study.
 
         Raises:
             ValueError: the memory is detached or disabled here, an argument is out of range, or the host is split among

@@ -48,7 +48,7 @@ class PeerMemory:
         self.boxes = [int(address) for address in self.shared.buffer_ptrs]
         if self.boxes[rank] != self.memory.data_ptr():
             raise RuntimeError("torch places the memory behind others")
-        self.stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self.stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         torch.cuda.synchronize(device)  # its counts are 0 before somebody counts
 
     def takes(self, x: Tensor) -> bool:

@@ -186,20 +186,29 @@ class Ranks:
             raise others[0]
 
 
+_ANOTHER = "another process has no memory to show"
+
+
 @functools.cache  # a group's memory is made once
 def through_memory(ranks: Ranks) -> Ranks:
     """The same, which make sums through memory that they show each other where they can. Called by all of them."""
-    memory, why = None, obstacle(ranks.size, ranks.device)
-    if why is None:
-        try:
-            memory = PeerMemory(ranks.group, ranks.rank, ranks.size, ranks.device)
-        except Exception as problem:  # whatever torch or the driver says
-            why = f"memory that the GPUs read of each other cannot be had: {type(problem).__name__}: {problem}"
+    why = obstacle(ranks.size, ranks.device)
+    if not ranks.all(why is None):  # nobody waits for memory that another process does not make
+        return replace(ranks, why_not=why or _ANOTHER)
+    memory = None
+    try:
+        memory = PeerMemory(ranks.group, ranks.rank, ranks.size, ranks.device)
+    except Exception as problem:  # whatever torch or the driver says
+        why = f"memory that the GPUs read of each other cannot be had: {type(problem).__name__}: {problem}"
     if not ranks.all(memory is not None):  # nobody counts before everybody is here
-        return replace(ranks, why_not=why or "another process has no memory to show")
+        return replace(ranks, why_not=why or _ANOTHER)
     assert memory is not None, "all have it"
-    if not ranks.all(memory.adds_up()):
-        return replace(ranks, why_not="sums through memory that the GPUs read of each other came out wrong")
+    try:
+        right = memory.adds_up()
+    except Exception as problem:  # such as no room for what is added up
+        right, why = False, f"sums through memory that the GPUs read of each other failed: {type(problem).__name__}: {problem}"
+    if not ranks.all(right):
+        return replace(ranks, why_not=why or "sums through memory that the GPUs read of each other came out wrong")
     return replace(ranks, memory=memory)
 
 

@@ -18,7 +18,7 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def _check_rate(op: str, learning_rate: Tensor, step: Tensor | None = None) -> None:
-    """Of plain tensors on the CPU; on a GPU the kernel would have to be waited for."""
+    """ValueError for values out of range, on the CPU only: on a GPU this would wait for the kernels."""
     if learning_rate.is_cpu:
         number(f"{op}: learning_rate", learning_rate, low=0)
     if step is not None and step.is_cpu and not float(step) >= 1:

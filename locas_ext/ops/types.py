@@ -18,7 +18,7 @@ class HostWeights(NamedTuple):
 
 
 class InputProjections(NamedTuple):
-    """Of a host FFN what its neurons take in: gate and up [m, d], biases [m] or None."""
+    """The projections that feed a host FFN's neurons: gate and up [m, d], biases [m] or None."""
 
     gate: Tensor
     up: Tensor
@@ -59,7 +59,7 @@ class SlotViews(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor) -> "SlotViews":
-        """Of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value).
+        """The views of slots [3, r, d] = (gate, key, value) or [2, r, d] = (key, value).
 
         They are views of the slots where these are contiguous, or (key, value) and the first r rows of a larger memory.
         """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from locas_ext.caller import caller_stacklevel
-from locas_ext.config import LocasConfig, check_rank, paper_multiple
+from locas_ext.checks import number
+from locas_ext.config import MOST_SCALE, LocasConfig, check_rank, paper_multiple
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.probe.probe import probe
 from locas_ext.hosts.projections import projection_device
@@ -200,7 +201,7 @@ class Attachment:
                 raise
 
     def hook_ids(self) -> set[int]:
-        """Of the hooks that the memory itself has put on the host."""
+        """The ids of the hooks that the memory itself has put on the host."""
         return {handle.id for handle in self.watch.handles}
 
     def exclusive(self, verb: str) -> AbstractContextManager[None]:
@@ -225,7 +226,8 @@ class Attachment:
         with gathered(self.host.model, ffn.module):
             mean = ffn.mean_value_norm(like)
         multiple = paper_multiple(self.config.scale)
-        return mean if multiple is None else multiple * mean / self.config.rank
+        scale = mean if multiple is None else multiple * mean / self.config.rank
+        return number(f"scale {self.config.scale}, for this host,", scale, -MOST_SCALE, MOST_SCALE)
 
     def _longest(self, ffn: HostFFN, like: Tensor, scale: float) -> list[float]:
         """How long the rows of each plane may grow."""

@@ -93,7 +93,6 @@ class PatchedFFN(ABC, Generic[FFN]):
         """index: the layer's place in its arena."""
         self.binding, self.ffn, self.arena, self.index = binding, ffn, arena, index
         self.state, self.backend = binding.state, binding.backend
-        self.beside = "reference" if self.backend == "reference" else "auto"  # for a memory beside the host's FFN
         self.activation = ffn.activation
         self.activation_index = activation_index(ffn.activation)
         self.rehomed: RehomedFFN | None = None  # with attach(rehome=True)
@@ -227,6 +226,15 @@ class PatchedFFN(ABC, Generic[FFN]):
     def traced_slots(self) -> Tensor:
         """The slots for the public ops. torch.jit.trace takes no constants that require a gradient."""
         return self.arena.slots[self.index] if torch.jit.is_tracing() else self.arena.parameters[self.index]
+
+    def beside_backend(self, x: Tensor) -> str:
+        """The backend of the public ops for a memory beside the host's FFN: a host may be moved to float64 after attach."""
+        return "reference" if self.backend == "reference" or x.dtype == torch.float64 else "auto"
+
+    def is_host_alone(self) -> bool:
+        """Whether a compiled graph may leave the memory out."""
+        state = self.state
+        return not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized))
 
     def entered(self, x: Tensor) -> Tensor:
         """The input as the memory of this process takes it in, where the memory is split among several."""

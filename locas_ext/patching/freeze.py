@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from locas_ext.hosts.sharding import let_go
 from locas_ext.hosts.split import is_split
 
-# Of each host tensor that attach froze, the freezes that still hold: a fork's host is the same tensors.
+# The freezes that still hold each host tensor that attach froze: a fork's host is the same tensors.
 _holders: Any = WeakIdKeyDictionary()
 
 
@@ -91,7 +91,7 @@ class HostFreeze:
         self.frozen = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostFreeze":
-        """Of a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
+        """For a copied model: it holds what the original held, of tensors of its own or, in a fork, of the same ones."""
         new = memo[id(self)] = object.__new__(HostFreeze)
         new.model, new.frozen = copy.deepcopy((self.model, self.frozen), memo)
         new._register()

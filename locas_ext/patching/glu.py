@@ -51,7 +51,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             case Route.BESIDE:
                 return self.original(*arguments, **named) + self._beside(x, scope)
             case Route.PUBLIC_BESIDE:
-                return self.original(*arguments, **named) + self._public_beside(x)
+                return self.original(*arguments, **named) + self._public_beside(x, self.arena.parameters[self.index])
             case Route.PUBLIC_WHOLE:
                 return self._public_whole(x)
             case Route.TRACED:
@@ -69,12 +69,9 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             case Route.BESIDE:
                 return y + self._beside(x, scope).view_as(y)
             case Route.PUBLIC_BESIDE:
-                return y + self._public_beside(x).view_as(y)
+                return y + self._public_beside(x, self.arena.parameters[self.index]).view_as(y)
             case Route.TRACED:
-                slots, scale = self.traced_slots(), self.arena.scales[self.index]
-                beside = "reference" if x.dtype == torch.float64 else self.beside
-                memory = self.total(ops.sideway_glu(self.entered(x), slots, scale, self.activation, beside))
-                return y + memory.view_as(y)
+                return y + self._public_beside(x, self.traced_slots()).view_as(y)
         return y
 
     def _with_graph(self, x: Tensor) -> bool:
@@ -109,10 +106,10 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             y = backend.glu_ffn_forward(x2d, host, views, scale, activation, save=False)[0]
         return self.total(y).view_as(x)
 
-    def _public_beside(self, x: Tensor) -> Tensor:
-        parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
-        backend = "reference" if x.dtype == torch.float64 else self.beside  # a host moved to float64 after attach
-        return self.total(ops.sideway_glu(self.entered(x), parameter, scale, self.activation, backend))
+    def _public_beside(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The memory's output alone, through the public ops."""
+        scale, backend = self.arena.scales[self.index], self.beside_backend(x)
+        return self.total(ops.sideway_glu(self.entered(x), slots, scale, self.activation, backend))
 
     def _public_whole(self, x: Tensor) -> Tensor:
         parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
@@ -120,12 +117,10 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         return self.total(reference.glu_ffn(self.entered(x), gate, up, down, parameter, scale, self.activation, *biases))
 
     def _traced(self, x: Tensor, arguments: tuple, named: dict[str, Any]) -> Tensor:
-        scale, slots, double = self.arena.scales[self.index], self.traced_slots(), x.dtype == torch.float64
+        scale, slots = self.arena.scales[self.index], self.traced_slots()
         if not self.state.learned or self.obstacle() is not None:
-            beside = "reference" if double else self.beside
-            memory = self.total(ops.sideway_glu(self.entered(x), slots, scale, self.activation, beside))
-            return self.original(*arguments, **named) + memory
-        host, backend = self.gated().weights(), "reference" if double else self.backend
+            return self.original(*arguments, **named) + self._public_beside(x, slots)
+        host, backend = self.gated().weights(), "reference" if x.dtype == torch.float64 else self.backend
         biases = (host.gate_bias, host.up_bias, host.down_bias)
         x = self.entered(x)
         return self.total(ops.glu_ffn(x, host.gate, host.up, host.down, slots, scale, self.activation, *biases, backend))
@@ -134,7 +129,7 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
         state, arena = self.state, self.arena
         parameter, scale = arena.parameters[self.index], arena.scales[self.index]
         backend = "reference" if x.dtype == torch.float64 else None
-        if self._is_host_alone():
+        if self.is_host_alone():
             return self.original(*arguments, **named)
         # Nobody looks into a graph: handed out and not known to have learned, the slots are read beside the host.
         if state.learned and state.exclusion.off_somewhere == 0 and self.formula is None and not self.ffn.projection_obstacle():
@@ -145,17 +140,10 @@ class PatchedGluFFN(PatchedFFN[HostFFN]):
             return self.total(y)
         return self._with_memory_compiled(x, self.original(*arguments, **named))
 
-    def _is_host_alone(self) -> bool:
-        """Whether a compiled graph may leave the memory out."""
-        state = self.state
-        return not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized))
-
     def _with_memory_compiled(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._is_host_alone():
+        if self.is_host_alone():
             return y
-        parameter, scale = self.arena.parameters[self.index], self.arena.scales[self.index]
-        backend = "reference" if x.dtype == torch.float64 else self.beside
-        memory = self.total(ops.sideway_glu(self.entered(x), parameter, scale, self.activation, backend))
+        memory = self._public_beside(x, self.arena.parameters[self.index])
         if self.state.exclusion.off_somewhere > 0:
             memory = memory * in_use(x, self.binding.number)
         return y + memory.view_as(y)

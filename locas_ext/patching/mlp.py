@@ -29,9 +29,11 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
             case Route.BESIDE:
                 y = y + (self._beside(x, scope) if tap is None else self._tapped(x))
             case Route.PUBLIC_BESIDE:
-                y = y + self._public_beside(x, detached=tap is not None)
-            case Route.TRACED:
-                y = y + self._traced(x)
+                parameter = self.arena.parameters[self.index]
+                slots = parameter if tap is None else parameter.detach()
+                y = y + self._public_beside(x, slots[:, : self.arena.used])
+            case Route.TRACED:  # with the empty slots, so that the number of used ones is not part of a graph
+                y = y + self._public_beside(x, self.traced_slots())
         return y if tap is None else tap(self, x, y)
 
     def _obstacle_now(self) -> str:
@@ -57,26 +59,15 @@ class PatchedMlpFFN(PatchedFFN[HostFFN]):
         hidden = activate(F.linear(x, views.gate_key), self.activation)
         return hidden @ views.value * self.arena.scales[self.index]
 
-    def _public_beside(self, x: Tensor, detached: bool) -> Tensor:
-        arena, parameter = self.arena, self.arena.parameters[self.index]
-        slots = (parameter.detach() if detached else parameter)[:, : arena.used]
-        backend = "reference" if x.dtype == torch.float64 else self.beside
-        return ops.sideway_mlp(x, slots, arena.scales[self.index], self.activation, backend)
-
-    def _traced(self, x: Tensor) -> Tensor:
-        """With the empty slots, so that the number of used ones is not part of a graph."""
-        backend = "reference" if x.dtype == torch.float64 else self.beside
-        return ops.sideway_mlp(x, self.traced_slots(), self.arena.scales[self.index], self.activation, backend)
+    def _public_beside(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The memory's output alone, through the public ops."""
+        return ops.sideway_mlp(x, slots, self.arena.scales[self.index], self.activation, self.beside_backend(x))
 
     def _with_memory_compiled(self, x: Tensor, y: Tensor) -> Tensor:
-        state, arena = self.state, self.arena
-        if not self.attached or not (state.learned or state.watched or (torch.is_grad_enabled() and state.initialized)):
+        if self.is_host_alone():
             return y
-        # With the empty slots, so that the number of used ones is not part of the graph.
-        parameter, scale = arena.parameters[self.index], arena.scales[self.index]
-        backend = "reference" if x.dtype == torch.float64 else self.beside
-        memory = ops.sideway_mlp(x, parameter, scale, self.activation, backend)
-        return y + (memory * in_use(x, self.binding.number) if state.exclusion.off_somewhere > 0 else memory)
+        memory = self._public_beside(x, self.arena.parameters[self.index])  # with the empty slots, as where it is traced
+        return y + (memory * in_use(x, self.binding.number) if self.state.exclusion.off_somewhere > 0 else memory)
 
     def host_rows(self, like: Tensor) -> tuple[Rows, ...]:
         return self.ffn.input_rows(like)[:1]  # of a gated FFN those of the gate, which the activation is applied to

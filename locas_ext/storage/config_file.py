@@ -46,10 +46,10 @@ _WRITE = {
     "epsilon": number(0, 3.5e38),
     "tokens": either(
         one_of("all"),
-        record({"top_loss": _SIZE}),
-        record({"loss_above": _FLOAT}),
         _SIZE,  # format 1's top_loss
         _FLOAT,  # format 1's loss_above
+        record({"loss_above": _FLOAT}),
+        record({"top_loss": _SIZE}),
     ),
     "capacity": nullable(_SIZE),
     "when_full": one_of("error", "drop_oldest", "compress"),
@@ -96,7 +96,8 @@ _FILE = {
     "memory_sha256": _SHA256,
     "config_sha256": _SHA256,
 }
-_STREAM2 = record({**_STREAM, "settings": record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP}), "tail": _TAIL}, _KEPT)
+_SETTINGS2 = record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP})
+_STREAM2 = record({**_STREAM, "settings": _SETTINGS2, "tail": _TAIL}, _KEPT)
 _FORMATS = {
     1: record(
         {
@@ -196,6 +197,14 @@ def check(fields: Any) -> None:
         config_of(fields)
     except (TypeError, ValueError) as error:
         raise Wrong(f"config: {error}") from None
+
+
+def check_settings(settings: dict) -> None:
+    """ValueError for settings of a run that no file takes: said before the run, which could not be kept."""
+    try:
+        _SETTINGS2(settings, "")
+    except Wrong as error:
+        raise ValueError(str(error)) from None
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------

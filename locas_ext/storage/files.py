@@ -25,18 +25,31 @@ def write_atomically(path: Path, content: bytes) -> None:
     the file's place is replaced, not followed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        _write_new(temporary, content)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:  # a full disk names no file, the others the temporary one
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    _sync_folder(path.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
     # O_EXCL: never into something that is there already, be it a planted link
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             _sync(file.fileno(), _NO_FSYNC)
-        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
 def remove_temporaries(path: Path) -> None:

@@ -78,13 +78,13 @@ def _keys(host: Host) -> tuple[dict[str, Any], list[WidthKey]]:
     """What to change of a host's config first, and its keys. ValueError where no model can be made of it."""
     try:
         base = switches(host)
-    except ValueError as error:
-        raise ValueError(f"cannot merge: {error}; {_CANNOT}") from None
     except Exception as error:
         raise ValueError(
             f"cannot merge: no second {type(host.model).__name__} could be made of its config, which raised "
             f"{type(error).__name__}: {error}; {_CANNOT}"
         ) from error
+    if base is None:
+        raise ValueError(f"cannot merge: its config, read again, states FFNs of another width than the model's; {_CANNOT}")
     return base, width_keys(host, base)
 
 

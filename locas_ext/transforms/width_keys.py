@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from locas_ext.hosts.ffn import HostFFN
 from locas_ext.hosts.registry import Host
+from locas_ext.hosts.tried import tried
 
 # Entries that may state a width though no FFN is as wide as they say: some models halve it, or round it.
 _WIDTH_WORDS = ("intermediate", "ffn", "ff_dim", "feed_forward", "inner")
@@ -53,7 +55,7 @@ def made_on_meta(host: Host, settings: dict[str, Any]) -> nn.Module:
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Of a model's parameters, by name."""
+    """The shapes of a model's parameters, by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -79,8 +81,11 @@ def _candidates(values: dict[str, Any], widths: set[int]) -> Iterable[tuple[str,
             yield name, max(widths) if value is None else value, counts  # None: what follows from the hidden size
 
 
-def switches(host: Host) -> dict[str, Any]:
-    """Entries to change so that the config says how wide the FFNs are, literally. ValueError if it cannot say it."""
+def switches(host: Host) -> dict[str, Any] | None:
+    """Entries to change so that the config says how wide the FFNs are, literally; None if it cannot say it.
+
+    Raises whatever the host's class raises for the config as it is.
+    """
     values = vars(host.config)
     off = {name: False for name, value in values.items() if value is True and any(word in name for word in _SWITCH_WORDS)}
     width = next((ffn.width for ffn in host.ffns.values()), None)
@@ -89,15 +94,11 @@ def switches(host: Host) -> dict[str, Any]:
     ]
     own, parameters = shapes(host.model), set[str]().union(*ffn_parameters(host).values())
     for settings in [*literal, {}, off]:
-        try:
+        with tried() if settings else nullcontext():
             stated = shapes(made_on_meta(host, settings))
-        except Exception:
-            if not settings:
-                raise
-            continue
-        if all(stated.get(name) == own[name] for name in parameters):
-            return settings
-    raise ValueError("its config, read again, states FFNs of another width than the model's")
+            if all(stated.get(name) == own[name] for name in parameters):
+                return settings
+    return None
 
 
 def _step(value: int, counts: bool) -> int:
@@ -107,9 +108,10 @@ def _step(value: int, counts: bool) -> int:
 def _tried(host: Host, entry: tuple[str, int, bool], base: dict[str, Any], stated: dict[str, torch.Size]) -> WidthKey | None:
     """The key, if a model made with a larger value differs from the stated shapes in FFNs only, and in whole ones."""
     name, value, counts = entry
-    try:
+    changed = None
+    with tried():  # an entry that means something else may raise
         changed = made_on_meta(host, {**base, name: value + _step(value, counts)})
-    except Exception:  # an entry that means something else
+    if changed is None:
         return None
     other = shapes(changed)
     differing = {n for n in stated.keys() | other.keys() if stated.get(n) != other.get(n)}

@@ -1,6 +1,8 @@
 """`locas chat`: answers, the memory switched off and on, a text studied, and what is wrong said without an end."""
 
 import io
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from support.study import CHAT, TEXT, study_host, study_tokenizer
 import locas_ext as locas
 from locas_ext.cli import main
 from locas_ext.cli.tasks import chat as chat_module
+from locas_ext.cli.tasks import generate as generate_module
 from locas_ext.evaluation.inputs import load_host
 
 
@@ -132,3 +135,30 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(host, capsys, monkeypatc
     monkeypatch.setattr(chat_module, "load_host", lambda *arguments: (model, tokenizer))
     status, out, _ = talk(capsys, monkeypatch, host, "First?", "Second?")
     assert status == 0 and len(calls) == 2 and "stopped" in out
+
+
+def test_what_breaks_an_answer_is_said_and_what_was_learned_is_still_there(host, tmp_path, capsys, monkeypatch):
+    model, tokenizer = load_host(str(host), None, "cpu")
+    monkeypatch.setattr(model, "generate", lambda **options: torch.empty(2**62, 4))
+    monkeypatch.setattr(chat_module, "load_host", lambda *arguments: (model, tokenizer))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, out, err = talk(capsys, monkeypatch, host, "First?", os.fsdecode(b"t\xe9"), "/save ~/kept")
+    assert status == 0 and "out of memory: " in out and "this line is not text in UTF-8" in out, err
+    assert (tmp_path / "kept" / "locas_config.json").exists()
+
+
+def test_a_signal_that_ends_the_process_ends_the_conversation(host, capsys, monkeypatch):
+    model, tokenizer = load_host(str(host), None, "cpu")
+    monkeypatch.setattr(model, "generate", lambda **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(chat_module, "load_host", lambda *arguments: (model, tokenizer))
+    assert talk(capsys, monkeypatch, host, "First?", "Second?")[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_not_taken_for_an_answer(host, capsys, monkeypatch, temperature):
+    model, tokenizer = load_host(str(host), None, "cpu")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    monkeypatch.setattr(generate_module, "load_host", lambda *arguments: (model, tokenizer))
+    assert main(["generate", "--model", str(host), "--prompt", "First?", "--temperature", str(temperature)]) == 1
+    assert "the model's logits are not finite" in capsys.readouterr().err

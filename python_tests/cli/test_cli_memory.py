@@ -3,16 +3,14 @@
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.command_line import WINDOW, run
+from support.command_line import WINDOW, exit_with_status, run
+from support.forked import forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import locas_ext as locas
@@ -89,7 +87,7 @@ def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsy
     status, _, err = run(
         capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--window", 64, "--stride", 16
     )
-    assert status == 2 and "rank was 4, is 64" in err
+    assert status == 1 and "rank was 4, is 64" in err
     status, _, err = run(
         capsys,
         "memorize",
@@ -106,11 +104,11 @@ def test_resume_refuses_other_settings_and_says_which(page, memory_folder, capsy
         "--rank",
         4,
     )
-    assert status == 2 and "stride was 32, is 16" in err
+    assert status == 1 and "stride was 32, is 16" in err
     status, _, err = run(
         capsys, "memorize", page, "--model", MODEL, "--out", memory_folder, "--resume", "--rank", 4, "--no-clip"
     )
-    assert status == 2 and "clip was True, is False" in err
+    assert status == 1 and "clip was True, is False" in err
 
 
 def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
@@ -119,28 +117,20 @@ def test_a_killed_run_resumes_to_the_bit(page, memory_folder, tmp_path):
     draw = random.Random(0)
     for kill in (True, True, False):
         resume = ["--resume"] if (out / "locas_config.json").exists() else []
-        process = subprocess.Popen(
-            [sys.executable, "-m", "locas_ext", *command, *resume],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: torch's products may differ by threads
-        )
+        process = forked(exit_with_status, [*command, *resume])
+        process.start()
         if kill:
             first = (out / "locas_config.json").stat().st_mtime_ns if resume else 0
-            deadline = time.monotonic() + 600
             # Let it learn a chunk or more, then pull the plug at whatever moment this is.
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.is_alive():
                 file = out / "locas_config.json"
                 if file.exists() and file.stat().st_mtime_ns != first:
                     break
                 time.sleep(0.005)
             time.sleep(draw.uniform(0, 0.2))
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-        else:
-            _, err = process.communicate(timeout=600)
-            assert process.returncode == 0, err
+            process.kill()
+        process.join()
+    assert process.exitcode == 0
     for name, expected in load_file(memory_folder / "locas_memory.safetensors").items():
         assert torch.equal(load_file(out / "locas_memory.safetensors")[name], expected), name
 

@@ -1,6 +1,7 @@
 """`locas study`: from texts to a memory folder, interrupted and gone on, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from support.command_line import run
@@ -29,7 +30,7 @@ def study(capsys, files, out, *more, text="text.txt"):
     return run(capsys, "study", files / text, "--model", files / "host", "--out", out, *OPTIONS, *more)
 
 
-def test_given_pairs_become_a_memory(files, tmp_path, capsys):
+def test_given_pairs_become_a_memory(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "memory"
     status, printed, err = study(capsys, files, out, "--pairs", files / "pairs.jsonl")
     assert status == 0, err
@@ -41,6 +42,11 @@ def test_given_pairs_become_a_memory(files, tmp_path, capsys):
     assert (tmp_path / "memory.study" / "progress.json").exists()
     status, _, err = study(capsys, files, out, "--pairs", files / "pairs.jsonl")
     assert status == 2 and "holds something already" in err
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    monkeypatch.chdir("here")  # the study of a folder without a name lies beside it all the same
+    assert study(capsys, files, ".", "--pairs", files / "pairs.jsonl")[0] == 0
+    assert (tmp_path / "here.study" / "progress.json").exists()
     further = tmp_path / "further"
     status, _, err = study(capsys, files, further, "--memory", out)
     assert status == 0, err

@@ -45,6 +45,15 @@ def test_the_command_line_wins_in_any_order(write, tasks):
         assert (tasks[-1].seed, tasks[-1].max_new_tokens) == (5, 7)
 
 
+def test_numbers_are_those_of_yaml_1_2(write, tasks):
+    """Of YAML 1.1 a leading zero means eight, a colon sixty; and a name that begins as a number is none."""
+    file = write("prompt: 1e5th floor\nmodel: 3.5-turbo\nmemory: 5e-3_rank64\nseed: 010\nmax_new_tokens: +7\ntemperature: .5\n")
+    assert main(["generate", "--config", str(file)]) == 0
+    (task,) = tasks
+    assert (task.prompt, task.model, task.memory) == ("1e5th floor", "3.5-turbo", Path("5e-3_rank64"))
+    assert (task.seed, task.max_new_tokens, task.temperature) == (10, 7, 0.5)
+
+
 def test_null_means_the_default_where_there_is_none(write, tasks, capsys):
     assert main(["generate", "--config", str(write("prompt: a\nmodel: m\nmemory: null\n"))]) == 0
     assert tasks[-1].memory is None
@@ -62,12 +71,14 @@ def test_null_means_the_default_where_there_is_none(write, tasks, capsys):
         ("rank: true", ["rank is true; expected an integer >= 1"]),
         ("rank: 2.5", ["rank is 2.5; expected an integer >= 1"]),
         ("rank: [1, 2]", ["rank is [1, 2]; expected an integer >= 1"]),
+        ("rank: 1:30", ["rank is '1:30'; expected an integer >= 1"]),
+        ("rank: 0x10", ["rank is '0x10'; expected an integer >= 1"]),
         ("rank: 0", ["rank is 0; expected an integer >= 1"]),
-        ("rank: " + "9" * 4000, ["rank is 999", "expected an integer >= 1"]),
+        ("rank: " + "9" * 4000, ["rank is 999", "expected an integer from 1 to 9007199254740992"]),
         ("rank: " + "9" * 5000, ["cannot be read", "digits"]),
-        ("learning-rate: .nan", ["learning-rate is nan; expected a finite number >= 0"]),
-        ("learning_rate: -1", ["learning_rate is -1; expected a finite number >= 0"]),
-        ("learning_rate: fast", ["learning_rate is 'fast'; expected a finite number >= 0"]),
+        ("learning-rate: .nan", ["learning-rate is nan; expected a number >= 0 and <= 1e+30"]),
+        ("learning_rate: -1", ["learning_rate is -1; expected a number >= 0 and <= 1e+30"]),
+        ("learning_rate: fast", ["learning_rate is 'fast'; expected a number >= 0 and <= 1e+30"]),
         ("init: best", ["init is 'best'; expected one of topk, bottomk, random, gaussian, activation"]),
         ("init: 3", ["init is 3; expected one of"]),
         ("clip: maybe", ["clip is 'maybe'; expected true or false"]),

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,28 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert tree(tmp_path) == []
 
 
+def test_an_empty_folder_stays_the_same_folder(tmp_path, monkeypatch):
+    """It may be a mounted disk, or the shell's own folder: neither can be replaced, and a new one would not be seen there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = os.stat(".").st_ino
+    with whole_or_not_at_all(Path(".")) as folder:
+        write(folder)
+        (folder / "config.json").write_text("{}")
+    assert os.stat(".").st_ino == before == os.stat(tmp_path / "here").st_ino
+    assert tree(Path(".")) == ["config.json", "deeper", "deeper/private", "model"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refused(**options):
+        raise PermissionError(13, "Permission denied", "/tmp/x1y2z3")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(PermissionError, match="cannot write into it: Permission denied") as raised, made(tmp_path / "a"):
+        pass
+    assert raised.value.filename == str(tmp_path / "a") and tree(tmp_path) == []
+
+
 def test_neighbours_stay_whatever_they_are_called(tmp_path):
     for name in ("new.unfinished", "new.tmp", ".locas-", "unfinished"):
         (tmp_path / name).mkdir()
@@ -85,7 +108,6 @@ def test_what_is_there_is_refused_and_stays(tmp_path):
 def test_what_came_there_meanwhile_stays(tmp_path):
     with pytest.raises(LocasError, match="holds something already"), whole_or_not_at_all(tmp_path / "new") as folder:
         write(folder)
-        (tmp_path / "new").mkdir()
         (tmp_path / "new" / "letter").write_text("dear reader")
     assert tree(tmp_path) == ["new", "new/letter"]
 

@@ -17,7 +17,10 @@ from locas_ext.cli.app import app
 from locas_ext.cli.commands import memorize as memorize_command
 from locas_ext.cli.grouped import grouped
 from locas_ext.cli.study_options import KEYS, KINDS, LOSSES, StudyOptions
+from locas_ext.cli.tasks.generate import sampling
+from locas_ext.evaluation.arguments import once
 from locas_ext.evaluation.inputs import DTYPES as LOADABLE
+from locas_ext.evaluation.perplexity.parallel import world_size
 from locas_ext.learning.optimizers import OPTIMIZERS
 from locas_ext.learning.study import settings as study_settings
 from locas_ext.learning.update import UPDATES, WHEN_FULL
@@ -140,3 +143,24 @@ def test_the_options_of_a_study_are_its_settings_and_have_their_defaults():
     assert (KINDS, KEYS, LOSSES) == (study_settings.KINDS, study_settings.KEYS, study_settings.LOSSES)
     assert StudyOptions().loss == signature(locas.Memory.study).parameters["loss"].default
     assert {field.name for field in fields(locas.StudySettings)} - set(given) == {"new_tokens"}
+
+
+@pytest.mark.parametrize("temperature, drawn", [(0.0, False), (1e-300, False), (1e-45, False), (0.01, True), (5.0, True)])
+def test_a_temperature_that_would_overflow_is_the_likeliest_token(temperature, drawn):
+    assert sampling(temperature) == ({"do_sample": True, "temperature": temperature} if drawn else {"do_sample": False})
+
+
+def test_a_file_named_twice_is_refused(tmp_path):
+    once("--held-out", [tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ValueError, match="--held-out names .* twice"):
+        once("--held-out", [tmp_path / "a", tmp_path / "." / "b" / ".." / "a"])
+
+
+@pytest.mark.parametrize("text, size", [("", 1), ("4", 4), ("0", None), ("x", None), ("-1", None)])
+def test_what_a_launcher_says_is_a_number(monkeypatch, text, size):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    if size is not None:
+        assert world_size() == size
+        return
+    with pytest.raises(ValueError, match="WORLD_SIZE is .* in the environment; expected an integer >= 1"):
+        world_size()

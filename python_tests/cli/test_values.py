@@ -1,6 +1,7 @@
 """Options' values: from the command line as text and from a file as YAML values, refused in the same words."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,12 @@ def test_read(kind, value, expected):
         (values.TOKENS, "top-loss:0"),
         (values.TOKENS, "top-loss:1.5"),
         (values.TOKENS, "loss-above:inf"),
+        (names(DTYPES), ""),
+        (names(DTYPES), " , "),
+        (names(DTYPES), "float16,float32,float16"),
+        (values.MODEL, ""),
+        (number(low=0), "1e300"),
+        (integer(0), 2**53 + 1),
     ],
 )
 def test_refused(kind, value):
@@ -94,3 +101,11 @@ def test_scale_takes_what_the_config_takes(value):
             LocasConfig(scale=float(value) if isinstance(value, str) and value not in ("host",) else value)
         return
     assert expected == values.SCALE(value)
+
+
+def test_a_home_folder_is_meant_where_no_shell_has_replaced_it(monkeypatch):
+    """As in --out=~/memory and in a file: a folder called ~ would be made, and one day be removed with all that ~ means."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert path("P")("~/a") == Path("/home/ada/a") and path("P")("~") == Path("/home/ada")
+    assert values.MODEL("~/host") == "/home/ada/host" and values.MODEL("Qwen/~x") == "Qwen/~x"
+    assert path("P")("~a/b") == Path("~a/b") and path("P")("a/~") == Path("a/~") and path("P")("./~") == Path("~")

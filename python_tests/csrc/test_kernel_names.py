@@ -26,5 +26,5 @@ def test_names_are_stems():
     The codes of the docs (K1, D2, U) are no names.
     """
     stems = "glu_ffn|glu_activation|neuron_importance|token_nll|rms_norm|layer_norm|rotary"
-    stems += "|adamw_slots|sgd_slots|write_slots|add_slices"
+    stems += "|adamw_slots|sgd_slots|write_slots|add_slices|peer_sum"
     assert not [name for name in NAMES if not re.fullmatch(rf'"({stems})(_[a-z]+)*(_sm90)?"', name)]

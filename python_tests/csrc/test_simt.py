@@ -50,6 +50,7 @@ def test_kernels_on_the_simt_runner(record_property):
         "layer_norm",
         "rotary",
         "write_slots",
+        "peer_sum",
     ]:
         assert any(line.startswith(kernel) for line in lines), f"{kernel} did not run"
     (planted,) = [line for line in lines if line.startswith("runner: planted bugs")]

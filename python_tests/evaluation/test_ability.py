@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.ability import WORDS, sentence, write_tasks
 from support.helpers import tiny_model
 from support.hosts import tiny
@@ -21,7 +22,7 @@ from locas_ext.evaluation.capability.ability.data import Question
 from locas_ext.evaluation.capability.ability.requests import Request, encode
 from locas_ext.evaluation.capability.ability.scoring import Budget, batches, groups, score_requests
 from locas_ext.evaluation.capability.task_states import compared
-from locas_ext.evaluation.methods.adapter_files import save_lora, saved_lora
+from locas_ext.evaluation.methods.adapter_files import lora_digest, save_lora, saved_lora
 from locas_ext.evaluation.methods.temp_lora import lora, temp_lora
 
 LARGE = Budget(1 << 11, 1 << 14, 1 << 26, 1 << 20)
@@ -273,7 +274,18 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     other = tiny_model("llama", hidden_size=64)
     with pytest.raises(LocasError, match="is an adapter of another model"), saved_lora(other, tmp_path):
         pass
-    file = tmp_path / "adapter_model.safetensors"
+    file, config, before = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json", lora_digest(tmp_path)
+    kept = config.read_text()
+    config.write_text(kept.replace('"r": 2', f'"r": {1 << 20}'))  # gigabytes, were they made before this is noticed
+    assert lora_digest(tmp_path) != before
+    with pytest.raises(LocasError, match="its tensors are not of rank 1048576"), saved_lora(model, tmp_path):
+        pass
+    config.write_text(kept)
+    whole = load_file(file)
+    save_file({name: tensor * float("nan") for name, tensor in whole.items()}, file)
+    with pytest.raises(LocasError, match="holds numbers that are not finite"), saved_lora(model, tmp_path):
+        pass
+    save_file(whole, file)
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(LocasError, match=r"adapter_model\.safetensors is damaged"), saved_lora(model, tmp_path):
         pass

@@ -74,6 +74,16 @@ def test_an_entry_that_does_not_fit_is_named(dialogues, tmp_path, changes, messa
         correct(dialogues, read_corrections(file))
 
 
+@pytest.mark.parametrize("types", [("HALLUCINATION", "WRONG_CITATION"), ("WRONG_CITATION", "HALLUCINATION")])
+def test_a_second_entry_about_a_question_is_named(dialogues, tmp_path, types):
+    question = answered(dialogues[0])[0]
+    file = write(tmp_path / "corrections", [entry(7, question, "x", error_type) for error_type in types])
+    with pytest.raises(
+        ValueError, match=r"corrections\[1\]: .*corrections\[0\] is about the same question; expected one entry"
+    ):
+        correct(dialogues, read_corrections(file))
+
+
 @pytest.mark.parametrize("key", ["dialogue", "question", "category", "published", "correct", "error_type"])
 def test_a_missing_key_is_named(dialogues, tmp_path, key):
     content = entry(7, answered(dialogues[0])[0], "x")
@@ -94,8 +104,8 @@ def test_the_score_without_corrected_questions(dialogues, tmp_path):
     wrong = random.sample(answered(dialogues[0]), 2)
     corrections = read_corrections(write(tmp_path / "c", [entry(7, question, "x y z") for question in wrong]))
     new = correct(dialogues, corrections)
-    answers = [[question.answer or "" for question in dialogue.questions] for dialogue in dialogues]  # the published ones
-    summaries = [summarize(dialogue.questions, texts) for dialogue, texts in zip(new, answers, strict=True)]
+    published = [[(question.answer or "").split(";")[0] for question in dialogue.questions] for dialogue in dialogues]
+    summaries = [summarize(dialogue.questions, texts) for dialogue, texts in zip(new, published, strict=True)]
     assert UNDISPUTED not in summaries[1]
     both, total = pool(summaries), sum(len(answered(dialogue)) for dialogue in dialogues)
     assert both[UNDISPUTED] == {"count": total - 2, "f1": pytest.approx(1)}

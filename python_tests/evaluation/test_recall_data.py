@@ -1,10 +1,14 @@
 """What `locas recall` asks: invented facts, files of texts with questions, distractors, retrieval, scores."""
 
+import itertools
 import json
 import math
+import os
 import random
+import threading
 
 import pytest
+from support.locomo_samples import KITES, listed
 
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.recall.bm25 import BM25
@@ -110,6 +114,29 @@ def test_a_dialogue_is_a_text_without_its_adversarial_questions(data):
     assert [d.title for d in documents] == ["kites", "long"]
     assert all(question.kind == QUESTION and question.answers[0] for d in documents for question in d.questions)
     assert len(documents[0].questions) == 4 and "DATE:" in documents[0].text
+
+
+def test_a_dialogue_of_adversarial_questions_alone_is_refused_by_name(tmp_path):
+    asked = [question for question in KITES["qa"] if question["category"] == 5 and "answer" not in question]
+    (tmp_path / "kites.json").write_text(json.dumps({**KITES, "qa": asked}))
+    with pytest.raises(LocasError, match=r"kites\.json: dialogue kites has no question that it answers"):
+        read_documents(str(tmp_path / "kites.json"))
+
+
+def test_dialogues_come_through_a_pipe_too(tmp_path):
+    """Which can be read once only."""
+    os.mkfifo(tmp_path / "pipe")
+    content = json.dumps([listed(KITES, "conv-1")]).encode()
+    threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(content), daemon=True).start()
+    assert [document.title for document in read_documents(str(tmp_path / "pipe"))] == ["conv-1"]
+
+
+def test_titles_with_a_number_are_not_taken_twice(tmp_path):
+    entries = [{"title": title, "text": "x", "questions": [{"question": "q", "answer": "a"}]} for title in ("a", "a (2)", "a")]
+    for order in itertools.permutations(entries):
+        (tmp_path / "a.json").write_text(json.dumps(order))
+        titles = [document.title for document in read_documents(str(tmp_path / "a.json"))]
+        assert len(set(titles)) == 3 and {"a", "a (2)"} < set(titles)
 
 
 def test_the_shipped_tales():

@@ -130,7 +130,7 @@ def test_every_plot_of_a_report_is_there_and_is_embedded(tmp_path):
 
 
 def test_labels_keep_their_order_and_their_distance_and_stay_near():
-    numbers = np.random.default_rng()
+    numbers = np.random.default_rng(random.randrange(2**32))
     for _ in range(50):
         n = int(numbers.integers(1, 12))
         wanted, heights = numbers.uniform(0, 10, n), numbers.uniform(0.1, 0.8, n)

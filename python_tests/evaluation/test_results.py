@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,18 @@ def test_files_follow_the_umask(tmp_path):
 def test_tasks_are_made_by_keywords_only(task):
     with pytest.raises(TypeError, match="positional"):
         task(*[None] * len(dataclasses.fields(task)))
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    results.open_folder(tmp_path, SETTINGS)
+    before = (tmp_path / "results.json").read_bytes()
+    for settings, records in (({"seed": 2**60}, []), (SETTINGS, [{"title": "\udcff"}])):
+        with pytest.raises(LocasError, match=r"what was to be written into .*results\.json is damaged: "):
+            results.write(tmp_path, settings, records)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_paths_that_are_not_utf8_are_kept_as_text(tmp_path):
+    settings = {"memory": Path(os.fsdecode(b"t\xe9"))}
+    assert results.open_folder(tmp_path, settings) == results.open_folder(tmp_path, settings) == []
+    assert results.read(tmp_path)["settings"]["memory"] == "t\\udce9"

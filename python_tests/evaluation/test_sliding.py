@@ -152,3 +152,12 @@ def test_memorize_keeps_a_context_and_resumes(page, tmp_path, capsys):
     assert main(other) == 2 and "context was {'sinks': 3" in capsys.readouterr().err
     assert main([str(part) for part in (*command, "--context-gradient", "--resume")]) == 2
     assert "context_gradient is True, but context is 'keep'" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_a_reading():
+    """It would be kept as a perplexity of nothing, in a log that no reader of JSON takes."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(locas.LocasError, match="truncation: the loss is nan at tokens 0 to 7"):
+        truncation(model, random_ids(40), 16, 8, progress=False)

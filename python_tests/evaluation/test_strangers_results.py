@@ -35,6 +35,16 @@ def locomo_record(method):
     return {"method": method, "dialogue": "kites", "questions": 3, "cut_tokens": 7, "seconds": 2.5, "scores": scores}
 
 
+def recall_record(method):
+    answers = [
+        {"kind": kind, "contained": True, "f1": 0.5, "calibrated": False, "gold_nats": -1.5} for kind in ("name", "absent")
+    ]
+    kept = {"kept_questions": 4, "kept": 0.75, "kept_interval": [0.5, 1.0], "kept_by_rounding": 0.9}
+    kept |= {"kept_in_float32": 0.8, "kept_in_float32_interval": [0.6, 1.0]}
+    measured = {"perplexity": 20.5, "other_kl": 0.01, "extra_parameters": 9, "notes": ["a note"], "answers": answers}
+    return {"method": method, "document": "t0", "error": None, "seconds": 1.5, **kept, **measured}
+
+
 LOCOMO = {"methods": ["no-context"], "dialogues": {"kites": "ab"}, "prompts": {"turn": "{a}"}, "model": "m"}
 WHOLE = {
     "perplexity": (
@@ -42,6 +52,7 @@ WHOLE = {
         [record(m, settings={"rank": 4, "learning_rate": 1e-3, "init": "topk"}) for m in ("truncation", "locas", "temp-lora")],
     ),
     "locomo": (LOCOMO, [locomo_record("all-refuse"), locomo_record("no-context")]),
+    "recall": ({"model": "m", "methods": ["none", "locas"]}, [recall_record("none"), recall_record("locas")]),
     "capability": (
         {"model": "m", "window": 64},
         [

@@ -126,11 +126,21 @@ def test_a_file_is_read_in_steps_as_at_once(tmp_path, seed):
 
 
 @pytest.mark.parametrize("place", [0, 1, 4095, 4096, 9000])
-def test_bytes_that_are_not_text_are_named(tmp_path, tokenizer, place):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_bytes_that_are_not_text_are_named(tmp_path, tokenizer, place, mark):
     file = tmp_path / "bad.txt"
-    file.write_bytes(b"a" * place + b"\xc3(" + b"b" * 10_000)
+    file.write_bytes(mark + b"a" * place + b"\xc3(" + b"b" * 10_000)
+    place += len(mark)
     with pytest.raises(ValueError, match=rf"bad.txt is not UTF-8 text \(byte {place}\)"):
         read_text(file, tokenizer, None)
+
+
+def test_the_mark_before_a_text_is_not_text(tmp_path, tokenizer):
+    """Windows editors write one: it would be scored, and learned, as a first word."""
+    (tmp_path / "marked.txt").write_bytes("\ufeffIt was\r\n\ufeff so.".encode())
+    (tmp_path / "plain.txt").write_bytes("It was\n\ufeff so.".encode())
+    marked, plain = (read_text(tmp_path / f"{name}.txt", tokenizer, None) for name in ("marked", "plain"))
+    assert marked.ids.equal(plain.ids) and marked.bytes == plain.bytes and marked.sha256 != plain.sha256
 
 
 # ---- what is no regular file ---------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ def test_an_endless_pipe_is_read_as_far_as_it_is_needed(tmp_path, tokenizer):
 
     threading.Thread(target=feed, daemon=True).start()
     assert len(read_text(pipe, tokenizer, 500).ids) == 500
-    assert ended.wait(10)
+    assert ended.wait(120)
 
 
 # ---- several texts, the shipped books ------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import os
 import unicodedata
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -12,12 +14,18 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 from support import nasty
+from support.locomo_samples import KITES
 from support.reports import record, save
+from transformers import AutoTokenizer
 
+from locas_ext.evaluation.assets import MODEL
+from locas_ext.evaluation.capability.command import _names as capability_names
 from locas_ext.evaluation.display import code, json_block, markdown, one_line
+from locas_ext.evaluation.locomo.data import read_dialogues
 from locas_ext.evaluation.report.build import merge_reports, write_report
 from locas_ext.evaluation.report.plots import style
 from locas_ext.evaluation.report.tables import console_table
+from locas_ext.evaluation.texts import read_text
 from locas_ext.terminal import neutral
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -108,3 +116,16 @@ def test_a_report_holds_any_name(tmp_path, book, arm, run):
             assert one_line(arm) in rows
             html = [token.content for token in PARSER.parse(text) if token.type == "html_block"]
             assert [part.strip() for part in html] == ["<details><summary>All settings</summary>", "</details>"]
+
+
+def test_names_of_files_that_are_not_utf8_are_kept_as_text(tmp_path):
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xe9.json"))
+    place.write_text(json.dumps(KITES))
+    (dialogue,) = read_dialogues([place])
+    text = read_text(place, AutoTokenizer.from_pretrained(MODEL), 20)
+    assert [dialogue.name, text.name, *capability_names([place])] == ["t\\udce9", "t\\udce9", "t\\udce9.json"]
+    folders = [place.with_name(os.fsdecode(name)) for name in (b"run\xe8", b"run\xe9")]
+    for folder in folders:
+        save(folder, [record(book=text.name)])
+    report = merge_reports(folders, tmp_path / "merged")
+    assert "run\\\\udce8" in report.read_text(encoding="utf-8")

@@ -8,14 +8,12 @@ import torch
 from support.found_hosts import FOUND, NOT_MERGED, found_host
 from support.helpers import TEXT, logits_of
 from support.hosts import LEARN
-from support.torch_settings import setting
+from support.torch_settings import DEFAULTS
 
 import locas_ext as locas
 
 TORCH = {
-    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "device meta": lambda: setting(torch.set_default_device, "meta", None),
+    **DEFAULTS,
     "inference mode": torch.inference_mode,
     "no_grad": torch.no_grad,
 }

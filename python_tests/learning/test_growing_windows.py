@@ -9,21 +9,13 @@ import random
 
 import pytest
 import torch
+from support.cuda_graphs import eagerly
 from support.helpers import random_ids, tiny_model
 from support.hosts import tiny
 
 import locas_ext as locas
-from locas_ext import _C
-from locas_ext.learning import captured, cuda_graph
+from locas_ext.learning import captured
 from locas_ext.learning.host_kernels.attend import Heads, Span, additive_mask, attend, attend_backward
-
-no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(no_gpu, reason="no GPU")])])
-def device(request, monkeypatch):
-    monkeypatch.delenv("LOCAS_CUDA_GRAPH", raising=False)
-    return request.param
 
 
 @pytest.fixture
@@ -52,9 +44,6 @@ def captures(device, monkeypatch):
 
     monkeypatch.setattr(captured.Captured, "_prepare", prepared)
     monkeypatch.setattr(captured, "capture", captured_here)
-    if device == "cpu":
-        monkeypatch.setattr(cuda_graph, "_is_capturable", lambda device: True)
-        monkeypatch.setattr(captured, "rehearse", lambda work, device: work())
     return lengths
 
 
@@ -63,14 +52,6 @@ def attached(device, family="llama", variant="glu", **config):
     torch.manual_seed(0)
     model = tiny_model(family, dtype=dtype, **config) if variant == "glu" else tiny(family).to(dtype)
     return locas.attach(model.to(device), locas.LocasConfig(variant, rank=5, scale="host"))
-
-
-def eagerly(monkeypatch, memory, ids, **settings):
-    with monkeypatch.context() as patch:
-        patch.setenv("LOCAS_CUDA_GRAPH", "0")
-        report = memory.memorize(ids, **settings)
-    assert report.graph.replayed == 0
-    return report
 
 
 def assert_same(memory, report, plain, plain_report, device):

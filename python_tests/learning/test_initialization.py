@@ -179,3 +179,33 @@ def test_rows_are_clipped_at_lengths_relative_to_the_hosts(scale):
         for rows, length in zip(slots, host, strict=True):
             longest = rows.norm(dim=-1).max().item()
             assert longest == pytest.approx(clip * float(length), rel=1e-4)
+
+
+# ---- init="activation" with scale="host" ---------------------------------------------------------------------
+def test_rates_at_which_activation_rows_diverge_are_refused():
+    _, memory = attached(init="activation")
+    for rate in (dict(update=locas.Backprop()), dict(learning_rate=2e-3)):
+        with pytest.raises(ValueError, match=r"learning_rate is 0.00[24].*init='activation' with scale='host'.*scale='paper'"):
+            memory.memorize(TEXT, window=24, stride=8, progress=False, **rate)
+    assert memory.version == 0 and not memory.state.initialized
+    memory.memorize(TEXT, window=24, stride=8, progress=False, learning_rate=1e-4)
+    assert memory.version == 8
+    _, other = attached(init="activation")
+    other.memorize(TEXT, window=24, stride=8, progress=False)  # a default that it bears
+    assert torch.equal(other.slots, memory.slots)
+
+
+@pytest.mark.parametrize(
+    "changes, settings",
+    [
+        (dict(scale="paper"), {}),
+        (dict(scale=0.3), {}),
+        (dict(init="topk"), {}),
+        ({}, dict(on_divergence="ignore")),
+    ],
+    ids=str,
+)
+def test_others_are_not(changes, settings):
+    _, memory = attached(**{"init": "activation", **changes})
+    memory.memorize(TEXT, window=24, stride=8, progress=False, **settings)
+    assert memory.version == 8

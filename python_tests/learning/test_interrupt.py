@@ -1,18 +1,17 @@
 """Runs that do not reach their end: exceptions, Ctrl-C, losses that are not finite."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 import torch
+from support.forked import forked
 from support.helpers import SETTINGS, TEXT, assert_same_host, attached, snapshot
-from support.interrupting import Stop, stop_after
+from support.interrupting import Stop, memorize_until_interrupted, stop_after
 
 import locas_ext as locas
 from locas_ext.state.scope import Scope, scope_of
@@ -197,35 +196,17 @@ def test_memorize_works_in_a_thread():
 
 def test_sigint_to_a_process_saves_what_was_learned_and_the_run_resumes_to_the_bit(tmp_path):
     """As a user would: Ctrl-C in a terminal, then once more with resume."""
-    script = """
-        import sys
-        import torch
-        sys.path.insert(0, sys.argv[1])
-        torch.set_num_threads(1)
-        from support.helpers import SETTINGS, attached, repeated_text
-        memory = attached()[1]
-        try:
-            memory.memorize(repeated_text(16, 500), **SETTINGS, callback=lambda c: print(c.end, flush=True))
-        except KeyboardInterrupt:
-            memory.save_pretrained(sys.argv[2], optimizer=True)
-            print("saved", memory.version, flush=True)
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parents[1]), str(tmp_path / "memory")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while process.stdout.readline() not in ("40\n", ""):
-            pass
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    version = int(out.split("saved")[1])
-    assert 5 <= version < 1000
+    told, tell = multiprocessing.Pipe(duplex=False)
+    process = forked(memorize_until_interrupted, tmp_path / "memory", tell)
+    process.start()
+    tell.close()
+    with suppress(EOFError):
+        while True:
+            version = told.recv()  # the ends of chunks, until it is interrupted
+            if version == 40:
+                os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 0 and 5 <= version < 1000
     memory = attached()[1]
     memory.load(tmp_path / "memory")
     text = TEXT.repeat(125)[: 8 * version]

@@ -59,9 +59,13 @@ def forked(memory, tmp_path, make):
     return fork
 
 
-@pytest.mark.parametrize("carry", [saved, restored, forked])
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("make", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "make, keep, carry",
+    [
+        *(("llama", keep, carry) for keep in KEEPS for carry in (saved, restored, forked)),
+        *zip(["gemma3"] * 3, KEEPS, (saved, restored, forked), strict=True),
+    ],
+)
 def test_a_run_goes_on_where_its_memory_was_taken(make, keep, carry, tmp_path):
     make, context = MEMORIES[make], locas.Keep(**KEEPS[keep])
     whole, memory = make(), make()
@@ -71,8 +75,18 @@ def test_a_run_goes_on_where_its_memory_was_taken(make, keep, carry, tmp_path):
     assert_same(memory, memory.feed(IDS[72:101], progress=False), whole, whole_report)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(epochs=2, bos=True), dict(window=60), dict(stride=4, window=9)], ids=str)
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize(
+    "keep, settings",
+    [
+        ("keep", {}),
+        ("refreshed", dict(epochs=2, bos=True)),
+        ("refreshed each time", dict(epochs=2, bos=True)),
+        ("keep", dict(window=60)),
+        ("keep", dict(stride=4, window=9)),
+        ("refreshed", dict(stride=4, window=9)),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_bitwise_one_that_was_never_interrupted(keep, settings, tmp_path):
     settings = {**RUN, **settings, "context": locas.Keep(**KEEPS[keep])}
     whole = attached()[1]

@@ -36,8 +36,7 @@ WINDOWS = {
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("context_gradient", [False, True])
-@pytest.mark.parametrize("initialized", [False, True], ids=["fresh", "initialized"])
+@pytest.mark.parametrize("initialized, context_gradient", [(False, False), (True, True)])
 @pytest.mark.parametrize("length, window, stride", WINDOWS.values(), ids=WINDOWS)
 def test_without_learning_every_chunk_has_the_loss_of_the_truncated_host(length, window, stride, initialized, context_gradient):
     model, memory = attached()
@@ -142,7 +141,7 @@ def test_bos_needs_a_host_that_has_one():
 
 # ---- causality ------------------------------------------------------------------------------------------------
 @families
-@pytest.mark.parametrize("t", [1, 7, 8, 9, 20, 39, 40, 41, 63])
+@pytest.mark.parametrize("t", [1, 8, 9, 40, 63])
 def test_tokens_from_t_on_change_no_score_that_ends_before(family, t):
     def run(ids):
         _, memory = attached(family)

@@ -9,11 +9,13 @@ from support.study import PAIRS, TEXT, study_host, study_tokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.recall.general import general_questions
-from locas_ext.learning.study.addresses import Addresses, addressed_rows, enough, found_in, moments, spelled
+from locas_ext.learning.study.addresses import Addresses, addressed_rows, addressed_words, enough, found_in, moments, spelled
 from locas_ext.learning.study.guard import PROMPTS
 from locas_ext.learning.study.learner import Learner
+from locas_ext.learning.study.passages import passages_of, words_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.learning.study.rows import Row
+from locas_ext.learning.study.salience import Word
 
 SEED = random.randrange(10_000)
 CPU = torch.device("cpu")
@@ -31,6 +33,19 @@ def test_a_word_is_found_at_its_last_token_wherever_it_stands():
     assert [words[number] for _, number in found] == ["honey", "Skolm", "Skolm", "honey"], "no row is read to its last token"
     for place, number in found:
         assert prompter.tokenizer.decode(ids[: place + 1]).lower().endswith(words[number].lower())
+
+
+def test_words_that_general_text_has_get_slots_only_beside_names():
+    prompter = Prompter(study_tokenizer())
+    text = "It rained on the harbour and on the market. Captain Klau sold honey on the market. Nobody counted the lanterns."
+    salient = lambda sentence: [
+        Word(start, end, sentence[start:end], sentence[start:end], sentence[start] == "K")
+        for start, end in words_of(sentence)
+        if sentence[start:end] in ("harbour", "market", "Klau", "honey", "lanterns")
+    ]
+    general = [Row(tuple(prompter.encode("Bees make honey. The harbour, the market?")), 1)]
+    words = addressed_words(passages_of(prompter, [text], 64), salient, prompter, general)
+    assert words == ["Klau", "honey", "market", "lanterns"]
 
 
 def test_rows_are_read_until_each_word_stood_in_enough_places_or_in_all_there_are():
@@ -103,6 +118,14 @@ def test_a_slot_without_a_word_never_fires():
     assert rows[[0, 2]].abs().max() == 0 and rows[1].norm() > 0.1
 
 
+def test_a_text_without_a_word_to_ask_for_is_refused_and_the_memory_stays_as_it_was():
+    memory = fresh()
+    settings = locas.StudySettings(epochs=1, updates=1, guard=0.0, new_tokens=4)
+    with pytest.raises(locas.LocasError, match="^keys is 'addressed', but the text has no word .*keys='learned'$"):
+        memory.study("a b c d e f g h", study_tokenizer(), "ce", [("What is a?", "b c")], progress=False, settings=settings)
+    assert not memory._attachment.state.initialized
+
+
 @pytest.mark.parametrize("clip", [False, True, 1.5])
 def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeypatch):
     """Of a fresh memory, whose gates get a threshold, and of one that knows something, to whose rows they are added."""
@@ -121,7 +144,7 @@ def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeyp
         slots, (rows,), (levels,) = memory.gather_slots(), made[-1].rows, made[-1].levels
         assert report.words == made[-1].words > 6, "two words share a slot"
         threshold = 0.6 * levels if not before.any() else 0
-        torch.testing.assert_close(slots[:, 0], before[:, 0] + 10 * (rows - threshold), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots[:, 0], before[:, 0] + 20 * (rows - threshold), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(slots[:, 1], before[:, 1] + rows, rtol=1e-5, atol=1e-5)
         assert (slots[:, 2] - before[:, 2]).norm() > 0.1
         before = slots

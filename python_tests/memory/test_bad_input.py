@@ -10,7 +10,6 @@ from support.helpers import TEXT, assert_same_host, attached, logits_of, random_
 import locas_ext as locas
 
 IDS = random_ids(12)
-SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 
 
 # ---- hosts ----------------------------------------------------------------------------------------------------

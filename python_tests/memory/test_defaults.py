@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.helpers import SETTINGS, TEXT, assert_same_host, logits_of, random_ids, snapshot
 from support.hosts import config_for, tiny
-from support.torch_settings import setting
+from support.torch_settings import DEFAULTS, setting
 
 import locas_ext as locas
 
@@ -15,9 +15,7 @@ MORE = random_ids(16, seed=4)
 
 
 SETTINGS_OF_TORCH = {
-    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "default device meta": lambda: setting(torch.set_default_device, "meta", None),
+    **DEFAULTS,
     "within device meta": lambda: torch.device("meta"),
     "within device cpu": lambda: torch.device("cpu"),
     "inference_mode": torch.inference_mode,
@@ -66,21 +64,36 @@ def life(model, other, config, folder, rehome):
     return results
 
 
+HOSTS = [
+    (*host, dtype) for host in (("llama", False), ("llama", True), ("opt", False)) for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def two_hosts(family, dtype):
+    return [tiny(family).to(dtype) for _ in range(2)]
+
+
+@pytest.fixture(scope="module", params=HOSTS, ids=str)
+def plain(request, tmp_path_factory):
+    """-> a family, whether its weights move, a dtype, and what comes out under torch's own settings."""
+    family, rehome, dtype = request.param
+    folder = tmp_path_factory.mktemp("plain")
+    return *request.param, life(*two_hosts(family, dtype), config_for(family), folder, rehome)
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:compress. computed in float64")
 @pytest.mark.parametrize("name", SETTINGS_OF_TORCH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family, rehome", [("llama", False), ("llama", True), ("opt", False)])
-def test_a_life_under_a_setting_of_torch(family, rehome, dtype, name, tmp_path):
-    hosts = [tiny(family).to(dtype) for _ in range(4)]
-    before = snapshot(hosts[2])
-    expected = life(*hosts[:2], config_for(family), tmp_path / "plain", rehome)
+def test_a_life_under_a_setting_of_torch(plain, name, tmp_path):
+    family, rehome, dtype, expected = plain
+    hosts = two_hosts(family, dtype)
+    before = snapshot(hosts[0])
     with SETTINGS_OF_TORCH[name]():
-        results = life(*hosts[2:], config_for(family), tmp_path / "set", rehome)
+        results = life(*hosts, config_for(family), tmp_path, rehome)
     assert results.keys() == expected.keys()
     for key, value in expected.items():
         same = torch.equal(results[key], value) if isinstance(value, torch.Tensor) else results[key] == value
         assert same, key
-    for host in hosts[2:]:
+    for host in hosts:
         assert_same_host(host, before)
 
 

@@ -188,11 +188,22 @@ def graphs_on_the_cpu():
 class WrongMemory:
     """Memory whose sums come out wrong on one of them."""
 
+    made = 0
+
     def __init__(self, *about):
-        pass
+        WrongMemory.made += 1
 
     def adds_up(self):
         return dist.get_rank() == 0
+
+
+class FullMemory(WrongMemory):
+    """Memory without room for sums on one of them."""
+
+    def adds_up(self):
+        if dist.get_rank():
+            raise torch.OutOfMemoryError("no room")
+        return True
 
 
 def check_memory_that_cannot_be_shared():
@@ -204,9 +215,13 @@ def check_memory_that_cannot_be_shared():
         assert "cannot be had" in find(alone).why_not  # on the CPU torch has none
         with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
             assert "came out wrong" in find(alone).why_not
+        with mock.patch.object(ranks_module, "PeerMemory", FullMemory):
+            assert ("OutOfMemoryError: no room" if alone.rank else "came out wrong") in find(alone).why_not
+    made = WrongMemory.made
     with mock.patch.object(ranks_module, "obstacle", lambda size, device: "it is off" if alone.rank else None):
         with mock.patch.object(ranks_module, "PeerMemory", WrongMemory):
             assert find(alone).why_not == ("it is off" if alone.rank else "another process has no memory to show")
+    assert WrongMemory.made == made, "who makes some waits for all others to make theirs"
 
 
 def check_number_of_sums(memory, ids):

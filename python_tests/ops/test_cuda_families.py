@@ -113,12 +113,11 @@ def test_every_family_has_a_table_in_order():
 
 
 def test_the_table_is_read_by_the_next_hidden_size():
-    draw = random.Random()
-    widths = sorted(draw.sample(range(8, 5000), 3))
-    faster_at = {width: sorted(draw.sample(range(1, 30), draw.randint(0, 10))) for width in widths}
+    widths = sorted(random.sample(range(8, 5000), 3))
+    faster_at = {width: sorted(random.sample(range(1, 30), random.randint(0, 10))) for width in widths}
     faster = Faster("drawn", {width: tuple((n, n) for n in tokens) for width, tokens in faster_at.items()})
     for _ in range(100):
-        d, tokens = draw.randint(1, 6000), draw.randint(1, 30)
+        d, tokens = random.randint(1, 6000), random.randint(1, 30)
         wider = [width for width in widths if width >= d]
         assert faster.holds(tokens, d) == (tokens in faster_at[wider[0] if wider else widths[-1]]), (d, tokens, faster)
 

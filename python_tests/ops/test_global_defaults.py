@@ -1,40 +1,13 @@
 """What torch's global defaults are makes no difference to an operation."""
 
-import contextlib
-
 import pytest
 import torch
+from support.torch_settings import DEFAULTS
 
 from locas_ext import ops
 from locas_ext.ops.backends import elementwise
 
 T, D, M, R = 18, 16, 24, 4
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-DEFAULTS = {
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float64": lambda: default_dtype(torch.float64),
-    "meta": lambda: default_device("meta"),
-}
 
 
 def operands(dtype):

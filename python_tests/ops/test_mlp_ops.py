@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.devices import DEVICES, DTYPES
 from support.helpers import ACTIVATIONS, act_formula, act_torch, assert_as_exact_as_torch, plain_sideway_mlp
-from support.mlp_ops import DEVICES, DTYPES
 
 from locas_ext import ops, reference
 from locas_ext.ops.activations import activation_index

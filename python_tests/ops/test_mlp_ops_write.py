@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.mlp_ops import DEVICES, DTYPES
+from support.devices import DEVICES, DTYPES
 
 from locas_ext import ops, reference
 

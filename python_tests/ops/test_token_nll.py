@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from support.devices import DEVICES, DTYPES
 from support.helpers import assert_as_exact_as_torch
-from support.mlp_ops import DEVICES, DTYPES
 
 from locas_ext import ops
 from locas_ext.ops.backends import elementwise

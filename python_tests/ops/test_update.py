@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from support.devices import DEVICES
 from support.helpers import relative_distance
 
-from locas_ext import _C, ops
+from locas_ext import ops
 
 SHAPES = [(2, 3, 5, 33), (1, 3, 1, 1), (3, 7), (5,), (2, 3, 4, 300)]
 EPS = torch.finfo(torch.float32).eps
@@ -188,16 +189,6 @@ def test_threads_change_nothing(two_threads):
 
 
 # ---- the flag that refuses a gradient ----------------------------------------------------------------------------
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None, reason="no GPU"),
-        ],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from support.devices import DEVICES
 from support.helpers import (
     SETTINGS,
     TEXT,
@@ -16,18 +17,16 @@ from support.helpers import (
     snapshot,
     tiny_model,
 )
-from support.rehome import HOME, IDS, learned, no_gpu, reasons, rehomed
+from support.rehome import HOME, IDS, learned, reasons, rehomed
 
 import locas_ext as locas
-
-gpu = [pytest.mark.cuda, pytest.mark.skipif(no_gpu, reason="no GPU")]
 
 
 # ---- the numbers ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("needs_dx", [True, False])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_one_ffn_and_its_gradients_are_as_exact_as_torch(device, dtype, biases, needs_dx):
     rank, m, d = 3, 37, 32
     model, memory = rehomed(rank=rank, dtype=dtype, model_settings={"intermediate_size": m, "mlp_bias": biases})

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.fused import on_gpu
 from support.helpers import (
     SETTINGS,
     TEXT,
@@ -14,7 +15,7 @@ from support.helpers import (
     snapshot,
     tiny_model,
 )
-from support.rehome import HOME, IDS, learned, no_gpu, reasons, rehomed
+from support.rehome import HOME, IDS, learned, reasons, rehomed
 
 import locas_ext as locas
 
@@ -77,17 +78,16 @@ def test_to_another_dtype_moves_out_and_in_again():
     assert all(p.dtype == torch.float64 and p.is_contiguous() for p in model.parameters())
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(no_gpu, reason="no GPU")
-def test_to_another_device_and_back():
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_to_another_device_and_back(device):
     model, memory = rehomed()
     before = snapshot(model)
-    model.to("cuda")
+    model.to(device)
     memory.memorize(TEXT, **SETTINGS)
     assert reasons(memory) == {HOME} and memory._attachment.ffns[0].rehomed.down.is_cuda
-    on_gpu = logits_of(model, IDS.cuda()).cpu()
+    there = logits_of(model, IDS.to(device)).cpu()
     model.to("cpu")
-    torch.testing.assert_close(logits_of(model, IDS), on_gpu, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits_of(model, IDS), there, rtol=1e-3, atol=1e-3)
     assert reasons(memory) == {HOME}
     assert_same_host(model, before, what=("state",))
 

@@ -73,7 +73,7 @@ def test_a_failed_first_save_is_no_memory_and_can_be_repeated(tmp_path, monkeypa
     _, memory = learned()
     with monkeypatch.context() as patched:
         nth_call_fails(patched, os, name, n)
-        with pytest.raises(OSError, match="cannot save the memory: No space left on device: .*m'"):
+        with pytest.raises(OSError, match=r"cannot save the memory: No space left on device: .*/m(/locas_[a-z_.]+)?'"):
             memory.save_pretrained(tmp_path / "m")
     try:
         assert torch.equal(locas.load(tiny_model(), tmp_path / "m").slots, memory.slots)

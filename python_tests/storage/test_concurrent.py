@@ -39,26 +39,22 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-@pytest.mark.slow
 def test_processes_that_save_and_load_in_tight_loops(folder):
-    out, _ = start("loops", folder, 4, "save", "save", "load", "load").communicate(timeout=300)
+    out, _ = start("loops", folder, 20, "save", "save", "load", "load").communicate()
     results = [json.loads(line) for line in out.splitlines()]
-    assert len(results) == 4 and all(count > 5 and not wrong for count, wrong in results), results
+    assert len(results) == 4 and all(count and not wrong for count, wrong in results), results
     assert saving.load(folder) and names(folder) == [CONFIG_NAME, MEMORY_NAME]
 
 
 def test_threads_that_save_and_load(folder):
-    wrong, counts = [], []
+    wrong = []
 
-    def run(verb, count=0):
-        end = time.monotonic() + 2
+    def run(verb):
         try:
-            while time.monotonic() < end:
+            for _ in range(20):
                 verb()
-                count += 1
         except Exception as error:
             wrong.append(error)
-        counts.append(count)
 
     verbs = [lambda: saving.save(folder, 2), lambda: saving.save(folder, 50), lambda: saving.load(folder)]
     threads = [threading.Thread(target=run, args=(verb,)) for verb in verbs]
@@ -66,13 +62,13 @@ def test_threads_that_save_and_load(folder):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and min(counts) > 2, (wrong, counts)
+    assert not wrong
     assert names(folder) == [CONFIG_NAME, MEMORY_NAME]
 
 
 def test_first_saves_of_several_threads(tmp_path):
     """No folder yet, and what another saver has there so far is nobody's foreign file."""
-    for round_ in range(20):
+    for round_ in range(8):
         folder, wrong = tmp_path / str(round_), []
 
         def run(rows, folder=folder, wrong=wrong):

@@ -1,5 +1,9 @@
 """Runs that are stopped after some chunks."""
 
+import torch
+
+from support.helpers import SETTINGS, attached, repeated_text
+
 
 class Stop(Exception):
     pass
@@ -15,6 +19,17 @@ def stop_after(chunks, error=Stop):
             raise error
 
     return callback
+
+
+def memorize_until_interrupted(folder, tell):
+    """Sends the end of each chunk; at Ctrl-C saves the memory and sends its version."""
+    torch.set_num_threads(1)
+    memory = attached()[1]
+    try:
+        memory.memorize(repeated_text(16, 500), **SETTINGS, callback=lambda chunk: tell.send(chunk.end))
+    except KeyboardInterrupt:
+        memory.save_pretrained(folder, optimizer=True)
+        tell.send(memory.version)
 
 
 def ctrl_c_at(monkeypatch, module, name, call):

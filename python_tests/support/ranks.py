@@ -1,12 +1,8 @@
-"""N processes that talk over gloo on the CPU, as torchrun starts them.
-
-The ranks are forked from a server that has imported torch and transformers once, so a start costs little after the first.
-"""
+"""N processes that talk over gloo on the CPU, as torchrun starts them."""
 
 import faulthandler
 import importlib.util
 import inspect
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
@@ -19,10 +15,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-IMPORTED_ONCE = [
-    *("torch", "torch.distributed.tensor", "torch.distributed.fsdp", "transformers", "transformers.modeling_utils"),
-    *("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3", "locas_ext"),
-]
+from support.forked import forked
+
 GRACE = 10.0  # seconds that the others have once a rank has failed: they may raise the same error
 
 
@@ -30,17 +24,15 @@ class RanksFailed(AssertionError):
     """A rank raised, died or did not end in time; the message holds what each rank said."""
 
 
-def run_ranks(function, *arguments, world=2, timeout=120.0):
+def run_ranks(function, *arguments, world=2, timeout=300.0):
     """function(*arguments) in `world` processes of one gloo group: what each returned, in the order of ranks.
 
     `function` stands at the top of its file, which each rank loads by its path. Arguments and results are pickled.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         target = (inspect.getfile(function), function.__qualname__, pickle.dumps(arguments))
         settings = (folder, world, timeout)
-        ranks = [context.Process(target=_rank, args=(rank, *settings, *target), daemon=True) for rank in range(world)]
+        ranks = [forked(_rank, rank, *settings, *target) for rank in range(world)]
         for process in ranks:
             process.start()
         _wait(ranks, time.monotonic() + timeout)
@@ -60,8 +52,8 @@ def _wait(ranks, deadline):
             deadline = min(deadline, time.monotonic() + GRACE)
     for process in running:
         os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.3 if running else 0.0)
     for process in running:
+        process.join(30.0)
         process.kill()
     for process in ranks:
         process.join()
@@ -82,7 +74,7 @@ def _rank(rank, folder, world, timeout, file, name, arguments):
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
     faulthandler.enable(output)
-    faulthandler.register(signal.SIGUSR1, output)
+    faulthandler.register(signal.SIGUSR1, output, chain=True)  # writes where the rank stands, and ends it
     try:
         with _group(rank, folder, world, timeout):
             result = getattr(_loaded(file), name)(*pickle.loads(arguments))

@@ -3,7 +3,6 @@
 import torch
 
 import locas_ext as locas
-from locas_ext import _C
 from support.helpers import (
     SETTINGS,
     TEXT,
@@ -13,7 +12,6 @@ from support.helpers import (
 
 IDS = random_ids(20, seed=5)
 HOME = "rehomed: host and memory in one matrix"
-no_gpu = not torch.cuda.is_available() or _C.build_info()["cuda_architectures"] is None
 
 
 def reasons(memory):

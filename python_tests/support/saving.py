@@ -1,6 +1,6 @@
 """Processes that save into and load from one folder, for tests: without a model, and forked, so they start quickly.
 
-python saving.py loops FOLDER SECONDS save|load...: a process each; prints what `loop` returns of each.
+python saving.py loops FOLDER TIMES save|load...: a process each; prints what `loop` returns of each.
 python saving.py hold FOLDER SECONDS: keeps the folder locked.
 """
 
@@ -52,23 +52,33 @@ def load(path):
     return rank
 
 
-def loop(verb, path, seconds):
-    """Saves or loads in a tight loop. -> how often, and every error that is not the lock's."""
-    count, wrong, draw, end = 0, set(), random.Random(), time.monotonic() + seconds
-    while time.monotonic() < end:
+def loop(verb, path, times, savers):
+    """Saves so many times, or loads while anybody saves. -> how often, and every error that is not the lock's."""
+    count, wrong, draw = 0, set(), random.Random()
+    while count < times if verb == "save" else savers.value:
+        count += 1
         try:
             save(path, draw.choice((1, 2, 2, 50))) if verb == "save" else load(path)
-            count += 1
         except Exception as error:
             if verb == "load" or "is being saved into by process" not in str(error):
                 wrong.add(f"{type(error).__name__}: {error}")
+    if verb == "save":
+        with savers.get_lock():
+            savers.value -= 1
     return count, sorted(wrong)
 
 
-def loops(path, seconds, verbs):
-    with multiprocessing.get_context("fork").Pool(len(verbs)) as pool:
-        for result in pool.starmap(loop, [(verb, path, float(seconds)) for verb in verbs], chunksize=1):
-            print(json.dumps(result))
+def loops(path, times, verbs):
+    """savers: how many have not saved as often as they are to"""
+    context = multiprocessing.get_context("fork")
+    savers, results = context.Value("i", verbs.count("save")), context.SimpleQueue()
+    run = lambda verb: results.put(loop(verb, path, times, savers))
+    processes = [context.Process(target=run, args=(verb,)) for verb in verbs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        print(json.dumps(results.get()))
 
 
 def hold(path, seconds):
@@ -78,5 +88,5 @@ def hold(path, seconds):
 
 
 if __name__ == "__main__":
-    verb, path, seconds, *verbs = sys.argv[1:]
-    loops(path, seconds, verbs) if verb == "loops" else hold(path, seconds)
+    verb, path, number, *verbs = sys.argv[1:]
+    loops(path, int(number), verbs) if verb == "loops" else hold(path, number)

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import torch
+
 
 @contextlib.contextmanager
 def setting(put, value, before):
@@ -11,3 +13,10 @@ def setting(put, value, before):
         yield
     finally:
         put(before)
+
+
+DEFAULTS = {
+    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "device meta": lambda: setting(torch.set_default_device, "meta", None),
+}

@@ -6,7 +6,6 @@ import linecache
 import random
 import traceback
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from support.helpers import assert_same_host, logits_of, random_ids, snapshot
 from support.hosts import tiny
 from support.interrupting import Stop, stop_after
 from support.memory_reference import assert_outputs_are_the_formula
+from support.torch_settings import setting
 from support.verbs import Step, first_step, next_step
 
 IDS = random_ids(10, seed=7, vocab=40)
@@ -52,14 +52,8 @@ def _template(family):
     return tiny(family, **ALONE.get(family, {}))
 
 
-@contextmanager
 def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return setting(torch.set_default_dtype, dtype, torch.get_default_dtype())
 
 
 def train(model, memory, optimizer):

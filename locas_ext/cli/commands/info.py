@@ -7,7 +7,7 @@ import typer
 
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import HOST, DeviceOrCpu, Dtype, option
-from locas_ext.cli.values import path, text
+from locas_ext.cli.values import MODEL, path
 from locas_ext.errors import LocasError
 from locas_ext.terminal import Terminal
 
@@ -24,7 +24,7 @@ def info(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str | None, option(text("MODEL"), "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
+    model: Annotated[str | None, option(MODEL, "A folder, a hub name or a GGUF file.", panel=HOST)] = None,
     dtype: Dtype = None,
     device: DeviceOrCpu = None,
 ) -> None:

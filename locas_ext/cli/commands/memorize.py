@@ -25,7 +25,7 @@ from locas_ext.cli.options import (
 )
 from locas_ext.cli.values import TOKENS, integer, number, one_of, path, text
 from locas_ext.learning.keep import context_of
-from locas_ext.terminal import Terminal
+from locas_ext.terminal import Terminal, neutral
 
 EXAMPLES = (
     "locas memorize book.txt --model Qwen/Qwen3-0.6B --out book-memory",
@@ -102,7 +102,7 @@ def memorize(
         "context_gradient": context_gradient,
         "on_divergence": on_divergence,
         "context": context_of(context.settings()) or "recompute",
-        "title": title or ", ".join(file.stem for file in texts),
+        "title": title or ", ".join(neutral(file.stem) for file in texts),
     }
     task = MemorizeTask(
         texts=texts,

@@ -32,6 +32,7 @@ EXAMPLES = (
     "locas recall fairytaleqa --documents 5 --model Qwen/Qwen3-0.6B --methods none,window,retrieval,locas --out tales",
     "locas recall squad.json --documents 20 --model Qwen/Qwen3-0.6B --out passages",
 )
+MOST_TEXTS = 10_000  # invented ones are made before anything is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,17 @@ def recall(
         ),
     ] = ["none", "window", "retrieval", "locas", "study"],  # noqa: B006 (typer copies it)
     documents: Annotated[
-        int | None, option(integer(1), "How many texts; default: all, of nonce one. Each text of nonce has another seed.")
+        int | None,
+        option(integer(1, MOST_TEXTS), "How many texts; default: all, of nonce one. Each text of nonce has another seed."),
     ] = None,
     facts: Annotated[int, option(integer(5), "Invented facts in each text of nonce.")] = 50,
     reading: ReadingOptions = ReadingOptions(),
     passes: Annotated[int, option(integer(1), "How often locas and temp-lora read each text.", panel=READING)] = 1,
     further: Annotated[
-        int, option(integer(0), "More texts that a memory learns before it is asked again: what it retains.", panel=READING)
+        int,
+        option(
+            integer(0, MOST_TEXTS), "More texts that a memory learns before it is asked again: what it retains.", panel=READING
+        ),
     ] = 0,
     memory: MemoryOptions = NEW_MEMORY,
     learning_rate: Annotated[float, option(number(low=0), "Learning rate of the memory that streams.", panel=LEARNING)] = 2e-3,

@@ -26,6 +26,6 @@ def report(
         if (folder / CONFIG_NAME).exists():
             raise ValueError(
                 f"{folder} is a memory, which `locas info {folder}` describes; expected an output folder of "
-                "`locas perplexity`, `locas locomo` or `locas capability`"
+                "`locas perplexity`, `locas locomo`, `locas recall` or `locas capability`"
             )
     run_report(folders, out, Terminal())

@@ -1,5 +1,6 @@
 """`locas study`: its arguments and their help."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ def study(
     ] = None,
     cache: Annotated[
         Path | None,
-        option(path("DIR"), "Keeps questions and progress; the same command goes on there. Default: OUT with .study behind."),
+        option(path("DIR"), "Keeps questions and progress; the same command continues there. Default: OUT with .study behind."),
     ] = None,
     studying: StudyOptions = StudyOptions(),
     epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 5,
@@ -55,7 +56,7 @@ def study(
         out=out,
         memory=memory,
         pairs=pairs,
-        cache=cache or out.with_name(f"{out.name}.study"),
+        cache=cache or Path(f"{os.path.abspath(out)}.study"),
         loss=studying.loss,
         settings=StudySettings(**studying.fields(epochs, learning_rate)),
         config=options.config(),

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from locas_ext import memory as locas
+from locas_ext.cli.failures import CLOSED_PIPE, failure
+from locas_ext.cli.values import at_home
 from locas_ext.config import LocasConfig
-from locas_ext.errors import LocasError
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.texts import read_whole
 from locas_ext.hosts.text_config import max_positions
@@ -20,7 +21,7 @@ from locas_ext.learning.study.generation import ends_of
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import Memory
 
-from .generate import Streamer
+from .generate import Finite, Streamer, sampling
 
 HELP = """/off          answer without the memory, to compare
 /on           answer with it again
@@ -92,16 +93,8 @@ class Chat:
         self.said.append({"role": "user", "content": text})
         task, model = self.task, self.memory.model
         assert isinstance(model, PreTrainedModel)
-        try:
-            inputs = torch.tensor([self._ids()], device=model.device)
-        except ValueError:
-            self.said.pop()
-            raise
-        sampling: dict[str, Any] = {"do_sample": False}
-        if task.temperature:
-            sampling = {"do_sample": True, "temperature": task.temperature}
-        if not self.prompter.has_chat:
-            sampling |= {"stop_strings": ["\n"], "tokenizer": self.tokenizer}
+        inputs = torch.tensor([self._ids()], device=model.device)
+        stops = {} if self.prompter.has_chat else {"stop_strings": ["\n"], "tokenizer": self.tokenizer}
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with nullcontext() if self.uses_memory else self.memory.disabled(), torch.inference_mode():
             output = model.generate(
@@ -111,7 +104,9 @@ class Chat:
                 streamer=streamer,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 eos_token_id=ends_of(model, self.tokenizer),
-                **sampling,
+                logits_processor=LogitsProcessorList([Finite()]),
+                **sampling(task.temperature),
+                **stops,
             )
         said = self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True).strip()
         self.said.append({"role": "assistant", "content": said})
@@ -141,7 +136,7 @@ class Chat:
             raise ValueError("/study: expected a text file")
         version = self.memory.version
         try:
-            report = self.memory.study(read_whole(Path(argument)), self.tokenizer, seed=self.task.config.seed)
+            report = self.memory.study(read_whole(Path(at_home(argument))), self.tokenizer, seed=self.task.config.seed)
             self.console.print(str(report))
         finally:
             self.unsaved |= self.memory.version != version
@@ -149,7 +144,7 @@ class Chat:
     def _save(self, argument: str) -> None:
         if not argument:
             raise ValueError("/save: expected a folder")
-        self.memory.save_pretrained(argument)
+        self.memory.save_pretrained(at_home(argument))
         self.unsaved = False
         self.console.print(f"memory: {argument}")
 
@@ -165,16 +160,28 @@ def _heard(prompt: str) -> str | None:
 def _turn(chat: Chat, line: str) -> bool:
     """One line and what comes of it; what is wrong with it is said, and the conversation goes on."""
     try:
+        _check_text(line)
         if line.startswith("/"):
             return chat.obey(line)
         if line:
             chat.answer(line)
-    except (ValueError, OSError, LocasError) as error:
-        chat.console.print(f"{' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        chat.said = chat.said[: len(chat.said) - len(chat.said) % 2]  # a question without an answer
+    except Exception as error:
+        if (ended := failure(error)).status == CLOSED_PIPE:
+            raise
+        chat.console.print(" ".join(ended.line.split()))
+    except KeyboardInterrupt as error:
+        if error.args:  # not Ctrl-C, but a signal that ends the process
+            raise
         chat.console.print("\nstopped")
+    chat.said = chat.said[: len(chat.said) - len(chat.said) % 2]  # a question without an answer
     return True
+
+
+def _check_text(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise ValueError("this line is not text in UTF-8") from None
 
 
 def run_chat(task: ChatTask, console: Console) -> None:
@@ -187,7 +194,10 @@ def run_chat(task: ChatTask, console: Console) -> None:
     try:
         while (line := _heard("> ")) is not None and _turn(chat, line.strip()):
             pass
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print("")
-    if chat.unsaved:
-        console.print("what was studied in this conversation was not kept; /save DIR would have kept it")
+        if error.args:
+            raise
+    finally:
+        if chat.unsaved:
+            console.print("what was studied in this conversation was not kept; /save DIR would have kept it")

@@ -1,7 +1,6 @@
 """`locas demo`: the shipped small model memorizes the shipped novel."""
 
 import hashlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from rich.console import Console
 
 from locas_ext import memory as locas
+from locas_ext.cli.folders import made
 from locas_ext.config import LocasConfig
 from locas_ext.errors import Interrupted
 from locas_ext.evaluation.assets import MODEL, read_book
@@ -179,10 +179,12 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
 
     Raises ValueError for settings that do not fit, OSError if `out` cannot be written, Interrupted at Ctrl-C.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=settings.out):
-        pass  # an unwritable folder shows now, not after the work
     check_folder(settings.memory_folder)
+    with made(settings.out):
+        return _run(settings, console)
+
+
+def _run(settings: DemoSettings, console: Console) -> DemoResult:
     model, _ = load_host(str(MODEL), settings.dtype, settings.device)
     book = read_book("Nostromo", "nostromo.txt", settings.max_tokens)
     other = read_book("Tono-Bungay", "tono-bungay.txt", UNRELATED)

@@ -1,11 +1,14 @@
 """`locas info MEMORY_DIR`: what a saved memory holds, read from its folder alone."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
+from locas_ext.evaluation.display import one_line
 from locas_ext.storage import checkpoint
 from locas_ext.storage.checkpoint import Saved
+from locas_ext.storage.folder import CONFIG_NAME, MEMORY_NAME
 
 
 def bytes_text(count: int) -> str:
@@ -13,7 +16,12 @@ def bytes_text(count: int) -> str:
 
 
 def size_on_disk(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file())
+    """Of the memory in a folder, into which another process may be saving."""
+    total = 0
+    for name in (CONFIG_NAME, MEMORY_NAME):
+        with suppress(FileNotFoundError):
+            total += (folder / name).stat().st_size
+    return total
 
 
 def _host(saved: Saved) -> str:
@@ -76,4 +84,4 @@ def describe(folder: Path, console: Console) -> None:
     if "created_at" in fields:
         lines.append(("saved", fields["created_at"]))
     for name, value in lines:
-        console.print(f"{name:<11} {value}")
+        console.print(f"{name:<11} {one_line(value)}")

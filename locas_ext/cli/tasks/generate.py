@@ -1,12 +1,16 @@
 """`locas generate`: text from a model with a memory attached."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from locas_ext import memory as locas
+from locas_ext.errors import LocasError
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.terminal import neutral
@@ -28,6 +32,23 @@ class GenerateTask:
     seed: int
     dtype: str | None
     device: str | None
+
+
+_COLDEST = 1e-4  # below, the likeliest token is all that is drawn, and logits divided by less overflow
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """How `generate` draws a token."""
+    return {"do_sample": True, "temperature": temperature} if temperature >= _COLDEST else {"do_sample": False}
+
+
+class Finite(LogitsProcessor):
+    """LocasError for logits that hold no probabilities, which would be drawn from, or taken for the first token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if (scores.isnan() | (scores == math.inf)).any():
+            raise LocasError("the model's logits are not finite: its weights, or the memory's slots, are too large or damaged")
+        return scores
 
 
 class Streamer(TextStreamer):
@@ -54,13 +75,13 @@ def run_generate(task: GenerateTask) -> str:
     if task.memory is not None:
         locas.load(host, task.memory)
     torch.manual_seed(task.seed)
-    sampling = {"do_sample": True, "temperature": task.temperature} if task.temperature else {"do_sample": False}
     with torch.inference_mode():
         output = host.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=task.max_new_tokens,
             streamer=Streamer(tokenizer, skip_special_tokens=True),
-            **sampling,
+            logits_processor=LogitsProcessorList([Finite()]),
+            **sampling(task.temperature),
         )
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """`locas memorize`: streams texts through a model into a memory folder."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from locas_ext import memory as locas
 from locas_ext.cli.folders import made
 from locas_ext.config import LocasConfig
-from locas_ext.errors import Interrupted
+from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
 from locas_ext.evaluation.texts import read_texts
@@ -73,14 +74,14 @@ def _selector(text: str) -> str | TopLoss | LossAbove:
 
 
 def _check_settings(task: MemorizeTask) -> None:
-    """ValueError if the run that --out holds has another memory than the command line asks for."""
+    """LocasError, as for its other settings, if the run that --out holds has another memory than the command line asks for."""
     saved = checkpoint.read(task.out)
     names = ("variant", "rank", "init", "scale", "clip", "row_length", "seed")
     before, wanted = ({name: getattr(config, name) for name in names} for config in (saved.config, task.config))
     before["layers"] = saved.fields["layers"]
     wanted["layers"] = list(task.config.resolve_layers(saved.fields["host"]["num_hidden_layers"]))
     if different := differences(before, wanted):
-        raise ValueError(f"--resume: {task.out} was saved by a run with other settings: {different}")
+        raise LocasError(f"--resume: {task.out} was saved by a run with other settings: {different}")
 
 
 def _check_out(task: MemorizeTask) -> None:
@@ -111,13 +112,14 @@ def _learn(task: MemorizeTask, memory: Memory, ids: Tensor, update: Backprop | W
             report = memory.memorize(ids, callback=save, resume=resume, update=update, **task.settings)
             memory.save_pretrained(task.out, optimizer=True)
     except KeyboardInterrupt:
-        if unsaved:
-            memory.save_pretrained(task.out, optimizer=True)
+        with suppress(KeyboardInterrupt):  # pressed again: what was saved before is still there
+            if unsaved:
+                memory.save_pretrained(task.out, optimizer=True)
         if not (task.out / CONFIG_NAME).exists():
             raise Interrupted("nothing had been learned yet, nothing was kept") from None
         raise Interrupted(
-            f"what was learned from {memory.tokens_seen:,} of {len(ids):,} tokens is kept in {task.out}; "
-            "the same command with --resume continues"
+            f"what was learned from {checkpoint.read(task.out).fields['tokens_seen']:,} of {len(ids):,} tokens is kept in "
+            f"{task.out}; the same command {'' if task.resume else 'with --resume '}continues"
         ) from None
     return report
 

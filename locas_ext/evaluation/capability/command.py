@@ -17,14 +17,15 @@ from rich.console import Console
 from locas_ext import memory as locas
 from locas_ext.errors import Interrupted, LocasError
 from locas_ext.evaluation import results
-from locas_ext.evaluation.arguments import at_least
+from locas_ext.evaluation.arguments import at_least, once
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.inputs import load_host, weights_digest
-from locas_ext.evaluation.methods.adapter_files import saved_lora
+from locas_ext.evaluation.methods.adapter_files import lora_digest, saved_lora
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.capability import console_tables, detached_verdict
 from locas_ext.evaluation.texts import Text, read_text
 from locas_ext.storage.snapshot import copy_sharing_weights
+from locas_ext.terminal import neutral
 
 from .ability.suite import Ability, AbilityTasks
 from .bootstrap import interval, resampled_sums
@@ -123,8 +124,8 @@ def _pooled(records: list[dict], seed: int) -> list[dict]:
 # ---- the command -----------------------------------------------------------------------------------------------
 def _names(paths: list[Path]) -> list[str]:
     """What the texts are called in the results: their files' names, or their paths where two names are the same."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [neutral(path.name) for path in paths]
+    return names if len(set(names)) == len(names) else [neutral(str(path)) for path in paths]
 
 
 def _probe(model, memory_folder: Path) -> dict:
@@ -159,6 +160,7 @@ def _settings(task: CapabilityTask, model, texts: list[Text], evaluator: Evaluat
         "window": task.window,
         "merged": task.merged,
         "temp_lora": task.temp_lora,
+        "temp_lora_sha256": task.temp_lora and lora_digest(task.temp_lora),
         "tasks": None,
         **(evaluator.settings if evaluator else {}),
         "seed": task.seed,
@@ -188,6 +190,7 @@ def run_capability(task: CapabilityTask, console: Console) -> list[dict]:
     detach() did not restore the host; Interrupted at Ctrl-C.
     """
     at_least(2, held_out_tokens=task.held_out_tokens)
+    once("--held-out", task.held_out)
     evaluator = _evaluator(task.tasks)
     if task.temp_lora is not None and evaluator is None:
         raise ValueError("--temp-lora is given, but --tasks, which the adapter is to answer, is not")

@@ -21,6 +21,7 @@ from locas_ext.evaluation.report.locomo import table
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
+from locas_ext.terminal import neutral
 
 from .answers import Prompts, answer, make_prompts, starts_with_bos, token_ids
 from .corrections import correct, counts, read_corrections
@@ -141,7 +142,7 @@ def _read(task: LocomoTask) -> tuple[list[Dialogue], dict | None]:
     if task.corrections is None:
         return dialogues, None
     entries = read_corrections(task.corrections)
-    return correct(dialogues, entries), {"file": task.corrections.name, "dialogues": counts(dialogues, entries)}
+    return correct(dialogues, entries), {"file": neutral(task.corrections.name), "dialogues": counts(dialogues, entries)}
 
 
 def _settings(task: LocomoTask, dialogues: list[Dialogue], corrections: dict | None, host, protocol: Protocol) -> dict:

@@ -11,7 +11,7 @@ from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.schemas import anything
 from locas_ext.storage.schema import short
 
-from .data import ADVERSARIAL, CATEGORIES, Dialogue, Place, Question
+from .data import ADVERSARIAL, CATEGORIES, Dialogue, Place
 
 RIGHT_ANSWER = "WRONG_CITATION"  # the type of an entry whose answer was right
 
@@ -60,31 +60,37 @@ def correct(dialogues: list[Dialogue], corrections: list[Correction]) -> list[Di
     """The dialogues with the corrected answers; a corrected Question keeps the published one.
 
     Entries of other dialogues are passed over. Raises ValueError, naming the entry, where a dialogue has no such question
-    with the answer that the entry calls the published one.
+    with the answer that the entry calls the published one, and for a second entry about a question.
     """
     result = []
     for dialogue in dialogues:
-        questions = list(dialogue.questions)
+        questions, entries = list(dialogue.questions), dict[int, Correction]()
         for entry in corrections:
             if entry.applies_to(dialogue.name):
-                index = _find(entry, dialogue.name, questions)
+                index = _find(entry, dialogue, entries)
+                entries[index] = entry
                 if entry.wrong:
                     questions[index] = replace(questions[index], answer=entry.correct, published=entry.published)
         result.append(replace(dialogue, questions=tuple(questions)))
     return result
 
 
-def _find(entry: Correction, name: str, questions: list[Question]) -> int:
+def _find(entry: Correction, dialogue: Dialogue, earlier: dict[int, Correction]) -> int:
+    """The place of the question that an entry is about; earlier: the entries about others, by their places."""
+    name, questions = dialogue.name, dialogue.questions
     asked = [i for i, q in enumerate(questions) if (q.text, q.category) == (entry.question, entry.category)]
     if not asked:
         raise ValueError(f"{entry.place}: dialogue {name} has no question {short(entry.question)} of category {entry.category}")
-    found = next((index for index in asked if questions[index].answer == entry.published), None)
-    if found is None:
+    answered = [index for index in asked if questions[index].answer == entry.published]
+    if not answered:
         answer = questions[asked[0]].answer
         raise ValueError(
             f"{entry.place}: published is {short(entry.published)}, but the answer of dialogue {name} is {short(answer)}"
         )
-    return found
+    free = [index for index in answered if index not in earlier]
+    if not free:
+        raise ValueError(f"{entry.place}: {earlier[answered[-1]].place} is about the same question; expected one entry")
+    return free[0]
 
 
 def counts(dialogues: list[Dialogue], corrections: list[Correction]) -> dict[str, dict[str, int]]:

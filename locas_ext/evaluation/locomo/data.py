@@ -8,10 +8,12 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from locas_ext.evaluation.json_files import read_json
 from locas_ext.evaluation.schemas import anything
 from locas_ext.storage.schema import short
+from locas_ext.terminal import neutral
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 ADVERSARIAL = 5
@@ -74,7 +76,7 @@ def read_dialogues(paths: list[Path], but: Path | None = None) -> list[Dialogue]
     places: dict[str, Path] = {}
     dialogues = []
     for file in (file for path in paths for file in _files(path, but)):
-        for dialogue in _read_file(file):
+        for dialogue in dialogues_in(file, read_json(file, anything)):
             if dialogue.name in places:
                 raise ValueError(f"dialogue {dialogue.name} is in {places[dialogue.name]} and again in {file}")
             places[dialogue.name] = file
@@ -91,14 +93,14 @@ def _files(path: Path, but: Path | None) -> list[Path]:
     return files
 
 
-def _read_file(file: Path) -> list[Dialogue]:
-    content = read_json(file, anything)
+def dialogues_in(file: Path, content: Any) -> list[Dialogue]:
+    """Those of a file's content. ValueError, naming file and key, for another content."""
     root = Place(str(file), content)
     if isinstance(content, list):
         if not content:
             raise ValueError(f"{file} is an empty list; expected dialogues")
         return [_listed(place) for place in root.items()]
-    return [_listed(root)] if "conversation" in root.need_object() else [_dialogue(file.stem, root, root)]
+    return [_listed(root)] if "conversation" in root.need_object() else [_dialogue(neutral(file.stem), root, root)]
 
 
 def _listed(place: "Place") -> Dialogue:

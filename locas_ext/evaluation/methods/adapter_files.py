@@ -1,5 +1,6 @@
 """What Temp-LoRA learned, in a folder: peft's two files, adapter_config.json and adapter_model.safetensors."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ def save_lora(model: Any, rank: int, alpha: float, folder: Path) -> None:
     write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
+def lora_digest(folder: Path) -> str:
+    """SHA-256 over both files of a saved adapter."""
+    return hashlib.sha256((folder / CONFIG).read_bytes() + (folder / TENSORS).read_bytes()).hexdigest()
+
+
 @contextmanager
 def saved_lora(model: Any, folder: Path) -> Iterator[None]:
     """Inside the block the model has a saved adapter; afterwards it is as before.
@@ -63,6 +69,11 @@ def saved_lora(model: Any, folder: Path) -> Iterator[None]:
         tensors = load((folder / TENSORS).read_bytes())
     except (SafetensorError, ValueError) as error:
         raise LocasError(f"{folder / TENSORS} is damaged: {error}") from None
+    # before room is made for such a rank
+    if not tensors or any(config["r"] not in tensor.shape for tensor in tensors.values()):
+        raise LocasError(f"{folder} is damaged: its tensors are not of rank {config['r']}, which {CONFIG} says")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise LocasError(f"{folder / TENSORS} is damaged: it holds numbers that are not finite")
     with lora(model, config["r"], config["lora_alpha"]):
         learned = _learned(model)
         if {name: list(t.shape) for name, t in tensors.items()} != {name: list(t.shape) for name, t in learned.items()}:

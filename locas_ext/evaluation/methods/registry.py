@@ -14,7 +14,7 @@ import torch
 
 from locas_ext import memory as locas
 from locas_ext.config import LocasConfig
-from locas_ext.errors import LocasError
+from locas_ext.errors import LocasError, is_out_of_memory
 from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
 from locas_ext.learning.initialization import default_learning
@@ -188,10 +188,6 @@ def check_arm(host, arm: Arm, protocol: Protocol, longest: int = 0) -> None:
 
 
 # ---- one arm on one text -------------------------------------------------------------------------------------
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def measure(
     host,
     arm: Arm,
@@ -230,8 +226,8 @@ def measure(
             reading.save(memory_folder)
     except LocasError as error:
         measurement.error = str(error)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         measurement.error = "out of memory"
     if measurement.error is not None:

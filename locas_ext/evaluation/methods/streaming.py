@@ -1,7 +1,9 @@
 """How the baselines stream a text: the chunks and windows of docs/method.md, "The online protocol"."""
 
+import math
 from collections.abc import Callable
 
+from locas_ext.errors import LocasError
 from locas_ext.hosts.text_config import bos_token_id
 from locas_ext.learning.chunk import Window
 from locas_ext.learning.chunk_loop import Passage, progress_bar, read_chunks
@@ -29,14 +31,17 @@ def stream(
         title: of the progress bar
         input_ids, window, stride, progress, callback, bos: as in `truncation`
 
-    Raises ValueError or TypeError for a window, stride or text that does not fit.
+    Raises ValueError or TypeError for a window, stride or text that does not fit, LocasError for a loss that is not finite.
     """
     protocol = Protocol.of(model, window, stride, bos)
     ids = token_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size, at_least=2)
     passage, report = Passage(ids, protocol, bos_token_id(model) if bos else None), MemorizeReport()
 
     def read(part: Window, start: int, end: int) -> tuple[float, int]:
-        return read_chunk(part.to(model.device), start, end)
+        loss, version = read_chunk(part.to(model.device), start, end)
+        if not math.isfinite(loss):
+            raise LocasError(f"{title}: the loss is {loss} at tokens {start} to {end - 1}")
+        return loss, version
 
     with progress_bar(progress, passage, report, title) as bar:
         for chunk in read_chunks(passage, read, report, bar):

@@ -30,7 +30,7 @@ def _work(study: Study, jobs: list[Job], progress: bool) -> None:
         if record is None:
             continue
         publish(study, jobs)
-        outcome = record["error"] or f"perplexity {record['perplexity']:.2f}"
+        outcome = record["error"] or f"perplexity {perplexity_text(record['perplexity'])}"
         done = sum(other.done for other in jobs)
         line = f"[{done}/{len(jobs)}] {job.book.name}, {job.arm.label}: {outcome}, {record['seconds']:.1f} s"
         console.print(one_line(line))

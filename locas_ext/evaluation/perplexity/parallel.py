@@ -32,12 +32,20 @@ def claimed(file: Path) -> Iterator[TextIO | None]:
 
 def world_size() -> int:
     """How many processes torchrun or accelerate started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _from_environment("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Which of them on this machine this one is."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _from_environment("LOCAL_RANK", 0)
+
+
+def _from_environment(name: str, absent: int) -> int:
+    """A number that a launcher sets, and which is at least what it is without one."""
+    text = os.environ.get(name, "")
+    if text and (not text.isdecimal() or int(text) < absent):
+        raise ValueError(f"{name} is {text!r} in the environment; expected an integer >= {absent}, as launchers set it")
+    return int(text or absent)
 
 
 def device_for(device: str | None, index: int) -> str | None:

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from locas_ext.checks import one_of
-from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose
+from locas_ext.evaluation.arguments import at_least, check_temp_lora, choose, once
 from locas_ext.evaluation.inputs import load_host, weights_digest
 from locas_ext.evaluation.methods.arm import CONTROLS, METHODS, OTHER_TEXT, Arm, make_arm, slug
 from locas_ext.evaluation.methods.registry import check_arm, held_out_perplexity
@@ -64,6 +64,9 @@ def _check(task: PerplexityTask) -> None:
         raise ValueError(f"--methods names {OTHER_TEXT}, which needs --control-text TEXT")
     if task.control_text is not None and OTHER_TEXT not in (task.methods or []):
         raise ValueError(f"--control-text is given, but --methods does not name {OTHER_TEXT}, which learns it")
+    once("--held-out", task.held_out)
+    if task.held_out_tokens is not None and not task.held_out:
+        raise ValueError(f"--held-out-tokens is {task.held_out_tokens}, but there is no --held-out TEXT")
     check_temp_lora(task.temp_lora)
     at_least(1, processes=task.processes)
     at_least(2, max_tokens=task.max_tokens, held_out_tokens=task.held_out_tokens)

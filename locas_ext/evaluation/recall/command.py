@@ -26,6 +26,7 @@ from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import StudySettings
+from locas_ext.terminal import neutral
 
 from .asking import Advance, View, prompt_lengths
 from .distractors import with_distractors
@@ -135,7 +136,7 @@ def _settings(task: RecallTask, documents: list[Document], host: Any, protocol: 
         "weights_sha256": weights_digest(host),
         "dtype": str(host.dtype).removeprefix("torch."),
         "device": str(host.device),
-        "data": task.data,
+        "data": neutral(task.data),
         "methods": task.methods,
         "documents": {document.title: document.digest() for document in documents},
         "chat_template": prompter.has_chat,
@@ -269,7 +270,7 @@ def _progress(title: str, questions: int) -> Iterator[Advance]:
 def run_recall(task: RecallTask, console: Console) -> dict:
     """Asks every question by every method; prints a table, writes a report and returns the content of results.json.
 
-    A folder that an ended run of the same settings left is taken up after its last finished pair of method and text.
+    A folder that an ended run of the same settings left is continued after its last finished pair of method and text.
 
     Raises ValueError or OSError for arguments or data that do not fit, LocasError for data of another shape and if a
     library is missing, Interrupted at Ctrl-C.
@@ -296,7 +297,8 @@ def _run(run: Recall, console: Console) -> dict:
     except KeyboardInterrupt:
         total = len(run.documents) * len(task.methods)
         raise Interrupted(
-            f"{len(records)} of {total} pairs of method and text are finished and kept in {task.out}; the same command goes on"
+            f"{len(records)} of {total} pairs of method and text are finished and kept in {task.out}; "
+            "the same command continues there"
         ) from None
     content = results.read(task.out)
     console.print(table(content))

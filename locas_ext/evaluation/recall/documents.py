@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from locas_ext.errors import LocasError
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.json_files import read_json
-from locas_ext.evaluation.locomo.data import ADVERSARIAL, Dialogue, read_dialogues
+from locas_ext.evaluation.locomo.data import ADVERSARIAL, Dialogue, dialogues_in
 from locas_ext.evaluation.locomo.prompts import dialogue_text
 from locas_ext.evaluation.schemas import anything, fields
 from locas_ext.evaluation.texts import read_whole
@@ -103,12 +103,14 @@ def _from_entry(entry: dict, story: str) -> Document:
     return Document(entry["title"], story, tuple(asked))
 
 
-def _from_dialogue(dialogue: Dialogue) -> Document:
+def _from_dialogue(file: Path, dialogue: Dialogue) -> Document:
     asked = [
         Question(QUESTION, question.text, (question.answer,))
         for question in dialogue.questions
         if question.answer is not None and question.category != ADVERSARIAL
     ]
+    if not asked:
+        raise LocasError(f"{file}: dialogue {dialogue.name} has no question that it answers; expected at least one")
     return Document(dialogue.name, dialogue_text(dialogue), tuple(asked))
 
 
@@ -129,7 +131,7 @@ def _read_file(file: Path) -> list[Document]:
         if not isinstance(entry, dict):
             raise LocasError(f"{file}: [{index}] is {short(entry)}; expected an object with title, text and questions")
     if any("conversation" in entry or "speaker_a" in entry for entry in entries):
-        return [_from_dialogue(dialogue) for dialogue in read_dialogues([file])]
+        return [_from_dialogue(file, dialogue) for dialogue in dialogues_in(file, content)]
     beside = file.with_suffix(".txt")
     if isinstance(content, dict) and "text" not in content and "context" not in content and beside.exists():
         _checked(file, content, _novel, "")
@@ -167,10 +169,11 @@ def read_documents(source: str, most: int | None = None) -> list[Document]:
 
 
 def _unique_titles(documents: list[Document]) -> list[Document]:
-    seen: dict[str, int] = {}
-    result = []
+    titles: dict[str, Document] = {}
     for document in documents:
-        seen[document.title] = number = seen.get(document.title, 0) + 1
-        title = document.title if number == 1 else f"{document.title} ({number})"
-        result.append(Document(title, document.text, document.questions, document.written))
-    return result
+        title, number = document.title, 1
+        while title in titles:
+            number += 1
+            title = f"{document.title} ({number})"
+        titles[title] = replace(document, title=title)
+    return list(titles.values())

@@ -200,5 +200,5 @@ def everything_else(
 
 
 def perplexity(model: Any, ids: torch.Tensor, protocol: Protocol) -> float:
-    """Of the text, read again by the model as it is now."""
+    """The perplexity of the text, read again by the model as it is now."""
     return truncation(model, ids, protocol.window, protocol.stride, progress=False, bos=protocol.bos).perplexity

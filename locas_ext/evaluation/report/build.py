@@ -12,6 +12,7 @@ from locas_ext.evaluation import results as result_files
 from locas_ext.evaluation.display import json_block, markdown
 from locas_ext.storage.files import write_atomically
 from locas_ext.storage.lock import folder_lock
+from locas_ext.terminal import neutral
 
 from .capability import capability_sections
 from .locomo import locomo_sections
@@ -147,4 +148,4 @@ def _run_names(folders: list[Path]) -> list[str]:
     if twice := next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None):
         raise ValueError(f"{twice} is given twice; expected each run once")
     names = [place.name for place in places]
-    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
+    return [neutral(str(folder) if names.count(name) > 1 else name) for folder, name in zip(folders, names, strict=True)]

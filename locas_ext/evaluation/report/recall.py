@@ -63,7 +63,7 @@ def _kept(records: list[dict], name: str = "kept") -> Found:
     """Over texts; of one text, with its interval over questions."""
     known = [record for record in records if record.get(name) is not None]
     if len(known) == 1:
-        return known[0][name], known[0][f"{name}_interval"]
+        return known[0][name], known[0].get(f"{name}_interval")
     return _pooled([[record[name]] for record in known])
 
 

@@ -20,7 +20,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def sizes(linear: Any) -> tuple[int, int]:
-    """Of a linear module: how many numbers go in and come out."""
+    """How many numbers go into a linear module and come out."""
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 

@@ -147,7 +147,7 @@ def _find_layers(found: Found, layers: list[Any], recording: Recording) -> None:
 
 
 def _attentions(layers: list[nn.Module]) -> list[nn.Module]:
-    """Of those layers that have one by a known name."""
+    """Those of the layers that have one by a known name."""
     found = []
     for layer in layers:
         with suppress(ValueError):

@@ -76,7 +76,7 @@ class FastNorm(ABC):
     def rows(
         self, x: Tensor, weight: Tensor, save: bool, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Of x [n, d] and residual [n, d] -> the norm, the sum where there is a residual, and with `save` the statistics."""
+        """x [n, d], residual [n, d] -> the norm, the sum where there is a residual, and with `save` the statistics."""
 
     @abstractmethod
     def rows_backward(

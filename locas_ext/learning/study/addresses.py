@@ -1,6 +1,7 @@
 """Slots that are addressed by words: which inputs fire a slot is computed, what the slot then says is learned."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas_ext.errors import LocasError
 from locas_ext.learning.optimizers import OPTIMIZERS
 from locas_ext.learning.plane_updates import clip_rows_
 from locas_ext.learning.run_guards import eager_host
@@ -25,16 +27,24 @@ from .salience import Salience
 _FIRST = 1  # a text's first token draws attention in many hosts, and its FFN inputs are like no others
 _RIDGE = 1e-3  # of the mean energy of a direction
 _ENOUGH = 16  # places of a word
-_THRESHOLD, _GATE = 0.6, 4.0  # the answer from which on a gate opens; what it gets at an answer of 1
+_THRESHOLD, _GATE = 0.6, 8.0  # the answer from which on a gate opens; what it gets at an answer of 1
 Place = tuple[int, int]  # of a token in its row, with the number of what stands there
 Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each number, [numbers, d]
 
 
 # ---- words and where they stand ----------------------------------------------------------------------------------
-def words_of_passages(passages: Sequence[Passage], salient: Salience) -> list[str]:
-    """The words worth asking for, in the order of the text; a name of several words by its last one."""
-    sentences = dict.fromkeys(sentence for passage in passages for sentence in sentences_of(passage.text))
-    return list(dict.fromkeys(word.text.split()[-1] for sentence in sentences for word in salient(sentence)))
+def addressed_words(passages: Sequence[Passage], salient: Salience, prompter: Prompter, general: Sequence[Row]) -> list[str]:
+    """The words worth asking for, in the order of the text; a name of several words by its last one.
+
+    A word that general rows have too counts only beside a name: elsewhere its slots would fire in any text.
+    """
+    usual = set(re.findall(r"\w+", " ".join(prompter.tokenizer.decode(row.ids) for row in general).lower()))
+    result: dict[str, None] = {}
+    for sentence in dict.fromkeys(sentence for passage in passages for sentence in sentences_of(passage.text)):
+        words = salient(sentence)
+        named = any(word.name for word in words)
+        result |= dict.fromkeys(word.text.split()[-1] for word in words if named or word.text.lower() not in usual)
+    return list(result)
 
 
 def spelled(prompter: Prompter, words: Sequence[str]) -> dict[tuple[int, ...], int]:
@@ -151,11 +161,16 @@ class Addresses:
         """Of words where they stand in rows, apart from what general rows have; the model is the bare host here.
 
         Each layer shares its slots out among the words in another order, so that two words that share one in a layer
-        are apart in others.
+        are apart in others. LocasError where no word stands anywhere.
         """
         spellings, state = spelled(prompter, words), attachment.state
         rows, places = enough(random.Random(seed).sample(list(rows), len(rows)), spellings)
         numbers = {number: at for at, number in enumerate(dict.fromkeys(n for each in places for _, n in each))}
+        if not numbers:
+            raise LocasError(
+                "keys is 'addressed', but the text has no word that is worth asking for; expected a text with names or rare "
+                "words, or keys='learned'"
+            )
         places = [[(place, numbers[number]) for place, number in each] for each in places]
         everywhere = [[(place, 0) for place in range(_FIRST, len(row.ids) - 1)] for row in general]
         of_words = moments(attachment, rows, places, len(numbers), device)

@@ -69,7 +69,7 @@ class StudySettings:
     raw: float = 0.5
     raw_first: float = 0.3
     guard: float = 4.0
-    most_kl: float = 0.004
+    most_kl: float = 0.05
     keys: str = ADDRESSED
     new_tokens: int = 40
 

@@ -26,7 +26,7 @@ from locas_ext.storage import checkpoint
 from locas_ext.storage.config_file import digest as tensor_digest
 from locas_ext.terminal import Terminal
 
-from .addresses import Addresses, words_of_passages
+from .addresses import Addresses, addressed_words
 from .arguments import prompter_of, texts_of
 from .asking import Asker, Written
 from .guard import guard_rows
@@ -167,7 +167,7 @@ class Study:
         rows, kept_back = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
         addresses = None
         if settings.keys == ADDRESSED:
-            words = words_of_passages(self.passages, self.salience)
+            words = addressed_words(self.passages, self.salience, self.prompter, rows)
             addresses = Addresses.of(self.attachment, self.prompter, words, [*lessons, *raw], rows, self.seed, self.device)
             self.report.words = addresses.words
         return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), addresses)

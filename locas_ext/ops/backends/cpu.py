@@ -54,7 +54,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
-    """Of what the backward needs: gate and up, tokens in whole vectors of 16, neurons of host and memory."""
+    """The shapes of what the backward needs: gate and up, tokens in whole vectors of 16, neurons of host and memory."""
     return [(2, -(-tokens // _C.CPU_TOKEN_MULTIPLE) * _C.CPU_TOKEN_MULTIPLE, m + rank)]
 
 

@@ -53,7 +53,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
-    """Of what the backward needs: gate and up, host then memory, whose slots are rounded up to whole pieces of 16 bytes."""
+    """The shapes of what the backward needs: gate and up, host then memory, its slots in whole pieces of 16 bytes."""
     return [(tokens, m + -(-rank // _C.PIECE_ELEMENTS) * _C.PIECE_ELEMENTS)] * 2
 
 

@@ -43,8 +43,8 @@ use_decode_kernels(os.environ.get("LOCAS_CUDA_DECODE") or None)
 
 
 def families() -> list[str]:
-    """Of each GPU. The first question starts the driver, which an import must not do: a process that forks later would
-    have no CUDA in its children, and CUDA_VISIBLE_DEVICES would come too late."""
+    """The family of each GPU. The first question starts the driver, which an import must not do: a process that forks later
+    would have no CUDA in its children, and CUDA_VISIBLE_DEVICES would come too late."""
     if not _of_device:
         use_family(_asked)
     return _of_device

@@ -15,7 +15,7 @@ NAME = "matmul"
 
 
 def saved_shapes(tokens: int, m: int, rank: int) -> list[tuple[int, ...]]:
-    """Of what the backward needs: the host's gate and up, the memory's gate and key side by side."""
+    """The shapes of what the backward needs: the host's gate and up, the memory's gate and key side by side."""
     return [(tokens, m), (tokens, m), (tokens, 2 * rank)]
 
 

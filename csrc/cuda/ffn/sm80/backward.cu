@@ -225,7 +225,7 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
                                            static_cast<int>(divide_up(w.d(), Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad.data ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * plan.splits + slot_tiles;
-      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
+      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = !done});
     });
     if (needs_dx && !done && plan.splits > 1) {
       add_slices<T>({p.workspace, plan.splits, nullptr, p.dx}, queue);

@@ -27,7 +27,7 @@ struct Item {
   int col, first, last;
 };
 
-// The squares of one product's K: which rows of which weights, and the columns of the tokens that they meet.
+// A square of K: which rows of which weights, and the columns of the tokens that they meet.
 struct Square {
   const Matrix& weights;
   int first, rows;  // of the weights
@@ -112,8 +112,8 @@ class SquareQueue {
   // Copies the next square and advances. Behind the last one there are empty groups, so that the wait counts right.
   LOCAS_DEVICE void copy_next() {
     if (item_ < count()) {
-      const Square from = down_ ? second_.square(step_) : first_.square(step_);
-      const int col = at_.col + lane_offset(), columns = down_ ? second_.columns() : first_.columns();
+      const Square from = in_second_ ? second_.square(step_) : first_.square(step_);
+      const int col = at_.col + lane_offset(), columns = in_second_ ? second_.columns() : first_.columns();
 #pragma unroll
       for (int i = 0; i < kLanePieces; ++i) {
         const int row = i * 8 + ptx::lane_index() / 4;
@@ -131,18 +131,18 @@ class SquareQueue {
     place_ = place_ + 1 == kDepth ? 0 : place_ + 1;
   }
 
-  LOCAS_DEVICE int count() const { return down_ ? second_.count() : first_.count(); }
+  LOCAS_DEVICE int count() const { return in_second_ ? second_.count() : first_.count(); }
 
   // The next item from item_ on that has a square for this warp, of the second product when the first has none.
   LOCAS_DEVICE void begin_item() {
     for (;; item_ += ptx::block_count()) {
       if (item_ >= count()) {
-        if (down_) return;
-        down_ = true;
+        if (in_second_) return;
+        in_second_ = true;
         item_ = ptx::block_index();
         if (item_ >= count()) return;
       }
-      at_ = down_ ? second_.at(item_) : first_.at(item_);
+      at_ = in_second_ ? second_.at(item_) : first_.at(item_);
       step_ = at_.first + ptx::warp_index();
       if (step_ < at_.last) return;
     }
@@ -151,7 +151,7 @@ class SquareQueue {
   Shared& shared_;
   const HiddenGradItems first_;
   const InputGradItems second_;
-  bool down_ = false;  // in the second product
+  bool in_second_ = false;
   int item_, step_ = 0, place_ = 0;
   Item at_;
 };
