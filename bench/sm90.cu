@@ -72,6 +72,8 @@ locas::GluFfnBackwardParams gradient_params(const Arguments& a) {
   return p;
 }
 
+__global__ void fills_multiprocessor() {}
+
 thread_local std::string error;
 
 template <class F>
@@ -110,24 +112,40 @@ EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits) {
 EXPORT const char* locas_backward(const Arguments* a) {
   return caught([&] { locas::cuda::sm90::glu_ffn_backward_tiles(gradient_params(*a), {a->device, a->stream}); });
 }
-// plan: tile and slices of each product, in the order of locas_instances.
-EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* plan) {
+// plan: tile and slices of each product, in the order of locas_instances; as it is, or where it may take clusters.
+EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int clusters, int* plan) {
   using namespace locas::cuda::sm90;
   const locas::FfnSizes sizes{d, m, r};
-  for (const Plan& of : {hidden_plan(tokens, sizes), down_plan(tokens, sizes), hidden_grad_plan(tokens, sizes),
-                         input_grad_plan(tokens, sizes)}) {
+  Target target = kTarget;
+  target.clusters |= clusters != 0;
+  for (const Plan& of : {hidden_plan(tokens, sizes, target), down_plan(tokens, sizes, target),
+                         hidden_grad_plan(tokens, sizes, target), input_grad_plan(tokens, sizes, target)}) {
     *plan++ = static_cast<int>(of.kind);
     *plan++ = of.splits;
   }
 }
+// Five numbers a tile: rows, columns, whether it is ping-pong, CTAs that share B, slices in a cluster.
 EXPORT int locas_tiles(int* shapes) {
-  for (int i = 0; i < locas::cuda::sm90::kTileKinds; ++i) {
-    const auto& tile = locas::cuda::sm90::kTiles[i];
-    shapes[3 * i] = tile.m;
-    shapes[3 * i + 1] = tile.n;
-    shapes[3 * i + 2] = tile.schedule == locas::cuda::sm90::Schedule::ping_pong;
-  }
-  return locas::cuda::sm90::kTileKinds;
+  using namespace locas::cuda::sm90;
+  for (const TileShape& tile : kTiles)
+    for (const int number : {tile.m, tile.n, int{tile.schedule == Schedule::ping_pong}, tile.sharers, tile.slices})
+      *shapes++ = number;
+  return kTileKinds;
+}
+// How many clusters of so many CTAs, each of which fills a multiprocessor, run at one time.
+EXPORT int locas_clusters(int ctas) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = dim3(384);
+  config.dynamicSmemBytes = 200 * 1024;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  cudaFuncSetAttribute(fills_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 * 1024);
+  return cudaOccupancyMaxActiveClusters(&count, fills_multiprocessor, &config) == cudaSuccess ? count : -1;
 }
 // The tiles that K1 to K4, product 0 to 3, are compiled for.
 EXPORT int locas_instances(int product, int* tiles) {

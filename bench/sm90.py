@@ -4,22 +4,32 @@ Needs an H100 or H200 and torch, not the built module: the kernels are compiled 
 gate and up product with the activation, K2 the down product, K3 the gradient of the hidden neurons with the activation's,
 K4 the gradients of the input and of the slots; the peer is torch.mm on the host's weights alone, without memory and without
 activation. A time is the median over interleaved rounds of CUDA graphs that rotate through operands.
+
+A tile is tested by a process of its own, so that one that never ends or breaks the context takes none with it; those that
+are right are timed. Tiles: tokens x columns, pp: ping-pong, *2: pairs of CTAs share the weights, /4c: slices of K in a
+cluster, /4: by launch.
 """
 
 import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .graphs import Graph, sets_for
-from .sm90_checks import check_all, make
+from .sm90_checks import cases_of, cases_of_plans, check_all, make, slices
 from .sm90_library import Library
 
 SHAPES = {1024: 3072, 2048: 6144, 4096: 12288}
+PLANS = -1  # as a tile: whole passes as planned
+CHECK_SECONDS, CHECKS_AT_ONCE = 60, 8
+SLICED_TOKENS = 512  # slices by launch are timed up to here
 
 
 def calls_of(arm, sets: list[dict], seconds: float) -> list:
@@ -53,8 +63,8 @@ def inference(ffn: dict) -> dict:
     return {name: tensor for name, tensor in ffn.items() if name not in ("gate_out", "up_out")}
 
 
-def products(library: Library, tokens: int) -> dict[str, dict]:
-    """Each product's arms by name, the peer first; then both of a pass."""
+def products(library: Library, tokens: int, right: Collection[int]) -> dict[str, dict]:
+    """Each product's arms by name, the peer first; then both of a pass. right: the tiles to time."""
     mm = peers()
     ours = {
         "K1": lambda ffn, tile: library.hidden(inference(ffn), tile),
@@ -66,13 +76,15 @@ def products(library: Library, tokens: int) -> dict[str, dict]:
     for product, call in ours.items():
         arms: dict[str, Callable] = {"cuBLAS": mm[product]}
         sums = product in ("K2", "K4")
-        for splits, tile in itertools.product(slices_of(tokens) if sums else (1,), library.instances[product]):
-            numbers = (tile, splits) if sums else (tile,)
-            arms[library.arm(tile, splits)] = lambda ffn, call=call, numbers=numbers: call(ffn, *numbers)
+        for tile in [tile for tile in library.instances[product] if tile in right]:
+            for splits in slices(library, tile) if sums and tokens <= SLICED_TOKENS else (1,):
+                numbers = (tile, splits) if sums else (tile,)
+                arms[library.arm(tile, splits)] = lambda ffn, call=call, numbers=numbers: call(ffn, *numbers)
         all_arms[product] = arms
-    for tile in library.instances["K1"]:
+    for tile in [tile for tile in library.instances["K1"] if tile in right]:
         all_arms["K1"][f"{library.arm(tile, 1)} saving"] = lambda ffn, tile=tile: library.hidden(ffn, tile)
-    for first, second, whole in [("K1", "K2", lambda ffn: library.forward(inference(ffn))), ("K3", "K4", library.backward)]:
+    passes = [("K1", "K2", lambda ffn: library.forward(inference(ffn))), ("K3", "K4", library.backward)]
+    for first, second, whole in passes if PLANS in right else []:
         both = {"cuBLAS": lambda ffn, first=first, second=second: (mm[first](ffn), mm[second](ffn)), "planned": whole}
         all_arms[f"{first}+{second}"] = both
     return all_arms
@@ -85,15 +97,10 @@ def flops(product: str, tokens: int, d: int, m: int, r: int) -> tuple[int, int]:
     return 2 * tokens * d * m * weights, 2 * tokens * d * ((m + r) * weights + slots)
 
 
-def slices_of(tokens: int) -> tuple[int, ...]:
-    """The numbers of slices that are timed."""
-    return (1, 2, 4) if tokens <= 512 else (1,)
-
-
 def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     count = min(6, sets_for(2 * (3 * m * d + tokens * (2 * d + 3 * m))))
-    splits = max(*slices_of(tokens), *(planned for _, planned in library.plan(tokens, d, m, r).values()))
+    splits = max(4, *(planned for _, planned in library.plan(tokens, d, m, r).values()))
     sets = [make(tokens, d, m, r, torch.bfloat16, splits=splits, gradients=True) for _ in range(count)]
     for ffn in sets:  # what only the peer needs
         ffn["gate_up"] = torch.cat([ffn["gate"], ffn["up"]])
@@ -102,30 +109,65 @@ def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespac
     return sets
 
 
-def measure(library: Library, d: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
+def measure(library: Library, right: Collection[int], d: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     sets = operands(library, tokens, d, arguments)
-    picked = {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r).items()}
+    picked, with_clusters = (
+        {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r, clusters).items()}
+        for clusters in (False, True)
+    )
     records = []
-    for product, arms in products(library, tokens).items():
+    for product, arms in products(library, tokens, right).items():
         theirs, ours = flops(product, tokens, d, m, r)
         taken = times(arms, sets, theirs, arguments.rounds)
         for name, us in taken.items():
             tflops = (theirs if name == "cuBLAS" else ours) / us / 1e6
             record = dict(d=d, m=m, r=r, tokens=tokens, product=product, arm=name, us=us, tflops=tflops)
-            records.append(record | dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name))
+            record |= dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name)
+            records.append(record | dict(picked_with_clusters=with_clusters.get(product) == name))
     return records
 
 
 def show(records: list[dict]) -> None:
+    """A line for each product of each shape: the peer, then ours from the fastest on."""
+    print("\nmicroseconds, and TFLOP/s over cuBLAS's; [] is the plan, {} the plan if it took clusters, + saves for a backward")
     for (d, tokens, product), group in itertools.groupby(records, lambda x: (x["d"], x["tokens"], x["product"])):
-        rows = list(group)
-        peer = rows[0]["tflops"]
-        print(f"\nd {d}, T {tokens}, {product}: cuBLAS {rows[0]['us']:.1f} us, {peer:.0f} TFLOP/s", flush=True)
-        for x in sorted(rows[1:], key=lambda x: x["us"])[:8] + [x for x in rows[1:] if x["picked"]]:
-            mark = " <- plan" if x["picked"] else ""
-            ratio = f"{x['tflops'] / peer:.3f} of cuBLAS, time x {x['time_ratio']:.3f}"
-            print(f"   {x['arm']:18} {x['us']:8.1f} us  {x['tflops']:6.0f} TFLOP/s  {ratio}{mark}")
+        peer, *ours = group
+        ours.sort(key=lambda x: x["us"])
+        shown = [x for place, x in enumerate(ours) if place < 7 or x["picked"] or x["picked_with_clusters"]]
+        arms = [f"{x['arm'].replace(' saving', '+')} {x['us']:.1f} {x['tflops'] / peer['tflops']:.2f}" for x in shown]
+        marked = [
+            f"[{arm}]" if x["picked"] else f"{{{arm}}}" if x["picked_with_clusters"] else arm
+            for arm, x in zip(arms, shown, strict=True)
+        ]
+        print(f"{d} {tokens} {product}: cuBLAS {peer['us']:.1f}; {'; '.join(marked)}", flush=True)
+
+
+def right_tiles(library: Library) -> list[int]:
+    """Tests each tile, and the plans, in a process of its own; -> those that are right."""
+
+    def is_right(tile: int) -> bool:
+        command = [sys.executable, "-m", "bench.sm90", "--check-tile", str(tile)]
+        what = "plans" if tile == PLANS else library.names[tile]
+        try:
+            ended = subprocess.run(command, timeout=CHECK_SECONDS, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            print(f"{what}: WRONG, has not ended after {CHECK_SECONDS} s", flush=True)
+            return False
+        print(ended.stdout + (ended.stderr[-1500:] if ended.returncode else ""), end="", flush=True)
+        return ended.returncode == 0
+
+    tiles = [*range(len(library.names)), PLANS]
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+        return [tile for tile, right in zip(tiles, pool.map(is_right, tiles), strict=True) if right]
+
+
+def check(library: Library, tile: int) -> None:
+    """As a process of right_tiles."""
+    torch.manual_seed(tile + 1)
+    cases = cases_of_plans() if tile == PLANS else cases_of(library, tile)
+    if not check_all(library, "plans" if tile == PLANS else library.names[tile], cases):
+        raise SystemExit(1)
 
 
 def main() -> None:
@@ -137,18 +179,24 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--check-tile", type=int, help="tests this one and ends")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     library = Library()
-    right = arguments.no_check or check_all(library)
-    records = []
+    if arguments.check_tile is not None:
+        return check(library, arguments.check_tile)
+    tiles = [*range(len(library.names)), PLANS]
+    right = tiles if arguments.no_check else right_tiles(library)
+    clusters = {ctas: library.clusters_at_once(ctas) for ctas in (1, 2, 4)}
+    print(f"{torch.cuda.get_device_name()}; clusters of so many CTAs at one time: {clusters}", flush=True)
+    records: list[dict] = []
     for d, tokens in [] if arguments.no_time else itertools.product(arguments.d, arguments.tokens):
-        measured = measure(library, d, tokens, arguments)
-        show(measured)
-        records += measured
+        records += measure(library, right, d, tokens, arguments)
         if arguments.out:
-            arguments.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "records": records}, indent=1))
-    if not right:
+            found = {"gpu": torch.cuda.get_device_name(), "clusters": clusters, "right": [tile in right for tile in tiles]}
+            arguments.out.write_text(json.dumps(found | {"records": records}, indent=1))
+    show(records)
+    if len(right) < len(tiles):
         raise SystemExit("some numbers are wrong")
 
 

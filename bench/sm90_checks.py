@@ -16,7 +16,8 @@ FUNCTIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# tokens, d, m, r: nothing fits a tile.
+# tokens, d, m, r: nothing fits a tile. Of LONG, every tile gives a CTA several units.
+LONG = (4200, 2048, 1024, 64)
 SHAPES = [(1, 64, 64, 1), (131, 264, 520, 37), (257, 1032, 1544, 65), (300, 520, 392, 0), (33, 128, 200, 130)]
 
 
@@ -108,6 +109,11 @@ def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool, 
         )
 
 
+def slices(library: Library, tile: int) -> tuple[int, ...]:
+    """How often K is cut by launch."""
+    return (1, 2, 4) if library.clusters[tile] == 1 else (1,)
+
+
 def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, integers: bool, activation: str) -> None:
     tokens, d, m, r = shape
     what = f"{library.names[tile]}, {dtype}, tokens {tokens}, d {d}, m {m}, r {r}, {'integers' if integers else activation}"
@@ -116,8 +122,8 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
         check_hidden(library, ffn, tile, integers, activation, what)
     else:
         library.hidden(ffn, library.instances["K1"][0], 2.0, activation)
-    for splits in (1, 2, 4) if tile in library.instances["K2"] else ():
-        if (m + 63) // 64 + (r + 63) // 64 >= splits:
+    for splits in slices(library, tile) if tile in library.instances["K2"] else ():
+        if (m + 63) // 64 + (r + 63) // 64 >= splits * library.slices[tile]:
             check_down(library, ffn, tile, splits, integers, what)
     if tile in library.instances["K3"] or tile in library.instances["K4"]:
         check_gradients(
@@ -189,8 +195,8 @@ def check_input_grad(library: Library, ffn: dict, tile: int, splits: int, intege
 def check_gradients(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
     in_hidden = tile in library.instances["K3"]
     check_hidden_grad(library, ffn, tile if in_hidden else library.instances["K3"][0], integers, activation, what)
-    for splits in (1, 2, 4) if tile in library.instances["K4"] else ():
-        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits:
+    for splits in slices(library, tile) if tile in library.instances["K4"] else ():
+        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits * library.slices[tile]:
             check_input_grad(library, ffn, tile, splits, integers, what)
             first = ffn["dx"].clone()
             library.input_grad(ffn, tile, splits)
@@ -230,24 +236,32 @@ def check_whole_backward(library: Library, tokens: int, d: int, m: int, r: int) 
             raise Wrong(f"{what}: does not repeat")
 
 
-def check_all(library: Library) -> bool:
-    """Runs every case and says what is wrong; whether nothing is."""
-    numbers = itertools.count()
-    cases = [
+def cases_of(library: Library, tile: int) -> list[tuple]:
+    """The checks of a tile."""
+    numbers = itertools.count(tile)
+    shapes = [*itertools.product(SHAPES, ROUNDING), (LONG, torch.bfloat16)]
+    return [
         (check_tile, tile, shape, dtype, integers, "relu" if integers else ACTIVATIONS[next(numbers) % len(ACTIVATIONS)])
-        for tile, shape, dtype in itertools.product(range(len(library.tiles)), SHAPES, ROUNDING)
-        for integers in (True, False)
+        for (shape, dtype), integers in itertools.product(shapes, (True, False))
     ]
+
+
+def cases_of_plans() -> list[tuple]:
+    """The checks of whole passes, which the plan cuts."""
     whole = [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
-    cases += [(check, *shape) for check, shape in itertools.product((check_whole, check_whole_backward), whole)]
+    return [(check, *shape) for check, shape in itertools.product((check_whole, check_whole_backward), whole)]
+
+
+def check_all(library: Library, what: str, cases: list[tuple]) -> bool:
+    """Runs every case and says what is wrong; whether nothing is."""
     wrong = []
     for check, *case in cases:
         try:
             check(library, *case)
         except Wrong as error:
             wrong.append(str(error))
-            if len(wrong) <= 12:
+            if len(wrong) <= 3:
                 print(f"WRONG {error}", flush=True)
     torch.cuda.synchronize()
-    print(f"{len(cases) - len(wrong)} of {len(cases)} cases of {len(library.tiles)} tiles are right", flush=True)
+    print(f"{what}: {len(cases) - len(wrong)} of {len(cases)} cases are right", flush=True)
     return not wrong

@@ -77,10 +77,15 @@ class Library:
         self._library = load()
         for name in ["hidden", "down", "forward", "hidden_grad", "input_grad", "backward"]:
             getattr(self._library, f"locas_{name}").restype = ctypes.c_char_p
-        shapes = (ctypes.c_int * 48)()
+        shapes = (ctypes.c_int * 256)()
         count = self._library.locas_tiles(shapes)
-        self.tiles = [tuple(shapes[3 * i : 3 * i + 3]) for i in range(count)]
-        self.names = [f"{m}x{n}{'pp' if pp else ''}" for m, n, pp in self.tiles]
+        tiles = [shapes[5 * i : 5 * i + 5] for i in range(count)]
+        self.clusters = [sharers * slices for _, _, _, sharers, slices in tiles]
+        self.slices = [slices for *_, slices in tiles]
+        self.names = [
+            f"{m}x{n}{'pp' if pp else ''}{'*2' if sharers == 2 else ''}{f'/{slices}c' if slices > 1 else ''}"
+            for m, n, pp, sharers, slices in tiles
+        ]
         self.instances: dict[str, list[int]] = {}
         for number, product in enumerate(PRODUCTS):
             count = self._library.locas_instances(number, shapes)
@@ -104,11 +109,15 @@ class Library:
     def backward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_backward", ffn, scale, activation)
 
-    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int]]:
-        """-> each product's tile and slices."""
+    def plan(self, tokens: int, d: int, m: int, r: int, clusters: bool = False) -> dict[str, tuple[int, int]]:
+        """-> each product's tile and slices. clusters: where it may take those of clusters, though it does not yet."""
         plan = (ctypes.c_int * 8)()
-        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
+        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), ctypes.c_int(clusters), plan)
         return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
+
+    def clusters_at_once(self, ctas: int) -> int:
+        """How many clusters of so many CTAs the GPU runs at one time."""
+        return self._library.locas_clusters(ctas)
 
     def arm(self, tile: int, splits: int) -> str:
         """Its name."""

@@ -43,20 +43,27 @@ LOCAS_INLINE float fast_exp(float x) {
 }
 
 LOCAS_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+struct Sigmoid {
+  static LOCAS_INLINE float of(float x) { return sigmoid(x); }
+};
 
 struct ValueAndSlope {
   float value, slope;  // act(x), act'(x)
 };
 
-template <Activation act>
+// Logistic: the sigmoid that it takes.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <Activation act, class Logistic = Sigmoid>
 LOCAS_INLINE ValueAndSlope activate(float x) {
   if constexpr (act == Activation::silu) {
-    const float s = sigmoid(x);
+    const float s = Logistic::of(x);
     return {x * s, s + x * s * (1.0f - s)};
   } else if constexpr (act == Activation::gelu_tanh) {
     // 0.5 x (1 + tanh z) is x * sigmoid(2 z).
     constexpr float kTwoSqrt2OverPi = 1.5957691216057308f, kCubic = 0.044715f;
-    const float s = sigmoid(kTwoSqrt2OverPi * (x + kCubic * x * x * x));
+    const float s = Logistic::of(kTwoSqrt2OverPi * (x + kCubic * x * x * x));
     const float dz = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
     return {x * s, s + x * s * (1.0f - s) * dz};
   } else if constexpr (act == Activation::gelu) {
@@ -65,7 +72,7 @@ LOCAS_INLINE ValueAndSlope activate(float x) {
     return {x * cdf, cdf + x * density};
   } else if constexpr (act == Activation::quick_gelu) {
     constexpr float kSteepness = 1.702f;
-    const float s = sigmoid(kSteepness * x);
+    const float s = Logistic::of(kSteepness * x);
     return {x * s, s + kSteepness * x * s * (1.0f - s)};
   } else if constexpr (act == Activation::relu_squared) {
     const float positive = x < 0.0f ? 0.0f : x;  // written so that NaN stays NaN

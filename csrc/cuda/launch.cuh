@@ -28,6 +28,7 @@ namespace locas::cuda {
 struct LaunchOptions {
   bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
   bool cooperative = false;   // at most resident_blocks(), which may wait for each other (ptx/grid.cuh)
+  int cluster = 1;            // so many neighbouring blocks reach each other's shared memory (ptx/cluster.cuh)
 };
 
 #ifdef __CUDACC__
@@ -94,21 +95,26 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
                              " blocks; at most 2^31 - 1");
   const DeviceGuard guard(queue.device);
   permit_shared_memory<Kernel>(shared_bytes);
-  cudaLaunchAttribute attribute;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
   if (options.cooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  } else if (options.programmatic && waits_itself<Kernel>(queue.device)) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(Kernel::threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  config.attrs = &attribute;
-  config.numAttrs = options.cooperative || (options.programmatic && waits_itself<Kernel>(queue.device)) ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 
@@ -160,7 +166,8 @@ void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::P
       [&params](unsigned char* shared) { Kernel::run(params, shared); },
       options.cooperative    ? simt::LaunchKind::cooperative
       : options.programmatic ? simt::LaunchKind::programmatic
-                             : simt::LaunchKind::ordinary);
+                             : simt::LaunchKind::ordinary,
+      options.cluster);
 }
 
 inline int multiprocessor_count(Queue) { return simt::kMultiprocessors; }

@@ -431,46 +431,100 @@ LOCAS_TEST(one_kernel, "glu_ffn_decode as one kernel") {
 }
 
 // The sm90 family with tiles of the test's choice: each product whole or in slices.
-int slices_of(int64_t depth, int64_t r, int most) {
-  return static_cast<int>(std::min<int64_t>(most, cuda::divide_up(depth, 64) + cuda::divide_up(r, 64)));
-}
+using cuda::sm90::TileKind;
 
-template <int hidden, int down, int most_splits>
+struct HopperTiles {
+  TileKind hidden, down, hidden_grad, input;
+  int splits;  // at most, of K2 and K4
+};
+HopperTiles hopper_tiles;
+
+int hopper_splits(int64_t blocks) { return static_cast<int>(std::min<int64_t>(hopper_tiles.splits, blocks)); }
+
 void hopper_forward(const GluFfnForwardParams& p, cuda::Queue queue) {
   GluFfnForwardParams own = p;
-  const int splits = slices_of(p.weights.m(), p.weights.r(), most_splits);
+  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
+  const int splits = hopper_splits(blocks);
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(cuda::sm90::kHiddenTiles[hidden]), queue);
-  cuda::sm90::glu_ffn_down(own, static_cast<int>(cuda::sm90::kDownTiles[down]), splits, queue);
+  const bool fills = blocks >= cuda::sm90::shape_of(hopper_tiles.down).slices;
+  cuda::sm90::glu_ffn_hidden(own, static_cast<int>(hopper_tiles.hidden), queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(fills ? hopper_tiles.down : TileKind::m128n128), splits, queue);
 }
 
-template <int hidden, int input, int most_splits>
 void hopper_backward(const GluFfnBackwardParams& p, cuda::Queue queue) {
   GluFfnBackwardParams own = p;
-  const int splits = p.dx.data ? slices_of(p.weights.m(), p.weights.r(), most_splits) : 1;
+  const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
+  const int splits = p.dx.data ? hopper_splits(2 * blocks) : 1;
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  cuda::sm90::glu_ffn_hidden_grad(own, static_cast<int>(cuda::sm90::kHiddenGradTiles[hidden]), queue);
-  cuda::sm90::glu_ffn_input_and_slots_grad(own, static_cast<int>(cuda::sm90::kInputGradTiles[input]), splits, queue);
+  cuda::sm90::glu_ffn_hidden_grad(own, static_cast<int>(hopper_tiles.hidden_grad), queue);
+  cuda::sm90::glu_ffn_input_and_slots_grad(own, static_cast<int>(hopper_tiles.input), splits, queue);
 }
 
-template <int tile, int hidden_grad, int most_splits>
-FfnKernels hopper() {
-  FfnKernels kernels = with_forward(hopper_forward<tile, tile, most_splits>);
-  kernels.glu_ffn_backward = hopper_backward<hidden_grad, tile, most_splits>;
+FfnKernels hopper(const HopperTiles& tiles) {
+  hopper_tiles = tiles;
+  FfnKernels kernels = with_forward(hopper_forward);
+  kernels.glu_ffn_backward = hopper_backward;
   return kernels;
 }
 
-LOCAS_TEST(hopper_0, "glu_ffn of sm90, the first tiles") { return run_each(hopper<0, 0, 1>(), 1, 300, 10); }
-LOCAS_TEST(hopper_1, "glu_ffn of sm90, the second tiles") { return run_each(hopper<1, 1, 2>(), 1, 300, 11); }
-LOCAS_TEST(hopper_2, "glu_ffn of sm90, the third tiles") { return run_each(hopper<2, 2, 3>(), 1, 300, 12); }
+// Integers in one seed and normal numbers in the next.
+int run_alternating(const FfnKernels& kernels, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
+  Random random(start);
+  int cases = 0;
+  for_each_seed([&] {
+    const Activation activation = cases % 2 == 0 ? Activation::relu : static_cast<Activation>(cases / 2 % 6);
+    const Shape s = draw_shape(random, least_tokens, most_tokens, activation);
+    switch ((start + cases++) % 4) {
+      case 0: return exact_case<bf16>(s, kernels, random);
+      case 1: return rounded_case<f16>(s, kernels, random);
+      case 2: return exact_case<f16>(s, kernels, random);
+      default: return rounded_case<bf16>(s, kernels, random);
+    }
+  });
+  return cases;
+}
+std::string shapes(int count) { return std::to_string(count) + " shapes, " + std::to_string(kSeeds) + " seeds"; }
+
+// Each instance of each product.
+LOCAS_TEST(hopper_wide, "glu_ffn of sm90 with wide tiles") {
+  using enum TileKind;
+  int count = run_alternating(hopper({m128n192_ping_pong, m128n256, m128n192_ping_pong, m128n256, 1}), 1, 300, 10);
+  count += run_alternating(hopper({m128n192, m128n128_ping_pong, m128n192, m128n128_ping_pong, 3}), 1, 300, 12);
+  count += run_alternating(hopper({m128n192, m128n256, m256n96, m128n256, 1}), 1, 300, 14);
+  return shapes(count);
+}
+LOCAS_TEST(hopper_narrow, "glu_ffn of sm90 with narrow tiles") {
+  using enum TileKind;
+  int count = run_alternating(hopper({m128n128_ping_pong, m128n128, m128n128_ping_pong, m128n128, 2}), 1, 300, 20);
+  count += run_alternating(hopper({m128n128_ping_pong, m128n128, m256n96_ping_pong, m128n128, 4}), 1, 300, 22);
+  return shapes(count);
+}
+LOCAS_TEST(hopper_pairs, "glu_ffn of sm90 by pairs") {
+  using enum TileKind;
+  int count = run_alternating(hopper({m128n192_ping_pong_pair, m128n256_pair, m128n192_ping_pong_pair, m128n256, 1}), 1,
+                              300, 30);
+  count += run_alternating(hopper({m128n128_ping_pong_pair, m128n128_pair, m128n128_ping_pong_pair, m128n128, 1}), 1,
+                           300, 32);
+  count +=
+      run_alternating(hopper({m128n192_pair, m128n128_ping_pong_pair, m128n128, m128n128_ping_pong, 1}), 1, 300, 34);
+  return shapes(count);
+}
+LOCAS_TEST(hopper_slices, "glu_ffn of sm90 with slices in clusters") {
+  using enum TileKind;
+  int count = run_alternating(hopper({m128n192, m128n128_2_slices, m128n128, m128n128_2_slices, 1}), 1, 140, 40);
+  count += run_alternating(hopper({m128n192, m128n128_4_slices, m128n128, m128n128_4_slices, 1}), 1, 140, 42);
+  return shapes(count);
+}
 LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return run_each(cuda::sm90::table, 65, 400, 16); }
 
 LOCAS_TEST(hopper_sizes, "glu_ffn of sm90 with long sums") {
+  using enum TileKind;
   Random random(17);
   for_each_seed([&] {
-    exact_case<bf16>({33, 136, 136, 130, Activation::relu, true}, hopper<0, 3, 2>(), random);
+    const FfnKernels kernels = hopper({m128n192_ping_pong, m128n256, m128n128, m128n256, 2});
+    exact_case<bf16>({33, 136, 136, 130, Activation::relu, true}, kernels, random);
     rounded_case<bf16>({140, 200, 136, 65, Activation::silu, false}, cuda::sm90::table, random);
   });
   return "2 shapes, 10 seeds";

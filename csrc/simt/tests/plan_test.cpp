@@ -41,5 +41,22 @@ LOCAS_TEST(plan, "plans of the sm90 family") {
   return std::to_string(std::size(kWinners)) + " shapes";
 }
 
+// Where the tiles of K2 and K4 alone leave multiprocessors idle, slices in clusters fill them.
+LOCAS_TEST(plan_clusters, "plans of the sm90 family with clusters") {
+  const cuda::sm90::Target target{132, 8, true};
+  const int64_t tokens = 512;
+  for (const int64_t d : {1024, 2048}) {
+    const FfnSizes sizes{d, 3 * d, 64};
+    for (const Plan& plan : {down_plan(tokens, sizes, target), input_grad_plan(tokens, sizes, target)}) {
+      const auto& tile = shape_of(plan.kind);
+      const int64_t ctas = tokens / tile.m * (d / tile.n) * tile.slices;
+      if (plan.splits != 1 || tile.slices == 1 || ctas > 132 || ctas < 120)
+        fail("d %d: tile %d in %d slices by launch has %d CTAs", static_cast<int>(d), static_cast<int>(plan.kind),
+             plan.splits, static_cast<int>(ctas));
+    }
+  }
+  return "2 shapes";
+}
+
 }  // namespace
 }  // namespace locas::test

@@ -19,6 +19,8 @@
 #include "cuda/ffn/sm90/epilogue.cuh"
 #include "cuda/ffn/sm90/half_activations.cuh"
 #include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/neuron_tiles.cuh"
+#include "cuda/ffn/sm90/output_tiles.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/grid.cuh"
@@ -72,39 +74,23 @@ struct GluFfnHiddenGrad {
     int neurons;  // of the buffers
     float scale;
   };
-  struct Params : EachInTurn {
+  struct Params : NeuronTiles<Tile, Source, Tile::kN> {
     ptx::TensorMap dy, memory_hidden;
-    Source host, memory;
-    int blocks, tiles_m, host_tiles_n, tiles_n;
     Activation activation;
-
-    LOCAS_DEVICE int first_block(int) const { return 0; }
-    LOCAS_DEVICE int last_block(int) const { return blocks; }
   };
+  using Place = typename Params::Place;
   struct Shared {
     typename Tile::Shared tile;
     typename Ring::Shared pieces[Tile::kConsumers * 4];
   };
 
-  // A tile has neurons of one source.
-  struct Place {
-    const Source& source;
-    bool memory;
-    int token, neuron;
-    // Pieces of 32 neurons in a row block.
-    LOCAS_DEVICE int columns() const {
-      const int inside = source.neurons - neuron;
-      return (inside < Tile::kN ? inside + kSlabCols - 1 : Tile::kN) / kSlabCols;
-    }
-  };
-  static LOCAS_DEVICE Place place_of(const Params& p, int unit) {
-    const TileIndex tile = tile_index(unit, p.tiles_m, p.tiles_n);
-    const bool memory = tile.n >= p.host_tiles_n;
-    return {memory ? p.memory : p.host, memory, tile.m * Tile::kM,
-            (memory ? tile.n - p.host_tiles_n : tile.n) * Tile::kN};
+  // Pieces of 32 neurons in a row block.
+  static LOCAS_DEVICE int columns_at(const Place& at) {
+    const int inside = at.source.neurons - at.neuron;
+    return (inside < Tile::kN ? inside + kSlabCols - 1 : Tile::kN) / kSlabCols;
   }
   static LOCAS_DEVICE Place rows_of(const Params& p, int unit, int consumer) {
-    Place at = place_of(p, unit);
+    Place at = p.place_of(unit);
     at.token += (Tile::kPingPong ? 0 : consumer * Tile::kRows) + warp_row();
     return at;
   }
@@ -144,15 +130,10 @@ struct GluFfnHiddenGrad {
 
  private:
   static LOCAS_DEVICE void load(const Params& p, int unit, int k, typename Tile::Stage& stage, uint64_t* full) {
-    const Place at = place_of(p, unit);
+    const Place at = p.place_of(unit);
     ptx::bulk_tensor_load(stage.a, p.dy, k, at.token, full);
-    if (at.memory) {
-      ptx::bulk_tensor_load(stage.b, at.source.weight, k, at.neuron, full);
-    } else {
-#pragma unroll
-      for (int slab = 0; slab < Tile::kN; slab += 64)
-        ptx::bulk_tensor_load(stage.b + slab * kBlockK, at.source.weight, at.neuron + slab, k, full);
-    }
+    if (at.memory) load_k_major<Tile>(stage, at.source.weight, k, at.neuron, full);
+    else load_mn_major<Tile>(stage, at.source.weight, at.neuron, k, full);
   }
 
   // Piece `index` of a unit, in the order in which write goes over them, into slot `slot` of the ring.
@@ -166,12 +147,12 @@ struct GluFfnHiddenGrad {
     ptx::bulk_wait_read<0>();
     RingPosition<kPieces> to = ring.ring;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i, to.next()) fetch(ring, at, at.columns(), i, to.stage);
+    for (int i = 0; i < kPieces; ++i, to.next()) fetch(ring, at, columns_at(at), i, to.stage);
   }
 
   template <Activation act>
   static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, const typename Tile::Sums& sums) {
-    const int columns = at.columns();
+    const int columns = columns_at(at);
     int index = 0;
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
@@ -244,52 +225,45 @@ struct GluFfnHiddenGrad {
   }
 };
 
-// sliced: dx's K in slices, whose float sums AddSlices adds.
 template <class Tile, bool sliced>
 struct GluFfnInputAndSlotsGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
-  using Stores = sm90::Stores<T, 3>;
+  static_assert(Tile::kSharers == 1, "units of the slots share nothing");
+  using Output = OutputTiles<Tile, sliced>;
+  using Stores = typename Output::Stores;
 
   struct Segment {
     ptx::TensorMap gradient, weight;
     int blocks;
   };
-  struct Params {
+  struct Params : Output {
     Segment segments[4];             // gate, up, memory's gate, memory's key
     ptx::TensorMap coefficients[3];  // [tokens, slots]: d_gate, d_up and memory_hidden of the memory
-    ptx::TensorMap x, dy, dx;
-    float *slices, *slots_grad;  // [splits, tokens, d] where sliced; [3, r, d]
-    float one;                   // 1, for store_floats
-    int64_t tokens;
-    int d, r, units;
-    int tiles, tiles_m, tiles_n, splits, blocks;  // of dx; no tiles without dx
-    int slot_blocks, token_blocks;                // 64 slots, 64 tokens
+    ptx::TensorMap x, dy;
+    float* slots_grad;  // [3, r, d]
+    int r, units;
+    int slot_blocks, token_blocks;  // 64 slots, 64 tokens
+    int slots_from;                 // the first CTA that takes units of the slots
 
-    int slots_from;  // the first CTA that takes units of the slots
-
-    LOCAS_DEVICE int dx_units() const { return tiles * splits; }
     LOCAS_DEVICE int first_slot_unit() const {
       const int behind = ptx::block_index() - slots_from;
-      return behind < 0 ? units : dx_units() + behind;
+      return behind < 0 ? units : this->tile_units() + behind;
     }
     LOCAS_DEVICE int first_unit() const { return is_dx(ptx::block_index()) ? ptx::block_index() : first_slot_unit(); }
     LOCAS_DEVICE int next_unit(int unit) const {
       if (!is_dx(unit)) return unit + ptx::block_count() - slots_from;
       return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
     }
-    LOCAS_DEVICE bool is_dx(int unit) const { return unit < dx_units(); }
-    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? blocks * (unit / tiles) / splits : 0; }
-    LOCAS_DEVICE int last_block(int unit) const {
-      return is_dx(unit) ? blocks * (unit / tiles + 1) / splits : token_blocks;
-    }
-    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit % tiles, tiles_m, tiles_n); }
+    LOCAS_DEVICE bool is_dx(int unit) const { return unit < this->tile_units(); }
+    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? Output::first_block(unit) : 0; }
+    LOCAS_DEVICE int last_block(int unit) const { return is_dx(unit) ? Output::last_block(unit) : token_blocks; }
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Stores::Shared stores[Tile::kConsumers * 4];
+    typename Output::Shared output[Tile::kConsumers * 4];
   };
 
   // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
@@ -301,13 +275,14 @@ struct GluFfnInputAndSlotsGrad {
     LOCAS_DEVICE int slot(int half) const { return (value ? 2 * block + half : block) * 64; }
   };
   static LOCAS_DEVICE SlotUnit slot_unit(const Params& p, int unit) {
-    const int index = unit - p.dx_units(), block = index / p.tiles_n;
+    const int index = unit - p.tile_units(), block = index / p.tiles_n;
     const bool value = block >= p.slot_blocks;
     return {value, value ? block - p.slot_blocks : block, index % p.tiles_n * Tile::kN};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -318,7 +293,7 @@ struct GluFfnInputAndSlotsGrad {
           });
         },
         [&](int consumer) {
-          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          Stores stores{shared.output[Output::consumer_warp()].stores};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -331,7 +306,7 @@ struct GluFfnInputAndSlotsGrad {
                                                               pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                if (p.is_dx(unit)) write_dx(stores, p, unit, sums, consumer);
+                if (p.is_dx(unit)) p.write(stores, shared.output, unit, sums, consumer);
                 else add_slots(p, slot_unit(p, unit), sums, consumer);
               });
           stores.finish();
@@ -339,19 +314,12 @@ struct GluFfnInputAndSlotsGrad {
   }
 
  private:
-  static LOCAS_DEVICE void load_b(const ptx::TensorMap& from, int channel, int k, typename Tile::Stage& stage,
-                                  uint64_t* full) {
-#pragma unroll
-    for (int slab = 0; slab < Tile::kN; slab += 64)
-      ptx::bulk_tensor_load(stage.b + slab * kBlockK, from, channel + slab, k, full);
-  }
-
   static LOCAS_DEVICE void load_dx(const Params& p, int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
     const TileIndex tile = p.tile(unit);
     const Segment* segment = p.segments;
     while (block >= segment->blocks) block -= segment++->blocks;
     ptx::bulk_tensor_load(stage.a, segment->gradient, block * kBlockK, tile.m * Tile::kM, full);
-    load_b(segment->weight, tile.n * Tile::kN, block * kBlockK, stage, full);
+    load_mn_major<Tile>(stage, segment->weight, tile.n * Tile::kN, block * kBlockK, full);
   }
 
   static LOCAS_DEVICE void load_slots(const Params& p, int unit, int block, typename Tile::Stage& stage,
@@ -361,16 +329,7 @@ struct GluFfnInputAndSlotsGrad {
     for (int half = 0; half < 2; ++half)
       ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[at.kind(half)], at.slot(half),
                             block * kBlockK, full);
-    load_b(at.value ? p.dy : p.x, at.channel, block * kBlockK, stage, full);
-  }
-
-  static LOCAS_DEVICE void write_dx(Stores& stores, const Params& p, int unit, const typename Tile::Sums& sums,
-                                    int consumer) {
-    const TileIndex tile = p.tile(unit);
-    const int token = tile.m * Tile::kM + (Tile::kPingPong ? 0 : consumer * Tile::kRows), channel = tile.n * Tile::kN;
-    if constexpr (sliced)
-      store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d, p.one);
-    else store_rounded<Tile>(stores, p.dx, sums, token, channel, p.d, nullptr);
+    load_mn_major<Tile>(stage, at.value ? p.dy : p.x, at.channel, block * kBlockK, full);
   }
 
   static LOCAS_DEVICE void add_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
@@ -403,55 +362,46 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   typename Kernel::Params p;
   p.dy = tensor_map<T>(ffn.dy, operand_box(Tile::kM));
   p.memory_hidden = map_or_none<T>(ffn.memory_hidden, kSlabBox);
-  p.host = source(tensor_map<T>(w.down, operand_box(64)), 0, w.m(), 1.0f);
-  p.memory = source(map_or_none<T>(w.memory_value, operand_box(Tile::kN)), w.m(), w.padded_r(), ffn.scale);
-  p.blocks = static_cast<int>(divide_up(w.d(), kBlockK));
-  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
-  p.host_tiles_n = ffn.dx.data ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
-  p.tiles_n = p.host_tiles_n + static_cast<int>(divide_up(w.padded_r(), Tile::kN));
-  p.units = p.tiles_m * p.tiles_n;
+  p.host = source(tensor_map<T>(w.down, kMnMajorBox), 0, w.m(), 1.0f);
+  p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
+  p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
   p.activation = ffn.activation;
-  launch_units<Kernel>(p, {}, queue);
+  launch_units<Kernel, Tile>(p, false, queue);
 }
 
-template <class Kernel>
-typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int tile_n, int splits, Queue queue) {
-  using T = typename Kernel::T;
+template <class Kernel, class Tile>
+typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int splits, Queue queue) {
+  using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
   const auto segment = [&](const Matrix& gradient, const Matrix& weight) {
-    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(128)), map_or_none<T>(weight, operand_box(64)),
-                                    static_cast<int>(divide_up(weight.rows, kBlockK))};
+    return
+        typename Kernel::Segment{map_or_none<T>(gradient, operand_box(Tile::kM)), map_or_none<T>(weight, kMnMajorBox),
+                                 static_cast<int>(divide_up(weight.rows, kBlockK))};
   };
   typename Kernel::Params p{};
   p.segments[0] = segment(columns_of<T>(ffn.d_gate, 0, w.m()), w.gate);
   p.segments[1] = segment(columns_of<T>(ffn.d_up, 0, w.m()), w.up);
   p.segments[2] = segment(memory_columns(ffn.d_gate), w.memory_gate);
   p.segments[3] = segment(memory_columns(ffn.d_up), w.memory_key);
-  p.coefficients[0] = map_or_none<T>(memory_columns(ffn.d_gate), operand_box(64));
-  p.coefficients[1] = map_or_none<T>(memory_columns(ffn.d_up), operand_box(64));
-  p.coefficients[2] = map_or_none<T>(ffn.memory_hidden, operand_box(64));
-  p.x = tensor_map<T>(ffn.x, operand_box(64));
-  p.dy = tensor_map<T>(ffn.dy, operand_box(64));
-  p.dx = map_or_none<T>(ffn.dx, kSlabBox);
-  p.slices = ffn.workspace;
+  p.coefficients[0] = map_or_none<T>(memory_columns(ffn.d_gate), kMnMajorBox);
+  p.coefficients[1] = map_or_none<T>(memory_columns(ffn.d_up), kMnMajorBox);
+  p.coefficients[2] = map_or_none<T>(ffn.memory_hidden, kMnMajorBox);
+  p.x = tensor_map<T>(ffn.x, kMnMajorBox);
+  p.dy = tensor_map<T>(ffn.dy, kMnMajorBox);
   p.slots_grad = static_cast<float*>(ffn.slots_grad.data);
-  p.one = 1.0f;
-  p.tokens = ffn.tokens();
-  p.d = static_cast<int>(w.d());
   p.r = static_cast<int>(w.r());
-  p.tiles_m = ffn.dx.data ? static_cast<int>(divide_up(ffn.tokens(), 128)) : 0;
-  p.tiles_n = static_cast<int>(divide_up(w.d(), tile_n));
-  p.tiles = p.tiles_m * p.tiles_n;
-  p.splits = splits;
-  for (const auto& of : p.segments) p.blocks += of.blocks;
+  int blocks = 0;
+  for (const auto& of : p.segments) blocks += of.blocks;
+  p.set(ffn.dx, nullptr, w.d(), blocks, splits, ffn.workspace);
   p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
   const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
-  p.units = p.dx_units() + slot_units;
-  p.slots_from = longest_turn({p.dx_units(), static_cast<int>(divide_up(p.blocks, splits))},
-                              {slot_units, p.token_blocks}, block_count_for(p.units, queue))
-                     .slots_from;
+  p.units = p.tile_units() + slot_units;
+  p.slots_from = Tile::kSlices > 1 ? p.tile_units()
+                                   : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
+                                                  {slot_units, p.token_blocks}, block_count_for<Tile>(p.units, queue))
+                                         .slots_from;
   return p;
 }
 
@@ -467,12 +417,10 @@ void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
 void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kInputGradStageBytes, kInputGradTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      const auto launched = [&]<bool sliced>() {
+      with_sliced<Tile>(splits, [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
-        launch_units<Kernel>(input_grad_params<Kernel>(p, Tile::kN, splits, queue), {.programmatic = true}, queue);
-      };
-      if (splits > 1) launched.template operator()<true>();
-      else launched.template operator()<false>();
+        launch_units<Kernel, Tile>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);
+      });
     });
     if (splits > 1 && p.dx.data) add_slices<T>({p.workspace, splits, nullptr, p.dx}, queue);
   });

@@ -68,14 +68,13 @@ struct Stores {
 LOCAS_DEVICE int warp_row() { return ptx::warp_index() % 4 * 16; }
 
 // Rounded sums, plus a bias that may be null, to a matrix of `cols` columns; the first sum belongs at (row, col).
-template <class Tile, class Stores>
-LOCAS_DEVICE void store_rounded(Stores& stores, const ptx::TensorMap& to, const typename Tile::Sums& sums, int row,
-                                int col, int cols, const typename Tile::T* bias) {
-  using T = typename Tile::T;
+template <class T, int kSlabs, int row_blocks, int registers>
+LOCAS_DEVICE void store_rounded(Stores<T, kSlabs>& stores, const ptx::TensorMap& to,
+                                const float (&sums)[row_blocks][registers], int row, int col, int cols, const T* bias) {
 #pragma unroll
-  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+  for (int row_block = 0; row_block < row_blocks; ++row_block)
 #pragma unroll
-    for (int slab = 0; slab < Tile::kN; slab += kSlabCols) {
+    for (int slab = 0; slab < 2 * registers; slab += kSlabCols) {
       if (col + slab >= cols) break;
       stores.store(to, row + row_block * 64 + warp_row(), col + slab, [&](int i) {
         const int at = slab / 2 + 2 * i, lane_col = col + slab + i / 2 * 8 + ptx::lane_index() % 4 * 2;
@@ -89,6 +88,70 @@ LOCAS_DEVICE void store_rounded(Stores& stores, const ptx::TensorMap& to, const 
       });
     }
 }
+
+// The sums of a warp, added over the slices of a cluster in their order: slice i gets columns i * kCols on. It works once.
+template <class Tile, int kSlices = Tile::kSlices>
+struct SlicedSums {
+  static constexpr int kCols = Tile::kN / kSlices, kRegisters = kCols / 2;
+  static_assert(kCols % kSlabCols == 0);
+  using Sums = float[Tile::kRowBlocks][kRegisters];
+  using Vector = Elements<float, 4>;
+  struct Shared {
+    Vector received[kSlices - 1][Tile::kRowBlocks][kRegisters / 4][32];  // from the other slices
+    uint64_t arrived;
+  };
+
+  Shared& shared;
+
+  // Before the cluster's first barrier.
+  LOCAS_DEVICE void initialise() {
+    if (ptx::lane_index() != 0) return;
+    ptx::mbarrier_init(&shared.arrived, 1);
+    ptx::mbarrier_init_fence();
+    ptx::mbarrier_arrive_expect(&shared.arrived, sizeof shared.received);
+  }
+
+  // one: 1, as in store_floats.
+  LOCAS_DEVICE void add(const typename Tile::Sums& sums, float one, Sums& added) {
+    const int own = ptx::cluster_rank(), lane = ptx::lane_index();
+#pragma unroll
+    for (int to = 0; to < kSlices; ++to) {
+      if (to == own) continue;
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+        for (int i = 0; i < kRegisters; i += 4) {
+          const float* from = sums[row_block] + to * kRegisters + i;
+          ptx::store_async(to, &shared.received[own - (own > to)][row_block][i / 4][lane],
+                           {one * from[0], one * from[1], one * from[2], one * from[3]}, &shared.arrived);
+        }
+    }
+    ptx::mbarrier_wait_in_cluster(&shared.arrived, 0);
+#pragma unroll
+    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+#pragma unroll
+      for (int i = 0; i < kRegisters; i += 4) {
+        float* sum = added[row_block] + i;
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+          Vector term;
+          if (slice == own) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) term.at[j] = sums[row_block][slice * kRegisters + i + j];
+          } else {
+            term = ptx::load(&shared.received[slice - (slice > own)][row_block][i / 4][lane]);
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[j] = slice == 0 ? term.at[j] : sum[j] + term.at[j];
+        }
+      }
+  }
+};
+
+template <class Tile>
+struct SlicedSums<Tile, 1> {
+  struct Shared {};
+};
 
 // Calls f(to, first, second) for the pairs of a row block that lie inside floats [rows, cols]; the first sum belongs at
 // (row, col).

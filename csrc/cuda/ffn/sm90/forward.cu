@@ -16,6 +16,8 @@
 #include "cuda/ffn/sm90/epilogue.cuh"
 #include "cuda/ffn/sm90/half_activations.cuh"
 #include "cuda/ffn/sm90/launchers.h"
+#include "cuda/ffn/sm90/neuron_tiles.cuh"
+#include "cuda/ffn/sm90/output_tiles.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/convert.cuh"
@@ -41,31 +43,16 @@ struct GluFfnHidden {
     int neurons;  // of the buffers
     float scale;
   };
-  struct Params : EachInTurn {
+  struct Params : NeuronTiles<Tile, Source, kNeurons> {
     ptx::TensorMap x;
-    Source host, memory;
-    int blocks, tiles_m, host_tiles_n, tiles_n;
     bool saves;
     Activation activation;
-
-    LOCAS_DEVICE int first_block(int) const { return 0; }
-    LOCAS_DEVICE int last_block(int) const { return blocks; }
   };
+  using Place = typename Params::Place;
   struct Shared {
     typename Tile::Shared tile;
     typename Stores::Shared stores[Tile::kConsumers * 4];
   };
-
-  // A tile has neurons of one source.
-  struct Place {
-    const Source& source;
-    int token, neuron;
-  };
-  static LOCAS_DEVICE Place place_of(const Params& p, int unit) {
-    const TileIndex tile = tile_index(unit, p.tiles_m, p.tiles_n);
-    const bool memory = tile.n >= p.host_tiles_n;
-    return {memory ? p.memory : p.host, tile.m * Tile::kM, (memory ? tile.n - p.host_tiles_n : tile.n) * kNeurons};
-  }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
@@ -74,11 +61,11 @@ struct GluFfnHidden {
         shared.tile,
         [&] {
           produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-            const Place at = place_of(p, unit);
+            const Place at = p.place_of(unit);
             const int k = block * kBlockK;
             ptx::bulk_tensor_load(stage.a, p.x, k, at.token, full);
-            ptx::bulk_tensor_load(stage.b, at.source.gate, k, at.neuron, full);
-            ptx::bulk_tensor_load(stage.b + kNeurons * kBlockK, at.source.up, k, at.neuron, full);
+            load_b<Tile>(stage.b, at.source.gate, k, at.neuron, 0, full);
+            load_b<Tile>(stage.b + kNeurons * kBlockK, at.source.up, k, at.neuron, 1, full);
           });
         },
         [&](int consumer) {
@@ -90,7 +77,7 @@ struct GluFfnHidden {
                                                           pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                const Place at = place_of(p, unit);
+                const Place at = p.place_of(unit);
                 const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
                 with_activation(p.activation, [&]<Activation act>() {
                   write<act>(stores, at.source, sums, at.token + first_row, at.neuron, p.saves);
@@ -140,34 +127,25 @@ struct GluFfnHidden {
   }
 };
 
-// sliced: K in slices, whose float sums AddSlices adds.
 template <class Tile, bool sliced>
 struct GluFfnDown {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_down_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static constexpr int kSlabs = 3;
-  using Stores = sm90::Stores<T, kSlabs>;
+  using Output = OutputTiles<Tile, sliced>;
 
-  struct Params : EachInTurn {
-    ptx::TensorMap hidden, memory_hidden, down, value, y;
-    const T* bias;
-    float* slices;  // [splits, tokens, d] where sliced
-    float one;      // 1, for store_floats
-    int64_t tokens;
-    int d, tiles, tiles_m, tiles_n, splits, host_blocks, blocks;
-
-    LOCAS_DEVICE int first_block(int unit) const { return blocks * (unit / tiles) / splits; }
-    LOCAS_DEVICE int last_block(int unit) const { return blocks * (unit / tiles + 1) / splits; }
-    LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit % tiles, tiles_m, tiles_n); }
+  struct Params : EachInTurn, Output {
+    ptx::TensorMap hidden, memory_hidden, down, value;
+    int host_blocks;
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Stores::Shared stores[Tile::kConsumers * 4];
+    typename Output::Shared output[Tile::kConsumers * 4];
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -177,7 +155,7 @@ struct GluFfnDown {
           });
         },
         [&](int consumer) {
-          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
+          typename Output::Stores stores{shared.output[Output::consumer_warp()].stores};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -191,15 +169,7 @@ struct GluFfnDown {
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
                                                              middle > first, pass_turn);
               },
-              [&](int unit, const typename Tile::Sums& sums) {
-                const TileIndex tile = p.tile(unit);
-                const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
-                const int token = tile.m * Tile::kM + first_row, channel = tile.n * Tile::kN;
-                if constexpr (sliced)
-                  store_floats<Tile>(p.slices + unit / p.tiles * p.tokens * p.d, sums, token, p.tokens, channel, p.d,
-                                     p.one);
-                else store_rounded<Tile>(stores, p.y, sums, token, channel, p.d, p.bias);
-              });
+              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, shared.output, unit, sums, consumer); });
           stores.finish();
         });
   }
@@ -211,13 +181,11 @@ struct GluFfnDown {
     if (block < p.host_blocks) {
       const int k = block * kBlockK;
       ptx::bulk_tensor_load(stage.a, p.hidden, k, token, full);
-      ptx::bulk_tensor_load(stage.b, p.down, k, channel, full);
+      load_k_major<Tile>(stage, p.down, k, channel, full);
     } else {
       const int k = (block - p.host_blocks) * kBlockK;
       ptx::bulk_tensor_load(stage.a, p.memory_hidden, k, token, full);
-#pragma unroll
-      for (int slab = 0; slab < Tile::kN; slab += 64)
-        ptx::bulk_tensor_load(stage.b + slab * kBlockK, p.value, channel + slab, k, full);
+      load_mn_major<Tile>(stage, p.value, channel, k, full);
     }
   }
 };
@@ -246,14 +214,10 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   p.x = tensor_map<T>(ffn.x, operand_box(Tile::kM));
   p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
   p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
-  p.blocks = static_cast<int>(divide_up(w.d(), kBlockK));
-  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
-  p.host_tiles_n = static_cast<int>(divide_up(w.m(), Kernel::kNeurons));
-  p.tiles_n = p.host_tiles_n + static_cast<int>(divide_up(w.padded_r(), Kernel::kNeurons));
-  p.units = p.tiles_m * p.tiles_n;
+  p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
-  launch_units<Kernel>(p, {}, queue);
+  launch_units<Kernel, Tile>(p, false, queue);
 }
 
 template <class Tile, bool sliced>
@@ -264,22 +228,12 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   typename Kernel::Params p;
   p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(Tile::kM));
   p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
-  p.down = tensor_map<T>(w.down, operand_box(Tile::kN));
-  p.value = map_or_none<T>(w.memory_value, operand_box(64));
-  p.y = tensor_map<T>(ffn.y, kSlabBox);
-  p.bias = static_cast<const T*>(w.down_bias);
-  p.slices = ffn.workspace;
-  p.one = 1.0f;
-  p.tokens = ffn.tokens();
-  p.d = static_cast<int>(w.d());
-  p.tiles_m = static_cast<int>(divide_up(ffn.tokens(), Tile::kM));
-  p.tiles_n = static_cast<int>(divide_up(w.d(), Tile::kN));
-  p.tiles = p.tiles_m * p.tiles_n;
-  p.splits = splits;
-  p.units = p.tiles * splits;
+  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
+  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
-  p.blocks = p.host_blocks + static_cast<int>(divide_up(w.r(), kBlockK));
-  launch_units<Kernel>(p, {.programmatic = true}, queue);
+  p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
+  p.units = p.tile_units();
+  launch_units<Kernel, Tile>(p, true, queue);
 }
 
 }  // namespace
@@ -294,8 +248,7 @@ void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kForwardStageBytes, kDownTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      if (splits > 1) launch_down<Tile, true>(p, splits, queue);
-      else launch_down<Tile, false>(p, 1, queue);
+      with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });

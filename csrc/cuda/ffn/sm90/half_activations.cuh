@@ -1,4 +1,4 @@
-// The activations where the result is rounded to a half type: silu, the usual one, by the fast instructions.
+// The activations where the result is rounded to a half type: those with a sigmoid by the fast instructions.
 #pragma once
 
 #include "common/activations.h"
@@ -6,14 +6,13 @@
 
 namespace locas::cuda::sm90 {
 
+struct SigmoidOfHalf {
+  static LOCAS_DEVICE float of(float x) { return ptx::sigmoid_of_half(x); }
+};
+
 template <Activation act>
 LOCAS_DEVICE ValueAndSlope half_activation(float x) {
-  if constexpr (act == Activation::silu) {
-    const float s = ptx::sigmoid_of_half(x);
-    return {x * s, s + x * s * (1.0f - s)};
-  } else {
-    return activate<act>(x);
-  }
+  return activate<act, SigmoidOfHalf>(x);
 }
 
 }  // namespace locas::cuda::sm90

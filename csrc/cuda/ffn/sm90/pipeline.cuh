@@ -7,6 +7,11 @@
 //      cooperative: both consumers have their half of the rows of one unit
 //      ping-pong:   each has a unit of its own, so that one stores its sums while the other multiplies
 //
+// A tile may be for a cluster of CTAs:
+//
+//      sharers     have neighbouring tiles of the tokens and the same tile of B: each loads its part of B for all
+//      slices      have the same tile and a slice of K each; epilogue.cuh adds their sums
+//
 // A stage holds the A and the B tile of one K-block of 64 with the 128-byte swizzle of ptx/wgmma.cuh. Whatever lies
 // outside a matrix arrives as 0, and stores do nothing there: no size has to be a multiple of a tile's.
 #pragma once
@@ -15,10 +20,12 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/bulk_tensor.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace locas::cuda::sm90 {
 
@@ -28,7 +35,7 @@ constexpr int kBlockK = 64;
 
 enum class Schedule { cooperative, ping_pong };
 
-template <class T_, int M, int N, int Stages, Schedule schedule_>
+template <class T_, int M, int N, int Stages, Schedule schedule_, int Sharers = 1, int Slices = 1>
 struct Tile {
   using T = T_;
   static constexpr int kM = M, kN = N, kStages = Stages;
@@ -38,14 +45,17 @@ struct Tile {
   static constexpr int kRows = kPingPong ? M : M / kConsumers;  // of a consumer
   static constexpr int kRowBlocks = kRows / 64;
   static constexpr int kConsumerWarps = kPingPong ? 4 : 8;  // that use a stage
+  static constexpr int kSharers = Sharers, kSlices = Slices, kCluster = Sharers * Slices;
+  static constexpr int kBRows = (N + 63) / 64 * 64;  // whole slabs of 64, also where B is K-major
+  static_assert(Sharers == 1 || Slices == 1);
   static_assert(kRows % 64 == 0 && kRowBlocks * N / 2 <= 192, "the sums must fit the registers of a consumer");
 
   struct Stage {
     alignas(1024) T a[kM * kBlockK];
-    alignas(1024) T b[kN * kBlockK];
+    alignas(1024) T b[kBRows * kBlockK];
   };
   static constexpr uint32_t kStageBytes = sizeof(Stage);
-  static_assert(kStageBytes == (kM + kN) * kBlockK * sizeof(T));
+  static_assert(kStageBytes == (kM + kBRows) * kBlockK * sizeof(T));
 
   struct Shared {
     Stage stages[kStages];
@@ -79,12 +89,13 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
   if (ptx::thread_index() == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], Tile::kConsumerWarps);
+      ptx::mbarrier_init(&shared.empty[stage], Tile::kSharers * Tile::kConsumerWarps);
     }
     for (uint64_t& turn : shared.turn) ptx::mbarrier_init(&turn, Tile::kConsumerWarps);
     ptx::mbarrier_init_fence();
   }
-  ptx::sync_threads();
+  if constexpr (Tile::kCluster > 1) ptx::sync_cluster();
+  else ptx::sync_threads();
 }
 
 // Consumer 0 or 1, or -1 for the producer.
@@ -114,6 +125,37 @@ LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&
   }
 }
 
+// Copies a box of B into the stages of all sharers; the parts of a stage are numbered, and each sharer copies those that
+// are its turn.
+template <class Tile>
+LOCAS_DEVICE void load_b(typename Tile::T* to, const ptx::TensorMap& from, int col, int row, int part, uint64_t* full) {
+  if constexpr (Tile::kSharers == 1) ptx::bulk_tensor_load(to, from, col, row, full);
+  else if (part % Tile::kSharers == ptx::cluster_rank())
+    ptx::bulk_tensor_multicast(to, from, col, row, full, (1u << Tile::kSharers) - 1);
+}
+
+// The B tile of rows of K, by boxes of kBRows / kSharers rows.
+template <class Tile>
+constexpr Box k_major_box = operand_box(Tile::kBRows / Tile::kSharers);
+template <class Tile>
+LOCAS_DEVICE void load_k_major(typename Tile::Stage& stage, const ptx::TensorMap& from, int k, int row,
+                               uint64_t* full) {
+  constexpr int kRows = Tile::kBRows / Tile::kSharers;
+#pragma unroll
+  for (int part = 0; part < Tile::kSharers; ++part)
+    load_b<Tile>(stage.b + part * kRows * kBlockK, from, k, row + part * kRows, part, full);
+}
+
+// The B tile of columns of K, by slabs of 64.
+constexpr Box kMnMajorBox = operand_box(64);
+template <class Tile>
+LOCAS_DEVICE void load_mn_major(typename Tile::Stage& stage, const ptx::TensorMap& from, int col, int k,
+                                uint64_t* full) {
+#pragma unroll
+  for (int slab = 0; slab < Tile::kBRows / 64; ++slab)
+    load_b<Tile>(stage.b + slab * 64 * kBlockK, from, col + slab * 64, k, slab, full);
+}
+
 // The consumers' part: multiply(unit, ring, sums, pass_turn) goes over the K-blocks of a unit and calls pass_turn when its
 // last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
 //
@@ -141,7 +183,11 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
 
 template <class Tile>
 LOCAS_DEVICE void release(typename Tile::Shared& shared, int stage) {
-  if (ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+  if constexpr (Tile::kSharers == 1) {
+    if (ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+  } else if (ptx::lane_index() < Tile::kSharers) {
+    ptx::mbarrier_arrive_in(ptx::lane_index(), &shared.empty[stage]);
+  }
 }
 
 template <class Tile>
@@ -198,6 +244,7 @@ LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer,
     ptx::take_registers<240>();
     consumer(index);
   }
+  if constexpr (Tile::kSharers > 1) ptx::sync_cluster();  // releases of the last stages reach those that still run
 }
 
 // The tile of unit `index` of a grid of tiles. Neighbours go down kGroup tiles of the tokens before they go on along
@@ -214,15 +261,25 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
   return {first_m + within % group_m, within / group_m};
 }
 
-// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
-inline int block_count_for(int units, Queue queue) {
-  const int multiprocessors = multiprocessor_count(queue);
-  return units < multiprocessors ? units : multiprocessors;
+// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays. Of slices, each CTA has one.
+template <class Tile>
+int block_count_for(int units, Queue queue) {
+  if (Tile::kSlices > 1) return static_cast<int>(divide_up(units, Tile::kSlices)) * Tile::kSlices;
+  const int most = multiprocessor_count(queue) / Tile::kCluster * Tile::kCluster;
+  return units < most ? units : most;
 }
-template <class Kernel>
-void launch_units(const typename Kernel::Params& p, LaunchOptions options, Queue queue) {
+template <class Kernel, class Tile>
+void launch_units(const typename Kernel::Params& p, bool programmatic, Queue queue) {
   static_assert(sizeof(typename Kernel::Shared) <= 227 * 1024, "what a block can have on sm_90");
-  launch<Kernel>(block_count_for(p.units, queue), sizeof(typename Kernel::Shared), queue, p, options);
+  launch<Kernel>(block_count_for<Tile>(p.units, queue), sizeof(typename Kernel::Shared), queue, p,
+                 {.programmatic = programmatic, .cluster = Tile::kCluster});
+}
+
+// Tiles of `m` tokens: as many as fill whole clusters.
+constexpr int64_t token_tiles(int64_t tokens, int m, int sharers) { return divide_up(tokens, m * sharers) * sharers; }
+template <class Tile>
+int token_tiles(int64_t tokens) {
+  return static_cast<int>(token_tiles(tokens, Tile::kM, Tile::kSharers));
 }
 
 }  // namespace locas::cuda::sm90

@@ -6,6 +6,7 @@
 // measurements that it follows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <stdexcept>
@@ -21,41 +22,81 @@ namespace locas::cuda::sm90 {
 struct Target {
   int multiprocessors;
   int least_blocks;  // K-blocks of a slice
+  bool clusters;     // whether tiles of clusters may be planned
 };
-constexpr Target kH100{132, 8};
+constexpr bool kClustersRanOnGpu = false;  // bench/sm90.py tests and times them there
+constexpr Target kH100{132, 8, kClustersRanOnGpu};
 #ifdef __CUDACC__
 constexpr Target kTarget = kH100;
 #else
-constexpr Target kTarget{3, 1};  // small tests meet several units a CTA, and slices
+constexpr Target kTarget{3, 1, true};  // small tests meet several units a CTA, and slices
 #endif
 
-// By number in kTiles.
-enum class TileKind { m128n256, m128n192, m128n192_ping_pong, m128n128, m128n128_ping_pong };
-constexpr int kTileKinds = 5;
+// By number in kTiles. pair: two CTAs share B.
+enum class TileKind {
+  m128n256,
+  m128n192,
+  m128n192_ping_pong,
+  m128n128,
+  m128n128_ping_pong,
+  m256n96,
+  m256n96_ping_pong,
+  m128n256_pair,
+  m128n192_pair,
+  m128n192_ping_pong_pair,
+  m128n128_pair,
+  m128n128_ping_pong_pair,
+  m128n128_2_slices,
+  m128n128_4_slices,
+};
+constexpr int kTileKinds = 14;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
+  int sharers = 1, slices = 1;
 };
-constexpr TileShape kTiles[kTileKinds] = {{128, 256, Schedule::cooperative, 1.0},
-                                          {128, 192, Schedule::cooperative, 1.0},
-                                          {128, 192, Schedule::ping_pong, 1.0},
-                                          {128, 128, Schedule::cooperative, 1.06},
-                                          {128, 128, Schedule::ping_pong, 1.03}};
+// The slowness of those from m256n96 on is a guess.
+constexpr TileShape kTiles[kTileKinds] = {
+    {128, 256, Schedule::cooperative, 1.0},        {128, 192, Schedule::cooperative, 1.0},
+    {128, 192, Schedule::ping_pong, 1.0},          {128, 128, Schedule::cooperative, 1.06},
+    {128, 128, Schedule::ping_pong, 1.03},         {256, 96, Schedule::cooperative, 1.06},
+    {256, 96, Schedule::ping_pong, 1.06},          {128, 256, Schedule::cooperative, 0.98, 2},
+    {128, 192, Schedule::cooperative, 0.98, 2},    {128, 192, Schedule::ping_pong, 0.98, 2},
+    {128, 128, Schedule::cooperative, 1.03, 2},    {128, 128, Schedule::ping_pong, 1.0, 2},
+    {128, 128, Schedule::cooperative, 1.06, 1, 2}, {128, 128, Schedule::cooperative, 1.06, 1, 4}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
-// The tiles that a product is compiled for. On an H100 each of them is the fastest somewhere; all others lost everywhere.
-constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192};
-constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+// The tiles that a product is compiled for. On an H100 each one without a cluster of K1 and K2 is the fastest somewhere,
+// and all others lost everywhere. Those of clusters, and all of K3 and K4, have not run there.
+constexpr TileKind kHiddenTiles[] = {
+    TileKind::m128n192_ping_pong,      TileKind::m128n128_ping_pong,      TileKind::m128n192,
+    TileKind::m128n192_ping_pong_pair, TileKind::m128n128_ping_pong_pair, TileKind::m128n192_pair};
+constexpr TileKind kDownTiles[] = {TileKind::m128n256,           TileKind::m128n128,
+                                   TileKind::m128n128_ping_pong, TileKind::m128n256_pair,
+                                   TileKind::m128n128_pair,      TileKind::m128n128_ping_pong_pair,
+                                   TileKind::m128n128_2_slices,  TileKind::m128n128_4_slices};
 
-constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
-                                         TileKind::m128n128};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong};
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong,
+                                         TileKind::m128n128_ping_pong,
+                                         TileKind::m128n192,
+                                         TileKind::m128n128,
+                                         TileKind::m256n96,
+                                         TileKind::m256n96_ping_pong,
+                                         TileKind::m128n192_ping_pong_pair,
+                                         TileKind::m128n128_ping_pong_pair};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
+                                        TileKind::m128n128_2_slices, TileKind::m128n128_4_slices};
+
+// What SlicedSums has in shared memory (epilogue.cuh).
+constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
 
 // As many stages as fit into `bytes` of shared memory, beside the slabs of the epilogue.
 template <class T, TileKind kind, int bytes>
-using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n, bytes / ((shape_of(kind).m + shape_of(kind).n) * 128),
-                    shape_of(kind).schedule>;
+using TileOf =
+    Tile<T, shape_of(kind).m, shape_of(kind).n,
+         (bytes - received_bytes(shape_of(kind))) / ((shape_of(kind).m + (shape_of(kind).n + 63) / 64 * 64) * 128),
+         shape_of(kind).schedule, shape_of(kind).sharers, shape_of(kind).slices>;
 
 struct Plan {
   TileKind kind;
@@ -92,17 +133,21 @@ struct Product {
   Units slots{0, 0};
 };
 
-// Clock cycles, where K is cut into slices: those of float that are written, read and added.
+// Clock cycles. What slices cost: by launch, the floats that are written, read and added; in a cluster, those that one CTA
+// sends the others.
 inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
-  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200;
+  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200, kSentAClock = 12;
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
-  const Units units{product.tiles.count * splits, divide_up(product.tiles.blocks, splits)};
-  const Turn turn = longest_turn(units, product.slots, target.multiprocessors);
-  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0);
+  const int slices = splits * tile.slices, cluster = tile.sharers * tile.slices;
+  const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
+  const int ctas = std::max(target.multiprocessors / cluster, 1) * cluster;
+  const Turn turn = longest_turn(units, product.slots, ctas);
+  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
-  const double slices = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + slices;
+  const double by_launch = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
+  const double in_cluster = divide_up(units.count, ctas) * received_bytes(tile) / kSentAClock;
+  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + by_launch + in_cluster;
 }
 
 // The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
@@ -113,9 +158,13 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
   double least = -1.0;
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
-      const Product of_tile = product(shape_of(kind));
-      if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
-      const double clocks = estimate(shape_of(kind), of_tile, splits, added, target);
+      const TileShape& tile = shape_of(kind);
+      const bool cluster = tile.sharers * tile.slices > 1;
+      if (cluster && (splits > 1 || !target.clusters)) continue;
+      const Product of_tile = product(tile);
+      const int slices = splits * tile.slices;
+      if (slices > 1 && of_tile.tiles.blocks < slices * target.least_blocks) continue;
+      const double clocks = estimate(tile, of_tile, splits, added, target);
       if (least >= 0.0 && clocks >= least) continue;
       least = clocks;
       best = {kind, splits};
@@ -131,7 +180,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
   const auto product = [&](const TileShape& tile) {
     const int64_t neurons = tile.n / 2;
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
-    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
+    return Product{{token_tiles(tokens, tile.m, tile.sharers) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
   return best_plan(kHiddenTiles, product, 1, 0.0, target);
 }
@@ -140,7 +189,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
 inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const int64_t blocks = divide_up(sizes.m, kBlockK) + divide_up(sizes.r, kBlockK);
   const auto product = [&](const TileShape& tile) {
-    return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
+    return Product{{token_tiles(tokens, tile.m, tile.sharers) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
   return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
@@ -149,7 +198,7 @@ inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& targe
 inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const auto product = [&](const TileShape& tile) {
     const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
-    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock / 2};
+    return Product{{token_tiles(tokens, tile.m, tile.sharers) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock / 2};
   };
   return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
 }

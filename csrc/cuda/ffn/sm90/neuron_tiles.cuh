@@ -1,0 +1,38 @@
+// The units of K1 and K3: tiles of [tokens, m host | r' memory neurons], of one source each, whose sums go over d.
+#pragma once
+
+#include "cuda/ffn/sm90/pipeline.cuh"
+
+namespace locas::cuda::sm90 {
+
+// Source: its `neurons` and what else the kernel has of it.
+template <class Tile, class Source, int kNeurons>
+struct NeuronTiles : EachInTurn {
+  Source host, memory;
+  int blocks, tiles_m, host_tiles_n, tiles_n;
+
+  LOCAS_DEVICE int first_block(int) const { return 0; }
+  LOCAS_DEVICE int last_block(int) const { return blocks; }
+
+  struct Place {
+    const Source& source;
+    bool memory;
+    int token, neuron;
+  };
+  LOCAS_DEVICE Place place_of(int unit) const {
+    const TileIndex tile = tile_index(unit, tiles_m, tiles_n);
+    const bool of_memory = tile.n >= host_tiles_n;
+    return {of_memory ? memory : host, of_memory, tile.m * Tile::kM,
+            (of_memory ? tile.n - host_tiles_n : tile.n) * kNeurons};
+  }
+
+  void set_sizes(int64_t tokens, int64_t d, int64_t host_neurons, int64_t memory_neurons) {
+    blocks = static_cast<int>(divide_up(d, kBlockK));
+    tiles_m = token_tiles<Tile>(tokens);
+    host_tiles_n = static_cast<int>(divide_up(host_neurons, kNeurons));
+    tiles_n = host_tiles_n + static_cast<int>(divide_up(memory_neurons, kNeurons));
+    units = tiles_m * tiles_n;
+  }
+};
+
+}  // namespace locas::cuda::sm90
