@@ -9,8 +9,8 @@ import torch
 from support.helpers import SETTINGS, TEXT, assert_same_host, attached, learned, logits_of, snapshot
 
 import locas_ext as locas
-from locas_ext.signals import noting, uninterrupted
 from locas_ext.patching.decoder_watch import DecoderWatch
+from locas_ext.signals import noting, uninterrupted
 from locas_ext.state.memory_state import MemoryState
 
 

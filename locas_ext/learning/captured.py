@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext.caller import caller_stacklevel
+from locas_ext.errors import is_out_of_memory
 from locas_ext.hosts.split import is_split
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.rehome import RehomedFFN
@@ -134,17 +135,19 @@ class Captured:
         if self.graph is not None and self._signature(part) == self.captured_at:
             return self.graph
         self.graph = None  # its memory is free for the new one
+        ranks = self.attachment.state.ranks
         try:
             self._prepare(part)
             rehearse(lambda: self.work.rehearse(self.window), self.ids.device)
             self.captured_at = self._signature(part)
-            self.captured_with = [] if self.attachment.state.ranks is None else self._tensors()
+            self.captured_with = [] if ranks is None else self._tensors()
             self.graph = capture(self._run, self.ids.device)
         except Exception as error:
+            if ranks is not None and is_out_of_memory(error):
+                raise  # of one process alone, in the middle of sums that the others wait in
             self._give_up(error)
         finally:
             self._undo_python()
-        ranks = self.attachment.state.ranks
         if ranks is not None and not ranks.all(self.graph is not None) and self.graph is not None:
             self._give_up("another process cannot capture it")
             self._undo_python()

@@ -11,10 +11,10 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError
 from locas_ext.hosts.ffn import Rows, mean_row_norm
 from locas_ext.hosts.sharding import companions
-from locas_ext.signals import uninterrupted
 from locas_ext.ops import token_nll
 from locas_ext.patching.attachment import Attachment
 from locas_ext.patching.base import PatchedFFN
+from locas_ext.signals import uninterrupted
 from locas_ext.state.scope import scoped
 
 from .chunk import Window

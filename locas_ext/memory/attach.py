@@ -16,8 +16,8 @@ from locas_ext.config import LocasConfig
 from locas_ext.hosts.registry import inspect_host
 from locas_ext.hosts.sharding import companions
 from locas_ext.hosts.wrappers import unwrapped
-from locas_ext.signals import uninterrupted
 from locas_ext.patching.attachment import Attachment
+from locas_ext.signals import uninterrupted
 from locas_ext.storage import checkpoint
 
 from .memory import Memory

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from locas_ext.hosts.sharding import companions
-from locas_ext.signals import uninterrupted
 from locas_ext.learning.initialization import default_learning, initialize
 from locas_ext.learning.inputs import TokenIds
 from locas_ext.learning.keep import Keep, as_context
@@ -18,6 +17,7 @@ from locas_ext.learning.selectors import Selector
 from locas_ext.learning.settings import Settings
 from locas_ext.learning.update import Backprop, Write, as_update, refuse_unknown
 from locas_ext.learning.write import WriteReport, write
+from locas_ext.signals import uninterrupted
 from locas_ext.state.stream import Chunk
 from locas_ext.transforms.compress import CompressReport, compress
 

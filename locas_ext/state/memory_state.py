@@ -12,9 +12,9 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from locas_ext.signals import uninterrupted
 from locas_ext.ops.ranks import Ranks
 from locas_ext.ops.types import SlotFactors
+from locas_ext.signals import uninterrupted
 
 from .arena import OPTIMIZER_STATES, SlotArena
 from .exclusion import Exclusion

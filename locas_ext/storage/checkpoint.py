@@ -13,9 +13,9 @@ from locas_ext.errors import LocasError
 from locas_ext.hosts.fingerprint import differences, fingerprint
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.sharding import companions
-from locas_ext.signals import uninterrupted
 from locas_ext.ops.ranks import Ranks, together
 from locas_ext.patching.attachment import Attachment
+from locas_ext.signals import uninterrupted
 from locas_ext.state.stream import Stream, TextRecord
 from locas_ext.version import __version__
 

@@ -370,10 +370,8 @@ def test_where_a_layout_cannot_be_split_by_its_neurons_the_memory_stands_beside(
         assert apart(slots, expected, initial) < 1e-4
 
 
-def fails_on_one(path, ids):
-    """One of them fails in its part of a step, while the other waits for it in a sum."""
-    memory = locas.attach(split_host(path), locas.LocasConfig(rank=RANK))
-    memory.memorize(ids, **LEARN)
+@contextmanager
+def one_fails_in_a_product():
     linear = torch.nn.functional.linear
 
     def fail(*arguments):
@@ -381,18 +379,39 @@ def fails_on_one(path, ids):
             raise Stop("no room")
         return linear(*arguments)
 
+    with mock.patch.object(split.F, "linear", fail):
+        yield
+
+
+@contextmanager
+def one_is_full_in_a_rehearsal():
+    def rehearse(work, device):
+        if dist.get_rank():
+            raise torch.OutOfMemoryError("no room")
+        work()
+
+    with graphs_on_the_cpu(), mock.patch.object(captured, "rehearse", rehearse):
+        yield
+
+
+def fails_on_one(path, ids, way):
+    """One of them fails in its part of a step, while the other waits for it in a sum."""
+    memory = locas.attach(split_host(path), locas.LocasConfig(rank=RANK))
+    memory.memorize(ids, **LEARN)
     slots = memory.slots.clone()
     try:
-        with mock.patch.object(split.F, "linear", fail):
+        with way():
             memory.memorize(ids, **LEARN)
     finally:
-        assert torch.equal(memory.slots, slots)
+        assert way is one_is_full_in_a_rehearsal or torch.equal(memory.slots, slots)
 
 
-def test_a_process_that_fails_in_a_step_ends_the_others(tmp_path):
+@pytest.mark.parametrize("way", [one_fails_in_a_product, one_is_full_in_a_rehearsal])
+def test_a_process_that_fails_in_a_step_ends_the_others(tmp_path, way):
     tiny_model("llama", vocab_size=60).save_pretrained(tmp_path / "host")
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(fails_on_one, tmp_path / "host", random_ids(40, vocab=60))
+        run_ranks(fails_on_one, tmp_path / "host", random_ids(40, vocab=60), way)
     first, second = str(failed.value).split("---- rank 1 ----")
-    assert "LocasError: rank 1 failed in the middle of the run: Stop: no room" in first
-    assert "Stop: no room" in second and "LocasError" not in second
+    error = "Stop: no room" if way is one_fails_in_a_product else "OutOfMemoryError: no room"
+    assert f"LocasError: rank 1 failed in the middle of the run: {error}" in first
+    assert error in second and "LocasError" not in second
