@@ -50,8 +50,10 @@ def noting(said: bytes = b"") -> Iterator[Callable[[], None]]:
                 os.write(2, said)  # print() may not be called from a signal handler
 
     def check() -> None:
+        if noted == (signal.SIGINT,):
+            raise KeyboardInterrupt  # as Python's own
         if noted:
-            raise KeyboardInterrupt(*noted)
+            interrupt(*noted, None)
 
     with handled(handler):
         yield check

@@ -10,12 +10,12 @@ from support.helpers import SETTINGS, TEXT, assert_same_host, attached, learned,
 
 import locas_ext as locas
 from locas_ext.patching.decoder_watch import DecoderWatch
-from locas_ext.signals import noting, uninterrupted
+from locas_ext.signals import interrupt, noting, uninterrupted
 from locas_ext.state.memory_state import MemoryState
 
 
-def press():
-    os.kill(os.getpid(), signal.SIGINT)
+def press(signum=signal.SIGINT):
+    os.kill(os.getpid(), signum)
     for _ in range(3):  # the handler runs here
         pass
 
@@ -71,6 +71,18 @@ def test_ending_it_is_done(verb, monkeypatch):
         getattr(memory, verb)()
     assert not hasattr(model, "_locas_memory") and all(p.requires_grad for p in model.parameters())
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("signum, said", [(signal.SIGINT, ()), (signal.SIGTERM, (signal.SIGTERM,))])
+def test_what_was_noted_is_raised_as_the_handler_would_have(signum, said):
+    """A conversation goes on after Ctrl-C, and ends after the other signals: `args` tells them apart."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised, uninterrupted():
+            press(signum)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised.value.args == said
 
 
 def test_an_error_inside_is_the_one_that_is_seen():
