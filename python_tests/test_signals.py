@@ -52,6 +52,22 @@ def test_a_verb_changes_all_or_nothing(verb, monkeypatch, tmp_path):
     assert memory.state.exclusion.holder is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_long_text_to_initialize_from_need_not_be_waited_for():
+    """Before anything changes Ctrl-C ends the forward that it comes in; the model is as it was."""
+    model, memory = attached()
+    model.train()
+    ran = []
+    layers = model.model.layers
+    pressing = layers[0].register_forward_pre_hook(lambda *_: press())
+    layers[-1].register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        memory.initialize(TEXT[:20])
+    assert not ran and not memory.state.initialized and all(module.training for module in model.modules())
+    pressing.remove()
+    memory.initialize(TEXT[:20])
+    assert memory.state.initialized and memory.state.exclusion.holder is None
+
+
 def test_attaching_leaves_the_model_as_it_was(monkeypatch):
     model, memory = attached()
     memory.detach()
