@@ -110,7 +110,6 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     texts = [{"title": f"t{n}", "text": f"word{n} is it. " * 9, "questions": questions} for n in range(6)]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     always = lambda model, prompter, asked, view, asking, advance: [n % 2 == 0 for n in range(len(asked))]
-    monkeypatch.setattr(command, "right_general", always)
     monkeypatch.setattr(measuring, "right_general", always)
     out = tmp_path / "run"
     more = ["--general", "10", "--documents", "5"]
