@@ -30,7 +30,7 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(each, handler)
         yield
     finally:
-        for each, own in before.items():
+        for each, own in reversed(before.items()):  # Ctrl-C last: once it may raise, the others must be in place
             signal.signal(each, own)
 
 

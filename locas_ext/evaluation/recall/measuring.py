@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from locas_ext.errors import is_out_of_memory
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.capability.bootstrap import interval, resampled_sums
 from locas_ext.evaluation.capability.distributions import divergence
@@ -46,7 +47,7 @@ class HostAlone:
     """What the bare host does, asked once a run: figures of every method compare with it.
 
     right: the general questions that it answers right
-    right_in_float32: those that it answers right in float32; none where that is its precision
+    right_in_float32: those that it answers right in float32; none where that is its precision, or where there is no room for it
     rounding: the share of the first that it answers right in float32 too: what rounding alone leaves; None where there are none
     other: its logits on an unrelated text, window by window
     """
@@ -98,9 +99,14 @@ def host_alone(model: Any, prompter: Prompter, asking: Asking) -> HostAlone:
     right = _right(model, prompter, asking)
     right_in_float32, still = list[Question](), list[bool]()
     if right and model.dtype != torch.float32:
-        with in_float32(model):
-            right_in_float32 = _right(model, prompter, asking)
-            still = right_general(model, prompter, right, View(), asking, lambda count: None)
+        try:
+            with in_float32(model):
+                right_in_float32 = _right(model, prompter, asking)
+                still = right_general(model, prompter, right, View(), asking, lambda count: None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            right_in_float32, still = [], []  # a host of that size is measured in its own precision alone
     rounding = sum(still) / len(still) if still else None
     return HostAlone(right, right_in_float32, rounding, other_logits(model, ids), ids)
 
@@ -219,8 +225,10 @@ def everything_else(
     pairs = zip(alone.other, logits, strict=True)
     total = sum(divergence(host, other) for host, other in pairs)
     right = right_general(model, prompter, alone.right, view, asking, advance)
-    with in_float32(model):
-        right_in_float32 = right_general(model, prompter, alone.right_in_float32, view, asking, advance)
+    right_in_float32 = []
+    if alone.right_in_float32:
+        with in_float32(model):
+            right_in_float32 = right_general(model, prompter, alone.right_in_float32, view, asking, advance)
     result: dict[str, Any] = {"kept_questions": len(right), "kept_by_rounding": alone.rounding}
     for name, values in {"kept": right, "kept_in_float32": right_in_float32}.items():
         result[name], result[f"{name}_interval"] = mean_and_interval([float(each) for each in values], seed)
