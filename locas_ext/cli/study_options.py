@@ -37,7 +37,7 @@ class StudyOptions:
             "kl: answers as the host gives them with the passage in view; ce: answers themselves.",
             panel=STUDY,
         ),
-    ] = "ce"
+    ] = "kl"
     kinds: Annotated[
         Any,  # list[str], which would make typer take the option several times
         option(names(KINDS), "Kinds of questions, the first by hosts with a chat template only; default: all.", panel=STUDY),

@@ -18,7 +18,7 @@ class MemoryStudy(MemoryLearning):
         self,
         texts: str | Sequence[str],
         tokenizer: Any,
-        loss: str = "ce",
+        loss: str = "kl",
         pairs: Sequence[tuple[str, str]] | None = None,
         seed: int = 0,
         progress: bool = True,
