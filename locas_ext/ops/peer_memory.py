@@ -52,7 +52,7 @@ class PeerMemory:
         torch.cuda.synchronize(device)  # its counts are 0 before somebody counts
 
     def takes(self, x: Tensor) -> bool:
-        """Whether `add_up` can sum tensors like this one, and does so sooner than the group."""
+        """Whether `add_up` sums tensors like this one; larger ones are the group's."""
         fits = x.dtype in _DTYPES and x.nbytes <= self.slot_bytes
         return fits and x.device == self.device and x.is_contiguous() and not torch.compiler.is_compiling()
 

@@ -258,7 +258,7 @@ def study(
     attachment: Attachment,
     texts: object,
     tokenizer: Any,
-    loss: str = "ce",
+    loss: str = "kl",
     pairs: Pairs | None = None,
     seed: int = 0,
     progress: bool = True,

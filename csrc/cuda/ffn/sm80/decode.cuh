@@ -1,4 +1,5 @@
-// What both ways of decoding share (decode.cu: two kernels, decode_cooperative.cu: one).
+// What the kernels for at most 64 tokens share: the forward as two (decode.cu) or as one (decode_cooperative.cu), and the
+// backward as one (decode_backward.cu).
 //
 //      The weights are the A operand of mma.sync, tokens its 8 columns, and a lane's weights go from global memory to its
 //      registers, past all other lanes: within 32 of k, lane l has 16 bytes at k = 8 (l % 4), and both operands use k in
@@ -26,7 +27,7 @@ namespace locas::cuda::sm80 {
 constexpr int kStep = 32;  // of k that a warp takes at once
 constexpr int kStrip = 8;  // rows of weights, or tokens, that lanes l / 4 have
 
-// Of the kernels whose blocks are all resident, one a multiprocessor: threads, and 16-byte pieces of weights of each
+// Of the kernels whose blocks are all resident, one per multiprocessor: threads, and 16-byte pieces of weights of each
 // thread that are on their way at once.
 constexpr int kResidentThreads = 512;
 #ifdef __CUDACC__

@@ -4,9 +4,14 @@
 //              d_gate, d_up from dy                   d_gate W_gate + d_up W_up + memory                     of the ranges
 //      queue   W_down | W_down | ...                  W_gate | G | W_up | K | ...
 //
-// Both products run down the rows of the weights. A warp takes 32 rows x 32 columns of them at once, its k x n, through a
-// queue in shared memory, and ldmatrix turns them into the A operand of mma.sync; tokens are its 8 columns (decode.cuh).
-// As in the forward the queue goes on through the grid's barrier. V, which lies the other way round, is not in it.
+// Both products run down the rows of the weights. A warp takes a square of them at once, 32 rows (of K) x 32 columns,
+// through a queue in shared memory, and ldmatrix turns it into the A operand of mma.sync; tokens are its 8 columns
+// (decode.cuh).
+//
+//      square   rows  0 to  7   pieces 0 1 2 3       rows 16 to 23   pieces 2 3 0 1       a piece: 8 columns, 16 bytes
+//               rows  8 to 15   pieces 1 0 3 2       rows 24 to 31   pieces 3 2 1 0
+//
+// As in the forward the grid's barrier does not stop the queue. V, which lies the other way round, is not in it.
 // The warps' sums, and the ranges, are added in their order: the result repeats bit for bit.
 #include "cuda/ffn/sm80/decode.cuh"
 #include "cuda/ptx/copy_async.cuh"

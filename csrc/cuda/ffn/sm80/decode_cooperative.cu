@@ -4,8 +4,8 @@
 //      CTA     its share of the neurons, 8 or 16 at a time     sync_grid     its share of the channels, 16 or 32 at a time
 //      queue   gate, up | gate, up | ...                  W_down | W_down | ...
 //
-// The weights of both products are one stream through a queue in shared memory: when the first product's end, those of
-// the second follow, and keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
+// The weights of both products are one stream through a queue in shared memory: behind those of the first product come
+// those of the second, which keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
 #include "cuda/ffn/sm80/decode.cuh"
 #include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/grid.cuh"

@@ -14,10 +14,10 @@ void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
 // decode_cooperative.cu: the same as one kernel; false, and nothing is launched, where the device cannot hold all its
 // blocks at once, which has_room_for_cooperative_decode says beforehand.
 bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams&, Queue);
+bool has_room_for_cooperative_decode(Queue);
 // decode_backward.cu: all of the backward but the slots' gradient, in the same way.
 bool glu_ffn_input_grad_decode_cooperative(const GluFfnBackwardParams&, Queue);
-bool has_room_for_cooperative_decode(Queue);
-// Whether these are tried first. From the start they are not.
+// Whether the cooperative ones are tried first; at the start they are not.
 void use_cooperative_decode(bool);
 bool uses_cooperative_decode();
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);

@@ -73,8 +73,8 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
   return planned(hidden_kind(tokens, s.m), tile_kind(tokens, s.d, kMostSplits), tokens, s.d, 2 * (s.m + s.padded_r()));
 }
 
-// On an H100 decode took half of the tiles' time at 1 token. Above 32 it is preferred for having one launch less and no
-// barrier in its loops.
+// On an H100 decode took half of the tiles' time at 1 token. Above 32 it was not measured: it is preferred for having one
+// launch less and no barrier in its loops.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 
 // Groups of 16 channels that a CTA of decode's second product takes: of many tokens, which each CTA reads whole, two,
@@ -88,7 +88,7 @@ inline int decode_input_splits(int64_t d) {
   return std::max<int>(1, static_cast<int>(kMultiprocessors / divide_up(d, 32)));
 }
 
-constexpr int kImportanceRows = 64;  // of the small tile: importance is asked for once a memory
+constexpr int kImportanceRows = 64;  // of the small tile: importance is asked for once per memory
 
 // Calls f with the tile type.
 template <class T, class F>

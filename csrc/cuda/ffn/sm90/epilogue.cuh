@@ -13,6 +13,9 @@
 namespace locas::cuda::sm90 {
 
 // What a warp moves at a time: 16 rows of 64 bytes, their 16-byte pieces permuted as the 64-byte swizzle wants it.
+//
+//      rows 0, 1   pieces 0 1 2 3          rows 4, 5   pieces 2 3 0 1          rows 8 to 15 as rows 0 to 7
+//      rows 2, 3   pieces 1 0 3 2          rows 6, 7   pieces 3 2 1 0
 template <class T>
 struct alignas(1024) Slab {
   static constexpr int kRows = 16, kCols = 32;

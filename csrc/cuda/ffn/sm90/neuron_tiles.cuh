@@ -1,4 +1,7 @@
 // The units of K1 and K3: tiles of [tokens, m host | r' memory neurons], of one source each, whose sums go over d.
+//
+//      n    0 ... host_tiles_n - 1 | host_tiles_n ... tiles_n - 1      kNeurons each; the last one of each source may
+//           host                   | memory                           reach beyond it
 #pragma once
 
 #include "cuda/ffn/sm90/pipeline.cuh"

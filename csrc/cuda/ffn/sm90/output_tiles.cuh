@@ -1,5 +1,8 @@
 // The units of K2 and of K4's dx: tiles of [tokens, d], whole or with K in slices. Slices by launch leave floats, which
 // AddSlices adds in their order; those of a cluster are beside each other and add themselves.
+//
+//      unit    by launch:     slice 0 of all tiles | slice 1 of all tiles | ...
+//              by cluster:    all slices of tile 0 | all slices of tile 1 | ...
 #pragma once
 
 #include "cuda/ffn/sm90/epilogue.cuh"

@@ -12,8 +12,13 @@
 //      sharers     have neighbouring tiles of the tokens and the same tile of B: each loads its part of B for all
 //      slices      have the same tile and a slice of K each; epilogue.cuh adds their sums
 //
-// A stage holds the A and the B tile of one K-block of 64 with the 128-byte swizzle of ptx/wgmma.cuh. Whatever lies
-// outside a matrix arrives as 0, and stores do nothing there: no size has to be a multiple of a tile's.
+// A stage holds the A and the B tile of one K-block of 64, in slabs of 8192 bytes with the 128-byte swizzle of
+// ptx/wgmma.cuh:
+//
+//      a   kM / 64 slabs        K-major    64 rows of A or columns of B, 128 bytes each: 64 of K
+//      b   kBRows / 64 slabs    MN-major   64 of K, 128 bytes each: 64 rows of A or columns of B
+//
+// Whatever lies outside a matrix arrives as 0, and stores do nothing there: no size has to be a multiple of a tile's.
 #pragma once
 
 #include "cuda/common/elements.cuh"

@@ -21,10 +21,10 @@ namespace locas::cuda::sm90 {
 // What a plan is for.
 struct Target {
   int multiprocessors;
-  int least_blocks;  // K-blocks of a slice
+  int least_blocks;  // K-blocks of a slice, at least
   bool clusters;     // whether tiles of clusters may be planned
 };
-constexpr bool kClustersRanOnGpu = false;  // bench/sm90.py tests and times them there
+constexpr bool kClustersRanOnGpu = false;  // until bench/sm90.py has found them right there
 constexpr Target kH100{132, 8, kClustersRanOnGpu};
 #ifdef __CUDACC__
 constexpr Target kTarget = kH100;

@@ -1,5 +1,5 @@
-// The sm90 family: many tokens by TMA and wgmma. What it has no kernel of its own for, sm80's computes, which is compiled
-// for sm_90 too. So does the backward as long as backward.cu has run on no GPU (bench/sm90.py tests it there).
+// The sm90 family: the forward of many tokens by TMA and wgmma. The rest is sm80's, which is compiled for sm_90 too. The
+// backward is sm80's until bench/sm90.py has found backward.cu right on a GPU.
 #include <algorithm>
 
 #include "cuda/ffn/ffn_kernels.h"
