@@ -30,7 +30,7 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(each, handler)
         yield
     finally:
-        for each, own in before.items():
+        for each, own in reversed(before.items()):  # Ctrl-C last: once it may raise, the others must be in place
             signal.signal(each, own)
 
 
@@ -40,18 +40,20 @@ def noting(said: bytes = b"") -> Iterator[Callable[[], None]]:
 
     said: is written to standard error by the first
     """
-    noted: tuple[int, ...] = ()
+    noted = 0  # the latest signal
 
     def handler(signum: int, frame: Any) -> None:
         nonlocal noted
-        first, noted = not noted, (signum,)
+        first, noted = not noted, signum
         if first and said:
             with suppress(OSError):  # a terminal that has hung up takes nothing
                 os.write(2, said)  # print() may not be called from a signal handler
 
     def check() -> None:
+        if noted == signal.SIGINT:
+            raise KeyboardInterrupt  # as Python's own
         if noted:
-            raise KeyboardInterrupt(*noted)
+            interrupt(noted, None)
 
     with handled(handler):
         yield check

@@ -10,12 +10,12 @@ from support.helpers import SETTINGS, TEXT, assert_same_host, attached, learned,
 
 import locas_ext as locas
 from locas_ext.patching.decoder_watch import DecoderWatch
-from locas_ext.signals import noting, uninterrupted
+from locas_ext.signals import interrupt, noting, uninterrupted
 from locas_ext.state.memory_state import MemoryState
 
 
-def press():
-    os.kill(os.getpid(), signal.SIGINT)
+def press(signum=signal.SIGINT):
+    os.kill(os.getpid(), signum)
     for _ in range(3):  # the handler runs here
         pass
 
@@ -52,6 +52,22 @@ def test_a_verb_changes_all_or_nothing(verb, monkeypatch, tmp_path):
     assert memory.state.exclusion.holder is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_long_text_to_initialize_from_need_not_be_waited_for():
+    """Before anything changes Ctrl-C ends the forward that it comes in; the model is as it was."""
+    model, memory = attached()
+    model.train()
+    ran = []
+    layers = model.model.layers
+    pressing = layers[0].register_forward_pre_hook(lambda *_: press())
+    layers[-1].register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        memory.initialize(TEXT[:20])
+    assert not ran and not memory.state.initialized and all(module.training for module in model.modules())
+    pressing.remove()
+    memory.initialize(TEXT[:20])
+    assert memory.state.initialized and memory.state.exclusion.holder is None
+
+
 def test_attaching_leaves_the_model_as_it_was(monkeypatch):
     model, memory = attached()
     memory.detach()
@@ -71,6 +87,18 @@ def test_ending_it_is_done(verb, monkeypatch):
         getattr(memory, verb)()
     assert not hasattr(model, "_locas_memory") and all(p.requires_grad for p in model.parameters())
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("signum, said", [(signal.SIGINT, ()), (signal.SIGTERM, (signal.SIGTERM,))])
+def test_what_was_noted_is_raised_as_the_handler_would_have(signum, said):
+    """A conversation goes on after Ctrl-C, and ends after the other signals: `args` tells them apart."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised, uninterrupted():
+            press(signum)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised.value.args == said
 
 
 def test_an_error_inside_is_the_one_that_is_seen():

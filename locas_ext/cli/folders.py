@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from locas_ext.errors import LocasError
+from locas_ext.signals import uninterrupted
 from locas_ext.storage.files import follow_umask
 
 _LAST = "config.json"  # without which nobody takes a folder for a model's
@@ -61,8 +62,9 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
             for place, _, _ in os.walk(unfinished):
                 follow_umask(Path(place))
             check_new(folder, but=private)
-            for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.name == _LAST):
-                entry.rename(folder / entry.name)
+            with uninterrupted():
+                for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.name == _LAST):
+                    entry.rename(folder / entry.name)
         except Exception as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
             raise LocasError(f"{folder} could not be written: {reason}; nothing was kept") from error

@@ -128,8 +128,8 @@ def _observe(attachment: Attachment, rows: dict[PatchedFFN, list[Tensor]], finit
         yield
 
 
-def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any], peers: Peers | None = None) -> None:
-    """Runs `forward` over ids [n], as [1, n], through the host alone, and sets the slots from what it saw.
+def _first_slots(attachment: Attachment, ids: Tensor, forward: Callable[[Tensor], Any], peers: Peers | None = None) -> Tensor:
+    """Runs `forward` over ids [n], as [1, n], through the host alone. Returns the slots that what it saw makes.
 
     forward: raises what speaks against beginning with this text; peers: those who begin with the same slots, for what all of
     them saw
@@ -149,7 +149,7 @@ def _initialize_from(attachment: Attachment, ids: Tensor, forward: Callable[[Ten
     finite = bool(torch.isfinite(slots).all()) and (peers is not None or all(map(bool, seen)))  # peers have compared losses
     if not (finite if state.ranks is None else state.ranks.all(finite)):
         raise LocasError("the host's activations on this text are not finite; the memory was not initialized")
-    state.set_slots(slots, version=0)
+    return slots
 
 
 def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
@@ -159,9 +159,11 @@ def initialize(attachment: Attachment, input_ids: TokenIds) -> None:
     require_same(companions(host.model), ids, attachment.config)
     if len(ids) > host.max_positions:
         raise ValueError(f"input_ids holds {len(ids)} tokens; expected at most {host.max_positions}, the host's positions")
-    with uninterrupted(), attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
-        _initialize_from(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
-        attachment.stream, attachment.texts = None, []
+    with attachment.exclusive("initialize"), quiet_host(host.model), torch.inference_mode(False):
+        slots = _first_slots(attachment, ids.to(host.input_device()), lambda x: host.read(input_ids=x, use_cache=False))
+        with uninterrupted():
+            attachment.state.set_slots(slots, version=0)
+            attachment.stream, attachment.texts = None, []
 
 
 def score_and_initialize(
@@ -178,4 +180,5 @@ def score_and_initialize(
         logits = attachment.host.model(input_ids=x, use_cache=False).logits[0, -len(window.targets) - 1 : -1]
         scored(token_nll(logits, window.targets.to(logits.device)).sum())
 
-    _initialize_from(attachment, torch.cat([window.context, window.inputs, window.targets[-1:]]), forward, peers)
+    ids = torch.cat([window.context, window.inputs, window.targets[-1:]])
+    attachment.state.set_slots(_first_slots(attachment, ids, forward, peers), version=0)

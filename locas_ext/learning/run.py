@@ -7,7 +7,6 @@ from torch import Tensor
 
 from locas_ext.patching.attachment import Attachment
 from locas_ext.state.stream import Chunk
-from locas_ext.storage.config_file import check_settings
 
 from .alarm import alarm
 from .backprop import agreed_loss, check_loss
@@ -52,7 +51,6 @@ class Run:
         if peers is not None and peers.each:
             self.report.ranks = [each.chunks for each in peers.texts]
         self.asked_for = settings.as_settings().to_record()
-        check_settings(self.asked_for)
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)

@@ -8,7 +8,7 @@ from torch import nn
 
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.patching.attachment import Attachment
-from locas_ext.signals import noting
+from locas_ext.signals import noting, uninterrupted
 
 
 def require_attached(attachment: Attachment, verb: str) -> None:
@@ -30,8 +30,9 @@ def quiet_host(model: nn.Module) -> Iterator[Callable[[], None]]:
         quiet()
         yield quiet
     finally:
-        for module, training in before:
-            module.training = training
+        with uninterrupted():
+            for module, training in before:
+                module.training = training
 
 
 def surrounded(model: nn.Module) -> str | None:

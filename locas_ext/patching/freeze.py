@@ -1,6 +1,7 @@
 """The host's requires_grad: off while a memory is attached, and on again where it was attach that turned it off."""
 
 import copy
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from locas_ext.hosts.split import is_split
 # Of each host tensor that attach froze, by its identity, the freezes that still hold: a fork's host is the same tensors. A
 # freeze keeps its tensors alive, so no identity comes twice. Tensors with weak references could not be swapped by `.to()`.
 _holders: dict[int, "WeakSet[HostFreeze]"] = {}
+_registering = threading.Lock()  # models may get their memories in several threads
 
 
 class HostFreeze:
@@ -37,10 +39,11 @@ class HostFreeze:
         self._register()
 
     def _register(self) -> None:
-        for place in [place for place, holders in _holders.items() if not holders]:
-            del _holders[place]  # of models that were dropped with their memory
-        for parameter in self.frozen.values():
-            _holders.setdefault(id(parameter), WeakSet()).add(self)
+        with _registering:
+            for place in [place for place, holders in _holders.items() if not holders]:
+                del _holders[place]  # of models that were dropped with their memory
+            for parameter in self.frozen.values():
+                _holders.setdefault(id(parameter), WeakSet()).add(self)
 
     @contextmanager
     def following(self) -> Iterator[None]:

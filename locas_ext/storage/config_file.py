@@ -99,8 +99,7 @@ _FILE = {
     "memory_sha256": _SHA256,
     "config_sha256": _SHA256,
 }
-_SETTINGS2 = record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP})
-_STREAM2 = record({**_STREAM, "settings": _SETTINGS2, "tail": _TAIL}, _KEPT)
+_STREAM2 = record({**_STREAM, "settings": record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP}), "tail": _TAIL}, _KEPT)
 _FORMATS = {
     1: record(
         {
@@ -200,14 +199,6 @@ def check(fields: Any) -> None:
         config_of(fields)
     except (TypeError, ValueError) as error:
         raise Wrong(f"config: {error}") from None
-
-
-def check_settings(settings: dict) -> None:
-    """ValueError for settings of a run that no file takes: said before the run, which could not be kept."""
-    try:
-        _SETTINGS2(settings, "")
-    except Wrong as error:
-        raise ValueError(str(error)) from None
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Folders that commands make: whole or not at all, nobody else's touched."""
 
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         write(folder)
         raise KeyboardInterrupt
     assert tree(tmp_path) == []
+
+
+def test_ctrl_c_while_it_is_put_in_place_waits_until_all_is_there(tmp_path, monkeypatch):
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (os.kill(os.getpid(), signal.SIGINT), rename(path, to)))
+    with pytest.raises(KeyboardInterrupt), whole_or_not_at_all(tmp_path / "new") as folder:
+        write(folder)
+    assert tree(tmp_path) == ["new", "new/deeper", "new/deeper/private", "new/model"]
 
 
 def test_an_empty_folder_stays_the_same_folder(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`locas recall` from end to end on a tiny random host."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from support.helpers import assert_same_host, save_host, snapshot, tiny_model
@@ -110,7 +111,6 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     texts = [{"title": f"t{n}", "text": f"word{n} is it. " * 9, "questions": questions} for n in range(6)]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     always = lambda model, prompter, asked, view, asking, advance: [n % 2 == 0 for n in range(len(asked))]
-    monkeypatch.setattr(command, "right_general", always)
     monkeypatch.setattr(measuring, "right_general", always)
     out = tmp_path / "run"
     more = ["--general", "10", "--documents", "5"]
@@ -121,6 +121,22 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     assert all(answer["options"] == 3 for answer in records[0]["answers"])
     report = (out / "report.md").read_text()
     assert "intervals over texts" in report and "kept of 10" in report
+
+
+def test_a_host_too_large_for_float32_is_asked_in_its_own_precision(host_folder, monkeypatch):
+    @contextmanager
+    def full(model):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        yield
+
+    monkeypatch.setattr(measuring, "in_float32", full)
+    monkeypatch.setattr(measuring, "right_general", lambda model, prompter, asked, *more: [True] * len(asked))
+    model, tokenizer = command.load_host(str(host_folder), "bfloat16", "cpu")
+    prompter, asking = command.Prompter(tokenizer), measuring.Asking(general=3)
+    alone = measuring.host_alone(model, prompter, asking)
+    assert len(alone.right) == 3 and alone.right_in_float32 == [] and alone.rounding is None
+    rest = measuring.everything_else(model, prompter, measuring.View(), alone, asking, 0, lambda count: None)
+    assert rest["kept"] == 1 and rest["kept_in_float32"] is None
 
 
 def test_what_is_retained_after_further_texts(host_folder, tokenizer, tmp_path, capsys):

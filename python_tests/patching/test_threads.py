@@ -1,6 +1,7 @@
 """A memory read, switched off and taught in several threads and tasks at once."""
 
 import asyncio
+import sys
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from support.hosts import tiny
 
 import locas_ext as locas
 from bench.soak import soak
+from locas_ext.patching.freeze import HostFreeze
 from locas_ext.storage import tensor_file
 
 OTHER = random_ids(20, seed=8)
@@ -257,3 +259,30 @@ def test_memorize_gives_no_gradient_to_anything_but_the_slots():
 def test_a_second_of_soak():
     tally = soak(1.0, threads=8)
     assert tally.rows > 0 and tally.wrong == 0 and tally.errors == []
+
+
+def test_models_get_and_lose_their_memories_in_several_threads(monkeypatch):
+    """What is known of frozen tensors is one table of the process."""
+    monkeypatch.setattr(torch.nn.Sequential, "get_output_embeddings", lambda model: None, raising=False)
+    raised, interval = [], sys.getswitchinterval()
+
+    def work():
+        try:
+            for number in range(60):
+                freeze = HostFreeze(torch.nn.Sequential(*[torch.nn.Linear(1, 1) for _ in range(20)]))
+                freeze.hold()
+                if number % 2:
+                    freeze.release()  # the others are dropped with their memory
+        except Exception as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not raised

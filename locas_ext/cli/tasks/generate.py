@@ -46,7 +46,7 @@ class Finite(LogitsProcessor):
     """LocasError for logits that hold no probabilities, which would be drawn from, or taken for the first token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if (scores.isnan() | (scores == math.inf)).any():
+        if not scores.max() < math.inf:  # nor is NaN, which is the maximum of all that it is among
             raise LocasError("the model's logits are not finite: its weights, or the memory's slots, are too large or damaged")
         return scores
 

@@ -4,6 +4,7 @@ All answers to one question go on from one reading of its prompt. Questions whos
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from locas_ext.evaluation.locomo.answers import Prompts, answer, copies
 from locas_ext.hosts.cache_names import cache_argument, returned_cache
+from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.study.generation import write
 from locas_ext.learning.study.prompts import Prompter
 
@@ -20,9 +22,21 @@ from .documents import CLOZE, Question
 REPLY = "The answer is"  # hosts begin a reply in many ways, so that bare words right after a question tell little
 _MOST_CACHED = 1 << 17  # tokens of all copies of a prompt's cache together
 
-
 Advance = Callable[[int], None]  # told of so many more questions
 _Group = tuple[list[int], list[int], list[list[int]]]
+
+
+@contextmanager
+def question_bar(title: str, questions: int) -> Iterator[Advance]:
+    """A bar of questions on standard error. Yields what advances it."""
+    with progress_bar("questions", "{task.fields[rate]:,.1f}/s") as progress:
+        bar = progress.add_task(title, total=questions, rate=0.0)
+
+        def advance(count: int) -> None:
+            done = progress.tasks[0].completed + count
+            progress.update(bar, advance=count, rate=done / (progress.tasks[0].elapsed or 1.0))
+
+        yield advance
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """`locas recall`: questions about texts that a memory has learned, beside a ladder of what else could answer them."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,35 +20,20 @@ from locas_ext.evaluation.methods.registry import check_arm
 from locas_ext.evaluation.report.build import write_report
 from locas_ext.evaluation.report.recall import table
 from locas_ext.hosts.text_config import max_positions
-from locas_ext.learning.progress import progress_bar
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 from locas_ext.memory import StudySettings
 from locas_ext.terminal import neutral
 
-from .asking import Advance, View, prompt_lengths
+from .asking import View, prompt_lengths, question_bar
 from .distractors import with_distractors
-from .documents import SHIPPED, Document, Question, read_documents
-from .general import general_questions
-from .measuring import (
-    OTHER_TEXT,
-    OTHER_TOKENS,
-    Asking,
-    HostAlone,
-    ask_all,
-    everything_else,
-    in_float32,
-    other_logits,
-    perplexity,
-    right_general,
-    summarize,
-)
+from .documents import SHIPPED, Document, read_documents
+from .measuring import Asking, HostAlone, ask_all, everything_else, host_alone, perplexity, summarize
 from .methods import CARTRIDGE, METHODS, STUDYING, Learned, Reading, Retrieval, having_learned, split, view_of
 from .nonce import nonce_document
 
 NONCE = "nonce"
 _FURTHER_SEED = 1_000_000
-_AT_ONCE = 96  # general questions between two looks at whether enough are right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,31 +153,6 @@ class Recall:
         self.reading = Reading(self.protocol, task.passes, task.out / "studies")
         self.settings = _settings(task, documents, host, self.protocol, self.prompter)
 
-    def host_alone(self) -> HostAlone:
-        """Asks the general questions until enough are right, and reads the unrelated text."""
-        prompter, asking = self.prompter, self.task.asking
-        ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
-        right = self._right(general_questions())
-        right_in_float32, still = list[Question](), list[bool]()
-        if right and self.host.dtype != torch.float32:
-            with in_float32(self.host):
-                right_in_float32 = self._right(general_questions())
-                still = right_general(self.host, prompter, right, View(), asking, lambda count: None)
-        rounding = sum(still) / len(still) if still else None
-        return HostAlone(right, right_in_float32, rounding, other_logits(self.host, ids), ids)
-
-    def _right(self, questions: list[Question]) -> list[Question]:
-        """The first of them that the host answers right, as many as are asked again."""
-        asking, right = self.task.asking, list[Question]()
-        with _progress("general questions", len(questions)) as advance:
-            for start in range(0, len(questions), _AT_ONCE):
-                if len(right) >= asking.general:
-                    break
-                part = questions[start : start + _AT_ONCE]
-                is_right = right_general(self.host, self.prompter, part, View(), asking, advance)
-                right += [question for question, each in zip(part, is_right, strict=True) if each]
-        return right[: asking.general]
-
     def record(self, method: str, document: Document, alone: HostAlone) -> dict:
         """Everything that is measured of one method on one text."""
         memory, context = split(method)
@@ -236,7 +194,7 @@ class Recall:
         ids = torch.tensor(prompter.encode(document.text))
         total = 2 * len(document.questions) - sum(q.kind == "absent" for q in document.questions)
         total += len(alone.right) + len(alone.right_in_float32)
-        with _progress(one_line(f"{method}, {document.title}"), total) as advance:
+        with question_bar(one_line(f"{method}, {document.title}"), total) as advance:
             entries = ask_all(host, prompter, document, view, task.asking, advance)
             rest = everything_else(host, prompter, view, alone, task.asking, task.seed, advance)
         return {
@@ -251,19 +209,6 @@ class Recall:
         longest = max(prompt_lengths(self.prompter, [*document.questions, *alone.right, *alone.right_in_float32], view))
         needed, most = before + longest + self.task.asking.max_new_tokens, max_positions(self.host)
         return None if needed <= most else f"does not fit: {needed:,} tokens, the host has {most:,} positions"
-
-
-@contextmanager
-def _progress(title: str, questions: int) -> Iterator[Advance]:
-    """A bar of questions on standard error. Yields what advances it."""
-    with progress_bar("questions", "{task.fields[rate]:,.1f}/s") as progress:
-        bar = progress.add_task(title, total=questions, rate=0.0)
-
-        def advance(count: int) -> None:
-            done = progress.tasks[0].completed + count
-            progress.update(bar, advance=count, rate=done / (progress.tasks[0].elapsed or 1.0))
-
-        yield advance
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
@@ -289,7 +234,7 @@ def _run(run: Recall, console: Console) -> dict:
     done = {(record["method"], record["document"]) for record in records}
     missing = [(m, d) for d in run.documents for m in task.methods if (m, d.title) not in done]
     try:
-        alone = run.host_alone() if missing else None
+        alone = host_alone(run.host, run.prompter, task.asking) if missing else None
         for method, document in missing:
             assert alone is not None
             records.append(run.record(method, document, alone))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from locas_ext.errors import is_out_of_memory
 from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.capability.bootstrap import interval, resampled_sums
 from locas_ext.evaluation.capability.distributions import divergence
@@ -16,11 +17,13 @@ from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 
-from .asking import Advance, View, candidate, choice_scores, written_answers
+from .asking import Advance, View, candidate, choice_scores, question_bar, written_answers
 from .documents import ABSENT, Document, Question
+from .general import general_questions
 from .scoring import contains, token_f1
 
 OTHER_TEXT, OTHER_TOKENS, OTHER_WINDOW = ASSETS / "tono-bungay.txt", 512, 128
+_AT_ONCE = 96  # general questions between two looks at whether enough are right
 _OFFERED = 3  # questions that offer an answer, from which on what is usual for it is known
 Usual = dict[tuple[str, str], float]  # nats, by the kind of question and the answer
 
@@ -44,7 +47,7 @@ class HostAlone:
     """What the bare host does, asked once a run: figures of every method compare with it.
 
     right: the general questions that it answers right
-    right_in_float32: those that it answers right in float32; none where that is its precision
+    right_in_float32: those that it answers right in float32; none where that is its precision, or where there is no room for it
     rounding: the share of the first that it answers right in float32 too: what rounding alone leaves; None where there are none
     other: its logits on an unrelated text, window by window
     """
@@ -88,6 +91,37 @@ def right_general(
     """Whether each general question is answered right."""
     texts = written_answers(model, prompter, questions, view, asking.max_new_tokens, asking.batch_size, advance)
     return [contains(text, question.answers) for text, question in zip(texts, questions, strict=True)]
+
+
+def host_alone(model: Any, prompter: Prompter, asking: Asking) -> HostAlone:
+    """Asks the general questions until enough are right, and reads the unrelated text."""
+    ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
+    right = _right(model, prompter, asking)
+    right_in_float32, still = list[Question](), list[bool]()
+    if right and model.dtype != torch.float32:
+        try:
+            with in_float32(model):
+                right_in_float32 = _right(model, prompter, asking)
+                still = right_general(model, prompter, right, View(), asking, lambda count: None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            right_in_float32, still = [], []  # a host of that size is measured in its own precision alone
+    rounding = sum(still) / len(still) if still else None
+    return HostAlone(right, right_in_float32, rounding, other_logits(model, ids), ids)
+
+
+def _right(model: Any, prompter: Prompter, asking: Asking) -> list[Question]:
+    """The first of the general questions that the host answers right, as many as are asked again."""
+    questions, right = general_questions(), list[Question]()
+    with question_bar("general questions", len(questions)) as advance:
+        for start in range(0, len(questions), _AT_ONCE):
+            if len(right) >= asking.general:
+                break
+            part = questions[start : start + _AT_ONCE]
+            is_right = right_general(model, prompter, part, View(), asking, advance)
+            right += [question for question, each in zip(part, is_right, strict=True) if each]
+    return right[: asking.general]
 
 
 # ---- questions -------------------------------------------------------------------------------------------------
@@ -191,8 +225,10 @@ def everything_else(
     pairs = zip(alone.other, logits, strict=True)
     total = sum(divergence(host, other) for host, other in pairs)
     right = right_general(model, prompter, alone.right, view, asking, advance)
-    with in_float32(model):
-        right_in_float32 = right_general(model, prompter, alone.right_in_float32, view, asking, advance)
+    right_in_float32 = []
+    if alone.right_in_float32:
+        with in_float32(model):
+            right_in_float32 = right_general(model, prompter, alone.right_in_float32, view, asking, advance)
     result: dict[str, Any] = {"kept_questions": len(right), "kept_by_rounding": alone.rounding}
     for name, values in {"kept": right, "kept_in_float32": right_in_float32}.items():
         result[name], result[f"{name}_interval"] = mean_and_interval([float(each) for each in values], seed)

@@ -140,7 +140,8 @@ _LEGEND = (
     "after taking off what is usual for each over the text's questions (chance: 10). F1: of words. gold: log-probability of "
     "the right answer. made up: questions about what the text never mentions that were answered with something it says of "
     "others. kept: general questions that the bare host answers right and that are still right, with the method's context "
-    "in the window; in float32: the same with host and memory computed in it, where rounding decides between no two tokens. "
+    "in the window; in float32: the same with host and memory computed in it, if there is room, where rounding decides "
+    "between no two tokens. "
     "other KL: nats a token to the bare host on an unrelated text. perplexity: of the text, read again at the end. seconds: "
     "of learning."
 )
