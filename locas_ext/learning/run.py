@@ -102,15 +102,9 @@ class Run:
             yield last
 
     def _call(self, callback: Callable[[Chunk], None], chunk: Chunk, verb: str) -> None:
-        stream = self.attachment.stream
         try:
             callback(chunk)
             require_attached(self.attachment, verb)
-            if self.attachment.stream is not stream:
-                raise ValueError(
-                    f"{verb}: the callback began another run or put another memory in this one's place, so the run ends here; "
-                    "call verbs like reset(), load(), restore() and memorize() after it"
-                )
         except BaseException as error:
             if self.leaving is not None and self.attachment.attached:
                 self.leaving.leave(error)

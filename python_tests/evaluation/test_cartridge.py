@@ -24,7 +24,7 @@ TEXT = nonce_document(5, 0).text
 QUICK = StudySettings(kinds=("blank", "continued"), epochs=1, updates=1, batch=8, guard=0, check=False)
 OPTIONS = ["--window", "64", "--stride", "32", "--device", "cpu", "--general", "0", "--facts", "5", "--max-new-tokens", "3"]
 OPTIONS += ["--retrieval-chunks", "2", "--retrieval-tokens", "32", "--kinds", "blank,continued", "--study-epochs", "1"]
-OPTIONS += ["--updates", "6", "--guard", "0", "--cartridge-tokens", "12"]
+OPTIONS += ["--loss", "ce", "--updates", "6", "--guard", "0", "--cartridge-tokens", "12"]
 
 
 SHAPES = {

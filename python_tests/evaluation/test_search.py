@@ -39,7 +39,7 @@ def test_results_are_written_at_once_and_not_computed_twice(tmp_path):
                 {"method": "truncation"},
                 {"rank": 4, "decay_after": 3},
                 {"rank": 4, "stride": 4},
-                {"rank": 4, "learning_rate": 1e30},
+                {"rank": 4, "learning_rate": 1e6},
             ]
         )
     )

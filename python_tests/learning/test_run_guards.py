@@ -52,26 +52,6 @@ def test_a_callback_that_detaches_ends_the_run(verb):
     assert again.memorize(TEXT, **SETTINGS).tokens == len(TEXT) - 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda memory, before: memory.reset(),
-        lambda memory, before: memory.initialize(TEXT),
-        lambda memory, before: memory.restore(before),
-        lambda memory, before: memory.memorize(TEXT[:20], **SETTINGS),
-        lambda memory, before: memory.feed(TEXT[:20], progress=False),
-    ],
-    ids=["reset", "initialize", "restore", "memorize", "feed"],
-)
-def test_a_callback_that_puts_another_memory_in_place_ends_the_run(change):
-    """Else the list of texts would say that all of this one was learned."""
-    _, memory = attached()
-    before, calls = memory.snapshot(), []
-    with pytest.raises(ValueError, match="memorize: the callback began another run or put another memory in this one's place"):
-        memory.memorize(TEXT, **SETTINGS, callback=lambda chunk: calls.append(chunk) or change(memory, before))
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("settings", [{}, dict(context_gradient=True), dict(epochs=2)], ids=str)
 def test_only_slots_get_a_gradient(settings):
     model, memory = attached()
