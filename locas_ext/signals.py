@@ -15,15 +15,17 @@ def interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt(signum)
 
 
+_INTERRUPTS = (signal.default_int_handler, interrupt)  # what raises KeyboardInterrupt
+
+
 @contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside the block the signals that mean KeyboardInterrupt call `handler` instead.
+def handled(handler: Callable[[int, Any], None], meaning: tuple = _INTERRUPTS) -> Iterator[None]:
+    """Inside the block the signals that one of `meaning` handles, KeyboardInterrupt by default, call `handler` instead.
 
     None does in another thread, nor one that the caller handles otherwise or ignores.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        meaning = (signal.default_int_handler, interrupt)
         before = {each: signal.getsignal(each) for each in ENDING if signal.getsignal(each) in meaning}
     try:
         for each in before:

@@ -2,12 +2,10 @@
 
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from locas_ext.signals import ENDING, handled, interrupt
+from locas_ext.signals import handled, interrupt
 
 _MESSAGE = b"locas: interrupted: nothing was kept\n"
 
@@ -26,21 +24,12 @@ def importing() -> AbstractContextManager[None]:
     return handled(_end)
 
 
-@contextmanager
-def ended_alike() -> Iterator[None]:
+def ended_alike() -> AbstractContextManager[None]:
     """Inside the block SIGTERM and SIGHUP do what Ctrl-C does, so that what was learned is kept.
 
     One that is ignored, as under nohup, or handled otherwise stays as it is.
     """
-    of_ours = threading.current_thread() is threading.main_thread()
-    mine = [each for each in ENDING if of_ours and signal.getsignal(each) is signal.SIG_DFL]
-    for each in mine:
-        signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each in mine:
-            signal.signal(each, signal.SIG_DFL)
+    return handled(interrupt, meaning=(signal.SIG_DFL,))
 
 
 def status_of(error: BaseException | None) -> int:

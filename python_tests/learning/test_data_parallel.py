@@ -3,9 +3,11 @@
 import os
 import random
 import signal
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from support.cuda_graphs import graphs_on_the_cpu
 from support.helpers import (
     SETTINGS,
     PlainMemory,
@@ -20,7 +22,7 @@ from support.ranks import run_ranks
 from support.sharded import assert_same_bits, error_of, everywhere, shard
 
 import locas_ext as locas
-from locas_ext.learning import captured, cuda_graph
+from locas_ext.learning import captured
 from locas_ext.learning.chunk import WindowReader
 
 LEARN = {name: SETTINGS[name] for name in ("window", "stride", "progress")}
@@ -312,20 +314,18 @@ def test_ranks_are_told_what_differs_and_what_ends_a_run_on_one_ends_it_on_all()
 def replayed(texts):
     """With a stand-in for CUDA graphs, which does the captured work again at each replay (test_cuda_graph.py)."""
     rank, memories = dist.get_rank(), []
-    for graph in (False, True):
-        if graph:
-            cuda_graph._is_capturable = lambda device: True
-            captured.rehearse = lambda work, device: work()
-            captured.capture = lambda work, device: work
+    for way in nullcontext, graphs_on_the_cpu:
         _, memory = attached(clip=1.05, row_length="host")
-        report = memory.memorize(texts[rank], **LEARN, update=backprop(epochs=2, gate_learning_rate=5e-3, decay_after=3))
-        assert (report.graph.replayed > 0) == graph
+        with way():
+            report = memory.memorize(texts[rank], **LEARN, update=backprop(epochs=2, gate_learning_rate=5e-3, decay_after=3))
+        assert (report.graph.replayed > 0) == (way is graphs_on_the_cpu)
         memories.append(memory)
         assert_same_bits(memory)
     assert torch.equal(memories[0].slots, memories[1].slots)
-    ends_with(random_ids(60, 1), breaks, {"on_divergence": "ignore"}, 3, "the loss is nan", "on rank 1")
-    for does in fails, breaks_a_replay:
-        ends_with(random_ids(60, 1), does, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
+    with graphs_on_the_cpu():
+        ends_with(random_ids(60, 1), breaks, {"on_divergence": "ignore"}, 3, "the loss is nan", "on rank 1")
+        for does in fails, breaks_a_replay:
+            ends_with(random_ids(60, 1), does, {"on_divergence": "ignore"}, 3, "Stop", "rank 1 ended the run")
 
 
 def own_rules(text):
@@ -346,7 +346,8 @@ def own_rules(text):
 
 def replayed_by_all_rules(texts):
     replayed(texts)
-    own_rules(texts[0])
+    with graphs_on_the_cpu():
+        own_rules(texts[0])
 
 
 def test_between_the_gradient_and_the_update_of_a_graph_the_ranks_speak():

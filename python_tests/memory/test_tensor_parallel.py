@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from support.cuda_graphs import graphs_on_the_cpu
 from support.helpers import logits_of, random_ids, tiny_model
 from support.interrupting import Stop, stop_after
 from support.ranks import RanksFailed, run_ranks
 from torch.distributed.tensor import DTensor
 
 import locas_ext as locas
-from locas_ext.learning import backprop, captured, cuda_graph, graph_step
+from locas_ext.learning import backprop, captured, graph_step
 from locas_ext.learning.host_kernels import split
 from locas_ext.ops import ranks as ranks_module
 from locas_ext.ops.ranks import Ranks
@@ -171,17 +172,6 @@ def no_dtensors_in_steps():
             return real(attachment, *arguments)
 
     with mock.patch.object(backprop, "gradient", gradient), mock.patch.object(graph_step, "gradient", gradient):
-        yield
-
-
-@contextmanager
-def graphs_on_the_cpu():
-    """Steps go the way of CUDA graphs; what stands in for one does the captured work again at each replay."""
-    with (
-        mock.patch.object(cuda_graph, "_is_capturable", lambda device: True),
-        mock.patch.object(captured, "rehearse", lambda work, device: work()),
-        mock.patch.object(captured, "capture", lambda work, device: work),
-    ):
         yield
 
 
