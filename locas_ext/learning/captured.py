@@ -84,6 +84,9 @@ class Captured:
 
     def replay(self, window: Window) -> bool:
         """Does the work on a window, if that has the shape of others and can be captured. -> whether it was done"""
+        if self.graph is not None and len(window.inputs) < self.protocol.stride:  # the text's last, and an eager step
+            self.graph = None
+            torch.cuda.empty_cache()  # the graph's memory is another's than that step's
         part = self._part(window)
         if part is None or (graph := self._captured(part)) is None:
             return False
