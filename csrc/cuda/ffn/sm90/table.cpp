@@ -9,7 +9,7 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-bool is_decode(int64_t tokens) { return tokens <= sm80::kMostDecodeTokens; }
+constexpr int64_t kMostDecodeTokens = sm80::kMostDecodeTokens;  // of this family; sm80's decode takes no more
 
 // Whether a tensor map can describe the matrix: its rows do not overlap and lie less than 2^40 bytes apart.
 bool has_tensor_map(const Matrix& m) {
@@ -24,13 +24,13 @@ bool have_tensor_maps(const GluFfnForwardParams& p) {
 }
 
 void forward(const GluFfnForwardParams& p, Queue queue) {
-  if (is_decode(p.tokens())) sm80::glu_ffn_forward_decode(p, queue);
+  if (p.tokens() <= kMostDecodeTokens) sm80::glu_ffn_forward_decode(p, queue);
   else if (have_tensor_maps(p)) glu_ffn_forward_tiles(p, queue);
   else sm80::glu_ffn_forward_tiles(p, queue);
 }
 
 int64_t forward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  if (is_decode(tokens)) return 0;
+  if (tokens <= kMostDecodeTokens) return 0;
   return std::max(glu_ffn_forward_workspace(tokens, sizes), sm80::glu_ffn_tiles_workspace(tokens, sizes));
 }
 
