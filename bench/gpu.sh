@@ -40,7 +40,7 @@ step() { # NAME SECONDS COMMAND...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/summary.txt"
 step build 400 "$python" setup.py build_ext --inplace || { tail -n 20 "$out/build.log"; exit 1; }
 step test 240 "$python" -m pytest python_tests -q -m cuda
-step decode 80 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 32 64 --kernels \
+step decode 100 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 16 32 64 --kernels \
   --arms "bare products" "ours, matmul" "ours, rehomed" "ours, sm90" --out "$out/decode.json"
 step update 40 "$python" -m bench.update --device cuda --out "$out/update.json"
 step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"
