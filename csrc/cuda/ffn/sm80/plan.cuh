@@ -77,8 +77,8 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
 // each on a GPU of its own and over eager.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 
-// Whether a pass of few tokens is one cooperative kernel, on a device that has room for it: where it took less time than
-// two on an H200 (bench/RESULTS.md). Measured were 1, 8, 32 and 64 tokens, d = 1024 and 2048.
+// Whether a pass of few tokens is one cooperative kernel, on a device that has room for it. The bounds lie between where it
+// took less time than two on an H200 and where it did not: measured were 1, 8, 32 and 64 tokens, d = 1024 and 2048.
 inline bool is_cooperative_forward(int64_t tokens, int64_t d) { return tokens <= 8 && d >= 1536; }
 inline bool is_cooperative_backward(int64_t tokens, int64_t d) { return tokens <= (d <= 1024 ? 32 : 16); }
 
