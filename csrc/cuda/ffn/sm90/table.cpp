@@ -9,7 +9,8 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-bool is_decode(int64_t tokens) { return tokens <= sm80::kMostDecodeTokens; }
+constexpr int64_t kMostDecodeTokens = 16;  // above, tiles take less on an H200; sm80's own bound is higher
+static_assert(kMostDecodeTokens <= sm80::kMostDecodeTokens);
 
 // Whether a tensor map can describe the matrix: its rows do not overlap and lie less than 2^40 bytes apart.
 bool has_tensor_map(const Matrix& m) {
@@ -24,7 +25,7 @@ bool have_tensor_maps(const GluFfnForwardParams& p) {
 }
 
 void forward(const GluFfnForwardParams& p, Queue queue) {
-  if (is_decode(p.tokens())) sm80::glu_ffn_forward_decode(p, queue);
+  if (p.tokens() <= kMostDecodeTokens) sm80::glu_ffn_forward_decode(p, queue);
   else if (have_tensor_maps(p)) glu_ffn_forward_tiles(p, queue);
   else sm80::glu_ffn_forward_tiles(p, queue);
 }
@@ -37,17 +38,17 @@ bool have_tensor_maps(const GluFfnBackwardParams& p) {
 }
 
 void backward(const GluFfnBackwardParams& p, Queue queue) {
-  if (!is_decode(p.tokens()) && have_tensor_maps(p)) glu_ffn_backward_tiles(p, queue);
+  if (p.tokens() > kMostDecodeTokens && have_tensor_maps(p)) glu_ffn_backward_tiles(p, queue);
   else sm80::glu_ffn_backward(p, queue);
 }
 
 int64_t backward_workspace(int64_t tokens, const FfnSizes& sizes) {
   const int64_t of_sm80 = sm80::glu_ffn_backward_workspace(tokens, sizes);
-  return is_decode(tokens) ? of_sm80 : std::max(glu_ffn_backward_workspace(tokens, sizes), of_sm80);
+  return tokens <= kMostDecodeTokens ? of_sm80 : std::max(glu_ffn_backward_workspace(tokens, sizes), of_sm80);
 }
 
 int64_t forward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  if (is_decode(tokens)) return 0;
+  if (tokens <= kMostDecodeTokens) return 0;
   return std::max(glu_ffn_forward_workspace(tokens, sizes), sm80::glu_ffn_tiles_workspace(tokens, sizes));
 }
 
