@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
-from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
+from support.found_hosts import found_host
+from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
+
+import locas_ext as locas
 
 OTHER = random_ids(40, seed=7)
 
@@ -41,6 +44,25 @@ def test_a_snapshot_of_another_host_or_shape_is_refused():
     with pytest.raises(TypeError, match="dict"):
         memory.restore({})
     assert torch.equal(memory.slots, slots)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo"])
+def test_a_host_moved_to_the_meta_device_says_so_and_learns_on_once_it_has_weights(family):
+    model = found_host("olmo") if family == "olmo" else tiny_model(family)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"host is on the meta device.*load them first: model.to_empty"):
+        memory.memorize(TEXT, **SETTINGS)
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    memory.memorize(TEXT, **SETTINGS)
+    model.to("meta")
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match=r"host is on the meta device.*inside memory.disabled\(\)"):
+        model(ids)
+    with memory.disabled():
+        assert model(ids).logits.shape == (1, 5, model.config.vocab_size)
 
 
 def test_a_fork_shares_the_hosts_weights_and_nothing_else():
