@@ -104,6 +104,11 @@ class Host:
         """As it is now: the embedding may be resized."""
         return self.config.vocab_size
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that it computes in, such as "bfloat16", as it is now."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def decoder(self) -> nn.Module:
         """The module that holds the layers."""
         return self.model.get_submodule(self.decoder_path)

@@ -50,7 +50,7 @@ class Run:
             each.find_record(attachment.texts)
         if peers is not None and peers.each:
             self.report.ranks = [each.chunks for each in peers.texts]
-        self.asked_for = settings.as_settings().to_record()
+        self.asked_for = {**settings.as_settings().to_record(), "dtype": attachment.host.dtype_name}
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
