@@ -256,7 +256,7 @@ class Attachment:
         state = self.state
         return (
             state.learned
-            and isinstance(self.config.clip, bool)  # rows with lengths of their own are updated without factors
+            and not (self.config.clip and any(arena.clips_by_row for arena in state.arenas))  # which needs the gradient
             and tokens <= slot_updates.MOST_FACTOR_TOKENS
             and state.hidden_size <= slot_updates.MOST_FACTOR_WIDTH
             and all(len(arena.positions) <= slot_updates.MOST_FACTOR_LAYERS for arena in state.arenas)
