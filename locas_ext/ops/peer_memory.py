@@ -54,8 +54,8 @@ class PeerMemory:
 
     def watch(self, group: dist.ProcessGroup) -> None:
         """From now on no sum waits for a process that has ended: it gives NaN. Called by all of the group."""
-        self.processes = processes_of(group)
-        self.processes.when_one_ends(lambda: self.stop.fill_(1))
+        self.processes, stop = processes_of(group), self.stop  # not self, which would be held for ever
+        self.processes.when_one_ends(lambda: stop.fill_(1))
 
     def takes(self, x: Tensor) -> bool:
         """Whether `add_up` sums tensors like this one; larger ones are the group's."""
