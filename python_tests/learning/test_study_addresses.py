@@ -167,9 +167,15 @@ def test_a_run_behind_a_study_leaves_rows_as_long_as_the_study_made_them(clip, t
     torch.testing.assert_close(memory.gather_slots(), studied)
 
     memory.restore(kept)
+    memory.save_pretrained(tmp_path / "plain")
     memory.save_pretrained(tmp_path / "studied", optimizer=True)
-    others = [memory.fork(), locas.load(study_host(SEED, num_hidden_layers=2), tmp_path / "studied")]
-    for each in (memory, *others):
+    loaded = locas.load(study_host(SEED, num_hidden_layers=2), tmp_path / "plain")
+    loaded.memorize(ids, **run, learning_rate=0.0)
+    torch.testing.assert_close(loaded.gather_slots(), studied)
+    loaded.load(tmp_path / "studied")
+    for each in (memory, memory.fork(), loaded):
+        each.memorize(ids, **run, learning_rate=0.0)
+        torch.testing.assert_close(each.gather_slots(), studied)
         each.memorize(ids, **run, learning_rate=0.05)
         now = each.gather_slots()
         longest = torch.tensor(1.0) if clip is True else each.state.arenas[0].longest[..., None]
