@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from locas_ext import _C, reference
+from locas_ext import reference
 from locas_ext.hosts.gated_ffn import GatedFFN
 from locas_ext.ops.autograd import GluFfnFunction
 from locas_ext.ops.backends import fused_backend, matmul
-from locas_ext.ops.backends.cuda_families import FAMILIES, use_decode_kernels, use_family
+from locas_ext.ops.backends.cuda_families import FAMILIES, use_family
 from locas_ext.patching.rehome import RehomedFFN, RehomedFunction, rehomed_forward, storage_users
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.planes import PLANES
@@ -193,9 +193,8 @@ def lora(operands):
 
 
 # ---- ours -------------------------------------------------------------------------------------------------------
-def _ours(backend, family=None, decode_kernels=None):
-    """family: of the CUDA kernels; a backward right behind its forward runs the same one. decode_kernels: "1", "2", or None
-    for the default."""
+def _ours(backend, family=None):
+    """family: of the CUDA kernels; a backward right behind its forward runs the same one."""
 
     def build(operands):
         views, slots, grad = operands.arena.views[0], operands.arena.parameters[0], operands.arena.grads[0]
@@ -203,7 +202,6 @@ def _ours(backend, family=None, decode_kernels=None):
         def ffn(x):
             if family is not None:
                 use_family(family)
-                use_decode_kernels(decode_kernels)
             if torch.is_grad_enabled():
                 return GluFfnFunction.apply(x, slots, views, operands.host, SCALE, 0, grad, backend)
             return backend.glu_ffn_forward(x, operands.host, views, SCALE, 0, save=False)[0]
@@ -249,17 +247,6 @@ def _families() -> list[str]:
     return found
 
 
-DECODE_TOKENS = 64  # the most that the kernels for few tokens take
-ONE_KERNEL = "ours, one kernel"  # for each pass
-
-
-def _has_room_for_one_kernel(device: int) -> bool:
-    use_decode_kernels("1")
-    name = _C.cuda_decode_kernels()[device]
-    use_decode_kernels(None)
-    return name == "one kernel"
-
-
 def arms(operands: Operands, compile_mode: str | None = None) -> dict[str, Arm | BareGemms]:
     """The arms that can run on tensors like these, the reference arm first and once more last.
 
@@ -281,10 +268,7 @@ def arms(operands: Operands, compile_mode: str | None = None) -> dict[str, Arm |
     result["ours, rehomed"] = Arm(rehomed, in_place=True)
     fused = fused_backend(operands.x)
     if fused.obstacle(operands.x, d, m) is None and cuda:
-        families = _families()
-        result |= {f"ours, sm{name}": Arm(_ours(fused, name), in_place=True) for name in families}
-        if len(operands.x) <= DECODE_TOKENS and _has_room_for_one_kernel(operands.x.device.index or 0):
-            result[ONE_KERNEL] = Arm(_ours(fused, families[-1], decode_kernels="1"), in_place=True)
+        result |= {f"ours, sm{name}": Arm(_ours(fused, name), in_place=True) for name in _families()}
     elif fused.obstacle(operands.x, d, m) is None:
         result["ours, fused"] = Arm(_ours(fused), in_place=True)
     result["eager again"] = Arm(eager, memory=False)

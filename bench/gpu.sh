@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything half an hour on a GPU is for, in the order of its worth: build, correctness, benchmarks, sanitizers.
 #
-#      bench/gpu.sh OUT [STEP...]        STEP: build test decodetest decode update gemms ffn ffn4096 stream write memcheck
+#      bench/gpu.sh OUT [STEP...]        STEP: build test decode update gemms ffn ffn4096 stream write memcheck
 #                                        racecheck; default all
 #
 # Each step has its own time limit and log; one that fails or runs out of time does not stop the next, except the build.
@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUT [STEP...]}
 shift
-steps=${*:-build test decodetest decode update gemms ffn ffn4096 stream write memcheck racecheck}
+steps=${*:-build test decode update gemms ffn ffn4096 stream write memcheck racecheck}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 : >"$out/summary.txt"
@@ -40,10 +40,8 @@ step() { # NAME SECONDS COMMAND...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/summary.txt"
 step build 400 "$python" setup.py build_ext --inplace || { tail -n 20 "$out/build.log"; exit 1; }
 step test 240 "$python" -m pytest python_tests -q -m cuda
-step decodetest 60 env LOCAS_CUDA_DECODE=1 "$python" -m pytest python_tests/ops/test_fused.py python_tests/ops/test_cuda_families.py \
-  -q -m cuda
-step decode 80 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 32 64 --kernels \
-  --arms "bare products" "ours, rehomed" "ours, sm90" "ours, one kernel" --out "$out/decode.json"
+step decode 100 "$python" -m bench.ffn --device cuda --quick --tokens 1 8 16 32 64 --kernels \
+  --arms "bare products" "ours, matmul" "ours, rehomed" "ours, sm90" --out "$out/decode.json"
 step update 40 "$python" -m bench.update --device cuda --out "$out/update.json"
 step gemms 60 "$python" -m bench.gemms --out "$out/gemms.json"
 step ffn 200 "$python" -m bench.ffn --device cuda --quick --out "$out/ffn.json"

@@ -112,23 +112,21 @@ EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits) {
 EXPORT const char* locas_backward(const Arguments* a) {
   return caught([&] { locas::cuda::sm90::glu_ffn_backward_tiles(gradient_params(*a), {a->device, a->stream}); });
 }
-// plan: tile and slices of each product, in the order of locas_instances; as it is, or where it may take clusters.
-EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int clusters, int* plan) {
+// plan: tile and slices of each product, in the order of locas_instances.
+EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* plan) {
   using namespace locas::cuda::sm90;
   const locas::FfnSizes sizes{d, m, r};
-  Target target = kTarget;
-  target.clusters |= clusters != 0;
-  for (const Plan& of : {hidden_plan(tokens, sizes, target), down_plan(tokens, sizes, target),
-                         hidden_grad_plan(tokens, sizes, target), input_grad_plan(tokens, sizes, target)}) {
+  for (const Plan& of : {hidden_plan(tokens, sizes), down_plan(tokens, sizes), hidden_grad_plan(tokens, sizes),
+                         input_grad_plan(tokens, sizes)}) {
     *plan++ = static_cast<int>(of.kind);
     *plan++ = of.splits;
   }
 }
-// Five numbers a tile: rows, columns, whether it is ping-pong, CTAs that share B, slices in a cluster.
+// Four numbers a tile: rows, columns, whether it is ping-pong, slices in a cluster.
 EXPORT int locas_tiles(int* shapes) {
   using namespace locas::cuda::sm90;
   for (const TileShape& tile : kTiles)
-    for (const int number : {tile.m, tile.n, int{tile.schedule == Schedule::ping_pong}, tile.sharers, tile.slices})
+    for (const int number : {tile.m, tile.n, int{tile.schedule == Schedule::ping_pong}, tile.slices})
       *shapes++ = number;
   return kTileKinds;
 }

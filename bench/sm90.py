@@ -6,8 +6,7 @@ K4 the gradients of the input and of the slots; the peer is torch.mm on the host
 activation. A time is the median over interleaved rounds of CUDA graphs that rotate through operands.
 
 A tile is tested by a process of its own, so that one that never ends or breaks the context takes none with it; those that
-are right are timed. Tiles: tokens x columns, pp: ping-pong, *2: pairs of CTAs share the weights, /4c: slices of K in a
-cluster, /4: by launch.
+are right are timed. Tiles: tokens x columns, pp: ping-pong, /4c: slices of K in a cluster, /4: by launch.
 """
 
 import argparse
@@ -100,7 +99,7 @@ def flops(product: str, tokens: int, d: int, m: int, r: int) -> tuple[int, int]:
 def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     count = min(6, sets_for(2 * (3 * m * d + tokens * (2 * d + 3 * m))))
-    splits = max(4, *(planned for _, planned in library.plan(tokens, d, m, r).values()))
+    splits = max(8, *(planned for _, planned in library.plan(tokens, d, m, r).values()))
     sets = [make(tokens, d, m, r, torch.bfloat16, splits=splits, gradients=True) for _ in range(count)]
     for ffn in sets:  # what only the peer needs
         ffn["gate_up"] = torch.cat([ffn["gate"], ffn["up"]])
@@ -112,10 +111,7 @@ def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespac
 def measure(library: Library, right: Collection[int], d: int, tokens: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     sets = operands(library, tokens, d, arguments)
-    picked, with_clusters = (
-        {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r, clusters).items()}
-        for clusters in (False, True)
-    )
+    picked = {product: library.arm(*plan) for product, plan in library.plan(tokens, d, m, r).items()}
     records = []
     for product, arms in products(library, tokens, right).items():
         theirs, ours = flops(product, tokens, d, m, r)
@@ -123,23 +119,19 @@ def measure(library: Library, right: Collection[int], d: int, tokens: int, argum
         for name, us in taken.items():
             tflops = (theirs if name == "cuBLAS" else ours) / us / 1e6
             record = dict(d=d, m=m, r=r, tokens=tokens, product=product, arm=name, us=us, tflops=tflops)
-            record |= dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name)
-            records.append(record | dict(picked_with_clusters=with_clusters.get(product) == name))
+            records.append(record | dict(time_ratio=us / taken["cuBLAS"], picked=picked.get(product) == name))
     return records
 
 
 def show(records: list[dict]) -> None:
     """A line for each product of each shape: the peer, then ours from the fastest on."""
-    print("\nmicroseconds, and TFLOP/s over cuBLAS's; [] is the plan, {} the plan if it took clusters, + saves for a backward")
+    print("\nmicroseconds, and TFLOP/s over cuBLAS's; [] is the plan, + saves for a backward")
     for (d, tokens, product), group in itertools.groupby(records, lambda x: (x["d"], x["tokens"], x["product"])):
         peer, *ours = group
         ours.sort(key=lambda x: x["us"])
-        shown = [x for place, x in enumerate(ours) if place < 7 or x["picked"] or x["picked_with_clusters"]]
+        shown = [x for place, x in enumerate(ours) if place < 7 or x["picked"]]
         arms = [f"{x['arm'].replace(' saving', '+')} {x['us']:.1f} {x['tflops'] / peer['tflops']:.2f}" for x in shown]
-        marked = [
-            f"[{arm}]" if x["picked"] else f"{{{arm}}}" if x["picked_with_clusters"] else arm
-            for arm, x in zip(arms, shown, strict=True)
-        ]
+        marked = [f"[{arm}]" if x["picked"] else arm for arm, x in zip(arms, shown, strict=True)]
         print(f"{d} {tokens} {product}: cuBLAS {peer['us']:.1f}; {'; '.join(marked)}", flush=True)
 
 

@@ -111,13 +111,13 @@ def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool, 
 
 def slices(library: Library, tile: int) -> tuple[int, ...]:
     """How often K is cut by launch."""
-    return (1, 2, 4) if library.clusters[tile] == 1 else (1,)
+    return (1, 2, 4, 8) if library.slices[tile] == 1 else (1,)
 
 
 def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, integers: bool, activation: str) -> None:
     tokens, d, m, r = shape
     what = f"{library.names[tile]}, {dtype}, tokens {tokens}, d {d}, m {m}, r {r}, {'integers' if integers else activation}"
-    ffn = make(*shape, dtype, splits=4, integers=integers, biases=True, saves=True)
+    ffn = make(*shape, dtype, splits=8, integers=integers, biases=True, saves=True)
     if tile in library.instances["K1"]:
         check_hidden(library, ffn, tile, integers, activation, what)
     else:
@@ -127,7 +127,7 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
             check_down(library, ffn, tile, splits, integers, what)
     if tile in library.instances["K3"] or tile in library.instances["K4"]:
         check_gradients(
-            library, make(*shape, dtype, splits=4, integers=integers, gradients=True), tile, integers, activation, what
+            library, make(*shape, dtype, splits=8, integers=integers, gradients=True), tile, integers, activation, what
         )
 
 

@@ -79,13 +79,9 @@ class Library:
             getattr(self._library, f"locas_{name}").restype = ctypes.c_char_p
         shapes = (ctypes.c_int * 256)()
         count = self._library.locas_tiles(shapes)
-        tiles = [shapes[5 * i : 5 * i + 5] for i in range(count)]
-        self.clusters = [sharers * slices for _, _, _, sharers, slices in tiles]
+        tiles = [shapes[4 * i : 4 * i + 4] for i in range(count)]
         self.slices = [slices for *_, slices in tiles]
-        self.names = [
-            f"{m}x{n}{'pp' if pp else ''}{'*2' if sharers == 2 else ''}{f'/{slices}c' if slices > 1 else ''}"
-            for m, n, pp, sharers, slices in tiles
-        ]
+        self.names = [f"{m}x{n}{'pp' if pp else ''}{f'/{slices}c' if slices > 1 else ''}" for m, n, pp, slices in tiles]
         self.instances: dict[str, list[int]] = {}
         for number, product in enumerate(PRODUCTS):
             count = self._library.locas_instances(number, shapes)
@@ -109,10 +105,10 @@ class Library:
     def backward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_backward", ffn, scale, activation)
 
-    def plan(self, tokens: int, d: int, m: int, r: int, clusters: bool = False) -> dict[str, tuple[int, int]]:
-        """-> each product's tile and slices. clusters: where it may take those of clusters, though it does not yet."""
+    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int]]:
+        """-> each product's tile and slices."""
         plan = (ctypes.c_int * 8)()
-        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), ctypes.c_int(clusters), plan)
+        self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
         return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
 
     def clusters_at_once(self, ctas: int) -> int:

@@ -63,7 +63,8 @@ class LocasConfig:
             it such as "16x", "host" (the mean norm itself) or a float other than 0, from -1e6 to 1e6
         clip: True: each slot row is kept at length 1 or less after every update; a float above 0: gate and key rows at so
             many times the mean length of the host's own gate and up rows, value rows where tau times their length is so
-            many times the mean length of the host's value rows; False: no row is clipped
+            many times the mean length of the host's value rows; False: no row is clipped. Rows that a study has made longer
+            are kept at the length that it gave them
         backend: "fused" (our own products: CUDA in bfloat16 and float16, CPUs with AVX-512 in float32 and bfloat16),
             "matmul" (torch's products between native kernels), "reference" (plain torch), or "auto": whichever of the
             first two was measured to be faster

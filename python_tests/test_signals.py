@@ -9,7 +9,9 @@ import torch
 from support.helpers import SETTINGS, TEXT, assert_same_host, attached, learned, logits_of, snapshot
 
 import locas_ext as locas
+from locas_ext.hosts.gated_ffn import GatedFFN
 from locas_ext.patching.decoder_watch import DecoderWatch
+from locas_ext.patching.rehome import RehomedFFN
 from locas_ext.signals import interrupt, noting, uninterrupted
 from locas_ext.state.memory_state import MemoryState
 
@@ -66,6 +68,37 @@ def test_a_long_text_to_initialize_from_need_not_be_waited_for():
     pressing.remove()
     memory.initialize(TEXT[:20])
     assert memory.state.initialized and memory.state.exclusion.holder is None
+
+
+@pytest.mark.parametrize("verb", ["merge", "unmerge", "rehome"])
+def test_copies_of_a_hosts_layers_end_between_two(verb, monkeypatch):
+    """Ctrl-C while the first layer is copied: the second one is not, and all is as it was."""
+    model, memory = learned()
+    if verb == "unmerge":
+        memory.merge_and_unload()
+    if verb == "rehome":
+        memory.detach()
+    before, logits = snapshot(model), logits_of(model, TEXT)
+    owner, name = (RehomedFFN, "adopt") if verb == "rehome" else (GatedFFN, "resized")
+    works, copied = getattr(owner, name), []
+
+    def pressed(*args):
+        copied.append(1)
+        press()
+        return works(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, name, pressed)
+        {
+            "merge": memory.merge_and_unload,
+            "unmerge": lambda: locas.unmerge(model),
+            "rehome": lambda: locas.attach(model, locas.LocasConfig(rank=4), rehome=True),
+        }[verb]()
+    assert len(copied) == 1 and hasattr(model, "_locas_memory") == (verb == "merge")
+    assert_same_host(model, before)
+    assert torch.equal(logits_of(model, TEXT), logits) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if verb == "merge":
+        assert memory.state.exclusion.holder is None and memory.merge_and_unload() is model
 
 
 def test_attaching_leaves_the_model_as_it_was(monkeypatch):

@@ -35,7 +35,7 @@ FfnWeights weights_of(const Checker& check, const FfnTensors& t, const TensorRef
 }
 
 // What a build without CUDA kernels answers too: floats of workspace that they need on a device, none for tensors on the
-// CPU, the family of kernels that each device takes, and what its decode runs as.
+// CPU, and the family of kernels that each device takes.
 #ifdef LOCAS_WITH_CUDA
 int64_t glu_ffn_forward_workspace(int64_t tokens, int64_t d, int64_t m, int64_t r, int64_t device) {
   return device < 0 ? 0 : cuda::glu_ffn_forward_workspace(tokens, {d, m, r}, static_cast<int>(device));
@@ -48,16 +48,12 @@ int64_t neuron_importance_workspace(int64_t tokens, int64_t m, int64_t device) {
 }
 std::vector<std::string> cuda_families() { return cuda::families(); }
 void use_cuda_family(int64_t family) { cuda::use_family(static_cast<int>(family)); }
-std::vector<std::string> cuda_decode_kernels() { return cuda::decode_kernels(); }
-void use_one_cuda_decode_kernel(bool uses) { cuda::use_one_decode_kernel(uses); }
 #else
 int64_t glu_ffn_forward_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 int64_t glu_ffn_backward_workspace(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 int64_t neuron_importance_workspace(int64_t, int64_t, int64_t) { return 0; }
 std::vector<std::string> cuda_families() { return {}; }
 void use_cuda_family(int64_t) {}
-std::vector<std::string> cuda_decode_kernels() { return {}; }
-void use_one_cuda_decode_kernel(bool) {}
 #endif
 
 void glu_ffn_forward(const TensorRef& x, const TensorRef& gate, const TensorRef& up, const TensorRef& down,
@@ -159,8 +155,6 @@ void bind_ffn_cuda(py::module_& m) {
         py::arg("device"));
   m.def("cuda_families", &cuda_families);
   m.def("use_cuda_family", &use_cuda_family, py::arg("family"));
-  m.def("cuda_decode_kernels", &cuda_decode_kernels);
-  m.def("use_one_cuda_decode_kernel", &use_one_cuda_decode_kernel, py::arg("uses"));
 }
 
 }  // namespace locas

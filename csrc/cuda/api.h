@@ -52,11 +52,6 @@ std::vector<std::string> families();
 // From now on this family, 80 or 90; 0: the device's own. std::invalid_argument where a device cannot run it.
 void use_family(int family);
 
-// From now on each pass of up to 64 tokens as one kernel, on the devices that have room for all its blocks at once.
-void use_one_decode_kernel(bool);
-// What they run as on each device: "one kernel", "two kernels", or "two kernels: no room for one".
-std::vector<std::string> decode_kernels();
-
 // "80, 90a": what this build was compiled for.
 std::string compiled_architectures();
 // One line a device that the driver shows; empty without a driver.

@@ -2,7 +2,6 @@
 #include <atomic>
 
 #include "cuda/ffn/ffn_kernels.h"
-#include "cuda/ffn/sm80/launchers.h"
 #include "cuda/launch.cuh"
 #include "cuda/tensor_map.cuh"
 
@@ -51,18 +50,6 @@ std::vector<std::string> families() {
     const FfnKernels* table = table_of(family_of(compute_capability(device), has_sm90(), asked_family));
     names.push_back(table == nullptr ? "" : table->family);
   }
-  return names;
-}
-
-// Every family decodes by sm80's kernels.
-void use_one_decode_kernel(bool uses) { sm80::use_cooperative_decode(uses); }
-
-std::vector<std::string> decode_kernels() {
-  std::vector<std::string> names;
-  for (int device = 0; device < device_count(); ++device)
-    names.push_back(!sm80::uses_cooperative_decode()                           ? "two kernels"
-                    : sm80::has_room_for_cooperative_decode({device, nullptr}) ? "one kernel"
-                                                                               : "two kernels: no room for one");
   return names;
 }
 

@@ -26,7 +26,8 @@ def is_gguf(model: str) -> bool:
 
 
 def load_gguf(model: str, dtype: torch.dtype) -> tuple[Any, Any, dict]:
-    """A GGUF file's model on the CPU, its tokenizer, and what transformers says of the tensors it found.
+    """A GGUF file's model on the CPU, its tokenizer, and what transformers says of the tensors it found, those of
+    other shapes than the file states too.
 
     LocasError for a file that is damaged, or whose architecture transformers does not read.
     """
@@ -34,7 +35,7 @@ def load_gguf(model: str, dtype: torch.dtype) -> tuple[Any, Any, dict]:
     head_size = _check(file)
     place: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-    settings = {"dtype": dtype, "output_loading_info": True, **place}
+    settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **place}
     if head_size is not None:  # which transformers leaves at its default for some architectures
         config = AutoConfig.from_pretrained(file.parent, **place)
         if hasattr(config, "head_dim"):

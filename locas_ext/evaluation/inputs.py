@@ -49,7 +49,8 @@ def load_host(model: str, dtype: str | None, device: str | None):
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
         if Path(model).is_dir():
             check_weight_files(Path(model), AutoConfig.from_pretrained(model, **options))
-        host, found = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, output_loading_info=True, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # _check_loaded says which do not match
+        host, found = AutoModelForCausalLM.from_pretrained(model, dtype=chosen, **options)
         _check_loaded(model, found)
         return host.to(place).eval(), tokenizer
 
@@ -92,11 +93,15 @@ def _one_line(model: str) -> Iterator[None]:
 
 
 def _check_loaded(model: str, found: dict) -> None:
-    """LocasError for weights that the checkpoint lacks; a warning for those that the model has no use for."""
+    """LocasError for weights that the checkpoint lacks or has in other shapes; a warning for those that nobody uses."""
     if missing := sorted(found["missing_keys"]):
         raise LocasError(
             f"--model: the weights of {model} are not whole: {len(missing)} tensors are missing, such as {missing[0]}"
         )
+    if other := sorted(found["mismatched_keys"]):
+        name, there, here = other[0]
+        shapes = f"{list(there)} where the config makes it {list(here)}"
+        raise LocasError(f"--model: {len(other)} tensors of {model} have other shapes, such as {name}, {shapes}")
     if unexpected := sorted(found["unexpected_keys"]):
         warnings.warn(
             f"{model} holds {len(unexpected)} tensors that its architecture has no use for, such as {unexpected[0]}",

@@ -10,6 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from .formula import bound_forward, class_name
 from .split import is_split
 
+NO_WEIGHTS = (
+    "the host is on the meta device, where it has no weights; load them first: model.to_empty(device=...), then "
+    "model.load_state_dict(...)"
+)
+
 
 def _only_moves_the_input(linear: nn.Module) -> bool:
     """Whether the forward in an instance's dict is its class's, behind what a memory or accelerate has put before it.
@@ -65,7 +70,7 @@ def projection_device(projection: nn.Module) -> torch.device | None:
             if not tensor.is_meta:
                 return tensor.device
             if not hasattr(module, "_hf_hook"):
-                raise ValueError("the host is on the meta device and has no weights yet; load them first")
+                raise ValueError(NO_WEIGHTS)
             device = getattr(module._hf_hook, "execution_device", None)
             return None if device is None else torch.device(device)
     return None

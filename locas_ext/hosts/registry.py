@@ -15,6 +15,7 @@ from locas_ext.ops.ranks import Ranks
 from .discovery.discover import discover
 from .ffn import HostFFN, ProjectedFFN, entries
 from .gated_ffn import FusedGatedFFN, GatedFFN
+from .projections import NO_WEIGHTS
 from .seen import Entry
 from .sharding import check_not_flattened, own_class
 from .split import ranks_of
@@ -103,6 +104,11 @@ class Host:
         """As it is now: the embedding may be resized."""
         return self.config.vocab_size
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that it computes in, such as "bfloat16", as it is now."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def decoder(self) -> nn.Module:
         """The module that holds the layers."""
         return self.model.get_submodule(self.decoder_path)
@@ -145,6 +151,8 @@ class Host:
     def input_device(self) -> torch.device:
         """Where token ids go: the embedding's device, or the CPU where a hook brings its weight only when needed."""
         weight = self.model.get_input_embeddings().weight
+        if weight.is_meta and not any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            raise ValueError(NO_WEIGHTS)
         return torch.device("cpu") if weight.is_meta else weight.device
 
     def hidden_state_like(self) -> torch.Tensor:

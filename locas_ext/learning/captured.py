@@ -127,7 +127,7 @@ class Captured:
     def _tensors(self) -> list[Tensor | None]:
         """The memory's own that a replay reads or writes."""
         (arena,) = self.attachment.state.arenas
-        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq]
+        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq, arena.lengths]
         return tensors + [rehomed.down for rehomed in self._rehomed_ffns()]
 
     def _rehomed_ffns(self) -> list[RehomedFFN]:

@@ -79,7 +79,7 @@ class GraphStep(EagerStep):
         self.outcome = torch.zeros(2 + said, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.update.optimizer == "adamw":
-            arena.optimizer_state("exp_avg"), arena.optimizer_state("exp_avg_sq")
+            arena.on_demand("exp_avg"), arena.on_demand("exp_avg_sq")
 
     def rehearse(self, window: Window) -> None:
         if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):

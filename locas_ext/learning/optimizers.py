@@ -37,13 +37,13 @@ def _allocate(state: MemoryState, *names: str) -> None:
     """Makes the optimizer states of every arena, so that no arena is updated if another's find no room."""
     for arena in state.arenas:
         for name in names:
-            arena.optimizer_state(name)
+            arena.on_demand(name)
 
 
 def _by_plane(state: MemoryState, learning_rate: float | torch.Tensor, clip: bool) -> bool:
     """Whether planes have learning rates or lengths of their own."""
     several = isinstance(learning_rate, torch.Tensor) and learning_rate.numel() > 1
-    return several or (clip and any(arena.longest is not None for arena in state.arenas))
+    return several or (clip and any(arena.clips_by_row for arena in state.arenas))
 
 
 def _scale_gradient(arena: SlotArena, scale: float) -> None:
@@ -93,8 +93,8 @@ def adamw_step(
             update(
                 arena.slots[part],
                 *gradient,
-                arena.optimizer_state("exp_avg")[part],
-                arena.optimizer_state("exp_avg_sq")[part],
+                arena.on_demand("exp_avg")[part],
+                arena.on_demand("exp_avg_sq")[part],
                 arena.step,
                 rate,
                 AdamW(*betas, eps, weight_decay, clip),

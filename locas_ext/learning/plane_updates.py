@@ -18,7 +18,10 @@ def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
 
 def clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
     """Scales back the rows [l, n, r, d] of the last n planes that are longer than theirs may be."""
-    longest = 1.0 if arena.longest is None else arena.longest[part, -rows.shape[1] :, None, None]
+    planes = slice(-rows.shape[1], None)
+    longest = rows.new_ones(()) if arena.longest is None else arena.longest[part, planes, None, None]
+    if arena.lengths is not None:
+        longest = torch.maximum(longest, arena.lengths[part, planes])
     lengths = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)  # 0 / 0 is no number
     return rows.div_((lengths / longest).clamp_min(1.0))
 
@@ -45,7 +48,7 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
         correction1, correction2 = 1 - beta1 ** arena.step.double(), 1 - beta2 ** arena.step.double()
         for part in arena.learning_parts():
             slots, grad = arena.slots[part], arena.grad[part] * gradient_scale
-            states = arena.optimizer_state("exp_avg")[part], arena.optimizer_state("exp_avg_sq")[part]
+            states = arena.on_demand("exp_avg")[part], arena.on_demand("exp_avg_sq")[part]
             first, second = torch.lerp(grad, states[0], beta1), torch.lerp(grad.square(), states[1], beta2)
             step = (first / correction1) / ((second / correction2).sqrt() + eps)
             new = (slots - rate * (step + weight_decay * slots)).float()
@@ -61,8 +64,8 @@ def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scal
             slots, step = arena.slots[part], arena.grad[part] * gradient_scale
             pairs = []
             if momentum:
-                step = momentum * arena.optimizer_state("momentum_buffer")[part] + step
-                pairs.append((arena.optimizer_state("momentum_buffer")[part], step))
+                step = momentum * arena.on_demand("momentum_buffer")[part] + step
+                pairs.append((arena.on_demand("momentum_buffer")[part], step))
             new = slots - rate * (step + weight_decay * slots)
             _put_where(finite, *pairs, (slots, clip_rows_(new, arena, part) if clip else new))
     _finish(state, finite)

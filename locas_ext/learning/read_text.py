@@ -28,6 +28,8 @@ class ReadText:
         title: None: none, or as it was
         position: how many tokens were read
         record: what the list of texts says of it; None: nothing yet
+        known: of the text from where on the record is of it: a callback may reset the memory in the middle
+        unknown: how many tokens stand before that
     """
 
     passage: Passage
@@ -37,22 +39,35 @@ class ReadText:
     learned: list[Chunk] = field(init=False)
     position: int = field(init=False)
     record: TextRecord | None = field(init=False, default=None)
+    known: TextDigest = field(init=False)
+    unknown: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.learned, self.position = list(self.chunks), self.passage.begin
+        self.learned, self.position, self.known = list(self.chunks), self.passage.begin, self.digest
 
     def find_record(self, texts: list[TextRecord]) -> None:
         """Finds what the list says of the text's beginning, where the run continues it."""
-        self.record = record_of(texts, self.digest.hexdigest(), self.position) if self.position else None
+        if not self.position:
+            return
+        self.record = record_of(texts, self.digest.hexdigest(), self.position)
+        if self.record is None and texts:  # an empty list is also that of a file from before there were lists
+            self._begin_record()
         if self.record is not None and self.title is None:
             self.title = self.record.title
 
+    def _begin_record(self) -> None:
+        self.known, self.unknown = TextDigest(), self.position
+
     def advance(self, chunk: Chunk, texts: list[TextRecord]) -> None:
         """Notes down that a chunk was learned."""
-        self.digest.update(self.passage.between(self.position, chunk.end))
+        if self.record is not None and self.record not in texts:  # the memory was reset, or another one put in its place
+            self._begin_record()
+        ids = self.passage.between(self.position, chunk.end)
+        for digest in {self.digest, self.known}:
+            digest.update(ids)
         self.learned.append(chunk)
         self.position = chunk.end
-        text = learned_now(self.title, self.digest.hexdigest(), chunk.end)
+        text = learned_now(self.title, self.known.hexdigest(), chunk.end - self.unknown)
         put_record(texts, self.record, text)
         self.record = text
 

@@ -58,7 +58,9 @@ def check_same_run(attachment: Attachment, ids: Tensor, settings: ResolvedSettin
         for config, run in zip(configs, (saved.settings, settings.as_settings()), strict=True)
     )
     absent = {**backprop_numbers(Backprop.paper()), "context": "recompute", "texts": 1}  # what a record without the key means
-    before, wanted = {**absent, **before}, {**absent, **wanted}
+    dtype = attachment.host.dtype_name
+    before = {**absent, **before, "dtype": saved.stream.settings.get("dtype", dtype)}
+    wanted = {**absent, **wanted, "dtype": dtype}
     different = [name for name in wanted if before.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} was {before.get(name)!r}, is {wanted[name]!r}" for name in different)

@@ -50,7 +50,7 @@ class Run:
             each.find_record(attachment.texts)
         if peers is not None and peers.each:
             self.report.ranks = [each.chunks for each in peers.texts]
-        self.asked_for = settings.as_settings().to_record()
+        self.asked_for = {**settings.as_settings().to_record(), "dtype": attachment.host.dtype_name}
         state, update = attachment.state, settings.update
         if isinstance(update, ResolvedWrite) and update.room.reserved > state.capacity:
             state.resize(update.room.reserved)
@@ -58,7 +58,7 @@ class Run:
         self.speaks = alike is None or alike.rank == 0  # for all of them, to whoever watches
         self.leaving = None if alike is None or peers is not None else Leaving(alike)  # peers say it in sums of theirs
         # Those that share every forward cannot be told in the sum of a step that one of them does not come to.
-        self.sharers = alike if peers is None or peers.lockstep else None
+        self.alarm = alarm(alike, tells=peers is None or peers.lockstep)
         self.step = step_for(attachment, settings, reader, peers, self.leaving)
         self.watch = DivergenceWatch(attachment, settings, reader, self.report, text.passage.count, on_divergence, peers)
 
@@ -71,7 +71,7 @@ class Run:
         with (
             progress_bar(progress and self.speaks, self.text.passage, self.report, "memorizing") as bar,
             interrupt_between_chunks() as check_interrupt,
-            alarm(self.sharers),
+            self.alarm,
             quiet_host(model) as quiet,
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -67,8 +67,8 @@ def attach(model: nn.Module, config: LocasConfig | None = None, rehome: bool = F
         memory = Memory(attachment)
         host: Any = memory.model
         try:
-            with uninterrupted():
-                attachment.bind()
+            with uninterrupted() as check_interrupt:
+                attachment.bind(check_interrupt)
                 host._locas_memory = memory
         except BaseException:
             memory.detach()  # Ctrl-C may have come when all was in place

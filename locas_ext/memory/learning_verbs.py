@@ -94,7 +94,7 @@ class MemoryLearning(MemoryFacts):
             callback: called with each finished Chunk; an exception it raises ends the run and is passed on. In a data-parallel
                 run it is called after each step of all, with the last chunk again where this process's text has ended
             resume: a folder that save_pretrained(optimizer=True) wrote during a run over the same text with the same
-                settings: the run continues after the tokens already seen, bit for bit as if never interrupted
+                settings and host dtype: the run continues after the tokens already seen, bit for bit as if never interrupted
             bos: bool: whether the host's BOS token is put before every window
             title: str: a name for the text in `texts`
             on_divergence: what happens if the memory makes the text harder than the host alone does, which scores a few

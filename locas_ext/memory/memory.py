@@ -233,8 +233,8 @@ class Memory(MemoryStudy):
         """
         self._require_attached("merge_and_unload")
         self._require_whole("merge_and_unload", "save the memory, and merge it in a model without {how}")
-        with uninterrupted(), self._attachment.exclusive("merge_and_unload"):
+        with uninterrupted() as check_interrupt, self._attachment.exclusive("merge_and_unload"):
             with self._attachment.freeze.following():
-                model = merge(self._attachment.host, self.state, pad_to_multiple_of)
+                model = merge(self._attachment.host, self.state, pad_to_multiple_of, check_interrupt)
             self.detach()
         return model

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from locas_ext import _C
 
+from .processes import processes_of
 from .types import stream_of
 
 # Bytes that a process reads of all others in one sum. The group's own sum reads each number twice at most, whatever the
@@ -50,6 +51,11 @@ class PeerMemory:
             raise RuntimeError("torch places the memory behind others")
         self.stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         torch.cuda.synchronize(device)  # its counts are 0 before somebody counts
+
+    def watch(self, group: dist.ProcessGroup) -> None:
+        """From now on no sum waits for a process that has ended: it gives NaN. Called by all of the group."""
+        self.processes, stop = processes_of(group), self.stop  # not self, which would be held for ever
+        self.processes.when_one_ends(lambda: stop.fill_(1))
 
     def takes(self, x: Tensor) -> bool:
         """Whether `add_up` sums tensors like this one; larger ones are the group's."""

@@ -106,7 +106,9 @@ class Ranks:
         return y
 
     def add_up(self, y: Tensor) -> None:
-        """The same without a graph."""
+        """The same without a graph. LocasError where a process that would take part has ended."""
+        if self.memory is not None and self.memory.processes.ended is not None:
+            raise LocasError(self.memory.processes.ended)
         if self.memory is not None and self.memory.takes(y):
             self.memory.add_up(y)
         else:
@@ -204,6 +206,7 @@ def through_memory(ranks: Ranks) -> Ranks:
         return replace(ranks, why_not=why or _ANOTHER)
     assert memory is not None, "all have it"
     try:
+        memory.watch(ranks.group)
         right = memory.adds_up()
     except Exception as problem:  # such as no room for what is added up
         right, why = False, f"sums through memory that the GPUs read of each other failed: {type(problem).__name__}: {problem}"

@@ -4,6 +4,7 @@ Neither classes nor the module tree change, so the host keeps its state dict, it
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -188,8 +189,11 @@ class Attachment:
         self.ranks: Ranks | None = None  # the processes of the latest run, which learned it in step
         self.rehomes = rehome
 
-    def bind(self) -> None:
-        """Freezes the host and puts the memory's forwards in place. A failure leaves the model as it was."""
+    def bind(self, check_interrupt: Callable[[], None]) -> None:
+        """Freezes the host and puts the memory's forwards in place. A failure leaves the model as it was.
+
+        check_interrupt: called between layers that take long; what it raises is a failure
+        """
         model = self.host.model
         self.cache_guard = StaleCacheGuard(model, self.state)
         self.watch = DecoderWatch(self.host, self.state, self.ffns)
@@ -201,7 +205,7 @@ class Attachment:
             self.watch.bind()
             self.cache_guard.bind()
             if self.rehomes:
-                self._rehome()
+                self._rehome(check_interrupt)
         except BaseException:
             self.detach()
             raise
@@ -214,7 +218,7 @@ class Attachment:
         """The right to change the memory, for the time of a verb; see `MemoryState.exclusive`."""
         return self.state.exclusive(verb)
 
-    def _rehome(self) -> None:
+    def _rehome(self, check_interrupt: Callable[[], None]) -> None:
         """Moves the host's FFN weights into the memory's buffers, layer by layer; ValueError where they cannot move."""
         users = storage_users(self.host.model)
         ffns = [ffn for ffn in self.ffns if isinstance(ffn, PatchedGluFFN)]  # all: _resolve_backend refuses the others
@@ -223,6 +227,7 @@ class Attachment:
                 raise ValueError(f"rehome: layer {layer}: {problem}")
         rehomed_ffns = [RehomedFFN(ffn.gated(), self.state, ffn.arena, ffn.index, self.host.model) for ffn in ffns]
         for ffn, rehomed in zip(ffns, rehomed_ffns, strict=True):
+            check_interrupt()
             ffn.rehomed = rehomed  # before its weights move, so that detach() finds it
             rehomed.adopt(users)
 
@@ -251,7 +256,7 @@ class Attachment:
         state = self.state
         return (
             state.learned
-            and isinstance(self.config.clip, bool)  # rows with lengths of their own are updated without factors
+            and not (self.config.clip and any(arena.clips_by_row for arena in state.arenas))  # which needs the gradient
             and tokens <= slot_updates.MOST_FACTOR_TOKENS
             and state.hidden_size <= slot_updates.MOST_FACTOR_WIDTH
             and all(len(arena.positions) <= slot_updates.MOST_FACTOR_LAYERS for arena in state.arenas)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from locas_ext.hosts.ffn import HostFFN, Place, Rows, entries
-from locas_ext.hosts.projections import projection_device
+from locas_ext.hosts.projections import NO_WEIGHTS, projection_device
 from locas_ext.hosts.registry import Host
 from locas_ext.hosts.seen import Entry
 from locas_ext.ops.activations import activation_index
@@ -210,6 +210,8 @@ class PatchedFFN(ABC, Generic[FFN]):
         if not (state.learned or self.learns()):
             return Route.HOST
         if not by_address(x):
+            if x.is_meta:
+                raise ValueError(f"{NO_WEIGHTS}, or read shapes inside memory.disabled()")
             return Route.TRACED
         autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")  # by_address takes no others
         depends_on = (state.generation, arena.placement, self._obstacle_now(), x.dtype, x.device, autocast)

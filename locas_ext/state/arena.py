@@ -2,18 +2,18 @@
 
 slots is float32 [l, planes, capacity, d]: for each layer the gate rows G, the key rows K and the value rows V; of Locas-MLP
 the key and the value rows. One update launch serves all layers of a device, and clipping is one rule: no row longer than 1.
-What the layers compute with is `compute`, the slots in the host's dtype (the same tensor for a float32 host). Slots behind
-the `used` ones are zero.
+What the layers compute with is `compute`, the slots in the host's dtype (the same tensor for a float32 host).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locas_ext.ops.types import SlotFactors, SlotViews
 
 from .planes import VALUE
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+ON_DEMAND = ("exp_avg", "exp_avg_sq", "momentum_buffer", "lengths")  # made when they are first needed
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class SlotArena:
     Attributes:
         positions: which of the memory's L layers these l are, ascending
         slots: [l, planes, capacity, d] float32, the master
-        used: how many slots, the first ones, hold something
+        used: how many slots, the first ones, hold something; those behind them are zero
         grad: as slots
         parameters: l nn.Parameters [planes, capacity, d], views of slots; their .grad are views of grad
         seen: a copy of the slots as last looked at, once somebody outside may write them; else None
@@ -35,6 +35,7 @@ class SlotArena:
         compute, views: the slots in the host's dtype, and per layer the used ones as (gate and key rows, value rows)
         scale, scales: [l] float32 on the CPU, tau of each layer, and the same as a list
         longest: [l, planes] float32, the length at which rows are clipped; None: 1
+        lengths: [l, planes, capacity, 1] float32, the same for rows that a study has made longer; None: there are none such
         step: [] int64, the number of AdamW updates so far
         exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
     """
@@ -49,6 +50,7 @@ class SlotArena:
         self.placement = 0  # how often the tensors were put in place
         self.factors: list[SlotFactors] | None = None
         self.longest: Tensor | None = None
+        self.lengths: Tensor | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.slots = torch.zeros(len(positions), planes, capacity, hidden_size, dtype=torch.float32, device=device)
             self.grad = torch.zeros_like(self.slots)
@@ -78,6 +80,11 @@ class SlotArena:
     def capacity(self) -> int:
         return self.slots.shape[2]
 
+    @property
+    def clips_by_row(self) -> bool:
+        """Whether rows have lengths of their own to be clipped at."""
+        return self.longest is not None or self.lengths is not None
+
     def set_used(self, used: int) -> None:
         self.used = used
         self.views = [SlotViews.of(layer) for layer in self.compute[:, :, :used].unbind()]
@@ -98,13 +105,8 @@ class SlotArena:
         """Copies of all tensors with room for `capacity` slots, for `replace_tensors`."""
         rows = min(self.capacity, capacity)
         with torch.inference_mode(False), torch.no_grad():
-            tensors = {}
-            for name, tensor in self._tensors().items():
-                if tensor.dim() == 4:
-                    new = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
-                    new[:, :, :rows] = tensor[:, :, :rows]
-                    tensors[name] = new
-            return tensors
+            by_slot = {name: tensor[:, :, :rows] for name, tensor in self._tensors().items() if tensor.dim() == 4}
+            return {name: F.pad(tensor, (0, 0, 0, capacity - rows)) for name, tensor in by_slot.items()}
 
     @torch.no_grad()
     def write_rows(self, rows: Tensor, start: int) -> None:
@@ -123,7 +125,7 @@ class SlotArena:
         self.round_slots()
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("slots", "grad", "step", *OPTIMIZER_STATES)
+        names = ("slots", "grad", "step", *ON_DEMAND)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def replace_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -254,11 +256,11 @@ class SlotArena:
                     grad.copy_(parameter.grad)
         self._bind_grads()
 
-    def optimizer_state(self, name: str) -> Tensor:
-        """An optimizer state, zero when first asked for."""
+    def on_demand(self, name: str) -> Tensor:
+        """An optimizer state or `lengths`, zero when first asked for."""
         if getattr(self, name) is None:
             with torch.inference_mode(False):
-                setattr(self, name, torch.zeros_like(self.slots))
+                setattr(self, name, torch.zeros_like(self.slots[..., :1] if name == "lengths" else self.slots))
         return getattr(self, name)
 
     def forget_optimizer(self) -> None:
@@ -286,15 +288,13 @@ class SlotArena:
                     setattr(copy, name, value.detach().clone())
                 elif name not in ("parameters", "views", "grads"):
                     setattr(copy, name, value)
-            learn = [parameter.requires_grad for parameter in self.parameters]
-            copy.parameters = [nn.Parameter(*layer) for layer in zip(copy.slots, learn, strict=True)]
+            layers = zip(copy.slots, self.parameters, strict=True)
+            copy.parameters = [nn.Parameter(slots, old.requires_grad) for slots, old in layers]
             memo.update({id(old): new for old, new in zip(self.parameters, copy.parameters, strict=False)})
             copy._grads_are_bound = True
             copy._bind(self.compute.dtype)
         return copy
 
     def __reduce_ex__(self, protocol):
-        raise TypeError(
-            "a model with a memory attached cannot be pickled: use memory.save_pretrained(path) for the memory and "
-            "model.save_pretrained(path) for the host, or memory.merge_and_unload() first"
-        )
+        ways = "memory.save_pretrained(path) and model.save_pretrained(path), or memory.merge_and_unload() first"
+        raise TypeError(f"a model with a memory attached cannot be pickled: use {ways}")

@@ -16,7 +16,7 @@ from locas_ext.ops.ranks import Ranks
 from locas_ext.ops.types import SlotFactors
 from locas_ext.signals import uninterrupted
 
-from .arena import OPTIMIZER_STATES, SlotArena
+from .arena import ON_DEMAND, SlotArena
 from .exclusion import Exclusion
 from .planes import PLANES
 from .scope import scope_of, scoped
@@ -211,13 +211,13 @@ class MemoryState:
     def _put(self, name: str, tensor: Tensor) -> None:
         """The reverse of `whole`, for the first slots; an optimizer state comes into use by it."""
         for arena in self.arenas:
-            target = arena.optimizer_state(name) if name in OPTIMIZER_STATES else getattr(arena, name)
+            target = arena.on_demand(name) if name in ON_DEMAND else getattr(arena, name)
             tensor_here = tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions]
             (target[:, :, : tensor.shape[2]] if tensor.dim() == 4 else target).copy_(tensor_here)
 
     def tensors(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """slots and scale, with `optimizer` also step and the states there are, each as `whole` gives it, of `shape`."""
-        names = ("slots", "scale", "step", *OPTIMIZER_STATES) if optimizer else ("slots", "scale")
+        """slots, scale, lengths, with `optimizer` also step and the states, as far as there are, each as `whole` gives it."""
+        names = ("slots", "scale", "step", *ON_DEMAND) if optimizer else ("slots", "scale", "lengths")
         tensors = {name: tensor for name in names if (tensor := self._whole(name)) is not None}
         rows = self.shape[2]
         return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
@@ -241,6 +241,7 @@ class MemoryState:
             for arena in self.arenas:
                 arena.round_slots()
                 arena.forget_optimizer()
+                arena.lengths = None
             self.set_used(slots.shape[2] if used is None else used)
             self.version = version
 

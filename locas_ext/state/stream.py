@@ -93,7 +93,7 @@ class Stream:
     """Where memorize() stands in a text: what a run that is continued needs to know and to check.
 
     Attributes:
-        settings: the run's, as `ResolvedSettings.to_record` puts them
+        settings: the run's, as `Settings.to_record` puts them, and the host's dtype
         position: how many tokens of the text were read
         text_digest: of those, up to the last whole block (`TextDigest`); in files of format 1 of all
         chunks: those scored so far

@@ -74,6 +74,7 @@ _BACKPROP = {  # where they are not the paper's
     "decay_after": integer(1, MOST_COUNT),
 }
 _TEXTS = {"texts": integer(2, MOST_SIZE)}  # where several are learned at once only
+_DTYPE = {"dtype": matching("[a-z0-9_]{1,32}", "a dtype such as bfloat16")}  # the host's; earlier versions do not say it
 _CONTEXT = {
     "context": record({"sinks": _COUNT, "refresh_every": nullable(integer(1, MOST_COUNT))})
 }  # beside a kept context only
@@ -99,7 +100,8 @@ _FILE = {
     "memory_sha256": _SHA256,
     "config_sha256": _SHA256,
 }
-_STREAM2 = record({**_STREAM, "settings": record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP}), "tail": _TAIL}, _KEPT)
+_SETTINGS2 = record(_SETTINGS, {**_CONTEXT, **_TEXTS, **_BACKPROP, **_DTYPE})
+_STREAM2 = record({**_STREAM, "settings": _SETTINGS2, "tail": _TAIL}, _KEPT)
 _FORMATS = {
     1: record(
         {

@@ -29,7 +29,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class _Tensor:
-    per: str  # "slot": [L, planes, r, d]; "layer": [L]; "memory": []; "row": [heads, rows, size] of a kept context
+    # "slot": [L, planes, r, d]; "length": [L, planes, r, 1]; "layer": [L]; "memory": []; "row": [heads, rows, size] kept
+    per: str
     low: float
     high: float
     dtype: torch.dtype | None = torch.float32  # None: any of floating point
@@ -42,6 +43,7 @@ _TENSORS = {
     "exp_avg": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
     "exp_avg_sq": _Tensor("slot", 0, MOST_FLOAT32),
     "momentum_buffer": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
+    "lengths": _Tensor("length", 0, MOST_FLOAT32),  # where a study has made rows longer than the clip
 }
 OF_MEMORY = tuple(_TENSORS)
 _REQUIRED = ("slots", "scale")
@@ -78,7 +80,7 @@ def _check_form(name: str, dtype: torch.dtype | str, shape: Sequence[int], field
             raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected floating point [heads, {rows}, size]")
         return
     known, slots = _TENSORS[name], slots_shape(fields)
-    expected = {"slot": list(slots), "layer": [slots[0]], "memory": []}[known.per]
+    expected = {"slot": list(slots), "length": [*slots[:3], 1], "layer": [slots[0]], "memory": []}[known.per]
     if dtype != known.dtype or list(shape) != expected:
         raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected {known.dtype} {expected}")
 

@@ -13,6 +13,7 @@ from locas_ext.hosts.ffn import Packed, ProjectedFFN, put_in
 from locas_ext.hosts.registry import Host, inspect_host
 from locas_ext.hosts.sharding import fsdp_obstacle
 from locas_ext.ops import reference
+from locas_ext.signals import uninterrupted
 from locas_ext.state.memory_state import MemoryState
 from locas_ext.state.planes import VALUE
 
@@ -162,8 +163,8 @@ def _compare(output: Tensor, expected: Tensor, layer: int, dtype: torch.dtype) -
 
 
 @torch.no_grad()
-def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrainedModel:
-    """See `Memory.merge_and_unload`."""
+def merge(host: Host, state: MemoryState, pad_to_multiple_of: int, check_interrupt: Callable[[], None]) -> PreTrainedModel:
+    """See `Memory.merge_and_unload`. check_interrupt: called before each layer's copy; what it raises leaves all as it was"""
     pad_to_multiple_of = integer("pad_to_multiple_of", pad_to_multiple_of, 1)
     state.sync()
     _check_mergeable(host, state)
@@ -174,6 +175,7 @@ def merge(host: Host, state: MemoryState, pad_to_multiple_of: int) -> PreTrained
     memory_of = dict(zip(state.layers, zip(layer_slots, state.scales, strict=True), strict=True))
 
     def widened(layer: int, width: int) -> Packed:
+        check_interrupt()
         slots, scale = memory_of.get(layer, (None, 0.0))
         return _projected(host, layer).resized(
             lambda tensor, plane: _grown(tensor, None if slots is None or plane is None else slots[plane], width, 0),
@@ -228,12 +230,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     change = narrowing(host)
 
     def narrow(layer: int, m: int) -> Packed:
+        check_interrupt()
         return _projected(host, layer).resized(
             lambda tensor, _: tensor[:m].clone(),
             lambda columns: columns[:, :m].clone(memory_format=torch.contiguous_format),
         )
 
-    with torch.inference_mode(False):
+    with uninterrupted() as check_interrupt, torch.inference_mode(False):
         packed = [narrow(layer, m) for layer, m in change.widths.items()]
         _resize(host, packed, change, lambda: None)
     return model

@@ -1,5 +1,8 @@
 """Hosts from GGUF files: the shipped model written into one, and files that are none."""
 
+import re
+import struct
+
 import pytest
 import torch
 from support.command_line import WINDOW, run
@@ -74,6 +77,13 @@ def test_files_that_are_no_model(file, tmp_path):
     )
     assert "qwen3.block_count is 4000000; expected at most 1000" in refusal(write(tmp_path / "deep.gguf", blocks=4_000_000))
     assert "tensors are missing" in refusal(write(tmp_path / "more.gguf", blocks=9))
+    content, width = file.read_bytes(), load_model().config.intermediate_size
+    stated = b"qwen3.feed_forward_length" + struct.pack("<II", 4, width)  # 4: an unsigned integer of 32 bits
+    assert stated in content
+    (tmp_path / "wide.gguf").write_bytes(content.replace(stated, stated[:-4] + struct.pack("<I", width + 8)))
+    name = "model.layers.0.mlp.down_proj.weight"
+    shapes = rf"24 tensors of .* have other shapes, such as {name}, \[\d+, {width}\] where .*{width + 8}\]"
+    assert re.search(shapes, refusal(tmp_path / "wide.gguf"))
 
 
 @pytest.mark.parametrize("place", [8, 16, 24, 40, 300])

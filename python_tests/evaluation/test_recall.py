@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager
 
 import pytest
+import torch
 from support.helpers import assert_same_host, save_host, snapshot, tiny_model
 from support.interrupting import ctrl_c_at
 
@@ -140,6 +141,30 @@ def test_a_host_that_float32_does_not_suit_is_asked_in_its_own_precision(why, ho
     assert len(alone.right) == 3 and alone.right_in_float32 == [] and alone.rounding is None
     rest = measuring.everything_else(model, prompter, measuring.View(), alone, asking, 0, lambda count: None)
     assert rest["kept"] == 1 and rest["kept_in_float32"] is None
+
+
+def test_the_bare_host_is_asked_each_general_question_once_a_precision(host_folder, monkeypatch):
+    asked = {torch.bfloat16: [], torch.float32: []}
+
+    def every(step):  # which questions are answered right
+        return {question for n, question in enumerate(measuring.general_questions()) if n % step == 0}
+
+    right = {torch.bfloat16: every(4), torch.float32: every(2)}
+
+    def answers(model, prompter, questions, *more):
+        asked[model.dtype] += questions
+        return [question in right[model.dtype] for question in questions]
+
+    monkeypatch.setattr(measuring, "right_general", answers)
+    monkeypatch.setattr(measuring, "_AT_ONCE", 10)
+    model, tokenizer = command.load_host(str(host_folder), "bfloat16", "cpu")
+    alone = measuring.host_alone(model, command.Prompter(tokenizer), measuring.Asking(general=12))
+    assert len(alone.right) == len(alone.right_in_float32) == 12 and alone.rounding == 1
+    for questions in asked.values():
+        assert len(questions) == len(set(questions))
+    assert set(alone.right) <= set(asked[torch.float32]) and len(asked[torch.float32]) < len(asked[torch.bfloat16]) == 50
+    right[torch.float32] = every(8)
+    assert measuring.host_alone(model, command.Prompter(tokenizer), measuring.Asking(general=12)).rounding == 0.5
 
 
 def test_what_is_retained_after_further_texts(host_folder, tokenizer, tmp_path, capsys):

@@ -266,5 +266,5 @@ def test_a_host_without_weights_is_refused():
     model = found_host("olmo")
     with torch.device("meta"):
         empty = type(model)(model.config)
-    with pytest.raises(ValueError, match="the host is on the meta device and has no weights yet"):
+    with pytest.raises(ValueError, match="the host is on the meta device, where it has no weights"):
         locas.attach(empty)

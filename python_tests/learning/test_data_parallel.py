@@ -248,7 +248,7 @@ def refusals(ids):
     said["config.rank is 8 on rank 1 and 4 on rank 0"] = error_of(memory.memorize, ids, **LEARN, update=update)
     _, memory = attached()
     said["stride is 5 on rank 1 and 4"] = error_of(memory.memorize, ids, window=8, stride=4 + rank, update=update)
-    said["input_ids holds 1 tokens"] = error_of(memory.memorize, ids[: 1 + 9 * rank], **LEARN, update=update)
+    said["input_ids holds 1 token;"] = error_of(memory.memorize, ids[: 1 + 9 * rank], **LEARN, update=update)
     said["context is 'keep'"] = error_of(memory.memorize, ids, **LEARN, update=update, context="keep")
     said["process_group is str"] = error_of(locas.Backprop, process_group="all")
     if rank:

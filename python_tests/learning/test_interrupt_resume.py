@@ -133,6 +133,18 @@ def test_resume_into_a_memory_of_another_config_names_it_and_changes_nothing(tmp
     assert attached(backend="matmul")[1].memorize(TEXT, **SETTINGS, resume=tmp_path / "m").tokens == 63
 
 
+def test_resume_in_another_dtype_names_it_and_changes_nothing(tmp_path):
+    _, memory = interrupted(3)
+    memory.save_pretrained(tmp_path / "m", optimizer=True)
+    later = locas.load(tiny_model(dtype=torch.bfloat16), tmp_path / "m")
+    slots, version = later.slots.clone(), later.version
+    with pytest.raises(locas.LocasError, match="other settings: dtype was 'float32', is 'bfloat16'$"):
+        later.memorize(TEXT, **SETTINGS, resume=tmp_path / "m")
+    assert torch.equal(later.slots, slots) and later.version == version
+    later.model.float()
+    assert later.memorize(TEXT, **SETTINGS, resume=tmp_path / "m").tokens == 63
+
+
 def test_resume_over_another_text_is_refused(tmp_path):
     _, memory = interrupted(3)
     memory.save_pretrained(tmp_path / "m", optimizer=True)

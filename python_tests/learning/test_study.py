@@ -215,6 +215,10 @@ def test_a_cache_of_another_study_is_refused(tmp_path):
         arguments = dict(loss="ce", pairs=PAIRS, settings=chosen) | changed
         with pytest.raises(ValueError, match=r"is of another study \(different: (loss|seed|pairs|settings)\)"):
             studying().study(TEXT, tokenizer, progress=False, cache=tmp_path / "cache", **arguments)
+    memory = studying()
+    memory.model.double()
+    with pytest.raises(ValueError, match=r"different: dtype\b"):
+        memory.study(TEXT, tokenizer, "ce", PAIRS, progress=False, settings=chosen, cache=tmp_path / "cache")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds something else"):

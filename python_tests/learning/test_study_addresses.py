@@ -155,6 +155,38 @@ def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeyp
     assert clip is False or (before[:, 2].norm(dim=-1) >= longest * (1 - 1e-5)).any(), "the clip is to be felt"
 
 
+@pytest.mark.parametrize("clip", [True, 2.0])
+def test_a_run_behind_a_study_leaves_rows_as_long_as_the_study_made_them(clip, tmp_path):
+    memory, run = fresh(clip), dict(window=16, stride=8, progress=False)
+    settings = locas.StudySettings(epochs=1, updates=4, batch=4, guard=0.0, new_tokens=4)
+    memory.study(TEXT, study_tokenizer(), "ce", PAIRS, progress=False, settings=settings)
+    studied, kept, ids = memory.gather_slots(), memory.snapshot(), torch.arange(3, 60)
+    lengths = studied.norm(dim=-1)
+    assert (lengths[:, 0] > 8).any(), "gates are steep"
+    memory.memorize(ids, **run, learning_rate=0.0)
+    torch.testing.assert_close(memory.gather_slots(), studied)
+
+    memory.restore(kept)
+    memory.save_pretrained(tmp_path / "plain")
+    memory.save_pretrained(tmp_path / "studied", optimizer=True)
+    loaded = locas.load(study_host(SEED, num_hidden_layers=2), tmp_path / "plain")
+    loaded.memorize(ids, **run, learning_rate=0.0)
+    torch.testing.assert_close(loaded.gather_slots(), studied)
+    loaded.load(tmp_path / "studied")
+    for each in (memory, memory.fork(), loaded):
+        each.memorize(ids, **run, learning_rate=0.0)
+        torch.testing.assert_close(each.gather_slots(), studied)
+        each.memorize(ids, **run, learning_rate=0.05)
+        now = each.gather_slots()
+        longest = torch.tensor(1.0) if clip is True else each.state.arenas[0].longest[..., None]
+        bounds = torch.maximum(longest, lengths * torch.tensor([1.0, 1.0, 0.0])[:, None])
+        assert (now.norm(dim=-1) <= bounds * (1 + 1e-5)).all() and (now[:, :2] - studied[:, :2]).norm() > 0.1
+        assert torch.equal(now, memory.gather_slots())
+    memory.reset()
+    memory.memorize(ids, **run, learning_rate=0.5)  # whose first update moves rows by more than their length
+    assert (memory.gather_slots().norm(dim=-1) <= longest * (1 + 1e-5)).all(), "what was studied is forgotten"
+
+
 # ---- the schedule and what is judged by ------------------------------------------------------------------------
 def test_the_text_itself_comes_first(monkeypatch):
     memory, learners = fresh(), []

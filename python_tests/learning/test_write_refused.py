@@ -96,7 +96,7 @@ def test_a_capacity_of_one_cannot_be_compressed():
 @pytest.mark.parametrize(
     "ids, error, message",
     [
-        ([5], ValueError, "holds 1 tokens; expected at least 2"),
+        ([5], ValueError, "holds 1 token; expected at least 2"),
         (random_ids(65), ValueError, "holds 65 tokens; expected at most 64, the host's positions"),
         ([3, 61], ValueError, "token 61"),
         (torch.rand(4), TypeError, "expected integers"),

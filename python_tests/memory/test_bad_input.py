@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from support.helpers import TEXT, assert_same_host, attached, logits_of, random_ids, snapshot, tiny_model, tiny_opt
+from transformers import BatchEncoding
 
 import locas_ext as locas
 
@@ -215,7 +216,9 @@ BAD_IDS = {
     "floats": (torch.ones(8), TypeError, "input_ids is torch.float32; expected integers"),
     "list of floats": ([1.5, 2.0], TypeError, "input_ids is torch.float32"),
     "booleans": (torch.ones(8, dtype=torch.bool), TypeError, "torch.bool"),
-    "text": ("It was the best of times", TypeError, "input_ids: expected a tensor or list of token ids"),
+    "text": ("It was the best of times", TypeError, "input_ids is a str; expected token ids, a tensor or list of integers"),
+    "encoding": (BatchEncoding({"input_ids": [5, 9]}), TypeError, r"input_ids is a BatchEncoding.*such as its \['input_ids'\]"),
+    "sparse": (torch.ones(9, dtype=torch.long).to_sparse(), TypeError, "is a torch.sparse_coo tensor; expected a dense one"),
     "None": (None, TypeError, "input_ids"),
     "ragged": ([[1, 2], [3]], TypeError, "input_ids"),
     "negative": ([3, -1, 5], ValueError, "holds token -1; expected ids from 0 to 60"),
@@ -244,7 +247,7 @@ def test_a_text_without_data():
 
 def test_one_token_is_too_few_to_learn_from():
     _, memory = attached()
-    with pytest.raises(ValueError, match="holds 1 tokens; expected at least 2"):
+    with pytest.raises(ValueError, match="holds 1 token; expected at least 2"):
         memory.memorize([5], progress=False)
     memory.initialize([5])  # but enough to see which neurons fire
 

@@ -183,6 +183,9 @@ class WrongMemory:
     def __init__(self, *about):
         WrongMemory.made += 1
 
+    def watch(self, group):
+        pass
+
     def adds_up(self):
         return dist.get_rank() == 0
 

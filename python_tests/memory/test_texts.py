@@ -46,6 +46,25 @@ def test_only_what_was_learned_counts():
     assert len(memory.texts) == 1
 
 
+@pytest.mark.parametrize("change", ["reset", "restore", "initialize"])
+def test_what_a_callback_makes_the_memory_forget_is_not_listed(change):
+    _, memory = attached()
+    memory.memorize(B, **RUN, title="B")
+    kept, learned_before = memory.snapshot(), said(memory)
+    before = learned_before if change == "restore" else []
+    changes = dict(reset=memory.reset, restore=lambda: memory.restore(kept), initialize=lambda: memory.initialize(B))
+
+    def forget(chunk):
+        if chunk.end == 16:
+            changes[change]()
+            assert said(memory) == before
+
+    memory.memorize(A[:32], **RUN, title="A", callback=forget)
+    assert said(memory) == [*before, ("A", text_digest(A[16:32]), 16)]
+    memory.feed(A[32:], progress=False)  # whose beginning is not known: another record
+    assert said(memory)[-2:] == [("A", text_digest(A[16:32]), 16), (None, text_digest(A[32:]), 8)]
+
+
 def test_a_resumed_or_fed_text_goes_on_in_its_record(tmp_path):
     _, memory = attached()
     memory.memorize(B, **RUN, title="B")

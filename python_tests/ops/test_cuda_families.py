@@ -17,7 +17,7 @@ import locas_ext as locas
 from locas_ext import _C, ops
 from locas_ext.hosts.tiny import tiny_host
 from locas_ext.ops.backends import cpu, cuda_families
-from locas_ext.ops.backends.cuda_families import FAMILIES, FASTER, Faster, use_decode_kernels, use_family
+from locas_ext.ops.backends.cuda_families import FAMILIES, FASTER, Faster, use_family
 
 
 # ---- LOCAS_CUDA_FAMILY -------------------------------------------------------------------------------------------
@@ -69,37 +69,34 @@ def test_the_first_question_may_come_from_a_compiled_graph(monkeypatch):
     assert doubled_on_hopper(torch.ones(4)).sum() == 8
 
 
-# ---- LOCAS_CUDA_DECODE -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("count", ["0", "3", "one"])
-def test_another_number_of_decode_kernels_is_refused(count):
-    with pytest.raises(ValueError, match=f"^LOCAS_CUDA_DECODE is {count!r}; expected 1 or 2$"):
-        use_decode_kernels(count)
-
-
-@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 12, 30, 64)])
-def test_one_decode_kernel_replayed_and_on_two_streams_gives_the_same_bits(tokens):
-    d, m = 512, 1544
+# ---- few tokens ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("d", [512, 1536])
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 8, 12, 30)])
+def test_few_tokens_replayed_and_on_two_streams_give_the_same_bits(tokens, d):
+    """Cooperative kernels, whose blocks wait for each other, among them: each shape's forward or backward or both."""
     draw = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16) / d**0.5
-    inputs = draw(tokens, d), draw(m, d), draw(m, d), draw(d, m), draw(3, 20, d), 0.5
-    use_decode_kernels("1")
-    try:
-        assert _C.cuda_decode_kernels()[0] in ("one kernel", "two kernels: no room for one")
-        once = ops.glu_ffn(*inputs, backend="fused")
-        graph, streams = torch.cuda.CUDAGraph(), (torch.cuda.Stream(), torch.cuda.Stream())
+    m = 3 * d + 8
+    x, *weights = draw(tokens, d), draw(m, d), draw(m, d), draw(d, m), draw(3, 20, d)
+
+    def passes():
+        leaf = x.clone().requires_grad_()
+        y = ops.glu_ffn(leaf, *weights, 0.5, backend="fused")
+        return y.detach(), *torch.autograd.grad(y, leaf, x)
+
+    once = passes()
+    graph, streams = torch.cuda.CUDAGraph(), (torch.cuda.Stream(), torch.cuda.Stream())
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = [passes() for _ in range(3)]
+    for _ in range(20):
+        graph.replay()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            replayed = [ops.glu_ffn(*inputs, backend="fused") for _ in range(3)]
-        for _ in range(20):
-            graph.replay()
-            torch.cuda.synchronize()
-            several = []
-            for stream in streams * 2:
-                with torch.cuda.stream(stream):
-                    several.append(ops.glu_ffn(*inputs, backend="fused"))
-            torch.cuda.synchronize()
-            assert all(torch.equal(y, once) for y in (*replayed, *several))
-    finally:
-        use_decode_kernels(os.environ.get("LOCAS_CUDA_DECODE") or None)
+        several = []
+        for stream in streams * 2:
+            with torch.cuda.stream(stream):
+                several.append(passes())
+        torch.cuda.synchronize()
+        assert all(torch.equal(ours, first) for both in (*replayed, *several) for ours, first in zip(both, once, strict=True))
 
 
 # ---- what "auto" goes by -----------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
-from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids
+from support.found_hosts import found_host
+from support.helpers import SETTINGS, TEXT, attached, learned, logits_of, random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
+
+import locas_ext as locas
 
 OTHER = random_ids(40, seed=7)
 
@@ -41,6 +44,25 @@ def test_a_snapshot_of_another_host_or_shape_is_refused():
     with pytest.raises(TypeError, match="dict"):
         memory.restore({})
     assert torch.equal(memory.slots, slots)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo"])
+def test_a_host_moved_to_the_meta_device_says_so_and_learns_on_once_it_has_weights(family):
+    model = found_host("olmo") if family == "olmo" else tiny_model(family)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    memory = locas.attach(model, locas.LocasConfig(rank=4))
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"host is on the meta device.*load them first: model.to_empty"):
+        memory.memorize(TEXT, **SETTINGS)
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    memory.memorize(TEXT, **SETTINGS)
+    model.to("meta")
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match=r"host is on the meta device.*inside memory.disabled\(\)"):
+        model(ids)
+    with memory.disabled():
+        assert model(ids).logits.shape == (1, 5, model.config.vocab_size)
 
 
 def test_a_fork_shares_the_hosts_weights_and_nothing_else():
@@ -155,3 +177,50 @@ def test_a_cache_filled_by_host_and_memory_in_turn_is_refused(disabled_first):
         generated(model, TEXT[None, :14], past_key_values=cache)
     with memory.disabled(), pytest.raises(ValueError, match="past_key_values"):
         generated(model, TEXT[None, :14], past_key_values=cache)
+
+
+# ---- ways to generate -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def beside_merged():
+    """A model with its memory, and the plain model that it is once they are merged."""
+    (model, memory), (_, twin) = learned(), learned()
+    twin.restore(memory.snapshot())
+    return model, twin.merge_and_unload(pad_to_multiple_of=1)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(num_beams=3, num_return_sequences=3),
+        dict(do_sample=True, num_return_sequences=4),
+        dict(cache_implementation="static"),
+        dict(prompt_lookup_num_tokens=3),
+        dict(assistant=True),
+    ],
+    ids=lambda way: " ".join(way),
+)
+def test_generate_is_that_of_the_merged_model(beside_merged, way):
+    written, way, prompt = [], dict(way), torch.cat([OTHER[:9], OTHER[:5]])[None]
+    if way.pop("assistant", False):
+        way["assistant_model"] = tiny_model(seed=3)
+    for model in beside_merged:
+        torch.manual_seed(0)
+        written.append(model.generate(prompt, max_new_tokens=8, min_new_tokens=8, pad_token_id=0, **way))
+    assert torch.equal(*written)
+
+
+def test_a_memory_in_the_assistant_changes_nothing(beside_merged):
+    plain = tiny_model(seed=3)
+    options = dict(max_new_tokens=8, min_new_tokens=8, pad_token_id=0, do_sample=False)
+    alone = plain.generate(OTHER[None, :9], **options)
+    assert torch.equal(plain.generate(OTHER[None, :9], assistant_model=beside_merged[0], **options), alone)
+
+
+def test_masks_of_four_dimensions(beside_merged):
+    model, merged = beside_merged
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[5:, :3] = False  # two texts in one row
+    for mask in (seen[None, None], torch.zeros(9, 9).masked_fill(~seen, float("-inf"))[None, None]):
+        with torch.no_grad():
+            ours, theirs = (each(OTHER[None, :9], attention_mask=mask, use_cache=False).logits for each in (model, merged))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -178,7 +178,7 @@ def test_an_optimizer_state_that_finds_no_room_updates_no_arena(monkeypatch):
     def no_room(name):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(memory.state.arenas[1], "optimizer_state", no_room)
+    monkeypatch.setattr(memory.state.arenas[1], "on_demand", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         memory.memorize(TEXT, **SETTINGS)
     assert torch.equal(memory.gather_slots(), before) and memory.version == 0

@@ -87,7 +87,7 @@ inline bool is_aligned(const void* vector) { return reinterpret_cast<uintptr_t>(
 
 // with_type for the fused kernels, which take the half types only.
 template <class F>
-void with_half_type(DType dtype, F&& f) {
+auto with_half_type(DType dtype, F&& f) {
   if (dtype == DType::bf16) return f.template operator()<bf16>();
   return f.template operator()<f16>();
 }

@@ -55,20 +55,5 @@ LOCAS_TEST(dispatch, "families by the device") {
   return "1 device";
 }
 
-LOCAS_TEST(decode_kernels, "families: decode in one kernel, where the device has room for it") {
-  const auto decodes_in = [](const char* kernels) {
-    return cuda::decode_kernels() == std::vector<std::string>{kernels};
-  };
-  expect(decodes_in("two kernels"), "nobody asked for one");
-  cuda::use_one_decode_kernel(true);
-  expect(decodes_in("one kernel"), "one was asked for");
-  simt::set_cooperative_launches(false);
-  expect(decodes_in("two kernels: no room for one"), "it is named that one is refused");
-  simt::set_cooperative_launches(true);
-  cuda::use_one_decode_kernel(false);
-  expect(decodes_in("two kernels"), "two again");
-  return "1 device";
-}
-
 }  // namespace
 }  // namespace locas::test

@@ -1,4 +1,5 @@
-// The Hopper family's plans against what was fastest on an H100 (r = 64, bf16).
+// The plans against what was fastest on a GPU (r = 64, bf16): of the Hopper family on an H100, of few tokens on an H200.
+#include "cuda/ffn/sm80/plan.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
@@ -14,13 +15,13 @@ struct Winner {
   Plan down;
 };
 constexpr TileKind kWide = TileKind::m128n192_ping_pong, kNarrow = TileKind::m128n128_ping_pong;
-// d 1024, T 512: two and four slices take the same time. d 1024, T 8192: 128 x 256 takes 0.6% longer.
-const Winner kWinners[] = {{1024, 512, TileKind::m128n192, {TileKind::m128n128, 4}},
+// Not measured: 128 x 64. d 1024, T 8192: 128 x 256 takes 0.6% longer.
+const Winner kWinners[] = {{1024, 512, TileKind::m128n192, {TileKind::m128n64, 1}},
                            {1024, 2048, kNarrow, {TileKind::m128n128, 1}},
                            {1024, 8192, kWide, {kNarrow, 1}},
-                           {2048, 512, kNarrow, {TileKind::m128n128, 2}},
+                           {2048, 512, kNarrow, {TileKind::m128n64, 1}},
                            {2048, 2048, kWide, {TileKind::m128n256, 1}},
-                           {2048, 8192, kWide, {TileKind::m128n256, 1}},
+                           {2048, 8192, kWide, {kNarrow, 1}},
                            {4096, 512, kWide, {kNarrow, 1}},
                            {4096, 2048, kWide, {TileKind::m128n256, 1}},
                            {4096, 8192, kWide, {TileKind::m128n256, 1}}};
@@ -41,21 +42,23 @@ LOCAS_TEST(plan, "plans of the sm90 family") {
   return std::to_string(std::size(kWinners)) + " shapes";
 }
 
-// Where the tiles of K2 and K4 alone leave multiprocessors idle, slices in clusters fill them.
-LOCAS_TEST(plan_clusters, "plans of the sm90 family with clusters") {
-  const cuda::sm90::Target target{132, 8, true};
-  const int64_t tokens = 512;
-  for (const int64_t d : {1024, 2048}) {
-    const FfnSizes sizes{d, 3 * d, 64};
-    for (const Plan& plan : {down_plan(tokens, sizes, target), input_grad_plan(tokens, sizes, target)}) {
-      const auto& tile = shape_of(plan.kind);
-      const int64_t ctas = tokens / tile.m * (d / tile.n) * tile.slices;
-      if (plan.splits != 1 || tile.slices == 1 || ctas > 132 || ctas < 120)
-        fail("d %d: tile %d in %d slices by launch has %d CTAs", static_cast<int>(d), static_cast<int>(plan.kind),
-             plan.splits, static_cast<int>(ctas));
-    }
-  }
-  return "2 shapes";
+// Microseconds of each pass in two kernels and in one, from bench/results/decode_h200.json.
+LOCAS_TEST(plan_decode, "plans of few tokens") {
+  struct Measured {
+    int64_t d, tokens;
+    double forward[2], backward[2];
+  };
+  const Measured measured[] = {
+      {1024, 1, {13.2, 14.0}, {30.7, 21.3}},  {1024, 8, {15.6, 16.3}, {28.5, 20.2}},
+      {1024, 32, {19.8, 25.7}, {31.5, 28.1}}, {1024, 64, {26.6, 45.7}, {31.6, 38.8}},
+      {2048, 1, {32.9, 27.9}, {54.2, 39.7}},  {2048, 8, {32.6, 31.5}, {56.3, 43.1}},
+      {2048, 32, {40.8, 52.3}, {58.7, 60.5}}, {2048, 64, {59.2, 92.6}, {63.5, 87.9}},
+  };
+  for (const auto& [d, tokens, forward, backward] : measured)
+    if (cuda::sm80::is_cooperative_forward(tokens, d) != (forward[1] < forward[0]) ||
+        cuda::sm80::is_cooperative_backward(tokens, d) != (backward[1] < backward[0]))
+      fail("d %d, T %d: the slower kernels are planned", static_cast<int>(d), static_cast<int>(tokens));
+  return std::to_string(std::size(measured)) + " shapes";
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ def memorize(
         str,
         option(one_of(ON_DIVERGENCE), "What to do where the memory makes the text harder than the host alone.", panel=LEARNING),
     ] = "warn",
-    resume: Annotated[bool, flag("Resume the run that --out holds.", "--resume")] = False,
+    resume: Annotated[bool, flag("Resume the run that --out holds, with the same settings and --dtype.", "--resume")] = False,
     save_every: Annotated[int, option(integer(1), "Save after this many chunks.")] = 50,
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,

@@ -44,8 +44,7 @@ def _cuda_devices() -> list[str]:
             f"{device.total_memory / 2**30:.0f} GiB"
         )
     for index, family in enumerate(families()[: len(result)]):  # torch may be built without CUDA
-        decode = f"{family}, decode in {_C.cuda_decode_kernels()[index]}"
-        result[index] += f", kernels: {decode if family else 'none, it is too old for them'}"
+        result[index] += f", kernels: {family or 'none, it is too old for them'}"
     return result
 
 

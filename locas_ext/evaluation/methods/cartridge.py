@@ -179,7 +179,7 @@ class Cartridge:
         # a study asks its host through an attachment, of which nothing else is used here
         attachment = Attachment(self._model, LocasConfig(rank=1, variant="glu" if gated else "mlp"))
         try:
-            attachment.bind()
+            attachment.bind(lambda: None)
             made = Study(attachment, text, prompter.tokenizer, loss, None, chosen, seed, True, cache)
             seconds = made.report.seconds
             with quiet_host(self._model), torch.inference_mode(False), interrupt_between_chunks() as check_interrupt:

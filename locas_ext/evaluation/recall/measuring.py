@@ -97,32 +97,39 @@ def right_general(
 def host_alone(model: Any, prompter: Prompter, asking: Asking) -> HostAlone:
     """Asks the general questions until enough are right, and reads the unrelated text."""
     ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
-    right = _right(model, prompter, asking)
-    right_in_float32, still = list[Question](), list[bool]()
+    right = _right(_answered(model, prompter, asking), asking)
+    right_in_float32, rounding = list[Question](), None
     if right and model.dtype != torch.float32 and not rounds_whole_texts(model):  # quantized layers compute as they do
         try:
             with in_float32(model):
-                right_in_float32 = _right(model, prompter, asking)
-                still = right_general(model, prompter, right, View(), asking, lambda count: None)
+                answered = _answered(model, prompter, asking)
+                rest = [question for question in right if question not in answered]
+                is_right = right_general(model, prompter, rest, View(), asking, lambda count: None)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise
-            right_in_float32, still = [], []  # a host of that size is measured in its own precision alone
-    rounding = sum(still) / len(still) if still else None
+                raise  # else a host of that size is measured in its own precision alone
+        else:
+            answered |= zip(rest, is_right, strict=True)
+            right_in_float32 = _right(answered, asking)
+            rounding = sum(answered[question] for question in right) / len(right)
     return HostAlone(right, right_in_float32, rounding, other_logits(model, ids), ids)
 
 
-def _right(model: Any, prompter: Prompter, asking: Asking) -> list[Question]:
-    """The first of the general questions that the host answers right, as many as are asked again."""
-    questions, right = general_questions(), list[Question]()
+def _answered(model: Any, prompter: Prompter, asking: Asking) -> dict[Question, bool]:
+    """Whether the host answers general questions right: the first ones, until as many are right as are asked again."""
+    questions, answered = general_questions(), dict[Question, bool]()
     with question_bar("general questions", len(questions)) as advance:
         for start in range(0, len(questions), _AT_ONCE):
-            if len(right) >= asking.general:
+            if sum(answered.values()) >= asking.general:
                 break
             part = questions[start : start + _AT_ONCE]
-            is_right = right_general(model, prompter, part, View(), asking, advance)
-            right += [question for question, each in zip(part, is_right, strict=True) if each]
-    return right[: asking.general]
+            answered |= zip(part, right_general(model, prompter, part, View(), asking, advance), strict=True)
+    return answered
+
+
+def _right(answered: dict[Question, bool], asking: Asking) -> list[Question]:
+    """Those answered right, no more than are asked again."""
+    return [question for question, is_right in answered.items() if is_right][: asking.general]
 
 
 # ---- questions -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from locas_ext.hosts.probe.recording import Call, Recording, record
+from locas_ext.hosts.projections import NO_WEIGHTS
 from locas_ext.hosts.split import is_split, local
 
 TOKENS = 12  # enough for a router to spread them
@@ -102,7 +103,7 @@ def _where(model: nn.Module, error: BaseException) -> str:
 def recorded(model: Any) -> Recording:
     """One forward over the example text with every module recorded. ValueError, with the module's name, where it fails."""
     if all(parameter.is_meta for parameter in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise ValueError("the host is on the meta device and has no weights yet; load them first")
+        raise ValueError(NO_WEIGHTS)
     try:
         return record(model, example_text(model))
     except torch.OutOfMemoryError:

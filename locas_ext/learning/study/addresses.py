@@ -187,6 +187,8 @@ class Addresses:
     def put(self, state: MemoryState, fresh: bool) -> None:
         """Added to the rows that decide when slots fire: gates that open above an answer of _THRESHOLD, and keys.
 
+        No later update clips them shorter than they are now: then they would fire elsewhere.
+
         fresh: whether these rows are 0 so far; else they keep the thresholds they have
         """
         slope = _GATE / (1 - _THRESHOLD)
@@ -194,6 +196,7 @@ class Addresses:
             arena.slots[:, 0] += slope * (rows - _THRESHOLD * level if fresh else rows)
             if state.planes == 3:
                 arena.slots[:, 1] += rows
+            arena.on_demand("lengths")[:, :-1] = arena.slots[:, :-1].norm(dim=-1, keepdim=True)
             arena.round_slots()
 
 

@@ -80,6 +80,7 @@ class Study:
         given = None if self.given is None else [(pair.question, pair.answer) for pair in self.given]
         return {
             "host": digest(fingerprint(self.attachment.host)),
+            "dtype": self.attachment.host.dtype_name,
             "texts": digest(self.texts),
             "pairs": None if given is None else digest(given),
             "loss": self.loss,

@@ -1,7 +1,6 @@
 """Which family of the fused CUDA kernels each GPU runs, and for how many tokens a family is the faster backend.
 
-csrc/cuda/ffn/ffn_kernels.h says which GPU takes which family; LOCAS_CUDA_FAMILY asks for one of them. LOCAS_CUDA_DECODE=1
-asks for each pass of up to 64 tokens as one kernel instead of 2, which bench.ffn compares.
+csrc/cuda/ffn/ffn_kernels.h says which GPU takes which family; LOCAS_CUDA_FAMILY asks for one of them.
 """
 
 import os
@@ -12,7 +11,6 @@ from torch import Tensor
 from locas_ext import _C
 
 FAMILIES = ("80", "90")
-DECODE_KERNELS = ("1", "2")
 _of_device: list[str] = []  # "" where no kernel runs; empty before somebody asked
 
 
@@ -29,17 +27,6 @@ def use_family(name: str | None) -> None:
     """From now on this family on all GPUs; None: each GPU's own. ValueError for one that does not exist or cannot run."""
     _C.use_cuda_family(int(_known(name) or 0))
     _of_device[:] = _C.cuda_families()
-
-
-def use_decode_kernels(count: str | None) -> None:
-    """From now on so many kernels a pass of up to 64 tokens; None: two, until one is known to be faster. A GPU without room
-    for one takes two."""
-    if count is not None and count not in DECODE_KERNELS:
-        raise ValueError(f"LOCAS_CUDA_DECODE is {count!r}; expected {' or '.join(DECODE_KERNELS)}")
-    _C.use_one_cuda_decode_kernel(count == "1")
-
-
-use_decode_kernels(os.environ.get("LOCAS_CUDA_DECODE") or None)
 
 
 def families() -> list[str]:

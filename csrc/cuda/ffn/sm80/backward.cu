@@ -194,7 +194,7 @@ struct GluFfnInputAndSlotsGrad {
 }  // namespace
 
 int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  const int splits = is_decode(tokens) ? decode_input_splits(sizes.d) : 1;
+  const int splits = is_cooperative_backward(tokens, sizes.d) ? decode_input_splits(sizes.d) : 1;
   return std::max<int64_t>(backward_plan(tokens, sizes).workspace, splits > 1 ? splits * tokens * sizes.d : 0);
 }
 
@@ -202,8 +202,8 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const Plan plan = backward_plan(p.tokens(), w.sizes());
   const bool needs_dx = p.dx.data != nullptr;
-  const bool done =
-      needs_dx && is_decode(p.tokens()) && uses_cooperative_decode() && glu_ffn_input_grad_decode_cooperative(p, queue);
+  const bool done = needs_dx && is_cooperative_backward(p.tokens(), w.d()) &&  // dx and what the slots' gradients need
+                    glu_ffn_input_grad_decode_cooperative(p, queue);
   with_half_type(p.dtype, [&]<class T>() {
     if (!done)
       with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {

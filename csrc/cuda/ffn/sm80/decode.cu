@@ -6,8 +6,6 @@
 //
 // D2 begins while D1 still runs: it fetches what it needs first of W_down, then waits. Never of V, which an update may
 // just have written. The more tokens, the more groups: each CTA reads all tokens, from the L2 cache, whatever it owns.
-#include <atomic>
-
 #include "cuda/ffn/sm80/decode.cuh"
 #include "cuda/ptx/grid.cuh"
 
@@ -136,15 +134,10 @@ void decode(const GluFfnForwardParams& p, Queue queue) {
   launch<Down>(divide_up(w.d(), Down::kChannels), sizeof(typename Down::Shared), queue, p, {.programmatic = true});
 }
 
-std::atomic<bool> cooperative{false};
-
 }  // namespace
 
-void use_cooperative_decode(bool uses) { cooperative = uses; }
-bool uses_cooperative_decode() { return cooperative; }
-
 void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
-  if (cooperative && glu_ffn_forward_decode_cooperative(p, queue)) return;
+  if (is_cooperative_forward(p.tokens(), p.weights.d()) && glu_ffn_forward_decode_cooperative(p, queue)) return;
   with_half_type(p.dtype, [&]<class T>() {
     if (p.tokens() <= 8) return decode<T, 1, 1>(p, queue);
     if (p.tokens() <= 16) return decode<T, 2, 1>(p, queue);

@@ -1,5 +1,5 @@
 // What the kernels for at most 64 tokens share: the forward as two (decode.cu) or as one (decode_cooperative.cu), and the
-// backward as one (decode_backward.cu).
+// backward as one (decode_backward.cu). plan.cuh picks.
 //
 //      The weights are the A operand of mma.sync, tokens its 8 columns, and a lane's weights go from global memory to its
 //      registers, past all other lanes: within 32 of k, lane l has 16 bytes at k = 8 (l % 4), and both operands use k in
@@ -227,29 +227,13 @@ struct MemoryValues {
   }
 };
 
-// f<T, blocks of 8 tokens>() of the instance for at most 64 tokens.
-template <class F>
-bool with_token_blocks(DType dtype, int64_t tokens, F&& f) {
-  bool result = false;
-  with_half_type(dtype, [&]<class T>() {
-    result = tokens <= 8    ? f.template operator()<T, 1>()
-             : tokens <= 16 ? f.template operator()<T, 2>()
-             : tokens <= 32 ? f.template operator()<T, 4>()
-                            : f.template operator()<T, 8>();
-  });
-  return result;
-}
-
-template <class Kernel>
-bool has_room(Queue queue) {
-  return multiprocessor_count(queue) <= resident_blocks<Kernel>(sizeof(typename Kernel::Shared), queue);
-}
-
 // False, and nothing is launched, where the device does not hold a block on every multiprocessor at once.
 template <class Kernel>
 bool launch_resident(const typename Kernel::Params& p, Queue queue) {
-  if (!has_room<Kernel>(queue)) return false;
-  launch<Kernel>(multiprocessor_count(queue), sizeof(typename Kernel::Shared), queue, p, {.cooperative = true});
+  constexpr size_t kSharedBytes = sizeof(typename Kernel::Shared);
+  const int blocks = multiprocessor_count(queue);
+  if (resident_blocks<Kernel>(kSharedBytes, queue) < blocks) return false;
+  launch<Kernel>(blocks, kSharedBytes, queue, p, {.cooperative = true});
   return true;
 }
 

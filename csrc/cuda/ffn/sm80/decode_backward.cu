@@ -1,4 +1,4 @@
-// glu_ffn_backward to x as one kernel, for at most 64 tokens, by CTAs that are all resident and wait for each other.
+// glu_ffn_backward to x as one kernel, for at most 32 tokens, by CTAs that are all resident and wait for each other.
 //
 //      CTA     32 neurons at a time:      sync_grid   32 channels and a range of K at a time:    sync_grid   dx, the sum
 //              d_gate, d_up from dy                   d_gate W_gate + d_up W_up + memory                     of the ranges
@@ -301,8 +301,10 @@ struct GluFfnDecodeBackward {
 
 bool glu_ffn_input_grad_decode_cooperative(const GluFfnBackwardParams& p, Queue queue) {
   const DecodeBackwardParams params{p, decode_input_splits(p.weights.d())};
-  return with_token_blocks(p.dtype, p.tokens(), [&]<class T, int kTokenBlocks>() {
-    return launch_resident<GluFfnDecodeBackward<T, kTokenBlocks>>(params, queue);
+  return with_half_type(p.dtype, [&]<class T>() {
+    if (p.tokens() <= 8) return launch_resident<GluFfnDecodeBackward<T, 1>>(params, queue);
+    if (p.tokens() <= 16) return launch_resident<GluFfnDecodeBackward<T, 2>>(params, queue);
+    return launch_resident<GluFfnDecodeBackward<T, 4>>(params, queue);
   });
 }
 

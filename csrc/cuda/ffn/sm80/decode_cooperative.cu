@@ -1,8 +1,9 @@
-// glu_ffn_forward as one kernel (D): what D1 and D2 do (decode.cuh), by CTAs that are all resident and wait for each other
-// between the two products.
+// glu_ffn_forward as one kernel (D): what D1 and D2 do (decode.cuh) for at most 8 tokens, by CTAs that are all resident and
+// wait for each other between the two products. More tokens, which each CTA reads whole, cost it more than the second
+// launch does.
 //
-//      CTA     its share of the neurons, 8 or 16 at a time     sync_grid     its share of the channels, 16 or 32 at a time
-//      queue   gate, up | gate, up | ...                  W_down | W_down | ...
+//      CTA     its share of the neurons, 8 at a time     sync_grid     its share of the channels, 16 at a time
+//      queue   gate, up | gate, up | ...            W_down | W_down | ...
 //
 // The weights of both products are one stream through a queue in shared memory: behind those of the first product come
 // those of the second, which keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
@@ -14,6 +15,7 @@ namespace locas::cuda::sm80 {
 namespace {
 
 constexpr int kWarps = kResidentThreads / 32, kStride = kWarps * kStep;
+constexpr int kTokenBlocks = 1, kGroups = 1;
 
 // The rows of a matrix that a CTA takes, in whole strips.
 struct Range {
@@ -26,7 +28,7 @@ LOCAS_DEVICE Range share_of(int64_t rows) {
 
 // A lane's weights of all that its CTA does, kDepth steps ahead of their use. A lane reads only what it has copied itself,
 // so that no lane waits for another one.
-template <class T, int kGroups>
+template <class T>
 class WeightQueue {
  public:
   static constexpr int kRows = 2 * kGroups, kDepth = kResidentPieces / kRows;
@@ -41,32 +43,23 @@ class WeightQueue {
     for (int i = 0; i < kDepth; ++i) copy_next();
   }
 
-  // A whole sum over k of the next kRows rows: += weights * tokens. Of few tokens those of kTogether steps come at once,
-  // as nothing but them is waited for behind sync_grid.
-  template <int kTokenBlocks>
+  // A whole sum over k of the next kRows rows: += weights * tokens. The tokens of kTogether steps come at once, as nothing
+  // but them is waited for behind sync_grid.
   LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens) {
-    constexpr int kTogether = kTokenBlocks == 1 ? 8 : kTokenBlocks == 2 ? 4 : 1;
-    Vec16 rows[kRows];
+    constexpr int kTogether = 8;
 #pragma unroll 1
     for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
-      const int k = first + lane_offset();
-      if constexpr (kTogether == 1) {
+      Vec16 pieces[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        tokens.template at<kTokenBlocks>(first + lane_offset() + i * kStride,
+                                         [&](int, const Vec16& piece) { pieces[i] = piece; });
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i * kStride >= tokens.width) break;
+        Vec16 rows[kRows];
         take(rows);
-        tokens.template at<kTokenBlocks>(
-            k, [&](int block, const Vec16& piece) { sums.template add<T>(block, rows, piece); });
-      } else {
-        Vec16 pieces[kTogether][kTokenBlocks];
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i)
-          tokens.template at<kTokenBlocks>(k + i * kStride,
-                                           [&](int block, const Vec16& piece) { pieces[i][block] = piece; });
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (first + i * kStride >= tokens.width) break;
-          take(rows);
-#pragma unroll
-          for (int block = 0; block < kTokenBlocks; ++block) sums.template add<T>(block, rows, pieces[i][block]);
-        }
+        sums.template add<T>(0, rows, pieces[i]);
       }
     }
   }
@@ -119,13 +112,13 @@ class WeightQueue {
   int k_, place_ = 0;
 };
 
-template <class T_, int kTokenBlocks>
+template <class T_>
 struct GluFfnDecode {
   using T = T_;
   using Params = GluFfnForwardParams;
   static constexpr const char* name = "glu_ffn_decode";
-  static constexpr int threads = kResidentThreads, min_blocks = 1, kGroups = kTokenBlocks <= 2 ? 1 : 2;
-  using Weights = WeightQueue<T, kGroups>;
+  static constexpr int threads = kResidentThreads, min_blocks = 1;
+  using Weights = WeightQueue<T>;
   struct Shared {
     typename Weights::Shared queue;
     WarpSums<kGroups, kWarps> sums;
@@ -161,12 +154,8 @@ struct GluFfnDecode {
 
 }  // namespace
 
-bool has_room_for_cooperative_decode(Queue queue) { return has_room<GluFfnDecode<bf16, 8>>(queue); }
-
 bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams& p, Queue queue) {
-  return with_token_blocks(p.dtype, p.tokens(), [&]<class T, int kTokenBlocks>() {
-    return launch_resident<GluFfnDecode<T, kTokenBlocks>>(p, queue);
-  });
+  return with_half_type(p.dtype, [&]<class T>() { return launch_resident<GluFfnDecode<T>>(p, queue); });
 }
 
 }  // namespace locas::cuda::sm80

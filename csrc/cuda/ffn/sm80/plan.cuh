@@ -1,6 +1,6 @@
 // What a launch of the sm80 family looks like: decode or tiles, which tile, how many slices of K, how much workspace.
-// All of it is decided here, from the shape alone, so that results repeat bit for bit on every device; the numbers are
-// for the 132 multiprocessors of an H100.
+// All of it is decided here, from the shape alone, so that results repeat bit for bit on every device that has room for
+// the cooperative kernels; the numbers are for the 132 multiprocessors of an H100.
 #pragma once
 
 #include <algorithm>
@@ -73,9 +73,14 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
   return planned(hidden_kind(tokens, s.m), tile_kind(tokens, s.d, kMostSplits), tokens, s.d, 2 * (s.m + s.padded_r()));
 }
 
-// On an H100 decode took half of the tiles' time at 1 token. Above 32 it was not measured: it is preferred for having one
-// launch less and no barrier in its loops.
+// On an H100 decode took half of the tiles' time at 1 token. At 64 it took 0.89 of it for d = 1024 and 1.25 for d = 2048,
+// each on a GPU of its own and over eager.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
+
+// Whether a pass of few tokens is one cooperative kernel, on a device that has room for it. The bounds lie between where it
+// took less time than two on an H200 and where it did not: measured were 1, 8, 32 and 64 tokens, d = 1024 and 2048.
+inline bool is_cooperative_forward(int64_t tokens, int64_t d) { return tokens <= 8 && d >= 1536; }
+inline bool is_cooperative_backward(int64_t tokens, int64_t d) { return tokens <= (d <= 1024 ? 32 : 16); }
 
 // Groups of 16 channels that a CTA of decode's second product takes: of many tokens, which each CTA reads whole, two,
 // unless that leaves multiprocessors idle.

@@ -2,8 +2,9 @@
 //
 //      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip and becomes d_gate and d_up
 //
-//           each warp fetches gate and up of its rows, 16 x 32 at a time, three ahead; the gradients take their place in
-//           shared memory and leave from there. Memory tiles also write memory_hidden, which dV needs.
+//           each warp fetches gate and up of its rows, 16 x 64 at a time, the first two before it multiplies; the
+//           gradients take their place in shared memory and leave from there. Memory tiles also write memory_hidden,
+//           which dV needs.
 //
 //      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of unit
 //
@@ -30,34 +31,35 @@ namespace locas::cuda::sm90 {
 namespace {
 
 // gate and up of a warp's rows on their way in, and what becomes of them on its way out.
-template <class T>
+template <class T, int kPieces>
 struct GateUpRing {
-  static constexpr int kPieces = 3;
+  using Half = Slab<T, kGateUpCols>;
   struct Piece {
-    Slab<T> gate, up;
+    Half gate, up;
   };
   struct Shared {
     Piece pieces[kPieces];
-    Slab<T> hidden;
-    uint64_t arrived[kPieces];
+    Half hidden;
   };
+  using Arrived = uint64_t[kPieces];  // apart, as a slab is aligned to 1024 bytes
 
   Shared& shared;
+  Arrived& arrived;
   RingPosition<kPieces> ring{};
 
   LOCAS_DEVICE void initialise() {
     if (ptx::lane_index() == 0) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&shared.arrived[i], 1);
+      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&arrived[i], 1);
       ptx::mbarrier_init_fence();
     }
     ptx::sync_warp();
   }
   // By lane 0.
   LOCAS_DEVICE void fetch(const ptx::TensorMap& gate, const ptx::TensorMap& up, int row, int col, int at) {
-    ptx::mbarrier_arrive_expect(&shared.arrived[at], sizeof(Piece));
-    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &shared.arrived[at]);
-    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &shared.arrived[at]);
+    ptx::mbarrier_arrive_expect(&arrived[at], sizeof(Piece));
+    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &arrived[at]);
+    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &arrived[at]);
   }
 };
 
@@ -66,8 +68,9 @@ struct GluFfnHiddenGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_hidden_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  using Ring = GateUpRing<T>;
-  static constexpr int kPieces = Ring::kPieces;
+  static constexpr int kPieces = gate_up_pieces(Tile::kN), kColumns = Tile::kN / kGateUpCols;  // of a row block
+  static constexpr bool kRefills = Tile::kRowBlocks * kColumns > kPieces;
+  using Ring = GateUpRing<T, kPieces>;
 
   struct Source {
     ptx::TensorMap weight, gate, up, d_gate, d_up;
@@ -82,12 +85,13 @@ struct GluFfnHiddenGrad {
   struct Shared {
     typename Tile::Shared tile;
     typename Ring::Shared pieces[Tile::kConsumers * 4];
+    typename Ring::Arrived arrived[Tile::kConsumers * 4];
   };
 
-  // Pieces of 32 neurons in a row block.
+  // Pieces of a row block that hold neurons.
   static LOCAS_DEVICE int columns_at(const Place& at) {
     const int inside = at.source.neurons - at.neuron;
-    return (inside < Tile::kN ? inside + kSlabCols - 1 : Tile::kN) / kSlabCols;
+    return inside < Tile::kN ? (inside + kGateUpCols - 1) / kGateUpCols : kColumns;
   }
   static LOCAS_DEVICE Place rows_of(const Params& p, int unit, int consumer) {
     Place at = p.place_of(unit);
@@ -101,19 +105,20 @@ struct GluFfnHiddenGrad {
     specialise<Tile>(
         shared.tile,
         [&] {
-          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-            load(p, unit, block * kBlockK, stage, full);
+          produce<Tile>(shared.tile, p, [&](int unit) {
+            return [&p, at = p.place_of(unit)](int block, typename Tile::Stage& stage, uint64_t* full) {
+              load(p, at, block * kBlockK, stage, full);
+            };
           });
         },
         [&](int consumer) {
-          Ring ring{shared.pieces[ptx::uniform(ptx::warp_index()) - 4]};
+          const int warp = ptx::uniform(ptx::warp_index()) - 4;
+          Ring ring{shared.pieces[warp], shared.arrived[warp]};
           ring.initialise();
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& stages, typename Tile::Sums& sums, auto&& pass_turn) {
-                const Place at = rows_of(p, unit, consumer);
-                fetch_first(ring, at);
-                if (at.memory)
+                if (p.place_of(unit).memory)
                   multiply_blocks<Tile, Major::k, Major::k>(shared.tile, stages, sums, consumer, p.blocks, false,
                                                             pass_turn);
                 else
@@ -123,16 +128,16 @@ struct GluFfnHiddenGrad {
               [&](int unit, const typename Tile::Sums& sums) {
                 const Place at = rows_of(p, unit, consumer);
                 with_activation(p.activation, [&]<Activation act>() { write<act>(ring, p, at, sums); });
-              });
+              },
+              [&](int unit) { fetch_first(ring, rows_of(p, unit, consumer)); });
           if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
         });
   }
 
  private:
-  static LOCAS_DEVICE void load(const Params& p, int unit, int k, typename Tile::Stage& stage, uint64_t* full) {
-    const Place at = p.place_of(unit);
+  static LOCAS_DEVICE void load(const Params& p, const Place& at, int k, typename Tile::Stage& stage, uint64_t* full) {
     ptx::bulk_tensor_load(stage.a, p.dy, k, at.token, full);
-    if (at.memory) load_k_major<Tile>(stage, at.source.weight, k, at.neuron, full);
+    if (at.memory) ptx::bulk_tensor_load(stage.b, at.source.weight, k, at.neuron, full);
     else load_mn_major<Tile>(stage, at.source.weight, at.neuron, k, full);
   }
 
@@ -140,7 +145,7 @@ struct GluFfnHiddenGrad {
   static LOCAS_DEVICE void fetch(Ring& ring, const Place& at, int columns, int index, int slot) {
     const int row_block = index / columns, column = index - row_block * columns;
     if (row_block < Tile::kRowBlocks)
-      ring.fetch(at.source.gate, at.source.up, at.token + row_block * 64, at.neuron + column * kSlabCols, slot);
+      ring.fetch(at.source.gate, at.source.up, at.token + row_block * 64, at.neuron + column * kGateUpCols, slot);
   }
   static LOCAS_DEVICE void fetch_first(Ring& ring, const Place& at) {
     if (ptx::lane_index() != 0) return;
@@ -157,17 +162,17 @@ struct GluFfnHiddenGrad {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
-      for (int column = 0; column < Tile::kN / kSlabCols; ++column) {
+      for (int column = 0; column < kColumns; ++column) {
         if (column >= columns) break;
-        const int slot = ring.ring.stage, row = at.token + row_block * 64, col = at.neuron + column * kSlabCols;
+        const int slot = ring.ring.stage, row = at.token + row_block * 64, col = at.neuron + column * kGateUpCols;
         typename Ring::Piece& piece = ring.shared.pieces[slot];
         if (at.memory) {  // the one slab of memory_hidden is free
           if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
           ptx::sync_warp();
         }
-        ptx::mbarrier_wait(&ring.shared.arrived[slot], ring.ring.phase);
+        ptx::mbarrier_wait(&ring.arrived[slot], ring.ring.phase);
         if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
-        differentiate<act>(piece, at.source.scale, sums[row_block], column * kSlabCols / 2);
+        differentiate<act>(piece, at.source.scale, sums[row_block], column * kGateUpCols / 2);
         ptx::fence_async_shared();
         ptx::sync_warp();
         if (ptx::lane_index() == 0) {
@@ -175,9 +180,9 @@ struct GluFfnHiddenGrad {
           ptx::bulk_tensor_store(at.source.d_up, col, row, piece.up.at);
           if (at.memory) ptx::bulk_tensor_store(p.memory_hidden, col, row, ring.shared.hidden.at);
           ptx::bulk_commit();
-          if (index > 0) {  // the slot before has been read, and is the next to be filled
-            ptx::bulk_wait_read<1>();
-            fetch(ring, at, columns, index - 1 + kPieces, slot == 0 ? kPieces - 1 : slot - 1);
+          if (kRefills && index + kPieces < Tile::kRowBlocks * columns) {
+            ptx::bulk_wait_read<0>();
+            fetch(ring, at, columns, index + kPieces, slot);
           }
         }
         ++index;
@@ -186,17 +191,17 @@ struct GluFfnHiddenGrad {
   }
 
   template <Activation act>
-  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, Slab<T>& to, float scale) {
+  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, typename Ring::Half& to, float scale) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int group = 0; group < kGateUpCols / 16; ++group) {
       uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(half));
-      ptx::ldmatrix_x4(up, piece.up.row(half));
+      ptx::ldmatrix_x4(gate, piece.gate.row(group));
+      ptx::ldmatrix_x4(up, piece.up.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         up[i] = ptx::pack<T>(scale * half_activation<act>(ptx::first_of<T>(gate[i])).value * ptx::first_of<T>(up[i]),
                              scale * half_activation<act>(ptx::second_of<T>(gate[i])).value * ptx::second_of<T>(up[i]));
-      ptx::stmatrix_x4(to.row(half), up);
+      ptx::stmatrix_x4(to.row(group), up);
     }
   }
 
@@ -205,13 +210,13 @@ struct GluFfnHiddenGrad {
   static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, float scale, const float (&sums)[Tile::kN / 2],
                                          int first) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int group = 0; group < kGateUpCols / 16; ++group) {
       uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(half));
-      ptx::ldmatrix_x4(up, piece.up.row(half));
+      ptx::ldmatrix_x4(gate, piece.gate.row(group));
+      ptx::ldmatrix_x4(up, piece.up.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int of = first + 2 * (4 * half + i);
+        const int of = first + 2 * (4 * group + i);
         const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(gate[i]));
         const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(gate[i]));
         const float u0 = ptx::first_of<T>(up[i]), u1 = ptx::second_of<T>(up[i]);
@@ -219,8 +224,8 @@ struct GluFfnHiddenGrad {
         gate[i] = ptx::pack<T>(d0 * u0 * a0.slope, d1 * u1 * a1.slope);
         up[i] = ptx::pack<T>(d0 * a0.value, d1 * a1.value);
       }
-      ptx::stmatrix_x4(piece.gate.row(half), gate);
-      ptx::stmatrix_x4(piece.up.row(half), up);
+      ptx::stmatrix_x4(piece.gate.row(group), gate);
+      ptx::stmatrix_x4(piece.up.row(group), up);
     }
   }
 };
@@ -231,7 +236,6 @@ struct GluFfnInputAndSlotsGrad {
   static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
   static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
-  static_assert(Tile::kSharers == 1, "units of the slots share nothing");
   using Output = OutputTiles<Tile, sliced>;
   using Stores = typename Output::Stores;
 
@@ -287,10 +291,7 @@ struct GluFfnInputAndSlotsGrad {
         shared.tile,
         [&] {
           ptx::wait_for_launch_before();
-          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-            if (p.is_dx(unit)) load_dx(p, unit, block, stage, full);
-            else load_slots(p, unit, block, stage, full);
-          });
+          produce<Tile>(shared.tile, p, [&](int unit) { return Loads(p, unit); });
         },
         [&](int consumer) {
           Stores stores{shared.output[Output::consumer_warp()].stores};
@@ -314,23 +315,37 @@ struct GluFfnInputAndSlotsGrad {
   }
 
  private:
-  static LOCAS_DEVICE void load_dx(const Params& p, int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-    const TileIndex tile = p.tile(unit);
-    const Segment* segment = p.segments;
-    while (block >= segment->blocks) block -= segment++->blocks;
-    ptx::bulk_tensor_load(stage.a, segment->gradient, block * kBlockK, tile.m * Tile::kM, full);
-    load_mn_major<Tile>(stage, segment->weight, tile.n * Tile::kN, block * kBlockK, full);
-  }
+  // The copies of a unit, whose K-blocks come in their order.
+  struct Loads {
+    const Params& p;
+    const bool is_dx;
+    TileIndex tile;
+    SlotUnit slots;
+    const Segment* segment;
+    int segment_begin = 0;  // its first K-block
 
-  static LOCAS_DEVICE void load_slots(const Params& p, int unit, int block, typename Tile::Stage& stage,
-                                      uint64_t* full) {
-    const SlotUnit at = slot_unit(p, unit);
+    LOCAS_DEVICE Loads(const Params& p, int unit) : p(p), is_dx(p.is_dx(unit)), segment(p.segments) {
+      if (is_dx) tile = p.tile(unit);
+      else slots = slot_unit(p, unit);
+    }
+    LOCAS_DEVICE void operator()(int block, typename Tile::Stage& stage, uint64_t* full) {
+      if (is_dx) load_dx(block, stage, full);
+      else load_slots(block * kBlockK, stage, full);
+    }
+    LOCAS_DEVICE void load_dx(int block, typename Tile::Stage& stage, uint64_t* full) {
+      while (block - segment_begin >= segment->blocks) segment_begin += segment++->blocks;
+      const int k = (block - segment_begin) * kBlockK;
+      ptx::bulk_tensor_load(stage.a, segment->gradient, k, tile.m * Tile::kM, full);
+      load_mn_major<Tile>(stage, segment->weight, tile.n * Tile::kN, k, full);
+    }
+    LOCAS_DEVICE void load_slots(int token, typename Tile::Stage& stage, uint64_t* full) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[at.kind(half)], at.slot(half),
-                            block * kBlockK, full);
-    load_mn_major<Tile>(stage, at.value ? p.dy : p.x, at.channel, block * kBlockK, full);
-  }
+      for (int half = 0; half < 2; ++half)
+        ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[slots.kind(half)], slots.slot(half), token,
+                              full);
+      load_mn_major<Tile>(stage, slots.value ? p.dy : p.x, slots.channel, token, full);
+    }
+  };
 
   static LOCAS_DEVICE void add_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
                                      int consumer) {
@@ -338,16 +353,10 @@ struct GluFfnInputAndSlotsGrad {
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
       const int half = Tile::kPingPong ? row_block : consumer;
       float* gradient = p.slots_grad + static_cast<int64_t>(at.kind(half)) * p.r * p.d;
-      for_each_pair(sums[row_block], gradient, at.slot(half), p.r, at.channel, p.d,
-                    [](Elements<float, 2>* to, float first, float second) {
-                      const auto before = ptx::load(to);
-                      ptx::store(to, Elements<float, 2>{before.at[0] + first, before.at[1] + second});
-                    });
+      add_floats(sums[row_block], gradient, at.slot(half), p.r, at.channel, p.d);
     }
   }
 };
-
-constexpr int kHiddenGradStageBytes = 160 * 1024, kInputGradStageBytes = 200 * 1024;
 
 template <class Tile>
 void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
@@ -355,13 +364,15 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto source = [&](const ptx::TensorMap& weight, int64_t first, int64_t neurons, float scale) {
-    const auto part = [&](const Matrix& of) { return map_or_none<T>(columns_of<T>(of, first, neurons), kSlabBox); };
+    const auto part = [&](const Matrix& of) {
+      return map_or_none<T>(columns_of<T>(of, first, neurons), slab_box<kGateUpCols>);
+    };
     return typename Kernel::Source{
         weight, part(ffn.gate), part(ffn.up), part(ffn.d_gate), part(ffn.d_up), static_cast<int>(neurons), scale};
   };
   typename Kernel::Params p;
   p.dy = tensor_map<T>(ffn.dy, operand_box(Tile::kM));
-  p.memory_hidden = map_or_none<T>(ffn.memory_hidden, kSlabBox);
+  p.memory_hidden = map_or_none<T>(ffn.memory_hidden, slab_box<kGateUpCols>);
   p.host = source(tensor_map<T>(w.down, kMnMajorBox), 0, w.m(), 1.0f);
   p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
@@ -409,14 +420,14 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
 
 void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T, kHiddenGradStageBytes, kHiddenGradTiles>(static_cast<TileKind>(tile),
-                                                          [&]<class Tile>() { launch_hidden_grad<Tile>(p, queue); });
+    with_tile<T, kHiddenGradTiles, hidden_grad_stage_bytes>(static_cast<TileKind>(tile),
+                                                            [&]<class Tile>() { launch_hidden_grad<Tile>(p, queue); });
   });
 }
 
 void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T, kInputGradStageBytes, kInputGradTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
+    with_tile<T, kInputGradTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
       with_sliced<Tile>(splits, [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
         launch_units<Kernel, Tile>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);

@@ -12,23 +12,26 @@
 
 namespace locas::cuda::sm90 {
 
-// What a warp moves at a time: 16 rows of 64 bytes, their 16-byte pieces permuted as the 64-byte swizzle wants it.
+// What a warp moves at a time: 16 rows of 64 or 128 bytes, their 16-byte pieces permuted as the swizzle of that span wants
+// it. Of 64 bytes:
 //
 //      rows 0, 1   pieces 0 1 2 3          rows 4, 5   pieces 2 3 0 1          rows 8 to 15 as rows 0 to 7
 //      rows 2, 3   pieces 1 0 3 2          rows 6, 7   pieces 3 2 1 0
-template <class T>
+template <class T, int kCols = 32>
 struct alignas(1024) Slab {
-  static constexpr int kRows = 16, kCols = 32;
-  T at[kRows * kCols];
+  static_assert(kCols == 32 || kCols == 64);
+  T at[16 * kCols];
 
-  // What ldmatrix_x4 and stmatrix_x4 want of this lane for pairs 4 * half to 4 * half + 3.
-  LOCAS_DEVICE T* row(int half) {
-    const int row = ptx::lane_index() % 16, piece = half * 2 + ptx::lane_index() / 16;
-    return at + row * kCols + (piece ^ (row / 2 % 4)) * kPiece;
+  // What ldmatrix_x4 and stmatrix_x4 want of this lane for columns 16 * group to 16 * group + 15.
+  LOCAS_DEVICE T* row(int group) {
+    const int row = ptx::lane_index() % 16, piece = group * 2 + ptx::lane_index() / 16;
+    return at + row * kCols + (piece ^ (kCols == 64 ? row % 8 : row / 2 % 4)) * kPiece;
   }
 };
-constexpr Box kSlabBox{16, 32, 64};
+template <int cols>
+constexpr Box slab_box{16, cols, 2 * cols};
 constexpr int kSlabCols = 32;
+constexpr Box kSlabBox = slab_box<kSlabCols>;
 
 // A ring of slabs on their way out.
 template <class T, int kSlabs>
@@ -156,23 +159,20 @@ struct SlicedSums<Tile, 1> {
   struct Shared {};
 };
 
-// Calls f(to, first, second) for the pairs of a row block that lie inside floats [rows, cols]; the first sum belongs at
-// (row, col).
-template <int count, class F>
-LOCAS_DEVICE void for_each_pair(const float (&sums)[count], float* floats, int64_t row, int64_t rows, int col, int cols,
-                                F&& f) {
-  const int first_col = col + ptx::lane_index() % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
+// The pairs of a row block that this lane has of floats [rows, cols]; the first sum belongs at (row, col).
+struct LanePairs {
+  float* to;    // of the pair of the first 8 columns
+  int columns;  // from there on
+
+  // half: rows 0 to 7 of a warp's 16, or the others
+  LOCAS_DEVICE LanePairs(float* floats, int64_t row, int64_t rows, int col, int cols, int half) {
+    const int first_col = col + ptx::lane_index() % 4 * 2;
     const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
-    const int columns = lane_row < rows ? cols - first_col : 0;
-    float* to = floats + lane_row * cols + first_col;
-#pragma unroll
-    for (int i = 0; i < 2 * count; i += 8)
-      if (i < columns)
-        f(reinterpret_cast<Elements<float, 2>*>(to + i), sums[i / 2 + half * 2], sums[i / 2 + half * 2 + 1]);
+    columns = lane_row < rows ? cols - first_col : 0;
+    to = floats + lane_row * cols + first_col;
   }
-}
+  LOCAS_DEVICE Elements<float, 2>* at(int col) const { return reinterpret_cast<Elements<float, 2>*>(to + col); }
+};
 
 // The same sums as floats. one: 1, as a number that the compiler does not know: a store that reads a register of the sums
 // itself makes ptxas serialise all wgmma (C7511).
@@ -181,10 +181,38 @@ LOCAS_DEVICE void store_floats(float* to, const typename Tile::Sums& sums, int64
                                float one) {
 #pragma unroll
   for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-    for_each_pair(sums[row_block], to, row + row_block * 64, rows, col, cols,
-                  [&](Elements<float, 2>* pair, float first, float second) {
-                    ptx::store(pair, Elements<float, 2>{one * first, one * second});
-                  });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const LanePairs pairs(to, row + row_block * 64, rows, col, cols, half);
+#pragma unroll
+      for (int i = 0; i < Tile::kN; i += 8) {
+        const float* sum = sums[row_block] + i / 2 + half * 2;
+        if (i < pairs.columns) ptx::store(pairs.at(i), Elements<float, 2>{one * sum[0], one * sum[1]});
+      }
+    }
+}
+
+// The sums of a row block added to floats, 8 pairs at a time: one by one each would wait for its own load.
+template <int count>
+LOCAS_DEVICE void add_floats(const float (&sums)[count], float* floats, int64_t row, int64_t rows, int col, int cols) {
+  constexpr int kPairs = 8;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const LanePairs pairs(floats, row, rows, col, cols, half);
+#pragma unroll
+    for (int first = 0; first < 2 * count; first += 8 * kPairs) {
+      Elements<float, 2> before[kPairs];
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i)
+        if (first + 8 * i < pairs.columns) before[i] = ptx::load(pairs.at(first + 8 * i));
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const float* sum = sums + (first + 8 * i) / 2 + half * 2;
+        if (first + 8 * i < pairs.columns)
+          ptx::store(pairs.at(first + 8 * i), Elements<float, 2>{before[i].at[0] + sum[0], before[i].at[1] + sum[1]});
+      }
+    }
+  }
 }
 
 }  // namespace locas::cuda::sm90

@@ -60,12 +60,13 @@ struct GluFfnHidden {
     specialise<Tile>(
         shared.tile,
         [&] {
-          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-            const Place at = p.place_of(unit);
-            const int k = block * kBlockK;
-            ptx::bulk_tensor_load(stage.a, p.x, k, at.token, full);
-            load_b<Tile>(stage.b, at.source.gate, k, at.neuron, 0, full);
-            load_b<Tile>(stage.b + kNeurons * kBlockK, at.source.up, k, at.neuron, 1, full);
+          produce<Tile>(shared.tile, p, [&](int unit) {
+            return [&p, at = p.place_of(unit)](int block, typename Tile::Stage& stage, uint64_t* full) {
+              const int k = block * kBlockK;
+              ptx::bulk_tensor_load(stage.a, p.x, k, at.token, full);
+              ptx::bulk_tensor_load(stage.b, at.source.gate, k, at.neuron, full);
+              ptx::bulk_tensor_load(stage.b + kNeurons * kBlockK, at.source.up, k, at.neuron, full);
+            };
           });
         },
         [&](int consumer) {
@@ -150,8 +151,10 @@ struct GluFfnDown {
         shared.tile,
         [&] {
           ptx::wait_for_launch_before();
-          produce<Tile>(shared.tile, p, [&](int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-            load(p, unit, block, stage, full);
+          produce<Tile>(shared.tile, p, [&](int unit) {
+            return [&p, at = p.tile(unit)](int block, typename Tile::Stage& stage, uint64_t* full) {
+              load(p, at, block, stage, full);
+            };
           });
         },
         [&](int consumer) {
@@ -175,13 +178,12 @@ struct GluFfnDown {
   }
 
  private:
-  static LOCAS_DEVICE void load(const Params& p, int unit, int block, typename Tile::Stage& stage, uint64_t* full) {
-    const TileIndex tile = p.tile(unit);
-    const int token = tile.m * Tile::kM, channel = tile.n * Tile::kN;
+  static LOCAS_DEVICE void load(const Params& p, TileIndex at, int block, typename Tile::Stage& stage, uint64_t* full) {
+    const int token = at.m * Tile::kM, channel = at.n * Tile::kN;
     if (block < p.host_blocks) {
       const int k = block * kBlockK;
       ptx::bulk_tensor_load(stage.a, p.hidden, k, token, full);
-      load_k_major<Tile>(stage, p.down, k, channel, full);
+      ptx::bulk_tensor_load(stage.b, p.down, k, channel, full);
     } else {
       const int k = (block - p.host_blocks) * kBlockK;
       ptx::bulk_tensor_load(stage.a, p.memory_hidden, k, token, full);
@@ -189,8 +191,6 @@ struct GluFfnDown {
     }
   }
 };
-
-constexpr int kForwardStageBytes = 200 * 1024;
 
 template <class Tile>
 void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
@@ -240,14 +240,14 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
 
 void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T, kForwardStageBytes, kHiddenTiles>(static_cast<TileKind>(tile),
+    with_tile<T, kHiddenTiles, output_stage_bytes>(static_cast<TileKind>(tile),
                                                    [&]<class Tile>() { launch_hidden<Tile>(p, queue); });
   });
 }
 
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
-    with_tile<T, kForwardStageBytes, kDownTiles>(static_cast<TileKind>(tile), [&]<class Tile>() {
+    with_tile<T, kDownTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
       with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);

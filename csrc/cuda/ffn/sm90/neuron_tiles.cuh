@@ -31,7 +31,7 @@ struct NeuronTiles : EachInTurn {
 
   void set_sizes(int64_t tokens, int64_t d, int64_t host_neurons, int64_t memory_neurons) {
     blocks = static_cast<int>(divide_up(d, kBlockK));
-    tiles_m = token_tiles<Tile>(tokens);
+    tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     host_tiles_n = static_cast<int>(divide_up(host_neurons, kNeurons));
     tiles_n = host_tiles_n + static_cast<int>(divide_up(memory_neurons, kNeurons));
     units = tiles_m * tiles_n;

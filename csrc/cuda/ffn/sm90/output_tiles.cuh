@@ -12,7 +12,7 @@ namespace locas::cuda::sm90 {
 // sliced: by launch.
 template <class Tile, bool sliced>
 struct OutputTiles {
-  static_assert(!sliced || Tile::kCluster == 1);
+  static_assert(!sliced || Tile::kSlices == 1);
   using T = typename Tile::T;
   using Stores = sm90::Stores<T, 3>;
   using Slices = SlicedSums<Tile>;
@@ -29,7 +29,7 @@ struct OutputTiles {
   int d, tiles_m, tiles_n, tiles;
   int blocks, splits;  // of K; the slices of a cluster too
 
-  LOCAS_DEVICE int tile_units() const { return tiles * splits; }
+  constexpr int tile_units() const { return tiles * splits; }  // the launcher asks too
   LOCAS_DEVICE TileIndex tile(int unit) const { return tile_index(unit / Tile::kSlices % tiles, tiles_m, tiles_n); }
   LOCAS_DEVICE int slice(int unit) const { return unit / Tile::kSlices / tiles * Tile::kSlices + unit % Tile::kSlices; }
   LOCAS_DEVICE int first_block(int unit) const { return blocks * slice(unit) / splits; }
@@ -65,7 +65,7 @@ struct OutputTiles {
     one = 1.0f;
     tokens = to.rows;
     d = static_cast<int>(cols);
-    tiles_m = token_tiles<Tile>(tokens);
+    tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     tiles_n = static_cast<int>(divide_up(cols, Tile::kN));
     tiles = tiles_m * tiles_n;
     blocks = static_cast<int>(k_blocks);
@@ -77,7 +77,7 @@ struct OutputTiles {
 template <class Tile, class F>
 void with_sliced(int splits, F&& f) {
   if (splits == 1) return f.template operator()<false>();
-  if constexpr (Tile::kCluster == 1) f.template operator()<true>();
+  if constexpr (Tile::kSlices == 1) f.template operator()<true>();
   else throw std::invalid_argument(std::to_string(splits) + " slices by launch of a cluster's tile; expected 1");
 }
 

@@ -7,10 +7,7 @@
 //      cooperative: both consumers have their half of the rows of one unit
 //      ping-pong:   each has a unit of its own, so that one stores its sums while the other multiplies
 //
-// A tile may be for a cluster of CTAs:
-//
-//      sharers     have neighbouring tiles of the tokens and the same tile of B: each loads its part of B for all
-//      slices      have the same tile and a slice of K each; epilogue.cuh adds their sums
+// A tile may be for a cluster of CTAs, which have a slice of K each; epilogue.cuh adds their sums.
 //
 // A stage holds the A and the B tile of one K-block of 64, in slabs of 8192 bytes with the 128-byte swizzle of
 // ptx/wgmma.cuh:
@@ -40,7 +37,7 @@ constexpr int kBlockK = 64;
 
 enum class Schedule { cooperative, ping_pong };
 
-template <class T_, int M, int N, int Stages, Schedule schedule_, int Sharers = 1, int Slices = 1>
+template <class T_, int M, int N, int Stages, Schedule schedule_, int Slices = 1>
 struct Tile {
   using T = T_;
   static constexpr int kM = M, kN = N, kStages = Stages;
@@ -50,9 +47,8 @@ struct Tile {
   static constexpr int kRows = kPingPong ? M : M / kConsumers;  // of a consumer
   static constexpr int kRowBlocks = kRows / 64;
   static constexpr int kConsumerWarps = kPingPong ? 4 : 8;  // that use a stage
-  static constexpr int kSharers = Sharers, kSlices = Slices, kCluster = Sharers * Slices;
-  static constexpr int kBRows = (N + 63) / 64 * 64;  // whole slabs of 64, also where B is K-major
-  static_assert(Sharers == 1 || Slices == 1);
+  static constexpr int kSlices = Slices;                    // CTAs of a cluster
+  static constexpr int kBRows = (N + 63) / 64 * 64;         // whole slabs of 64, also where B is K-major
   static_assert(kRows % 64 == 0 && kRowBlocks * N / 2 <= 192, "the sums must fit the registers of a consumer");
 
   struct Stage {
@@ -94,12 +90,12 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
   if (ptx::thread_index() == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], Tile::kSharers * Tile::kConsumerWarps);
+      ptx::mbarrier_init(&shared.empty[stage], Tile::kConsumerWarps);
     }
     for (uint64_t& turn : shared.turn) ptx::mbarrier_init(&turn, Tile::kConsumerWarps);
     ptx::mbarrier_init_fence();
   }
-  if constexpr (Tile::kCluster > 1) ptx::sync_cluster();
+  if constexpr (Tile::kSlices > 1) ptx::sync_cluster();
   else ptx::sync_threads();
 }
 
@@ -113,43 +109,28 @@ struct EachInTurn {
   LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
 };
 
-// The producer's part: load(unit, block, stage, full) starts the copies of K-block `block` of a unit, whose blocks are
-// work.first_block(unit) to work.last_block(unit) - 1. One thread runs it.
-template <class Tile, class Work, class Load>
-LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Load&& load) {
+// The producer's part, which one thread runs: loads_of(unit) gives a function load(block, stage, full) that starts the
+// copies of a K-block of the unit; its blocks are work.first_block(unit) to work.last_block(unit) - 1. What a unit alone
+// decides belongs into loads_of: the divisions of a tile's place would take a good part of a K-block's time.
+template <class Tile, class Work, class LoadsOf>
+LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, LoadsOf&& loads_of) {
   RingPosition<Tile::kStages> ring;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit)) {
     const int last = work.last_block(unit);
+    auto load = loads_of(unit);
     for (int block = work.first_block(unit); block < last; ++block) {
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       uint64_t* full = &shared.full[ring.stage];
       ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);
-      load(unit, block, shared.stages[ring.stage], full);
+      load(block, shared.stages[ring.stage], full);
       ring.next();
     }
   }
 }
 
-// Copies a box of B into the stages of all sharers; the parts of a stage are numbered, and each sharer copies those that
-// are its turn.
+// The B tile of rows of K, whole.
 template <class Tile>
-LOCAS_DEVICE void load_b(typename Tile::T* to, const ptx::TensorMap& from, int col, int row, int part, uint64_t* full) {
-  if constexpr (Tile::kSharers == 1) ptx::bulk_tensor_load(to, from, col, row, full);
-  else if (part % Tile::kSharers == ptx::cluster_rank())
-    ptx::bulk_tensor_multicast(to, from, col, row, full, (1u << Tile::kSharers) - 1);
-}
-
-// The B tile of rows of K, by boxes of kBRows / kSharers rows.
-template <class Tile>
-constexpr Box k_major_box = operand_box(Tile::kBRows / Tile::kSharers);
-template <class Tile>
-LOCAS_DEVICE void load_k_major(typename Tile::Stage& stage, const ptx::TensorMap& from, int k, int row,
-                               uint64_t* full) {
-  constexpr int kRows = Tile::kBRows / Tile::kSharers;
-#pragma unroll
-  for (int part = 0; part < Tile::kSharers; ++part)
-    load_b<Tile>(stage.b + part * kRows * kBlockK, from, k, row + part * kRows, part, full);
-}
+constexpr Box k_major_box = operand_box(Tile::kBRows);
 
 // The B tile of columns of K, by slabs of 64.
 constexpr Box kMnMajorBox = operand_box(64);
@@ -158,17 +139,22 @@ LOCAS_DEVICE void load_mn_major(typename Tile::Stage& stage, const ptx::TensorMa
                                 uint64_t* full) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kBRows / 64; ++slab)
-    load_b<Tile>(stage.b + slab * 64 * kBlockK, from, col + slab * 64, k, slab, full);
+    ptx::bulk_tensor_load(stage.b + slab * 64 * kBlockK, from, col + slab * 64, k, full);
 }
 
+struct NothingBefore {
+  LOCAS_DEVICE void operator()(int) const {}
+};
+
 // The consumers' part: multiply(unit, ring, sums, pass_turn) goes over the K-blocks of a unit and calls pass_turn when its
-// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
+// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows. prepare(unit) is called
+// before its turn.
 //
 // In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
 // parity would take for filled.
-template <class Tile, class Work, class Multiply, class Store>
+template <class Tile, class Work, class Multiply, class Store, class Prepare = NothingBefore>
 LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int consumer, Multiply&& multiply,
-                          Store&& store) {
+                          Store&& store, Prepare&& prepare = {}) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit), ++turn) {
@@ -177,6 +163,7 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
       ring.skip(last - first);
       continue;
     }
+    prepare(unit);
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
     typename Tile::Sums sums;
     multiply(unit, ring, sums, [&] {
@@ -188,11 +175,7 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
 
 template <class Tile>
 LOCAS_DEVICE void release(typename Tile::Shared& shared, int stage) {
-  if constexpr (Tile::kSharers == 1) {
-    if (ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
-  } else if (ptx::lane_index() < Tile::kSharers) {
-    ptx::mbarrier_arrive_in(ptx::lane_index(), &shared.empty[stage]);
-  }
+  if (ptx::lane_index() == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
 }
 
 template <class Tile>
@@ -249,7 +232,6 @@ LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer,
     ptx::take_registers<240>();
     consumer(index);
   }
-  if constexpr (Tile::kSharers > 1) ptx::sync_cluster();  // releases of the last stages reach those that still run
 }
 
 // The tile of unit `index` of a grid of tiles. Neighbours go down kGroup tiles of the tokens before they go on along
@@ -270,21 +252,14 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
 template <class Tile>
 int block_count_for(int units, Queue queue) {
   if (Tile::kSlices > 1) return static_cast<int>(divide_up(units, Tile::kSlices)) * Tile::kSlices;
-  const int most = multiprocessor_count(queue) / Tile::kCluster * Tile::kCluster;
+  const int most = multiprocessor_count(queue);
   return units < most ? units : most;
 }
 template <class Kernel, class Tile>
 void launch_units(const typename Kernel::Params& p, bool programmatic, Queue queue) {
   static_assert(sizeof(typename Kernel::Shared) <= 227 * 1024, "what a block can have on sm_90");
   launch<Kernel>(block_count_for<Tile>(p.units, queue), sizeof(typename Kernel::Shared), queue, p,
-                 {.programmatic = programmatic, .cluster = Tile::kCluster});
-}
-
-// Tiles of `m` tokens: as many as fill whole clusters.
-constexpr int64_t token_tiles(int64_t tokens, int m, int sharers) { return divide_up(tokens, m * sharers) * sharers; }
-template <class Tile>
-int token_tiles(int64_t tokens) {
-  return static_cast<int>(token_tiles(tokens, Tile::kM, Tile::kSharers));
+                 {.programmatic = programmatic, .cluster = Tile::kSlices});
 }
 
 }  // namespace locas::cuda::sm90

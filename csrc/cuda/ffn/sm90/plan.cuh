@@ -22,81 +22,68 @@ namespace locas::cuda::sm90 {
 struct Target {
   int multiprocessors;
   int least_blocks;  // K-blocks of a slice, at least
-  bool clusters;     // whether tiles of clusters may be planned
+  int clusters;      // of four CTAs, at one time
 };
-constexpr bool kClustersRanOnGpu = false;  // until bench/sm90.py has found them right there
-constexpr Target kH100{132, 8, kClustersRanOnGpu};
+constexpr Target kH100{132, 8, 30};
 #ifdef __CUDACC__
 constexpr Target kTarget = kH100;
 #else
-constexpr Target kTarget{3, 1, true};  // small tests meet several units a CTA, and slices
+constexpr Target kTarget{3, 1, 1};  // small tests meet several units per CTA, and slices
 #endif
 
-// By number in kTiles. pair: two CTAs share B.
+// By number in kTiles.
 enum class TileKind {
   m128n256,
   m128n192,
   m128n192_ping_pong,
   m128n128,
   m128n128_ping_pong,
-  m256n96,
-  m256n96_ping_pong,
-  m128n256_pair,
-  m128n192_pair,
-  m128n192_ping_pong_pair,
-  m128n128_pair,
-  m128n128_ping_pong_pair,
-  m128n128_2_slices,
+  m128n64,
   m128n128_4_slices,
 };
-constexpr int kTileKinds = 14;
+constexpr int kTileKinds = 7;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
-  int sharers = 1, slices = 1;
+  int slices = 1;   // of K, in a cluster
 };
-// The slowness of those from m256n96 on is a guess.
 constexpr TileShape kTiles[kTileKinds] = {
-    {128, 256, Schedule::cooperative, 1.0},        {128, 192, Schedule::cooperative, 1.0},
-    {128, 192, Schedule::ping_pong, 1.0},          {128, 128, Schedule::cooperative, 1.06},
-    {128, 128, Schedule::ping_pong, 1.03},         {256, 96, Schedule::cooperative, 1.06},
-    {256, 96, Schedule::ping_pong, 1.06},          {128, 256, Schedule::cooperative, 0.98, 2},
-    {128, 192, Schedule::cooperative, 0.98, 2},    {128, 192, Schedule::ping_pong, 0.98, 2},
-    {128, 128, Schedule::cooperative, 1.03, 2},    {128, 128, Schedule::ping_pong, 1.0, 2},
-    {128, 128, Schedule::cooperative, 1.06, 1, 2}, {128, 128, Schedule::cooperative, 1.06, 1, 4}};
+    {128, 256, Schedule::cooperative, 1.01},   {128, 192, Schedule::cooperative, 1.0},
+    {128, 192, Schedule::ping_pong, 1.0},      {128, 128, Schedule::cooperative, 1.06},
+    {128, 128, Schedule::ping_pong, 1.03},     {128, 64, Schedule::cooperative, 1.5},
+    {128, 128, Schedule::cooperative, 1.06, 4}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
-// The tiles that a product is compiled for. On an H100 each one without a cluster of K1 and K2 is the fastest somewhere,
-// and all others lost everywhere. Those of clusters, and all of K3 and K4, have not run there.
-constexpr TileKind kHiddenTiles[] = {
-    TileKind::m128n192_ping_pong,      TileKind::m128n128_ping_pong,      TileKind::m128n192,
-    TileKind::m128n192_ping_pong_pair, TileKind::m128n128_ping_pong_pair, TileKind::m128n192_pair};
-constexpr TileKind kDownTiles[] = {TileKind::m128n256,           TileKind::m128n128,
-                                   TileKind::m128n128_ping_pong, TileKind::m128n256_pair,
-                                   TileKind::m128n128_pair,      TileKind::m128n128_ping_pong_pair,
-                                   TileKind::m128n128_2_slices,  TileKind::m128n128_4_slices};
-
-constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong,
-                                         TileKind::m128n128_ping_pong,
-                                         TileKind::m128n192,
-                                         TileKind::m128n128,
-                                         TileKind::m256n96,
-                                         TileKind::m256n96_ping_pong,
-                                         TileKind::m128n192_ping_pong_pair,
-                                         TileKind::m128n128_ping_pong_pair};
+// The tiles that a product is compiled for: each is the fastest somewhere.
+constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
+                                     TileKind::m128n128, TileKind::m128n64};
+constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
+                                   TileKind::m128n64, TileKind::m128n128_4_slices};
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
+                                         TileKind::m128n128, TileKind::m128n64};
 constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
-                                        TileKind::m128n128_2_slices, TileKind::m128n128_4_slices};
+                                        TileKind::m128n64, TileKind::m128n128_4_slices};
 
 // What SlicedSums has in shared memory (epilogue.cuh).
 constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
 
-// As many stages as fit into `bytes` of shared memory, beside the slabs of the epilogue.
-template <class T, TileKind kind, int bytes>
-using TileOf =
-    Tile<T, shape_of(kind).m, shape_of(kind).n,
-         (bytes - received_bytes(shape_of(kind))) / ((shape_of(kind).m + (shape_of(kind).n + 63) / 64 * 64) * 128),
-         shape_of(kind).schedule, shape_of(kind).sharers, shape_of(kind).slices>;
+// Shared memory for the stages, beside what the epilogue has.
+constexpr int kSharedBytes = 226 * 1024;
+constexpr int output_stage_bytes(const TileShape& tile) { return kSharedBytes - 8 * 3 * 1024 - received_bytes(tile); }
+
+// Pieces of gate and up, of so many columns, that a warp has on their way (backward.cu).
+constexpr int kGateUpCols = 64;
+constexpr int gate_up_pieces(int n) { return n > kGateUpCols ? 2 : 1; }
+constexpr int hidden_grad_stage_bytes(const TileShape& tile) {
+  return kSharedBytes - 8 * (2 * gate_up_pieces(tile.n) + 1) * 16 * kGateUpCols * 2;
+}
+
+// As many stages as fit.
+template <class T, TileKind kind, int (*stage_bytes)(const TileShape&)>
+using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n,
+                    stage_bytes(shape_of(kind)) / ((shape_of(kind).m + (shape_of(kind).n + 63) / 64 * 64) * 128),
+                    shape_of(kind).schedule, shape_of(kind).slices>;
 
 struct Plan {
   TileKind kind;
@@ -134,19 +121,22 @@ struct Product {
 };
 
 // Clock cycles. What slices cost: by launch, the floats that are written, read and added; in a cluster, those that one CTA
-// sends the others.
+// sends the others, and CTAs that begin when others have ended.
 inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
-  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200, kSentAClock = 12;
+  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200;
+  constexpr double kSentAClock = 12, kNextCluster = 8000;
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
-  const int slices = splits * tile.slices, cluster = tile.sharers * tile.slices;
+  const int slices = splits * tile.slices;
   const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
-  const int ctas = std::max(target.multiprocessors / cluster, 1) * cluster;
+  const int ctas = tile.slices > 1 ? target.clusters * tile.slices : target.multiprocessors;
   const Turn turn = longest_turn(units, product.slots, ctas);
   const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
   const double by_launch = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  const double in_cluster = divide_up(units.count, ctas) * received_bytes(tile) / kSentAClock;
+  const int64_t clusters = divide_up(units.count, ctas);  // one behind the other
+  const double in_cluster =
+      clusters * received_bytes(tile) / kSentAClock + (tile.slices > 1 ? clusters - 1 : 0) * kNextCluster;
   return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + by_launch + in_cluster;
 }
 
@@ -159,8 +149,7 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
       const TileShape& tile = shape_of(kind);
-      const bool cluster = tile.sharers * tile.slices > 1;
-      if (cluster && (splits > 1 || !target.clusters)) continue;
+      if (tile.slices > 1 && splits > 1) continue;
       const Product of_tile = product(tile);
       const int slices = splits * tile.slices;
       if (slices > 1 && of_tile.tiles.blocks < slices * target.least_blocks) continue;
@@ -173,14 +162,14 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
 }
 
 constexpr int kMostSplits = 8;
-constexpr double kSumsAClock = 4.3;  // of the forward's epilogues
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.3;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const auto product = [&](const TileShape& tile) {
     const int64_t neurons = tile.n / 2;
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
-    return Product{{token_tiles(tokens, tile.m, tile.sharers) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
+    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
   return best_plan(kHiddenTiles, product, 1, 0.0, target);
 }
@@ -189,16 +178,16 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
 inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const int64_t blocks = divide_up(sizes.m, kBlockK) + divide_up(sizes.r, kBlockK);
   const auto product = [&](const TileShape& tile) {
-    return Product{{token_tiles(tokens, tile.m, tile.sharers) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
+    return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
   return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
-// K3: host and memory apart. Its epilogue reads as much as it writes.
+// K3: host and memory apart.
 inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const auto product = [&](const TileShape& tile) {
     const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
-    return Product{{token_tiles(tokens, tile.m, tile.sharers) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock / 2};
+    return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kHiddenGradSumsAClock};
   };
   return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
 }
@@ -217,19 +206,19 @@ inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target&
 }
 
 // Calls f with the tile type, one of `kinds`.
-template <class T, int bytes, const auto& kinds, class F, size_t... index>
+template <class T, const auto& kinds, int (*stage_bytes)(const TileShape&), class F, size_t... index>
 void with_tile_of(TileKind kind, F& f, std::index_sequence<index...>) {
   const auto called = [&]<TileKind candidate>() {
     if (candidate != kind) return false;
-    f.template operator()<TileOf<T, candidate, bytes>>();
+    f.template operator()<TileOf<T, candidate, stage_bytes>>();
     return true;
   };
   if (!(called.template operator()<kinds[index]>() || ...))
     throw std::invalid_argument("no instance of this product has tile " + std::to_string(static_cast<int>(kind)));
 }
-template <class T, int bytes, const auto& kinds, class F>
+template <class T, const auto& kinds, int (*stage_bytes)(const TileShape&), class F>
 void with_tile(TileKind kind, F&& f) {
-  with_tile_of<T, bytes, kinds>(kind, f, std::make_index_sequence<std::size(kinds)>());
+  with_tile_of<T, kinds, stage_bytes>(kind, f, std::make_index_sequence<std::size(kinds)>());
 }
 
 }  // namespace locas::cuda::sm90

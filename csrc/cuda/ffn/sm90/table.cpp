@@ -1,5 +1,5 @@
-// The sm90 family: the forward of many tokens by TMA and wgmma. The rest is sm80's, which is compiled for sm_90 too. The
-// backward is sm80's until bench/sm90.py has found backward.cu right on a GPU.
+// The sm90 family: many tokens by TMA and wgmma. What it has no kernel of its own for, sm80's computes, which is compiled
+// for sm_90 too.
 #include <algorithm>
 
 #include "cuda/ffn/ffn_kernels.h"
@@ -9,7 +9,8 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-bool is_decode(int64_t tokens) { return tokens <= sm80::kMostDecodeTokens; }
+constexpr int64_t kMostDecodeTokens = 16;  // above, tiles take less on an H200; sm80's own bound is higher
+static_assert(kMostDecodeTokens <= sm80::kMostDecodeTokens);
 
 // Whether a tensor map can describe the matrix: its rows do not overlap and lie less than 2^40 bytes apart.
 bool has_tensor_map(const Matrix& m) {
@@ -24,13 +25,30 @@ bool have_tensor_maps(const GluFfnForwardParams& p) {
 }
 
 void forward(const GluFfnForwardParams& p, Queue queue) {
-  if (is_decode(p.tokens())) sm80::glu_ffn_forward_decode(p, queue);
+  if (p.tokens() <= kMostDecodeTokens) sm80::glu_ffn_forward_decode(p, queue);
   else if (have_tensor_maps(p)) glu_ffn_forward_tiles(p, queue);
   else sm80::glu_ffn_forward_tiles(p, queue);
 }
 
+bool have_tensor_maps(const GluFfnBackwardParams& p) {
+  const FfnWeights& w = p.weights;
+  const Matrix matrices[] = {w.gate, w.up,   w.down, w.memory_gate, w.memory_key, w.memory_value,  p.dy,
+                             p.x,    p.gate, p.up,   p.d_gate,      p.d_up,       p.memory_hidden, p.dx};
+  return std::all_of(std::begin(matrices), std::end(matrices), has_tensor_map);
+}
+
+void backward(const GluFfnBackwardParams& p, Queue queue) {
+  if (p.tokens() > kMostDecodeTokens && have_tensor_maps(p)) glu_ffn_backward_tiles(p, queue);
+  else sm80::glu_ffn_backward(p, queue);
+}
+
+int64_t backward_workspace(int64_t tokens, const FfnSizes& sizes) {
+  const int64_t of_sm80 = sm80::glu_ffn_backward_workspace(tokens, sizes);
+  return tokens <= kMostDecodeTokens ? of_sm80 : std::max(glu_ffn_backward_workspace(tokens, sizes), of_sm80);
+}
+
 int64_t forward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  if (is_decode(tokens)) return 0;
+  if (tokens <= kMostDecodeTokens) return 0;
   return std::max(glu_ffn_forward_workspace(tokens, sizes), sm80::glu_ffn_tiles_workspace(tokens, sizes));
 }
 
@@ -38,10 +56,10 @@ int64_t forward_workspace(int64_t tokens, const FfnSizes& sizes) {
 
 const FfnKernels table = {.family = "sm90",
                           .glu_ffn_forward = forward,
-                          .glu_ffn_backward = sm80::glu_ffn_backward,
+                          .glu_ffn_backward = backward,
                           .neuron_importance = sm80::neuron_importance,
                           .glu_ffn_forward_workspace = forward_workspace,
-                          .glu_ffn_backward_workspace = sm80::glu_ffn_backward_workspace,
+                          .glu_ffn_backward_workspace = backward_workspace,
                           .neuron_importance_workspace = sm80::neuron_importance_workspace};
 
 }  // namespace locas::cuda::sm90
