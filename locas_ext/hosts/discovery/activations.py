@@ -49,7 +49,8 @@ def _value(module: Any, grid: Tensor) -> Tensor | None:
 
 def function_of(module: Any, like: Tensor) -> str | None:
     """The function with kernels that an activation module computes, up to roundings; None if none."""
-    grid = torch.cat([torch.linspace(-12, 12, 4001, dtype=torch.float32), torch.tensor([1.0, -1.0])]).to(like.device)
+    ends = torch.tensor([1.0, -1.0], dtype=torch.float32, device=like.device)
+    grid = torch.cat([torch.linspace(-12, 12, 4001, dtype=torch.float32, device=like.device), ends])
     value = _value(module, grid)
     if value is None:
         grid = grid.to(like.dtype)
