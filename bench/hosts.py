@@ -1,7 +1,8 @@
 """What other hosts cost: how long attach takes, and memorizing a mixture of experts against the host's own step.
 
 attach    a random host of Qwen3-0.6B's shape, once as the table of families says where its FFNs are, once found by structure
-          and numbers as in any unknown family; the probe included. The median of `--rounds`, each on a new model.
+          and numbers as in any unknown family; the probe included. The median of `--rounds`, each on a new model. Of the latter
+          also what finding and probe take alone.
 experts   a random Qwen3-MoE host of 30B-A3B's shape cut to `--layers` layers: a chunk of a full window memorized, over the
           host's own step (its context read, then forward and backward of the chunk, no memory), eagerly and in CUDA graphs.
 """
@@ -10,13 +11,17 @@ import argparse
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import locas_ext as locas
-from locas_ext.hosts.registry import HOSTS
+from locas_ext.hosts.probe.probe import probe
+from locas_ext.hosts.registry import HOSTS, inspect_host
 
 from .baselines import HostStep, eager, graphed
 from .harness import parse, percentile, ratio, report
@@ -57,23 +62,26 @@ def experts(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def attaching(arguments: argparse.Namespace) -> list[dict]:
-    """One record per way to find the FFNs."""
-    known = HOSTS["qwen3"]
-    seconds: dict[str, list[float]] = {"attach, from the table": [], "attach, found": []}
+    """One record per way to find the FFNs, and the parts of the one without the table."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, work: Callable[[Any], Any], given: object) -> Any:
+        _wait(arguments)
+        started = time.perf_counter()
+        made = work(given)
+        _wait(arguments)
+        seconds[name].append(time.perf_counter() - started)
+        return made
+
+    def attach(model: torch.nn.Module) -> locas.Memory:
+        return locas.attach(model, locas.LocasConfig(rank=arguments.rank))
+
     for _ in range(arguments.rounds + 1):  # the first of each pays for what is made once per process
-        for name, values in seconds.items():
-            model = dense(arguments)
-            if name.endswith("found"):
-                del HOSTS["qwen3"]
-            try:
-                _wait(arguments)
-                started = time.perf_counter()
-                locas.attach(model, locas.LocasConfig(rank=arguments.rank))
-                _wait(arguments)
-                values.append(time.perf_counter() - started)
-            finally:
-                HOSTS["qwen3"] = known
-            del model
+        timed("attach, from the table", attach, dense(arguments))
+        with mock.patch.dict(HOSTS):
+            del HOSTS["qwen3"]
+            timed("attach, found", attach, dense(arguments))
+            timed("of that the probe", probe, timed("of that finding", inspect_host, dense(arguments)))
     return [
         {"arm": name, "first_ms": 1e3 * values[0], "median_ms": 1e3 * statistics.median(values[1:])}
         for name, values in seconds.items()

@@ -17,8 +17,9 @@ from .split import is_split, local, ranks_of
 
 
 def _fsdp_module() -> Any:
-    """The class of modules that fully_shard was applied to; None where nobody has imported it, so that there are none."""
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    """The class of modules that fully_shard was applied to; None where there are none, and no model need be walked through."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind if kind is not None and kind.__subclasses__() else None  # which fully_shard makes, one per class of modules
 
 
 def fsdp_modules(model: nn.Module) -> list[tuple[str, Any]]:

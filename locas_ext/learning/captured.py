@@ -89,9 +89,11 @@ class Captured:
             self.graph = None
             torch.cuda.empty_cache()  # the graph's memory is another's than that step's
         part = self._part(window)
-        if part is None or (graph := self._captured(part)) is None:
+        if part is None:
             return False
         self.attachment.state.sync()  # changes from outside, which a forward would have noticed
+        if (graph := self._captured(part)) is None:
+            return False
         self.ids.copy_(torch.cat(part))
         graph()
         self.replayed += 1
@@ -181,5 +183,7 @@ class Captured:
         """A capture runs the Python and not the kernels: what only Python noted down is not so."""
         for rehomed in self._rehomed_ffns():
             rehomed.generation = 0
+        for arena in self.attachment.state.arenas:
+            arena.record_versions()  # torch counts a write in place that did not take place: no change from outside
         if self.graph is None:
             self.attachment.state.zero_grad()

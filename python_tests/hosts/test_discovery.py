@@ -1,5 +1,7 @@
 """FFNs found by structure and numbers: the life of a memory in families that no table names, and in modules of odd names."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch import nn
 
 import locas_ext as locas
 from locas_ext import reference
+from locas_ext.hosts.discovery.dense import LayerNumbers
+from locas_ext.hosts.gated_ffn import FusedGatedFFN, InterleavedFFN, UpFirstFFN
 from locas_ext.hosts.registry import HOSTS, inspect_host
 
 
@@ -139,6 +143,22 @@ def test_hand_made_ffns_are_found_with_their_layout_and_activation(kind, act):
     side = reference.sideway_glu(z, memory.slots[1], memory.scale[1].item(), act).detach()
     with torch.no_grad():
         close(ffn(x), expected + (0.5 * side if kind == "residual" else side))
+
+
+def test_layers_alike_are_searched_once_and_the_numbers_of_each_decide(monkeypatch):
+    searched, search = [], LayerNumbers.ffns
+    monkeypatch.setattr(LayerNumbers, "ffns", lambda numbers: searched.append(numbers) or search(numbers))
+    inspect_host(with_ffns(lambda d: Halves(d, 40, F.relu, "up first")))
+    assert len(searched) == 1
+    orders, acts = (
+        ["gate first", "up first", "interleaved"],
+        random.sample([act for act in ACTS if not isinstance(ACTS[act], nn.Module)], 3),
+    )
+    ffns = iter([Halves(32, 40, ACTS[act], order) for act, order in zip(acts, orders, strict=True)])
+    model = with_ffns(lambda d: next(ffns))
+    found = inspect_host(model).ffns.values()
+    assert [type(ffn) for ffn in found] == [FusedGatedFFN, UpFirstFFN, InterleavedFFN] and len(searched) == 4
+    assert [ffn.activation for ffn in found] == acts
 
 
 def test_two_layers_in_a_row_are_found_too():

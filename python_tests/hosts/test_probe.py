@@ -40,7 +40,7 @@ def test_a_recording_holds_what_went_in_and_came_out_in_the_order_of_the_calls()
     assert [call.input.item() for call in recording.of(model.first)] == [3.0, 15.0], "copied before the call changed it"
     assert [call.result.item() for call in recording.of(model.first)] == [7.0, 31.0]
     assert recording.of(model.first)[0].kwargs["bias"].item() == 1 and recording.of(model.unused) == []
-    assert recording.logits.item() == 31
+    assert recording.result.item() == 31
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(AttributeError):
         record(model, None)

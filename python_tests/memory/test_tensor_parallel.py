@@ -223,7 +223,7 @@ def check_number_of_sums(memory, ids, a_layer, others, **settings):
     sums, after = [], []
     add_up = Ranks.add_up
     with mock.patch.object(Ranks, "add_up", lambda ranks, y: sums.append(y) or add_up(ranks, y)):
-        memory.memorize(ids, **settings, callback=lambda chunk: after.append(len(sums)))
+        memory.memorize(ids, **settings, on_divergence="ignore", callback=lambda chunk: after.append(len(sums)))
     assert after[4] - after[3] == a_layer * memory.model.config.num_hidden_layers + others
 
 

@@ -49,21 +49,23 @@ def _value(module: Any, grid: Tensor) -> Tensor | None:
 
 def function_of(module: Any, like: Tensor) -> str | None:
     """The function with kernels that an activation module computes, up to roundings; None if none."""
-    grid = torch.linspace(-12, 12, 4001, dtype=torch.float32, device=like.device)
+    ends = torch.tensor([1.0, -1.0], dtype=torch.float32, device=like.device)
+    grid = torch.cat([torch.linspace(-12, 12, 4001, dtype=torch.float32, device=like.device), ends])
     value = _value(module, grid)
     if value is None:
         grid = grid.to(like.dtype)
         value = module(grid).float().cpu()
+    if value.shape != grid.shape:
+        return None
     grid = grid.float().cpu()  # many small comparisons, each of which would wait for a device
-    names = [*KERNELS, *_as_xielu(module, like)]
-    errors = {name: nearness(activate(grid, name), value) for name in names}
-    name = min(errors, key=errors.__getitem__)
-    return name if errors[name] <= 8 * torch.finfo(like.dtype).eps else None
+    names = [*KERNELS, *_as_xielu(*value[-2:].double().tolist())]
+    apart = (torch.stack([activate(grid, name) for name in names]) - value).abs().amax(1) / value.abs().max()
+    least, index = apart.nan_to_num(math.inf).min(0)
+    return names[index] if least <= 8 * torch.finfo(like.dtype).eps else None
 
 
-def _as_xielu(module: Any, like: Tensor) -> list[str]:
-    """The xIELU that gives what a module gives at 1 and -1, if there is one."""
-    above, below = module(torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device)).double().tolist()
+def _as_xielu(above: float, below: float) -> list[str]:
+    """The xIELU that gives these numbers at 1 and -1, if there is one."""
     positive, negative = above - 0.5, (below + 0.5) / math.exp(-1)
     return [xielu(positive, negative)] if positive > 0 and negative > 0 else []
 
@@ -82,6 +84,7 @@ class Activations:
     """The activations of one layer: its activation modules as they ran, and the functions with kernels."""
 
     def __init__(self, layer: nn.Module, recording: Recording, rows: int):
+        self.rows = rows
         self.modules = []
         for name, module in layer.named_modules():
             if module is layer or is_linear(module) or len(list(module.parameters())) > 8:
@@ -89,14 +92,16 @@ class Activations:
             for call in recording.of(module):
                 x, y = input_of(call), output_of(call)
                 if x is not None and y is not None and x.shape == y.shape and x.numel() == rows * x.shape[-1]:
-                    self.modules.append((name, module, x, here(x, rows), here(y, rows)))
+                    self.modules.append((name, module, x, y))
 
     def of(self, pre: Tensor) -> list[Activated]:
         """What may have become of a pre-activation [rows, m]: by the modules that took it in, else by any known function."""
         found = []
-        for name, module, x, taken, made in self.modules:
-            if taken.shape == pre.shape and torch.equal(taken, pre) and _is_elementwise(module, x):
-                found.append(Activated(made.float(), function_of(module, x), name))
+        for name, module, x, y in self.modules:
+            if x.numel() != pre.numel() or not torch.equal(here(x, self.rows), pre):
+                continue
+            if _is_elementwise(module, x):
+                found.append(Activated(here(y, self.rows).float(), function_of(module, x), name))
         return found or [Activated(activate(pre.float(), name), name, "") for name in KERNELS]
 
 

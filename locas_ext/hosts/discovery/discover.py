@@ -16,7 +16,8 @@ from locas_ext.hosts.experts import ExpertBlock
 from locas_ext.hosts.ffn import HostFFN, Place
 from locas_ext.hosts.formula import Seen, class_name
 from locas_ext.hosts.gated_ffn import FusedGatedFFN, GatedFFN
-from locas_ext.hosts.probe.recording import Recording
+from locas_ext.hosts.probe.formula import hidden, products
+from locas_ext.hosts.probe.recording import Recording, recorded_run
 from locas_ext.hosts.probe.undisturbed import undisturbed
 from locas_ext.hosts.sharding import gathered
 from locas_ext.hosts.tried import tried
@@ -25,7 +26,7 @@ from locas_ext.ops.activations import has_parameters
 
 from .activations import function_of, nearest_with_kernels
 from .blocks import check_gradient, token_wise_blocks
-from .dense import Dense, dense_ffns
+from .dense import Dense, Formula, dense_ffn
 from .forward import (
     TOKENS,
     decoder_layers,
@@ -78,26 +79,26 @@ def _inside(name: str, holder: str) -> str:
 
 def _dense(layer: nn.Module, found: Dense, recording: Recording) -> tuple[str, HostFFN]:
     """The FFN that discovery found by its numbers."""
-    holder = _holder(layer, found.names, recording)
+    formula = found.formula
+    holder = _holder(layer, formula.names, recording)
     module: Any = layer.get_submodule(holder) if holder else layer
-    names = tuple(_inside(name, holder) for name in found.names)
+    names = tuple(_inside(name, holder) for name in formula.names)
     act = _inside(found.activated.module, holder) if found.activated.module else ""
     act_module = module.get_submodule(act) if act else None
     first, last = module.get_submodule(names[0]), module.get_submodule(names[-1])
-    like = recording.of(first)[0].result
-    activation = found.activated.name or nearest_with_kernels(act_module, like)
+    activation = found.activated.name or nearest_with_kernels(act_module, recording.of(first)[0].result)
     ffn: HostFFN
-    if found.kind == "two-layer":
+    if formula.kind == "two-layer":
         kind: Any = Conv1DFFN if isinstance(first, Conv1D) else TwoLayerFFN
         ffn = kind(module, activation, names)
     else:
-        ffn = (found.layout or GatedFFN)(module, activation, names)
+        ffn = (formula.layout or GatedFFN)(module, activation, names)
         call = recording.of(module)[0]
         whole = _same(input_of(call), recording.of(first)[0].input) and _same(output_of(call), recording.of(last)[0].result)
         ffn.place = Place.MODULE if whole else Place.PROJECTIONS
     ffn.activation_name, ffn.modeling = act, type(layer).__module__
     ffn.seen = Seen.now(module, act_module)
-    if isinstance(ffn, GatedFFN) and ffn.place is Place.MODULE and not _holds_far(ffn, recording.of(module)[0].input):
+    if isinstance(ffn, GatedFFN) and ffn.place is Place.MODULE and not _holds_far(ffn, recording):
         ffn.differs = "FFN computes something else on large numbers: it may clamp them"
     if ffn.is_gated and has_parameters(activation):
         ffn.differs = f"FFN has an activation, {activation}, that the fused kernels do not take"
@@ -106,22 +107,27 @@ def _dense(layer: nn.Module, found: Dense, recording: Recording) -> tuple[str, H
     return holder, ffn
 
 
-def _holds_far(ffn: GatedFFN, x: torch.Tensor) -> bool:
+def _holds_far(ffn: GatedFFN, recording: Recording) -> bool:
     """Whether the module computes the formula too where its neurons' products are larger than a short text makes them."""
-    reached = min(product.abs().max().item() for product in ffn.pre_activations(x))
-    far = x * (_REACH / max(reached, torch.finfo(torch.float32).tiny))
-    expected, got = ffn.projections()[-1](ffn.hidden(far)), None
+    x = recording.of(ffn.module)[0].input
+    reached = torch.stack([product.abs().max() for product in products(ffn, recording, x)]).min().float()
+    far = x * (_REACH / reached.clamp_min(torch.finfo(torch.float32).tiny))
+    last, made = ffn.projections()[-1], None
     with tried():
-        got = ffn.module(far)
-    if got is None:  # a module that takes more than its input
+        made = recorded_run([ffn.module, *ffn.projections()], lambda: ffn.module(far))
+    if made is None:  # a module that takes more than its input
         return True
-    return not expected.isfinite().all() or _same(got, expected)  # float16 does not reach everywhere
+    (call,), (out,) = made.of(ffn.module), made.of(last)
+    expected = hidden(ffn, made, far)
+    fits = _same(out.input, expected) and _same(call.result, out.result)
+    return fits or not expected.isfinite().all()  # float16 does not reach everywhere
 
 
 def _same(one: Any, other: Any) -> bool:
     if one is None or other is None or one.numel() != other.numel():
         return False
-    return nearness(one.reshape(other.shape).float(), other.float()) <= tolerance(other.dtype)
+    one = one.reshape(other.shape)
+    return torch.equal(one, other) or nearness(one.float(), other.float()) <= tolerance(other.dtype)
 
 
 def _activation_in(block: nn.Module, like: torch.Tensor) -> str:
@@ -175,10 +181,10 @@ def _beside(layer: nn.Module, name: str, d: int, recording: Recording) -> HostFF
     return ffn
 
 
-def _of_layer(layer: nn.Module, recording: Recording, d: int) -> tuple[str, HostFFN] | None:
-    if dense := dense_ffns(layer, recording, d, TOKENS):
-        widest = max(found.width for found in dense)  # an adapter behind the FFN is narrower
-        return _dense(layer, [found for found in dense if 2 * found.width > widest][-1], recording)
+def _of_layer(layer: nn.Module, recording: Recording, d: int, known: dict[tuple, Formula]) -> tuple[str, HostFFN] | None:
+    """known: as in `dense_ffn`"""
+    if (dense := dense_ffn(layer, recording, d, TOKENS, known)) is not None:
+        return _dense(layer, dense, recording)
     for name in reversed(token_wise_blocks(layer, recording, d, TOKENS)):
         if (ffn := _beside(layer, name, d, recording)) is not None:
             return name, ffn
@@ -196,10 +202,10 @@ def discover(model: Any) -> Discovered:
             raise ValueError(f"{type(model).__name__}: no list of decoder layers took part in its forward")
         names: dict[int, str] = {}
         ffns: dict[int, HostFFN] = {}
-        taken = set[nn.Module]()
+        taken, known = set[nn.Module](), dict[tuple, Formula]()
         for index, layer in layers.at.items():
             with gathered(model, layer):
-                if (found := _of_layer(layer, recording, d)) is None or found[1].module in taken:
+                if (found := _of_layer(layer, recording, d, known)) is None or found[1].module in taken:
                     continue
                 if found[1].differs is not None and found[1].place is Place.MODULE:
                     check_gradient(index, found[0], recording.of(found[1].module)[0])

@@ -1,6 +1,7 @@
 """One forward of a host over a few tokens, as discovery reads it: its decoder layers, and what each module computed."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -87,6 +88,17 @@ def hidden_size(model: Any, layers: Layers, recording: Recording) -> int | None:
             several = isinstance(stated, int) and stated > 0 and x.shape[-1] % stated == 0
             return stated if several else x.shape[-1]
     return None
+
+
+def outline(layer: nn.Module, recording: Recording) -> tuple:
+    """The modules of a layer that ran, in their order, each with its class and the sizes of what it took in and gave."""
+    calls = []
+    for name, module in layer.named_modules():
+        for call in recording.of(module):
+            x, y = input_of(call), output_of(call)
+            shapes = None if x is None else x.shape, None if y is None else y.shape
+            calls.append((recording.order(call), name, type(module), *shapes))
+    return tuple(tuple(what) for _, *what in sorted(calls, key=itemgetter(0)))
 
 
 def _where(model: nn.Module, error: BaseException) -> str:

@@ -32,18 +32,22 @@ def formula(ffn: HostFFN) -> str:
     return f"{last}({ffn.activation}({first}))"
 
 
-def _hidden(ffn: HostFFN, recording: Recording, x: Tensor) -> Tensor:
-    """What the memory takes the output projection's input for, where the FFN takes in x."""
+def products(ffn: HostFFN, recording: Recording, x: Tensor) -> list[Tensor]:
+    """What the first projections make of x, which the FFN takes in: gate and up, or the one of a two-layer FFN."""
     firsts = ffn.projections()[:-1]
     calls = [call for module in firsts for call in recording.of(module)[:1]]
     if len(calls) == len(firsts) and all(c.input.device == x.device and torch.equal(c.input, x) for c in calls):
-        products = [call.result for call in calls]
+        made = [call.result for call in calls]
     else:
-        products = [module(x) for module in firsts]
-    if isinstance(ffn, FusedGatedFFN):
-        products = list(ffn.split(products[0], -1))
-    hidden = activate(products[0], ffn.activation)
-    return hidden * products[1] if isinstance(ffn, GatedFFN) else hidden
+        made = [module(x) for module in firsts]
+    return list(ffn.split(made[0], -1)) if isinstance(ffn, FusedGatedFFN) else made
+
+
+def hidden(ffn: HostFFN, recording: Recording, x: Tensor) -> Tensor:
+    """What the memory takes the output projection's input for, where the FFN takes in x."""
+    first, *up = products(ffn, recording, x)
+    activated = activate(first, ffn.activation)
+    return activated * up[0] if up else activated
 
 
 def _same(ours: Tensor, theirs: Tensor, roundings: int) -> bool:
@@ -91,10 +95,11 @@ def difference(ffn: HostFFN, recording: Recording) -> str | None:
     call, outs = recording.of(ffn.module if ffn.place is Place.MODULE else first)[0], recording.of(last)
     other = f"FFN computes something else than {formula(ffn)}"
     if not outs:  # it makes its products from the weights, beside the modules
-        return None if _same(last(_hidden(ffn, recording, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
+        return None if _same(last(hidden(ffn, recording, call.input)), call.result, _PRODUCT_ROUNDINGS) else other
     taken_in = outs[0].input
-    hidden = _hidden(ffn, recording, call.input.to(taken_in.device))
-    if not _same(hidden, taken_in, _ROUNDINGS) or _activation_is_another(ffn, recording, taken_in):
+    if not _same(hidden(ffn, recording, call.input.to(taken_in.device)), taken_in, _ROUNDINGS) or _activation_is_another(
+        ffn, recording, taken_in
+    ):
         return other
     if ffn.place is Place.MODULE and not _same(outs[0].result, call.result, _ROUNDINGS):
         return other

@@ -65,9 +65,9 @@ def _watched(host: Host) -> list[nn.Module]:
 def _check(host: Host, texts: Tensor) -> None:
     model, reading = host.model, host.reading
     recording = record(model, texts, _watched(host))
-    if not recording.logits.isfinite().all():
+    if not recording.result.isfinite().all():
         raise ArithmeticError("its logits are not finite")
-    if (moved := leak(model, texts, recording.logits, _CONTEXT)) is not None:
+    if (moved := leak(model, texts, recording.result, _CONTEXT)) is not None:
         raise _Refused(
             f"{type(model).__name__} is not causal as it is: other last tokens of a text move the logits of earlier ones by "
             f"{moved:.2g} of their spread, so a chunk would be scored with its own tokens in sight; expected a model whose "
@@ -82,7 +82,7 @@ def _check(host: Host, texts: Tensor) -> None:
         if host.ranks is not None and not host.ranks.all(ffn.differs is None):
             ffn.differs = ffn.differs or "it computes something else on another process"
     if reading.lengths.divides(_CONTEXT, len(texts[0])) is None:
-        _choose_way(host, texts[0], recording.logits[0, _CONTEXT:])
+        _choose_way(host, texts[0], recording.result[0, _CONTEXT:])
 
 
 def _choose_way(host: Host, text: Tensor, expected: Tensor) -> None:

@@ -1,6 +1,6 @@
 """One forward of a model, recorded: what went into each module and what came out, in the order in which they ran."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +31,10 @@ class Call(NamedTuple):
 
 
 class Recording:
-    """The calls of one forward, in the order in which they began, and the logits [batch, n, V]."""
+    """The calls of one forward, in the order in which they began, and what it gave: a model's logits [batch, n, V]."""
 
-    def __init__(self, calls: list[Call], logits: Tensor):
-        self.calls, self.logits = calls, logits
+    def __init__(self, calls: list[Call], result: Any):
+        self.calls, self.result = calls, result
         self._of: dict[nn.Module, list[Call]] = {}
         self._order: dict[int, int] = {}
         for place, call in enumerate(calls):
@@ -60,15 +60,10 @@ def _copied(value: Any) -> Any:
 
 
 @torch.no_grad()
-def record(
-    model: nn.Module, ids: Tensor, modules: Iterable[nn.Module] | None = None, cache: DynamicCache | None = None
-) -> Recording:
-    """Runs ids [batch, n] through a causal language model.
+def recorded_run(modules: Iterable[nn.Module], run: Callable[[], Any]) -> Recording:
+    """Calls `run` with the calls of these modules recorded.
 
-    modules: whose calls are recorded; None: those of every module in the model
-    cache: an empty one, which then holds the text's keys and values; None: without a KV cache
-
-    The recording keeps no reference to what the model itself holds, and no hook stays on the model.
+    The recording keeps no reference to what the modules themselves hold, and no hook stays on them.
     """
     begun: list[Call | None] = []
     open_calls: list[tuple[int, tuple, dict]] = []
@@ -83,13 +78,23 @@ def record(
 
     handles = []
     try:
-        for module in model.modules() if modules is None else modules:
+        for module in modules:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        behind = cache_argument(model, cache)
-        logits = model(input_ids=ids, **behind, use_cache=cache is not None, return_dict=True).logits
+        result = run()
     finally:
         with uninterrupted():
             for handle in handles:
                 handle.remove()
-    return Recording([call for call in begun if call is not None], logits)
+    return Recording([call for call in begun if call is not None], result)
+
+
+def record(model: Any, ids: Tensor, modules: Iterable[nn.Module] | None = None, cache: DynamicCache | None = None) -> Recording:
+    """Runs ids [batch, n] through a causal language model.
+
+    modules: whose calls are recorded; None: those of every module in the model
+    cache: an empty one, which then holds the text's keys and values; None: without a KV cache
+    """
+    inputs = {"input_ids": ids, **cache_argument(model, cache), "use_cache": cache is not None}
+    watched = model.modules() if modules is None else modules
+    return recorded_run(watched, lambda: model(**inputs, return_dict=True).logits)

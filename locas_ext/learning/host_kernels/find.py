@@ -181,7 +181,7 @@ def _find_final(found: Found, model: Any, recording: Recording, ids: Tensor) -> 
         found.final = FinalNorm(found.norms[norm])
     try:
         hidden = _one_call(recording, decoder).output.last_hidden_state
-        found.head = head_loss(model, hidden[0, :-1], recording.logits[0, :-1], ids[1:], found.ranks)
+        found.head = head_loss(model, hidden[0, :-1], recording.result[0, :-1], ids[1:], found.ranks)
     except (ValueError, AttributeError) as why:
         found.own["loss"] = str(why)
 
