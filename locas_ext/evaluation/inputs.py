@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -124,8 +125,18 @@ def weights_digest(host) -> str:
     """Tells checkpoints of one name apart: SHA-256 over samples of every parameter, rounded to bfloat16."""
     digest = hashlib.sha256()
     for name, parameter in host.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        samples = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16)
         digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(samples.view(torch.int16).numpy().tobytes())
+        for tensor in _held(parameter.detach()):
+            flat = tensor.reshape(-1)
+            samples = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16)
+            digest.update(samples.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _held(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with the numbers: of a quantization library's those inside it."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _held(getattr(tensor, name))

@@ -158,6 +158,8 @@ class Host:
     def hidden_state_like(self) -> torch.Tensor:
         """An empty tensor with the dtype and device of the hidden states, as the embedding makes them."""
         dtype = self.model.get_input_embeddings().weight.dtype
+        if not dtype.is_floating_point:  # packed numbers of an embedding that is quantized
+            dtype = self.model.dtype
         return torch.empty(0, dtype=dtype, device=self.input_device())
 
 

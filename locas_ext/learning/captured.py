@@ -9,7 +9,8 @@ kept the graph reads the rows, which stay where they are, and leaves those of th
 fixed addresses (the arena, the host's weights); when one of them has moved, the work is captured anew. Over a kept context
 windows that still grow are of one shape too: how many of the rows count is a number on the device. They have a graph of
 their own, which gives way to the one of the full windows. Other windows that are not full run eagerly, as do hosts that
-cannot be captured: MemorizeReport.graph says so.
+cannot be captured: MemorizeReport.graph says so. Before a text's last chunk, if that is shorter, the graph gives its memory
+back.
 """
 
 import warnings
@@ -84,6 +85,9 @@ class Captured:
 
     def replay(self, window: Window) -> bool:
         """Does the work on a window, if that has the shape of others and can be captured. -> whether it was done"""
+        if self.graph is not None and len(window.inputs) < self.protocol.stride:  # the text's last, and an eager step
+            self.graph = None
+            torch.cuda.empty_cache()  # the graph's memory is another's than that step's
         part = self._part(window)
         if part is None or (graph := self._captured(part)) is None:
             return False

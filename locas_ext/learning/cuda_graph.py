@@ -89,6 +89,7 @@ def rehearse(work: Callable[[], None], device: torch.device) -> None:
 
     A failed capture would leave torch's random generator unusable; a failed rehearsal leaves nothing.
     """
+    torch.cuda.empty_cache()  # what eager steps left belongs to another stream, which the side stream cannot use
     current, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(current)
     try:

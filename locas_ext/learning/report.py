@@ -64,7 +64,8 @@ class HostKernelsReport:
     """Which parts of the host ran through native kernels.
 
     Attributes:
-        ours: those of "norms", "residuals", "attention", "loss" and, of a host that is split among processes, "sums" that did
+        ours: those of "norms", "residuals", "attention", "loss" and, of a host that is split among processes, "sums" that did;
+            the rotary embedding is part of "attention"
         own: why the host's own code ran the others, by part or by kind of window; by "host" if that ran everything
 
     >>> from locas_ext.learning.report import HostKernelsReport

@@ -182,3 +182,36 @@ def test_other_weights_of_the_same_name_have_another_digest(folder):
     with torch.no_grad():
         host.model.layers[3].mlp.up_proj.weight.mul_(1.1)
     assert weights_digest(host) != digest
+
+
+class Codes(torch.Tensor):
+    """A weight as torchao makes them: numbers of its own are in the tensors inside it alone."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(function)
+
+
+def test_quantized_weights_have_a_digest():
+    codes, scale = torch.randint(-128, 127, (6, 5), dtype=torch.int8), torch.rand(6, 1)
+    host, digests = torch.nn.Linear(5, 6, bias=False), set()
+    for other in (codes, scale), (-codes, scale), (codes, 2 * scale):
+        host.weight = torch.nn.Parameter(Codes(*other), requires_grad=False)
+        digests.add(weights_digest(host))
+    assert len(digests) == 3

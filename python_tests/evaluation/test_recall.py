@@ -124,13 +124,16 @@ def test_several_texts_from_a_file_and_what_is_kept(host_folder, tmp_path, monke
     assert "intervals over texts" in report and "kept of 10" in report
 
 
-def test_a_host_too_large_for_float32_is_asked_in_its_own_precision(host_folder, monkeypatch):
+@pytest.mark.parametrize("why", ["too large", "quantized"])
+def test_a_host_that_float32_does_not_suit_is_asked_in_its_own_precision(why, host_folder, monkeypatch):
     @contextmanager
     def full(model):
+        assert why == "too large"
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         yield
 
     monkeypatch.setattr(measuring, "in_float32", full)
+    monkeypatch.setattr(measuring, "rounds_whole_texts", lambda model: why == "quantized")
     monkeypatch.setattr(measuring, "right_general", lambda model, prompter, asked, *more: [True] * len(asked))
     model, tokenizer = command.load_host(str(host_folder), "bfloat16", "cpu")
     prompter, asking = command.Prompter(tokenizer), measuring.Asking(general=3)

@@ -158,6 +158,28 @@ def fills_the_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+# ---- a gradient -------------------------------------------------------------------------------------------------
+def test_a_host_through_whose_packed_weights_no_gradient_comes_back_is_refused():
+    """Torch itself only warns of an operation without a backward, whose gradient it takes for zero."""
+
+    class Packed(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.out_features, self.in_features = linear.weight.shape
+            self.weight = nn.Parameter((linear.weight.detach() * 100 + 128).round().to(torch.uint8), requires_grad=False)
+
+        def forward(self, x):
+            return torch.ops.locas_test.packed_linear(x, self.weight)
+
+    library = torch.library.Library("locas_test", "FRAGMENT")
+    library.define("packed_linear(Tensor x, Tensor weight) -> Tensor")
+    library.impl("packed_linear", lambda x, weight: nn.functional.linear(x, (weight.float() - 128) / 100), "CPU")
+    model = tiny("llama")
+    model.model.layers[1].self_attn.o_proj = Packed(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(ValueError, match="no gradient comes back.*locas_test::packed_linear: an autograd kernel was not"):
+        locas.attach(model, config_for("llama"))
+
+
 # ---- causality ------------------------------------------------------------------------------------------------
 def bidirectional(family):
     model = tiny(family)

@@ -10,6 +10,7 @@ from support.hosts import TWO_LAYER, tiny
 
 import locas_ext as locas
 from locas_ext.hosts import window_reading
+from locas_ext.learning.graph_step import GraphStep
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,18 @@ def test_hosts_that_are_not_captured_say_why(device):
     assert reference.memorize(TEXT, **SETTINGS).graph.why_not == "the reference backend waits for the device"
     twin = locas.memory_of(copy.deepcopy(model))
     assert twin.memorize(TEXT, **SETTINGS).graph == locas.GraphReport(11, 15)
+
+
+def test_no_eager_step_finds_a_graph_that_holds_memory(device, monkeypatch):
+    eagerly, graphs = GraphStep.eagerly, []
+
+    def noted(step, *arguments):
+        graphs.append(step.captured.graph)
+        return eagerly(step, *arguments)
+
+    monkeypatch.setattr(GraphStep, "eagerly", noted)
+    assert attached(device)[1].memorize(TEXT, **SETTINGS).graph.replayed > 5
+    assert graphs == [None] * len(graphs) and len(graphs) > 2, "before the windows are full, and the last chunk"
 
 
 def test_on_the_cpu_nothing_is_captured():

@@ -9,7 +9,7 @@ from locas_ext.hosts.registry import HOSTS
 
 ALL = ("norms", "residuals", "attention", "loss")
 SETTINGS = dict(window=32, stride=8, progress=False)
-OWN = {"gemma2": {"attention"}}  # by family, what is the host's own: its scores are capped
+OWN = {"gemma2": {"attention", "loss"}}  # by family, what is the host's own: its scores are capped
 
 
 def text(n=60):

@@ -11,7 +11,7 @@ import locas_ext as locas
 from locas_ext.hosts.registry import HOSTS
 from locas_ext.learning.backprop import gradient
 from locas_ext.learning.chunk import Window, WindowReader
-from locas_ext.learning.host_kernels import kernels
+from locas_ext.learning.host_kernels import find, kernels
 from locas_ext.learning.host_kernels.kernels import Level, fast_reader
 
 ALL = ("norms", "residuals", "attention", "loss")
@@ -97,9 +97,44 @@ def test_windows_of_every_length(bos, context_gradient):
 
 # ---- where they run -------------------------------------------------------------------------------------------
 def test_which_pieces_run_is_reported():
-    assert memory_on("llama").memorize(text(), **SETTINGS).host_kernels.ours == ALL
+    memory = memory_on("llama")
+    assert memory.memorize(text(), **SETTINGS).host_kernels.ours == ALL
+    report = memory.memorize(text(), context_gradient=True, **SETTINGS).host_kernels
+    assert report.ours == ("norms", "residuals") and list(report.own) == ["windows read otherwise"]
     report = memory_on("gemma2").memorize(text(), **SETTINGS).host_kernels
-    assert report.ours == ("norms", "residuals") and list(report.own) == ["attention"]
+    assert report.ours == ("norms", "residuals") and list(report.own) == ["attention", "loss"]
+
+
+class Packed(nn.Module):
+    """A linear layer or an embedding as quantization libraries make them: its first parameter holds bytes."""
+
+    def __init__(self, module):
+        super().__init__()
+        weight = module.weight.detach()
+        self.dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
+        self.is_embedding = isinstance(module, nn.Embedding)
+        self.weight = nn.Parameter((weight * 100 + 128).round().to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        weight = (self.weight.to(self.dtype) - 128) / 100
+        return nn.functional.embedding(x, weight) if self.is_embedding else nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_host_of_packed_weights(head, monkeypatch):
+    asked = []
+    monkeypatch.setattr(find, "obstacle", lambda heads, like: asked.append(like.dtype))
+    model = tiny("llama").to(torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding) and (head or name != "lm_head"):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, Packed(module))
+    memory = locas.attach(model, config_for("llama"))
+    assert memory._attachment.state.arenas[0].compute.dtype == torch.bfloat16
+    report = memory.memorize(text(), **SETTINGS).host_kernels
+    assert set(asked) == {torch.bfloat16}, "flash attention takes no bytes"
+    assert report.ours == (ALL[:-1] if head else ALL)
+    assert list(report.own) == ["loss"] * head and all("Packed, not a plain Linear" in why for why in report.own.values())
 
 
 def test_nothing_of_the_host_stays_replaced():

@@ -14,6 +14,7 @@ from locas_ext.evaluation.assets import ASSETS
 from locas_ext.evaluation.capability.bootstrap import interval, resampled_sums
 from locas_ext.evaluation.capability.distributions import divergence
 from locas_ext.evaluation.methods.truncation import truncation
+from locas_ext.hosts.probe.agreement import rounds_whole_texts
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.study.prompts import Prompter
 
@@ -98,7 +99,7 @@ def host_alone(model: Any, prompter: Prompter, asking: Asking) -> HostAlone:
     ids = torch.tensor(prompter.encode(OTHER_TEXT.read_text(encoding="utf-8"))[:OTHER_TOKENS])
     right = _right(_answered(model, prompter, asking), asking)
     right_in_float32, rounding = list[Question](), None
-    if right and model.dtype != torch.float32:
+    if right and model.dtype != torch.float32 and not rounds_whole_texts(model):  # quantized layers compute as they do
         try:
             with in_float32(model):
                 answered = _answered(model, prompter, asking)

@@ -1,5 +1,6 @@
 """Whether a gradient comes back through a host's forward: what its embedding gives stands in for what a memory adds."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,18 @@ class Embedded:
         return self.calls[-1].clone()  # hosts that change it in place change the copy
 
     def pull(self, logits: Tensor) -> None:
-        """Goes back from logits to the latest call, as learning does; raises whatever a host's backward raises."""
-        if self.calls and logits.requires_grad:
-            torch.autograd.grad(logits.float().sum(), self.calls[-1], allow_unused=True)
+        """Goes back from logits to the latest call, as learning does; raises whatever a host's backward raises.
+
+        RuntimeError also where torch only warns that an operation has no backward, and takes its gradient for zero.
+        """
+        if not (self.calls and logits.requires_grad):
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*an autograd kernel was not registered")
+            try:
+                torch.autograd.grad(logits.float().sum(), self.calls[-1], allow_unused=True)
+            except UserWarning as warning:
+                raise RuntimeError(str(warning).partition(". ")[0]) from None
 
 
 @contextmanager

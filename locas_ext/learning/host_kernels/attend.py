@@ -50,11 +50,11 @@ class Span(NamedTuple):
 
 
 def obstacle(heads: Heads, like: Tensor) -> str | None:
-    """Why these heads cannot be computed here, or None."""
+    """Why these heads cannot be computed here, or None. like: a layer's keys"""
     if like.is_cpu:
         return None
     if like.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention takes bfloat16 and float16, and the host is {str(like.dtype).removeprefix('torch.')}"
+        return f"flash attention takes bfloat16 and float16, and the keys are {str(like.dtype).removeprefix('torch.')}"
     if heads.head_size % 8 or heads.head_size > 256:
         return f"flash attention takes heads of up to 256 numbers, a multiple of 8; the host's have {heads.head_size}"
     return None

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from locas_ext.hosts.cache_names import given_cache
 from locas_ext.ops.backends import elementwise
 
-from .attend import Heads, Span, additive_mask, attend, attend_backward, obstacle
+from .attend import Heads, Span, additive_mask, attend, attend_backward
 from .binding import why_not_bound
 from .norms import FastRMSNorm, fast_norm
 from .projections import Projections
@@ -172,10 +172,6 @@ class FastAttention:
 def fast_attention(module: Any, interleaved: bool) -> FastAttention:
     """What computes this module's attention; ValueError, which says why, where that is not known how."""
     try:
-        fast = FastAttention(module, interleaved)
+        return FastAttention(module, interleaved)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"it is built otherwise: {error}") from None
-    why = obstacle(fast.heads, next(module.parameters()))
-    if why is not None:
-        raise ValueError(why)
-    return fast

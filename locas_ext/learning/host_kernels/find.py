@@ -18,6 +18,7 @@ from locas_ext.hosts.split import is_split, style_of
 from locas_ext.ops.ranks import Ranks
 
 from .agreement import agree, distance
+from .attend import obstacle
 from .attention import FastAttention, fast_attention
 from .binding import Piece, why_not_bound
 from .layers import FastLayer, FinalNorm, attention_of, chain
@@ -35,8 +36,8 @@ class Found:
 
     ranks: the processes that the host is split among
     split: of such a host the modules that are split, but for those of its FFNs
-    own: by piece, or by kind of window, why the host's own code runs it
-    levels: how much of a window's reading is ours: kernels.Level by kernels.Kind
+    own: by piece why the host's own code runs it
+    settled: how much of a window's reading is ours: kernels.Settled by kernels.Kind
     """
 
     ranks: Ranks | None = None
@@ -47,7 +48,7 @@ class Found:
     attentions: list[FastAttention] = field(default_factory=list)  # of all layers, or none
     head: HeadLoss | None = None
     own: dict[str, str] = field(default_factory=dict)
-    levels: dict[Any, int] = field(default_factory=dict)
+    settled: dict[Any, Any] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether every piece may still stand in for the host's own."""
@@ -110,13 +111,15 @@ def _attention(module: Any, recording: Recording, cache: DynamicCache, ranks: Ra
 def _check_attention(
     fast: FastAttention, call: Call, turns: tuple[Tensor, Tensor] | None, cache: DynamicCache, ranks: Ranks | None
 ) -> None:
-    """ValueError where it does not give what the host's own gave.
+    """ValueError where it cannot run, or does not give what the host's own gave.
 
     Keys and values are compared too: the attention of a host whose scores are nearly equal hardly shows how it turns them.
     """
+    own: Any = cache.layers[fast.layer]
+    if (why := obstacle(fast.heads, own.keys)) is not None:  # not by the weights, which may be packed
+        raise ValueError(why)
     buffers = WindowBuffers(call.input.shape[1])
     out = fast.over(call.input, turns, WindowCache(buffers, None))
-    own: Any = cache.layers[fast.layer]
     for ours, theirs in zip(buffers.layers[fast.layer], (own.keys, own.values), strict=True):
         _compare(ours, theirs[0].transpose(0, 1), ranks)
     _compare(out, call.result, ranks)

@@ -24,6 +24,7 @@ from .window_cache import WindowBuffers, WindowCache
 
 # Names no mask that transformers knows how to make: attentions of ours read none.
 _NO_MASK = "locas_window"
+_READ_OTHERWISE = {"windows read otherwise": "our attention reads in two forwards, without the context's gradient"}
 
 
 class Level(IntEnum):
@@ -68,6 +69,16 @@ class Kind(NamedTuple):
     behind: bool
     least: int
 
+    def __str__(self) -> str:
+        return f"windows of {self.least} or more tokens" + (" behind a context" if self.behind else "")
+
+
+class Settled(NamedTuple):
+    """How much of a kind's windows is read by ours; own: as in HostKernelsReport, why not more."""
+
+    level: Level
+    own: dict[str, str]
+
 
 class Ours(NamedTuple):
     """A window read by all of ours: its logits [n, V], and each target's loss [n]."""
@@ -83,15 +94,16 @@ class HostKernels:
         """rows: the tokens of the longest window"""
         self.host, self.found = host, found
         self.buffers = WindowBuffers(rows)
-        self.pieces, self.levels = found.pieces(), found.levels
+        self.pieces, self.settled = found.pieces(), found.settled
         self.all_pieces = self.pieces + found.attention_pieces()
+        self.met = set[Kind]()  # in this run
 
     # ---- how much of it is right -----------------------------------------------------------------------------
     def level(self, how: Hashable, context: int, tokens: int) -> Level:
         """How a window of so many tokens is read, `context` of them before the chunk's inputs."""
         behind = context > 0
-        known = [kind.least for kind in self.levels if kind[:2] == (how, behind) and kind.least <= tokens]
-        return Level(self.levels[Kind(how, behind, max(known))]) if known else Level.NONE
+        known = [kind.least for kind in self.settled if kind[:2] == (how, behind) and kind.least <= tokens]
+        return self.settled[Kind(how, behind, max(known))].level if known else Level.NONE
 
     @torch.no_grad()
     def settle(self, kind: Kind, targets: Tensor, read: Callable[[], Tensor], ours: Ours | None) -> None:
@@ -101,25 +113,24 @@ class HostKernels:
         """
         own = read()
         levels = {Level.PIECES: lambda: self._pieces_error(read, own, targets)} if self.pieces else {}
+        problem = _READ_OTHERWISE if ours is None and self.found.attentions else {}
         if ours is not None and self.found.attentions:
             levels = {Level.ALL: lambda: _error_of_all(ours, own, targets), **levels}
-        self.levels[kind] = Level.NONE
         for level, error_of in levels.items():
             try:
                 error = error_of()
                 why = f"the kernels' logits differ from the host's own by {error:.2g} of their spread"
             except torch.OutOfMemoryError:
-                del self.levels[kind]  # nothing is known of them
-                raise
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
-                error, why = float("nan"), f"with the kernels it raises {type(problem).__name__}: {problem}"
+                raise  # nothing is known of them
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as raised:
+                error, why = float("nan"), f"with the kernels it raises {type(raised).__name__}: {raised}"
             if self.host.ranks is not None:
                 error = self.host.ranks.largest(error)
             if error <= tolerance(own, self.host.reading.coarse):
-                self.levels[kind] = level
+                self.settled[kind] = Settled(level, problem)
                 return
-            behind = " behind a context" if kind.behind else ""
-            self.found.own[f"windows of {kind.least} or more tokens{behind}"] = why
+            problem = problem | {str(kind): why}
+        self.settled[kind] = Settled(Level.NONE, problem)
 
     def _pieces_error(self, read: Callable[[], Tensor], own: Tensor, targets: Tensor) -> float:
         """How far the logits with our pieces are from the host's own. Raises what their backward raises, where a host holds
@@ -132,13 +143,19 @@ class HostKernels:
         return misfit(logits, own, targets)
 
     def report(self) -> HostKernelsReport:
-        taken = set(self.levels.values())
+        """Of the windows of this run."""
+        settled = [self.settled[kind] for kind in self.met]
+        taken = {level for level, _ in settled}
         ours = []
         if taken - {Level.NONE}:
             ours += ["norms"] * bool(self.found.norms) + ["residuals"] * any(layer is not None for layer in self.found.layers)
         if Level.ALL in taken:
             ours += ["attention"] + ["loss"] * (self.found.head is not None)
         own, ranks = dict(self.found.own), self.host.ranks
+        if "attention" in own:
+            own.setdefault("loss", "it goes with our attention")
+        for _, problem in settled:
+            own |= problem
         if ranks is not None and ranks.why_not is not None:
             own["sums"] = ranks.why_not
         ours += ["sums"] * (ranks is not None and ranks.why_not is None)

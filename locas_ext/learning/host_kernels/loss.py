@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from locas_ext.hosts.formula import has_hooks
+from locas_ext.hosts.formula import class_name, has_hooks
 from locas_ext.hosts.split import is_split, local, style_of
 from locas_ext.ops import token_nll
 from locas_ext.ops.backends import elementwise
@@ -132,13 +132,15 @@ def plain_head(model: Any) -> nn.Module:
     """The model's LM head; ValueError, which says why, where it is not a plain frozen matrix, whole or split by its rows."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise ValueError(f"the LM head is {'missing' if head is None else type(head).__name__}, no linear layer")
+        raise ValueError(f"the LM head is {'missing' if head is None else f'a {class_name(head)}, not a plain Linear'}")
     weight = head.weight
     split = is_split(weight) and type(style_of(head)).__name__ == "ColwiseParallel"
     if (why := "it has hooks" if has_hooks(head) else None if split else why_not_bound(head)) is not None:
         raise ValueError(f"the LM head cannot be replaced: {why}")
-    if not (split or type(weight) is nn.Parameter) or weight.requires_grad or weight.device.type not in _SLICE:
-        raise ValueError("the LM head's weight is not a frozen parameter on a CPU or a GPU")
+    if not (split or type(weight) is nn.Parameter):
+        raise ValueError(f"the LM head holds a {type(weight).__name__}, not a plain Parameter")
+    if weight.requires_grad or weight.device.type not in _SLICE:
+        raise ValueError("the LM head's weight is not frozen, or not on a CPU or a GPU")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"the LM head is {str(weight.dtype).removeprefix('torch.')}")
     return head

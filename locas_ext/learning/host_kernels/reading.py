@@ -52,11 +52,11 @@ class KernelReading(ABC):
             return
         how, context, tokens = self._kind(window)
         kind = Kind(how, context > 0, self.host.reading.kind(tokens, full))
-        if kind in self.kernels.levels:
-            return
-        window = window.to(self.host.input_device())
-        ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if whole else None
-        self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
+        if kind not in self.kernels.settled:
+            window = window.to(self.host.input_device())
+            ours = Ours(partial(self._ours, window), partial(self._our_nll, window)) if whole else None
+            self.kernels.settle(kind, window.targets, partial(self._by_the_host, window), ours)
+        self.kernels.met.add(kind)
 
     def runs_the_host(self, window: Any) -> bool:
         """Whether the host's own code alone reads a window, or what of it is split among processes."""
