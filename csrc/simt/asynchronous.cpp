@@ -108,13 +108,6 @@ void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
   complete_phase(barrier);
 }
 
-void mbarrier_arrive_in(int block, uint64_t* address) {
-  check_runs(block, "an arrival");
-  uint64_t* there = machine.shared.in_block(address, block);
-  if (!find_mbarrier(there).fenced) fail("an arrival from another block on an mbarrier without mbarrier_init_fence");
-  mbarrier_arrive(there, 0);
-}
-
 void mbarrier_wait(uint64_t* address, uint32_t parity) {
   MBarrier& barrier = find_mbarrier(address);
   while (barrier.parity == (parity & 1)) wait_in("mbarrier_wait", barrier.waiting);
@@ -193,27 +186,18 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* addre
 }
 
 void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* address) {
-  bulk_tensor_multicast(shared, map, col, row, address, 1u << cluster_rank());
-}
-
-void bulk_tensor_multicast(void* shared, const TensorMap& map, int col, int row, uint64_t* address, uint32_t blocks) {
   check_box("bulk_tensor_load", map, shared);
   for_each_piece(map, col, row, shared, [](const void*, const void* global, int64_t inside) {
     if (inside > 0) touch_global(global, inside, Access::read);
   });
   const TensorMap copy = map;
-  for (int block = 0; blocks >> block > 0; ++block) {
-    if ((blocks >> block & 1) == 0) continue;
-    check_runs(block, "a copy");
-    void* there = machine.shared.in_block(shared, block);
-    issue_load(there, box_bytes(map), machine.shared.in_block(address, block), Proxy::async, [=] {
-      for_each_piece(copy, col, row, there, [](const void* piece, const void* global, int64_t inside) {
-        void* to = const_cast<void*>(piece);
-        std::memset(to, 0, 16);
-        if (inside > 0) std::memcpy(to, global, inside);
-      });
+  issue_load(shared, box_bytes(map), address, Proxy::async, [=] {
+    for_each_piece(copy, col, row, shared, [](const void* piece, const void* global, int64_t inside) {
+      void* to = const_cast<void*>(piece);
+      std::memset(to, 0, 16);
+      if (inside > 0) std::memcpy(to, global, inside);
     });
-  }
+  });
 }
 
 void store_async(int block, void* shared, const void* value, uint64_t* address) {

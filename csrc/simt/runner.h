@@ -69,7 +69,6 @@ void wait_for_copies(size_t pending_groups);
 void mbarrier_init(uint64_t* barrier, int count);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
-void mbarrier_arrive_in(int block, uint64_t* barrier);  // that lies where `barrier` lies in this block
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 
@@ -82,8 +81,6 @@ struct TensorMap {
   int element_bytes, box_rows, box_cols, swizzle_bytes;
 };
 void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier);
-// Into the blocks of the cluster whose bit is set, to the same place in each; the bytes count on the mbarrier of each.
-void bulk_tensor_multicast(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier, uint32_t blocks);
 // st.async: 16 bytes of this thread into another block of the cluster, on whose mbarrier they count.
 void store_async(int block, void* shared, const void* value, uint64_t* barrier);
 void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared);

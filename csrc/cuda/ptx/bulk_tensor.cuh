@@ -3,10 +3,9 @@
 // parameter. Outside the matrix a load yields zeros and a store does nothing. The box begins in shared memory at a
 // multiple of 8 spans of its swizzle (1024 bytes for 128).
 //
-// load: all bytes of the box, also those outside the matrix, count on the mbarrier. multicast: the same into each block of
-// the cluster (ptx/cluster.cuh) whose bit is set, to the same place, with the mbarrier at the same place there. store: bulk_wait_read<n> returns
-// when at most n of this thread's groups have still to read shared memory; what the store reads, each writing thread
-// must have fenced (fence_async_shared) before the barrier that lies between the two.
+// load: all bytes of the box, also those outside the matrix, count on the mbarrier. store: bulk_wait_read<n> returns when
+// at most n of this thread's groups have still to read shared memory; what the store reads, each writing thread must
+// have fenced (fence_async_shared) before the barrier that lies between the two.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +29,6 @@ LOCAS_DEVICE void bulk_tensor_load(void* shared, const TensorMap& map, int col, 
       "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
       : "memory");
 }
-LOCAS_DEVICE void bulk_tensor_multicast(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier,
-                                        uint32_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-}
 LOCAS_DEVICE void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
                "r"(shared_address(shared)), "r"(col), "r"(row)
@@ -54,10 +45,6 @@ using TensorMap = simt::TensorMap;
 
 inline void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier) {
   simt::bulk_tensor_load(shared, map, col, row, barrier);
-}
-inline void bulk_tensor_multicast(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier,
-                                  uint32_t blocks) {
-  simt::bulk_tensor_multicast(shared, map, col, row, barrier, blocks);
 }
 inline void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared) {
   simt::bulk_tensor_store(map, col, row, shared);

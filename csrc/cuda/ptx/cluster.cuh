@@ -30,10 +30,6 @@ LOCAS_DEVICE uint32_t address_in(int block, const void* shared) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(block));
   return address;
 }
-LOCAS_DEVICE void mbarrier_arrive_in(int block, uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in(block, barrier))
-               : "memory");
-}
 LOCAS_DEVICE void store_async(int block, void* shared, const float (&value)[4], uint64_t* barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    address_in(block, shared)),
@@ -56,7 +52,6 @@ LOCAS_DEVICE void mbarrier_wait_in_cluster(uint64_t* barrier, uint32_t parity) {
 #else
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline void sync_cluster() { simt::sync_cluster(); }
-inline void mbarrier_arrive_in(int block, uint64_t* barrier) { simt::mbarrier_arrive_in(block, barrier); }
 inline void mbarrier_wait_in_cluster(uint64_t* barrier, uint32_t parity) { simt::mbarrier_wait(barrier, parity); }
 inline void store_async(int block, void* shared, const float (&value)[4], uint64_t* barrier) {
   simt::store_async(block, shared, value, barrier);
