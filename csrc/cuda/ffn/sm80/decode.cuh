@@ -238,27 +238,22 @@ LOCAS_DEVICE void finish_down(const GluFfnForwardParams& p, WarpSums<kGroups, kW
   });
 }
 
-// The memory's part of the down product. V lies the other way round, [r, d]: a lane picks single elements of it, those of
-// the first 16 slots that its warp has long before they are used. There are few.
+// The memory's part of the down product. V lies the other way round, [r, d], and is turned when it is used; of the first 16
+// slots that a warp has it is under way long before.
 template <class T, int kGroups, int kWarps>
 struct MemoryValues {
   uint32_t at[kGroups][4];
 
   LOCAS_DEVICE void load(const FfnWeights& w, int first, int end, int slot = ptx::warp_index() * 16) {
-    const auto pair = [&](int row, int channel) {
-      const auto element = [&](int64_t row) -> uint32_t {
-        if (row >= w.r() || channel >= end) return 0;
-        return ptx::load(static_cast<const T*>(w.memory_value.data) + row * w.memory_value.stride + channel).bits;
-      };
-      return element(row) | element(row + 1) << 16;
-    };
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int channel = first + group * 16 + ptx::lane_index() / 4;
+    for (int group = 0; group < kGroups; ++group)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        at[group][i] = pair(slot + ptx::lane_index() % 4 * 2 + i / 2 * 8, channel + i % 2 * 8);
-    }
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = slot + ptx::lane_index() / 4 + i / 2 * 8;
+        const int channel = first + group * 16 + ptx::lane_index() % 4 * 2 + i % 2 * 8;
+        const T* pair = static_cast<const T*>(w.memory_value.data) + row * w.memory_value.stride + channel;
+        at[group][i] = row < w.r() && channel < end ? ptx::load(reinterpret_cast<const uint32_t*>(pair)) : 0;
+      }
   }
 
   // After load: adds all of the warp's slots to the sums.
@@ -266,6 +261,10 @@ struct MemoryValues {
   LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const GluFfnForwardParams& p, int first, int end) {
     const FfnWeights& w = p.weights;
     for (int slot = ptx::warp_index() * 16; slot < w.padded_r();) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) at[group][i] = ptx::movmatrix_trans(at[group][i]);
 #pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         const int64_t token = block * 8 + ptx::lane_index() / 4;
