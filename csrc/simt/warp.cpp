@@ -109,6 +109,26 @@ void stmatrix(void* row, const uint32_t (&registers)[4]) {
 
 uint64_t ldmatrix_conflicts() { return conflicts; }
 
+namespace {
+
+void movmatrix_lanes(void* const* lanes) {
+  uint16_t matrix[8][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 2; ++i)
+      matrix[lane / 4][lane % 4 * 2 + i] = static_cast<uint16_t>(*static_cast<uint32_t*>(lanes[lane]) >> 16 * i);
+  for (int lane = 0; lane < 32; ++lane) {
+    const int major = lane / 4, minor = lane % 4 * 2;
+    *static_cast<uint32_t*>(lanes[lane]) = matrix[minor][major] | uint32_t{matrix[minor + 1][major]} << 16;
+  }
+}
+
+}  // namespace
+
+uint32_t movmatrix_trans(uint32_t pair) {
+  warp_collective("movmatrix_trans", &pair, &movmatrix_lanes);
+  return pair;
+}
+
 // ---- mma.sync ------------------------------------------------------------------------------------------------
 namespace {
 

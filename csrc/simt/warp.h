@@ -14,6 +14,8 @@ void ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed);
 
 void stmatrix(void* row, const uint32_t (&registers)[4]);
 
+uint32_t movmatrix_trans(uint32_t pair);
+
 // How many times more than once shared memory had to be accessed for a matrix, of all ldmatrix and stmatrix so far: bank
 // conflicts.
 uint64_t ldmatrix_conflicts();

@@ -4,7 +4,7 @@
 // 16 bytes, aligned. Lane l receives elements (l / 4, 2 (l % 4)) and the next one of matrix i in r[i]; _trans: of its
 // transpose.
 //
-// stmatrix_x4: the way back, not transposed.
+// stmatrix_x4: the way back, not transposed. movmatrix_trans: of one matrix in registers the transpose.
 //
 // mma_m16n8k16: c [16, 8] += a [16, 16] b [16, 8], T = bf16 or f16, sums in float. With row = l / 4, col = 2 (l % 4),
 // each register two neighbours (low half first): a = (row, col), (row + 8, col), (row, col + 8), (row + 8, col + 8);
@@ -43,6 +43,11 @@ LOCAS_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
                "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
+LOCAS_DEVICE uint32_t movmatrix_trans(uint32_t r) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r));
+  return transposed;
+}
 template <class T>
 LOCAS_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
@@ -60,6 +65,7 @@ LOCAS_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { simt::ldmatrix(r, row, true); }
 inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { simt::stmatrix(row, r); }
+inline uint32_t movmatrix_trans(uint32_t r) { return simt::movmatrix_trans(r); }
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   simt::mma_m16n8k16(std::is_same_v<T, bf16> ? simt::Half::bf16 : simt::Half::f16, c, a, b0, b1);

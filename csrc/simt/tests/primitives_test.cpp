@@ -53,7 +53,7 @@ LOCAS_TEST(conversions, "runner: bf16 and f16") {
   return "all 65536 values, 200000 roundings each";
 }
 
-// ---- ldmatrix, mma, shuffles ---------------------------------------------------------------------------------------
+// ---- ldmatrix, movmatrix, mma, shuffles -------------------------------------------------------------------------------
 // out [16, 8] = a [16, 16] b [16, 8] by one warp, from row-major shared memory, or from the transposes of both.
 template <class T>
 struct MmaParams {
@@ -81,7 +81,8 @@ struct OneMma {
     uint32_t a[4], b[4];  // of b only matrices 0 and 1 count: lanes 16 to 31 name their rows once more
     if (transposed) {
       ptx::ldmatrix_x4_trans(a, &shared.a[i / 2 * 8 + j][i % 2 * 8]);
-      ptx::ldmatrix_x4_trans(b, shared.b + (i % 2 * 8 + j) * 8);
+      ptx::ldmatrix_x4(b, shared.b + (i % 2 * 8 + j) * 8);
+      for (uint32_t& matrix : b) matrix = ptx::movmatrix_trans(matrix);
     } else {
       ptx::ldmatrix_x4(a, &shared.a[i % 2 * 8 + j][i / 2 * 8]);
       ptx::ldmatrix_x4(b, shared.b + j * 16 + i % 2 * 8);
@@ -129,7 +130,7 @@ void check_mma() {
   });
 }
 
-LOCAS_TEST(matrices, "runner: ldmatrix, mma, shuffles") {
+LOCAS_TEST(matrices, "runner: ldmatrix, movmatrix, mma, shuffles") {
   check_mma<bf16, false>();
   check_mma<bf16, true>();
   check_mma<f16, false>();

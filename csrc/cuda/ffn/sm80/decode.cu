@@ -4,66 +4,46 @@
 //      D1 glu_ffn_decode_hidden    a CTA owns kGroups times 8 neurons, of the host or of the memory; it has 8 warps
 //      D2 glu_ffn_decode_down      a CTA owns kGroups times 16 channels; it has 16 warps
 //
-// D2 begins while D1 still runs: it fetches what it needs first of W_down, then waits. Never of V, which an update may
-// just have written. The more tokens, the more groups: each CTA reads all tokens, from the L2 cache, whatever it owns.
+// D2 begins while D1 still runs: it fetches what it needs first of W_down and V, then waits. What wrote V has ended, as D1
+// itself is an ordinary launch. The more tokens, the more groups: each CTA reads all tokens, from the L2 cache, whatever
+// it owns.
 #include "cuda/ffn/sm80/decode.cuh"
 #include "cuda/ptx/grid.cuh"
 
 namespace locas::cuda::sm80 {
 namespace {
 
-// A warp's share of some rows of weights on their way into registers, kAhead steps before they are used. The warps take
-// turns along the rows.
-template <class T, int kRows, int kAhead, int kWarps>
+// The weights of the rows that a CTA owns, of which its warps take turns along k.
+template <class T, int kGroups, int kWarps>
 struct WeightStream {
   static constexpr int kStride = kWarps * kStep;
-  const T* rows[kRows];  // null: zeros
-  int width;
-  Vec16 ahead[kAhead][kRows];
+  static constexpr int kDepth = kGroups == 1 ? 4 : 2;  // at most 64 KB, which every GPU has
+  using Queue = PieceQueue<T, 2 * kGroups, kDepth, kWarps * 32>;
+  Queue queue;
+  const T* rows[2 * kGroups];  // null: zeros
+  int width, next = ptx::warp_index() * kStep + lane_offset();
+
+  LOCAS_DEVICE WeightStream(typename Queue::Shared& shared, int64_t width)
+      : queue(shared), width(static_cast<int>(width)) {}
 
   LOCAS_DEVICE void start() {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(ahead[i], ptx::warp_index() * kStep + i * kStride);
-  }
-
-  // use(k, pieces) for every step: the lane's pieces of all rows, at its k.
-  template <class Use>
-  LOCAS_DEVICE void run(Use&& use) {
-#pragma unroll 1
-    for (int first = ptx::warp_index() * kStep; first < width; first += kAhead * kStride) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int step = first + i * kStride;
-        if (step >= width) break;
-        if constexpr (kAhead == 1) {  // registers are short: the next ones take the place of those used
-          use(step + lane_offset(), ahead[i]);
-          load(ahead[i], step + kStride);
-        } else {
-          Vec16 pieces[kRows];
-#pragma unroll
-          for (int row = 0; row < kRows; ++row) pieces[row] = ahead[i][row];
-          load(ahead[i], step + kAhead * kStride);
-          use(step + lane_offset(), pieces);
-        }
-      }
-    }
+    for (int i = 0; i < kDepth; ++i) copy_next();
   }
 
   template <int kTokenBlocks>
-  LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kRows / 2>& sums, const TokenRows<T>& tokens) {
-    run([&](int k, const Vec16(&pieces)[kRows]) {
-      tokens.template at<kTokenBlocks>(
-          k, [&](int block, const Vec16& token) { sums.template add<T>(block, pieces, token); });
+  LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens) {
+    add_steps<T, kStride>(sums, tokens, [&](Vec16(&pieces)[2 * kGroups]) {
+      queue.take(pieces);
+      copy_next();
     });
   }
 
  private:
-  LOCAS_DEVICE void load(Vec16 (&pieces)[kRows], int step) const {
-    const int k = step + lane_offset();
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-      pieces[row] =
-          rows[row] == nullptr || k >= width ? zeros() : ptx::load_once(reinterpret_cast<const Vec16*>(rows[row] + k));
+  LOCAS_DEVICE void copy_next() {
+    queue.copy(rows, next, next < width);
+    queue.advance();
+    next += kStride;
   }
 };
 
@@ -75,19 +55,23 @@ struct GluFfnDecodeHidden {
   static constexpr int threads = 256, min_blocks = kTokenBlocks == 1 ? 3 : kTokenBlocks <= 4 ? 2 : 1;
   static constexpr int kGroups = kTokenBlocks == 1 ? 1 : kTokenBlocks == 2 ? 2 : 3;
   static constexpr int kWarps = threads / 32, kNeurons = kStrip * kGroups;
-  using Shared = WarpSums<kGroups, kWarps>;
+  using Weights = WeightStream<T, kGroups, kWarps>;
+  struct Shared {
+    typename Weights::Queue::Shared queue;
+    WarpSums<kGroups, kWarps> sums;
+  };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     ptx::launch_dependents();
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const FfnWeights& w = p.weights;
     const int first = ptx::block_index() * kNeurons, end = static_cast<int>(w.m() + w.padded_r());
-    WeightStream<T, 2 * kGroups, 4 / kGroups, kWarps> weights;
-    weights.width = static_cast<int>(w.d());
+    Weights weights(shared.queue, w.d());
     rows_of_hidden<T, kGroups>(w, first, end, weights.rows);
     weights.start();
     Sums<kTokenBlocks, kGroups> sums;
     weights.add_to(sums, TokenRows<T>(p.x, p.tokens(), w.d()));
-    finish_hidden<T>(p, *reinterpret_cast<Shared*>(dynamic), sums, first, end);
+    finish_hidden<T>(p, shared.sums, sums, first, end);
   }
 };
 
@@ -98,30 +82,28 @@ struct GluFfnDecodeDown {
   static constexpr const char* name = "glu_ffn_decode_down";
   static constexpr int threads = 512, min_blocks = 1;
   static constexpr int kWarps = threads / 32, kChannels = 16 * kGroups;
-  static constexpr int kAhead = kTokenBlocks > 4 ? 1 : kTokenBlocks > 2 ? 2 : 4;
-  using Shared = WarpSums<kGroups, kWarps>;
+  using Weights = WeightStream<T, kGroups, kWarps>;
+  struct Shared {
+    typename Weights::Queue::Shared queue;
+    WarpSums<kGroups, kWarps> sums;
+  };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const FfnWeights& w = p.weights;
     const int first = ptx::block_index() * kChannels, end = static_cast<int>(w.d());
-    Sums<kTokenBlocks, kGroups> sums;
-    add_host(p, sums, first, end);
-    MemoryValues<T, kGroups, kWarps> values;
-    values.load(w, first, end);
-    values.add_to(sums, p, first, end);
-    finish_down<T>(p, *reinterpret_cast<Shared*>(dynamic), sums, first, end);
-  }
-
- private:
-  static LOCAS_DEVICE void add_host(const Params& p, Sums<kTokenBlocks, kGroups>& sums, int first, int end) {
-    const FfnWeights& w = p.weights;
-    WeightStream<T, 2 * kGroups, kAhead, kWarps> weights;
-    weights.width = static_cast<int>(w.m());
+    Weights weights(shared.queue, w.m());
     rows_of_down<T, kGroups>(w, first, end, weights.rows);
     weights.start();
+    MemoryValues<T, kGroups, kWarps> values;
+    values.load(w, first, end);
     const TokenRows<T> tokens(p.hidden, p.tokens(), w.m());
     ptx::wait_for_launch_before();  // for `hidden`
+
+    Sums<kTokenBlocks, kGroups> sums;
     weights.add_to(sums, tokens);
+    values.add_to(sums, p, first, end);
+    finish_down<T>(p, shared.sums, sums, first, end);
   }
 };
 

@@ -1,9 +1,9 @@
 // What the kernels for at most 64 tokens share: the forward as two (decode.cu) or as one (decode_cooperative.cu), and the
 // backward as one (decode_backward.cu). plan.cuh picks.
 //
-//      The weights are the A operand of mma.sync, tokens its 8 columns, and a lane's weights go from global memory to its
-//      registers, past all other lanes: within 32 of k, lane l has 16 bytes at k = 8 (l % 4), and both operands use k in
-//      that order. The warps of a CTA share k; their sums are added in their order: the result repeats bit for bit.
+//      The weights are the A operand of mma.sync, tokens its 8 columns, and a lane's weights go through a place of its own
+//      in shared memory, past all other lanes: within 32 of k, lane l has 16 bytes at k = 8 (l % 4), and both operands use
+//      k in that order. The warps of a CTA share k; their sums are added in their order: the result repeats bit for bit.
 //
 //      hidden   A fragment [ 8 gate rows ]      c0, c1: gate of slot l / 4 for two tokens
 //                          [ 8 up rows   ]      c2, c3: up of the same slot and tokens
@@ -17,6 +17,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/thread.cuh"
@@ -81,6 +82,63 @@ struct Sums {
     }
   }
 };
+
+// A lane's weights on their way through shared memory, kDepth steps ahead of their use: the step that is taken makes room
+// for the one that is copied next. A lane reads only what it has copied itself, so that no lane waits for another one. In
+// registers nothing would be ahead: mma.sync wants the words of two rows side by side, and the compiler moves them there,
+// that is waits for them, right behind the load.
+template <class T, int kRows, int kDepth, int kThreads>
+class PieceQueue {
+ public:
+  struct Shared {
+    Vec16 pieces[kDepth][kRows][kThreads];
+  };
+
+  explicit LOCAS_DEVICE PieceQueue(Shared& shared) : shared_(shared) {}
+
+  LOCAS_DEVICE void take(Vec16 (&pieces)[kRows]) {
+    ptx::cp_async_wait<kDepth - 1>();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) pieces[row] = ptx::load(&shared_.pieces[place_][row][ptx::thread_index()]);
+  }
+  // The pieces at k of some rows (null: zeros), if there are any.
+  LOCAS_DEVICE void copy(const T* const (&rows)[kRows], int k, bool exist) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row)
+      ptx::cp_async_16(&shared_.pieces[place_][row][ptx::thread_index()], rows[row] + k, rows[row] != nullptr && exist);
+  }
+  // Behind each step that was copied, and as often where none is left, so that the wait counts right.
+  LOCAS_DEVICE void advance() {
+    ptx::cp_async_commit();
+    place_ = place_ + 1 == kDepth ? 0 : place_ + 1;
+  }
+
+ private:
+  Shared& shared_;
+  int place_ = 0;
+};
+
+// A whole sum over k: += weights * tokens, with a step's weights from take(pieces). The tokens of several steps come at once.
+template <class T, int kStride, int kTokenBlocks, int kGroups, class Take>
+LOCAS_DEVICE void add_steps(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens, Take&& take) {
+  constexpr int kTogether = kGroups < 3 ? 8 / kTokenBlocks : 1;  // as registers allow
+#pragma unroll 1
+  for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
+    Vec16 pieces[kTogether][kTokenBlocks];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      tokens.template at<kTokenBlocks>(first + lane_offset() + i * kStride,
+                                       [&](int block, const Vec16& piece) { pieces[i][block] = piece; });
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i * kStride >= tokens.width) break;
+      Vec16 rows[2 * kGroups];
+      take(rows);
+#pragma unroll
+      for (int block = 0; block < kTokenBlocks; ++block) sums.template add<T>(block, rows, pieces[i][block]);
+    }
+  }
+}
 
 // The sums of all warps, in shared memory, for 8 tokens at a time.
 template <int kGroups, int kWarps>
@@ -180,27 +238,22 @@ LOCAS_DEVICE void finish_down(const GluFfnForwardParams& p, WarpSums<kGroups, kW
   });
 }
 
-// The memory's part of the down product. V lies the other way round, [r, d]: a lane picks single elements of it, those of
-// the first 16 slots that its warp has long before they are used. There are few.
+// The memory's part of the down product. V lies the other way round, [r, d], and is turned when it is used; of the first 16
+// slots that a warp has it is under way long before.
 template <class T, int kGroups, int kWarps>
 struct MemoryValues {
   uint32_t at[kGroups][4];
 
   LOCAS_DEVICE void load(const FfnWeights& w, int first, int end, int slot = ptx::warp_index() * 16) {
-    const auto pair = [&](int row, int channel) {
-      const auto element = [&](int64_t row) -> uint32_t {
-        if (row >= w.r() || channel >= end) return 0;
-        return ptx::load(static_cast<const T*>(w.memory_value.data) + row * w.memory_value.stride + channel).bits;
-      };
-      return element(row) | element(row + 1) << 16;
-    };
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int channel = first + group * 16 + ptx::lane_index() / 4;
+    for (int group = 0; group < kGroups; ++group)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        at[group][i] = pair(slot + ptx::lane_index() % 4 * 2 + i / 2 * 8, channel + i % 2 * 8);
-    }
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = slot + ptx::lane_index() / 4 + i / 2 * 8;
+        const int channel = first + group * 16 + ptx::lane_index() % 4 * 2 + i % 2 * 8;
+        const T* pair = static_cast<const T*>(w.memory_value.data) + row * w.memory_value.stride + channel;
+        at[group][i] = row < w.r() && channel < end ? ptx::load(reinterpret_cast<const uint32_t*>(pair)) : 0;
+      }
   }
 
   // After load: adds all of the warp's slots to the sums.
@@ -208,6 +261,10 @@ struct MemoryValues {
   LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const GluFfnForwardParams& p, int first, int end) {
     const FfnWeights& w = p.weights;
     for (int slot = ptx::warp_index() * 16; slot < w.padded_r();) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) at[group][i] = ptx::movmatrix_trans(at[group][i]);
 #pragma unroll
       for (int block = 0; block < kTokenBlocks; ++block) {
         const int64_t token = block * 8 + ptx::lane_index() / 4;

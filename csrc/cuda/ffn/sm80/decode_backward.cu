@@ -34,9 +34,9 @@ struct Item {
 
 // A square of K: which rows of which weights, and the columns of the tokens that they meet.
 struct Square {
-  const Matrix& weights;
+  Matrix weights;
   int first, rows;  // of the weights
-  const Matrix& tokens;
+  Matrix tokens;
   int before, width;  // columns of the tokens in front of this source, and in it
 };
 
@@ -213,16 +213,19 @@ struct GluFfnDecodeBackward {
       Matrix from = square.tokens;
       from.data = static_cast<T*>(from.data) + square.before;
       const TokenRows<T> tokens(from, items.p.tokens(), square.width);
+      Vec16 pieces[kTokenBlocks];  // under way while the square is taken
+      tokens.template at<kTokenBlocks>(square.first + lane_offset(),
+                                       [&](int block, const Vec16& piece) { pieces[block] = piece; });
       uint32_t columns[2][kGroups][4];
       squares.take(columns);
-      tokens.template at<kTokenBlocks>(square.first + lane_offset(), [&](int block, const Vec16& token) {
+#pragma unroll
+      for (int block = 0; block < kTokenBlocks; ++block)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int group = 0; group < kGroups; ++group)
-            ptx::mma_m16n8k16<T>(sums.at[block][group], columns[half][group], token.word[2 * half],
-                                 token.word[2 * half + 1]);
-      });
+            ptx::mma_m16n8k16<T>(sums.at[block][group], columns[half][group], pieces[block].word[2 * half],
+                                 pieces[block].word[2 * half + 1]);
     }
   }
 

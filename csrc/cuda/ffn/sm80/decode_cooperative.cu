@@ -8,7 +8,6 @@
 // The weights of both products are one stream through a queue in shared memory: behind those of the first product come
 // those of the second, which keep the memory busy while the CTAs wait for `hidden`. Nothing but weights is in it.
 #include "cuda/ffn/sm80/decode.cuh"
-#include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/grid.cuh"
 
 namespace locas::cuda::sm80 {
@@ -26,67 +25,39 @@ LOCAS_DEVICE Range share_of(int64_t rows) {
   return {static_cast<int>(strips * block / blocks) * kStrip, static_cast<int>(strips * (block + 1) / blocks) * kStrip};
 }
 
-// A lane's weights of all that its CTA does, kDepth steps ahead of their use. A lane reads only what it has copied itself,
-// so that no lane waits for another one.
+// A lane's weights of all that its CTA does.
 template <class T>
 class WeightQueue {
  public:
   static constexpr int kRows = 2 * kGroups, kDepth = kResidentPieces / kRows;
-  struct Shared {
-    Vec16 pieces[kDepth][kRows][kResidentThreads];
-  };
+  using Queue = PieceQueue<T, kRows, kDepth, kResidentThreads>;
+  using Shared = typename Queue::Shared;
 
   LOCAS_DEVICE WeightQueue(Shared& shared, const FfnWeights& w, const Range& neurons, const Range& channels)
-      : shared_(shared), w_(w), at_(neurons), channels_(channels) {
+      : queue_(shared), w_(w), at_(neurons), channels_(channels) {
     begin_pass();
 #pragma unroll 1
     for (int i = 0; i < kDepth; ++i) copy_next();
   }
 
-  // A whole sum over k of the next kRows rows: += weights * tokens. The tokens of kTogether steps come at once, as nothing
-  // but them is waited for behind sync_grid.
-  LOCAS_DEVICE void add_to(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens) {
-    constexpr int kTogether = 8;
-#pragma unroll 1
-    for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
-      Vec16 pieces[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-        tokens.template at<kTokenBlocks>(first + lane_offset() + i * kStride,
-                                         [&](int, const Vec16& piece) { pieces[i] = piece; });
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (first + i * kStride >= tokens.width) break;
-        Vec16 rows[kRows];
-        take(rows);
-        sums.template add<T>(0, rows, pieces[i]);
-      }
-    }
+  // The weights of the next step.
+  LOCAS_DEVICE void take(Vec16 (&pieces)[kRows]) {
+    queue_.take(pieces);
+    copy_next();
   }
 
  private:
-  LOCAS_DEVICE void take(Vec16 (&rows)[kRows]) {
-    ptx::cp_async_wait<kDepth - 1>();
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) rows[row] = ptx::load(&shared_.pieces[place_][row][ptx::thread_index()]);
-    copy_next();  // into the place that has just been read
-  }
-
-  // Copies the next step and advances. Behind the last one there are empty groups, so that the wait counts right.
+  // Copies the next step, if there is one.
   LOCAS_DEVICE void copy_next() {
     if (at_.first < at_.end) {
-#pragma unroll
-      for (int row = 0; row < kRows; ++row)
-        ptx::cp_async_16(&shared_.pieces[place_][row][ptx::thread_index()], rows_[row] + k_,
-                         rows_[row] != nullptr && k_ < width());
+      queue_.copy(rows_, k_, k_ < width());
       k_ += kStride;
       if (k_ - lane_offset() >= width()) {
         at_.first += (down_ ? 2 : 1) * kGroups * kStrip;
         begin_pass();
       }
     }
-    ptx::cp_async_commit();
-    place_ = place_ + 1 == kDepth ? 0 : place_ + 1;
+    queue_.advance();
   }
 
   LOCAS_DEVICE int width() const { return static_cast<int>(down_ ? w_.m() : w_.d()); }
@@ -104,12 +75,12 @@ class WeightQueue {
     else rows_of_hidden<T, kGroups>(w_, at_.first, at_.end, rows_);
   }
 
-  Shared& shared_;
+  Queue queue_;
   const FfnWeights& w_;
   Range at_, channels_;  // what is left of the product that is copied; all of the second one
   bool down_ = false;
   const T* rows_[kRows];  // null: zeros
-  int k_, place_ = 0;
+  int k_;
 };
 
 template <class T_>
@@ -128,12 +99,13 @@ struct GluFfnDecode {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const FfnWeights& w = p.weights;
     const Range neurons = share_of(w.m() + w.padded_r()), channels = share_of(w.d());
-    Weights queue(shared.queue, w, neurons, channels);
+    Weights weights(shared.queue, w, neurons, channels);
+    const auto take = [&](Vec16(&pieces)[Weights::kRows]) { weights.take(pieces); };
 
     const TokenRows<T> x(p.x, p.tokens(), w.d());
     for (int first = neurons.first; first < neurons.end; first += kGroups * kStrip) {
       Sums<kTokenBlocks, kGroups> sums;
-      queue.add_to(sums, x);
+      add_steps<T, kStride>(sums, x, take);
       finish_hidden<T>(p, shared.sums, sums, first, neurons.end);
     }
     MemoryValues<T, kGroups, kWarps> values;
@@ -143,7 +115,7 @@ struct GluFfnDecode {
     const TokenRows<T> hidden(p.hidden, p.tokens(), w.m());
     for (int first = channels.first; first < channels.end;) {
       Sums<kTokenBlocks, kGroups> sums;
-      queue.add_to(sums, hidden);
+      add_steps<T, kStride>(sums, hidden, take);
       values.add_to(sums, p, first, channels.end);
       finish_down<T>(p, shared.sums, sums, first, channels.end);
       first += 2 * kGroups * kStrip;
