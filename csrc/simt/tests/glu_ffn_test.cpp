@@ -491,7 +491,8 @@ std::string shapes(int count) { return std::to_string(count) + " shapes, " + std
 // Each instance of each product.
 LOCAS_TEST(hopper_wide, "glu_ffn of sm90 with wide tiles") {
   using enum TileKind;
-  int count = run_alternating(hopper({m128n192_ping_pong, m128n256, m128n192_ping_pong, m128n256, 1}), 1, 300, 10);
+  int count = run_alternating(
+      hopper({m128n192_ping_pong, m128n128_ping_pong, m128n192_ping_pong, m128n128_ping_pong, 1}), 1, 300, 10);
   count += run_alternating(hopper({m128n192, m128n128_ping_pong, m128n192, m128n128_ping_pong, 3}), 1, 300, 12);
   return shapes(count);
 }
@@ -513,7 +514,7 @@ LOCAS_TEST(hopper_sizes, "glu_ffn of sm90 with long sums") {
   using enum TileKind;
   Random random(17);
   for_each_seed([&] {
-    const FfnKernels kernels = hopper({m128n192_ping_pong, m128n256, m128n128, m128n256, 2});
+    const FfnKernels kernels = hopper({m128n192_ping_pong, m128n128, m128n128, m128n128_ping_pong, 2});
     exact_case<bf16>({33, 136, 136, 130, Activation::relu, true}, kernels, random);
     rounded_case<bf16>({140, 200, 136, 65, Activation::silu, false}, cuda::sm90::table, random);
   });

@@ -409,10 +409,12 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
   const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
   p.units = p.tile_units() + slot_units;
-  p.slots_from = Tile::kSlices > 1 ? p.tile_units()
-                                   : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
-                                                  {slot_units, p.token_blocks}, block_count_for<Tile>(p.units, queue))
-                                         .slots_from;
+  p.slots_from = Tile::kSlices > 1
+                     ? p.tile_units()
+                     : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
+                                    {slot_units, p.token_blocks + slots_epilogue_blocks(Tile::kM, Tile::kN)},
+                                    block_count_for<Tile>(p.units, queue))
+                           .slots_from;
   return p;
 }
 

@@ -33,7 +33,6 @@ constexpr Target kTarget{3, 1, 1};  // small tests meet several units per CTA, a
 
 // By number in kTiles.
 enum class TileKind {
-  m128n256,
   m128n192,
   m128n192_ping_pong,
   m128n128,
@@ -41,7 +40,7 @@ enum class TileKind {
   m128n64,
   m128n128_4_slices,
 };
-constexpr int kTileKinds = 7;
+constexpr int kTileKinds = 6;
 struct TileShape {
   int m, n;
   Schedule schedule;
@@ -49,21 +48,20 @@ struct TileShape {
   int slices = 1;   // of K, in a cluster
 };
 constexpr TileShape kTiles[kTileKinds] = {
-    {128, 256, Schedule::cooperative, 1.01},   {128, 192, Schedule::cooperative, 1.0},
-    {128, 192, Schedule::ping_pong, 1.0},      {128, 128, Schedule::cooperative, 1.06},
-    {128, 128, Schedule::ping_pong, 1.03},     {128, 64, Schedule::cooperative, 1.5},
-    {128, 128, Schedule::cooperative, 1.06, 4}};
+    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.0},
+    {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
+    {128, 64, Schedule::cooperative, 1.5},   {128, 128, Schedule::cooperative, 1.06, 4}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
 constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
                                      TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kDownTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
-                                   TileKind::m128n64, TileKind::m128n128_4_slices};
+constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                   TileKind::m128n128_4_slices};
 constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
                                          TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n256, TileKind::m128n128, TileKind::m128n128_ping_pong,
-                                        TileKind::m128n64, TileKind::m128n128_4_slices};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                        TileKind::m128n128_4_slices};
 
 // What SlicedSums has in shared memory (epilogue.cuh).
 constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
@@ -123,7 +121,7 @@ struct Product {
 // Clock cycles. What slices cost: by launch, the floats that are written, read and added; in a cluster, those that one CTA
 // sends the others, and CTAs that begin when others have ended.
 inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
-  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 4000, kReadAClock = 1200;
+  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 5000, kReadAClock = 1200;
   constexpr double kSentAClock = 12, kNextCluster = 8000;
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
@@ -161,7 +159,7 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
   return best;
 }
 
-constexpr int kMostSplits = 8;
+constexpr int kMostSplits = 4;
 constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.3;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
@@ -192,6 +190,9 @@ inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target
   return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
 }
 
+// What a unit of the slots takes beside its K-blocks, in K-blocks: it reads the floats that its sums are added to.
+constexpr int slots_epilogue_blocks(int m, int n) { return 6000 * 4096 / (2 * m * n * kBlockK); }
+
 // K4: dx in slices like K2, and the slots' gradients beside it.
 inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
   const int64_t slot_blocks = divide_up(sizes.r, kBlockK);
@@ -200,7 +201,8 @@ inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target&
     const int64_t tiles_n = divide_up(sizes.d, tile.n);
     return Product{{divide_up(tokens, tile.m) * tiles_n, blocks},
                    kSumsAClock,
-                   {(slot_blocks + divide_up(slot_blocks, 2)) * tiles_n, divide_up(tokens, kBlockK)}};
+                   {(slot_blocks + divide_up(slot_blocks, 2)) * tiles_n,
+                    divide_up(tokens, kBlockK) + slots_epilogue_blocks(tile.m, tile.n)}};
   };
   return best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
