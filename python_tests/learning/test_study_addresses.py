@@ -9,7 +9,16 @@ from support.study import PAIRS, TEXT, study_host, study_tokenizer
 
 import locas_ext as locas
 from locas_ext.evaluation.recall.general import general_questions
-from locas_ext.learning.study.addresses import Addresses, addressed_rows, addressed_words, enough, found_in, moments, spelled
+from locas_ext.learning.study.addresses import (
+    Addresses,
+    addressed_rows,
+    addressed_words,
+    enough,
+    found_in,
+    inner_positions,
+    moments,
+    spelled,
+)
 from locas_ext.learning.study.guard import PROMPTS
 from locas_ext.learning.study.learner import Learner
 from locas_ext.learning.study.passages import passages_of, words_of
@@ -153,6 +162,29 @@ def test_a_study_leaves_addresses_where_they_are_and_learns_values(clip, monkeyp
     longest = {False: 1e6, True: 1.0}.get(clip) or torch.tensor([clip * length / 2.0 for length in ffns])[:, None]
     assert (before[:, 2].norm(dim=-1) <= longest * (1 + 1e-5)).all()
     assert clip is False or (before[:, 2].norm(dim=-1) >= longest * (1 - 1e-5)).any(), "the clip is to be felt"
+
+
+@pytest.mark.parametrize(
+    "depth, layers, addressed",
+    [
+        (30, range(30), range(8, 26)),
+        (24, range(24), range(6, 20)),
+        (4, range(4), (1, 2)),
+        (4, (0, 3), (0, 3)),
+        (1, (0,), (0,)),
+        (30, (3, 12, 29), (12,)),
+    ],
+)
+def test_the_layers_between_a_quarter_and_87_percent_of_the_depth_are_addressed(depth, layers, addressed):
+    assert [layer for at, layer in enumerate(layers) if at in inner_positions(layers, depth)] == list(addressed)
+
+
+def test_slots_of_the_outer_layers_stay_at_zero_in_a_study():
+    memory = locas.attach(study_host(SEED, num_hidden_layers=4), locas.LocasConfig(rank=6, scale=2.0))
+    settings = locas.StudySettings(epochs=1, updates=2, batch=4, guard=0.0, new_tokens=4)
+    memory.study(TEXT, study_tokenizer(), "ce", PAIRS, progress=False, settings=settings)
+    slots = memory.gather_slots()
+    assert not slots[[0, 3]].any() and (slots[1:3].norm(dim=(2, 3)) > 1e-3).all()
 
 
 @pytest.mark.parametrize("clip", [True, 2.0])

@@ -28,6 +28,7 @@ _FIRST = 1  # a text's first token draws attention in many hosts, and its FFN in
 _RIDGE = 1e-3  # of the mean energy of a direction
 _ENOUGH = 16  # places of a word
 _THRESHOLD, _GATE = 0.6, 8.0  # the answer from which on a gate opens; what it gets at an answer of 1
+_INNER = 0.25, 0.87  # shares of the host's depth between which slots are addressed: layers 8 to 25 of 30
 Place = tuple[int, int]  # of a token in its row, with the number of what stands there
 Moments = tuple[Tensor, Tensor]  # E[x xᵀ], [d, d], and the mean x of each number, [numbers, d]
 
@@ -135,11 +136,22 @@ def addressed_rows(general: Moments, words: Moments, slots: Tensor, rank: int) -
     return found / torch.where(answers > 0, answers, 1)[:, None], level * 2 / (level @ mean)
 
 
+def inner_positions(layers: Sequence[int], depth: int) -> set[int]:
+    """Which of a memory's layers, by their place in it, are addressed in a host so deep; all if none lies within _INNER.
+
+    >>> inner_positions([0, 7, 8, 25, 26], depth=30), inner_positions([0, 29], depth=30)
+    ({2, 3}, {0, 1})
+    """
+    first, last = (share * depth for share in _INNER)
+    return {at for at, layer in enumerate(layers) if first <= layer and layer + 1 <= last} or set(range(len(layers)))
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where a memory's slots fire.
 
-    rows: for each arena [l, r, d] float32, the rows that answer to words; levels: [l, 1, d], what answers everywhere
+    rows: for each arena [l, r, d] float32, the rows that answer to words; levels: [l, 1, d], what answers everywhere; both
+        are 0 in the outer layers, whose slots then say nothing
     words: how many there are
     """
 
@@ -160,6 +172,7 @@ class Addresses:
     ) -> "Addresses":
         """Of words where they stand in rows, apart from what general rows have; the model is the bare host here.
 
+        In the first and the last layers slots stay at 0: there they cost more of what the host knows (docs/method.md).
         Each layer shares its slots out among the words in another order, so that two words that share one in a layer
         are apart in others. LocasError where no word stands anywhere.
         """
@@ -175,10 +188,11 @@ class Addresses:
         everywhere = [[(place, 0) for place in range(_FIRST, len(row.ids) - 1)] for row in general]
         of_words = moments(attachment, rows, places, len(numbers), device)
         of_all = moments(attachment, general, everywhere, 1, device)
-        found = []
-        for layer, (all_, own) in enumerate(zip(of_all, of_words, strict=True)):
-            order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed + layer))
-            found.append(addressed_rows(all_, own, order % state.rank, state.rank))
+        inner, found = inner_positions(state.layers, attachment.host.depth), []
+        for position, (all_, own) in enumerate(zip(of_all, of_words, strict=True)):
+            order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed + position))
+            rows_level = addressed_rows(all_, own, order % state.rank, state.rank)
+            found.append(rows_level if position in inner else tuple(map(torch.zeros_like, rows_level)))
         at = lambda arena, n: torch.stack([found[p][n].to(arena.slots.device) for p in arena.positions]).float()
         arenas = state.arenas
         return cls([at(arena, 0) for arena in arenas], [at(arena, 1)[:, None] for arena in arenas], len(numbers))

@@ -12,7 +12,7 @@ class StudyReport:
         asked: how many questions the host was to write
         refused: why questions were not used: {reason: how many}
         questions: how many were learned, by kind
-        words: how many have a slot in each layer that answers to them; 0 where keys are learned
+        words: how many have a slot that answers to them in each addressed layer; 0 where keys are learned
         steps: updates in this call
         planned: updates in all
         loss_before, loss: nats a token over the answers, of the first and the last updates; None without any

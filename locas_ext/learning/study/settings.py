@@ -42,7 +42,8 @@ class StudySettings:
             where it is passed in the end, the last state within is put back
         keys: how gate and key rows get to where they fire: "addressed": they are computed, so that they answer to the words
             of the text that are worth asking for and the memory is silent elsewhere, and values alone are learned;
-            "learned": they are learned as values are
+            "learned": they are learned as values are; the defaults of learning_rate, guard and most_kl are for "addressed",
+            and this one was measured with 2e-3, 4 and 0.02
         new_tokens: int >= 4: the most tokens of a question or answer that the host writes
 
     Raises:
@@ -68,8 +69,8 @@ class StudySettings:
     recalled: float = 0.7
     raw: float = 0.5
     raw_first: float = 0.3
-    guard: float = 4.0
-    most_kl: float = 0.05
+    guard: float = 0.5
+    most_kl: float = 0.2
     keys: str = ADDRESSED
     new_tokens: int = 40
 
