@@ -10,9 +10,9 @@ from typing import Any
 import typer
 
 from locas_ext import checks
+from locas_ext.checks import MOST_COUNT
 from locas_ext.config import checked_scale, paper_multiple
 
-MOST = 2**53  # up to here every integer is a float too, and the files take it
 LARGEST = 1e30  # a float32 holds it, and ten times it: Adam's first step divides a rate by a tenth
 
 
@@ -80,14 +80,14 @@ def _as_number(value: Any) -> Any:
     return value
 
 
-def integer(low: int, high: int = MOST) -> Kind:
+def integer(low: int, high: int = MOST_COUNT) -> Kind:
     def read(value: Any) -> int:
         number = checks.integer("", int(value) if isinstance(value, str) else value, low)
         if number > high:
             raise BadValue(number, f"an integer from {low} to {high}")
         return number
 
-    return Kind("N", f"an integer >= {low}" if high == MOST else f"an integer from {low} to {high}", read, textual=False)
+    return Kind("N", f"an integer >= {low}" if high == MOST_COUNT else f"an integer from {low} to {high}", read, textual=False)
 
 
 def number(*, low: float = -math.inf, above: float = -math.inf, high: float = LARGEST, below: float = math.inf) -> Kind:
@@ -182,7 +182,7 @@ def _tokens(value: Any) -> str:
     if value == "all":
         return value
     if kind == "top-loss":
-        checks.integer("", int(amount), 1, MOST)
+        checks.integer("", int(amount), 1, MOST_COUNT)
     elif kind == "loss-above":
         checks.number("", float(amount))
     else:
