@@ -71,8 +71,9 @@ class TestOnGpu:
 
     def test_only_the_slots_need_a_gradient(self, shape, dtype):
         case = Case(*shape, dtype)
-        with_dx, without = case.run("fused"), case.run("fused", needs_dx=False)
-        assert torch.equal(with_dx["slots.grad"], without["slots.grad"]) and torch.equal(with_dx["y"], without["y"])
+        without = case.run("fused", needs_dx=False)  # for few tokens, by other kernels than with dx
+        assert torch.equal(case.run("fused")["y"], without["y"])
+        assert_as_good_as_torch(without, case.run("reference"), case.run("reference", torch.float64), dtype)
 
     def test_inference_is_training_bit_for_bit(self, shape, dtype):
         case = Case(*shape, dtype)
