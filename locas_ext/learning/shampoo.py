@@ -16,20 +16,22 @@ from locas_ext.ops.ranks import Ranks
 
 _DECAY = 0.95
 _DAMPING = 1e-3
-_LAST_STEPS = 5  # from 0.44 to 1, to within 1e-9
+_CLOSE = 1e-9
 
 
 def inverse_root(matrix: Tensor, least: float) -> Tensor:
-    """matrix^(-1/2) of symmetric matrices [..., r, r] in float64 with eigenvalues from `least` to 1.
+    """matrix^(-1/2) of symmetric matrices [l, r, r] in float64 with eigenvalues from `least` to 1.
 
-    The coupled Newton-Schulz iteration: products only, as a decomposition on a GPU would wait for it. A small eigenvalue
-    becomes 2.25 times as large in each of its steps.
+    The coupled Newton-Schulz iteration: products only, as a decomposition on a GPU would wait for it. Each of its steps is
+    scaled by what the last one leaves of the range (Chen and Chow 2014), which takes half as many.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    root, inverse = matrix, identity
-    for _ in range(math.ceil(-math.log(least, 2.25)) + _LAST_STEPS):
-        factor = torch.baddbmm(identity, inverse, root, beta=1.5, alpha=-0.5)
+    root, inverse, low = matrix, identity, math.sqrt(least)
+    while low < 1 - _CLOSE:  # the singular values of their product are from low to 1
+        scale = math.sqrt(3 / (1 + low + low**2))
+        factor = torch.baddbmm(identity, inverse, root, beta=1.5 * scale, alpha=-0.5 * scale**3)
         root, inverse = root @ factor, factor @ inverse
+        low = scale * low * (1.5 - 0.5 * (scale * low) ** 2)
     return inverse
 
 
@@ -46,7 +48,8 @@ def preconditioned(gram: Tensor, rows: Tensor, ranks: Ranks | None) -> tuple[Ten
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(torch.finfo(gram.dtype).tiny)
     damping = _DAMPING / gram.shape[-1]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    way = inverse_root(gram / trace + damping * identity, damping) @ mean
+    least = damping / (1 + damping)
+    way = inverse_root((1 - least) * gram / trace + least * identity, least) @ mean
     length, own = (tensor.norm(dim=(-2, -1), keepdim=True) for tensor in (step, way))
     way *= length / own.clamp_min(torch.finfo(own.dtype).tiny)
     return gram.float(), (way if ranks is None else ranks.mine(way, 1)).float()
