@@ -78,7 +78,7 @@ class LocasConfig:
 
     Source: arXiv 2602.05085, section 3 (Locas-GLU and Locas-MLP); docs/method.md.
 
-    >>> LocasConfig(rank=16, scale="host", layers=[0, -1]).layers
+    >>> LocasConfig(rank=16, layers=[0, -1]).layers
     (0, -1)
     """
 
@@ -86,7 +86,7 @@ class LocasConfig:
     rank: int = 64
     layers: Sequence[int] | None = None
     init: str = "topk"
-    scale: str | float = "paper"
+    scale: str | float = "host"
     clip: bool | float = True
     backend: str = "auto"
     seed: int = 0

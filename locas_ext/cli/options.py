@@ -134,20 +134,16 @@ Layers = Annotated[
     option(values.LAYERS, "The layers that get a memory; negative ones count from the end; default: all.", panel=MEMORY),
 ]
 Init = Annotated[str, option(one_of(INITS), "How gate and key rows start.", panel=MEMORY)]
-Scale = Annotated[Any, option(values.SCALE, "The memory's output scale, tau.", panel=MEMORY)]
+Scale = Annotated[Any, option(values.SCALE, "The memory's output scale, tau; default: host.", panel=MEMORY)]
 Clip = Annotated[bool, flag("Whether no row grows longer than 1.", "--clip/--no-clip", panel=MEMORY)]
 Backend = Annotated[str, option(one_of(BACKENDS), "What computes the FFN with its memory.", panel=MEMORY)]
 Seed = Annotated[int, option(integer(0), "Seed of the random draws.")]
-LearningRate = Annotated[float, option(number(low=0), "Learning rate of the optimizer.", panel=LEARNING)]
-DecayAfter = Annotated[
-    int | None,
-    option(
-        integer(1),
-        "Divide learning rates by sqrt(1 + u / N) after u updates of the memory; default: never.",
-        panel=LEARNING,
-    ),
+LearningRate = Annotated[float | None, option(number(low=0), "Learning rate of the optimizer; default: 0.006.", panel=LEARNING)]
+Epochs = Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)]
+Paper = Annotated[
+    bool,
+    flag("Defaults are the paper's: scale paper, a learning rate of 0.004 that stays, adamw.", "--paper", panel=LEARNING),
 ]
-Epochs = Annotated[int, option(integer(1), "Learning passes over each chunk.", panel=LEARNING)]
 Rehome = Annotated[
     bool,
     flag("Move the host's FFN weights next to the memory, so that one product computes both.", "--rehome", panel=MEMORY),
@@ -165,7 +161,7 @@ class MemoryOptions:
     rank: Rank = 64
     layers: Layers = None
     init: Init = "topk"
-    scale: Scale = "paper"
+    scale: Scale = None
     clip: Clip = True
     backend: Backend = "auto"
     seed: Seed = 0
@@ -181,31 +177,37 @@ class MemoryOptions:
         ),
     ] = None
 
-    def config(self) -> LocasConfig:
-        """ValueError for --clip-at beside --no-clip."""
-        settings = dict(vars(self))
-        length = settings.pop("clip_at")
+    def config(self, paper: bool = False) -> LocasConfig:
+        """paper: whether what is None is as LocasConfig.paper() has it. ValueError for --clip-at beside --no-clip."""
+        settings = {name: value for name, value in vars(self).items() if value is not None}
+        length = settings.pop("clip_at", None)
         if length is not None and not self.clip:
             raise ValueError(f"--clip-at is {length:g} beside --no-clip; leave one of them out")
-        return LocasConfig(**{**settings, "clip": self.clip if length is None else length})
+        make = LocasConfig.paper if paper else LocasConfig
+        return make(**{**settings, "clip": self.clip if length is None else length})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions:
     """The fields of Backprop. None: its default, so that one given beside --update write can be told."""
 
-    learning_rate: Annotated[
-        float | None, option(number(low=0), "Learning rate of the optimizer; default: 0.004.", panel=LEARNING)
-    ] = None
-    epochs: Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)] = None
-    optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: adamw.", panel=LEARNING)] = None
+    learning_rate: LearningRate = None
+    epochs: Epochs = None
+    optimizer: Annotated[str | None, option(one_of(OPTIMIZERS), "Default: shampoo.", panel=LEARNING)] = None
     gate_learning_rate: Annotated[
         float | None, option(number(low=0), "Learning rate of gate rows; default: that of all.", panel=LEARNING)
     ] = None
     value_learning_rate: Annotated[
         float | None, option(number(low=0), "Learning rate of value rows; default: that of all.", panel=LEARNING)
     ] = None
-    decay_after: DecayAfter = None
+    decay_after: Annotated[
+        int | None,
+        option(
+            integer(1),
+            "Divide learning rates by sqrt(1 + u / N) after u updates of the memory; default: 10.",
+            panel=LEARNING,
+        ),
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """Those that the command line or the file says."""

@@ -12,8 +12,6 @@ LOSSES = ("kl", "ce")
 KINDS = ("asked", "asked-for", "turned", "linked", "begun", "blank", "about", "continued")
 KEYS = ("addressed", "learned")
 
-NEW_MEMORY = MemoryOptions(scale="host")  # the scale that a study needs: with the paper's it learns little
-
 
 def check_new_only(options: MemoryOptions, memory: Path | None) -> None:
     """ValueError for an option of a new memory beside --memory; the seed is one of the command too."""
@@ -21,7 +19,7 @@ def check_new_only(options: MemoryOptions, memory: Path | None) -> None:
         return
     for field in fields(MemoryOptions):
         value = getattr(options, field.name)
-        if field.name != "seed" and value != getattr(NEW_MEMORY, field.name):
+        if field.name != "seed" and value != field.default:
             option = field.name.replace("_", "-")
             raise ValueError(f"--{option} is {value}, but --memory says what the memory is made of; leave one of them out")
 

@@ -93,6 +93,15 @@ def default_learning(config: LocasConfig, given: Mapping[str, Any]) -> dict[str,
     return {"learning_rate": ACTIVATION_AT_HOST_SCALE} if of_adamw and _bears_little(config) else {}
 
 
+def backprop_for(config: LocasConfig, given: Mapping[str, Any], paper: bool = False) -> Backprop:
+    """What a memory learns by on the command line.
+
+    given: fields of Backprop; the others are the defaults for such a memory, or with `paper` those of Backprop.paper()
+    """
+    make = Backprop.paper if paper else Backprop
+    return make(**{**default_learning(config, given), **given})
+
+
 def check_rate(config: LocasConfig, update: object) -> None:
     """ValueError for a learning rate at which rows of FFN inputs are known to diverge with the host's scale.
 

@@ -109,11 +109,11 @@ class Settings:
 
     # ---- in a file -------------------------------------------------------------------------------------------
     def to_record(self) -> dict:
-        """JSON-ready, with the keys of format 1; beside a write those of Backprop hold its defaults. `context` is there only
+        """JSON-ready, with the keys of format 1; beside a write those of Backprop are the paper's. `context` is there only
         where one is kept, later fields of Backprop where they are not the paper's: earlier versions then read what they
         know how to continue."""
         writes = isinstance(self.update, Write)
-        numbers = backprop_numbers(Backprop() if isinstance(self.update, Write) else self.update)
+        numbers = backprop_numbers(Backprop.paper() if isinstance(self.update, Write) else self.update)
         write = (
             {**asdict(self.update), "tokens": selector_to_json(self.update.tokens)} if isinstance(self.update, Write) else None
         )

@@ -45,16 +45,16 @@ class Backprop:
     Source: arXiv 2602.05085, section 3; docs/method.md, "Learning".
 
     >>> import locas_ext as locas
-    >>> locas.Backprop(learning_rate=6e-3, decay_after=10).optimizer
-    'adamw'
+    >>> locas.Backprop(epochs=2).optimizer
+    'shampoo'
     """
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     epochs: int = 1
-    optimizer: str = "adamw"
+    optimizer: str = "shampoo"
     gate_learning_rate: float | None = None
     value_learning_rate: float | None = None
-    decay_after: int | None = None
+    decay_after: int | None = 10
     process_group: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -79,8 +79,8 @@ def test_one_option_is_the_same_wherever_it_is_declared():
         for name, parameter in options(command).items():
             if name in ("out", "memory", "window", "device", "methods", "max_tokens", "config"):
                 continue  # what they mean differs by command
-            if command in ("demo", "recall", "study") and name in ("learning_rate", "epochs"):
-                continue  # their defaults, or what they mean, are their own
+            if command == "study" and name in ("learning_rate", "epochs"):
+                continue  # its defaults, and what they mean, are its own
             assert len(set(parameter.opts)) == len(parameter.opts), (command, parameter.opts)
             help_text = kept.setdefault(name, parameter.help)
             assert parameter.help == help_text, (command, name)

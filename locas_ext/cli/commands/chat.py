@@ -6,7 +6,7 @@ from typing import Annotated
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import HOST, HostOptions, MaxNewTokens, MemoryOptions, Model, option
-from locas_ext.cli.study_options import NEW_MEMORY, check_new_only
+from locas_ext.cli.study_options import check_new_only
 from locas_ext.cli.values import number, path
 from locas_ext.terminal import Terminal
 
@@ -21,7 +21,7 @@ def chat(
     memory: Annotated[Path | None, option(path("DIR"), "A memory folder; default: a new, empty memory.", panel=HOST)] = None,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Annotated[float, option(number(low=0), "How freely tokens are drawn; 0: the likeliest each time.")] = 0.0,
-    options: MemoryOptions = NEW_MEMORY,
+    options: MemoryOptions = MemoryOptions(),
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,
 ) -> None:

@@ -17,6 +17,7 @@ from locas_ext.cli.options import (
     MaxTokens,
     MemoryOptions,
     Model,
+    Paper,
     ReadingOptions,
     Rehome,
     argument,
@@ -78,6 +79,7 @@ def memorize(
         str, option(one_of(UPDATES), "How slots change; write, for --variant mlp, makes them in closed form.", panel=LEARNING)
     ] = "backprop",
     learning: LearningOptions = LearningOptions(),
+    paper: Paper = False,
     context_gradient: ContextGradient = False,
     writing: WritingOptions = WritingOptions(),
     on_divergence: Annotated[
@@ -108,10 +110,11 @@ def memorize(
         texts=texts,
         model=model,
         out=out,
-        config=memory.config(),
+        config=memory.config(paper),
         settings=settings,
         update=update,
         learning=vars(learning),
+        paper=paper,
         writing=vars(writing),
         max_tokens=max_tokens,
         rehome=rehome,

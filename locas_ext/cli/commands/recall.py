@@ -7,21 +7,21 @@ from typing import Annotated, Any
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import (
-    LEARNING,
     READING,
     BatchSize,
-    DecayAfter,
     HostOptions,
+    LearningOptions,
     MaxNewTokens,
     MemoryOptions,
     Model,
+    Paper,
     ReadingOptions,
     ResultsFolder,
     TempLoraOptions,
     argument,
     option,
 )
-from locas_ext.cli.study_options import NEW_MEMORY, STUDY, StudyOptions
+from locas_ext.cli.study_options import STUDY, StudyOptions
 from locas_ext.cli.values import integer, names, number, path
 from locas_ext.terminal import Terminal
 
@@ -82,10 +82,9 @@ def recall(
             integer(0, MOST_TEXTS), "More texts that a memory learns before it is asked again: what it retains.", panel=READING
         ),
     ] = 0,
-    memory: MemoryOptions = NEW_MEMORY,
-    learning_rate: Annotated[float, option(number(low=0), "Learning rate of the memory that streams.", panel=LEARNING)] = 2e-3,
-    epochs: Annotated[int, option(integer(1), "Its learning passes over each chunk.", panel=LEARNING)] = 1,
-    decay_after: DecayAfter = None,
+    memory: MemoryOptions = MemoryOptions(),
+    learning: LearningOptions = LearningOptions(),
+    paper: Paper = False,
     temp_lora: TempLoraOptions = TEMP_LORA,
     studying: StudyOptions = StudyOptions(),
     study_epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=STUDY)] = 5,
@@ -119,13 +118,7 @@ def recall(
         out=out,
         documents=documents,
         facts=facts,
-        locas=locas_settings(
-            memory.config(),
-            {"learning_rate": learning_rate, "epochs": epochs, "decay_after": decay_after},
-            False,
-            False,
-            {},
-        ),
+        locas=locas_settings(memory.config(paper), learning.given(), False, False, {}, paper),
         temp_lora=temp_lora.settings(memory.seed),
         passes=passes,
         further=further,

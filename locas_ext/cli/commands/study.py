@@ -7,7 +7,7 @@ from typing import Annotated
 from locas_ext.cli.config_file import ConfigFile
 from locas_ext.cli.interrupts import importing
 from locas_ext.cli.options import HOST, LEARNING, HostOptions, MemoryOptions, Model, argument, option
-from locas_ext.cli.study_options import NEW_MEMORY, STUDY, StudyOptions, check_new_only
+from locas_ext.cli.study_options import STUDY, StudyOptions, check_new_only
 from locas_ext.cli.values import integer, number, path
 from locas_ext.terminal import Terminal
 
@@ -36,7 +36,7 @@ def study(
     studying: StudyOptions = StudyOptions(),
     epochs: Annotated[int, option(integer(1), "Passes over all questions.", panel=LEARNING)] = 5,
     learning_rate: Annotated[float, option(number(low=0), "Learning rate of AdamW.", panel=LEARNING)] = 5e-3,
-    options: MemoryOptions = NEW_MEMORY,
+    options: MemoryOptions = MemoryOptions(),
     host: HostOptions = HostOptions(),
     config: ConfigFile = None,
 ) -> None:

@@ -17,7 +17,7 @@ from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.methods.truncation import truncation
 from locas_ext.evaluation.report.plots.reading import plot_reading
 from locas_ext.evaluation.texts import Text
-from locas_ext.memory import Chunk, MemorizeReport, Memory
+from locas_ext.memory import Backprop, Chunk, MemorizeReport, Memory
 from locas_ext.storage.folder import check_folder
 from locas_ext.terminal import Figures
 
@@ -28,14 +28,12 @@ UNRELATED = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """The options of `locas demo`; rank, learning_rate, scale and epochs as in LocasConfig and Memory.memorize."""
+    """The options of `locas demo`."""
 
     out: Path
     max_tokens: int
-    rank: int
-    learning_rate: float
-    scale: str | float
-    epochs: int
+    config: LocasConfig
+    update: Backprop
     dtype: str | None
     device: str
 
@@ -92,8 +90,7 @@ def _learn(memory: Memory, book: Text, settings: DemoSettings) -> MemorizeReport
             book.ids,
             window=WINDOW,
             stride=STRIDE,
-            learning_rate=settings.learning_rate,
-            epochs=settings.epochs,
+            update=settings.update,
             callback=finished.append,
         )
     except KeyboardInterrupt:
@@ -112,7 +109,7 @@ def _measure(model, book: Text, other: Text, settings: DemoSettings) -> DemoResu
         return truncation(model, ids, WINDOW, WINDOW, progress=False).perplexity
 
     # The memory comes first: settings that do not fit show at once, and an interrupted run has something to keep.
-    memory = locas.attach(model, LocasConfig(rank=settings.rank, scale=settings.scale))
+    memory = locas.attach(model, settings.config)
     weights = _digest(model)
     with memory.disabled():
         unrelated_before = perplexity(other.ids)

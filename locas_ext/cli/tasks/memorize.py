@@ -17,6 +17,7 @@ from locas_ext.evaluation.inputs import load_host
 from locas_ext.evaluation.results import differences
 from locas_ext.evaluation.texts import read_texts
 from locas_ext.hosts.text_config import bos_token_id
+from locas_ext.learning.initialization import backprop_for
 from locas_ext.learning.protocol import Protocol
 from locas_ext.learning.selectors import LossAbove, TopLoss
 from locas_ext.learning.update import Backprop, Write
@@ -36,6 +37,7 @@ class MemorizeTask:
     settings: arguments of Memory.memorize; bos among them
     update: "backprop" or "write"
     learning, writing: the fields of Backprop and of Write; None where the command line says nothing
+    paper: whether fields of Backprop that are None are the paper's
     max_tokens: of each text; None: all
     """
 
@@ -46,6 +48,7 @@ class MemorizeTask:
     settings: dict[str, Any]
     update: str
     learning: dict[str, Any]
+    paper: bool
     writing: dict[str, Any]
     max_tokens: int | None
     rehome: bool
@@ -64,7 +67,7 @@ def _update(task: MemorizeTask) -> Backprop | Write:
         if value is not None:
             raise ValueError(f"--{name.replace('_', '-')} is given, but --update is {task.update}; expected --update {other}")
     if task.update == "backprop":
-        return Backprop(**given)
+        return backprop_for(task.config, given, task.paper)
     return Write(**{**given, "tokens": _selector(given.get("tokens", "all"))})
 
 

@@ -17,7 +17,7 @@ from locas_ext.config import LocasConfig
 from locas_ext.errors import LocasError, is_out_of_memory
 from locas_ext.evaluation.texts import Text
 from locas_ext.hosts.text_config import max_positions
-from locas_ext.learning.initialization import default_learning
+from locas_ext.learning.initialization import backprop_for
 from locas_ext.learning.keep import Keep, context_of
 from locas_ext.learning.perplexity import perplexity
 from locas_ext.learning.protocol import Protocol
@@ -100,14 +100,19 @@ def _temp_lora(host, arm: Arm) -> Iterator[Reader]:
 
 
 def locas_settings(
-    config: LocasConfig, learning: Mapping[str, Any], rehome: bool, context_gradient: bool, context: Mapping[str, Any]
+    config: LocasConfig,
+    learning: Mapping[str, Any],
+    rehome: bool,
+    context_gradient: bool,
+    context: Mapping[str, Any],
+    paper: bool = False,
 ) -> dict:
     """The settings of the method "locas": what attaches the memory and what it learns by, ready for JSON.
 
-    learning: fields of Backprop; those left out are as `Memory.memorize` fills them in
+    learning: fields of Backprop; those left out are as `Memory.memorize` fills them in, or with `paper` the paper's
     context: what keep.py, `context_of`, reads; empty if each window is read anew
     """
-    update = backprop_numbers(Backprop(**{**default_learning(config, learning), **learning}))
+    update = backprop_numbers(backprop_for(config, learning, paper))
     return {**config.to_dict(), **update, "rehome": rehome, "context_gradient": context_gradient, **context}
 
 
