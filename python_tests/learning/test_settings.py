@@ -42,8 +42,8 @@ def test_a_protocol_names_its_arguments_as_they_were_given():
 
 # ---- records --------------------------------------------------------------------------------------------------
 ASKED = [
-    Settings(16, 4),
-    Settings(16, 4, locas.Backprop(learning_rate=1e-3, epochs=3, optimizer="sgd"), context_gradient=True),
+    Settings(16, 4, locas.Backprop.paper()),
+    Settings(16, 4, locas.Backprop.paper(learning_rate=1e-3, epochs=3, optimizer="sgd"), context_gradient=True),
     Settings(16, 4, locas.Write(), bos=True),
     Settings(16, 4, locas.Write(epsilon=0.5, tokens=locas.TopLoss(3), capacity=20, when_full="drop_oldest")),
     Settings(16, 4, locas.Write(tokens=locas.LossAbove(1.5), when_full="error")),
@@ -60,6 +60,14 @@ def test_a_record_is_json_and_comes_back(asked):
     assert list(record) == "window stride learning_rate epochs optimizer update context_gradient bos write".split()
     again = Settings.from_record(record)
     assert again == settings and again.resolve(memory._attachment.host, memory.state) == resolved
+
+
+def test_a_record_names_what_is_not_the_papers():
+    record = json.loads(json.dumps(Settings(16, 4).to_record()))
+    assert (record["optimizer"], record["decay_after"]) == ("shampoo", 10)
+    assert Settings.from_record(record) == Settings(16, 4)
+    del record["decay_after"]
+    assert Settings.from_record(record).update == locas.Backprop(decay_after=None)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +104,11 @@ def test_flat_arguments_are_short_for_backprop():
     assert all(memory.version == 16 for memory in memories)
 
 
-def test_the_papers_settings():
-    assert locas.Backprop.paper() == locas.Backprop(learning_rate=4e-3, epochs=1, optimizer="adamw")
+def test_the_papers_settings_and_the_defaults():
+    papers = dict(learning_rate=4e-3, epochs=1, optimizer="adamw", decay_after=None)
+    assert locas.Backprop.paper() == locas.Backprop(**papers) != locas.Backprop()
+    assert locas.Backprop() == locas.Backprop(learning_rate=6e-3, epochs=1, optimizer="shampoo", decay_after=10)
+    assert locas.LocasConfig() == locas.LocasConfig.paper(scale="host") != locas.LocasConfig.paper()
     assert locas.Backprop.paper(epochs=2).epochs == 2
     config = locas.LocasConfig.paper(rank=16)
     assert (config.variant, config.rank, config.init, config.scale, config.clip) == ("glu", 16, "topk", "paper", True)
