@@ -66,10 +66,10 @@ def test_demo_reports_what_was_measured(demo):
 
 def test_demo_takes_its_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_task, "UNRELATED", 256)
-    settings = ["--max-tokens", "256", "--rank", "5", "--scale", "host", "--epochs", "2", "--learning-rate", "1e-3"]
+    settings = ["--max-tokens", "256", "--rank", "5", "--scale", "0.3", "--epochs", "2", "--learning-rate", "1e-3"]
     assert main(["demo", *settings, "--out", str(tmp_path / "new" / "folder")]) == 0
     record = json.loads((tmp_path / "new" / "folder" / "locas-demo-memory" / "locas_config.json").read_text())
-    assert record["config"]["rank"] == 5 and record["config"]["scale"] == "host"
+    assert record["config"]["rank"] == 5 and record["config"]["scale"] == 0.3
     assert record["memory_version"] == 4
 
 
@@ -101,7 +101,7 @@ def test_interrupt_keeps_what_was_learned(tmp_path):
 
     # and it can be taken up where it ended
     ids = read_book("Nostromo", "nostromo.txt", tokens + 128).ids
-    report = memory.memorize(ids, window=512, stride=128, learning_rate=5e-3, resume=kept[2], progress=False)
+    report = memory.memorize(ids, window=512, stride=128, resume=kept[2], progress=False)
     assert report.chunks[-1].end == tokens + 128 and memory.version == tokens // 128 + 1
 
 

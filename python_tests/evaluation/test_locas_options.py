@@ -26,6 +26,7 @@ CHANGED = {
         {"learning": {"optimizer": "sgd", "learning_rate": 0.5}},
     ),
     "context_gradient": (["--context-gradient"], "context_gradient: true", {"context_gradient": True}),
+    "paper": (["--paper"], "paper: true", {"make": locas.Backprop.paper}),
     "context": (
         ["--context", "keep", "--sinks", "3", "--refresh-every", "2"],
         "context: keep\nsinks: 3\nrefresh-every: 2",
@@ -34,12 +35,14 @@ CHANGED = {
 }
 
 
-def by_the_library(text, config=None, learning=None, rehome=False, context_gradient=False, context="recompute"):
+def by_the_library(
+    text, config=None, learning=None, rehome=False, context_gradient=False, context="recompute", make=locas.Backprop
+):
     """The summed loss of a text's first tokens, memorized in Python with the settings of support.perplexity and these."""
     host, tokenizer = load_host(str(MODEL), None, "cpu")
     ids = torch.tensor(tokenizer(text.read_text())["input_ids"][:TOKENS])
     memory = locas.attach(host, locas.LocasConfig(rank=4, scale="host", **(config or {})), rehome=rehome)
-    update = locas.Backprop(**(learning or {}))
+    update = make(**(learning or {}))
     how = dict(window=64, stride=32, update=update, context_gradient=context_gradient, context=context, progress=False)
     report = memory.memorize(ids, **how)
     return report.nll, memory.num_parameters
@@ -57,7 +60,13 @@ def test_an_option_does_what_it_does_in_python(name, texts, default_nll, tmp_pat
     (record,) = results_of(tmp_path / "out")["records"]
     nll, parameters = by_the_library(texts[0], **in_python)
     assert record["nll"] == pytest.approx(nll, rel=1e-6) and record["extra_parameters"] == parameters
-    if name in ("layers", "optimizer", "context_gradient", "context"):  # the others change what computes, not what comes out
+    if name in (
+        "layers",
+        "optimizer",
+        "context_gradient",
+        "context",
+        "paper",
+    ):  # the others change what computes, not what comes out
         assert record["nll"] != pytest.approx(default_nll, rel=1e-6)
 
 
@@ -72,9 +81,9 @@ def test_a_config_file_says_the_same(tmp_path, monkeypatch):
         call = [command, "text", "--model", "m", "--out", str(tmp_path / "out")]
         assert main([*call, "--config", str(file)]) == 0 and main([*call, *options]) == 0
     from_file, *others = [task.locas for task in tasks]
-    config = locas.LocasConfig(layers=[-1, 0], backend="reference")
+    config = locas.LocasConfig.paper(layers=[-1, 0], backend="reference")
     kept = {"context": "keep", "sinks": 3, "refresh_every": 2}
-    assert from_file == locas_settings(config, {"optimizer": "sgd", "learning_rate": 0.5}, True, True, kept)
+    assert from_file == locas_settings(config, {"optimizer": "sgd", "learning_rate": 0.5}, True, True, kept, paper=True)
     assert others == [from_file] * 3
 
 
@@ -107,5 +116,5 @@ def test_what_no_option_says_is_as_in_memorize(given):
         memory = locas.attach(tiny_host(), config)
         memory.memorize(list(range(3, 35)), window=16, stride=8, **given, progress=False, on_divergence="ignore")
         run, settings = memory._attachment.stream.settings, locas_settings(config, given, False, False, {})
-        for name in ("learning_rate", "epochs", "optimizer"):
+        for name in ("learning_rate", "epochs", "optimizer", "decay_after"):
             assert run[name] == settings[name]

@@ -127,7 +127,7 @@ def test_an_ablation_runs_its_arms(texts, tmp_path):
 
 @pytest.mark.parametrize("multiple", ["2x", "0.5x", "16x"])
 def test_a_scale_may_be_a_multiple_of_the_papers(multiple):
-    paper = locas.attach(tiny_model("llama"), locas.LocasConfig(rank=4)).scale
+    paper = locas.attach(tiny_model("llama"), locas.LocasConfig.paper(rank=4)).scale
     ours = locas.attach(tiny_model("llama"), locas.LocasConfig(rank=4, scale=multiple)).scale
     torch.testing.assert_close(ours, float(multiple[:-1]) * paper)
 

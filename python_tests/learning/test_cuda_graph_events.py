@@ -86,7 +86,7 @@ def test_a_swapped_module_is_captured_anew(device, captures, monkeypatch):
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "shampoo"])
 def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer, epochs):
     settings = {**SETTINGS, "optimizer": optimizer, "epochs": epochs}
     model, memory = attached(device)
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_memory(device, optimizer
     assert torch.equal(memory.slots, good.slots)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "shampoo"])
 def test_a_gradient_that_is_not_finite_is_not_learned(device, optimizer, monkeypatch):
     model, memory = attached(device)
     factor, gradient = torch.ones((), device=device), graph_step.gradient

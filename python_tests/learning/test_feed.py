@@ -14,11 +14,12 @@ IDS = random_ids(200, seed=3)
 RUN = dict(window=16, stride=8, progress=False)
 WRITE = locas.Write(epsilon=0.05, capacity=24, compress_to=9)
 MEMORIES = {
-    "glu adamw": (lambda: attached()[1], dict(learning_rate=1e-2)),
+    "glu": (lambda: attached()[1], dict(learning_rate=1e-2)),
+    "glu adamw": (lambda: attached()[1], dict(learning_rate=1e-2, optimizer="adamw")),
     "glu sgd, 2 epochs": (lambda: attached()[1], dict(learning_rate=0.3, optimizer="sgd", epochs=2)),
     "glu with context gradient": (lambda: attached()[1], dict(context_gradient=True)),
     "glu bfloat16": (lambda: attached(dtype=torch.bfloat16)[1], {}),
-    "mlp adamw": (lambda: writable()[1], dict(learning_rate=1e-2)),
+    "mlp": (lambda: writable()[1], dict(learning_rate=1e-2)),
     "mlp write": (lambda: writable()[1], dict(update=WRITE)),
     "mlp write of the default capacity": (lambda: writable()[1], dict(update="write")),
 }
@@ -48,7 +49,7 @@ def test_feeding_is_memorizing_the_whole(case, bos):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("case", ["glu adamw", "mlp adamw", "mlp write"])
+@pytest.mark.parametrize("case", ["glu", "mlp", "mlp write"])
 def test_under_another_grad_mode(case, mode):
     make, settings = MEMORIES[case]
     whole, memory = make(), make()
@@ -90,7 +91,7 @@ def forked(memory, tmp_path, make):
 
 
 @pytest.mark.parametrize("carry", [saved, restored, forked])
-@pytest.mark.parametrize("case", ["glu adamw", "mlp write"])
+@pytest.mark.parametrize("case", ["glu", "mlp write"])
 def test_a_run_goes_on_where_its_memory_was_taken(case, carry, tmp_path):
     make, settings = MEMORIES[case]
     whole, memory = make(), make()

@@ -185,7 +185,7 @@ def test_rows_are_clipped_at_lengths_relative_to_the_hosts(scale):
 def test_rates_at_which_activation_rows_diverge_are_refused():
     _, memory = attached(init="activation")
     for rate in (dict(update=locas.Backprop()), dict(learning_rate=2e-3)):
-        with pytest.raises(ValueError, match=r"learning_rate is 0.00[24].*init='activation' with scale='host'.*scale='paper'"):
+        with pytest.raises(ValueError, match=r"learning_rate is 0.00[26].*init='activation' with scale='host'.*scale='paper'"):
             memory.memorize(TEXT, window=24, stride=8, progress=False, **rate)
     assert memory.version == 0 and not memory.state.initialized
     memory.memorize(TEXT, window=24, stride=8, progress=False, learning_rate=1e-4)

@@ -6,7 +6,7 @@ import transformers
 from support.helpers import TEXT, PlainMemory, attached, random_ids, relative_distance, tiny_model
 from support.hosts import tiny
 from support.kept import plain_keep
-from support.online import memorize
+from support.online import memorize, papers
 
 import locas_ext as locas
 
@@ -93,7 +93,7 @@ def compare(make, host, run, ids=IDS, dtype=torch.float32):
     memory.initialize(ids[:8])
     plain = PlainMemory(make(), memory.slots, memory.scale, **{name: settings[name] for name in LEARN})
     start = memory.slots.clone()
-    report = memorize(memory, ids, **settings, context=keep_of(run))
+    report = memorize(memory, ids, **papers(**settings), context=keep_of(run))
     plain_settings = {"window": 24, "stride": 8, **run, "bos": 1 if run.get("bos") else None}
     plain_settings.pop("learning_rate", None)
     nlls = plain_keep(plain, ids, **plain_settings, **host)

@@ -91,7 +91,7 @@ def test_rates_of_planes_and_how_they_fade():
     update = locas.Backprop(learning_rate=0.01, gate_learning_rate=0.02, value_learning_rate=0.03, decay_after=4)
     assert rates_of(update, 3, 0) == [0.02, 0.01, 0.03] and rates_of(update, 2, 0) == [0.01, 0.03]
     assert rates_of(update, 3, updates=12) == pytest.approx([0.01, 0.005, 0.015])
-    assert rates_of(locas.Backprop(learning_rate=0.5), 3, updates=9) == [0.5]
+    assert rates_of(locas.Backprop(learning_rate=0.5, decay_after=None), 3, updates=9) == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_rates_fade_with_the_updates():
     for updates, part in enumerate(TEXT[:24].split(8), start=6):
         assert fading.version == updates
         fading.memorize(part, 16, 8, update=locas.Backprop(learning_rate=0.3, decay_after=2), progress=False)
-        plain.memorize(part, 16, 8, update=locas.Backprop(learning_rate=0.3 / math.sqrt(1 + updates / 2)), progress=False)
+        constant = locas.Backprop(learning_rate=0.3 / math.sqrt(1 + updates / 2), decay_after=None)
+        plain.memorize(part, 16, 8, update=constant, progress=False)
         torch.testing.assert_close(fading.slots, plain.slots, rtol=1e-6, atol=1e-7)
 
 

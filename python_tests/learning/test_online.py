@@ -20,7 +20,7 @@ from support.helpers import (
     tiny_model,
     truncated_nll,
 )
-from support.online import memorize
+from support.online import memorize, papers
 
 import locas_ext as locas
 from locas_ext.hosts.registry import inspect_host
@@ -46,11 +46,11 @@ def test_memorizing_is_the_protocol_written_down_in_plain_torch(family, argument
     model, memory = attached(family)
     ids = TEXT[:50]
     memory.initialize(ids[:8])
-    names = {"optimizer", "learning_rate"}
-    plain = PlainMemory(tiny_model(family), memory.slots, memory.scale, **{k: v for k, v in arguments.items() if k in names})
+    names = ("optimizer", "learning_rate")
+    plain = PlainMemory(tiny_model(family), memory.slots, memory.scale, **{name: arguments[name] for name in names})
     rest = {k: v for k, v in arguments.items() if k not in names}
     start = memory.slots.clone()
-    report = memorize(memory, ids, **arguments)
+    report = memorize(memory, ids, **papers(**arguments))
     nlls = plain_memorize(plain, ids, 24, 8, **{**rest, "bos": 1 if rest.get("bos") else None})
     # AdamW divides a gradient by its own size: where that is rounding noise, so is the direction
     tight = arguments["optimizer"] == "sgd"
@@ -94,10 +94,7 @@ def test_context_gradient_is_the_gradient_through_the_whole_window():
         memorize(
             memory,
             ids,
-            window=24,
-            stride=8,
-            optimizer="sgd",
-            learning_rate=0.5,
+            **papers(optimizer="sgd", learning_rate=0.5),
             context_gradient=context_gradient,
             callback=after_chunk,
         )
@@ -248,7 +245,7 @@ def test_memorize_on_a_subset_of_layers_learns_only_there():
     plain = PlainMemory(
         tiny_model(num_hidden_layers=3), memory.slots, memory.scale, layers=[1], optimizer="sgd", learning_rate=0.5
     )
-    report = memorize(memory, TEXT, optimizer="sgd", learning_rate=0.5)
+    report = memorize(memory, TEXT, **papers(optimizer="sgd", learning_rate=0.5))
     assert [c.nll for c in report.chunks] == pytest.approx(plain_memorize(plain, TEXT, 24, 8), rel=1e-5)
     assert relative_distance(memory.slots, plain.stacked()) < 1e-5
 

@@ -32,7 +32,7 @@ def host(name):
 
 
 def attached(name):
-    return locas.attach(host(name), locas.LocasConfig(variant=CASES[name]["variant"], rank=4))
+    return locas.attach(host(name), locas.LocasConfig.paper(variant=CASES[name]["variant"], rank=4))
 
 
 def used_slots(memory):
@@ -44,7 +44,7 @@ def memorize(name, memory, **settings):
     """With the settings of the run that was saved, in the words of this version."""
     case = CASES[name]
     if "backprop" in case:
-        update = case["backprop"]
+        update = {"update": locas.Backprop.paper(**case["backprop"])}
     elif hasattr(locas, "Write"):
         update = {"update": locas.Write(**case["write"])}
     else:
