@@ -61,6 +61,7 @@ def test_demo_reports_what_was_measured(demo):
     assert re.search(rf"first 700 tokens +{alone:.2f} ", result.stdout)
     memory = locas_ext.load(model, folder / "locas-demo-memory")
     assert memory.version == 6  # one update for each chunk of 128 tokens
+    assert memory.config.scale == "host"  # the default
     assert truncation(model, ids[:384], 512, 512, progress=False).perplexity < alone
 
 

@@ -32,6 +32,7 @@ def two_layer_host(tmp_path_factory):
             dict(row_length="host", clip=1.5),
             dict(update=locas.Backprop(decay_after=3, value_learning_rate=2e-3)),
         ),
+        (["--paper"], dict(scale="paper"), dict(update=locas.Backprop.paper())),
         (["--context-gradient", "--bos", "--seed", 3], dict(seed=3), dict(context_gradient=True, bos=True)),
         (
             ["--update", "write", "--epsilon", 0.5, "--capacity", 80, "--compress-to", 20],
