@@ -49,7 +49,7 @@ def _checked_clip(clip: object) -> bool | float:
 
 @dataclass(frozen=True)
 class LocasConfig:
-    """The settings of a memory.
+    """The settings of a memory. The defaults are the paper's but for the scale; `LocasConfig.paper()` has that too.
 
     Args:
         variant: "glu", for hosts with gate, up and down projections (the paper's Locas-GLU), or "mlp" (Locas-MLP), for
@@ -59,8 +59,8 @@ class LocasConfig:
         init: how gate and key rows start (with variant "mlp": key rows) (docs/method.md, "Initialization"): "topk" clones
             the host neurons that the first chunk uses most, "bottomk" those it uses least, "random" any; "gaussian" draws
             directions; "activation" takes the FFN inputs of random tokens
-        scale: tau, the memory's output scale: "paper" (mean norm of the host's value rows, divided by r), a multiple of
-            it such as "16x", "host" (the mean norm itself) or a float other than 0, from -1e6 to 1e6
+        scale: tau, the memory's output scale: "host" (mean norm of the host's value rows), "paper" (the same divided by
+            r), a multiple of that such as "16x", or a float other than 0, from -1e6 to 1e6
         clip: True: each slot row is kept at length 1 or less after every update; a float above 0: gate and key rows at so
             many times the mean length of the host's own gate and up rows, value rows where tau times their length is so
             many times the mean length of the host's value rows; False: no row is clipped. Rows that a study has made longer

@@ -27,6 +27,8 @@ BACKPROP_NUMBERS = (
 class Backprop:
     """Learning by backpropagation of the chunk's mean loss, the norm clip included (docs/method.md, "Learning").
 
+    The defaults are our own; `Backprop.paper()` has the paper's.
+
     Args:
         learning_rate: float from 0 to 1e6
         epochs: int >= 1: learning passes over each chunk

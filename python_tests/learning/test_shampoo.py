@@ -103,7 +103,7 @@ def test_slots_that_come_and_go():
 
 def test_a_file_without_it_starts_anew(tmp_path):
     _, memory = attached(rank=4)
-    memory.memorize(TEXT[:40], **LEARN)
+    memory.memorize(TEXT[:40], **LEARN, optimizer="adamw")
     memory.save_pretrained(tmp_path, optimizer=True)
     with pytest.raises(locas.LocasError, match="optimizer was 'adamw', is 'shampoo'"):
         memory.memorize(TEXT[:40], **LEARN, optimizer="shampoo", resume=tmp_path)
