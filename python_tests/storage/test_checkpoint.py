@@ -20,7 +20,7 @@ def test_round_trip_is_bitwise(family, optimizer, dtype, tmp_path):
     memory.save_pretrained(tmp_path / "m", optimizer=optimizer)
     assert sorted(files(tmp_path / "m")) == [CONFIG, MEMORY]
     assert set(load_file(tmp_path / "m" / MEMORY)) == {"slots", "scale"} | (
-        {"exp_avg", "exp_avg_sq", "step"} if optimizer else set()
+        {"exp_avg", "exp_avg_sq", "value_gram", "step"} if optimizer else set()
     )
     fresh = tiny_model(family, seed=3, dtype=dtype)
     loaded = locas.load(fresh, tmp_path / "m")
