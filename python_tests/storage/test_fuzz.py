@@ -167,7 +167,11 @@ def test_headers_with_right_checksums(sources, scratch, source, changes, damages
 
 @pytest.mark.parametrize("source", SOURCES)
 @FUZZ
-@given(name=st.sampled_from(["slots", "scale", "step", "exp_avg"]), bits=st.integers(0, 2**32 - 1), place=st.integers(0, 10**6))
+@given(
+    name=st.sampled_from(["slots", "scale", "step", "exp_avg", "value_gram"]),
+    bits=st.integers(0, 2**32 - 1),
+    place=st.integers(0, 10**6),
+)
 def test_numbers_with_right_checksums(sources, scratch, source, name, bits, place):
     """Any bit pattern as a number in a tensor."""
     tensors = {name: tensor.clone() for name, tensor in load(sources[source][MEMORY]).items()}
