@@ -47,13 +47,12 @@ struct WeightStream {
   }
 };
 
-template <class T_, int kTokenBlocks>
+template <class T_, int kTokenBlocks, int kGroups>
 struct GluFfnDecodeHidden {
   using T = T_;
   using Params = GluFfnForwardParams;
   static constexpr const char* name = "glu_ffn_decode_hidden";
-  static constexpr int threads = 256, min_blocks = kTokenBlocks == 1 ? 3 : kTokenBlocks <= 4 ? 2 : 1;
-  static constexpr int kGroups = kTokenBlocks == 1 ? 1 : kTokenBlocks == 2 ? 2 : 3;
+  static constexpr int threads = 256, min_blocks = decode_hidden_residents(8 * kTokenBlocks);
   static constexpr int kWarps = threads / 32, kNeurons = kStrip * kGroups;
   using Weights = WeightStream<T, kGroups, kWarps>;
   struct Shared {
@@ -107,25 +106,36 @@ struct GluFfnDecodeDown {
   }
 };
 
-template <class T, int kTokenBlocks, int kDownGroups>
-void decode(const GluFfnForwardParams& p, Queue queue) {
-  using Hidden = GluFfnDecodeHidden<T, kTokenBlocks>;
-  using Down = GluFfnDecodeDown<T, kTokenBlocks, kDownGroups>;
-  const FfnWeights& w = p.weights;
-  launch<Hidden>(divide_up(w.m() + w.padded_r(), Hidden::kNeurons), sizeof(typename Hidden::Shared), queue, p);
-  launch<Down>(divide_up(w.d(), Down::kChannels), sizeof(typename Down::Shared), queue, p, {.programmatic = true});
+template <class T, int kTokenBlocks, int kGroups>
+void hidden(const GluFfnForwardParams& p, Queue queue) {
+  using Kernel = GluFfnDecodeHidden<T, kTokenBlocks, kGroups>;
+  const int64_t neurons = p.weights.m() + p.weights.padded_r();
+  launch<Kernel>(divide_up(neurons, Kernel::kNeurons), sizeof(typename Kernel::Shared), queue, p);
+}
+
+template <class T, int kTokenBlocks, int kGroups>
+void down(const GluFfnForwardParams& p, Queue queue) {
+  using Kernel = GluFfnDecodeDown<T, kTokenBlocks, kGroups>;
+  launch<Kernel>(divide_up(p.weights.d(), Kernel::kChannels), sizeof(typename Kernel::Shared), queue, p,
+                 {.programmatic = true});
 }
 
 }  // namespace
 
 void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
   if (is_cooperative_forward(p.tokens(), p.weights.d()) && glu_ffn_forward_decode_cooperative(p, queue)) return;
+  const int64_t tokens = p.tokens();
+  const int hidden_groups = decode_hidden_groups(tokens, p.weights.m() + p.weights.padded_r());
+  const int down_groups = decode_down_groups(tokens, p.weights.d());
   with_half_type(p.dtype, [&]<class T>() {
-    if (p.tokens() <= 8) return decode<T, 1, 1>(p, queue);
-    if (p.tokens() <= 16) return decode<T, 2, 1>(p, queue);
-    const bool wide = decode_down_groups(p.tokens(), p.weights.d()) == 2;
-    if (p.tokens() <= 32) return wide ? decode<T, 4, 2>(p, queue) : decode<T, 4, 1>(p, queue);
-    return wide ? decode<T, 8, 2>(p, queue) : decode<T, 8, 1>(p, queue);
+    if (tokens <= 8) hidden_groups == 1 ? hidden<T, 1, 1>(p, queue) : hidden<T, 1, 2>(p, queue);
+    else if (tokens <= 16) hidden_groups == 2 ? hidden<T, 2, 2>(p, queue) : hidden<T, 2, 3>(p, queue);
+    else if (tokens <= 32) hidden<T, 4, 3>(p, queue);
+    else hidden<T, 8, 3>(p, queue);
+    if (tokens <= 8) down<T, 1, 1>(p, queue);
+    else if (tokens <= 16) down<T, 2, 1>(p, queue);
+    else if (tokens <= 32) down_groups == 1 ? down<T, 4, 1>(p, queue) : down<T, 4, 2>(p, queue);
+    else down_groups == 1 ? down<T, 8, 1>(p, queue) : down<T, 8, 2>(p, queue);
   });
 }
 

@@ -34,7 +34,7 @@ constexpr int kResidentThreads = 512;
 #ifdef __CUDACC__
 constexpr int kResidentPieces = 24;  // 192 KB, which GPUs of 8.0, 8.6 or 12.0 do not have
 #else
-constexpr int kResidentPieces = 8;  // small tests use each place several times
+constexpr int kResidentPieces = 16;  // small tests use each place several times
 #endif
 
 LOCAS_DEVICE Vec16 zeros() { return Vec16{{0, 0, 0, 0}}; }
@@ -121,7 +121,8 @@ class PieceQueue {
 // A whole sum over k: += weights * tokens, with a step's weights from take(pieces). The tokens of several steps come at once.
 template <class T, int kStride, int kTokenBlocks, int kGroups, class Take>
 LOCAS_DEVICE void add_steps(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens, Take&& take) {
-  constexpr int kTogether = kGroups < 3 ? 8 / kTokenBlocks : 1;  // as registers allow
+  constexpr int kMost = 16 >> kGroups, kOfTokens = (kGroups < 3 ? 8 : 4) / kTokenBlocks;  // as registers allow
+  constexpr int kTogether = kOfTokens < 1 ? 1 : kOfTokens < kMost ? kOfTokens : kMost;
 #pragma unroll 1
   for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
     Vec16 pieces[kTogether][kTokenBlocks];
@@ -140,15 +141,30 @@ LOCAS_DEVICE void add_steps(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T
   }
 }
 
+// One row of the sums and one token.
+struct Place {
+  int token, row;
+};
+
 // The sums of all warps, in shared memory, for 8 tokens at a time.
 template <int kGroups, int kWarps>
 struct WarpSums {
+  static constexpr int kThreads = kWarps * 32;
   float at[kWarps][kGroups][4][32];
 
-  // finish(token, i) for every token of the blocks and i < 8 * count, when all warps' sums are here.
-  template <int kTokenBlocks, class Finish>
-  LOCAS_DEVICE void finish(const Sums<kTokenBlocks, kGroups>& sums, int count, Finish&& finish) {
-    constexpr int kThreads = kWarps * 32;
+  static constexpr int turns(int rows) { return (8 * rows + kThreads - 1) / kThreads; }
+
+  // Where index is less than 8 times the rows. A lane reads what the same lanes of all warps have stored: no two lanes use a bank.
+  static LOCAS_DEVICE Place place(int block, int index) {
+    const int lane = index % 32, strip = index / 64, odd = index / 32 % 2;
+    return {block * 8 + lane % 4 * 2 + odd, strip * kStrip + lane / 4};
+  }
+
+  // finish(turn, place) for every token of the blocks and kRows rows, when all warps' sums are here; a thread has kTurns
+  // places of a block, and counts them.
+  template <int kRows, int kTokenBlocks, class Finish>
+  LOCAS_DEVICE void finish(const Sums<kTokenBlocks, kGroups>& sums, Finish&& finish) {
+    constexpr int kTurns = turns(kRows);
 #pragma unroll
     for (int block = 0; block < kTokenBlocks; ++block) {
       ptx::sync_threads();
@@ -158,7 +174,11 @@ struct WarpSums {
         for (int i = 0; i < 4; ++i)
           ptx::store(&at[ptx::warp_index()][group][i][ptx::lane_index()], sums.at[block][group][i]);
       ptx::sync_threads();
-      for (int i = ptx::thread_index(); i < 8 * count; i += kThreads) finish(block * 8 + i / count, i % count);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int index = turn * kThreads + ptx::thread_index();
+        if (index < 8 * kRows) finish(block * kTurns + turn, place(block, index));
+      }
     }
   }
 
@@ -203,10 +223,10 @@ LOCAS_DEVICE void finish_hidden(const GluFfnForwardParams& p, WarpSums<kGroups, 
                                 const Sums<kTokenBlocks, kGroups>& sums, int first, int end) {
   const FfnWeights& w = p.weights;
   with_activation(p.activation, [&]<Activation act>() {
-    shared.finish(sums, kGroups * kStrip, [&](int token, int within) {
-      const int neuron = first + within;
+    shared.template finish<kGroups * kStrip>(sums, [&](int, const Place& place) {
+      const int token = place.token, neuron = first + place.row;
       if (token >= p.tokens() || neuron >= end) return;
-      const int group = within / kStrip, slot = within % kStrip;
+      const int group = place.row / kStrip, slot = place.row % kStrip;
       float gate = shared.total(group, slot, token, 0.0f), up = shared.total(group, 8 + slot, token, 0.0f);
       const bool memory = neuron >= w.m();
       if (!memory && w.gate_bias) gate += ptx::to_float(ptx::load(static_cast<const T*>(w.gate_bias) + neuron));
@@ -229,11 +249,11 @@ template <class T, int kTokenBlocks, int kGroups, int kWarps>
 LOCAS_DEVICE void finish_down(const GluFfnForwardParams& p, WarpSums<kGroups, kWarps>& shared,
                               const Sums<kTokenBlocks, kGroups>& sums, int first, int end) {
   const void* bias = p.weights.down_bias;
-  shared.finish(sums, kGroups * 16, [&](int token, int within) {
-    const int channel = first + within;
+  shared.template finish<kGroups * 16>(sums, [&](int, const Place& place) {
+    const int token = place.token, channel = first + place.row;
     if (token >= p.tokens() || channel >= end) return;
     const float start = bias ? ptx::to_float(ptx::load(static_cast<const T*>(bias) + channel)) : 0.0f;
-    const float sum = shared.total(within / 16, within % 16, token, start);
+    const float sum = shared.total(place.row / 16, place.row % 16, token, start);
     ptx::store(static_cast<T*>(p.y.data) + token * p.y.stride + channel, ptx::from_float<T>(sum));
   });
 }
