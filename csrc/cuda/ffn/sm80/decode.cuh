@@ -121,8 +121,7 @@ class PieceQueue {
 // A whole sum over k: += weights * tokens, with a step's weights from take(pieces). The tokens of several steps come at once.
 template <class T, int kStride, int kTokenBlocks, int kGroups, class Take>
 LOCAS_DEVICE void add_steps(Sums<kTokenBlocks, kGroups>& sums, const TokenRows<T>& tokens, Take&& take) {
-  constexpr int kMost = 16 >> kGroups, kOfTokens = (kGroups < 3 ? 8 : 4) / kTokenBlocks;  // as registers allow
-  constexpr int kTogether = kOfTokens < 1 ? 1 : kOfTokens < kMost ? kOfTokens : kMost;
+  constexpr int kProducts = kGroups * kTokenBlocks, kTogether = kProducts < 8 ? 8 / kProducts : 1;  // as registers allow
 #pragma unroll 1
   for (int first = ptx::warp_index() * kStep; first < tokens.width; first += kTogether * kStride) {
     Vec16 pieces[kTogether][kTokenBlocks];
