@@ -12,15 +12,24 @@
 //      row of a panel   0, 1    pieces 0 to 7 in place 0 ^ piece, 1 ^ piece      a piece: 8 columns, 16 bytes
 //                       8, 9                           2 ^ piece, 3 ^ piece, ...
 //
-// As in the forward the grid's barrier does not stop the queue. V, which lies the other way round, is not in it.
+// The grid's barrier does not stop the queue. V, which lies the other way round, is not in it.
 // The warps' sums, and the ranges, are added in their order: the result repeats bit for bit.
 #include "cuda/ffn/sm80/decode.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 
 namespace locas::cuda::sm80 {
 namespace {
+
+constexpr int kMostThreads = 512;  // of a CTA
+// Bytes of weights that are on their way to a CTA.
+#ifdef __CUDACC__
+constexpr int kBytesAhead = 192 << 10;  // which GPUs of 8.0, 8.6 or 12.0 do not have
+#else
+constexpr int kBytesAhead = 128 << 10;  // small tests use each place several times
+#endif
 
 constexpr int kRows = 32, kColumns = 64;  // of a warp's panel of weights
 constexpr int kGroups = kColumns / 16;    // fragments in it
@@ -81,7 +90,7 @@ struct InputGradItems {
 template <class T, int kWarps>
 class PanelQueue {
  public:
-  static constexpr int kDepth = kResidentPieces * kResidentThreads / (kWarps * kRows * kRowPieces);
+  static constexpr int kDepth = kBytesAhead / static_cast<int>(kWarps * kRows * kRowPieces * sizeof(Vec16));
   struct Shared {
     Vec16 panels[kDepth][kWarps][kRows * kRowPieces];
   };
@@ -177,7 +186,7 @@ struct GluFfnDecodeBackward {
   using T = T_;
   using Params = DecodeBackwardParams;
   static constexpr const char* name = "glu_ffn_decode_backward";
-  static constexpr int threads = kTokenBlocks <= 2 ? kResidentThreads : kResidentThreads / 2;  // registers for the sums
+  static constexpr int threads = kTokenBlocks <= 2 ? kMostThreads : kMostThreads / 2;  // registers for the sums
   static constexpr int min_blocks = 1, kWarps = threads / 32;
   using Panels = PanelQueue<T, kWarps>;
   using Sums = sm80::Sums<kTokenBlocks, kGroups>;
@@ -346,6 +355,16 @@ struct GluFfnDecodeBackward {
     }
   }
 };
+
+// False, and nothing is launched, where the device does not hold a block on every multiprocessor at once.
+template <class Kernel>
+bool launch_resident(const typename Kernel::Params& p, Queue queue) {
+  constexpr size_t kSharedBytes = sizeof(typename Kernel::Shared);
+  const int blocks = multiprocessor_count(queue);
+  if (resident_blocks<Kernel>(kSharedBytes, queue) < blocks) return false;
+  launch<Kernel>(blocks, kSharedBytes, queue, p, {.cooperative = true});
+  return true;
+}
 
 }  // namespace
 

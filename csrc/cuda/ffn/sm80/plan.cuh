@@ -1,6 +1,6 @@
 // What a launch of the sm80 family looks like: decode or tiles, which tile, how many slices of K, how much workspace.
 // All of it is decided here, from the shape alone, so that results repeat bit for bit on every device that has room for
-// the cooperative kernels; the numbers are for the 132 multiprocessors of an H100.
+// the cooperative kernel; the numbers are for the 132 multiprocessors of an H100.
 #pragma once
 
 #include <algorithm>
@@ -77,8 +77,7 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
 // each on a GPU of its own and over eager.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 
-// Whether a pass of few tokens is one cooperative kernel, on a device that has room for it.
-inline bool is_cooperative_forward(int64_t tokens, int64_t d) { return tokens <= 8 && d >= 1536; }
+// Whether the backward is one cooperative kernel, on a device that has room for it.
 inline bool is_cooperative_backward(int64_t tokens) { return tokens <= 32; }
 
 // Of decode's first product: CTAs that are on a multiprocessor at once, and strips of 8 neurons that a CTA takes. As few
