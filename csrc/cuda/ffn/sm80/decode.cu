@@ -83,8 +83,8 @@ LOCAS_DEVICE void rows_of_down(const FfnWeights& w, int first, int end, const T*
 }
 
 // From the warps' sums to what is stored of a neuron and a token.
-template <class T, int kTokenBlocks, int kGroups, int kWarps>
-LOCAS_DEVICE void finish_hidden(const GluFfnForwardParams& p, WarpSums<kGroups, kWarps>& shared,
+template <class T, int kBlocks, int kTokenBlocks, int kGroups, int kWarps>
+LOCAS_DEVICE void finish_hidden(const GluFfnForwardParams& p, WarpSums<kBlocks, kGroups, kWarps>& shared,
                                 const Sums<kTokenBlocks, kGroups>& sums, int first, int end) {
   const FfnWeights& w = p.weights;
   with_activation(p.activation, [&]<Activation act>() {
@@ -110,8 +110,8 @@ LOCAS_DEVICE void finish_hidden(const GluFfnForwardParams& p, WarpSums<kGroups, 
 }
 
 // The same of a channel and a token.
-template <class T, int kTokenBlocks, int kGroups, int kWarps>
-LOCAS_DEVICE void finish_down(const GluFfnForwardParams& p, WarpSums<kGroups, kWarps>& shared,
+template <class T, int kBlocks, int kTokenBlocks, int kGroups, int kWarps>
+LOCAS_DEVICE void finish_down(const GluFfnForwardParams& p, WarpSums<kBlocks, kGroups, kWarps>& shared,
                               const Sums<kTokenBlocks, kGroups>& sums, int first, int end) {
   const void* bias = p.weights.down_bias;
   shared.template finish<kGroups * 16>(sums, [&](int, const Place& place) {
@@ -193,6 +193,7 @@ struct WeightStream {
       queue.take(pieces);
       copy_next();
     });
+    ptx::cp_async_wait<0>();  // the sums of all warps take the queue's place
   }
 
  private:
@@ -211,9 +212,9 @@ struct GluFfnDecodeHidden {
   static constexpr int threads = 256, min_blocks = decode_hidden_residents(8 * kTokenBlocks);
   static constexpr int kWarps = threads / 32, kNeurons = kStrip * kGroups;
   using Weights = WeightStream<T, kGroups, kWarps>;
-  struct Shared {
+  union Shared {
     typename Weights::Queue::Shared queue;
-    WarpSums<kGroups, kWarps> sums;
+    WarpSums<kTokenBlocks <= 4 ? kTokenBlocks : 4, kGroups, kWarps> sums;
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
@@ -238,9 +239,9 @@ struct GluFfnDecodeDown {
   static constexpr int threads = 512, min_blocks = 1;
   static constexpr int kWarps = threads / 32, kChannels = 16 * kGroups;
   using Weights = WeightStream<T, kGroups, kWarps>;
-  struct Shared {
+  union Shared {
     typename Weights::Queue::Shared queue;
-    WarpSums<kGroups, kWarps> sums;
+    WarpSums<kTokenBlocks <= 4 ? kTokenBlocks : 4, kGroups, kWarps> sums;
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {

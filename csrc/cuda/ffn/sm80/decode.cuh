@@ -94,46 +94,53 @@ struct Place {
   int token, row;
 };
 
-// The sums of all warps, in shared memory, for 8 tokens at a time.
-template <int kGroups, int kWarps>
+// The sums of all warps, in shared memory, for kBlocks times 8 tokens at a time.
+template <int kBlocks, int kGroups, int kWarps>
 struct WarpSums {
   static constexpr int kThreads = kWarps * 32;
-  float at[kWarps][kGroups][4][32];
+  float at[kBlocks][kWarps][kGroups][4][32];
 
-  // Places that a thread has of a block of tokens.
-  static constexpr int turns(int rows) { return (8 * rows + kThreads - 1) / kThreads; }
+  // Places that a thread has of the tokens of a time.
+  static constexpr int turns(int rows) { return (kBlocks * 8 * rows + kThreads - 1) / kThreads; }
 
-  // Of an index below 8 times the rows. A lane reads what the same lanes of all warps stored: no two share a bank.
-  static LOCAS_DEVICE Place place(int block, int index) {
-    const int lane = index % 32, strip = index / 64, odd = index / 32 % 2;
-    return {block * 8 + lane % 4 * 2 + odd, strip * kStrip + lane / 4};
+  // The i-th place of this thread, where it has one: a lane reads what the same lanes of all warps stored, so that no two
+  // share a bank.
+  template <int kRows>
+  static LOCAS_DEVICE Place place(int i) {
+    constexpr int kTurns = turns(kRows);
+    const int index = i % kTurns * kThreads + ptx::thread_index(), within = index % (8 * kRows), lane = index % 32;
+    const int block = i / kTurns * kBlocks + index / (8 * kRows);
+    return {block * 8 + lane % 4 * 2 + within / 32 % 2, within / 64 * kStrip + lane / 4};
   }
 
-  // finish(i, place) for every token of the blocks and kRows rows, when all warps' sums are here; i counts a thread's places.
+  // finish(i, place) for every token of the blocks and kRows rows, when all warps' sums are here.
   template <int kRows, int kTokenBlocks, class Finish>
   LOCAS_DEVICE void finish(const Sums<kTokenBlocks, kGroups>& sums, Finish&& finish) {
+    static_assert(kTokenBlocks % kBlocks == 0);
     constexpr int kTurns = turns(kRows);
 #pragma unroll
-    for (int block = 0; block < kTokenBlocks; ++block) {
+    for (int time = 0; time < kTokenBlocks / kBlocks; ++time) {
       ptx::sync_threads();
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group)
+      for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          ptx::store(&at[ptx::warp_index()][group][i][ptx::lane_index()], sums.at[block][group][i]);
+        for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            ptx::store(&at[block][ptx::warp_index()][group][i][ptx::lane_index()],
+                       sums.at[time * kBlocks + block][group][i]);
       ptx::sync_threads();
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int index = turn * kThreads + ptx::thread_index();
-        if (index < 8 * kRows) finish(block * kTurns + turn, place(block, index));
-      }
+      for (int turn = 0; turn < kTurns; ++turn)
+        if (turn * kThreads + ptx::thread_index() < kBlocks * 8 * kRows)
+          finish(time * kTurns + turn, place<kRows>(time * kTurns + turn));
     }
   }
 
   // Of one element of a fragment, `row` of 16 and `token`, onto `sum`.
   LOCAS_DEVICE float total(int group, int row, int token, float sum) const {
     const int lane = row % 8 * 4 + token % 8 / 2, i = row / 8 * 2 + token % 2;
-    for (int warp = 0; warp < kWarps; ++warp) sum += ptx::load(&at[warp][group][i][lane]);
+    for (int warp = 0; warp < kWarps; ++warp) sum += ptx::load(&at[token / 8 % kBlocks][warp][group][i][lane]);
     return sum;
   }
 };

@@ -193,8 +193,8 @@ struct GluFfnDecodeBackward {
   struct Shared {
     typename Panels::Shared queue;
     union {
-      WarpSums<kGroups, kWarps> sums;
-      WarpSums<1, kWarps> memory_sums;
+      WarpSums<1, kGroups, kWarps> sums;
+      WarpSums<1, 1, kWarps> memory_sums;
     };
   };
 
@@ -248,7 +248,7 @@ struct GluFfnDecodeBackward {
   }
 
   // dy V^T, which runs along the rows of V, for 16 slots.
-  static LOCAS_DEVICE void memory_hidden_grad(const GluFfnBackwardParams& p, WarpSums<1, kWarps>& shared, int slot) {
+  static LOCAS_DEVICE void memory_hidden_grad(const GluFfnBackwardParams& p, WarpSums<1, 1, kWarps>& shared, int slot) {
     const FfnWeights& w = p.weights;
     const T* values[2];
 #pragma unroll
@@ -270,7 +270,7 @@ struct GluFfnDecodeBackward {
 
   // From the warps' sums to the gradients of the pre-activations of a neuron, of the host or of the memory, and a token.
   template <int kOfGroups>
-  static LOCAS_DEVICE void finish_hidden_grad(const GluFfnBackwardParams& p, WarpSums<kOfGroups, kWarps>& shared,
+  static LOCAS_DEVICE void finish_hidden_grad(const GluFfnBackwardParams& p, WarpSums<1, kOfGroups, kWarps>& shared,
                                               const sm80::Sums<kTokenBlocks, kOfGroups>& sums, int first, int end) {
     const int m = static_cast<int>(p.weights.m());
     const bool memory = first >= m;
@@ -279,11 +279,11 @@ struct GluFfnDecodeBackward {
       return static_cast<T*>(matrix.data) + place.token * matrix.stride + first + place.row;
     };
     const auto exists = [&](const Place& place) { return place.token < p.tokens() && first + place.row < end; };
-    constexpr int kNeurons = 16 * kOfGroups, kTurns = WarpSums<kOfGroups, kWarps>::turns(kNeurons);
+    constexpr int kNeurons = 16 * kOfGroups, kTurns = WarpSums<1, kOfGroups, kWarps>::turns(kNeurons);
     T gate[kTokenBlocks * kTurns], up[kTokenBlocks * kTurns];  // under way while the sums meet
 #pragma unroll
     for (int i = 0; i < kTokenBlocks * kTurns; ++i) {
-      const Place place = shared.place(i / kTurns, i % kTurns * threads + ptx::thread_index());
+      const Place place = shared.template place<kNeurons>(i);
       if (!exists(place)) continue;
       gate[i] = ptx::load(at(p.gate, place));
       up[i] = ptx::load(at(p.up, place));
@@ -333,7 +333,7 @@ struct GluFfnDecodeBackward {
     }
   }
 
-  static LOCAS_DEVICE void finish_input_grad(const Params& p, WarpSums<kGroups, kWarps>& shared, const Sums& sums,
+  static LOCAS_DEVICE void finish_input_grad(const Params& p, WarpSums<1, kGroups, kWarps>& shared, const Sums& sums,
                                              int first, int split) {
     const int64_t d = p.ffn.weights.d();
     shared.template finish<kColumns>(sums, [&](int, const Place& place) {
