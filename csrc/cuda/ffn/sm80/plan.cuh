@@ -80,8 +80,8 @@ inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 // Whether the backward is one cooperative kernel, on a device that has room for it.
 inline bool is_cooperative_backward(int64_t tokens) { return tokens <= 32; }
 
-// Of decode's first product: CTAs that are on a multiprocessor at once, and strips of 8 neurons that a CTA takes. As few
-// as let all CTAs run at once, since each reads all tokens, and a second wave of them would leave multiprocessors idle.
+// Of decode's first product: CTAs that are on a multiprocessor at once, and strips of 8 neurons that a CTA takes: so many
+// that all CTAs run at once, as a second wave of them would leave multiprocessors idle.
 constexpr int decode_hidden_residents(int64_t tokens) { return tokens <= 8 ? 3 : tokens <= 32 ? 2 : 1; }
 inline int decode_hidden_groups(int64_t tokens, int64_t neurons) {
   const int fewest = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 3;
