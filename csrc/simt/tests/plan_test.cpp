@@ -1,5 +1,4 @@
-// The plans against what was fastest on a GPU (r = 64, bf16): of the Hopper family on an H100, of few tokens on an H200.
-#include "cuda/ffn/sm80/plan.cuh"
+// The plans of the Hopper family against what was fastest on an H100 (r = 64, bf16).
 #include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
@@ -44,25 +43,6 @@ LOCAS_TEST(plan, "plans of the sm90 family") {
     expect_plan("down", at, down_plan(at.tokens, sizes, cuda::sm90::kH100), at.down);
   }
   return std::to_string(std::size(kWinners)) + " shapes";
-}
-
-// Microseconds of each pass in two kernels and in one, from bench/results/decode_h200.json.
-LOCAS_TEST(plan_decode, "plans of few tokens") {
-  struct Measured {
-    int64_t d, tokens;
-    double forward[2], backward[2];
-  };
-  const Measured measured[] = {
-      {1024, 1, {13.2, 14.0}, {30.7, 21.3}},  {1024, 8, {15.6, 16.3}, {28.5, 20.2}},
-      {1024, 32, {19.8, 25.7}, {31.5, 28.1}}, {1024, 64, {26.6, 45.7}, {31.6, 38.8}},
-      {2048, 1, {32.9, 27.9}, {54.2, 39.7}},  {2048, 8, {32.6, 31.5}, {56.3, 43.1}},
-      {2048, 32, {40.8, 52.3}, {58.7, 60.5}}, {2048, 64, {59.2, 92.6}, {63.5, 87.9}},
-  };
-  for (const auto& [d, tokens, forward, backward] : measured)
-    if (cuda::sm80::is_cooperative_forward(tokens, d) != (forward[1] < forward[0]) ||
-        cuda::sm80::is_cooperative_backward(tokens, d) != (backward[1] < backward[0]))
-      fail("d %d, T %d: the slower kernels are planned", static_cast<int>(d), static_cast<int>(tokens));
-  return std::to_string(std::size(measured)) + " shapes";
 }
 
 }  // namespace
