@@ -6,7 +6,7 @@ K4 the gradients of the input and of the slots; the peer is torch.mm on the host
 activation. A time is the median over interleaved rounds of CUDA graphs that rotate through operands.
 
 A tile is tested by a process of its own, so that one that never ends or breaks the context takes none with it; those that
-are right are timed. Tiles: tokens x columns, pp: ping-pong, /4c: slices of K in a cluster, /4: by launch.
+are right are timed. Tiles: tokens x columns, pp: ping-pong, /4: in four slices of K.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from .graphs import Graph, sets_for
-from .sm90_checks import cases_of, cases_of_plans, check_all, make, slices
+from .sm90_checks import SLICES, cases_of, cases_of_plans, check_all, make
 from .sm90_library import Library
 
 SHAPES = {1024: 3072, 2048: 6144, 4096: 12288}
 PLANS = -1  # as a tile: whole passes as planned
 CHECK_SECONDS, CHECKS_AT_ONCE = 60, 8
-SLICED_TOKENS = 512  # slices by launch are timed up to here
+SLICED_TOKENS = 512  # slices are timed up to here
 
 
 def calls_of(arm, sets: list[dict], seconds: float) -> list:
@@ -76,7 +76,7 @@ def products(library: Library, tokens: int, right: Collection[int]) -> dict[str,
         arms: dict[str, Callable] = {"cuBLAS": mm[product]}
         sums = product in ("K2", "K4")
         for tile in [tile for tile in library.instances[product] if tile in right]:
-            for splits in slices(library, tile) if sums and tokens <= SLICED_TOKENS else (1,):
+            for splits in SLICES if sums and tokens <= SLICED_TOKENS else (1,):
                 numbers = (tile, splits) if sums else (tile,)
                 arms[library.arm(tile, splits)] = lambda ffn, call=call, numbers=numbers: call(ffn, *numbers)
         all_arms[product] = arms
@@ -179,13 +179,12 @@ def main() -> None:
         return check(library, arguments.check_tile)
     tiles = [*range(len(library.names)), PLANS]
     right = tiles if arguments.no_check else right_tiles(library)
-    clusters = {ctas: library.clusters_at_once(ctas) for ctas in (1, 2, 4)}
-    print(f"{torch.cuda.get_device_name()}; clusters of so many CTAs at one time: {clusters}", flush=True)
+    print(torch.cuda.get_device_name(), flush=True)
     records: list[dict] = []
     for d, tokens in [] if arguments.no_time else itertools.product(arguments.d, arguments.tokens):
         records += measure(library, right, d, tokens, arguments)
         if arguments.out:
-            found = {"gpu": torch.cuda.get_device_name(), "clusters": clusters, "right": [tile in right for tile in tiles]}
+            found = {"gpu": torch.cuda.get_device_name(), "right": [tile in right for tile in tiles]}
             arguments.out.write_text(json.dumps(found | {"records": records}, indent=1))
     show(records)
     if len(right) < len(tiles):

@@ -18,6 +18,7 @@ FUNCTIONS = {
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # tokens, d, m, r: nothing fits a tile. Of LONG, every tile gives a CTA several units.
 LONG = (4200, 2048, 1024, 64)
+SLICES = (1, 2, 4, 8)  # of K
 SHAPES = [(1, 64, 64, 1), (131, 264, 520, 37), (257, 1032, 1544, 65), (300, 520, 392, 0), (33, 128, 200, 130)]
 
 
@@ -109,11 +110,6 @@ def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool, 
         )
 
 
-def slices(library: Library, tile: int) -> tuple[int, ...]:
-    """How often K is cut by launch."""
-    return (1, 2, 4, 8) if library.slices[tile] == 1 else (1,)
-
-
 def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, integers: bool, activation: str) -> None:
     tokens, d, m, r = shape
     what = f"{library.names[tile]}, {dtype}, tokens {tokens}, d {d}, m {m}, r {r}, {'integers' if integers else activation}"
@@ -122,8 +118,8 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
         check_hidden(library, ffn, tile, integers, activation, what)
     else:
         library.hidden(ffn, library.instances["K1"][0], 2.0, activation)
-    for splits in slices(library, tile) if tile in library.instances["K2"] else ():
-        if (m + 63) // 64 + (r + 63) // 64 >= splits * library.slices[tile]:
+    for splits in SLICES if tile in library.instances["K2"] else ():
+        if (m + 63) // 64 + (r + 63) // 64 >= splits:
             check_down(library, ffn, tile, splits, integers, what)
     if tile in library.instances["K3"] or tile in library.instances["K4"]:
         check_gradients(
@@ -195,8 +191,8 @@ def check_input_grad(library: Library, ffn: dict, tile: int, splits: int, intege
 def check_gradients(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
     in_hidden = tile in library.instances["K3"]
     check_hidden_grad(library, ffn, tile if in_hidden else library.instances["K3"][0], integers, activation, what)
-    for splits in slices(library, tile) if tile in library.instances["K4"] else ():
-        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits * library.slices[tile]:
+    for splits in SLICES if tile in library.instances["K4"] else ():
+        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits:
             check_input_grad(library, ffn, tile, splits, integers, what)
             first = ffn["dx"].clone()
             library.input_grad(ffn, tile, splits)

@@ -79,9 +79,8 @@ class Library:
             getattr(self._library, f"locas_{name}").restype = ctypes.c_char_p
         shapes = (ctypes.c_int * 256)()
         count = self._library.locas_tiles(shapes)
-        tiles = [shapes[4 * i : 4 * i + 4] for i in range(count)]
-        self.slices = [slices for *_, slices in tiles]
-        self.names = [f"{m}x{n}{'pp' if pp else ''}{f'/{slices}c' if slices > 1 else ''}" for m, n, pp, slices in tiles]
+        tiles = [shapes[3 * i : 3 * i + 3] for i in range(count)]
+        self.names = [f"{m}x{n}{'pp' if pp else ''}" for m, n, pp in tiles]
         self.instances: dict[str, list[int]] = {}
         for number, product in enumerate(PRODUCTS):
             count = self._library.locas_instances(number, shapes)
@@ -110,10 +109,6 @@ class Library:
         plan = (ctypes.c_int * 8)()
         self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
         return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
-
-    def clusters_at_once(self, ctas: int) -> int:
-        """How many clusters of so many CTAs the GPU runs at one time."""
-        return self._library.locas_clusters(ctas)
 
     def arm(self, tile: int, splits: int) -> str:
         """Its name."""

@@ -448,9 +448,8 @@ void hopper_forward(const GluFfnForwardParams& p, cuda::Queue queue) {
   const int splits = hopper_splits(blocks);
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  const bool fills = blocks >= cuda::sm90::shape_of(hopper_tiles.down).slices;
   cuda::sm90::glu_ffn_hidden(own, static_cast<int>(hopper_tiles.hidden), queue);
-  cuda::sm90::glu_ffn_down(own, static_cast<int>(fills ? hopper_tiles.down : TileKind::m128n128), splits, queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(hopper_tiles.down), splits, queue);
 }
 
 void hopper_backward(const GluFfnBackwardParams& p, cuda::Queue queue) {
@@ -501,11 +500,6 @@ LOCAS_TEST(hopper_narrow, "glu_ffn of sm90 with narrow tiles") {
   int count = run_alternating(hopper({m128n128_ping_pong, m128n128, m128n128_ping_pong, m128n128, 2}), 1, 300, 20);
   count += run_alternating(hopper({m128n128, m128n64, m128n64, m128n64, 4}), 1, 300, 22);
   count += run_alternating(hopper({m128n64, m128n64, m128n128, m128n64, 1}), 1, 300, 24);
-  return shapes(count);
-}
-LOCAS_TEST(hopper_slices, "glu_ffn of sm90 with slices in clusters") {
-  using enum TileKind;
-  const int count = run_alternating(hopper({m128n192, m128n128_4_slices, m128n128, m128n128_4_slices, 1}), 1, 140, 40);
   return shapes(count);
 }
 LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return run_each(cuda::sm90::table, 65, 400, 16); }

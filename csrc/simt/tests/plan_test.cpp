@@ -17,12 +17,12 @@ struct Winner {
 constexpr TileKind kWide = TileKind::m128n192_ping_pong, kNarrow = TileKind::m128n128_ping_pong,
                    kFew = TileKind::m128n64;
 // By more than 1% nothing is faster; 128 x 64 columns were only measured in whole passes.
-const Winner kWinners[] = {{1024, 64, kFew, {TileKind::m128n128_4_slices, 1}},
-                           {1024, 128, kFew, {TileKind::m128n128_4_slices, 1}},
+const Winner kWinners[] = {{1024, 64, kFew, {kFew, 4}},
+                           {1024, 128, kFew, {kFew, 4}},
                            {1024, 512, TileKind::m128n192, {kFew, 1}},
                            {1024, 2048, kNarrow, {TileKind::m128n128, 1}},
                            {1024, 8192, kWide, {kNarrow, 1}},
-                           {2048, 128, TileKind::m128n128, {TileKind::m128n128_4_slices, 1}},
+                           {2048, 128, TileKind::m128n128, {kFew, 4}},
                            {2048, 512, kNarrow, {kFew, 1}},
                            {2048, 2048, kWide, {kNarrow, 1}},
                            {2048, 8192, kWide, {kNarrow, 1}},

@@ -267,7 +267,7 @@ struct GluFfnInputAndSlotsGrad {
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Output::Shared output[Tile::kConsumers * 4];
+    typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
   // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
@@ -286,7 +286,6 @@ struct GluFfnInputAndSlotsGrad {
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -294,7 +293,7 @@ struct GluFfnInputAndSlotsGrad {
           produce<Tile>(shared.tile, p, [&](int unit) { return Loads(p, unit); });
         },
         [&](int consumer) {
-          Stores stores{shared.output[Output::consumer_warp()].stores};
+          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -307,7 +306,7 @@ struct GluFfnInputAndSlotsGrad {
                                                               pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                if (p.is_dx(unit)) p.write(stores, shared.output, unit, sums, consumer);
+                if (p.is_dx(unit)) p.write(stores, unit, sums, consumer);
                 else add_slots(p, slot_unit(p, unit), sums, consumer);
               });
           stores.finish();
@@ -377,7 +376,7 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
   p.activation = ffn.activation;
-  launch_units<Kernel, Tile>(p, false, queue);
+  launch_units<Kernel>(p, false, queue);
 }
 
 template <class Kernel, class Tile>
@@ -409,12 +408,10 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
   const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
   p.units = p.tile_units() + slot_units;
-  p.slots_from = Tile::kSlices > 1
-                     ? p.tile_units()
-                     : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
-                                    {slot_units, p.token_blocks + slots_epilogue_blocks(Tile::kM, Tile::kN)},
-                                    block_count_for<Tile>(p.units, queue))
-                           .slots_from;
+  p.slots_from = longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
+                              {slot_units, p.token_blocks + slots_epilogue_blocks(Tile::kM, Tile::kN)},
+                              block_count_for(p.units, queue))
+                     .slots_from;
   return p;
 }
 
@@ -430,9 +427,9 @@ void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
 void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kInputGradTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      with_sliced<Tile>(splits, [&]<bool sliced>() {
+      with_sliced(splits, [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
-        launch_units<Kernel, Tile>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);
+        launch_units<Kernel>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);
       });
     });
     if (splits > 1 && p.dx.data) add_slices<T>({p.workspace, splits, nullptr, p.dx}, queue);

@@ -141,12 +141,11 @@ struct GluFfnDown {
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Output::Shared output[Tile::kConsumers * 4];
+    typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -158,7 +157,7 @@ struct GluFfnDown {
           });
         },
         [&](int consumer) {
-          typename Output::Stores stores{shared.output[Output::consumer_warp()].stores};
+          typename Output::Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -172,7 +171,7 @@ struct GluFfnDown {
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
                                                              middle > first, pass_turn);
               },
-              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, shared.output, unit, sums, consumer); });
+              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, unit, sums, consumer); });
           stores.finish();
         });
   }
@@ -217,7 +216,7 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
-  launch_units<Kernel, Tile>(p, false, queue);
+  launch_units<Kernel>(p, false, queue);
 }
 
 template <class Tile, bool sliced>
@@ -233,7 +232,7 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
   p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
   p.units = p.tile_units();
-  launch_units<Kernel, Tile>(p, true, queue);
+  launch_units<Kernel>(p, true, queue);
 }
 
 }  // namespace
@@ -248,7 +247,7 @@ void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kDownTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
+      with_sliced(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });

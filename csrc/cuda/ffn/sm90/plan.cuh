@@ -22,13 +22,12 @@ namespace locas::cuda::sm90 {
 struct Target {
   int multiprocessors;
   int least_blocks;  // K-blocks of a slice, at least
-  int clusters;      // of four CTAs, at one time
 };
-constexpr Target kH100{132, 8, 30};
+constexpr Target kH100{132, 8};
 #ifdef __CUDACC__
 constexpr Target kTarget = kH100;
 #else
-constexpr Target kTarget{3, 1, 1};  // small tests meet several units per CTA, and slices
+constexpr Target kTarget{3, 1};  // small tests meet several units per CTA, and slices
 #endif
 
 // By number in kTiles.
@@ -38,37 +37,31 @@ enum class TileKind {
   m128n128,
   m128n128_ping_pong,
   m128n64,
-  m128n128_4_slices,
 };
-constexpr int kTileKinds = 6;
+constexpr int kTileKinds = 5;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
-  int slices = 1;   // of K, in a cluster
 };
-constexpr TileShape kTiles[kTileKinds] = {
-    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.0},
-    {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
-    {128, 64, Schedule::cooperative, 1.5},   {128, 128, Schedule::cooperative, 1.06, 4}};
+constexpr TileShape kTiles[kTileKinds] = {{128, 192, Schedule::cooperative, 1.0},
+                                          {128, 192, Schedule::ping_pong, 1.0},
+                                          {128, 128, Schedule::cooperative, 1.06},
+                                          {128, 128, Schedule::ping_pong, 1.03},
+                                          {128, 64, Schedule::cooperative, 1.5}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
 constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
                                      TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
-                                   TileKind::m128n128_4_slices};
+constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
 constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
                                          TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
-                                        TileKind::m128n128_4_slices};
-
-// What SlicedSums has in shared memory (epilogue.cuh).
-constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
 
 // Shared memory for the stages, beside what the epilogue has.
 constexpr int kSharedBytes = 226 * 1024;
-constexpr int output_stage_bytes(const TileShape& tile) { return kSharedBytes - 8 * 3 * 1024 - received_bytes(tile); }
+constexpr int output_stage_bytes(const TileShape&) { return kSharedBytes - 8 * 3 * 1024; }
 
 // Pieces of gate and up, of so many columns, that a warp has on their way (backward.cu).
 constexpr int kGateUpCols = 64;
@@ -81,7 +74,7 @@ constexpr int hidden_grad_stage_bytes(const TileShape& tile) {
 template <class T, TileKind kind, int (*stage_bytes)(const TileShape&)>
 using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n,
                     stage_bytes(shape_of(kind)) / ((shape_of(kind).m + (shape_of(kind).n + 63) / 64 * 64) * 128),
-                    shape_of(kind).schedule, shape_of(kind).slices>;
+                    shape_of(kind).schedule>;
 
 struct Plan {
   TileKind kind;
@@ -118,24 +111,17 @@ struct Product {
   Units slots{0, 0};
 };
 
-// Clock cycles. What slices cost: by launch, the floats that are written, read and added; in a cluster, those that one CTA
-// sends the others, and CTAs that begin when others have ended.
+// Clock cycles. What slices cost: the floats that are written, read and added, and the launch that adds them.
 inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
   constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 5000, kReadAClock = 1200;
-  constexpr double kSentAClock = 12, kNextCluster = 8000;
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
-  const int slices = splits * tile.slices;
-  const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
-  const int ctas = tile.slices > 1 ? target.clusters * tile.slices : target.multiprocessors;
-  const Turn turn = longest_turn(units, product.slots, ctas);
-  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
+  const Units units{product.tiles.count * splits, divide_up(product.tiles.blocks, splits)};
+  const Turn turn = longest_turn(units, product.slots, target.multiprocessors);
+  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0);
   const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
-  const double by_launch = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  const int64_t clusters = divide_up(units.count, ctas);  // one behind the other
-  const double in_cluster =
-      clusters * received_bytes(tile) / kSentAClock + (tile.slices > 1 ? clusters - 1 : 0) * kNextCluster;
-  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + by_launch + in_cluster;
+  const double adding = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
+  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + adding;
 }
 
 // The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
@@ -147,10 +133,8 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
       const TileShape& tile = shape_of(kind);
-      if (tile.slices > 1 && splits > 1) continue;
       const Product of_tile = product(tile);
-      const int slices = splits * tile.slices;
-      if (slices > 1 && of_tile.tiles.blocks < slices * target.least_blocks) continue;
+      if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
       const double clocks = estimate(tile, of_tile, splits, added, target);
       if (least >= 0.0 && clocks >= least) continue;
       least = clocks;
