@@ -16,7 +16,7 @@ struct OutputTiles {
   ptx::TensorMap out;
   const T* bias;      // may be null
   float* slice_sums;  // [splits, tokens, d] where sliced
-  float one;          // 1, for store_floats
+  float one;          // 1, for put_floats
   int64_t tokens;
   int d, tiles_m, tiles_n, tiles;
   int blocks, splits;  // of K
@@ -31,7 +31,10 @@ struct OutputTiles {
     const TileIndex at = tile(unit);
     const int token = at.m * Tile::kM + (Tile::kPingPong ? 0 : consumer * Tile::kRows), channel = at.n * Tile::kN;
     if constexpr (sliced) {
-      store_floats<Tile>(slice_sums + slice(unit) * tokens * d, sums, token, tokens, channel, d, one);
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+        put_floats<false>(slice_sums + slice(unit) * tokens * d, sums[row_block], token + row_block * 64, tokens,
+                          channel, d, one);
     } else {
       store_rounded(stores, out, sums, token, channel, d, bias);
     }
