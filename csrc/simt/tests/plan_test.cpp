@@ -17,8 +17,7 @@ struct Winner {
 constexpr TileKind kWide = TileKind::m128n192_ping_pong, kNarrow = TileKind::m128n128_ping_pong,
                    kFew = TileKind::m128n64;
 // By more than 1% nothing is faster; 128 x 64 columns were only measured in whole passes.
-const Winner kWinners[] = {{1024, 64, kFew, {kFew, 4}},
-                           {1024, 128, kFew, {kFew, 4}},
+const Winner kWinners[] = {{1024, 128, kFew, {kFew, 4}},
                            {1024, 512, TileKind::m128n192, {kFew, 1}},
                            {1024, 2048, kNarrow, {TileKind::m128n128, 1}},
                            {1024, 8192, kWide, {kNarrow, 1}},

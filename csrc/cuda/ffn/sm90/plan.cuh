@@ -37,27 +37,39 @@ enum class TileKind {
   m128n128,
   m128n128_ping_pong,
   m128n64,
+  m64n192_ping_pong,
+  m64n128_ping_pong,
+  m64n64_ping_pong,
 };
-constexpr int kTileKinds = 5;
+constexpr int kTileKinds = 8;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
 };
-constexpr TileShape kTiles[kTileKinds] = {{128, 192, Schedule::cooperative, 1.0},
-                                          {128, 192, Schedule::ping_pong, 1.0},
-                                          {128, 128, Schedule::cooperative, 1.06},
-                                          {128, 128, Schedule::ping_pong, 1.03},
-                                          {128, 64, Schedule::cooperative, 1.5}};
+constexpr TileShape kTiles[kTileKinds] = {
+    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.0},
+    {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
+    {128, 64, Schedule::cooperative, 1.5},   {64, 192, Schedule::ping_pong, 1.45},
+    {64, 128, Schedule::ping_pong, 1.6},     {64, 64, Schedule::ping_pong, 2.2}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
-constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
-                                     TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
+constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong,
+                                     TileKind::m128n128_ping_pong,
+                                     TileKind::m128n192,
+                                     TileKind::m128n128,
+                                     TileKind::m128n64,
+                                     TileKind::m64n192_ping_pong,
+                                     TileKind::m64n128_ping_pong,
+                                     TileKind::m64n64_ping_pong};
+constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                   TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
-                                         TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
+                                         TileKind::m128n128,           TileKind::m128n64,  TileKind::m64n128_ping_pong,
+                                         TileKind::m64n64_ping_pong};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                        TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 
 // Shared memory for the stages, beside what the epilogue has.
 constexpr int kSharedBytes = 226 * 1024;
@@ -127,12 +139,14 @@ inline double estimate(const TileShape& tile, const Product& product, int splits
 // The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
 // a slice.
 template <int count, class F>
-Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, double added, const Target& target) {
+Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int most_splits, double added,
+               const Target& target) {
   Plan best{kinds[0], 1};
   double least = -1.0;
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
       const TileShape& tile = shape_of(kind);
+      if (tile.m < 128 && tokens > tile.m) continue;  // the weights would be loaded once more
       const Product of_tile = product(tile);
       if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
       const double clocks = estimate(tile, of_tile, splits, added, target);
@@ -153,7 +167,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
-  return best_plan(kHiddenTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenTiles, tokens, product, 1, 0.0, target);
 }
 
 // K2: K is cut into slices where the tiles alone would leave multiprocessors idle.
@@ -162,7 +176,7 @@ inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& targe
   const auto product = [&](const TileShape& tile) {
     return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
-  return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+  return best_plan(kDownTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // K3: host and memory apart.
@@ -171,11 +185,11 @@ inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target
     const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kHiddenGradSumsAClock};
   };
-  return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenGradTiles, tokens, product, 1, 0.0, target);
 }
 
 // What a unit of the slots takes beside its K-blocks, in K-blocks: it reads the floats that its sums are added to.
-constexpr int slots_epilogue_blocks(int m, int n) { return 6000 * 4096 / (2 * m * n * kBlockK); }
+constexpr int slots_epilogue_blocks(int n) { return 6000 * 4096 / (2 * 128 * n * kBlockK); }
 
 // K4: dx in slices like K2, and the slots' gradients beside it.
 inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
@@ -185,10 +199,10 @@ inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target&
     const int64_t tiles_n = divide_up(sizes.d, tile.n);
     return Product{{divide_up(tokens, tile.m) * tiles_n, blocks},
                    kSumsAClock,
-                   {(slot_blocks + divide_up(slot_blocks, 2)) * tiles_n,
-                    divide_up(tokens, kBlockK) + slots_epilogue_blocks(tile.m, tile.n)}};
+                   {divide_up(3 * slot_blocks, tile.m / 64) * tiles_n,
+                    divide_up(tokens, kBlockK) + slots_epilogue_blocks(tile.n)}};
   };
-  return best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+  return best_plan(kInputGradTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // Calls f with the tile type, one of `kinds`.
