@@ -11,9 +11,8 @@
 //           dx         d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges of K;
 //                      where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots      [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32:
-//                      64 slots of the gate and the same of the key, or 128 of the value, x kN channels. The CTAs
-//                      that have a unit of dx less than others take the first (plan.cuh). K may be cut into slices
-//                      here too.
+//                      kM slots of the gate and the key, or of the value, x kN channels. The CTAs that have a unit
+//                      of dx less than others take the first (plan.cuh). K may be cut into slices here too.
 //
 // Without dx (the lowest layer with a memory) only the memory's units exist. One warpgroup alone adds to a sum: the result
 // repeats bit for bit.
@@ -237,7 +236,6 @@ struct GluFfnInputAndSlotsGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
   using Output = OutputTiles<Tile, sliced>;
   using Stores = typename Output::Stores;
 
@@ -270,6 +268,9 @@ struct GluFfnInputAndSlotsGrad {
     LOCAS_DEVICE int last_block(int unit) const {
       return is_dx(unit) ? Output::last_block(unit) : token_blocks * (slot_slice(unit) + 1) / slot_splits;
     }
+    LOCAS_DEVICE uint32_t stage_bytes(int unit) const {
+      return is_dx(unit) ? Output::stage_bytes(unit) : Tile::kStageBytes;
+    }
     LOCAS_DEVICE int slot_slice(int unit) const { return (unit - this->tile_units()) / slot_units; }
 
    private:
@@ -284,19 +285,18 @@ struct GluFfnInputAndSlotsGrad {
     typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
-  // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
+  // A unit of the slots: kM / 64 neighbours of the blocks of 64 slots, those of the gate before the key's and the value's.
+  // Gate and key are an even number: no unit of two has one of theirs and one of the value's.
+  static constexpr int kSlotBlocks = Tile::kM / 64;
   struct SlotUnit {
-    bool value;
-    int block, channel, slice;
+    int first, of_a_kind, channel, slice;
 
-    LOCAS_DEVICE int kind(int half) const { return value ? 2 : half; }
-    LOCAS_DEVICE int slot(int half) const { return (value ? 2 * block + half : block) * 64; }
+    LOCAS_DEVICE int kind(int i) const { return (first + i >= of_a_kind) + (first + i >= 2 * of_a_kind); }
+    LOCAS_DEVICE int slot(int i) const { return (first + i - kind(i) * of_a_kind) * 64; }
   };
   static LOCAS_DEVICE SlotUnit slot_unit(const Params& p, int unit) {
     const int slice = p.slot_slice(unit), index = unit - p.tile_units() - slice * p.slot_units;
-    const int block = index / p.tiles_n;
-    const bool value = block >= p.slot_blocks;
-    return {value, value ? block - p.slot_blocks : block, index % p.tiles_n * Tile::kN, slice};
+    return {index / p.tiles_n * kSlotBlocks, p.slot_blocks, index % p.tiles_n * Tile::kN, slice};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
@@ -354,12 +354,12 @@ struct GluFfnInputAndSlotsGrad {
     }
     LOCAS_DEVICE void load_slots(int token, typename Tile::Stage& stage, uint64_t* full) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Where there is no second half, the first takes its place: a box outside the matrix would take longer.
-        const int slot = slots.slot(half) < p.r ? slots.slot(half) : slots.slot(0);
-        ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[slots.kind(half)], slot, token, full);
+      for (int i = 0; i < kSlotBlocks; ++i) {
+        // Where there is no second block, the first takes its place: a box outside the matrix would take longer.
+        const int of = slots.slot(i) < p.r ? i : 0;
+        ptx::bulk_tensor_load(stage.a + i * 64 * kBlockK, p.coefficients[slots.kind(of)], slots.slot(of), token, full);
       }
-      load_mn_major<Tile>(stage, slots.value ? p.dy : p.x, slots.channel, token, full);
+      load_mn_major<Tile>(stage, slots.kind(0) == 2 ? p.dy : p.x, slots.channel, token, full);
     }
   };
 
@@ -367,14 +367,12 @@ struct GluFfnInputAndSlotsGrad {
                                        int consumer) {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
-      const int half = Tile::kPingPong ? row_block : consumer;
+      const int i = Tile::kPingPong ? row_block : consumer;
       const int64_t kind = int64_t{p.r} * p.d;
       if (p.slot_splits > 1)
-        put_floats<false>(p.slot_sums + (3 * at.slice + at.kind(half)) * kind, sums[row_block], at.slot(half), p.r,
+        put_floats<false>(p.slot_sums + (3 * at.slice + at.kind(i)) * kind, sums[row_block], at.slot(i), p.r,
                           at.channel, p.d, p.one);
-      else
-        put_floats<true>(p.slots_grad + at.kind(half) * kind, sums[row_block], at.slot(half), p.r, at.channel, p.d,
-                         p.one);
+      else put_floats<true>(p.slots_grad + at.kind(i) * kind, sums[row_block], at.slot(i), p.r, at.channel, p.d, p.one);
     }
   }
 };
@@ -392,11 +390,11 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
         weight, part(ffn.gate), part(ffn.up), part(ffn.d_gate), part(ffn.d_up), static_cast<int>(neurons), scale};
   };
   typename Kernel::Params p;
-  p.dy = tensor_map<T>(ffn.dy, operand_box(Tile::kM));
   p.memory_hidden = map_or_none<T>(ffn.memory_hidden, slab_box<kGateUpCols>);
   p.host = source(tensor_map<T>(w.down, kMnMajorBox), 0, w.m(), 1.0f);
   p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
+  p.dy = tensor_map<T>(ffn.dy, operand_box(p.rows));
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);
 }
@@ -412,9 +410,9 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   const FfnWeights& w = ffn.weights;
   const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
   const auto segment = [&](const Matrix& gradient, const Matrix& weight) {
-    return
-        typename Kernel::Segment{map_or_none<T>(gradient, operand_box(Tile::kM)), map_or_none<T>(weight, kMnMajorBox),
-                                 static_cast<int>(divide_up(weight.rows, kBlockK))};
+    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(loaded_rows<Tile>(ffn.tokens()))),
+                                    map_or_none<T>(weight, kMnMajorBox),
+                                    static_cast<int>(divide_up(weight.rows, kBlockK))};
   };
   typename Kernel::Params p{};
   p.segments[0] = segment(columns_of<T>(ffn.d_gate, 0, w.m()), w.gate);
@@ -435,7 +433,7 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
   p.slot_splits = slot_splits;
-  const Units slots = slot_units(Tile::kN, ffn.tokens(), w.d(), 64 * p.slot_blocks, slot_splits);
+  const Units slots = slot_units(Tile::kM, Tile::kN, ffn.tokens(), w.d(), 64 * p.slot_blocks, slot_splits);
   p.slot_units = static_cast<int>(slots.count) / slot_splits;
   p.units = p.tile_units() + static_cast<int>(slots.count);
   const Turns turns = turns_of({p.tile_units(), divide_up(p.blocks, p.splits)}, slots, block_count_for(p.units, queue));

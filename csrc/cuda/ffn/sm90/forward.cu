@@ -210,10 +210,10 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
                                    scale};
   };
   typename Kernel::Params p;
-  p.x = tensor_map<T>(ffn.x, operand_box(Tile::kM));
   p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
   p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
+  p.x = tensor_map<T>(ffn.x, operand_box(p.rows));
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);
@@ -225,13 +225,13 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   typename Kernel::Params p;
-  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(Tile::kM));
-  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
-  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
-  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
   p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
   p.units = p.tile_units();
+  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(p.rows));
+  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(p.rows));
+  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
+  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
   launch_units<Kernel>(p, true, queue);
 }
 

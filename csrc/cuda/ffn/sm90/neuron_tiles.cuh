@@ -12,10 +12,12 @@ namespace locas::cuda::sm90 {
 template <class Tile, class Source, int kNeurons>
 struct NeuronTiles : EachInTurn {
   Source host, memory;
+  int rows;  // of A that are loaded
   int blocks, tiles_m, host_tiles_n, tiles_n;
 
   LOCAS_DEVICE int first_block(int) const { return 0; }
   LOCAS_DEVICE int last_block(int) const { return blocks; }
+  LOCAS_DEVICE uint32_t stage_bytes(int) const { return sm90::stage_bytes<Tile>(rows); }
 
   struct Place {
     const Source& source;
@@ -30,6 +32,7 @@ struct NeuronTiles : EachInTurn {
   }
 
   void set_sizes(int64_t tokens, int64_t d, int64_t host_neurons, int64_t memory_neurons) {
+    rows = loaded_rows<Tile>(tokens);
     blocks = static_cast<int>(divide_up(d, kBlockK));
     tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     host_tiles_n = static_cast<int>(divide_up(host_neurons, kNeurons));

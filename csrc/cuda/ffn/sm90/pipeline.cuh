@@ -105,22 +105,35 @@ struct EachInTurn {
 };
 
 // The producer's part, which one thread runs: loads_of(unit) gives a function load(block, stage, full) that starts the
-// copies of a K-block of the unit; its blocks are work.first_block(unit) to work.last_block(unit) - 1. What a unit alone
-// decides belongs into loads_of: the divisions of a tile's place would take a good part of a K-block's time.
+// copies of a K-block of the unit, work.stage_bytes(unit) in all; its blocks are work.first_block(unit) to
+// work.last_block(unit) - 1. What a unit alone decides belongs into loads_of: the divisions of a tile's place would take a
+// good part of a K-block's time.
 template <class Tile, class Work, class LoadsOf>
 LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, LoadsOf&& loads_of) {
   RingPosition<Tile::kStages> ring;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit)) {
     const int last = work.last_block(unit);
+    const uint32_t bytes = work.stage_bytes(unit);
     auto load = loads_of(unit);
     for (int block = work.first_block(unit); block < last; ++block) {
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       uint64_t* full = &shared.full[ring.stage];
-      ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);
+      ptx::mbarrier_arrive_expect(full, bytes);
       load(block, shared.stages[ring.stage], full);
       ring.next();
     }
   }
+}
+
+// The rows of the A tile that are loaded: not more than the tokens, as what a box has outside its matrix takes its time
+// too. The others stay what they are, and nothing stores their sums.
+template <class Tile>
+int loaded_rows(int64_t tokens) {
+  return tokens < Tile::kM ? static_cast<int>(tokens) : Tile::kM;
+}
+template <class Tile>
+LOCAS_DEVICE uint32_t stage_bytes(int rows) {
+  return Tile::kStageBytes - (Tile::kM - rows) * kBlockK * sizeof(typename Tile::T);
 }
 
 // The B tile of rows of K, whole.

@@ -39,27 +39,39 @@ enum class TileKind {
   m128n128,
   m128n128_ping_pong,
   m128n64,
+  m64n192_ping_pong,
+  m64n128_ping_pong,
+  m64n64_ping_pong,
 };
-constexpr int kTileKinds = 5;
+constexpr int kTileKinds = 8;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
 };
-constexpr TileShape kTiles[kTileKinds] = {{128, 192, Schedule::cooperative, 1.0},
-                                          {128, 192, Schedule::ping_pong, 1.03},
-                                          {128, 128, Schedule::cooperative, 1.06},
-                                          {128, 128, Schedule::ping_pong, 1.03},
-                                          {128, 64, Schedule::cooperative, 1.25}};
+constexpr TileShape kTiles[kTileKinds] = {
+    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.03},
+    {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
+    {128, 64, Schedule::cooperative, 1.25},  {64, 192, Schedule::ping_pong, 1.2},
+    {64, 128, Schedule::ping_pong, 1.3},     {64, 64, Schedule::ping_pong, 1.8}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
-constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
-                                     TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
+constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong,
+                                     TileKind::m128n128_ping_pong,
+                                     TileKind::m128n192,
+                                     TileKind::m128n128,
+                                     TileKind::m128n64,
+                                     TileKind::m64n192_ping_pong,
+                                     TileKind::m64n128_ping_pong,
+                                     TileKind::m64n64_ping_pong};
+constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                   TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
-                                         TileKind::m128n128, TileKind::m128n64};
-constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64};
+                                         TileKind::m128n128,           TileKind::m128n64,  TileKind::m64n128_ping_pong,
+                                         TileKind::m64n64_ping_pong};
+constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
+                                        TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 
 // Shared memory for the stages, beside what the epilogue has.
 constexpr int kSharedBytes = 226 * 1024;
@@ -137,13 +149,16 @@ inline double estimate(const TileShape& tile, const Product& product, int splits
 
 // The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile.
 template <int count, class F>
-Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, double slice, const Target& target) {
+Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int most_splits, double slice,
+               const Target& target) {
   Plan best{kinds[0], 1};
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
-      const Product of_tile = product(shape_of(kind));
+      const TileShape& tile = shape_of(kind);
+      if (tile.m < 128 && tokens > tile.m) continue;  // the weights would be loaded once more
+      const Product of_tile = product(tile);
       if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
-      const double clocks = estimate(shape_of(kind), of_tile, splits, slice, target);
+      const double clocks = estimate(tile, of_tile, splits, slice, target);
       if (best.clocks == 0 || clocks < best.clocks) best = {kind, splits, 1, clocks};
     }
   return best;
@@ -159,7 +174,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
-  return best_plan(kHiddenTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenTiles, tokens, product, 1, 0.0, target);
 }
 
 // K2: K is cut into slices where the tiles alone would leave multiprocessors idle.
@@ -168,7 +183,7 @@ inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& targe
   const auto product = [&](const TileShape& tile) {
     return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
-  return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+  return best_plan(kDownTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // K3: host and memory apart.
@@ -177,15 +192,14 @@ inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target
     const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kHiddenGradSumsAClock};
   };
-  return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenGradTiles, tokens, product, 1, 0.0, target);
 }
 
-// The slots' units of K4, with n channels each and the tokens in slices. What one takes beside its K-blocks is counted as
-// K-blocks too.
-inline Units slot_units(int n, int64_t tokens, int64_t d, int64_t r, int slices) {
+// The slots' units of K4: m slots x n channels each, and the tokens in slices. What one takes beside its K-blocks is
+// counted as K-blocks too.
+inline Units slot_units(int m, int n, int64_t tokens, int64_t d, int64_t r, int slices) {
   constexpr int64_t kEpilogue = 2000;  // clock cycles
-  const int64_t slot_blocks = divide_up(r, 64);
-  return {(slot_blocks + divide_up(slot_blocks, 2)) * divide_up(d, n) * slices,
+  return {divide_up(3 * divide_up(r, 64), m / 64) * divide_up(d, n) * slices,
           divide_up(divide_up(tokens, kBlockK), slices) + kEpilogue * kFlopsAClock / (2 * 128 * n * kBlockK)};
 }
 
@@ -197,9 +211,9 @@ inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target&
     const auto product = [&](const TileShape& tile) {
       return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks},
                      kSumsAClock,
-                     slot_units(tile.n, tokens, sizes.d, sizes.r, slices)};
+                     slot_units(tile.m, tile.n, tokens, sizes.d, sizes.r, slices)};
     };
-    Plan plan = best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+    Plan plan = best_plan(kInputGradTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
     plan.slot_splits = slices;
     plan.clocks += adding(slices, 3 * sizes.r * sizes.d * 4.0);
     if (best.clocks == 0 || plan.clocks < best.clocks) best = plan;
