@@ -102,15 +102,16 @@ EXPORT const char* locas_forward(const Arguments* a) {
 EXPORT const char* locas_hidden_grad(const Arguments* a, int tile) {
   return caught([&] { locas::cuda::sm90::glu_ffn_hidden_grad(gradient_params(*a), tile, {a->device, a->stream}); });
 }
-EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits) {
+EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits, int slot_splits) {
   return caught([&] {
-    locas::cuda::sm90::glu_ffn_input_and_slots_grad(gradient_params(*a), tile, splits, {a->device, a->stream});
+    locas::cuda::sm90::glu_ffn_input_and_slots_grad(gradient_params(*a), tile, splits, slot_splits,
+                                                    {a->device, a->stream});
   });
 }
 EXPORT const char* locas_backward(const Arguments* a) {
   return caught([&] { locas::cuda::sm90::glu_ffn_backward_tiles(gradient_params(*a), {a->device, a->stream}); });
 }
-// plan: tile and slices of each product, in the order of locas_instances.
+// plan: tile, slices and slices of the slots' gradients of each product, in the order of locas_instances.
 EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* plan) {
   using namespace locas::cuda::sm90;
   const locas::FfnSizes sizes{d, m, r};
@@ -118,6 +119,7 @@ EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* pla
                          input_grad_plan(tokens, sizes)}) {
     *plan++ = static_cast<int>(of.kind);
     *plan++ = of.splits;
+    *plan++ = of.slot_splits;
   }
 }
 // Three numbers a tile: rows, columns, whether it is ping-pong.

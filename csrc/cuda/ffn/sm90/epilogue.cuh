@@ -95,58 +95,24 @@ LOCAS_DEVICE void store_rounded(Stores<T, kSlabs>& stores, const ptx::TensorMap&
     }
 }
 
-// The pairs of a row block that this lane has of floats [rows, cols]; the first sum belongs at (row, col).
-struct LanePairs {
-  float* to;    // of the pair of the first 8 columns
-  int columns;  // from there on
-
-  // half: rows 0 to 7 of a warp's 16, or the others
-  LOCAS_DEVICE LanePairs(float* floats, int64_t row, int64_t rows, int col, int cols, int half) {
-    const int first_col = col + ptx::lane_index() % 4 * 2;
-    const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
-    columns = lane_row < rows ? cols - first_col : 0;
-    to = floats + lane_row * cols + first_col;
-  }
-  LOCAS_DEVICE Elements<float, 2>* at(int col) const { return reinterpret_cast<Elements<float, 2>*>(to + col); }
-};
-
-// The same sums as floats. one: 1, as a number that the compiler does not know: a store that reads a register of the sums
-// itself makes ptxas serialise all wgmma (C7511).
-template <class Tile>
-LOCAS_DEVICE void store_floats(float* to, const typename Tile::Sums& sums, int64_t row, int64_t rows, int col, int cols,
-                               float one) {
-#pragma unroll
-  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const LanePairs pairs(to, row + row_block * 64, rows, col, cols, half);
-#pragma unroll
-      for (int i = 0; i < Tile::kN; i += 8) {
-        const float* sum = sums[row_block] + i / 2 + half * 2;
-        if (i < pairs.columns) ptx::store(pairs.at(i), Elements<float, 2>{one * sum[0], one * sum[1]});
-      }
-    }
-}
-
-// The sums of a row block added to floats, 8 pairs at a time: one by one each would wait for its own load.
-template <int count>
-LOCAS_DEVICE void add_floats(const float (&sums)[count], float* floats, int64_t row, int64_t rows, int col, int cols) {
-  constexpr int kPairs = 8;
+// The sums of a row block, stored as floats [rows, cols] or added to them; the first sum belongs at (row, col). one: 1, as
+// a number that the compiler does not know: what reads a register of the sums itself makes ptxas serialise all wgmma
+// (C7511).
+template <bool adds, int count>
+LOCAS_DEVICE void put_floats(float* floats, const float (&sums)[count], int64_t row, int64_t rows, int col, int cols,
+                             float one) {
+  const int first_col = col + ptx::lane_index() % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const LanePairs pairs(floats, row, rows, col, cols, half);
+    const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
+    const int columns = lane_row < rows ? cols - first_col : 0;
+    float* to = floats + lane_row * cols + first_col;
 #pragma unroll
-    for (int first = 0; first < 2 * count; first += 8 * kPairs) {
-      Elements<float, 2> before[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-        if (first + 8 * i < pairs.columns) before[i] = ptx::load(pairs.at(first + 8 * i));
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const float* sum = sums + (first + 8 * i) / 2 + half * 2;
-        if (first + 8 * i < pairs.columns)
-          ptx::store(pairs.at(first + 8 * i), Elements<float, 2>{before[i].at[0] + sum[0], before[i].at[1] + sum[1]});
-      }
+    for (int i = 0; i < 2 * count; i += 8) {
+      const float first = one * sums[i / 2 + half * 2], second = one * sums[i / 2 + half * 2 + 1];
+      if (i >= columns) continue;
+      if constexpr (adds) ptx::add(to + i, first, second);
+      else ptx::store(reinterpret_cast<Elements<float, 2>*>(to + i), {first, second});
     }
   }
 }

@@ -16,7 +16,7 @@ struct OutputTiles {
   ptx::TensorMap out;
   const T* bias;      // may be null
   float* slice_sums;  // [splits, tokens, d] where sliced
-  float one;          // 1, for store_floats
+  float one;          // 1, for put_floats
   int64_t tokens;
   int rows;  // of A that are loaded
   int d, tiles_m, tiles_n, tiles;
@@ -27,13 +27,16 @@ struct OutputTiles {
   LOCAS_DEVICE int slice(int unit) const { return unit / tiles; }
   LOCAS_DEVICE int first_block(int unit) const { return blocks * slice(unit) / splits; }
   LOCAS_DEVICE int last_block(int unit) const { return blocks * (slice(unit) + 1) / splits; }
-  LOCAS_DEVICE uint32_t stage_bytes(int) const { return sm90::stage_bytes<Tile>(rows); }
+  LOCAS_DEVICE uint32_t stage_bytes(int) const { return bytes_of_rows<T>(rows, Tile::kBRows); }
 
   LOCAS_DEVICE void write(Stores& stores, int unit, const typename Tile::Sums& sums, int consumer) const {
     const TileIndex at = tile(unit);
     const int token = at.m * Tile::kM + (Tile::kPingPong ? 0 : consumer * Tile::kRows), channel = at.n * Tile::kN;
     if constexpr (sliced) {
-      store_floats<Tile>(slice_sums + slice(unit) * tokens * d, sums, token, tokens, channel, d, one);
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
+        put_floats<false>(slice_sums + slice(unit) * tokens * d, sums[row_block], token + row_block * 64, tokens,
+                          channel, d, one);
     } else {
       store_rounded(stores, out, sums, token, channel, d, bias);
     }
@@ -46,7 +49,7 @@ struct OutputTiles {
     slice_sums = workspace;
     one = 1.0f;
     tokens = to.rows;
-    rows = loaded_rows<Tile>(tokens);
+    rows = loaded_rows(Tile::kM, tokens);
     d = static_cast<int>(cols);
     tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     tiles_n = static_cast<int>(divide_up(cols, Tile::kN));
