@@ -253,7 +253,7 @@ def cases_of(library: Library, tile: int) -> list[tuple]:
 
 def cases_of_plans() -> list[tuple]:
     """The checks of whole passes, which the plan cuts."""
-    whole = [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
+    whole = [(29, 1024, 3072, 64), (64, 2048, 6144, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
     return [(check, *shape) for check, shape in itertools.product((check_whole, check_whole_backward), whole)]
 
 

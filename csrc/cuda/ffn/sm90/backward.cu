@@ -11,8 +11,9 @@
 //           dx         d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges of K;
 //                      where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots      [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32:
-//                      kM slots of the gate and the key, or of the value, x kN channels. The CTAs that have a unit
-//                      of dx less than others take the first (plan.cuh). K may be cut into slices here too.
+//                      kM slots of the gate and the key, or of the value, x kN channels. The CTAs
+//                      that have a unit of dx less than others take the first (plan.cuh). K may be cut into slices
+//                      here too.
 //
 // Without dx (the lowest layer with a memory) only the memory's units exist. One warpgroup alone adds to a sum: the result
 // repeats bit for bit.
@@ -76,6 +77,7 @@ struct GluFfnHiddenGrad {
   struct Source {
     ptx::TensorMap weight, gate, up, d_gate, d_up;
     int neurons;  // of the buffers
+    uint32_t stage_bytes;
     float scale;
   };
   struct Params : NeuronTiles<Tile, Source, Tile::kN> {
@@ -355,9 +357,9 @@ struct GluFfnInputAndSlotsGrad {
     LOCAS_DEVICE void load_slots(int token, typename Tile::Stage& stage, uint64_t* full) {
 #pragma unroll
       for (int i = 0; i < kSlotBlocks; ++i) {
-        // Where there is no second block, the first takes its place: a box outside the matrix would take longer.
-        const int of = slots.slot(i) < p.r ? i : 0;
-        ptx::bulk_tensor_load(stage.a + i * 64 * kBlockK, p.coefficients[slots.kind(of)], slots.slot(of), token, full);
+        // Where the value has no second block, the first takes its place: a box outside the matrix would take longer.
+        const int slot = slots.slot(i) < p.r ? slots.slot(i) : slots.slot(0);
+        ptx::bulk_tensor_load(stage.a + i * 64 * kBlockK, p.coefficients[slots.kind(i)], slot, token, full);
       }
       load_mn_major<Tile>(stage, slots.kind(0) == 2 ? p.dy : p.x, slots.channel, token, full);
     }
@@ -382,19 +384,26 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   using Kernel = GluFfnHiddenGrad<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
-  const auto source = [&](const ptx::TensorMap& weight, int64_t first, int64_t neurons, float scale) {
+  const int rows = loaded_rows(Tile::kM, ffn.tokens()), slots = loaded_rows(Tile::kBRows, w.padded_r());
+  const auto source = [&](const ptx::TensorMap& weight, int weight_rows, int64_t first, int64_t neurons, float scale) {
     const auto part = [&](const Matrix& of) {
       return map_or_none<T>(columns_of<T>(of, first, neurons), slab_box<kGateUpCols>);
     };
-    return typename Kernel::Source{
-        weight, part(ffn.gate), part(ffn.up), part(ffn.d_gate), part(ffn.d_up), static_cast<int>(neurons), scale};
+    return typename Kernel::Source{weight,
+                                   part(ffn.gate),
+                                   part(ffn.up),
+                                   part(ffn.d_gate),
+                                   part(ffn.d_up),
+                                   static_cast<int>(neurons),
+                                   bytes_of_rows<T>(rows, weight_rows),
+                                   scale};
   };
   typename Kernel::Params p;
+  p.dy = tensor_map<T>(ffn.dy, operand_box(rows));
   p.memory_hidden = map_or_none<T>(ffn.memory_hidden, slab_box<kGateUpCols>);
-  p.host = source(tensor_map<T>(w.down, kMnMajorBox), 0, w.m(), 1.0f);
-  p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
+  p.host = source(tensor_map<T>(w.down, kMnMajorBox), Tile::kBRows, 0, w.m(), 1.0f);
+  p.memory = source(map_or_none<T>(w.memory_value, operand_box(slots)), slots, w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
-  p.dy = tensor_map<T>(ffn.dy, operand_box(p.rows));
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);
 }
@@ -409,9 +418,9 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
+  const int rows = loaded_rows(Tile::kM, ffn.tokens());
   const auto segment = [&](const Matrix& gradient, const Matrix& weight) {
-    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(loaded_rows<Tile>(ffn.tokens()))),
-                                    map_or_none<T>(weight, kMnMajorBox),
+    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(rows)), map_or_none<T>(weight, kMnMajorBox),
                                     static_cast<int>(divide_up(weight.rows, kBlockK))};
   };
   typename Kernel::Params p{};

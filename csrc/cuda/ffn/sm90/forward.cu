@@ -41,6 +41,7 @@ struct GluFfnHidden {
     ptx::TensorMap hidden, gate_out, up_out;
     const T *gate_bias, *up_bias;
     int neurons;  // of the buffers
+    uint32_t stage_bytes;
     float scale;
   };
   struct Params : NeuronTiles<Tile, Source, kNeurons> {
@@ -196,24 +197,27 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   using Kernel = GluFfnHidden<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
+  const int rows = loaded_rows(Tile::kM, ffn.tokens());
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
                           const void* up_bias, float scale) {
     const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kSlabBox); };
-    return typename Kernel::Source{map_or_none<T>(gate, operand_box(Kernel::kNeurons)),
-                                   map_or_none<T>(up, operand_box(Kernel::kNeurons)),
+    const int weight_rows = loaded_rows(Kernel::kNeurons, neurons);
+    return typename Kernel::Source{map_or_none<T>(gate, operand_box(weight_rows)),
+                                   map_or_none<T>(up, operand_box(weight_rows)),
                                    out(ffn.hidden),
                                    out(ffn.gate),
                                    out(ffn.up),
                                    static_cast<const T*>(gate_bias),
                                    static_cast<const T*>(up_bias),
                                    static_cast<int>(neurons),
+                                   bytes_of_rows<T>(rows, 2 * weight_rows),
                                    scale};
   };
   typename Kernel::Params p;
+  p.x = tensor_map<T>(ffn.x, operand_box(rows));
   p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
   p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
-  p.x = tensor_map<T>(ffn.x, operand_box(p.rows));
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);

@@ -8,16 +8,15 @@
 
 namespace locas::cuda::sm90 {
 
-// Source: its `neurons` and what else the kernel has of it.
+// Source: its `neurons`, the `stage_bytes` of its K-blocks, and what else the kernel has of it.
 template <class Tile, class Source, int kNeurons>
 struct NeuronTiles : EachInTurn {
   Source host, memory;
-  int rows;  // of A that are loaded
   int blocks, tiles_m, host_tiles_n, tiles_n;
 
   LOCAS_DEVICE int first_block(int) const { return 0; }
   LOCAS_DEVICE int last_block(int) const { return blocks; }
-  LOCAS_DEVICE uint32_t stage_bytes(int) const { return sm90::stage_bytes<Tile>(rows); }
+  LOCAS_DEVICE uint32_t stage_bytes(int unit) const { return place_of(unit).source.stage_bytes; }
 
   struct Place {
     const Source& source;
@@ -32,7 +31,6 @@ struct NeuronTiles : EachInTurn {
   }
 
   void set_sizes(int64_t tokens, int64_t d, int64_t host_neurons, int64_t memory_neurons) {
-    rows = loaded_rows<Tile>(tokens);
     blocks = static_cast<int>(divide_up(d, kBlockK));
     tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     host_tiles_n = static_cast<int>(divide_up(host_neurons, kNeurons));

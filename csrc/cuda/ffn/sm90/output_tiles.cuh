@@ -27,7 +27,7 @@ struct OutputTiles {
   LOCAS_DEVICE int slice(int unit) const { return unit / tiles; }
   LOCAS_DEVICE int first_block(int unit) const { return blocks * slice(unit) / splits; }
   LOCAS_DEVICE int last_block(int unit) const { return blocks * (slice(unit) + 1) / splits; }
-  LOCAS_DEVICE uint32_t stage_bytes(int) const { return sm90::stage_bytes<Tile>(rows); }
+  LOCAS_DEVICE uint32_t stage_bytes(int) const { return bytes_of_rows<T>(rows, Tile::kBRows); }
 
   LOCAS_DEVICE void write(Stores& stores, int unit, const typename Tile::Sums& sums, int consumer) const {
     const TileIndex at = tile(unit);
@@ -49,7 +49,7 @@ struct OutputTiles {
     slice_sums = workspace;
     one = 1.0f;
     tokens = to.rows;
-    rows = loaded_rows<Tile>(tokens);
+    rows = loaded_rows(Tile::kM, tokens);
     d = static_cast<int>(cols);
     tiles_m = static_cast<int>(divide_up(tokens, Tile::kM));
     tiles_n = static_cast<int>(divide_up(cols, Tile::kN));

@@ -125,15 +125,15 @@ LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, Loads
   }
 }
 
-// The rows of the A tile that are loaded: not more than the tokens, as what a box has outside its matrix takes its time
-// too. The others stay what they are, and nothing stores their sums.
-template <class Tile>
-int loaded_rows(int64_t tokens) {
-  return tokens < Tile::kM ? static_cast<int>(tokens) : Tile::kM;
+// The rows of a K-major tile that are loaded: not more than the operand has, as what a box has outside its matrix takes
+// its time too. The others stay what they are, and nothing stores their sums.
+inline int loaded_rows(int of_tile, int64_t of_operand) {
+  return of_operand < of_tile ? static_cast<int>(of_operand) : of_tile;
 }
-template <class Tile>
-LOCAS_DEVICE uint32_t stage_bytes(int rows) {
-  return Tile::kStageBytes - (Tile::kM - rows) * kBlockK * sizeof(typename Tile::T);
+// What comes into a stage by so many rows of A and of B.
+template <class T>
+constexpr uint32_t bytes_of_rows(int a, int b) {
+  return (a + b) * kBlockK * sizeof(T);
 }
 
 // The B tile of rows of K, whole.

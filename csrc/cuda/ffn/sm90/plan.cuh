@@ -52,8 +52,8 @@ struct TileShape {
 constexpr TileShape kTiles[kTileKinds] = {
     {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.03},
     {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
-    {128, 64, Schedule::cooperative, 1.25},  {64, 192, Schedule::ping_pong, 1.2},
-    {64, 128, Schedule::ping_pong, 1.3},     {64, 64, Schedule::ping_pong, 1.8}};
+    {128, 64, Schedule::cooperative, 1.25},  {64, 192, Schedule::ping_pong, 1.4},
+    {64, 128, Schedule::ping_pong, 1.45},    {64, 64, Schedule::ping_pong, 1.8}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
@@ -154,11 +154,10 @@ Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int 
   Plan best{kinds[0], 1};
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
-      const TileShape& tile = shape_of(kind);
-      if (tile.m < 128 && tokens > tile.m) continue;  // the weights would be loaded once more
-      const Product of_tile = product(tile);
+      if (shape_of(kind).m < 128 && tokens > shape_of(kind).m) continue;  // the weights would be loaded once more
+      const Product of_tile = product(shape_of(kind));
       if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
-      const double clocks = estimate(tile, of_tile, splits, slice, target);
+      const double clocks = estimate(shape_of(kind), of_tile, splits, slice, target);
       if (best.clocks == 0 || clocks < best.clocks) best = {kind, splits, 1, clocks};
     }
   return best;
@@ -195,8 +194,8 @@ inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target
   return best_plan(kHiddenGradTiles, tokens, product, 1, 0.0, target);
 }
 
-// The slots' units of K4: m slots x n channels each, and the tokens in slices. What one takes beside its K-blocks is
-// counted as K-blocks too.
+// The slots' units of K4, of tiles m x n and with the tokens in slices. What one takes beside its K-blocks is counted as
+// K-blocks too.
 inline Units slot_units(int m, int n, int64_t tokens, int64_t d, int64_t r, int slices) {
   constexpr int64_t kEpilogue = 2000;  // clock cycles
   return {divide_up(3 * divide_up(r, 64), m / 64) * divide_up(d, n) * slices,
