@@ -1,4 +1,4 @@
-// The plans against what was measured on an H200 (r = 64, bf16).
+// The plans of the forward against what was measured on an H200 (r = 64, bf16).
 #include <vector>
 
 #include "cuda/ffn/sm80/plan.cuh"
@@ -50,20 +50,6 @@ const Measured kDown[] = {
     {4096, 2048, {{kMediumPp, 1, 302.4}, {kMedium, 1, 307.2}}},
     {4096, 8192, {{kMediumPp, 1, 1230.9}, {kMedium, 1, 1253.5}}},
 };
-const Measured kHiddenGrad[] = {
-    {1024, 128, {{kNarrow, 1, 9.2}}},
-    {1024, 512, {{kMedium, 1, 13.4}}},
-    {1024, 2048, {{kMediumPp, 1, 40.0}, {kNarrow, 1, 40.5}, {kMedium, 1, 43.0}}},
-    {1024, 8192, {{kMediumPp, 1, 112.4}}},
-    {2048, 128, {{kNarrow, 1, 14.8}}},
-    {2048, 512, {{kNarrow, 1, 30.3}, {kWide, 1, 30.7}}},
-    {2048, 2048, {{kMediumPp, 1, 91.3}, {kWidePp, 1, 99.5}}},
-    {2048, 8192, {{kMediumPp, 1, 339.2}, {kWidePp, 1, 357.5}}},
-    {4096, 128, {{kMedium, 1, 36.1}}},
-    {4096, 512, {{kMediumPp, 1, 93.3}, {kMedium, 1, 97.1}, {kWidePp, 1, 97.3}, {kWide, 1, 98.2}}},
-    {4096, 2048, {{kMediumPp, 1, 327.2}, {kWidePp, 1, 334.9}}},
-    {4096, 8192, {{kMediumPp, 1, 1274.7}, {kWidePp, 1, 1298.4}}},
-};
 
 // What is planned takes at most 3% longer than the fastest.
 template <class PlanOf>
@@ -79,8 +65,7 @@ void expect_fast(const char* what, const Measured& at, PlanOf&& plan_of) {
 LOCAS_TEST(plan, "plans of the sm90 family") {
   for (const Measured& at : kHidden) expect_fast("hidden", at, cuda::sm90::hidden_plan);
   for (const Measured& at : kDown) expect_fast("down", at, cuda::sm90::down_plan);
-  for (const Measured& at : kHiddenGrad) expect_fast("hidden_grad", at, cuda::sm90::hidden_grad_plan);
-  return std::to_string(std::size(kHidden) + std::size(kDown) + std::size(kHiddenGrad)) + " products";
+  return std::to_string(std::size(kHidden) + std::size(kDown)) + " products";
 }
 
 // Microseconds of each pass in two kernels and in one, from bench/results/decode_h200.json.
