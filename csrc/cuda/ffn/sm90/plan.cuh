@@ -58,8 +58,8 @@ constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m12
                                      TileKind::m128n128, TileKind::m128n64};
 constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
                                    TileKind::m128n128_4_slices};
-constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
-                                         TileKind::m128n128, TileKind::m128n64};
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192, TileKind::m128n128_ping_pong, TileKind::m128n128,
+                                         TileKind::m128n64};
 constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
                                         TileKind::m128n128_4_slices};
 
@@ -70,11 +70,11 @@ constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4
 constexpr int kSharedBytes = 226 * 1024;
 constexpr int output_stage_bytes(const TileShape& tile) { return kSharedBytes - 8 * 3 * 1024 - received_bytes(tile); }
 
-// Pieces of gate and up, of so many columns, that a warp has on their way (backward.cu).
+// K3's ring of pieces of gate and up, 64 rows of so many columns each: no more than a tile has (backward.cu).
 constexpr int kGateUpCols = 64;
-constexpr int gate_up_pieces(int n) { return n > kGateUpCols ? 2 : 1; }
+constexpr int gate_up_pieces(int m, int n) { return std::min(4, m / 64 * (n / kGateUpCols)); }
 constexpr int hidden_grad_stage_bytes(const TileShape& tile) {
-  return kSharedBytes - 8 * (2 * gate_up_pieces(tile.n) + 1) * 16 * kGateUpCols * 2;
+  return kSharedBytes - gate_up_pieces(tile.m, tile.n) * 2 * 64 * kGateUpCols * 2;
 }
 
 // As many stages as fit.
