@@ -43,7 +43,8 @@ struct GateUpRing {
   Piece pieces[kPieces];
   // Of the places in a tile, in ping-pong of each consumer's own: those of the ring would also fill for the other one, and
   // who misses a phase takes an earlier one for its own.
-  uint64_t full[Tile::kPingPong ? 2 : 1][kOfTile];
+  static constexpr int kOwners = Tile::kPingPong ? 2 : 1;
+  uint64_t full[kOwners][kOfTile];
   uint64_t empty[kPieces];
 
   LOCAS_DEVICE void initialise() {
@@ -53,6 +54,8 @@ struct GateUpRing {
     for (uint64_t& barrier : empty) ptx::mbarrier_init(&barrier, 4);
     ptx::mbarrier_init_fence();
   }
+  LOCAS_DEVICE uint64_t* full_at(int turn, int index) { return &full[turn % kOwners][index]; }
+  static LOCAS_DEVICE int parity_at(int turn) { return turn / kOwners % 2; }
 };
 
 template <class Tile>
@@ -92,7 +95,6 @@ struct GluFfnHiddenGrad {
           });
         },
         [&](int consumer) {
-          int turn = Tile::kPingPong ? consumer : 0;
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& stages, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -105,9 +107,9 @@ struct GluFfnHiddenGrad {
               },
               [&](int unit, const typename Tile::Sums& sums) {
                 const Place at = p.place_of(unit);
-                with_activation(p.activation,
-                                [&]<Activation act>() { write<act>(shared.ring, p, at, consumer, turn, sums); });
-                turn += Tile::kPingPong ? 2 : 1;
+                with_activation(p.activation, [&]<Activation act>() {
+                  write<act>(shared.ring, p, at, consumer, p.turn(unit), sums);
+                });
               });
         },
         [&] { fetch_gate_and_up(shared.ring, p); });
@@ -123,14 +125,13 @@ struct GluFfnHiddenGrad {
   // Of pieces without neurons the ring only keeps the place.
   static LOCAS_DEVICE void fetch_gate_and_up(Ring& ring, const Params& p) {
     RingPosition<Ring::kPieces> to;
-    int turn = 0;
-    for (int unit = p.first_unit(); unit < p.units; unit = p.next_unit(unit), ++turn) {
+    for (int unit = p.first_unit(); unit < p.units; unit = p.next_unit(unit)) {
       const Place at = p.place_of(unit);
       for (int index = 0; index < Ring::kOfTile; ++index, to.next()) {
         const int row = at.token + index % Ring::kRowBlocks * 64;
         const int col = at.neuron + index / Ring::kRowBlocks * kGateUpCols;
         typename Ring::Piece& piece = ring.pieces[to.stage];
-        uint64_t* full = &ring.full[Tile::kPingPong ? turn % 2 : 0][index];
+        uint64_t* full = ring.full_at(p.turn(unit), index);
         ptx::mbarrier_wait(&ring.empty[to.stage], to.phase ^ 1);
         if (col >= at.source.neurons) {
           ptx::mbarrier_arrive(full);
@@ -143,13 +144,12 @@ struct GluFfnHiddenGrad {
     }
   }
 
-  // turn: which of the CTA's tiles it is. A piece goes back to the ring when the next one has been worked on: by then
-  // its stores have read it.
+  // A piece goes back to the ring when the next one has been worked on: its stores have read it by then.
   template <Activation act>
   static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, int consumer, int turn,
                                  const typename Tile::Sums& sums) {
     const bool leads = ptx::lane_index() == 0;
-    const int warp = ptx::warp_index() % 4;
+    const int warp = ptx::uniform(ptx::warp_index()) % 4;
     int leaving = -1;
     const auto release = [&] {
       ptx::bulk_wait_read<0>();
@@ -161,11 +161,10 @@ struct GluFfnHiddenGrad {
       for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
         const int of_tile = Tile::kPingPong ? row_block : consumer, index = column * Ring::kRowBlocks + of_tile;
         const int slot = (turn * Ring::kOfTile + index) % Ring::kPieces;
-        const int row = at.token + of_tile * 64 + warp_row(), col = at.neuron + column * kGateUpCols;
+        const int row = at.token + of_tile * 64 + warp * 16, col = at.neuron + column * kGateUpCols;
         typename Ring::WarpRows &gate = ring.pieces[slot].gate[warp], &up = ring.pieces[slot].up[warp];
         const bool has_neurons = col < at.source.neurons;
-        if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&ring.full[consumer][index], turn / 2 % 2);
-        else ptx::mbarrier_wait(&ring.full[0][index], turn % 2);
+        ptx::mbarrier_wait(ring.full_at(turn, index), Ring::parity_at(turn));
         if (has_neurons) {
           uint32_t gates[kGroups][4];
 #pragma unroll
@@ -190,7 +189,7 @@ struct GluFfnHiddenGrad {
   template <Activation act>
   static LOCAS_DEVICE void write_hidden(const Params& p, float scale, typename Ring::WarpRows& gate_rows,
                                         typename Ring::WarpRows& up_rows, int row, int col) {
-#pragma unroll
+#pragma unroll 1  // few tiles come here: small code rather than fast
     for (int group = 0; group < kGroups; ++group) {
       uint32_t gate[4],
           up[4];  // read again: hidden of the registers of differentiate would be kept for it, and spilled

@@ -107,6 +107,7 @@ struct EachInTurn {
   int units;
   LOCAS_DEVICE int first_unit() const { return ptx::block_index(); }
   LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
+  LOCAS_DEVICE int turn(int unit) const { return unit / ptx::block_count(); }
 };
 
 // The producer's part, which one thread runs: loads_of(unit) gives a function load(block, stage, full) that starts the
