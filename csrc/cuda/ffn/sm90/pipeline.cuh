@@ -215,22 +215,21 @@ LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Ti
   if (held >= 0) release<Tile>(shared, held);
 }
 
-struct Nothing {
-  LOCAS_DEVICE void operator()() const {}
-};
-
-// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups, `fetcher` in a thread of a
-// warp of its own.
-template <class Tile, class Producer, class Consumer, class Fetcher = Nothing>
+// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups, and a `fetcher`, if there is
+// one, in a thread of another warp.
+template <class Tile, class Producer, class Consumer, class... Fetcher>
 LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer,
-                             Fetcher&& fetcher = {}) {
+                             Fetcher&&... fetcher) {
+  static_assert(sizeof...(fetcher) <= 1);
   initialise<Tile>(shared);
   const int index = consumer_index();
   if (index < 0) {
     ptx::return_registers<24>();
     const int warp = ptx::uniform(ptx::warp_index());
-    if (warp == 0 && ptx::elect_one()) producer();
-    if (warp == 1 && ptx::elect_one()) fetcher();
+    if (warp <= static_cast<int>(sizeof...(fetcher)) && ptx::elect_one()) {
+      if (warp == 0) producer();
+      else (fetcher(), ...);
+    }
   } else {
     ptx::take_registers<240>();
     consumer(index);
