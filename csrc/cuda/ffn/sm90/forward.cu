@@ -81,7 +81,8 @@ struct GluFfnHidden {
                 const Place at = p.place_of(unit);
                 const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
                 with_activation(p.activation, [&]<Activation act>() {
-                  write<act>(stores, at.source, sums, at.token + first_row, at.neuron, p.saves);
+                  if (p.saves) write<act, true>(stores, at.source, sums, at.token + first_row, at.neuron);
+                  else write<act, false>(stores, at.source, sums, at.token + first_row, at.neuron);
                 });
               });
           stores.finish();
@@ -99,9 +100,9 @@ struct GluFfnHidden {
     return ptx::pack<T>(first, second);
   }
 
-  template <Activation act>
+  template <Activation act, bool saves>
   static LOCAS_DEVICE void write(Stores& stores, const Source& to, const typename Tile::Sums& sums, int token,
-                                 int neuron, bool saves) {
+                                 int neuron) {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
@@ -122,13 +123,16 @@ struct GluFfnHidden {
                              to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
           }
         };
-        const auto all = [&](int group, uint32_t (&pairs)[3][4]) { hidden_of(group, pairs[0], pairs[1], pairs[2]); };
-        const auto one = [&](int group, uint32_t (&pairs)[1][4]) {
-          uint32_t gate[4], up[4];
-          hidden_of(group, gate, up, pairs[0]);
-        };
-        if (saves) stores.store(row, neuron + col, all, to.gate_out, to.up_out, to.hidden);
-        else stores.store(row, neuron + col, one, to.hidden);
+        if constexpr (saves) {
+          const auto all = [&](int group, uint32_t (&pairs)[3][4]) { hidden_of(group, pairs[0], pairs[1], pairs[2]); };
+          stores.store(row, neuron + col, all, to.gate_out, to.up_out, to.hidden);
+        } else {
+          const auto one = [&](int group, uint32_t (&pairs)[1][4]) {
+            uint32_t gate[4], up[4];
+            hidden_of(group, gate, up, pairs[0]);
+          };
+          stores.store(row, neuron + col, one, to.hidden);
+        }
       }
   }
 };

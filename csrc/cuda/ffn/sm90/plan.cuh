@@ -160,7 +160,7 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
 }
 
 constexpr int kMostSplits = 4;
-constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.3;  // of the epilogues of a warpgroup
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 3.0;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
