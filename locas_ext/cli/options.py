@@ -13,7 +13,7 @@ from . import values
 from .values import Kind, integer, number, one_of, path, text
 
 DTYPES = ("float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "sgd", "shampoo")
 HOST, READING, MEMORY, LEARNING, WRITING = (
     "The host",
     "How the text is read",

@@ -52,7 +52,7 @@ class StudyOptions:
     batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 64
     top_k: Annotated[int, option(integer(1), "Likeliest tokens of the host that are kept at each place.", panel=STUDY)] = 32
     gold: Annotated[float, option(number(low=0, high=1), "With --loss kl, the share of the answer itself.", panel=STUDY)] = 0.0
-    updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 300
+    updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 200
     recalled: Annotated[
         float, option(number(above=0, below=1), "From which probability on a token counts as learned.", panel=STUDY)
     ] = 0.7
@@ -62,8 +62,8 @@ class StudyOptions:
     ] = 0.3
     guard: Annotated[
         float, option(number(low=0), "Weight of the distance to the host on general prompts and free text.", panel=STUDY)
-    ] = 0.5
-    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.2
+    ] = 2.0
+    most_kl: Annotated[float, option(number(above=0), "How far that distance may grow, nats per token.", panel=STUDY)] = 0.1
     keys: Annotated[
         str,
         option(

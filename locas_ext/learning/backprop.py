@@ -33,6 +33,11 @@ def by_plane(update: Backprop) -> bool:
     return update.gate_learning_rate is not None or update.value_learning_rate is not None
 
 
+def forms_gradient(update: Backprop) -> bool:
+    """Whether the update needs the gradient itself, whatever the kernels could form it from."""
+    return by_plane(update) or update.optimizer == "shampoo"
+
+
 def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:
     """The learning rates of the planes (gate, key, value, or key and value), or the only one.
 
@@ -141,7 +146,7 @@ class EagerStep:
         """The gradient in the arenas, and what `measured` says of it; behind that what peers say."""
         attachment, state = self.attachment, self.attachment.state
         if self.peers is None:
-            return measured(gradient(attachment, window, self.reader, by_plane(self.update)), state, self.leaving)
+            return measured(gradient(attachment, window, self.reader, forms_gradient(self.update)), state, self.leaving)
         with self.telling_peers():
             loss = self.peers.turn(
                 attachment.host, self.reader, window, lambda: gradient(attachment, window, self.reader, formed=True)

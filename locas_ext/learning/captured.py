@@ -129,7 +129,8 @@ class Captured:
     def _tensors(self) -> list[Tensor | None]:
         """The memory's own that a replay reads or writes."""
         (arena,) = self.attachment.state.arenas
-        tensors = [arena.slots, arena.grad, arena.compute, arena.step, arena.exp_avg, arena.exp_avg_sq, arena.lengths]
+        states = [arena.step, arena.exp_avg, arena.exp_avg_sq, arena.value_gram]
+        tensors = [arena.slots, arena.grad, arena.compute, arena.lengths, *states]
         return tensors + [rehomed.down for rehomed in self._rehomed_ffns()]
 
     def _rehomed_ffns(self) -> list[RehomedFFN]:

@@ -10,7 +10,7 @@ import torch
 
 from locas_ext.patching.attachment import Attachment
 
-from .backprop import EagerStep, by_plane, check_gradient, check_loss, gradient, measured, next_rates, update_slots
+from .backprop import EagerStep, check_gradient, check_loss, forms_gradient, gradient, measured, next_rates, update_slots
 from .captured import Captured
 from .chunk import Reader, Window
 from .leaving import Leaving
@@ -78,8 +78,10 @@ class GraphStep(EagerStep):
         said += 0 if self.leaving is None else self.leaving.ranks.size
         self.outcome = torch.zeros(2 + said, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float32, device=device)
-        if self.update.optimizer == "adamw":
+        if self.update.optimizer != "sgd":
             arena.on_demand("exp_avg"), arena.on_demand("exp_avg_sq")
+        if self.update.optimizer == "shampoo":
+            arena.on_demand("value_gram")
 
     def rehearse(self, window: Window) -> None:
         if self.attachment.state.ranks is not None and self.reader.runs_the_host(window):
@@ -97,7 +99,7 @@ class GraphStep(EagerStep):
             self.loss.copy_(loss)
 
     def _gradient(self, window: Window) -> torch.Tensor:
-        formed = self.peers is not None or by_plane(self.update)
+        formed = self.peers is not None or forms_gradient(self.update)
         return gradient(self.attachment, window, self.reader, formed)
 
     def _update(self, numbers: torch.Tensor) -> None:

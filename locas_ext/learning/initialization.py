@@ -89,7 +89,7 @@ def default_learning(config: LocasConfig, given: Mapping[str, Any]) -> dict[str,
 
     given: fields of Backprop; None: left to the default
     """
-    of_adamw = given.get("optimizer") in (None, "adamw") and given.get("learning_rate") is None
+    of_adamw = given.get("optimizer") != "sgd" and given.get("learning_rate") is None
     return {"learning_rate": ACTIVATION_AT_HOST_SCALE} if of_adamw and _bears_little(config) else {}
 
 
@@ -102,7 +102,7 @@ def check_rate(config: LocasConfig, update: object) -> None:
         return
     rates = {name: getattr(update, name) for name in ("learning_rate", "gate_learning_rate", "value_learning_rate")}
     name, rate = max(rates.items(), key=lambda item: item[1] or 0)
-    if update.optimizer == "adamw" and rate > ACTIVATION_AT_HOST_SCALE:
+    if update.optimizer != "sgd" and rate > ACTIVATION_AT_HOST_SCALE:
         raise ValueError(
             f"{name} is {rate:g}, at which init='activation' with scale='host' diverges: such slots "
             "answer nearly every token at once, each more strongly than a neuron of the host. Attach with scale='paper' or "

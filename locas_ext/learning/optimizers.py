@@ -1,6 +1,7 @@
 """The fused updates: one launch steps and clips the slots of all layers on a device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -72,17 +73,19 @@ def adamw_step(
     clip: bool = True,
     gradient_scale: float = 1.0,
     finite: torch.Tensor | None = None,
+    shampoo: bool = False,
 ) -> None:
     """AdamW with bias correction on the arenas' gradient times gradient_scale, then the row clip.
 
+    shampoo: whether the step of value rows is preconditioned (shampoo.py)
     finite: [] int64, 1 or 0, on the arena's device; at 0 nothing happens. Whoever passes it calls state.finish_update()
     when the host knows that it was 1. A captured graph passes it, and the learning rate as a tensor.
     """
-    _allocate(state, "exp_avg", "exp_avg_sq")
+    _allocate(state, "exp_avg", "exp_avg_sq", *(["value_gram"] if shampoo else []))
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-    if _by_plane(state, learning_rate, clip):
-        adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite)
+    if shampoo or _by_plane(state, learning_rate, clip):
+        adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo)
         return
     for arena in state.arenas:
         _scale_gradient(arena, gradient_scale)
@@ -155,4 +158,4 @@ class Update(Protocol):
     ) -> None: ...
 
 
-OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step}
+OPTIMIZERS: dict[str, Update] = {"adamw": adamw_step, "sgd": sgd_step, "shampoo": partial(adamw_step, shampoo=True)}

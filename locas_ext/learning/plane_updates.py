@@ -1,10 +1,15 @@
-"""AdamW and SGD in plain torch, for gate, key and value rows with rates or lengths of their own; arguments: optimizers.py."""
+"""AdamW and SGD in plain torch, where planes have rates, lengths or steps of their own; arguments: optimizers.py."""
 
 import torch
 from torch import Tensor
 
+from locas_ext.ops.ranks import Ranks
 from locas_ext.state.arena import SlotArena
 from locas_ext.state.memory_state import MemoryState
+from locas_ext.state.planes import VALUE
+from locas_ext.state.slot_rows import of_first
+
+from .shampoo import preconditioned
 
 
 def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
@@ -41,8 +46,8 @@ def _finish(state: MemoryState, finite: Tensor | None) -> None:
         state.finish_update()
 
 
-def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite) -> None:
-    """`adamw_step` where planes have rates or lengths of their own."""
+def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo) -> None:
+    """`adamw_step` where planes have rates, lengths or steps of their own."""
     for arena in state.arenas:
         rate, (beta1, beta2) = _per_plane(learning_rate, arena), betas
         correction1, correction2 = 1 - beta1 ** arena.step.double(), 1 - beta2 ** arena.step.double()
@@ -51,9 +56,23 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
             states = arena.on_demand("exp_avg")[part], arena.on_demand("exp_avg_sq")[part]
             first, second = torch.lerp(grad, states[0], beta1), torch.lerp(grad.square(), states[1], beta2)
             step = (first / correction1) / ((second / correction2).sqrt() + eps)
+            pairs = [(states[0], first), (states[1], second)]
+            if shampoo:
+                pairs.append(_shampoo_(step, grad, first, arena, part, state.ranks))
             new = (slots - rate * (step + weight_decay * slots)).float()
-            _put_where(finite, (states[0], first), (states[1], second), (slots, clip_rows_(new, arena, part) if clip else new))
+            _put_where(finite, *pairs, (slots, clip_rows_(new, arena, part) if clip else new))
     _finish(state, finite)
+
+
+def _shampoo_(
+    step: Tensor, grad: Tensor, mean: Tensor, arena: SlotArena, part: slice, ranks: Ranks | None
+) -> tuple[Tensor, Tensor]:
+    """Puts Shampoo's step of value rows in the place of AdamW's. -> its state, and what takes the state's place."""
+    used = arena.used or arena.capacity
+    gram = of_first(arena.on_demand("value_gram")[part], used * arena.processes)
+    rows = torch.stack([tensor[:, VALUE, :used] for tensor in (grad, mean, step)])
+    new, step[:, VALUE, :used] = preconditioned(gram, rows, ranks)
+    return gram, new
 
 
 def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scale, finite) -> None:

@@ -30,7 +30,8 @@ class Backprop:
     Args:
         learning_rate: float from 0 to 1e6
         epochs: int >= 1: learning passes over each chunk
-        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay) or "sgd" (no momentum)
+        optimizer: "adamw" (betas 0.9 and 0.999, no weight decay), "sgd" (no momentum) or "shampoo": AdamW, but the step of
+            each layer's value rows is preconditioned from the left, and as long as AdamW's
         gate_learning_rate, value_learning_rate: float from 0 to 1e6: of gate and value rows; None: learning_rate
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay

@@ -6,14 +6,13 @@ What the layers compute with is `compute`, the slots in the host's dtype (the sa
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locas_ext.ops.types import SlotFactors, SlotViews
 
 from .planes import VALUE
 
-ON_DEMAND = ("exp_avg", "exp_avg_sq", "momentum_buffer", "lengths")  # made when they are first needed
+ON_DEMAND = ("exp_avg", "exp_avg_sq", "momentum_buffer", "value_gram", "lengths")  # made when they are first needed
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -38,13 +37,26 @@ class SlotArena:
         lengths: [l, planes, capacity, 1] float32, the same for rows that a study has made longer; None: there are none such
         step: [] int64, the number of AdamW updates so far
         exp_avg, exp_avg_sq, momentum_buffer: as slots, or None until an optimizer needs them
+        value_gram: [l, r, r] float32, r the slots of all processes: mean inner products of value rows' gradients; or None
     """
 
-    def __init__(self, positions: list[int], planes: int, capacity: int, hidden_size: int, scale: list[float], device, dtype):
-        self.positions, self.used = positions, 0
+    def __init__(
+        self,
+        positions: list[int],
+        planes: int,
+        capacity: int,
+        hidden_size: int,
+        scale: list[float],
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: int = 1,
+    ):
+        """processes: that the slots are split among"""
+        self.positions, self.used, self.processes = positions, 0, processes
         self.exp_avg: Tensor | None = None
         self.exp_avg_sq: Tensor | None = None
         self.momentum_buffer: Tensor | None = None
+        self.value_gram: Tensor | None = None
         self.seen: Tensor | None = None
         self._grads_are_bound = True
         self.placement = 0  # how often the tensors were put in place
@@ -99,14 +111,7 @@ class SlotArena:
     def move_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves everything to a device and compute dtype; the parameters stay the same objects."""
         with torch.inference_mode(False), torch.no_grad():
-            self.replace_tensors({name: tensor.to(device) for name, tensor in self._tensors().items()}, dtype)
-
-    def resized(self, capacity: int) -> dict[str, Tensor]:
-        """Copies of all tensors with room for `capacity` slots, for `replace_tensors`."""
-        rows = min(self.capacity, capacity)
-        with torch.inference_mode(False), torch.no_grad():
-            by_slot = {name: tensor[:, :, :rows] for name, tensor in self._tensors().items() if tensor.dim() == 4}
-            return {name: F.pad(tensor, (0, 0, 0, capacity - rows)) for name, tensor in by_slot.items()}
+            self.replace_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()}, dtype)
 
     @torch.no_grad()
     def write_rows(self, rows: Tensor, start: int) -> None:
@@ -114,17 +119,8 @@ class SlotArena:
         for tensor in (self.slots,) if self.compute is self.slots else (self.slots, self.compute):
             tensor[:, :, start : start + rows.shape[2]] = rows
 
-    @torch.no_grad()
-    def drop_oldest(self, count: int) -> None:
-        """Moves the used slots but the first `count` to the front, in all tensors; behind them are zeros."""
-        kept = self.used - count
-        for tensor in self._tensors().values():
-            if tensor.dim() == 4:
-                tensor[:, :, :kept] = tensor[:, :, count : self.used].clone()
-                tensor[:, :, kept : self.used] = 0
-        self.round_slots()
-
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
         names = ("slots", "grad", "step", *ON_DEMAND)
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
@@ -259,14 +255,16 @@ class SlotArena:
     def on_demand(self, name: str) -> Tensor:
         """An optimizer state or `lengths`, zero when first asked for."""
         if getattr(self, name) is None:
+            slots = self.capacity * self.processes
+            shapes = {"lengths": (*self.slots.shape[:3], 1), "value_gram": (len(self.slots), slots, slots)}
             with torch.inference_mode(False):
-                setattr(self, name, torch.zeros_like(self.slots[..., :1] if name == "lengths" else self.slots))
+                setattr(self, name, self.slots.new_zeros(shapes.get(name, self.slots.shape)))
         return getattr(self, name)
 
     def forget_optimizer(self) -> None:
         self.zero_grad()
         self.step.zero_()
-        self.exp_avg = self.exp_avg_sq = self.momentum_buffer = None
+        self.exp_avg = self.exp_avg_sq = self.momentum_buffer = self.value_gram = None
 
     # ---- for the update kernels ------------------------------------------------------------------------------
     def rounded_copy(self) -> Tensor | None:

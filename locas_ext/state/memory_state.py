@@ -20,6 +20,7 @@ from .arena import ON_DEMAND, SlotArena
 from .exclusion import Exclusion
 from .planes import PLANES
 from .scope import scope_of, scoped
+from .slot_rows import drop_oldest, of_first, resized
 
 _Item = TypeVar("_Item")
 _generations = itertools.count(1)  # one number for every state that any memory has been in
@@ -59,8 +60,8 @@ class MemoryState:
         rank //= self.processes
         self.layers, self.planes, self.rank, self.hidden_size = layers, planes, rank, hidden_size
         self.arenas = [
-            SlotArena(positions, planes, rank, hidden_size, [scale[p] for p in positions], devices[positions[0]], dtype)
-            for positions in grouped_by_device(devices)
+            SlotArena(places, planes, rank, hidden_size, [scale[p] for p in places], devices[places[0]], dtype, self.processes)
+            for places in grouped_by_device(devices)
         ]
         self.exclusion = Exclusion()
         self.watched = False  # whether tensors of the slots were handed out, so that anybody may write them
@@ -150,8 +151,8 @@ class MemoryState:
 
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` slots per layer; what is in the first ones stays."""
-        resized = [arena.resized(capacity) for arena in self.arenas]  # all or none find memory
-        for arena, tensors in zip(self.arenas, resized, strict=True):
+        larger = [resized(arena, capacity) for arena in self.arenas]  # all or none find memory
+        for arena, tensors in zip(self.arenas, larger, strict=True):
             arena.replace_tensors(tensors, arena.compute.dtype)
 
     def append(self, slots: list[Tensor]) -> None:
@@ -165,7 +166,7 @@ class MemoryState:
     def drop_oldest(self, count: int) -> None:
         """Takes the first `count` slots out; the others move up, and zeros take their place."""
         for arena in self.arenas:
-            arena.drop_oldest(count)
+            drop_oldest(arena, count)
         self.set_used(self.used - count)
 
     # ---- all layers, in their order --------------------------------------------------------------------------
@@ -213,14 +214,13 @@ class MemoryState:
         for arena in self.arenas:
             target = arena.on_demand(name) if name in ON_DEMAND else getattr(arena, name)
             tensor_here = tensor if len(self.arenas) == 1 or name == "step" else tensor[arena.positions]
-            (target[:, :, : tensor.shape[2]] if tensor.dim() == 4 else target).copy_(tensor_here)
+            target[tuple(map(slice, tensor_here.shape))].copy_(tensor_here)
 
     def tensors(self, optimizer: bool = True) -> dict[str, Tensor]:
         """slots, scale, lengths, with `optimizer` also step and the states, as far as there are, each as `whole` gives it."""
         names = ("slots", "scale", "step", *ON_DEMAND) if optimizer else ("slots", "scale", "lengths")
         tensors = {name: tensor for name in names if (tensor := self._whole(name)) is not None}
-        rows = self.shape[2]
-        return {name: tensor[:, :, :rows] if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
+        return {name: of_first(tensor, self.shape[2] * self.processes) for name, tensor in tensors.items()}
 
     def clip_at(self, lengths: list[list[float]]) -> None:
         """Clips rows at lengths of their own, [L][planes], instead of 1."""

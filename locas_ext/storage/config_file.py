@@ -61,7 +61,7 @@ _SETTINGS = {
     "stride": _SIZE,
     "learning_rate": number(0, sys.float_info.max),
     "epochs": integer(1, MOST_COUNT),
-    "optimizer": one_of("adamw", "sgd"),
+    "optimizer": one_of("adamw", "sgd", "shampoo"),
     "update": one_of("backprop", "write"),
     "context_gradient": boolean,
     "bos": boolean,

@@ -29,7 +29,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class _Tensor:
-    # "slot": [L, planes, r, d]; "length": [L, planes, r, 1]; "layer": [L]; "memory": []; "row": [heads, rows, size] kept
+    # "slot": [L, planes, r, d]; "length": [L, planes, r, 1]; "pair": [L, r, r]; "layer": [L]; "memory": [];
+    # "row": [heads, rows, size] kept
     per: str
     low: float
     high: float
@@ -43,6 +44,7 @@ _TENSORS = {
     "exp_avg": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
     "exp_avg_sq": _Tensor("slot", 0, MOST_FLOAT32),
     "momentum_buffer": _Tensor("slot", -MOST_FLOAT32, MOST_FLOAT32),
+    "value_gram": _Tensor("pair", -MOST_FLOAT32, MOST_FLOAT32),
     "lengths": _Tensor("length", 0, MOST_FLOAT32),  # where a study has made rows longer than the clip
 }
 OF_MEMORY = tuple(_TENSORS)
@@ -79,8 +81,15 @@ def _check_form(name: str, dtype: torch.dtype | str, shape: Sequence[int], field
         if dtype not in floats or len(shape) != 3 or shape[1] != rows or 0 in shape:
             raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected floating point [heads, {rows}, size]")
         return
-    known, slots = _TENSORS[name], slots_shape(fields)
-    expected = {"slot": list(slots), "length": [*slots[:3], 1], "layer": [slots[0]], "memory": []}[known.per]
+    known, (layers, planes, rows, d) = _TENSORS[name], slots_shape(fields)
+    shapes = {
+        "slot": [layers, planes, rows, d],
+        "length": [layers, planes, rows, 1],
+        "pair": [layers, rows, rows],
+        "layer": [layers],
+        "memory": [],
+    }
+    expected = shapes[known.per]
     if dtype != known.dtype or list(shape) != expected:
         raise Wrong(f"{name} is {dtype} {short(list(shape))}; expected {known.dtype} {expected}")
 

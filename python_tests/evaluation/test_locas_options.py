@@ -85,7 +85,7 @@ def test_a_config_file_says_the_same(tmp_path, monkeypatch):
         (["--layers", "0,0"], "layers names layer 0 twice"),
         (["--layers", "first"], "--layers is 'first'; expected layer indices"),
         (["--backend", "tpu"], "--backend is 'tpu'; expected one of auto, fused, matmul, reference"),
-        (["--optimizer", "lion"], "--optimizer is 'lion'; expected one of adamw, sgd"),
+        (["--optimizer", "lion"], "--optimizer is 'lion'; expected one of adamw, sgd, shampoo"),
         (["--rehome", "--backend", "reference"], "rehome is True, but the backend is 'reference'"),
         (["--sinks", "3"], "--sinks is given, but --context is recompute; expected --context keep"),
         (["--context", "keep", "--context-gradient"], "context_gradient is True, but context is 'keep'"),

@@ -18,6 +18,7 @@ from locas_ext.learning.graph_step import GraphStep
     [
         {},
         {"optimizer": "sgd", "learning_rate": 0.5},
+        {"optimizer": "shampoo"},
         {"context_gradient": True},
         {"bos": True},
         {"epochs": 3},

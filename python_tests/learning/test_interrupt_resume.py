@@ -23,6 +23,7 @@ def interrupted(chunks, error=Stop, **changes):
     [
         {},
         dict(optimizer="sgd", learning_rate=0.3),
+        dict(optimizer="shampoo"),
         dict(epochs=2),
         dict(context_gradient=True),
         dict(bos=True),
@@ -44,7 +45,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, chunks, cha
     report = later.memorize(TEXT[:60], **settings, resume=tmp_path / "m")
     assert report.chunks == full.chunks and (report.nll, report.tokens) == (full.nll, full.tokens)
     assert torch.equal(later.slots, whole.slots) and later.version == whole.version
-    for name in ("exp_avg", "exp_avg_sq", "step"):
+    for name in ("exp_avg", "exp_avg_sq", "value_gram", "step"):
         a, b = later.state.whole(name), whole.state.whole(name)
         assert (a is None and b is None) or torch.equal(a, b)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_rows_of_no_length_stay_numbers(step):
     assert not rows[:, 0].any() and rows[:, 1:].norm(dim=-1).min() > 0.5
 
 
-@pytest.mark.parametrize("step", [adamw_step, sgd_step])
+@pytest.mark.parametrize("step", [adamw_step, sgd_step, partial(adamw_step, shampoo=True)], ids=["adamw", "sgd", "shampoo"])
 def test_a_gradient_that_is_not_finite_changes_nothing(step):
     state = random_state(3)
     (arena,) = state.arenas

@@ -19,7 +19,7 @@ from locas_ext.learning.study.addresses import (
     moments,
     spelled,
 )
-from locas_ext.learning.study.guard import PROMPTS
+from locas_ext.learning.study.guard import PROMPTS, GuardRows
 from locas_ext.learning.study.learner import Learner
 from locas_ext.learning.study.passages import passages_of, words_of
 from locas_ext.learning.study.prompts import Prompter
@@ -242,3 +242,19 @@ def test_what_the_guard_learns_with_is_not_what_is_asked_to_judge():
             assert mine != other
             same = sum(a == b for a, b in zip(mine, other, strict=False))
             assert same < 5 or same < max(len(mine), len(other)) - 1, (prompt, " ".join(other))
+
+
+def test_the_guard_asks_the_host_about_words_that_it_knows():
+    """Two questions per word that is one token of the vocabulary; the answers' targets are the bare host's own."""
+    prompter, model = Prompter(study_tokenizer()), study_host(SEED)
+    known = [word for word in ("harbour", "market", "water", "house", "honey") if len(prompter.encode(f" {word}")) == 1]
+    assert known, "the test's words are all unknown to the tokenizer"
+    guard = GuardRows(model, prompter, tokens=48, top_k=5, seed=SEED, device=CPU)
+    rows = guard.of_words([*known, "Skolmvorn"])
+    prompts = [prompter.tokenizer.decode(row.ids[: row.first]) for row in rows]
+    assert 0 < len(rows) <= 2 * len(known) and not any("Skolmvorn" in prompt for prompt in prompts)
+    assert {word for word in known for prompt in prompts if word in prompt} == set(known)
+    for row in rows:
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([row.ids])).logits[0, row.first - 1 : -1].log_softmax(-1).topk(5).values
+        torch.testing.assert_close(row.targets.log_probs, expected, rtol=1e-3, atol=1e-3)

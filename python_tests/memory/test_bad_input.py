@@ -273,7 +273,7 @@ def test_one_token_is_too_few_to_learn_from():
         (dict(epochs=0), ValueError, "epochs is 0"),
         (dict(epochs=-1), ValueError, "epochs is -1"),
         (dict(epochs=1.5), TypeError, "epochs is 1.5"),
-        (dict(optimizer="adam"), ValueError, "optimizer is 'adam'; expected one of adamw, sgd"),
+        (dict(optimizer="adam"), ValueError, "optimizer is 'adam'; expected one of adamw, sgd, shampoo"),
         (dict(optimizer=["adamw"]), (ValueError, TypeError), "optimizer"),
         (dict(update="prayer"), ValueError, "update is 'prayer'; expected one of backprop, write"),
         (dict(update=locas.Write), TypeError, r"update is <class .*expected .*locas.Write\(\.\.\.\)"),

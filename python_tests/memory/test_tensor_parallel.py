@@ -38,8 +38,9 @@ APART = 5e-3  # AdamW makes a whole step of a gradient near zero, whose sign the
 
 
 def own_rules():
-    """What LEARN says, with rates by kind of row that fade."""
-    update = locas.Backprop(learning_rate=2e-2, gate_learning_rate=1e-2, value_learning_rate=4e-2, decay_after=3)
+    """What LEARN says, with rates by kind of row that fade, and value rows whose steps depend on those of other processes."""
+    rates = dict(learning_rate=2e-2, gate_learning_rate=1e-2, value_learning_rate=4e-2, decay_after=3)
+    update = locas.Backprop(optimizer="shampoo", **rates)
     return dict(learning_rate=None, update=update)
 
 
@@ -74,6 +75,7 @@ def one_process(folder, model, ids):
     result["own initial"] = memory.gather_slots()
     memory.reset()
     result["own"] = learned(memory, ids, **own_rules())
+    result["own states"] = memory.state.tensors()
     memory.detach()
     memory = locas.attach(model, locas.LocasConfig(rank=RANK))
     with pytest.raises(Stop):
@@ -272,6 +274,10 @@ def on_a_rank(path, folder, ids):
         memory = locas.attach(model, locas.LocasConfig(**OWN_CONFIG))
         with way():
             results.setdefault("own", []).append(learned(memory, ids, **own_rules()))
+        memory.save_pretrained(folder / "split own", optimizer=True)
+        before = memory.state.whole("value_gram").clone()
+        memory.load(folder / "split own")
+        assert torch.equal(memory.state.whole("value_gram"), before)
         memory.detach()
     memory = locas.attach(model, locas.LocasConfig(rank=RANK))
     with graphs_on_the_cpu():
@@ -340,6 +346,10 @@ def test_a_split_host_learns_saves_and_resumes_as_one_process_does(tmp_path, fam
     assert [chunk.nll for chunk in report.chunks] == pytest.approx(alone["nll"], rel=1e-5)
     whole.memorize(ids, **KEEP, resume=tmp_path / "split kept half")
     assert apart(whole.gather_slots(), alone["kept"]["slots"], alone["initial"]) < APART
+    whole.detach()
+    tensors = locas.load(twin, tmp_path / "split own").state.tensors()
+    assert tensors.keys() == alone["own states"].keys()
+    assert apart(tensors["value_gram"], alone["own states"]["value_gram"], 0) < APART
 
 
 def beside_on_a_rank(path, ids):

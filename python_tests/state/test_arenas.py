@@ -45,7 +45,7 @@ def test_layers_are_grouped_by_device_in_the_order_of_their_first():
 
 
 @pytest.mark.parametrize("groups", SPLITS, ids=str)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "shampoo"])
 def test_learning_is_the_same(groups, optimizer, monkeypatch):
     (model, one), (other, several) = attach(monkeypatch), attach(monkeypatch, groups)
     assert torch.equal(logits_of(other, TEXT), logits_of(model, TEXT))

@@ -84,7 +84,7 @@ def memorize(world, draw):
         settings.append(f"update=locas.Write(epsilon=0.05, capacity={capacity}, when_full={when_full})")
     else:
         settings.append(f"learning_rate={draw.choice([1e-2, 5e-2, 0.0])}, epochs={draw.choice([1, 1, 2])}")
-        settings.append(f"optimizer={draw.choice(['adamw', 'adamw', 'sgd'])!r}")
+        settings.append(f"optimizer={draw.choice(['adamw', 'adamw', 'sgd', 'shampoo'])!r}")
     for option in ("context_gradient=True", "bos=True", "title='a text'"):
         if draw.random() < 0.15:
             settings.append(option)

@@ -5,6 +5,8 @@
 3. Else the layer has no FFN.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,10 +193,22 @@ def _of_layer(layer: nn.Module, recording: Recording, d: int, known: dict[tuple,
     return None
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small tensors are compared on the CPU: to wake other threads takes longer than that, by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def discover(model: Any) -> Discovered:
     """Finds a host's FFNs, and leaves the host as it was. ValueError, which says what was found, where there are none."""
-    with undisturbed(model):
+    on_cpu = any(parameter.is_cpu for parameter in model.parameters())  # where the host itself computes there
+    with undisturbed(model), nullcontext() if on_cpu else _one_thread():
         recording = recorded(model)
         layers = decoder_layers(model, recording)
         d = None if layers is None else hidden_size(model, layers, recording)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,38 +87,74 @@ _OF_NAMES = (
     "{}?",
     "Which one is {}?",
 )
+# Words of the text that the host knows from elsewhere: what it says of them there must stay.
+_OF_WORDS = (
+    "What is {}?",
+    "Tell me something about {}.",
+    "What color is {}?",
+    "Where do you find {}?",
+    "What do you know about {}?",
+    "Name something that goes with {}.",
+    "What is {} used for?",
+    "Give me a sentence with the word {}.",
+)
+_PER_WORD = 2  # prompts
 NAMED_PROMPTS, OWN_PROMPTS, FREE_TEXTS = 96, 96, 48  # with invented names; of the host's own
 _TRIED, _LONGEST_PIECE = 4096, 4  # tokens looked at for pieces of names; letters of one
 _ANSWER, _TURN, _FREE = 24, 40, 64  # tokens of an answer, of what a user says and of a free text, at most
 _JUDGE = 4  # one in so many rows is kept back
 
 
-def guard_rows(
-    model: Any, prompter: Prompter, tokens: int, top_k: int, seed: int, device: torch.device
-) -> tuple[list[Row], list[Row]]:
-    """Rows to learn with, and others to judge by; each holds what the bare host expects at each of its places.
-
-    They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself, of which a
-    quarter is kept back; and, to learn with, answers to questions about invented names. The model is the bare host here.
+@dataclass(frozen=True)
+class GuardRows:
+    """Rows that hold what the bare host expects at each of their places; the model is the bare host here.
 
     tokens: the most of a row
     """
 
-    def answered(prompts: list[list[int]], most: int, temperature: float = 0.0) -> list[Row]:
-        texts = write(model, prompter.tokenizer, prompts, most, seed, temperature)
-        whole = [((*before, *prompter.encode(text))[:tokens], len(before)) for before, text in zip(prompts, texts, strict=True)]
-        rows = [Row(ids, first) for ids, first in whole if len(ids) > first]
-        found = expectations(model, rows, top_k, device)
-        return [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
+    model: Any
+    prompter: Prompter
+    tokens: int
+    top_k: int
+    seed: int
+    device: torch.device
 
-    begin = prompter.passage("") or prompter.encode("\n")
-    asked = [prompter.ask(prompt) for prompt in [*PROMPTS, *_own_prompts(model, prompter, seed)]]
-    general = [*answered(asked, _ANSWER), *answered([begin] * FREE_TEXTS, _FREE, temperature=1.0)]
-    named = answered([prompter.ask(prompt) for prompt in named_prompts(prompter, seed)], _ANSWER)
-    shuffled = random.Random(seed).sample
-    general = shuffled(general, len(general))
-    learned = [*named, *(row for number, row in enumerate(general) if number % _JUDGE)]
-    return shuffled(learned, len(learned)), general[::_JUDGE]
+    def general(self) -> tuple[list[Row], list[Row]]:
+        """Rows to learn with, and others to judge by.
+
+        They are answers to PROMPTS and to what the host says itself in a user's place, and what it writes of itself, of
+        which a quarter is kept back; and, to learn with, answers to questions about invented names.
+        """
+        begin = self.prompter.passage("") or self.prompter.encode("\n")
+        general = self._answered([*PROMPTS, *_own_prompts(self.model, self.prompter, self.seed)])
+        general += self._written([begin] * FREE_TEXTS, _FREE, temperature=1.0)
+        named = self._answered(named_prompts(self.prompter, self.seed))
+        general = self.shuffled(general)
+        learned = [*named, *(row for number, row in enumerate(general) if number % _JUDGE)]
+        return self.shuffled(learned), general[::_JUDGE]
+
+    def of_words(self, words: Sequence[str]) -> list[Row]:
+        """Answers to questions about those words that the vocabulary has whole: the host has read them often."""
+        known = [word for word in words if len(self.prompter.encode(f" {word}")) == 1]
+        forms = (_OF_WORDS[(number + 3 * turn) % len(_OF_WORDS)] for number in range(len(known)) for turn in range(_PER_WORD))
+        words_in_turn = (word for word in known for _ in range(_PER_WORD))
+        return self._answered([form.format(word) for form, word in zip(forms, words_in_turn, strict=True)])
+
+    def shuffled(self, rows: Sequence[Row]) -> list[Row]:
+        return random.Random(self.seed).sample(rows, len(rows))
+
+    def _answered(self, prompts: Sequence[str]) -> list[Row]:
+        return self._written([self.prompter.ask(prompt) for prompt in prompts], _ANSWER)
+
+    def _written(self, prompts: list[list[int]], most: int, temperature: float = 0.0) -> list[Row]:
+        if not prompts:
+            return []
+        texts = write(self.model, self.prompter.tokenizer, prompts, most, self.seed, temperature)
+        both = zip(prompts, texts, strict=True)
+        whole = [((*before, *self.prompter.encode(text))[: self.tokens], len(before)) for before, text in both]
+        rows = [Row(ids, first) for ids, first in whole if len(ids) > first]
+        found = expectations(self.model, rows, self.top_k, self.device)
+        return [replace(row, targets=targets) for row, (targets, _) in zip(rows, found, strict=True)]
 
 
 def named_prompts(prompter: Prompter, seed: int) -> list[str]:

@@ -61,7 +61,7 @@ class StudySettings:
     questions: int = 4
     check: bool = True
     epochs: int = 5
-    updates: int = 300
+    updates: int = 200
     batch: int = 64
     learning_rate: float = 5e-3
     top_k: int = 32
@@ -69,8 +69,8 @@ class StudySettings:
     recalled: float = 0.7
     raw: float = 0.5
     raw_first: float = 0.3
-    guard: float = 0.5
-    most_kl: float = 0.2
+    guard: float = 2.0
+    most_kl: float = 0.1
     keys: str = ADDRESSED
     new_tokens: int = 40
 

@@ -29,7 +29,7 @@ from locas_ext.terminal import Terminal
 from .addresses import Addresses, addressed_words
 from .arguments import prompter_of, texts_of
 from .asking import Asker, Written
-from .guard import guard_rows
+from .guard import GuardRows
 from .learner import Learner, Material, Progress
 from .made import made_pairs
 from .pairs import Pair, given_pairs, require_usable
@@ -165,12 +165,15 @@ class Study:
         if not settings.guard and settings.keys != ADDRESSED:
             return Material(lessons, raw, [], [])
         positions = self.attachment.host.max_positions
-        rows, kept_back = guard_rows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
+        guard = GuardRows(self.model, self.prompter, positions, settings.top_k, self.seed, self.device)
+        rows, kept_back = guard.general()
         addresses = None
         if settings.keys == ADDRESSED:
             words = addressed_words(self.passages, self.salience, self.prompter, rows)
             addresses = Addresses.of(self.attachment, self.prompter, words, [*lessons, *raw], rows, self.seed, self.device)
             self.report.words = addresses.words
+            if settings.guard:
+                rows = guard.shuffled([*rows, *guard.of_words(words)])
         return Material(lessons, raw, *((rows, kept_back) if settings.guard else ([], [])), addresses)
 
     def start(self, addresses: Addresses | None) -> str:
