@@ -41,6 +41,7 @@ struct GluFfnHidden {
     ptx::TensorMap hidden, gate_out, up_out;
     const T *gate_bias, *up_bias;
     int neurons;  // of the buffers
+    uint32_t stage_bytes;
     float scale;
   };
   struct Params : NeuronTiles<Tile, Source, kNeurons> {
@@ -150,12 +151,11 @@ struct GluFfnDown {
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Output::Shared output[Tile::kConsumers * 4];
+    typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -167,7 +167,7 @@ struct GluFfnDown {
           });
         },
         [&](int consumer) {
-          typename Output::Stores stores{shared.output[Output::consumer_warp()].stores};
+          typename Output::Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -181,7 +181,7 @@ struct GluFfnDown {
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
                                                              middle > first, pass_turn);
               },
-              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, shared.output, unit, sums, consumer); });
+              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, unit, sums, consumer); });
           stores.finish();
         });
   }
@@ -206,27 +206,30 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   using Kernel = GluFfnHidden<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
+  const int rows = loaded_rows(Tile::kM, ffn.tokens());
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
                           const void* up_bias, float scale) {
     const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kSlabBox); };
-    return typename Kernel::Source{map_or_none<T>(gate, operand_box(Kernel::kNeurons)),
-                                   map_or_none<T>(up, operand_box(Kernel::kNeurons)),
+    const int weight_rows = loaded_rows(Kernel::kNeurons, neurons);
+    return typename Kernel::Source{map_or_none<T>(gate, operand_box(weight_rows)),
+                                   map_or_none<T>(up, operand_box(weight_rows)),
                                    out(ffn.hidden),
                                    out(ffn.gate),
                                    out(ffn.up),
                                    static_cast<const T*>(gate_bias),
                                    static_cast<const T*>(up_bias),
                                    static_cast<int>(neurons),
+                                   bytes_of_rows<T>(rows, 2 * weight_rows),
                                    scale};
   };
   typename Kernel::Params p;
-  p.x = tensor_map<T>(ffn.x, operand_box(Tile::kM));
+  p.x = tensor_map<T>(ffn.x, operand_box(rows));
   p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
   p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
-  launch_units<Kernel, Tile>(p, false, queue);
+  launch_units<Kernel>(p, false, queue);
 }
 
 template <class Tile, bool sliced>
@@ -235,14 +238,14 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   typename Kernel::Params p;
-  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(Tile::kM));
-  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
-  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
-  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
   p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
   p.units = p.tile_units();
-  launch_units<Kernel, Tile>(p, true, queue);
+  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(p.rows));
+  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(p.rows));
+  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
+  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
+  launch_units<Kernel>(p, true, queue);
 }
 
 }  // namespace
@@ -257,7 +260,7 @@ void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kDownTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
+      with_sliced(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });
