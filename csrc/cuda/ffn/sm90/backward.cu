@@ -42,12 +42,12 @@ struct GateUpRing {
     WarpRows gate[4], up[4];
   };
 
-  Piece pieces[kPieces];
-  // Of the places in a tile, in ping-pong of each consumer's own: those of the ring would also fill for the other one, and
-  // who misses a phase takes an earlier one for its own.
+  // A barrier for each place in a tile, in ping-pong for each consumer: those of the ring would also fill for the other
+  // one, and who misses a phase takes an earlier one for its own.
   static constexpr int kOwners = Tile::kPingPong ? 2 : 1;
-  uint64_t full[kOwners][kOfTile];
-  uint64_t empty[kPieces];
+
+  Piece pieces[kPieces];
+  uint64_t full[kOwners][kOfTile], empty[kPieces];
 
   LOCAS_DEVICE void initialise() {
     if (ptx::thread_index() != 0) return;
@@ -197,10 +197,11 @@ struct GluFfnHiddenGrad {
   template <Activation act>
   static LOCAS_DEVICE void write_hidden(const Params& p, float scale, typename Ring::WarpRows& gate_rows,
                                         typename Ring::WarpRows& up_rows, int row, int col) {
-#pragma unroll 1  // few tiles come here: small code rather than fast
+    // Few tiles come here: small code rather than fast. It reads gate again, as the compiler would keep, and spill, what
+    // differentiate makes of the same registers.
+#pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
-      uint32_t gate[4],
-          up[4];  // read again: hidden of the registers of differentiate would be kept for it, and spilled
+      uint32_t gate[4], up[4];
       ptx::ldmatrix_x4(gate, gate_rows.row(group));
       ptx::ldmatrix_x4(up, up_rows.row(group));
 #pragma unroll
