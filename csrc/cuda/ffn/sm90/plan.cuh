@@ -166,7 +166,7 @@ Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int 
 }
 
 constexpr int kMostSplits = 8, kMostSlotSplits = 16;
-constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 3.0;  // of the epilogues of a warpgroup
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 2.5;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
