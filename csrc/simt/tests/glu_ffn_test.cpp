@@ -481,7 +481,7 @@ std::string shapes(int count) { return std::to_string(count) + " shapes, " + std
 LOCAS_TEST(hopper_wide, "glu_ffn of sm90 with wide tiles") {
   using enum TileKind;
   int count = run_alternating(
-      hopper({m128n192_ping_pong, m128n128_ping_pong, m128n192_ping_pong, m128n128_ping_pong, 1}), 1, 300, 10);
+      hopper({m128n192_ping_pong, m128n128_ping_pong, m128n128_ping_pong, m128n128_ping_pong, 1}), 1, 300, 10);
   count += run_alternating(hopper({m128n192, m128n128_ping_pong, m128n192, m128n128_ping_pong, 3}), 1, 300, 12);
   return shapes(count);
 }

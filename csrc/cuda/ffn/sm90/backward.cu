@@ -2,9 +2,8 @@
 //
 //      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip and becomes d_gate and d_up
 //
-//           each warp fetches gate and up of its rows, 16 x 64 at a time, the first two before it multiplies; the
-//           gradients take their place in shared memory and leave from there. Memory tiles also write memory_hidden,
-//           which dV needs.
+//           a second warp fetches gate and up, 64 x 64 at a time and as far ahead as a ring holds; the gradients take
+//           their place in shared memory and leave from there. Memory tiles also write memory_hidden, which dV needs.
 //
 //      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of unit
 //
@@ -32,37 +31,33 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-// gate and up of a warp's rows on their way in, and what becomes of them on its way out.
-template <class T, int kPieces>
+// gate and up on their way in, and what becomes of them on its way out: pieces [64, kGateUpCols] of a CTA's tiles, one
+// behind the other in a ring. Those of a tile come column by column, of a column one row block behind the other.
+template <class Tile>
 struct GateUpRing {
-  using Half = Slab<T, kGateUpCols>;
+  static constexpr int kRowBlocks = Tile::kM / 64, kColumns = Tile::kN / kGateUpCols;
+  static constexpr int kOfTile = kRowBlocks * kColumns, kPieces = gate_up_pieces(Tile::kM, Tile::kN, Tile::schedule);
+  using WarpRows = Slab<typename Tile::T, kGateUpCols>;
   struct Piece {
-    Half gate, up;
+    WarpRows gate[4], up[4];
   };
-  struct Shared {
-    Piece pieces[kPieces];
-    Half hidden;
-  };
-  using Arrived = uint64_t[kPieces];  // apart, as a slab is aligned to 1024 bytes
 
-  Shared& shared;
-  Arrived& arrived;
-  RingPosition<kPieces> ring{};
+  // A barrier for each place in a tile, in ping-pong for each consumer: those of the ring would also fill for the other
+  // one, and who misses a phase takes an earlier one for its own.
+  static constexpr int kOwners = Tile::kPingPong ? 2 : 1;
+
+  Piece pieces[kPieces];
+  uint64_t full[kOwners][kOfTile], empty[kPieces];
 
   LOCAS_DEVICE void initialise() {
-    if (ptx::lane_index() == 0) {
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&arrived[i], 1);
-      ptx::mbarrier_init_fence();
-    }
-    ptx::sync_warp();
+    if (ptx::thread_index() != 0) return;
+    for (auto& of_tile : full)
+      for (uint64_t& barrier : of_tile) ptx::mbarrier_init(&barrier, 1);
+    for (uint64_t& barrier : empty) ptx::mbarrier_init(&barrier, 4);
+    ptx::mbarrier_init_fence();
   }
-  // By lane 0.
-  LOCAS_DEVICE void fetch(const ptx::TensorMap& gate, const ptx::TensorMap& up, int row, int col, int at) {
-    ptx::mbarrier_arrive_expect(&arrived[at], sizeof(Piece));
-    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &arrived[at]);
-    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &arrived[at]);
-  }
+  LOCAS_DEVICE uint64_t* full_at(int turn, int index) { return &full[turn % kOwners][index]; }
+  static LOCAS_DEVICE int parity_at(int turn) { return turn / kOwners % 2; }
 };
 
 template <class Tile>
@@ -70,9 +65,8 @@ struct GluFfnHiddenGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_hidden_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static constexpr int kPieces = gate_up_pieces(Tile::kN), kColumns = Tile::kN / kGateUpCols;  // of a row block
-  static constexpr bool kRefills = Tile::kRowBlocks * kColumns > kPieces;
-  using Ring = GateUpRing<T, kPieces>;
+  static constexpr int kGroups = kGateUpCols / 16;  // of columns that ldmatrix reads
+  using Ring = GateUpRing<Tile>;
 
   struct Source {
     ptx::TensorMap weight, gate, up, d_gate, d_up;
@@ -82,29 +76,22 @@ struct GluFfnHiddenGrad {
   };
   struct Params : NeuronTiles<Tile, Source, Tile::kN> {
     ptx::TensorMap dy, memory_hidden;
+    int tokens;
     Activation activation;
+
+    // Whether there is any of the 64 rows and kGateUpCols columns from there on.
+    LOCAS_DEVICE bool has(const Source& of, int row, int col) const { return row < tokens && col < of.neurons; }
   };
   using Place = typename Params::Place;
   struct Shared {
     typename Tile::Shared tile;
-    typename Ring::Shared pieces[Tile::kConsumers * 4];
-    typename Ring::Arrived arrived[Tile::kConsumers * 4];
+    Ring ring;
   };
-
-  // Pieces of a row block that hold neurons.
-  static LOCAS_DEVICE int columns_at(const Place& at) {
-    const int inside = at.source.neurons - at.neuron;
-    return inside < Tile::kN ? (inside + kGateUpCols - 1) / kGateUpCols : kColumns;
-  }
-  static LOCAS_DEVICE Place rows_of(const Params& p, int unit, int consumer) {
-    Place at = p.place_of(unit);
-    at.token += (Tile::kPingPong ? 0 : consumer * Tile::kRows) + warp_row();
-    return at;
-  }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     ptx::launch_dependents();
+    shared.ring.initialise();
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -115,9 +102,6 @@ struct GluFfnHiddenGrad {
           });
         },
         [&](int consumer) {
-          const int warp = ptx::uniform(ptx::warp_index()) - 4;
-          Ring ring{shared.pieces[warp], shared.arrived[warp]};
-          ring.initialise();
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& stages, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -129,12 +113,13 @@ struct GluFfnHiddenGrad {
                                                              pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                const Place at = rows_of(p, unit, consumer);
-                with_activation(p.activation, [&]<Activation act>() { write<act>(ring, p, at, sums); });
-              },
-              [&](int unit) { fetch_first(ring, rows_of(p, unit, consumer)); });
-          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
-        });
+                const Place at = p.place_of(unit);
+                with_activation(p.activation, [&]<Activation act>() {
+                  write<act>(shared.ring, p, at, consumer, p.turn(unit), sums);
+                });
+              });
+        },
+        [&] { fetch_gate_and_up(shared.ring, p); });
   }
 
  private:
@@ -144,91 +129,118 @@ struct GluFfnHiddenGrad {
     else load_mn_major<Tile>(stage, at.source.weight, at.neuron, k, full);
   }
 
-  // Piece `index` of a unit, in the order in which write goes over them, into slot `slot` of the ring.
-  static LOCAS_DEVICE void fetch(Ring& ring, const Place& at, int columns, int index, int slot) {
-    const int row_block = index / columns, column = index - row_block * columns;
-    if (row_block < Tile::kRowBlocks)
-      ring.fetch(at.source.gate, at.source.up, at.token + row_block * 64, at.neuron + column * kGateUpCols, slot);
-  }
-  static LOCAS_DEVICE void fetch_first(Ring& ring, const Place& at) {
-    if (ptx::lane_index() != 0) return;
-    ptx::bulk_wait_read<0>();
-    RingPosition<kPieces> to = ring.ring;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i, to.next()) fetch(ring, at, columns_at(at), i, to.stage);
-  }
-
-  template <Activation act>
-  static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, const typename Tile::Sums& sums) {
-    const int columns = columns_at(at);
-    int index = 0;
-#pragma unroll
-    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        if (column >= columns) break;
-        const int slot = ring.ring.stage, row = at.token + row_block * 64, col = at.neuron + column * kGateUpCols;
-        typename Ring::Piece& piece = ring.shared.pieces[slot];
-        if (at.memory) {  // the one slab of memory_hidden is free
-          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
-          ptx::sync_warp();
+  // Of pieces that lie outside the ring only keeps the place.
+  static LOCAS_DEVICE void fetch_gate_and_up(Ring& ring, const Params& p) {
+    RingPosition<Ring::kPieces> to;
+    for (int unit = p.first_unit(); unit < p.units; unit = p.next_unit(unit)) {
+      const Place at = p.place_of(unit);
+      for (int index = 0; index < Ring::kOfTile; ++index, to.next()) {
+        const int row = at.token + index % Ring::kRowBlocks * 64;
+        const int col = at.neuron + index / Ring::kRowBlocks * kGateUpCols;
+        typename Ring::Piece& piece = ring.pieces[to.stage];
+        uint64_t* full = ring.full_at(p.turn(unit), index);
+        ptx::mbarrier_wait(&ring.empty[to.stage], to.phase ^ 1);
+        if (!p.has(at.source, row, col)) {
+          ptx::mbarrier_arrive(full);
+          continue;
         }
-        ptx::mbarrier_wait(&ring.arrived[slot], ring.ring.phase);
-        if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
-        differentiate<act>(piece, at.source.scale, sums[row_block], column * kGateUpCols / 2);
-        ptx::fence_async_shared();
-        ptx::sync_warp();
-        if (ptx::lane_index() == 0) {
-          ptx::bulk_tensor_store(at.source.d_gate, col, row, piece.gate.at);
-          ptx::bulk_tensor_store(at.source.d_up, col, row, piece.up.at);
-          if (at.memory) ptx::bulk_tensor_store(p.memory_hidden, col, row, ring.shared.hidden.at);
-          ptx::bulk_commit();
-          if (kRefills && index + kPieces < Tile::kRowBlocks * columns) {
-            ptx::bulk_wait_read<0>();
-            fetch(ring, at, columns, index + kPieces, slot);
-          }
-        }
-        ++index;
-        ring.ring.next();
+        ptx::mbarrier_arrive_expect(full, sizeof(typename Ring::Piece));
+        ptx::bulk_tensor_load(piece.gate, at.source.gate, col, row, full);
+        ptx::bulk_tensor_load(piece.up, at.source.up, col, row, full);
       }
+    }
   }
 
+  // A piece goes back to the ring when the next one has been worked on: its stores have read it by then.
   template <Activation act>
-  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, typename Ring::Half& to, float scale) {
+  static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, int consumer, int turn,
+                                 const typename Tile::Sums& sums) {
+    const bool leads = ptx::lane_index() == 0;
+    const int warp = ptx::uniform(ptx::warp_index()) % 4;
+    int leaving = -1;
+    const auto release = [&] {
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(&ring.empty[leaving]);
+    };
 #pragma unroll
-    for (int group = 0; group < kGateUpCols / 16; ++group) {
+    for (int column = 0; column < Ring::kColumns; ++column)
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
+        const int of_tile = Tile::kPingPong ? row_block : consumer, index = column * Ring::kRowBlocks + of_tile;
+        const int slot = (turn * Ring::kOfTile + index) % Ring::kPieces;
+        const int first_row = at.token + of_tile * 64, row = first_row + warp * 16;
+        const int col = at.neuron + column * kGateUpCols;
+        typename Ring::WarpRows &gate = ring.pieces[slot].gate[warp], &up = ring.pieces[slot].up[warp];
+        const bool is_there = p.has(at.source, first_row, col);
+        ptx::mbarrier_wait(ring.full_at(turn, index), Ring::parity_at(turn));
+        if (is_there) {
+          uint32_t gates[kGroups][4];
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) ptx::ldmatrix_x4(gates[group], gate.row(group));
+          if (at.memory) write_hidden<act>(p, at.source.scale, gate, up, row, col);
+          differentiate<act>(gates, at.source.scale, sums[row_block], column * kGateUpCols / 2, gate, up);
+          ptx::fence_async_shared();
+        }
+        ptx::sync_warp();
+        if (leads && leaving >= 0) release();
+        if (leads && is_there) {
+          ptx::bulk_tensor_store(at.source.d_gate, col, row, gate.at);
+          ptx::bulk_tensor_store(at.source.d_up, col, row, up.at);
+          ptx::bulk_commit();
+        }
+        leaving = slot;
+      }
+    if (leads) release();
+  }
+
+  // Uses the place of gate.
+  template <Activation act>
+  static LOCAS_DEVICE void write_hidden(const Params& p, float scale, typename Ring::WarpRows& gate_rows,
+                                        typename Ring::WarpRows& up_rows, int row, int col) {
+    // Few tiles come here: small code rather than fast. It reads gate again, as the compiler would keep, and spill, what
+    // differentiate makes of the same registers.
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
       uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(group));
-      ptx::ldmatrix_x4(up, piece.up.row(group));
+      ptx::ldmatrix_x4(gate, gate_rows.row(group));
+      ptx::ldmatrix_x4(up, up_rows.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         up[i] = ptx::pack<T>(scale * half_activation<act>(ptx::first_of<T>(gate[i])).value * ptx::first_of<T>(up[i]),
                              scale * half_activation<act>(ptx::second_of<T>(gate[i])).value * ptx::second_of<T>(up[i]));
-      ptx::stmatrix_x4(to.row(group), up);
+      ptx::stmatrix_x4(gate_rows.row(group), up);
     }
+    ptx::fence_async_shared();
+    ptx::sync_warp();
+    if (ptx::lane_index() == 0) {
+      ptx::bulk_tensor_store(p.memory_hidden, col, row, gate_rows.at);
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
+    }
+    ptx::sync_warp();
   }
 
-  // Turns gate and up into their gradients; sums from `first` on are d_hidden before its scale.
+  // The gradients of `gates` and of what is in up_rows; sums from `first` on are d_hidden before its scale.
   template <Activation act>
-  static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, float scale, const float (&sums)[Tile::kN / 2],
-                                         int first) {
+  static LOCAS_DEVICE void differentiate(const uint32_t (&gates)[kGroups][4], float scale,
+                                         const float (&sums)[Tile::kN / 2], int first,
+                                         typename Ring::WarpRows& d_gate_rows, typename Ring::WarpRows& up_rows) {
 #pragma unroll
-    for (int group = 0; group < kGateUpCols / 16; ++group) {
-      uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(group));
-      ptx::ldmatrix_x4(up, piece.up.row(group));
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t up[4], d_gate[4];
+      ptx::ldmatrix_x4(up, up_rows.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int of = first + 2 * (4 * group + i);
-        const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(gate[i]));
-        const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(gate[i]));
-        const float u0 = ptx::first_of<T>(up[i]), u1 = ptx::second_of<T>(up[i]);
+        const uint32_t g = gates[group][i], u = up[i];
+        const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(g));
+        const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(g));
         const float d0 = scale * sums[of], d1 = scale * sums[of + 1];
-        gate[i] = ptx::pack<T>(d0 * u0 * a0.slope, d1 * u1 * a1.slope);
+        d_gate[i] = ptx::pack<T>(d0 * ptx::first_of<T>(u) * a0.slope, d1 * ptx::second_of<T>(u) * a1.slope);
         up[i] = ptx::pack<T>(d0 * a0.value, d1 * a1.value);
       }
-      ptx::stmatrix_x4(piece.gate.row(group), gate);
-      ptx::stmatrix_x4(piece.up.row(group), up);
+      ptx::stmatrix_x4(d_gate_rows.row(group), d_gate);
+      ptx::stmatrix_x4(up_rows.row(group), up);
     }
   }
 };
@@ -386,14 +398,13 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   const FfnWeights& w = ffn.weights;
   const int rows = loaded_rows(Tile::kM, ffn.tokens()), slots = loaded_rows(Tile::kBRows, w.padded_r());
   const auto source = [&](const ptx::TensorMap& weight, int weight_rows, int64_t first, int64_t neurons, float scale) {
-    const auto part = [&](const Matrix& of) {
-      return map_or_none<T>(columns_of<T>(of, first, neurons), slab_box<kGateUpCols>);
-    };
+    const auto part = [&](const Matrix& of, Box box) { return map_or_none<T>(columns_of<T>(of, first, neurons), box); };
+    constexpr Box kPiece = operand_box(64), kWarpRows = slab_box<kGateUpCols>;
     return typename Kernel::Source{weight,
-                                   part(ffn.gate),
-                                   part(ffn.up),
-                                   part(ffn.d_gate),
-                                   part(ffn.d_up),
+                                   part(ffn.gate, kPiece),
+                                   part(ffn.up, kPiece),
+                                   part(ffn.d_gate, kWarpRows),
+                                   part(ffn.d_up, kWarpRows),
                                    static_cast<int>(neurons),
                                    bytes_of_rows<T>(rows, weight_rows),
                                    scale};
@@ -404,6 +415,7 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   p.host = source(tensor_map<T>(w.down, kMnMajorBox), Tile::kBRows, 0, w.m(), 1.0f);
   p.memory = source(map_or_none<T>(w.memory_value, operand_box(slots)), slots, w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
+  p.tokens = static_cast<int>(ffn.tokens());
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);
 }

@@ -43,25 +43,30 @@ struct Stores {
   Shared& shared;
   int next = 0;
 
-  // pair(i): pair i of the slab's columns.
-  template <class Pair>
-  LOCAS_DEVICE void store(const ptx::TensorMap& to, int row, int col, Pair&& pair) {
+  // The same place of some matrices, always of as many: one wait and one fence for all. pairs_of(group, pairs) gives each
+  // one's pairs of columns 16 * group to 16 * group + 15 of the slab.
+  template <class PairsOf, class... Maps>
+  LOCAS_DEVICE void store(int row, int col, PairsOf&& pairs_of, const Maps&... to) {
+    constexpr int kCount = sizeof...(to);
+    static_assert(kSlabs % kCount == 0);
     const int lane = ptx::lane_index();
-    if (lane == 0) ptx::bulk_wait_read<kSlabs - 1>();
+    if (lane == 0) ptx::bulk_wait_read<kSlabs / kCount - 1>();
     ptx::sync_warp();
-    Slab<T>& slab = shared.slabs[next];
+    Slab<T>* slabs = shared.slabs + next;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t pairs[4] = {pair(4 * half), pair(4 * half + 1), pair(4 * half + 2), pair(4 * half + 3)};
-      ptx::stmatrix_x4(slab.row(half), pairs);
+    for (int group = 0; group < kSlabCols / 16; ++group) {
+      uint32_t pairs[kCount][4];
+      pairs_of(group, pairs);
+#pragma unroll
+      for (int of = 0; of < kCount; ++of) ptx::stmatrix_x4(slabs[of].row(group), pairs[of]);
     }
     ptx::fence_async_shared();
     ptx::sync_warp();
     if (lane == 0) {
-      ptx::bulk_tensor_store(to, col, row, slab.at);
+      (ptx::bulk_tensor_store(to, col, row, (slabs++)->at), ...);
       ptx::bulk_commit();
     }
-    next = next + 1 == kSlabs ? 0 : next + 1;
+    next = next + kCount == kSlabs ? 0 : next + kCount;
   }
 
   // Shared memory must outlive the stores that read it.
@@ -82,16 +87,21 @@ LOCAS_DEVICE void store_rounded(Stores<T, kSlabs>& stores, const ptx::TensorMap&
 #pragma unroll
     for (int slab = 0; slab < 2 * registers; slab += kSlabCols) {
       if (col + slab >= cols) break;
-      stores.store(to, row + row_block * 64 + warp_row(), col + slab, [&](int i) {
-        const int at = slab / 2 + 2 * i, lane_col = col + slab + i / 2 * 8 + ptx::lane_index() % 4 * 2;
-        float first = sums[row_block][at], second = sums[row_block][at + 1];
-        if (bias && lane_col < cols) {
-          const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + lane_col));
-          first += ptx::to_float(pair.at[0]);
-          second += ptx::to_float(pair.at[1]);
+      const auto pairs_of = [&](int group, uint32_t (&pairs)[1][4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = slab / 2 + 8 * group + 2 * i;
+          const int lane_col = col + slab + 16 * group + i / 2 * 8 + ptx::lane_index() % 4 * 2;
+          float first = sums[row_block][at], second = sums[row_block][at + 1];
+          if (bias && lane_col < cols) {
+            const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + lane_col));
+            first += ptx::to_float(pair.at[0]);
+            second += ptx::to_float(pair.at[1]);
+          }
+          pairs[0][i] = ptx::pack<T>(first, second);
         }
-        return ptx::pack<T>(first, second);
-      });
+      };
+      stores.store(row + row_block * 64 + warp_row(), col + slab, pairs_of, to);
     }
 }
 

@@ -82,7 +82,8 @@ struct GluFfnHidden {
                 const Place at = p.place_of(unit);
                 const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
                 with_activation(p.activation, [&]<Activation act>() {
-                  write<act>(stores, at.source, sums, at.token + first_row, at.neuron, p.saves);
+                  if (p.saves) write<act, true>(stores, at.source, sums, at.token + first_row, at.neuron);
+                  else write<act, false>(stores, at.source, sums, at.token + first_row, at.neuron);
                 });
               });
           stores.finish();
@@ -100,31 +101,39 @@ struct GluFfnHidden {
     return ptx::pack<T>(first, second);
   }
 
-  template <Activation act>
+  template <Activation act, bool saves>
   static LOCAS_DEVICE void write(Stores& stores, const Source& to, const typename Tile::Sums& sums, int token,
-                                 int neuron, bool saves) {
+                                 int neuron) {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
       for (int col = 0; col < kNeurons; col += kSlabCols) {
         if (neuron + col >= to.neurons) break;
         const int row = token + row_block * 64 + warp_row();
-        const auto part = [&](int i, int first, const T* bias) {
-          const int at = first + col / 2 + 2 * i;
-          return rounded_pair(sums[row_block][at], sums[row_block][at + 1], bias,
-                              neuron + col + i / 2 * 8 + ptx::lane_index() % 4 * 2, to.neurons);
+        const auto part = [&](int at, int first, const T* bias) {
+          return rounded_pair(sums[row_block][first + at], sums[row_block][first + at + 1], bias,
+                              neuron + at / 4 * 8 + ptx::lane_index() % 4 * 2, to.neurons);
         };
-        const auto gate = [&](int i) { return part(i, 0, to.gate_bias); };
-        const auto up = [&](int i) { return part(i, kNeurons / 2, to.up_bias); };
-        if (saves) {
-          stores.store(to.gate_out, row, neuron + col, gate);
-          stores.store(to.up_out, row, neuron + col, up);
+        const auto hidden_of = [&](int group, uint32_t (&gate)[4], uint32_t (&up)[4], uint32_t (&hidden)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = col / 2 + 8 * group + 2 * i;
+            const uint32_t g = gate[i] = part(at, 0, to.gate_bias), u = up[i] = part(at, kNeurons / 2, to.up_bias);
+            hidden[i] =
+                ptx::pack<T>(to.scale * half_activation<act>(ptx::first_of<T>(g)).value * ptx::first_of<T>(u),
+                             to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
+          }
+        };
+        if constexpr (saves) {
+          const auto all = [&](int group, uint32_t (&pairs)[3][4]) { hidden_of(group, pairs[0], pairs[1], pairs[2]); };
+          stores.store(row, neuron + col, all, to.gate_out, to.up_out, to.hidden);
+        } else {
+          const auto one = [&](int group, uint32_t (&pairs)[1][4]) {
+            uint32_t gate[4], up[4];
+            hidden_of(group, gate, up, pairs[0]);
+          };
+          stores.store(row, neuron + col, one, to.hidden);
         }
-        stores.store(to.hidden, row, neuron + col, [&](int i) {
-          const uint32_t g = gate(i), u = up(i);
-          return ptx::pack<T>(to.scale * half_activation<act>(ptx::first_of<T>(g)).value * ptx::first_of<T>(u),
-                              to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
-        });
       }
   }
 };

@@ -102,6 +102,7 @@ struct EachInTurn {
   int units;
   LOCAS_DEVICE int first_unit() const { return ptx::block_index(); }
   LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
+  LOCAS_DEVICE int turn(int unit) const { return unit / ptx::block_count(); }
 };
 
 // The producer's part, which one thread runs: loads_of(unit) gives a function load(block, stage, full) that starts the
@@ -150,19 +151,14 @@ LOCAS_DEVICE void load_mn_major(typename Tile::Stage& stage, const ptx::TensorMa
     ptx::bulk_tensor_load(stage.b + slab * 64 * kBlockK, from, col + slab * 64, k, full);
 }
 
-struct NothingBefore {
-  LOCAS_DEVICE void operator()(int) const {}
-};
-
 // The consumers' part: multiply(unit, ring, sums, pass_turn) goes over the K-blocks of a unit and calls pass_turn when its
-// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows. prepare(unit) is called
-// before its turn.
+// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
 //
 // In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
 // parity would take for filled.
-template <class Tile, class Work, class Multiply, class Store, class Prepare = NothingBefore>
+template <class Tile, class Work, class Multiply, class Store>
 LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int consumer, Multiply&& multiply,
-                          Store&& store, Prepare&& prepare = {}) {
+                          Store&& store) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit), ++turn) {
@@ -171,7 +167,6 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
       ring.skip(last - first);
       continue;
     }
-    prepare(unit);
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
     typename Tile::Sums sums;
     multiply(unit, ring, sums, [&] {
@@ -228,14 +223,21 @@ LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Ti
   if (held >= 0) release<Tile>(shared, held);
 }
 
-// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups.
-template <class Tile, class Producer, class Consumer>
-LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer) {
+// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups, and a `fetcher`, if there is
+// one, in a thread of another warp.
+template <class Tile, class Producer, class Consumer, class... Fetcher>
+LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer,
+                             Fetcher&&... fetcher) {
+  static_assert(sizeof...(fetcher) <= 1);
   initialise<Tile>(shared);
   const int index = consumer_index();
   if (index < 0) {
     ptx::return_registers<24>();
-    if (ptx::uniform(ptx::warp_index()) == 0 && ptx::elect_one()) producer();
+    const int warp = ptx::uniform(ptx::warp_index());
+    if (warp <= static_cast<int>(sizeof...(fetcher)) && ptx::elect_one()) {
+      if (warp == 0) producer();
+      else (fetcher(), ...);
+    }
   } else {
     ptx::take_registers<240>();
     consumer(index);

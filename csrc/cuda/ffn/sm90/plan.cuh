@@ -67,9 +67,8 @@ constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong,
                                      TileKind::m64n64_ping_pong};
 constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
                                    TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
-constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
-                                         TileKind::m128n128,           TileKind::m128n64,  TileKind::m64n128_ping_pong,
-                                         TileKind::m64n64_ping_pong};
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192, TileKind::m128n128_ping_pong, TileKind::m128n128,
+                                         TileKind::m128n64,  TileKind::m64n128_ping_pong,  TileKind::m64n64_ping_pong};
 constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
                                         TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 
@@ -77,11 +76,14 @@ constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_p
 constexpr int kSharedBytes = 226 * 1024;
 constexpr int output_stage_bytes(const TileShape&) { return kSharedBytes - 8 * 3 * 1024; }
 
-// Pieces of gate and up, of so many columns, that a warp has on their way (backward.cu).
+// K3's ring of pieces of gate and up, 64 rows of so many columns each: no more than a tile of each consumer has
+// (backward.cu).
 constexpr int kGateUpCols = 64;
-constexpr int gate_up_pieces(int n) { return n > kGateUpCols ? 2 : 1; }
+constexpr int gate_up_pieces(int m, int n, Schedule schedule) {
+  return std::min(4, m / 64 * (n / kGateUpCols) * (schedule == Schedule::ping_pong ? 2 : 1));
+}
 constexpr int hidden_grad_stage_bytes(const TileShape& tile) {
-  return kSharedBytes - 8 * (2 * gate_up_pieces(tile.n) + 1) * 16 * kGateUpCols * 2;
+  return kSharedBytes - gate_up_pieces(tile.m, tile.n, tile.schedule) * 2 * 64 * kGateUpCols * 2;
 }
 
 // As many stages as fit.
@@ -164,7 +166,7 @@ Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int 
 }
 
 constexpr int kMostSplits = 8, kMostSlotSplits = 16;
-constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.3;  // of the epilogues of a warpgroup
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 2.5;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
