@@ -72,8 +72,6 @@ locas::GluFfnBackwardParams gradient_params(const Arguments& a) {
   return p;
 }
 
-__global__ void fills_multiprocessor() {}
-
 thread_local std::string error;
 
 template <class F>
@@ -104,15 +102,16 @@ EXPORT const char* locas_forward(const Arguments* a) {
 EXPORT const char* locas_hidden_grad(const Arguments* a, int tile) {
   return caught([&] { locas::cuda::sm90::glu_ffn_hidden_grad(gradient_params(*a), tile, {a->device, a->stream}); });
 }
-EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits) {
+EXPORT const char* locas_input_grad(const Arguments* a, int tile, int splits, int slot_splits) {
   return caught([&] {
-    locas::cuda::sm90::glu_ffn_input_and_slots_grad(gradient_params(*a), tile, splits, {a->device, a->stream});
+    locas::cuda::sm90::glu_ffn_input_and_slots_grad(gradient_params(*a), tile, splits, slot_splits,
+                                                    {a->device, a->stream});
   });
 }
 EXPORT const char* locas_backward(const Arguments* a) {
   return caught([&] { locas::cuda::sm90::glu_ffn_backward_tiles(gradient_params(*a), {a->device, a->stream}); });
 }
-// plan: tile and slices of each product, in the order of locas_instances.
+// plan: tile, slices and slices of the slots' gradients of each product, in the order of locas_instances.
 EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* plan) {
   using namespace locas::cuda::sm90;
   const locas::FfnSizes sizes{d, m, r};
@@ -120,30 +119,15 @@ EXPORT void locas_plan(int64_t tokens, int64_t d, int64_t m, int64_t r, int* pla
                          input_grad_plan(tokens, sizes)}) {
     *plan++ = static_cast<int>(of.kind);
     *plan++ = of.splits;
+    *plan++ = of.slot_splits;
   }
 }
-// Four numbers a tile: rows, columns, whether it is ping-pong, slices in a cluster.
+// Three numbers a tile: rows, columns, whether it is ping-pong.
 EXPORT int locas_tiles(int* shapes) {
   using namespace locas::cuda::sm90;
   for (const TileShape& tile : kTiles)
-    for (const int number : {tile.m, tile.n, int{tile.schedule == Schedule::ping_pong}, tile.slices})
-      *shapes++ = number;
+    for (const int number : {tile.m, tile.n, int{tile.schedule == Schedule::ping_pong}}) *shapes++ = number;
   return kTileKinds;
-}
-// How many clusters of so many CTAs, each of which fills a multiprocessor, run at one time.
-EXPORT int locas_clusters(int ctas) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(384);
-  config.dynamicSmemBytes = 200 * 1024;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  cudaFuncSetAttribute(fills_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 * 1024);
-  return cudaOccupancyMaxActiveClusters(&count, fills_multiprocessor, &config) == cudaSuccess ? count : -1;
 }
 // The tiles that K1 to K4, product 0 to 3, are compiled for.
 EXPORT int locas_instances(int product, int* tiles) {

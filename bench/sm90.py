@@ -6,7 +6,8 @@ K4 the gradients of the input and of the slots; the peer is torch.mm on the host
 activation. A time is the median over interleaved rounds of CUDA graphs that rotate through operands.
 
 A tile is tested by a process of its own, so that one that never ends or breaks the context takes none with it; those that
-are right are timed. Tiles: tokens x columns, pp: ping-pong, /4c: slices of K in a cluster, /4: by launch.
+are right are timed. Tiles: tokens x columns, pp: ping-pong, /4: in four slices of K, s4: the slots' gradients in four
+slices of the tokens.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from pathlib import Path
 import torch
 
 from .graphs import Graph, sets_for
-from .sm90_checks import cases_of, cases_of_plans, check_all, make, slices
+from .sm90_checks import SLICES, cases_of, cases_of_plans, check_all, make
 from .sm90_library import Library
 
 SHAPES = {1024: 3072, 2048: 6144, 4096: 12288}
 PLANS = -1  # as a tile: whole passes as planned
 CHECK_SECONDS, CHECKS_AT_ONCE = 60, 8
-SLICED_TOKENS = 512  # slices by launch are timed up to here
+SLICED_TOKENS = 512  # slices of K are timed up to here, those of the slots' gradients above
+SLOT_SLICES = (1, 4, 8, 16)
 
 
 def calls_of(arm, sets: list[dict], seconds: float) -> list:
@@ -62,6 +64,15 @@ def inference(ffn: dict) -> dict:
     return {name: tensor for name, tensor in ffn.items() if name not in ("gate_out", "up_out")}
 
 
+def slices(product: str, tokens: int) -> list[tuple[int, ...]]:
+    """What is cut into how many: K, and in K4 the tokens for the slots' gradients too."""
+    if product == "K2":
+        return [(splits,) for splits in SLICES if splits == 1 or tokens <= SLICED_TOKENS]
+    if product == "K4":
+        return [(splits, 1) for splits in SLICES] if tokens <= SLICED_TOKENS else [(1, splits) for splits in SLOT_SLICES]
+    return [()]
+
+
 def products(library: Library, tokens: int, right: Collection[int]) -> dict[str, dict]:
     """Each product's arms by name, the peer first; then both of a pass. right: the tiles to time."""
     mm = peers()
@@ -74,14 +85,12 @@ def products(library: Library, tokens: int, right: Collection[int]) -> dict[str,
     all_arms: dict[str, dict] = {}
     for product, call in ours.items():
         arms: dict[str, Callable] = {"cuBLAS": mm[product]}
-        sums = product in ("K2", "K4")
         for tile in [tile for tile in library.instances[product] if tile in right]:
-            for splits in slices(library, tile) if sums and tokens <= SLICED_TOKENS else (1,):
-                numbers = (tile, splits) if sums else (tile,)
-                arms[library.arm(tile, splits)] = lambda ffn, call=call, numbers=numbers: call(ffn, *numbers)
+            for splits in slices(product, tokens):
+                arms[library.arm(tile, *splits)] = lambda ffn, call=call, numbers=(tile, *splits): call(ffn, *numbers)
         all_arms[product] = arms
     for tile in [tile for tile in library.instances["K1"] if tile in right]:
-        all_arms["K1"][f"{library.arm(tile, 1)} saving"] = lambda ffn, tile=tile: library.hidden(ffn, tile)
+        all_arms["K1"][f"{library.arm(tile)} saving"] = lambda ffn, tile=tile: library.hidden(ffn, tile)
     passes = [("K1", "K2", lambda ffn: library.forward(inference(ffn))), ("K3", "K4", library.backward)]
     for first, second, whole in passes if PLANS in right else []:
         both = {"cuBLAS": lambda ffn, first=first, second=second: (mm[first](ffn), mm[second](ffn)), "planned": whole}
@@ -99,8 +108,7 @@ def flops(product: str, tokens: int, d: int, m: int, r: int) -> tuple[int, int]:
 def operands(library: Library, tokens: int, d: int, arguments: argparse.Namespace) -> list[dict]:
     m, r = SHAPES[d], arguments.r
     count = min(6, sets_for(2 * (3 * m * d + tokens * (2 * d + 3 * m))))
-    splits = max(8, *(planned for _, planned in library.plan(tokens, d, m, r).values()))
-    sets = [make(tokens, d, m, r, torch.bfloat16, splits=splits, gradients=True) for _ in range(count)]
+    sets = [make(tokens, d, m, r, torch.bfloat16, splits=16, gradients=True) for _ in range(count)]
     for ffn in sets:  # what only the peer needs
         ffn["gate_up"] = torch.cat([ffn["gate"], ffn["up"]])
         ffn["products"] = torch.randn(tokens, 2 * m, device="cuda").bfloat16()
@@ -179,13 +187,12 @@ def main() -> None:
         return check(library, arguments.check_tile)
     tiles = [*range(len(library.names)), PLANS]
     right = tiles if arguments.no_check else right_tiles(library)
-    clusters = {ctas: library.clusters_at_once(ctas) for ctas in (1, 2, 4)}
-    print(f"{torch.cuda.get_device_name()}; clusters of so many CTAs at one time: {clusters}", flush=True)
+    print(torch.cuda.get_device_name(), flush=True)
     records: list[dict] = []
     for d, tokens in [] if arguments.no_time else itertools.product(arguments.d, arguments.tokens):
         records += measure(library, right, d, tokens, arguments)
         if arguments.out:
-            found = {"gpu": torch.cuda.get_device_name(), "clusters": clusters, "right": [tile in right for tile in tiles]}
+            found = {"gpu": torch.cuda.get_device_name(), "right": [tile in right for tile in tiles]}
             arguments.out.write_text(json.dumps(found | {"records": records}, indent=1))
     show(records)
     if len(right) < len(tiles):

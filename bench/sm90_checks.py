@@ -18,6 +18,7 @@ FUNCTIONS = {
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # tokens, d, m, r: nothing fits a tile. Of LONG, every tile gives a CTA several units.
 LONG = (4200, 2048, 1024, 64)
+SLICES = (1, 2, 4, 8)  # of K
 SHAPES = [(1, 64, 64, 1), (131, 264, 520, 37), (257, 1032, 1544, 65), (300, 520, 392, 0), (33, 128, 200, 130)]
 
 
@@ -45,7 +46,7 @@ def make(tokens: int, d: int, m: int, r: int, dtype: torch.dtype, splits: int = 
         "x": draw(tokens, d),
         "hidden": draw(tokens, width),
         "y": poison(tokens, d),
-        "workspace": poison(splits, tokens, d, dtype=torch.float32),
+        "workspace": poison(splits * (tokens + 3 * r), d, dtype=torch.float32),
     }
     if also.get("gradients"):
         ffn |= {"gate_out": draw(tokens, width), "up_out": draw(tokens, width), "dy": draw(tokens, d)}
@@ -109,11 +110,6 @@ def compare(what: str, ours: torch.Tensor, exact: torch.Tensor, integers: bool, 
         )
 
 
-def slices(library: Library, tile: int) -> tuple[int, ...]:
-    """How often K is cut by launch."""
-    return (1, 2, 4, 8) if library.slices[tile] == 1 else (1,)
-
-
 def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, integers: bool, activation: str) -> None:
     tokens, d, m, r = shape
     what = f"{library.names[tile]}, {dtype}, tokens {tokens}, d {d}, m {m}, r {r}, {'integers' if integers else activation}"
@@ -122,8 +118,8 @@ def check_tile(library: Library, tile: int, shape: tuple, dtype: torch.dtype, in
         check_hidden(library, ffn, tile, integers, activation, what)
     else:
         library.hidden(ffn, library.instances["K1"][0], 2.0, activation)
-    for splits in slices(library, tile) if tile in library.instances["K2"] else ():
-        if (m + 63) // 64 + (r + 63) // 64 >= splits * library.slices[tile]:
+    for splits in SLICES if tile in library.instances["K2"] else ():
+        if (m + 63) // 64 + (r + 63) // 64 >= splits:
             check_down(library, ffn, tile, splits, integers, what)
     if tile in library.instances["K3"] or tile in library.instances["K4"]:
         check_gradients(
@@ -173,34 +169,42 @@ def check_hidden_grad(library: Library, ffn: dict, tile: int, integers: bool, ac
         compare(f"K3 {what}, {name}", ours, exact, integers, columns=exact.shape[1])
 
 
-def check_input_grad(library: Library, ffn: dict, tile: int, splits: int, integers: bool, what: str) -> None:
+def check_input_grad(library: Library, ffn: dict, tile: int, splits: int, slot_splits: int, integers: bool, what: str) -> None:
     """dx and the slots' gradients of d_gate, d_up and memory_hidden as they stand."""
     m, r = ffn["gate"].shape[0], ffn["slots"].shape[1]
     ffn["slots_grad"].fill_(1.0)
-    library.input_grad(ffn, tile, splits)
+    library.input_grad(ffn, tile, splits, slot_splits)
     parts = [(ffn["d_gate"], ffn["gate"], ffn["slots"][0]), (ffn["d_up"], ffn["up"], ffn["slots"][1])]
     wide = [(d.double(), host.double(), slots.double()) for d, host, slots in parts]
     dx = sum(d[:, :m] @ host + d[:, m : m + r] @ slots for d, host, slots in wide)
     compare(f"K4 {what}, {splits} slices, dx", ffn["dx"], dx.to(ffn["dx"].dtype), integers)
+    check_slots_grad(ffn, integers, f"K4 {what}, {splits} slices, {slot_splits} of the slots")
+
+
+def check_slots_grad(ffn: dict, integers: bool, what: str) -> None:
+    """Gradients that were added to 1."""
+    m, r = ffn["gate"].shape[0], ffn["slots"].shape[1]
     coefficients = [ffn["d_gate"][:, m : m + r], ffn["d_up"][:, m : m + r], ffn["memory_hidden"][:, :r]]
     for kind, (name, rows) in enumerate([("gate", ffn["x"]), ("key", ffn["x"]), ("value", ffn["dy"])]):
         exact = 1.0 + coefficients[kind].double().T @ rows.double()
         ours = ffn["slots_grad"][kind]
         if not kept_poison(ffn["slots_grad"]):
-            raise Wrong(f"K4 {what}: wrote behind the slots' gradients")
+            raise Wrong(f"{what}: wrote behind the slots' gradients")
         if r and not bool(((ours - exact).abs() <= (0.0 if integers else 1e-5 * float(exact.abs().max()))).all()):
-            raise Wrong(f"K4 {what}: the gradient of {name} is off by {float((ours - exact).abs().max()):.3g}")
+            raise Wrong(f"{what}: the gradient of {name} is off by {float((ours - exact).abs().max()):.3g}")
 
 
 def check_gradients(library: Library, ffn: dict, tile: int, integers: bool, activation: str, what: str) -> None:
     in_hidden = tile in library.instances["K3"]
     check_hidden_grad(library, ffn, tile if in_hidden else library.instances["K3"][0], integers, activation, what)
-    for splits in slices(library, tile) if tile in library.instances["K4"] else ():
-        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits * library.slices[tile]:
-            check_input_grad(library, ffn, tile, splits, integers, what)
-            first = ffn["dx"].clone()
-            library.input_grad(ffn, tile, splits)
-            if not torch.equal(first, ffn["dx"]):
+    for splits in SLICES if tile in library.instances["K4"] else ():
+        if 2 * ((ffn["gate"].shape[0] + 63) // 64 + (ffn["slots"].shape[1] + 63) // 64) >= splits:
+            slot_splits = min(splits, (len(ffn["x"]) + 63) // 64)
+            check_input_grad(library, ffn, tile, splits, slot_splits, integers, what)
+            first, slots_grad = ffn["dx"].clone(), ffn["slots_grad"].clone()
+            ffn["slots_grad"].fill_(1.0)
+            library.input_grad(ffn, tile, splits, slot_splits)
+            if not torch.equal(first, ffn["dx"]) or not torch.equal(slots_grad, ffn["slots_grad"]):
                 raise Wrong(f"K4 {what}, {splits} slices: does not repeat")
 
 
@@ -220,7 +224,7 @@ def check_whole(library: Library, tokens: int, d: int, m: int, r: int) -> None:
 
 
 def check_whole_backward(library: Library, tokens: int, d: int, m: int, r: int) -> None:
-    ffn = make(tokens, d, m, r, torch.bfloat16, splits=8, gradients=True)
+    ffn = make(tokens, d, m, r, torch.bfloat16, splits=16, gradients=True)
     library.backward(ffn, 0.5)
     what = f"backward {tokens}, {d}, {m}, {r}"
     for name, exact in gradient_references(ffn, "silu", 0.5, torch.float32).items():
@@ -228,6 +232,7 @@ def check_whole_backward(library: Library, tokens: int, d: int, m: int, r: int) 
     parts = [(ffn["d_gate"].float(), "gate", 0), (ffn["d_up"].float(), "up", 1)]
     dx = sum(g[:, :m] @ ffn[host].float() + g[:, m : m + r] @ ffn["slots"][kind].float() for g, host, kind in parts)
     compare(f"{what}, dx", ffn["dx"], dx.bfloat16(), False)
+    check_slots_grad(ffn, False, what)
     first, slots_grad = ffn["dx"].clone(), ffn["slots_grad"].clone()
     for _ in range(5):
         ffn["slots_grad"].fill_(1.0)
@@ -248,7 +253,7 @@ def cases_of(library: Library, tile: int) -> list[tuple]:
 
 def cases_of_plans() -> list[tuple]:
     """The checks of whole passes, which the plan cuts."""
-    whole = [(2048, 1024, 3072, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
+    whole = [(29, 1024, 3072, 64), (64, 2048, 6144, 64), (2049, 2048, 6144, 64), (511, 4096, 12288, 512)]
     return [(check, *shape) for check, shape in itertools.product((check_whole, check_whole_backward), whole)]
 
 

@@ -79,9 +79,8 @@ class Library:
             getattr(self._library, f"locas_{name}").restype = ctypes.c_char_p
         shapes = (ctypes.c_int * 256)()
         count = self._library.locas_tiles(shapes)
-        tiles = [shapes[4 * i : 4 * i + 4] for i in range(count)]
-        self.slices = [slices for *_, slices in tiles]
-        self.names = [f"{m}x{n}{'pp' if pp else ''}{f'/{slices}c' if slices > 1 else ''}" for m, n, pp, slices in tiles]
+        tiles = [shapes[3 * i : 3 * i + 3] for i in range(count)]
+        self.names = [f"{m}x{n}{'pp' if pp else ''}" for m, n, pp in tiles]
         self.instances: dict[str, list[int]] = {}
         for number, product in enumerate(PRODUCTS):
             count = self._library.locas_instances(number, shapes)
@@ -99,25 +98,21 @@ class Library:
     def hidden_grad(self, ffn: dict, tile: int, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_hidden_grad", ffn, scale, activation, tile)
 
-    def input_grad(self, ffn: dict, tile: int, splits: int) -> None:
-        self._run("locas_input_grad", ffn, 1.0, "silu", tile, splits)
+    def input_grad(self, ffn: dict, tile: int, splits: int, slot_splits: int) -> None:
+        self._run("locas_input_grad", ffn, 1.0, "silu", tile, splits, slot_splits)
 
     def backward(self, ffn: dict, scale: float = 1.0, activation: str = "silu") -> None:
         self._run("locas_backward", ffn, scale, activation)
 
-    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int]]:
-        """-> each product's tile and slices."""
-        plan = (ctypes.c_int * 8)()
+    def plan(self, tokens: int, d: int, m: int, r: int) -> dict[str, tuple[int, int, int]]:
+        """-> each product's tile, slices, and slices of the slots' gradients."""
+        plan = (ctypes.c_int * 12)()
         self._library.locas_plan(*map(ctypes.c_int64, (tokens, d, m, r)), plan)
-        return {product: (plan[2 * i], plan[2 * i + 1]) for i, product in enumerate(PRODUCTS)}
+        return {product: tuple(plan[3 * i : 3 * i + 3]) for i, product in enumerate(PRODUCTS)}
 
-    def clusters_at_once(self, ctas: int) -> int:
-        """How many clusters of so many CTAs the GPU runs at one time."""
-        return self._library.locas_clusters(ctas)
-
-    def arm(self, tile: int, splits: int) -> str:
+    def arm(self, tile: int, splits: int = 1, slot_splits: int = 1) -> str:
         """Its name."""
-        return f"{self.names[tile]}/{splits}" if splits > 1 else self.names[tile]
+        return self.names[tile] + (f"/{splits}" if splits > 1 else "") + (f"s{slot_splits}" if slot_splits > 1 else "")
 
     def _run(self, name: str, ffn: dict, scale: float, activation: str, *numbers: int) -> None:
         x, gate, slots = ffn["x"], ffn["gate"], ffn["slots"]

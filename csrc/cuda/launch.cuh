@@ -28,7 +28,6 @@ namespace locas::cuda {
 struct LaunchOptions {
   bool programmatic = false;  // may begin before the launch before it has ended; it waits itself (ptx/grid.cuh)
   bool cooperative = false;   // at most resident_blocks(), which may wait for each other (ptx/grid.cuh)
-  int cluster = 1;            // so many neighbouring blocks reach each other's shared memory (ptx/cluster.cuh)
 };
 
 #ifdef __CUDACC__
@@ -95,26 +94,22 @@ void launch(int64_t blocks, size_t shared_bytes, Queue queue, const typename Ker
                              " blocks; at most 2^31 - 1");
   const DeviceGuard guard(queue.device);
   permit_shared_memory<Kernel>(shared_bytes);
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (options.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  } else if (options.programmatic && waits_itself<Kernel>(queue.device)) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (options.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
-  }
+  cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(Kernel::threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  if (options.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  } else if (options.programmatic && waits_itself<Kernel>(queue.device)) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel<Kernel>, params), Kernel::name);
 }
 
@@ -166,8 +161,7 @@ void launch(int64_t blocks, size_t shared_bytes, Queue, const typename Kernel::P
       [&params](unsigned char* shared) { Kernel::run(params, shared); },
       options.cooperative    ? simt::LaunchKind::cooperative
       : options.programmatic ? simt::LaunchKind::programmatic
-                             : simt::LaunchKind::ordinary,
-      options.cluster);
+                             : simt::LaunchKind::ordinary);
 }
 
 inline int multiprocessor_count(Queue) { return simt::kMultiprocessors; }

@@ -17,7 +17,7 @@ void finish_copies(std::vector<AsyncCopy>& group) {
   SharedMemory& shared = machine.shared;
   for (AsyncCopy& copy : group) {
     land(copy);
-    shared.end_copy(current_thread(), copy.shared, 16, shared.time(current_warp()), Proxy::generic);
+    shared.end_copy(thread_index(), copy.shared, 16, shared.time(current_warp()), Proxy::generic);
   }
   group.clear();
 }
@@ -28,7 +28,7 @@ void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
     fail("cp_async_16 from %p to %p: both must be aligned to 16 bytes", global, shared);
   if (valid) touch_global(global, 16, Access::read);
-  machine.shared.begin_copy(current_thread(), shared, 16, "cp_async_wait", Proxy::generic);
+  machine.shared.begin_copy(thread_index(), shared, 16, "cp_async_wait", Proxy::generic);
   AsyncCopy copy{shared, valid ? global : nullptr, false};
   if (machine.order == Order::in_turn || chance()) land(copy);
   machine.current->open_copies.push_back(copy);
@@ -61,15 +61,8 @@ namespace {
 MBarrier& find_mbarrier(uint64_t* address) {
   const auto found = machine.mbarriers.find(address);
   if (found == machine.mbarriers.end()) fail("an mbarrier at %p that nobody initialised", static_cast<void*>(address));
-  machine.shared.check_barrier(current_thread(), address);
+  machine.shared.check_barrier(thread_index(), address);
   return found->second;
-}
-
-// Of the cluster.
-void check_runs(int block, const char* what) {
-  if (block < 0 || block >= machine.cluster)
-    fail("%s in block %d of a cluster of %d blocks", what, block, machine.cluster);
-  if (machine.alive[block] == 0) fail("%s in block %d of the cluster, which has exited", what, block);
 }
 
 void complete_phase(MBarrier& barrier) {
@@ -86,16 +79,16 @@ void mbarrier_init(uint64_t* address, int count) {
   if (reinterpret_cast<uintptr_t>(address) % 8 != 0)
     fail("an mbarrier at %p, which is not aligned to 8 bytes", static_cast<void*>(address));
   if (count <= 0) fail("mbarrier_init with a count of %d", count);
-  machine.shared.claim_barrier(current_thread(), address);
+  machine.shared.claim_barrier(thread_index(), address);
   MBarrier barrier;
   barrier.count = barrier.pending = count;
-  barrier.initialiser = current_thread();
+  barrier.initialiser = thread_index();
   machine.mbarriers[address] = barrier;
 }
 
 void mbarrier_init_fence() {
   for (auto& [address, barrier] : machine.mbarriers)
-    if (barrier.initialiser == current_thread()) barrier.fenced = true;
+    if (barrier.initialiser == thread_index()) barrier.fenced = true;
 }
 
 void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
@@ -118,21 +111,18 @@ void mbarrier_wait(uint64_t* address, uint32_t parity) {
 // ---- Bulk copies ---------------------------------------------------------------------------------------------
 namespace {
 
-// A copy into shared memory of a block of the cluster whose bytes count on an mbarrier there. `move` does it.
-void issue_load(void* shared, uint32_t bytes, uint64_t* address, Proxy proxy, std::function<void()> move) {
-  const int block = machine.shared.block_of(shared);
-  check_runs(block, "a copy");
+// A copy into shared memory whose bytes count on an mbarrier. `move` does it.
+void issue_load(void* shared, uint32_t bytes, uint64_t* address, std::function<void()> move) {
   MBarrier& barrier = find_mbarrier(address);
   if (!barrier.fenced) fail("a bulk copy on an mbarrier without mbarrier_init_fence");
-  machine.shared.begin_copy(current_thread(), shared, bytes, "mbarrier_wait", proxy);
+  machine.shared.begin_copy(thread_index(), shared, bytes, "mbarrier_wait", Proxy::async);
   join(barrier.gathered, machine.shared.clock(current_warp()));
-  const int thread = current_thread();
+  const int thread = thread_index();
   const uint32_t time = machine.shared.time(current_warp());
   machine.shared.tick(current_warp());
   issue(kNoQueue, [=, move = std::move(move), &barrier] {
-    if (machine.cluster > 1) check_runs(block, "a copy that lands");
     move();
-    machine.shared.end_copy(thread, shared, bytes, time, proxy);
+    machine.shared.end_copy(thread, shared, bytes, time, Proxy::async);
     barrier.bytes -= bytes;
     complete_phase(barrier);
   });
@@ -172,9 +162,9 @@ void for_each_piece(const TensorMap& map, int col, int row, const void* shared, 
 }  // namespace
 
 const unsigned char* swizzled(const unsigned char* shared, int swizzle_bytes) {
-  const size_t offset = shared - machine.shared.window(0);
+  const size_t offset = shared - machine.shared.data();
   const size_t permuted = swizzle_bytes ? offset ^ ((offset >> 7 & (swizzle_bytes / 16 - 1)) << 4) : offset;
-  return machine.shared.window(0) + permuted;
+  return machine.shared.data() + permuted;
 }
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
@@ -182,7 +172,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* addre
     fail("bulk_copy_to_shared of %u bytes from %p to %p: size and addresses must be multiples of 16", bytes, global,
          shared);
   touch_global(global, bytes, Access::read);
-  issue_load(shared, bytes, address, Proxy::async, [=] { std::memcpy(shared, global, bytes); });
+  issue_load(shared, bytes, address, [=] { std::memcpy(shared, global, bytes); });
 }
 
 void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* address) {
@@ -191,7 +181,7 @@ void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint
     if (inside > 0) touch_global(global, inside, Access::read);
   });
   const TensorMap copy = map;
-  issue_load(shared, box_bytes(map), address, Proxy::async, [=] {
+  issue_load(shared, box_bytes(map), address, [=] {
     for_each_piece(copy, col, row, shared, [](const void* piece, const void* global, int64_t inside) {
       void* to = const_cast<void*>(piece);
       std::memset(to, 0, 16);
@@ -200,22 +190,12 @@ void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint
   });
 }
 
-void store_async(int block, void* shared, const void* value, uint64_t* address) {
-  check_runs(block, "a store");
-  void* there = machine.shared.in_block(shared, block);
-  if (reinterpret_cast<uintptr_t>(there) % 16 != 0) fail("store_async to %p, which is not aligned to 16 bytes", shared);
-  std::array<unsigned char, 16> bytes;
-  std::memcpy(bytes.data(), value, bytes.size());
-  issue_load(there, bytes.size(), machine.shared.in_block(address, block), Proxy::generic,
-             [=] { std::memcpy(there, bytes.data(), bytes.size()); });
-}
-
 void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared) {
   check_box("bulk_tensor_store", map, shared);
   BulkStore store;
   for_each_piece(map, col, row, shared, [&](const void* piece, const void* global, int64_t inside) {
     if (inside > 0) touch_global(global, inside, Access::write);
-    machine.shared.begin_async_read(current_thread(), 1, piece);
+    machine.shared.begin_async_read(thread_index(), 1, piece);
     store.pieces.push_back(piece);
   });
   const TensorMap copy = map;
@@ -238,12 +218,12 @@ void bulk_wait_read(size_t pending_groups) {
   while (groups.size() > pending_groups) {
     for (const BulkStore& store : groups.front()) {
       finish(store.operation);
-      for (const void* piece : store.pieces) machine.shared.end_async_read(current_thread(), 1, piece);
+      for (const void* piece : store.pieces) machine.shared.end_async_read(thread_index(), 1, piece);
     }
     groups.erase(groups.begin());
   }
 }
 
-void fence_async_shared() { machine.shared.fence_proxy(current_thread()); }
+void fence_async_shared() { machine.shared.fence_proxy(thread_index()); }
 
 }  // namespace locas::simt

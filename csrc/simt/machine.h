@@ -25,7 +25,7 @@ struct BulkStore {
 struct Thread {
   explicit Thread(int index);
   Fiber fiber;
-  int index;  // in the cluster
+  int index;
   bool exited = true;
   bool knows_launch_before = true;  // has waited for the launch before it, or need not
   const char* waits_in = nullptr;
@@ -93,39 +93,38 @@ struct InFlight {
   std::function<void()> land;
 };
 
-constexpr int kBarriers = 16;  // of a block
+constexpr int kBarriers = 16;
 
 enum class Order { in_turn, backwards, random };
 
-// A cluster of blocks, or one, and their threads, which are kept for the next one.
-struct Cluster {
-  int64_t first_block = 0;
+// One block and its threads, which are kept for the next one.
+struct Block {
+  int64_t block = 0;  // its index
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> pool;
   std::deque<Thread*> ready;
   Thread* current = nullptr;
-  std::vector<int> alive;  // threads of each block
+  int alive = 0;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<Barrier> barriers;  // [cluster, kBarriers]
-  Barrier cluster_barrier;
+  Barrier barriers[kBarriers];
   std::map<const uint64_t*, MBarrier> mbarriers;
   std::vector<InFlight> in_flight;
   std::vector<Thread*> at_grid_barrier;  // thread 0, on behalf of the block
 };
 
-// Everything about the launch that runs, and the cluster that runs.
-struct Machine : Cluster {
+// Everything about the launch that runs, and the block that runs.
+struct Machine : Block {
   uint64_t seed = 0, random_state = 0;
   Order order = Order::in_turn;
 
   const char* kernel = nullptr;  // null between launches
   const std::function<void(unsigned char*)>* body = nullptr;
   int64_t blocks = 0;
-  int threads = 0, cluster = 1;  // of a block; blocks of a cluster
+  int threads = 0;
   LaunchKind kind = LaunchKind::ordinary;
 
-  std::deque<Cluster> resident;  // of a cooperative launch; the one that runs has changed places with what is above
+  std::deque<Block> resident;  // of a cooperative launch; the one that runs has changed places with what is above
   int most_resident = kMultiprocessors;
   Fiber launcher;
   int operations = 0;  // issued so far
@@ -136,10 +135,8 @@ extern Machine machine;
 uint64_t random_below(uint64_t n);
 bool chance();
 
-// In the cluster.
-inline int current_thread() { return machine.current->index; }
-inline int current_warp() { return current_thread() / 32; }
-inline Warpgroup& current_warpgroup() { return machine.warpgroups[current_thread() / 128]; }
+inline int current_warp() { return machine.current->index / 32; }
+inline Warpgroup& current_warpgroup() { return machine.warpgroups[machine.current->index / 128]; }
 
 void wait_in(const char* what, std::vector<Thread*>& waiting);
 void wake(std::vector<Thread*>& waiting);

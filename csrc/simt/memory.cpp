@@ -113,23 +113,20 @@ void join(Clock& into, const Clock& other) {
   for (int warp = 0; warp < kMaxWarps; ++warp) into[warp] = std::max(into[warp], other[warp]);
 }
 
-void SharedMemory::begin_launch(size_t bytes, int threads, int blocks) {
-  block_bytes_ = bytes;
-  window_ = std::max<size_t>((bytes + 1023) / 1024 * 1024, 1024);
-  bytes_ = (blocks - 1) * window_ + bytes;
-  blocks_ = blocks;
+void SharedMemory::begin_launch(size_t bytes, int threads) {
+  bytes_ = bytes;
   warps_ = threads / 32;
   if (bytes > 0) {
     void* allocation;
-    if (posix_memalign(&allocation, 1024, bytes_) != 0) throw std::bad_alloc();
+    if (posix_memalign(&allocation, 1024, bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<unsigned char*>(allocation);
   }
-  const size_t cells = (bytes_ + 1) / 2;
+  const size_t cells = (bytes + 1) / 2;
   if (cells_.size() < cells) cells_.resize(cells);
   if (readers_.size() < cells * warps_) readers_.resize(cells * warps_);
 }
 
-void SharedMemory::begin_cluster() {
+void SharedMemory::begin_block() {
   if (bytes_ > 0) std::memset(data_, 0xff, bytes_);
   // All warps begin later than anything that was before, and know nothing of each other.
   uint32_t latest = 0, epoch = 0;
@@ -143,7 +140,7 @@ void SharedMemory::begin_cluster() {
   }
   epochs_.fill(epoch + 1);
   for (int warp = 0; warp < kMaxWarps; ++warp) begin_[warp] = time(warp);
-  fences_.assign(blocks_ * warps_ * 32, {});
+  fences_.assign(warps_ * 32, {});
   async_reads_.assign((bytes_ + 15) / 16, 0);
 }
 
@@ -154,9 +151,9 @@ void SharedMemory::end_launch() {
 }
 
 void SharedMemory::check_range(const void* address, size_t bytes, Access access) const {
-  if (!contains(address) || offset(address) % window_ + bytes > block_bytes_)
+  if (!contains(address) || offset(address) + bytes > bytes_)
     fail("%s %zu bytes at byte %td of shared memory, which has %zu bytes", verb(access), bytes,
-         static_cast<ptrdiff_t>(offset(address)), block_bytes_);
+         static_cast<ptrdiff_t>(offset(address)), bytes_);
 }
 
 void SharedMemory::check_state(const Cell& cell, size_t index, Access access) const {
@@ -177,9 +174,9 @@ void SharedMemory::check_last_write(int thread, const Cell& cell, size_t index, 
 }
 
 void SharedMemory::check_readers(int thread, size_t index) const {
-  const int warp = thread / 32, first = static_cast<int>(2 * index / window_) * warps_;
-  for (int reader = first; reader < first + warps_; ++reader) {
-    const Readers& last = readers_[index * warps_ + reader - first];
+  const int warp = thread / 32;
+  for (int reader = 0; reader < warps_; ++reader) {
+    const Readers& last = readers_[index * warps_ + reader];
     if (last.thread == -1 || last.thread == thread) continue;
     const bool ordered = reader == warp ? last.epoch < epochs_[warp] : last.time <= clocks_[warp][reader];
     if (!ordered)
@@ -194,7 +191,7 @@ void SharedMemory::read(int thread, const void* address, size_t bytes) {
   for (size_t i = first_cell(address); i < end_cell(address, bytes); ++i) {
     check_state(cells_[i], i, Access::read);
     check_last_write(thread, cells_[i], i, Access::read);
-    Readers& last = readers(i, warp);
+    Readers& last = readers_[i * warps_ + warp];
     const bool another = last.epoch == epochs_[warp] && last.thread != -1 && last.thread != thread;
     last = {time(warp), epochs_[warp], another ? kSeveral : static_cast<int16_t>(thread)};
   }
@@ -255,7 +252,7 @@ void SharedMemory::begin_async_read(int thread, int warps, const void* piece) {
 void SharedMemory::end_async_read(int thread, int warps, const void* piece) {
   for (size_t i = first_cell(piece); i < end_cell(piece, 16); ++i)
     for (int warp = thread / 32; warp < thread / 32 + warps; ++warp)
-      readers(i, warp) = {time(warp), epochs_[warp], warps > 1 ? kSeveral : static_cast<int16_t>(thread)};
+      readers_[i * warps_ + warp] = {time(warp), epochs_[warp], warps > 1 ? kSeveral : static_cast<int16_t>(thread)};
   --async_reads_[offset(piece) / 16];
 }
 

@@ -69,9 +69,7 @@ class Buffer {
 // says up to which time of every other warp it has synchronised. An access races if another warp's access to the same
 // bytes, one of the two a write, is later than that. Inside a warp, an access of another lane must lie before the last
 // sync_warp, barrier or mbarrier wait. Bytes are watched in pairs.
-//
-// The blocks of a cluster have a window each, one behind the other. Threads and warps are counted through the cluster.
-constexpr int kMaxWarps = 64;
+constexpr int kMaxWarps = 32;
 using Clock = std::array<uint32_t, kMaxWarps>;
 void join(Clock& into, const Clock& other);  // the later of both, warp by warp
 
@@ -79,18 +77,12 @@ enum class Proxy { generic, async };
 
 class SharedMemory {
  public:
-  void begin_launch(size_t bytes, int threads, int blocks);  // bytes and threads of each of a cluster's blocks
-  void begin_cluster();                                      // poisons with NaN; all that was before is long ago
+  void begin_launch(size_t bytes, int threads);
+  void begin_block();  // poisons with NaN; all that was before is long ago
   void end_launch();
 
-  unsigned char* window(int block) const { return data_ + block * window_; }
+  unsigned char* data() const { return data_; }
   bool contains(const void* address) const { return data_ && offset(address) < bytes_; }
-  int block_of(const void* address) const { return static_cast<int>(offset(address) / window_); }
-  // What lies in a block's window where `address` lies in its own.
-  template <class T>
-  T* in_block(T* address, int block) const {
-    return reinterpret_cast<T*>(window(block) + offset(address) % window_);
-  }
   // How far behind the end it lies, where an index went too far.
   size_t distance(const void* address) const { return data_ ? offset(address) - bytes_ : SIZE_MAX; }
 
@@ -108,7 +100,7 @@ class SharedMemory {
   // The eight bytes of an mbarrier: only mbarrier operations may touch them, ordered after its initialisation.
   void claim_barrier(int thread, const void* address);
   void check_barrier(int thread, const void* address);
-  void release_barrier(const void* address);  // at the end of the cluster
+  void release_barrier(const void* address);  // at the end of the block
 
   // What a warp knows, and its own time. tick() begins a new time: what it does next is not covered by what it
   // released before.
@@ -140,25 +132,24 @@ class SharedMemory {
   void check_state(const Cell& cell, size_t index, Access access) const;
   void check_last_write(int thread, const Cell& cell, size_t index, Access access) const;
   void check_readers(int thread, size_t index) const;
-  Readers& readers(size_t index, int warp) { return readers_[index * warps_ + warp % warps_]; }
   void check_proxy(int thread, const Cell& cell, size_t index, Access access) const;
   void check_async_reads(const void* address, size_t bytes) const;
 
   unsigned char* data_ = nullptr;
-  size_t bytes_ = 0, window_ = 1024, block_bytes_ = 0;
-  int warps_ = 0, blocks_ = 0;  // warps of a block
+  size_t bytes_ = 0;
+  int warps_ = 0;
   // Kept from launch to launch: time never goes back, so what is old needs no clearing.
   std::vector<Cell> cells_;
-  std::vector<Readers> readers_;  // [cells][warps of the block], which alone can read them
+  std::vector<Readers> readers_;  // [cells][warps]
   std::array<Clock, kMaxWarps> clocks_{};
   std::array<uint32_t, kMaxWarps> epochs_{};  // counts what orders the lanes of a warp
   std::vector<const char*> waits_;
   struct Fence {
     uint32_t time, epoch;
   };
-  std::vector<std::vector<Fence>> fences_;   // [threads], of this cluster
+  std::vector<std::vector<Fence>> fences_;   // [threads], of this block
   std::vector<uint8_t> async_reads_;         // [pieces of 16 bytes] under way
-  std::array<uint32_t, kMaxWarps> begin_{};  // of the cluster: what is not later needs no fence
+  std::array<uint32_t, kMaxWarps> begin_{};  // of the block: what is not later needs no fence
 };
 
 }  // namespace locas::simt

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <numeric>
 
 #include "simt/machine.h"
 
@@ -57,7 +56,7 @@ void land_any() {
 
 [[noreturn]] void report_deadlock() {
   std::map<std::string, int> where;
-  for (int i = 0; i < machine.cluster * machine.threads; ++i) {
+  for (int i = 0; i < machine.threads; ++i) {
     const Thread& thread = *machine.pool[i];
     ++where[thread.exited ? "have exited" : std::string("wait in ") + thread.waits_in];
   }
@@ -132,16 +131,6 @@ void synchronise_with(const std::vector<Thread*>& waiting) {
     }
 }
 
-int threads_alive() { return std::accumulate(machine.alive.begin(), machine.alive.end(), 0); }
-
-// Threads that have exited are not waited for.
-void complete_cluster_barrier() {
-  std::vector<Thread*>& waiting = machine.cluster_barrier.waiting;
-  if (waiting.empty() || static_cast<int>(waiting.size()) < threads_alive()) return;
-  synchronise_with(waiting);
-  wake(waiting);
-}
-
 void exit_thread() {
   Thread& self = *machine.current;
   for (Meeting* meeting : {&machine.warps[current_warp()].meeting, &current_warpgroup().meeting}) {
@@ -150,89 +139,85 @@ void exit_thread() {
   }
   self.exited = true;
   forget_copies();
-  --machine.alive[cluster_rank()];
-  complete_cluster_barrier();
-  switch_to(threads_alive() > 0 ? next_ready() : nullptr);
+  switch_to(--machine.alive > 0 ? next_ready() : nullptr);
 }
 
 // A thread's fiber lives for many blocks: it runs the body once for each.
 void thread_main() {
   for (;;) {
-    (*machine.body)(machine.shared.window(cluster_rank()));
+    (*machine.body)(machine.shared.data());
     exit_thread();
   }
 }
 
-void begin_cluster(int64_t first_block) {
-  machine.first_block = first_block;
-  const int threads = machine.cluster * machine.threads;
-  while (static_cast<int>(machine.pool.size()) < threads)
+void begin_block(int64_t block) {
+  machine.block = block;
+  while (static_cast<int>(machine.pool.size()) < machine.threads)
     machine.pool.push_back(std::make_unique<Thread>(static_cast<int>(machine.pool.size())));
-  machine.shared.begin_cluster();
-  machine.warps.assign(threads / 32, Warp());
-  machine.warpgroups.assign((threads + 127) / 128, Warpgroup());
-  machine.barriers.assign(machine.cluster * kBarriers, Barrier());
+  machine.shared.begin_block();
+  machine.warps.assign(machine.threads / 32, Warp());
+  machine.warpgroups.assign((machine.threads + 127) / 128, Warpgroup());
+  for (Barrier& barrier : machine.barriers) barrier = Barrier();
   machine.ready.clear();
-  for (int i = 0; i < threads; ++i) {
+  for (int i = 0; i < machine.threads; ++i) {
     machine.pool[i]->exited = false;
     machine.pool[i]->knows_launch_before = machine.kind != LaunchKind::programmatic;
     machine.ready.push_back(machine.pool[i].get());
   }
-  machine.alive.assign(machine.cluster, machine.threads);
+  machine.alive = machine.threads;
 }
 
 // Until all its threads have ended or it waits for the grid.
-void run_cluster() {
+void run_block() {
   machine.current = next_ready();
   Fiber::switch_to(machine.launcher, machine.current->fiber);
 }
 
-void end_cluster() {
+void end_block() {
   // Whoever waits for this launch relies on what it has waited for.
-  const auto end = machine.pool.begin() + machine.cluster * machine.threads;
-  for (auto block = machine.pool.begin(); block < end; block += machine.threads)
-    if (std::none_of(block, block + machine.threads, [](const auto& thread) { return thread->knows_launch_before; }))
-      fail("the block ends without having waited for the launch before");
+  if (std::none_of(machine.pool.begin(), machine.pool.begin() + machine.threads,
+                   [](const auto& thread) { return thread->knows_launch_before; }))
+    fail("the block ends without having waited for the launch before");
   if (!machine.in_flight.empty()) fail("the block ends with a copy or a wgmma under way");
   for (const auto& [address, barrier] : machine.mbarriers) machine.shared.release_barrier(address);
   machine.mbarriers.clear();
 }
 
-std::vector<int64_t> draw_order(int64_t count) {
-  std::vector<int64_t> order(count);
-  for (int64_t i = 0; i < count; ++i) order[i] = machine.order == Order::backwards ? count - 1 - i : i;
+std::vector<int64_t> draw_order_of_blocks() {
+  std::vector<int64_t> order(machine.blocks);
+  for (int64_t i = 0; i < machine.blocks; ++i)
+    order[i] = machine.order == Order::backwards ? machine.blocks - 1 - i : i;
   if (machine.order == Order::random)
-    for (int64_t i = count - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
+    for (int64_t i = machine.blocks - 1; i > 0; --i) std::swap(order[i], order[random_below(i + 1)]);
   return order;
 }
 
 void run_one_after_the_other(size_t shared_bytes) {
-  machine.shared.begin_launch(shared_bytes, machine.threads, machine.cluster);
-  for (const int64_t index : draw_order(machine.blocks / machine.cluster)) {
-    begin_cluster(index * machine.cluster);
-    run_cluster();
-    end_cluster();
+  machine.shared.begin_launch(shared_bytes, machine.threads);
+  for (const int64_t block : draw_order_of_blocks()) {
+    begin_block(block);
+    run_block();
+    end_block();
   }
   machine.shared.end_launch();
 }
 
 // Each block runs until it waits for the grid; when all do, each goes on.
 void run_resident(size_t shared_bytes) {
-  if (machine.cluster > 1) fail("a cooperative launch of clusters");
   if (machine.blocks > machine.most_resident)
     fail("a cooperative launch of %lld blocks; %d are resident at once", static_cast<long long>(machine.blocks),
          machine.most_resident);
   if (machine.resident.size() < static_cast<size_t>(machine.blocks)) machine.resident.resize(machine.blocks);
   const auto for_each_block = [](const std::function<void(int64_t)>& f) {
-    for (const int64_t block : draw_order(machine.blocks)) {
-      std::swap<Cluster>(machine, machine.resident[block]);
+    for (const int64_t block : draw_order_of_blocks()) {
+      std::swap<Block>(machine, machine.resident[block]);
       f(block);
-      std::swap<Cluster>(machine, machine.resident[block]);
+      std::swap<Block>(machine, machine.resident[block]);
     }
   };
   for_each_block([&](int64_t block) {
-    machine.shared.begin_launch(shared_bytes, machine.threads, 1);
-    begin_cluster(block);
+    machine.shared.begin_launch(shared_bytes, machine.threads);
+    begin_block(block);
   });
   for (int64_t waiting = machine.blocks; waiting > 0;) {
     if (waiting < machine.blocks)
@@ -241,12 +226,12 @@ void run_resident(size_t shared_bytes) {
     waiting = 0;
     for_each_block([&](int64_t) {
       wake(machine.at_grid_barrier);
-      run_cluster();
+      run_block();
       waiting += !machine.at_grid_barrier.empty();
     });
   }
   for_each_block([](int64_t) {
-    end_cluster();
+    end_block();
     machine.shared.end_launch();
   });
 }
@@ -261,22 +246,16 @@ void set_seed(uint64_t seed) {
 }
 
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char*)>& body, LaunchKind kind, int cluster) {
+              const std::function<void(unsigned char*)>& body, LaunchKind kind) {
   machine.kind = kind;
   machine.kernel = kernel;
   machine.body = &body;
-  machine.first_block = 0;
+  machine.block = 0;
   machine.blocks = blocks;
   machine.threads = threads;
-  machine.cluster = cluster;
   machine.random_state = 0x9e3779b97f4a7c15u * (machine.seed + 1);
   if (threads <= 0 || threads > 1024 || threads % 32 != 0)
     fail("a block of %d threads; expected whole warps, up to 1024", threads);
-  if (cluster < 1 || cluster > 8 || blocks % cluster != 0)
-    fail("a grid of %lld blocks in clusters of %d; expected whole clusters, up to 8 blocks",
-         static_cast<long long>(blocks), cluster);
-  if (cluster * threads > 32 * kMaxWarps)
-    fail("a cluster of %d x %d threads; the runner has room for %d", cluster, threads, 32 * kMaxWarps);
   if (blocks > INT32_MAX) fail("a grid of %lld blocks", static_cast<long long>(blocks));
   if (shared_bytes > 227 << 10) fail("%zu bytes of shared memory; sm_90 has 227 KB a block", shared_bytes);
 
@@ -292,10 +271,10 @@ void set_cooperative_launches(bool has) { machine.most_resident = has ? kMultipr
 void fail(const char* reason, ...) {
   std::fflush(stdout);
   std::fputs("simt: ", stderr);
-  const int64_t block = machine.current ? block_index() : machine.first_block;
-  if (machine.kernel) std::fprintf(stderr, "%s, block %lld, ", machine.kernel, static_cast<long long>(block));
+  if (machine.kernel) std::fprintf(stderr, "%s, block %lld, ", machine.kernel, static_cast<long long>(machine.block));
   if (machine.current)
-    std::fprintf(stderr, "thread %d (warp %d, lane %d), ", thread_index(), thread_index() / 32, thread_index() % 32);
+    std::fprintf(stderr, "thread %d (warp %d, lane %d), ", machine.current->index, machine.current->index / 32,
+                 machine.current->index % 32);
   if (machine.kernel) std::fprintf(stderr, "seed %llu: ", static_cast<unsigned long long>(machine.seed));
   va_list arguments;
   va_start(arguments, reason);
@@ -307,22 +286,13 @@ void fail(const char* reason, ...) {
 
 // ---- Called from inside a kernel ----------------------------------------------------------------------------
 
-int thread_index() { return current_thread() % machine.threads; }
-int cluster_rank() { return current_thread() / machine.threads; }
-int block_index() { return static_cast<int>(machine.first_block) + cluster_rank(); }
+int thread_index() { return machine.current->index; }
+int block_index() { return static_cast<int>(machine.block); }
 int block_count() { return static_cast<int>(machine.blocks); }
 
-namespace {
-
-bool in_own_shared(const void* address) {
-  return machine.shared.contains(address) && machine.shared.block_of(address) == cluster_rank();
-}
-
-}  // namespace
-
 uint32_t shared_offset(const void* shared) {
-  if (!in_own_shared(shared)) fail("%p as an operand in shared memory, where it is not", shared);
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - machine.shared.window(cluster_rank()));
+  if (!machine.shared.contains(shared)) fail("%p as an operand in shared memory, where it is not", shared);
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - machine.shared.data());
 }
 
 void wait_for_launch_before() { machine.current->knows_launch_before = true; }
@@ -339,11 +309,9 @@ void touch(const void* address, size_t bytes, Access access, Space space) {
   // An access to neither is reported as what it probably was.
   if (space == Space::any && !shared && !in_global(address, bytes))
     shared = machine.shared.distance(address) < distance_from_global(address);
-  if (!shared) return touch_global(address, bytes, access);
-  if (machine.shared.contains(address) && !in_own_shared(address))
-    fail("an ordinary access to the shared memory of another block of the cluster");
-  if (access == Access::write) machine.shared.write(current_thread(), address, bytes);
-  else machine.shared.read(current_thread(), address, bytes);
+  if (!shared) touch_global(address, bytes, access);
+  else if (access == Access::write) machine.shared.write(thread_index(), address, bytes);
+  else machine.shared.read(thread_index(), address, bytes);
 }
 
 void meet(Meeting& meeting, int lanes, const char* name, void* argument, WarpOperation operation) {
@@ -355,7 +323,7 @@ void meet(Meeting& meeting, int lanes, const char* name, void* argument, WarpOpe
   } else if (meeting.operation != operation || (meeting.name != name && std::strcmp(meeting.name, name) != 0)) {
     fail("divergent collective: %s, while other lanes of the %s are in %s", name, whole, meeting.name);
   }
-  meeting.arguments[current_thread() % lanes] = argument;
+  meeting.arguments[thread_index() % lanes] = argument;
   if (++meeting.arrived < lanes) return wait_in(name, meeting.waiting);
   if (operation) operation(meeting.arguments);
   meeting.arrived = 0;
@@ -374,7 +342,7 @@ bool barrier(const char* name, int id, int threads, bool predicate) {
   if (id < 0 || id >= kBarriers) fail("%s %d; barriers are numbered 0 to %d", name, id, kBarriers - 1);
   if (threads <= 0 || threads % 32 != 0 || threads > machine.threads)
     fail("%s %d of %d threads; expected whole warps of the block's %d threads", name, id, threads, machine.threads);
-  Barrier& barrier = machine.barriers[cluster_rank() * kBarriers + id];
+  Barrier& barrier = machine.barriers[id];
   if (barrier.waiting.empty()) {
     barrier.expected = threads;
     barrier.any = false;
@@ -394,14 +362,6 @@ bool barrier(const char* name, int id, int threads, bool predicate) {
 }
 
 bool sync_threads(bool predicate) { return barrier("sync_threads", 0, machine.threads, predicate); }
-
-void sync_cluster() {
-  Barrier& barrier = machine.cluster_barrier;
-  if (static_cast<int>(barrier.waiting.size()) + 1 < threads_alive()) return wait_in("sync_cluster", barrier.waiting);
-  synchronise_with(barrier.waiting);
-  wake(barrier.waiting);
-  maybe_run_another();
-}
 
 void sync_grid() {
   if (machine.kind != LaunchKind::cooperative) fail("sync_grid in a launch that is not cooperative");

@@ -1,6 +1,6 @@
-// Runs a CUDA kernel on the CPU: one fiber a thread, one block or cluster of blocks after the other (those of a
-// cooperative launch from one grid barrier to the next), in an order drawn from a seed, and aborts with kernel, block,
-// thread and reason where the kernel does what a GPU would not forgive. docs/kernels.md is the tour.
+// Runs a CUDA kernel on the CPU: one fiber a thread, one block after the other (those of a cooperative launch from one
+// grid barrier to the next), in an order drawn from a seed, and aborts with kernel, block, thread and reason where the
+// kernel does what a GPU would not forgive. docs/kernels.md is the tour.
 //
 // Of the kernels only csrc/cuda/ptx/ includes this.
 #pragma once
@@ -19,11 +19,9 @@ void set_seed(uint64_t seed);
 
 // programmatic: the blocks may begin before the launch before this one has ended, and must wait for it themselves.
 // cooperative: all blocks are resident at once and may wait for each other.
-// cluster: so many neighbouring blocks run together and reach each other's shared memory.
 enum class LaunchKind { ordinary, programmatic, cooperative };
 void run_grid(const char* kernel, int64_t blocks, int threads, size_t shared_bytes,
-              const std::function<void(unsigned char* shared)>& body, LaunchKind kind = LaunchKind::ordinary,
-              int cluster = 1);
+              const std::function<void(unsigned char* shared)>& body, LaunchKind kind = LaunchKind::ordinary);
 
 constexpr int kMultiprocessors = 3;  // few, so that small tests see a block take several tiles
 // How many blocks are resident at once: one a multiprocessor, or none on a device without cooperative launches.
@@ -36,7 +34,6 @@ void set_cooperative_launches(bool has);
 int thread_index();
 int block_index();
 int block_count();
-int cluster_rank();  // of the block in its cluster
 
 // The address of shared memory that instructions take: bytes from its begin.
 uint32_t shared_offset(const void* shared);
@@ -54,8 +51,6 @@ void sync_warp();
 // bar.sync: returns whether the predicate held in any of the threads that met.
 bool barrier(const char* name, int id, int threads, bool predicate = false);
 bool sync_threads(bool predicate = false);
-// barrier.cluster: all threads of the cluster meet that have not exited.
-void sync_cluster();
 
 // cp.async: into shared memory, 16 bytes; zeros where not valid.
 void copy_async(void* shared, const void* global, bool valid);
@@ -81,8 +76,6 @@ struct TensorMap {
   int element_bytes, box_rows, box_cols, swizzle_bytes;
 };
 void bulk_tensor_load(void* shared, const TensorMap& map, int col, int row, uint64_t* barrier);
-// st.async: 16 bytes of this thread into another block of the cluster, on whose mbarrier they count.
-void store_async(int block, void* shared, const void* value, uint64_t* barrier);
 void bulk_tensor_store(const TensorMap& map, int col, int row, const void* shared);
 // A group is what a thread stored since its last commit. The wait returns when at most `pending` of the thread's own
 // groups have still to read shared memory.

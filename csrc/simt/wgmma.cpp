@@ -28,7 +28,7 @@ std::vector<Piece> pieces_of(uint64_t descriptor, int size, bool mn_major) {
     for (int k = 0; k < kK; k += mn_major ? 1 : 8) {
       const uint64_t offset = mn_major ? mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
                                        : mn / 8 * stride + mn % 8 * 128 + k * 2;
-      pieces.push_back({swizzled(machine.shared.window(cluster_rank()) + begin + offset, 128), mn, k});
+      pieces.push_back({swizzled(machine.shared.data() + begin + offset, 128), mn, k});
     }
   return pieces;
 }
@@ -92,7 +92,7 @@ void start(void* const* lanes) {
   ++sums.pending;
   auto a = pieces_of(w.a, kM, w.a_mn), b = pieces_of(w.b, w.n, w.b_mn);
   Wgmma operation{0, w.registers, {}};
-  const int first_thread = current_thread() / 128 * 128;
+  const int first_thread = thread_index() / 128 * 128;
   for (const auto* pieces : {&a, &b})
     for (const Piece& piece : *pieces) {
       machine.shared.begin_async_read(first_thread, 4, piece.at);
@@ -106,7 +106,7 @@ void start(void* const* lanes) {
 // The sums go back into the registers once nothing is under way that adds to them.
 void retire(Warpgroup& warpgroup, const Wgmma& operation) {
   finish(operation.operation);
-  for (const void* piece : operation.pieces) machine.shared.end_async_read(current_thread() / 128 * 128, 4, piece);
+  for (const void* piece : operation.pieces) machine.shared.end_async_read(thread_index() / 128 * 128, 4, piece);
   WgmmaSums& sums = warpgroup.sums.at(operation.key);
   if (--sums.pending > 0) return;
   for (int thread = 0; thread < 128; ++thread)

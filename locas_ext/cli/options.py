@@ -24,7 +24,7 @@ HOST, READING, MEMORY, LEARNING, WRITING = (
 TEMP_LORA, RUN = "Temp-LoRA", "This run"
 
 
-_WIDEST = 22  # a longer list of choices goes from the column of kinds into the help text
+_WIDEST = 13  # a longer list of choices goes from the column of kinds into the help text
 
 
 def option(kind: Kind, help: str, *names: str, panel: str = RUN) -> Any:
@@ -205,6 +205,14 @@ class LearningOptions:
         option(
             integer(1),
             "Divide learning rates by sqrt(1 + u / N) after u updates of the memory; default: 10.",
+            panel=LEARNING,
+        ),
+    ] = None
+    cautious: Annotated[
+        bool | None,
+        flag(
+            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: not.",
+            "--cautious/--no-cautious",
             panel=LEARNING,
         ),
     ] = None

@@ -35,7 +35,6 @@ def test_kernels_on_the_simt_runner(record_property):
     for kernel in [
         "families:",
         "glu_ffn with",
-        "clusters",
         "glu_ffn of sm90",
         "plans of the sm90 family",
         "glu_ffn_decode",

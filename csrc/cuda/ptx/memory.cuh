@@ -1,5 +1,7 @@
 // load, store: one access as wide as T (1, 2, 4, 8 or 16 bytes) of global or shared memory, aligned to its size.
 // load_once: the same for global data that the grid reads once, such as weights: read-only path, not kept in L1.
+// add: two neighbours in global memory, without waiting for what they were. One thread of the grid adds to an address: of
+// several, their order would decide the rounding. From sm_90 on; subnormal floats count as 0.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +47,10 @@ LOCAS_DEVICE T load_once(const T* from) {
   else return load(from);
   return __builtin_bit_cast(T, word);
 }
+LOCAS_DEVICE void add(float* to, float first, float second) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(first), "f"(second)
+               : "memory");
+}
 // The address that PTX wants where an instruction takes shared memory.
 LOCAS_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -66,6 +72,11 @@ template <class T>
 T load_once(const T* from) {
   simt::touch(from, sizeof(T), simt::Access::read_once, simt::Space::global);
   return *from;
+}
+inline void add(float* to, float first, float second) {
+  simt::touch(to, 2 * sizeof(float), simt::Access::write, simt::Space::global);
+  to[0] += first;
+  to[1] += second;
 }
 #endif
 

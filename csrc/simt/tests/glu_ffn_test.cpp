@@ -1,4 +1,4 @@
-// glu_ffn (K1-K4, D1 and D2, D) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
+// glu_ffn (K1-K4, D1 and D2, DB) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
 // tile.
 //
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
@@ -363,7 +363,7 @@ std::string run_each(const FfnKernels& kernels, int64_t least_tokens, int64_t mo
   return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
 }
 
-// The sm80 family with one of its forwards, on a device without room for its cooperative kernels.
+// The sm80 family with one of its forwards, on a device without room for its cooperative kernel.
 FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)) {
   FfnKernels kernels = cuda::sm80::table;
   kernels.glu_ffn_forward = forward;
@@ -379,22 +379,7 @@ FfnKernels tiles() {
   kernels.glu_ffn_forward_workspace = cuda::sm80::glu_ffn_tiles_workspace;
   return kernels;
 }
-FfnKernels decode() {
-  return with_forward([](const GluFfnForwardParams& p, cuda::Queue queue) {
-    simt::set_cooperative_launches(false);
-    cuda::sm80::glu_ffn_forward_decode(p, queue);
-    simt::set_cooperative_launches(true);
-  });
-}
-// The forward of at most 8 tokens as one kernel, and the backward where the plan has it so.
-FfnKernels decode_cooperative() {
-  FfnKernels kernels = cuda::sm80::table;
-  kernels.glu_ffn_forward = [](const GluFfnForwardParams& p, cuda::Queue queue) {
-    if (p.tokens() > 8) return cuda::sm80::glu_ffn_forward(p, queue);
-    if (!cuda::sm80::glu_ffn_forward_decode_cooperative(p, queue)) fail("one kernel is refused");
-  };
-  return kernels;
-}
+FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
 
 LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_each(tiles(), 1, 16, 1); }
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_each(tiles(), 17, 100, 2); }
@@ -420,12 +405,12 @@ LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
   return "20 shapes, 10 seeds";
 }
 
-LOCAS_TEST(one_kernel, "glu_ffn_decode as one kernel") {
+LOCAS_TEST(decode_backward, "glu_ffn_decode_backward") {
   Random& random = fresh();
   int seed = 0;
   for_each_seed([&] {
-    if (seed % 5 < 3) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), decode_cooperative(), random);
-    else exact_case<f16>(draw_shape(random, 1, seed % 5 == 3 ? 8 : 32, Activation::relu), decode_cooperative(), random);
+    if (seed % 5 < 3) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), cuda::sm80::table, random);
+    else exact_case<f16>(draw_shape(random, 1, seed % 5 == 3 ? 8 : 32, Activation::relu), cuda::sm80::table, random);
     ++seed;
   });
   return "10 shapes, 10 seeds";
@@ -436,7 +421,7 @@ using cuda::sm90::TileKind;
 
 struct HopperTiles {
   TileKind hidden, down, hidden_grad, input;
-  int splits;  // at most, of K2 and K4
+  int splits;  // at most, of K2, and of both kinds of unit of K4
 };
 HopperTiles hopper_tiles;
 
@@ -448,19 +433,21 @@ void hopper_forward(const GluFfnForwardParams& p, cuda::Queue queue) {
   const int splits = hopper_splits(blocks);
   simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
   own.workspace = workspace.data();
-  const bool fills = blocks >= cuda::sm90::shape_of(hopper_tiles.down).slices;
   cuda::sm90::glu_ffn_hidden(own, static_cast<int>(hopper_tiles.hidden), queue);
-  cuda::sm90::glu_ffn_down(own, static_cast<int>(fills ? hopper_tiles.down : TileKind::m128n128), splits, queue);
+  cuda::sm90::glu_ffn_down(own, static_cast<int>(hopper_tiles.down), splits, queue);
 }
 
 void hopper_backward(const GluFfnBackwardParams& p, cuda::Queue queue) {
   GluFfnBackwardParams own = p;
   const int64_t blocks = cuda::divide_up(p.weights.m(), 64) + cuda::divide_up(p.weights.r(), 64);
   const int splits = p.dx.data ? hopper_splits(2 * blocks) : 1;
-  simt::Buffer<float> workspace("workspace", splits > 1 ? splits * p.tokens() * p.weights.d() : 0);
+  const int slot_splits = hopper_splits(cuda::divide_up(p.tokens(), 64));
+  simt::Buffer<float> workspace("workspace",
+                                (splits > 1 ? splits * p.tokens() * p.weights.d() : 0) +
+                                    (slot_splits > 1 ? slot_splits * 3 * p.weights.r() * p.weights.d() : 0));
   own.workspace = workspace.data();
   cuda::sm90::glu_ffn_hidden_grad(own, static_cast<int>(hopper_tiles.hidden_grad), queue);
-  cuda::sm90::glu_ffn_input_and_slots_grad(own, static_cast<int>(hopper_tiles.input), splits, queue);
+  cuda::sm90::glu_ffn_input_and_slots_grad(own, static_cast<int>(hopper_tiles.input), splits, slot_splits, queue);
 }
 
 FfnKernels hopper(const HopperTiles& tiles) {
@@ -470,20 +457,22 @@ FfnKernels hopper(const HopperTiles& tiles) {
   return kernels;
 }
 
-// Integers in one seed and normal numbers in the next.
+// Integers in one case and normal numbers in the next.
+void alternating_case(const FfnKernels& kernels, Random& random, int64_t least_tokens, int64_t most_tokens,
+                      uint64_t number) {
+  const Activation activation = number % 2 == 0 ? Activation::relu : static_cast<Activation>(number / 2 % 6);
+  const Shape s = draw_shape(random, least_tokens, most_tokens, activation);
+  switch (number % 4) {
+    case 0: return exact_case<bf16>(s, kernels, random);
+    case 1: return rounded_case<f16>(s, kernels, random);
+    case 2: return exact_case<f16>(s, kernels, random);
+    default: return rounded_case<bf16>(s, kernels, random);
+  }
+}
 int run_alternating(const FfnKernels& kernels, int64_t least_tokens, int64_t most_tokens, uint64_t start) {
   Random random(start);
   int cases = 0;
-  for_each_seed([&] {
-    const Activation activation = cases % 2 == 0 ? Activation::relu : static_cast<Activation>(cases / 2 % 6);
-    const Shape s = draw_shape(random, least_tokens, most_tokens, activation);
-    switch ((start + cases++) % 4) {
-      case 0: return exact_case<bf16>(s, kernels, random);
-      case 1: return rounded_case<f16>(s, kernels, random);
-      case 2: return exact_case<f16>(s, kernels, random);
-      default: return rounded_case<bf16>(s, kernels, random);
-    }
-  });
+  for_each_seed([&] { alternating_case(kernels, random, least_tokens, most_tokens, start + cases++); });
   return cases;
 }
 std::string shapes(int count) { return std::to_string(count) + " shapes, " + std::to_string(kSeeds) + " seeds"; }
@@ -492,7 +481,7 @@ std::string shapes(int count) { return std::to_string(count) + " shapes, " + std
 LOCAS_TEST(hopper_wide, "glu_ffn of sm90 with wide tiles") {
   using enum TileKind;
   int count = run_alternating(
-      hopper({m128n192_ping_pong, m128n128_ping_pong, m128n192_ping_pong, m128n128_ping_pong, 1}), 1, 300, 10);
+      hopper({m128n192_ping_pong, m128n128_ping_pong, m128n128_ping_pong, m128n128_ping_pong, 1}), 1, 300, 10);
   count += run_alternating(hopper({m128n192, m128n128_ping_pong, m128n192, m128n128_ping_pong, 3}), 1, 300, 12);
   return shapes(count);
 }
@@ -503,19 +492,33 @@ LOCAS_TEST(hopper_narrow, "glu_ffn of sm90 with narrow tiles") {
   count += run_alternating(hopper({m128n64, m128n64, m128n128, m128n64, 1}), 1, 300, 24);
   return shapes(count);
 }
-LOCAS_TEST(hopper_slices, "glu_ffn of sm90 with slices in clusters") {
+// As many tokens as a tile has rows, and fewer, and more.
+LOCAS_TEST(hopper_few, "glu_ffn of sm90 with tiles of 64 rows") {
   using enum TileKind;
-  const int count = run_alternating(hopper({m128n192, m128n128_4_slices, m128n128, m128n128_4_slices, 1}), 1, 140, 40);
-  return shapes(count);
+  const HopperTiles tiles[] = {{m64n192_ping_pong, m64n128_ping_pong, m64n128_ping_pong, m64n128_ping_pong, 1},
+                               {m64n128_ping_pong, m64n64_ping_pong, m64n64_ping_pong, m64n64_ping_pong, 4},
+                               {m64n64_ping_pong, m64n64_ping_pong, m128n64, m128n64, 1}};
+  const int64_t tokens[] = {1, 17, 63, 64, 65};
+  Random random(18);
+  int cases = 0;
+  for_each_seed([&] {
+    for (int i = 0; i < 2; ++i, ++cases) {
+      const int64_t count = tokens[cases / 2 % 5];
+      alternating_case(hopper(tiles[cases % 3]), random, count, count, cases);
+    }
+  });
+  return shapes(cases);
 }
-LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return run_each(cuda::sm90::table, 65, 400, 16); }
+LOCAS_TEST(hopper_plan, "glu_ffn of sm90, planned") { return run_each(cuda::sm90::table, 17, 400, 16); }
 
 LOCAS_TEST(hopper_sizes, "glu_ffn of sm90 with long sums") {
   using enum TileKind;
   Random random(17);
+  int seed = 0;
   for_each_seed([&] {
-    const FfnKernels kernels = hopper({m128n192_ping_pong, m128n128, m128n128, m128n128_ping_pong, 2});
-    exact_case<bf16>({33, 136, 136, 130, Activation::relu, true}, kernels, random);
+    const TileKind input = seed++ % 2 == 0 ? m128n128_ping_pong : m64n64_ping_pong;
+    const FfnKernels kernels = hopper({m128n192_ping_pong, m128n128, m128n128, input, 2});
+    exact_case<bf16>({100, 72, 72, 130, Activation::relu, true}, kernels, random);
     rounded_case<bf16>({140, 200, 136, 65, Activation::silu, false}, cuda::sm90::table, random);
   });
   return "2 shapes, 10 seeds";

@@ -88,6 +88,6 @@ class Faster(NamedTuple):
 # `python -m bench.ffn_report FILE.json --auto` prints a family's entry from a measurement.
 FASTER = {
     "sm80": Faster("H200, bench/results/ffn_h200.json", {1024: ((1, 64),), 2048: ((1, 32),)}),
-    # Up to 32 tokens these are sm80's kernels.
+    # Up to 16 tokens these are sm80's kernels.
     "sm90": Faster("H200, bench/results/ffn_h200.json", {1024: ((1, None),), 2048: ((1, 32), (64, None))}),
 }

@@ -2,19 +2,20 @@
 //
 //      K3 glu_ffn_hidden_grad   d_hidden = dy [W_down | scale * V^T] stays on chip and becomes d_gate and d_up
 //
-//           each warp fetches gate and up of its rows, 16 x 64 at a time, the first two before it multiplies; the
-//           gradients take their place in shared memory and leave from there. Memory tiles also write memory_hidden,
-//           which dV needs.
+//           a second warp fetches gate and up, 64 x 64 at a time and as far ahead as a ring holds; the gradients take
+//           their place in shared memory and leave from there. Memory tiles also write memory_hidden, which dV needs.
 //
 //      K4 glu_ffn_input_and_slots_grad       one grid, two kinds of unit
 //
 //           dx         d_gate W_gate + d_up W_up + d_gate_memory G + d_up_memory K, one sum over four ranges of K;
 //                      where the tiles are few, K is cut into slices that AddSlices adds in their order
 //           slots      [d_gate_memory | d_up_memory]^T x and memory_hidden^T dy, K = tokens, added to float32:
-//                      64 slots of the gate and the same of the key, or 128 of the value, x kN channels. The CTAs
-//                      that have a unit of dx less than others take them (plan.cuh).
+//                      kM slots of the gate and the key, or of the value, x kN channels. The CTAs
+//                      that have a unit of dx less than others take the first (plan.cuh). K may be cut into slices
+//                      here too.
 //
-// Without dx (the lowest layer with a memory) only the memory's units exist. No atomics: a sum belongs to one warpgroup.
+// Without dx (the lowest layer with a memory) only the memory's units exist. One warpgroup alone adds to a sum: the result
+// repeats bit for bit.
 #include "common/activations.h"
 #include "cuda/ffn/add_slices.cuh"
 #include "cuda/ffn/sm90/epilogue.cuh"
@@ -30,37 +31,33 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-// gate and up of a warp's rows on their way in, and what becomes of them on its way out.
-template <class T, int kPieces>
+// gate and up on their way in, and what becomes of them on its way out: pieces [64, kGateUpCols] of a CTA's tiles, one
+// behind the other in a ring. Those of a tile come column by column, of a column one row block behind the other.
+template <class Tile>
 struct GateUpRing {
-  using Half = Slab<T, kGateUpCols>;
+  static constexpr int kRowBlocks = Tile::kM / 64, kColumns = Tile::kN / kGateUpCols;
+  static constexpr int kOfTile = kRowBlocks * kColumns, kPieces = gate_up_pieces(Tile::kM, Tile::kN, Tile::schedule);
+  using WarpRows = Slab<typename Tile::T, kGateUpCols>;
   struct Piece {
-    Half gate, up;
+    WarpRows gate[4], up[4];
   };
-  struct Shared {
-    Piece pieces[kPieces];
-    Half hidden;
-  };
-  using Arrived = uint64_t[kPieces];  // apart, as a slab is aligned to 1024 bytes
 
-  Shared& shared;
-  Arrived& arrived;
-  RingPosition<kPieces> ring{};
+  // A barrier for each place in a tile, in ping-pong for each consumer: those of the ring would also fill for the other
+  // one, and who misses a phase takes an earlier one for its own.
+  static constexpr int kOwners = Tile::kPingPong ? 2 : 1;
+
+  Piece pieces[kPieces];
+  uint64_t full[kOwners][kOfTile], empty[kPieces];
 
   LOCAS_DEVICE void initialise() {
-    if (ptx::lane_index() == 0) {
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) ptx::mbarrier_init(&arrived[i], 1);
-      ptx::mbarrier_init_fence();
-    }
-    ptx::sync_warp();
+    if (ptx::thread_index() != 0) return;
+    for (auto& of_tile : full)
+      for (uint64_t& barrier : of_tile) ptx::mbarrier_init(&barrier, 1);
+    for (uint64_t& barrier : empty) ptx::mbarrier_init(&barrier, 4);
+    ptx::mbarrier_init_fence();
   }
-  // By lane 0.
-  LOCAS_DEVICE void fetch(const ptx::TensorMap& gate, const ptx::TensorMap& up, int row, int col, int at) {
-    ptx::mbarrier_arrive_expect(&arrived[at], sizeof(Piece));
-    ptx::bulk_tensor_load(shared.pieces[at].gate.at, gate, col, row, &arrived[at]);
-    ptx::bulk_tensor_load(shared.pieces[at].up.at, up, col, row, &arrived[at]);
-  }
+  LOCAS_DEVICE uint64_t* full_at(int turn, int index) { return &full[turn % kOwners][index]; }
+  static LOCAS_DEVICE int parity_at(int turn) { return turn / kOwners % 2; }
 };
 
 template <class Tile>
@@ -68,40 +65,33 @@ struct GluFfnHiddenGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_hidden_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static constexpr int kPieces = gate_up_pieces(Tile::kN), kColumns = Tile::kN / kGateUpCols;  // of a row block
-  static constexpr bool kRefills = Tile::kRowBlocks * kColumns > kPieces;
-  using Ring = GateUpRing<T, kPieces>;
+  static constexpr int kGroups = kGateUpCols / 16;  // of columns that ldmatrix reads
+  using Ring = GateUpRing<Tile>;
 
   struct Source {
     ptx::TensorMap weight, gate, up, d_gate, d_up;
     int neurons;  // of the buffers
+    uint32_t stage_bytes;
     float scale;
   };
   struct Params : NeuronTiles<Tile, Source, Tile::kN> {
     ptx::TensorMap dy, memory_hidden;
+    int tokens;
     Activation activation;
+
+    // Whether there is any of the 64 rows and kGateUpCols columns from there on.
+    LOCAS_DEVICE bool has(const Source& of, int row, int col) const { return row < tokens && col < of.neurons; }
   };
   using Place = typename Params::Place;
   struct Shared {
     typename Tile::Shared tile;
-    typename Ring::Shared pieces[Tile::kConsumers * 4];
-    typename Ring::Arrived arrived[Tile::kConsumers * 4];
+    Ring ring;
   };
-
-  // Pieces of a row block that hold neurons.
-  static LOCAS_DEVICE int columns_at(const Place& at) {
-    const int inside = at.source.neurons - at.neuron;
-    return inside < Tile::kN ? (inside + kGateUpCols - 1) / kGateUpCols : kColumns;
-  }
-  static LOCAS_DEVICE Place rows_of(const Params& p, int unit, int consumer) {
-    Place at = p.place_of(unit);
-    at.token += (Tile::kPingPong ? 0 : consumer * Tile::kRows) + warp_row();
-    return at;
-  }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     ptx::launch_dependents();
+    shared.ring.initialise();
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -112,9 +102,6 @@ struct GluFfnHiddenGrad {
           });
         },
         [&](int consumer) {
-          const int warp = ptx::uniform(ptx::warp_index()) - 4;
-          Ring ring{shared.pieces[warp], shared.arrived[warp]};
-          ring.initialise();
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& stages, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -126,12 +113,13 @@ struct GluFfnHiddenGrad {
                                                              pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                const Place at = rows_of(p, unit, consumer);
-                with_activation(p.activation, [&]<Activation act>() { write<act>(ring, p, at, sums); });
-              },
-              [&](int unit) { fetch_first(ring, rows_of(p, unit, consumer)); });
-          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
-        });
+                const Place at = p.place_of(unit);
+                with_activation(p.activation, [&]<Activation act>() {
+                  write<act>(shared.ring, p, at, consumer, p.turn(unit), sums);
+                });
+              });
+        },
+        [&] { fetch_gate_and_up(shared.ring, p); });
   }
 
  private:
@@ -141,91 +129,118 @@ struct GluFfnHiddenGrad {
     else load_mn_major<Tile>(stage, at.source.weight, at.neuron, k, full);
   }
 
-  // Piece `index` of a unit, in the order in which write goes over them, into slot `slot` of the ring.
-  static LOCAS_DEVICE void fetch(Ring& ring, const Place& at, int columns, int index, int slot) {
-    const int row_block = index / columns, column = index - row_block * columns;
-    if (row_block < Tile::kRowBlocks)
-      ring.fetch(at.source.gate, at.source.up, at.token + row_block * 64, at.neuron + column * kGateUpCols, slot);
-  }
-  static LOCAS_DEVICE void fetch_first(Ring& ring, const Place& at) {
-    if (ptx::lane_index() != 0) return;
-    ptx::bulk_wait_read<0>();
-    RingPosition<kPieces> to = ring.ring;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i, to.next()) fetch(ring, at, columns_at(at), i, to.stage);
-  }
-
-  template <Activation act>
-  static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, const typename Tile::Sums& sums) {
-    const int columns = columns_at(at);
-    int index = 0;
-#pragma unroll
-    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        if (column >= columns) break;
-        const int slot = ring.ring.stage, row = at.token + row_block * 64, col = at.neuron + column * kGateUpCols;
-        typename Ring::Piece& piece = ring.shared.pieces[slot];
-        if (at.memory) {  // the one slab of memory_hidden is free
-          if (ptx::lane_index() == 0) ptx::bulk_wait_read<0>();
-          ptx::sync_warp();
+  // Of pieces that lie outside the ring only keeps the place.
+  static LOCAS_DEVICE void fetch_gate_and_up(Ring& ring, const Params& p) {
+    RingPosition<Ring::kPieces> to;
+    for (int unit = p.first_unit(); unit < p.units; unit = p.next_unit(unit)) {
+      const Place at = p.place_of(unit);
+      for (int index = 0; index < Ring::kOfTile; ++index, to.next()) {
+        const int row = at.token + index % Ring::kRowBlocks * 64;
+        const int col = at.neuron + index / Ring::kRowBlocks * kGateUpCols;
+        typename Ring::Piece& piece = ring.pieces[to.stage];
+        uint64_t* full = ring.full_at(p.turn(unit), index);
+        ptx::mbarrier_wait(&ring.empty[to.stage], to.phase ^ 1);
+        if (!p.has(at.source, row, col)) {
+          ptx::mbarrier_arrive(full);
+          continue;
         }
-        ptx::mbarrier_wait(&ring.arrived[slot], ring.ring.phase);
-        if (at.memory) write_hidden<act>(piece, ring.shared.hidden, at.source.scale);
-        differentiate<act>(piece, at.source.scale, sums[row_block], column * kGateUpCols / 2);
-        ptx::fence_async_shared();
-        ptx::sync_warp();
-        if (ptx::lane_index() == 0) {
-          ptx::bulk_tensor_store(at.source.d_gate, col, row, piece.gate.at);
-          ptx::bulk_tensor_store(at.source.d_up, col, row, piece.up.at);
-          if (at.memory) ptx::bulk_tensor_store(p.memory_hidden, col, row, ring.shared.hidden.at);
-          ptx::bulk_commit();
-          if (kRefills && index + kPieces < Tile::kRowBlocks * columns) {
-            ptx::bulk_wait_read<0>();
-            fetch(ring, at, columns, index + kPieces, slot);
-          }
-        }
-        ++index;
-        ring.ring.next();
+        ptx::mbarrier_arrive_expect(full, sizeof(typename Ring::Piece));
+        ptx::bulk_tensor_load(piece.gate, at.source.gate, col, row, full);
+        ptx::bulk_tensor_load(piece.up, at.source.up, col, row, full);
       }
+    }
   }
 
+  // A piece goes back to the ring when the next one has been worked on: its stores have read it by then.
   template <Activation act>
-  static LOCAS_DEVICE void write_hidden(typename Ring::Piece& piece, typename Ring::Half& to, float scale) {
+  static LOCAS_DEVICE void write(Ring& ring, const Params& p, const Place& at, int consumer, int turn,
+                                 const typename Tile::Sums& sums) {
+    const bool leads = ptx::lane_index() == 0;
+    const int warp = ptx::uniform(ptx::warp_index()) % 4;
+    int leaving = -1;
+    const auto release = [&] {
+      ptx::bulk_wait_read<0>();
+      ptx::mbarrier_arrive(&ring.empty[leaving]);
+    };
 #pragma unroll
-    for (int group = 0; group < kGateUpCols / 16; ++group) {
+    for (int column = 0; column < Ring::kColumns; ++column)
+#pragma unroll
+      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
+        const int of_tile = Tile::kPingPong ? row_block : consumer, index = column * Ring::kRowBlocks + of_tile;
+        const int slot = (turn * Ring::kOfTile + index) % Ring::kPieces;
+        const int first_row = at.token + of_tile * 64, row = first_row + warp * 16;
+        const int col = at.neuron + column * kGateUpCols;
+        typename Ring::WarpRows &gate = ring.pieces[slot].gate[warp], &up = ring.pieces[slot].up[warp];
+        const bool is_there = p.has(at.source, first_row, col);
+        ptx::mbarrier_wait(ring.full_at(turn, index), Ring::parity_at(turn));
+        if (is_there) {
+          uint32_t gates[kGroups][4];
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) ptx::ldmatrix_x4(gates[group], gate.row(group));
+          if (at.memory) write_hidden<act>(p, at.source.scale, gate, up, row, col);
+          differentiate<act>(gates, at.source.scale, sums[row_block], column * kGateUpCols / 2, gate, up);
+          ptx::fence_async_shared();
+        }
+        ptx::sync_warp();
+        if (leads && leaving >= 0) release();
+        if (leads && is_there) {
+          ptx::bulk_tensor_store(at.source.d_gate, col, row, gate.at);
+          ptx::bulk_tensor_store(at.source.d_up, col, row, up.at);
+          ptx::bulk_commit();
+        }
+        leaving = slot;
+      }
+    if (leads) release();
+  }
+
+  // Uses the place of gate.
+  template <Activation act>
+  static LOCAS_DEVICE void write_hidden(const Params& p, float scale, typename Ring::WarpRows& gate_rows,
+                                        typename Ring::WarpRows& up_rows, int row, int col) {
+    // Few tiles come here: small code rather than fast. It reads gate again, as the compiler would keep, and spill, what
+    // differentiate makes of the same registers.
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
       uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(group));
-      ptx::ldmatrix_x4(up, piece.up.row(group));
+      ptx::ldmatrix_x4(gate, gate_rows.row(group));
+      ptx::ldmatrix_x4(up, up_rows.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         up[i] = ptx::pack<T>(scale * half_activation<act>(ptx::first_of<T>(gate[i])).value * ptx::first_of<T>(up[i]),
                              scale * half_activation<act>(ptx::second_of<T>(gate[i])).value * ptx::second_of<T>(up[i]));
-      ptx::stmatrix_x4(to.row(group), up);
+      ptx::stmatrix_x4(gate_rows.row(group), up);
     }
+    ptx::fence_async_shared();
+    ptx::sync_warp();
+    if (ptx::lane_index() == 0) {
+      ptx::bulk_tensor_store(p.memory_hidden, col, row, gate_rows.at);
+      ptx::bulk_commit();
+      ptx::bulk_wait_read<0>();
+    }
+    ptx::sync_warp();
   }
 
-  // Turns gate and up into their gradients; sums from `first` on are d_hidden before its scale.
+  // The gradients of `gates` and of what is in up_rows; sums from `first` on are d_hidden before its scale.
   template <Activation act>
-  static LOCAS_DEVICE void differentiate(typename Ring::Piece& piece, float scale, const float (&sums)[Tile::kN / 2],
-                                         int first) {
+  static LOCAS_DEVICE void differentiate(const uint32_t (&gates)[kGroups][4], float scale,
+                                         const float (&sums)[Tile::kN / 2], int first,
+                                         typename Ring::WarpRows& d_gate_rows, typename Ring::WarpRows& up_rows) {
 #pragma unroll
-    for (int group = 0; group < kGateUpCols / 16; ++group) {
-      uint32_t gate[4], up[4];
-      ptx::ldmatrix_x4(gate, piece.gate.row(group));
-      ptx::ldmatrix_x4(up, piece.up.row(group));
+    for (int group = 0; group < kGroups; ++group) {
+      uint32_t up[4], d_gate[4];
+      ptx::ldmatrix_x4(up, up_rows.row(group));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int of = first + 2 * (4 * group + i);
-        const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(gate[i]));
-        const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(gate[i]));
-        const float u0 = ptx::first_of<T>(up[i]), u1 = ptx::second_of<T>(up[i]);
+        const uint32_t g = gates[group][i], u = up[i];
+        const ValueAndSlope a0 = half_activation<act>(ptx::first_of<T>(g));
+        const ValueAndSlope a1 = half_activation<act>(ptx::second_of<T>(g));
         const float d0 = scale * sums[of], d1 = scale * sums[of + 1];
-        gate[i] = ptx::pack<T>(d0 * u0 * a0.slope, d1 * u1 * a1.slope);
+        d_gate[i] = ptx::pack<T>(d0 * ptx::first_of<T>(u) * a0.slope, d1 * ptx::second_of<T>(u) * a1.slope);
         up[i] = ptx::pack<T>(d0 * a0.value, d1 * a1.value);
       }
-      ptx::stmatrix_x4(piece.gate.row(group), gate);
-      ptx::stmatrix_x4(piece.up.row(group), up);
+      ptx::stmatrix_x4(d_gate_rows.row(group), d_gate);
+      ptx::stmatrix_x4(up_rows.row(group), up);
     }
   }
 };
@@ -235,7 +250,6 @@ struct GluFfnInputAndSlotsGrad {
   using T = typename Tile::T;
   static constexpr const char* name = "glu_ffn_input_and_slots_grad_sm90";
   static constexpr int threads = Tile::kThreads, min_blocks = 1;
-  static_assert(Tile::kM == 128, "a unit of the slots has two halves of 64");
   using Output = OutputTiles<Tile, sliced>;
   using Stores = typename Output::Stores;
 
@@ -248,45 +262,59 @@ struct GluFfnInputAndSlotsGrad {
     ptx::TensorMap coefficients[3];  // [tokens, slots]: d_gate, d_up and memory_hidden of the memory
     ptx::TensorMap x, dy;
     float* slots_grad;  // [3, r, d]
+    float* slot_sums;   // [slot_splits, 3, r, d] where there are slices
     int r, units;
     int slot_blocks, token_blocks;  // 64 slots, 64 tokens
-    int slots_from;                 // the first CTA that takes units of the slots
+    int slot_units, slot_splits;    // of a slice; slices
+    int busy, ahead;                // CTAs with a unit of dx more; units of the slots that the others take first
 
-    LOCAS_DEVICE int first_slot_unit() const {
-      const int behind = ptx::block_index() - slots_from;
-      return behind < 0 ? units : this->tile_units() + behind;
-    }
+    LOCAS_DEVICE bool is_dx(int unit) const { return unit < this->tile_units(); }
     LOCAS_DEVICE int first_unit() const { return is_dx(ptx::block_index()) ? ptx::block_index() : first_slot_unit(); }
     LOCAS_DEVICE int next_unit(int unit) const {
-      if (!is_dx(unit)) return unit + ptx::block_count() - slots_from;
-      return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
+      if (is_dx(unit)) return is_dx(unit + ptx::block_count()) ? unit + ptx::block_count() : first_slot_unit();
+      const int of_slots = unit - this->tile_units(), others = ptx::block_count() - busy;
+      if (of_slots >= ahead) return unit + ptx::block_count();
+      return of_slots + others < ahead ? unit + others : first_unit_behind();
     }
-    LOCAS_DEVICE bool is_dx(int unit) const { return unit < this->tile_units(); }
-    LOCAS_DEVICE int first_block(int unit) const { return is_dx(unit) ? Output::first_block(unit) : 0; }
-    LOCAS_DEVICE int last_block(int unit) const { return is_dx(unit) ? Output::last_block(unit) : token_blocks; }
+    LOCAS_DEVICE int first_block(int unit) const {
+      return is_dx(unit) ? Output::first_block(unit) : token_blocks * slot_slice(unit) / slot_splits;
+    }
+    LOCAS_DEVICE int last_block(int unit) const {
+      return is_dx(unit) ? Output::last_block(unit) : token_blocks * (slot_slice(unit) + 1) / slot_splits;
+    }
+    LOCAS_DEVICE uint32_t stage_bytes(int unit) const {
+      return is_dx(unit) ? Output::stage_bytes(unit) : Tile::kStageBytes;
+    }
+    LOCAS_DEVICE int slot_slice(int unit) const { return (unit - this->tile_units()) / slot_units; }
+
+   private:
+    LOCAS_DEVICE int first_slot_unit() const {
+      const int other = ptx::block_index() - busy;
+      return other >= 0 && other < ahead ? this->tile_units() + other : first_unit_behind();
+    }
+    LOCAS_DEVICE int first_unit_behind() const { return this->tile_units() + ahead + ptx::block_index(); }
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Output::Shared output[Tile::kConsumers * 4];
+    typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
-  // A unit of the slots: 64 of the gate and of the key, or twice 64 of the value.
+  // A unit of the slots: kM / 64 neighbours of the blocks of 64 slots, those of the gate before the key's and the value's.
+  // Gate and key are an even number: no unit of two has one of theirs and one of the value's.
+  static constexpr int kSlotBlocks = Tile::kM / 64;
   struct SlotUnit {
-    bool value;
-    int block, channel;
+    int first, of_a_kind, channel, slice;
 
-    LOCAS_DEVICE int kind(int half) const { return value ? 2 : half; }
-    LOCAS_DEVICE int slot(int half) const { return (value ? 2 * block + half : block) * 64; }
+    LOCAS_DEVICE int kind(int i) const { return (first + i >= of_a_kind) + (first + i >= 2 * of_a_kind); }
+    LOCAS_DEVICE int slot(int i) const { return (first + i - kind(i) * of_a_kind) * 64; }
   };
   static LOCAS_DEVICE SlotUnit slot_unit(const Params& p, int unit) {
-    const int index = unit - p.tile_units(), block = index / p.tiles_n;
-    const bool value = block >= p.slot_blocks;
-    return {value, value ? block - p.slot_blocks : block, index % p.tiles_n * Tile::kN};
+    const int slice = p.slot_slice(unit), index = unit - p.tile_units() - slice * p.slot_units;
+    return {index / p.tiles_n * kSlotBlocks, p.slot_blocks, index % p.tiles_n * Tile::kN, slice};
   }
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -294,7 +322,7 @@ struct GluFfnInputAndSlotsGrad {
           produce<Tile>(shared.tile, p, [&](int unit) { return Loads(p, unit); });
         },
         [&](int consumer) {
-          Stores stores{shared.output[Output::consumer_warp()].stores};
+          Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -307,8 +335,8 @@ struct GluFfnInputAndSlotsGrad {
                                                               pass_turn);
               },
               [&](int unit, const typename Tile::Sums& sums) {
-                if (p.is_dx(unit)) p.write(stores, shared.output, unit, sums, consumer);
-                else add_slots(p, slot_unit(p, unit), sums, consumer);
+                if (p.is_dx(unit)) p.write(stores, unit, sums, consumer);
+                else write_slots(p, slot_unit(p, unit), sums, consumer);
               });
           stores.finish();
         });
@@ -340,20 +368,25 @@ struct GluFfnInputAndSlotsGrad {
     }
     LOCAS_DEVICE void load_slots(int token, typename Tile::Stage& stage, uint64_t* full) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        ptx::bulk_tensor_load(stage.a + half * 64 * kBlockK, p.coefficients[slots.kind(half)], slots.slot(half), token,
-                              full);
-      load_mn_major<Tile>(stage, slots.value ? p.dy : p.x, slots.channel, token, full);
+      for (int i = 0; i < kSlotBlocks; ++i) {
+        // Where the value has no second block, the first takes its place: a box outside the matrix would take longer.
+        const int slot = slots.slot(i) < p.r ? slots.slot(i) : slots.slot(0);
+        ptx::bulk_tensor_load(stage.a + i * 64 * kBlockK, p.coefficients[slots.kind(i)], slot, token, full);
+      }
+      load_mn_major<Tile>(stage, slots.kind(0) == 2 ? p.dy : p.x, slots.channel, token, full);
     }
   };
 
-  static LOCAS_DEVICE void add_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
-                                     int consumer) {
+  static LOCAS_DEVICE void write_slots(const Params& p, const SlotUnit& at, const typename Tile::Sums& sums,
+                                       int consumer) {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
-      const int half = Tile::kPingPong ? row_block : consumer;
-      float* gradient = p.slots_grad + static_cast<int64_t>(at.kind(half)) * p.r * p.d;
-      add_floats(sums[row_block], gradient, at.slot(half), p.r, at.channel, p.d);
+      const int i = Tile::kPingPong ? row_block : consumer;
+      const int64_t kind = int64_t{p.r} * p.d;
+      if (p.slot_splits > 1)
+        put_floats<false>(p.slot_sums + (3 * at.slice + at.kind(i)) * kind, sums[row_block], at.slot(i), p.r,
+                          at.channel, p.d, p.one);
+      else put_floats<true>(p.slots_grad + at.kind(i) * kind, sums[row_block], at.slot(i), p.r, at.channel, p.d, p.one);
     }
   }
 };
@@ -363,32 +396,44 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   using Kernel = GluFfnHiddenGrad<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
-  const auto source = [&](const ptx::TensorMap& weight, int64_t first, int64_t neurons, float scale) {
-    const auto part = [&](const Matrix& of) {
-      return map_or_none<T>(columns_of<T>(of, first, neurons), slab_box<kGateUpCols>);
-    };
-    return typename Kernel::Source{
-        weight, part(ffn.gate), part(ffn.up), part(ffn.d_gate), part(ffn.d_up), static_cast<int>(neurons), scale};
+  const int rows = loaded_rows(Tile::kM, ffn.tokens()), slots = loaded_rows(Tile::kBRows, w.padded_r());
+  const auto source = [&](const ptx::TensorMap& weight, int weight_rows, int64_t first, int64_t neurons, float scale) {
+    const auto part = [&](const Matrix& of, Box box) { return map_or_none<T>(columns_of<T>(of, first, neurons), box); };
+    constexpr Box kPiece = operand_box(64), kWarpRows = slab_box<kGateUpCols>;
+    return typename Kernel::Source{weight,
+                                   part(ffn.gate, kPiece),
+                                   part(ffn.up, kPiece),
+                                   part(ffn.d_gate, kWarpRows),
+                                   part(ffn.d_up, kWarpRows),
+                                   static_cast<int>(neurons),
+                                   bytes_of_rows<T>(rows, weight_rows),
+                                   scale};
   };
   typename Kernel::Params p;
-  p.dy = tensor_map<T>(ffn.dy, operand_box(Tile::kM));
+  p.dy = tensor_map<T>(ffn.dy, operand_box(rows));
   p.memory_hidden = map_or_none<T>(ffn.memory_hidden, slab_box<kGateUpCols>);
-  p.host = source(tensor_map<T>(w.down, kMnMajorBox), 0, w.m(), 1.0f);
-  p.memory = source(map_or_none<T>(w.memory_value, k_major_box<Tile>), w.m(), w.padded_r(), ffn.scale);
+  p.host = source(tensor_map<T>(w.down, kMnMajorBox), Tile::kBRows, 0, w.m(), 1.0f);
+  p.memory = source(map_or_none<T>(w.memory_value, operand_box(slots)), slots, w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
+  p.tokens = static_cast<int>(ffn.tokens());
   p.activation = ffn.activation;
-  launch_units<Kernel, Tile>(p, false, queue);
+  launch_units<Kernel>(p, false, queue);
+}
+
+// The slots' slices lie behind those of dx.
+float* slot_sums(const GluFfnBackwardParams& ffn, int splits) {
+  return ffn.workspace + (splits > 1 ? splits * ffn.tokens() * ffn.weights.d() : 0);
 }
 
 template <class Kernel, class Tile>
-typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int splits, Queue queue) {
+typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int splits, int slot_splits, Queue queue) {
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   const auto memory_columns = [&](const Matrix& of) { return columns_of<T>(of, w.m(), w.padded_r()); };
+  const int rows = loaded_rows(Tile::kM, ffn.tokens());
   const auto segment = [&](const Matrix& gradient, const Matrix& weight) {
-    return
-        typename Kernel::Segment{map_or_none<T>(gradient, operand_box(Tile::kM)), map_or_none<T>(weight, kMnMajorBox),
-                                 static_cast<int>(divide_up(weight.rows, kBlockK))};
+    return typename Kernel::Segment{map_or_none<T>(gradient, operand_box(rows)), map_or_none<T>(weight, kMnMajorBox),
+                                    static_cast<int>(divide_up(weight.rows, kBlockK))};
   };
   typename Kernel::Params p{};
   p.segments[0] = segment(columns_of<T>(ffn.d_gate, 0, w.m()), w.gate);
@@ -401,20 +446,20 @@ typename Kernel::Params input_grad_params(const GluFfnBackwardParams& ffn, int s
   p.x = tensor_map<T>(ffn.x, kMnMajorBox);
   p.dy = tensor_map<T>(ffn.dy, kMnMajorBox);
   p.slots_grad = static_cast<float*>(ffn.slots_grad.data);
+  p.slot_sums = slot_sums(ffn, splits);
   p.r = static_cast<int>(w.r());
   int blocks = 0;
   for (const auto& of : p.segments) blocks += of.blocks;
   p.set(ffn.dx, nullptr, w.d(), blocks, splits, ffn.workspace);
   p.slot_blocks = ffn.slots_grad.data ? static_cast<int>(divide_up(w.r(), 64)) : 0;
   p.token_blocks = static_cast<int>(divide_up(ffn.tokens(), kBlockK));
-  const int slot_units = (p.slot_blocks + static_cast<int>(divide_up(p.slot_blocks, 2))) * p.tiles_n;
-  p.units = p.tile_units() + slot_units;
-  p.slots_from = Tile::kSlices > 1
-                     ? p.tile_units()
-                     : longest_turn({p.tile_units(), static_cast<int>(divide_up(p.blocks, p.splits))},
-                                    {slot_units, p.token_blocks + slots_epilogue_blocks(Tile::kM, Tile::kN)},
-                                    block_count_for<Tile>(p.units, queue))
-                           .slots_from;
+  p.slot_splits = slot_splits;
+  const Units slots = slot_units(Tile::kM, Tile::kN, ffn.tokens(), w.d(), 64 * p.slot_blocks, slot_splits);
+  p.slot_units = static_cast<int>(slots.count) / slot_splits;
+  p.units = p.tile_units() + static_cast<int>(slots.count);
+  const Turns turns = turns_of({p.tile_units(), divide_up(p.blocks, p.splits)}, slots, block_count_for(p.units, queue));
+  p.busy = turns.busy;
+  p.ahead = static_cast<int>(turns.ahead);
   return p;
 }
 
@@ -427,21 +472,27 @@ void glu_ffn_hidden_grad(const GluFfnBackwardParams& p, int tile, Queue queue) {
   });
 }
 
-void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, Queue queue) {
+void glu_ffn_input_and_slots_grad(const GluFfnBackwardParams& p, int tile, int splits, int slot_splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kInputGradTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      with_sliced<Tile>(splits, [&]<bool sliced>() {
+      with_sliced(splits, [&]<bool sliced>() {
         using Kernel = GluFfnInputAndSlotsGrad<Tile, sliced>;
-        launch_units<Kernel, Tile>(input_grad_params<Kernel, Tile>(p, splits, queue), true, queue);
+        launch_units<Kernel>(input_grad_params<Kernel, Tile>(p, splits, slot_splits, queue), true, queue);
       });
     });
     if (splits > 1 && p.dx.data) add_slices<T>({p.workspace, splits, nullptr, p.dx}, queue);
   });
+  if (slot_splits > 1 && p.slots_grad.data) {
+    const int64_t floats = 3 * p.weights.r() * p.weights.d();
+    add_slices<float>({slot_sums(p, splits), slot_splits, p.slots_grad.data, {p.slots_grad.data, 1, floats, floats}},
+                      queue);
+  }
 }
 
 int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  const int splits = input_grad_plan(tokens, sizes).splits;
-  return splits > 1 ? splits * tokens * sizes.d : 0;
+  const Plan plan = input_grad_plan(tokens, sizes);
+  return (plan.splits > 1 ? plan.splits * tokens * sizes.d : 0) +
+         (plan.slot_splits > 1 ? plan.slot_splits * 3 * sizes.r * sizes.d : 0);
 }
 
 void glu_ffn_backward_tiles(const GluFfnBackwardParams& p, Queue queue) {
@@ -450,7 +501,8 @@ void glu_ffn_backward_tiles(const GluFfnBackwardParams& p, Queue queue) {
   const FfnSizes of_hidden{sizes.d, needs_dx ? sizes.m : 0, sizes.r};
   glu_ffn_hidden_grad(p, static_cast<int>(hidden_grad_plan(p.tokens(), of_hidden).kind), queue);
   const Plan input = input_grad_plan(p.tokens(), sizes);
-  glu_ffn_input_and_slots_grad(p, static_cast<int>(input.kind), needs_dx ? input.splits : 1, queue);
+  glu_ffn_input_and_slots_grad(p, static_cast<int>(input.kind), needs_dx ? input.splits : 1,
+                               needs_dx ? input.slot_splits : 1, queue);
 }
 
 }  // namespace locas::cuda::sm90

@@ -43,25 +43,30 @@ struct Stores {
   Shared& shared;
   int next = 0;
 
-  // pair(i): pair i of the slab's columns.
-  template <class Pair>
-  LOCAS_DEVICE void store(const ptx::TensorMap& to, int row, int col, Pair&& pair) {
+  // The same place of some matrices, always of as many: one wait and one fence for all. pairs_of(group, pairs) gives each
+  // one's pairs of columns 16 * group to 16 * group + 15 of the slab.
+  template <class PairsOf, class... Maps>
+  LOCAS_DEVICE void store(int row, int col, PairsOf&& pairs_of, const Maps&... to) {
+    constexpr int kCount = sizeof...(to);
+    static_assert(kSlabs % kCount == 0);
     const int lane = ptx::lane_index();
-    if (lane == 0) ptx::bulk_wait_read<kSlabs - 1>();
+    if (lane == 0) ptx::bulk_wait_read<kSlabs / kCount - 1>();
     ptx::sync_warp();
-    Slab<T>& slab = shared.slabs[next];
+    Slab<T>* slabs = shared.slabs + next;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t pairs[4] = {pair(4 * half), pair(4 * half + 1), pair(4 * half + 2), pair(4 * half + 3)};
-      ptx::stmatrix_x4(slab.row(half), pairs);
+    for (int group = 0; group < kSlabCols / 16; ++group) {
+      uint32_t pairs[kCount][4];
+      pairs_of(group, pairs);
+#pragma unroll
+      for (int of = 0; of < kCount; ++of) ptx::stmatrix_x4(slabs[of].row(group), pairs[of]);
     }
     ptx::fence_async_shared();
     ptx::sync_warp();
     if (lane == 0) {
-      ptx::bulk_tensor_store(to, col, row, slab.at);
+      (ptx::bulk_tensor_store(to, col, row, (slabs++)->at), ...);
       ptx::bulk_commit();
     }
-    next = next + 1 == kSlabs ? 0 : next + 1;
+    next = next + kCount == kSlabs ? 0 : next + kCount;
   }
 
   // Shared memory must outlive the stores that read it.
@@ -82,135 +87,42 @@ LOCAS_DEVICE void store_rounded(Stores<T, kSlabs>& stores, const ptx::TensorMap&
 #pragma unroll
     for (int slab = 0; slab < 2 * registers; slab += kSlabCols) {
       if (col + slab >= cols) break;
-      stores.store(to, row + row_block * 64 + warp_row(), col + slab, [&](int i) {
-        const int at = slab / 2 + 2 * i, lane_col = col + slab + i / 2 * 8 + ptx::lane_index() % 4 * 2;
-        float first = sums[row_block][at], second = sums[row_block][at + 1];
-        if (bias && lane_col < cols) {
-          const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + lane_col));
-          first += ptx::to_float(pair.at[0]);
-          second += ptx::to_float(pair.at[1]);
-        }
-        return ptx::pack<T>(first, second);
-      });
-    }
-}
-
-// The sums of a warp, added over the slices of a cluster in their order: slice i gets columns i * kCols on. It works once.
-template <class Tile, int kSlices = Tile::kSlices>
-struct SlicedSums {
-  static constexpr int kCols = Tile::kN / kSlices, kRegisters = kCols / 2;
-  static_assert(kCols % kSlabCols == 0);
-  using Sums = float[Tile::kRowBlocks][kRegisters];
-  using Vector = Elements<float, 4>;
-  struct Shared {
-    Vector received[kSlices - 1][Tile::kRowBlocks][kRegisters / 4][32];  // from the other slices
-    uint64_t arrived;
-  };
-
-  Shared& shared;
-
-  // Before the cluster's first barrier.
-  LOCAS_DEVICE void initialise() {
-    if (ptx::lane_index() != 0) return;
-    ptx::mbarrier_init(&shared.arrived, 1);
-    ptx::mbarrier_init_fence();
-    ptx::mbarrier_arrive_expect(&shared.arrived, sizeof shared.received);
-  }
-
-  // one: 1, as in store_floats.
-  LOCAS_DEVICE void add(const typename Tile::Sums& sums, float one, Sums& added) {
-    const int own = ptx::cluster_rank(), lane = ptx::lane_index();
+      const auto pairs_of = [&](int group, uint32_t (&pairs)[1][4]) {
 #pragma unroll
-    for (int to = 0; to < kSlices; ++to) {
-      if (to == own) continue;
-#pragma unroll
-      for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-        for (int i = 0; i < kRegisters; i += 4) {
-          const float* from = sums[row_block] + to * kRegisters + i;
-          ptx::store_async(to, &shared.received[own - (own > to)][row_block][i / 4][lane],
-                           {one * from[0], one * from[1], one * from[2], one * from[3]}, &shared.arrived);
-        }
-    }
-    ptx::mbarrier_wait_in_cluster(&shared.arrived, 0);
-#pragma unroll
-    for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-      for (int i = 0; i < kRegisters; i += 4) {
-        float* sum = added[row_block] + i;
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice) {
-          Vector term;
-          if (slice == own) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) term.at[j] = sums[row_block][slice * kRegisters + i + j];
-          } else {
-            term = ptx::load(&shared.received[slice - (slice > own)][row_block][i / 4][lane]);
+        for (int i = 0; i < 4; ++i) {
+          const int at = slab / 2 + 8 * group + 2 * i;
+          const int lane_col = col + slab + 16 * group + i / 2 * 8 + ptx::lane_index() % 4 * 2;
+          float first = sums[row_block][at], second = sums[row_block][at + 1];
+          if (bias && lane_col < cols) {
+            const auto pair = ptx::load(reinterpret_cast<const Elements<T, 2>*>(bias + lane_col));
+            first += ptx::to_float(pair.at[0]);
+            second += ptx::to_float(pair.at[1]);
           }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sum[j] = slice == 0 ? term.at[j] : sum[j] + term.at[j];
+          pairs[0][i] = ptx::pack<T>(first, second);
         }
-      }
-  }
-};
-
-template <class Tile>
-struct SlicedSums<Tile, 1> {
-  struct Shared {};
-};
-
-// The pairs of a row block that this lane has of floats [rows, cols]; the first sum belongs at (row, col).
-struct LanePairs {
-  float* to;    // of the pair of the first 8 columns
-  int columns;  // from there on
-
-  // half: rows 0 to 7 of a warp's 16, or the others
-  LOCAS_DEVICE LanePairs(float* floats, int64_t row, int64_t rows, int col, int cols, int half) {
-    const int first_col = col + ptx::lane_index() % 4 * 2;
-    const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
-    columns = lane_row < rows ? cols - first_col : 0;
-    to = floats + lane_row * cols + first_col;
-  }
-  LOCAS_DEVICE Elements<float, 2>* at(int col) const { return reinterpret_cast<Elements<float, 2>*>(to + col); }
-};
-
-// The same sums as floats. one: 1, as a number that the compiler does not know: a store that reads a register of the sums
-// itself makes ptxas serialise all wgmma (C7511).
-template <class Tile>
-LOCAS_DEVICE void store_floats(float* to, const typename Tile::Sums& sums, int64_t row, int64_t rows, int col, int cols,
-                               float one) {
-#pragma unroll
-  for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const LanePairs pairs(to, row + row_block * 64, rows, col, cols, half);
-#pragma unroll
-      for (int i = 0; i < Tile::kN; i += 8) {
-        const float* sum = sums[row_block] + i / 2 + half * 2;
-        if (i < pairs.columns) ptx::store(pairs.at(i), Elements<float, 2>{one * sum[0], one * sum[1]});
-      }
+      };
+      stores.store(row + row_block * 64 + warp_row(), col + slab, pairs_of, to);
     }
 }
 
-// The sums of a row block added to floats, 8 pairs at a time: one by one each would wait for its own load.
-template <int count>
-LOCAS_DEVICE void add_floats(const float (&sums)[count], float* floats, int64_t row, int64_t rows, int col, int cols) {
-  constexpr int kPairs = 8;
+// The sums of a row block, stored as floats [rows, cols] or added to them; the first sum belongs at (row, col). one: 1, as
+// a number that the compiler does not know: what reads a register of the sums itself makes ptxas serialise all wgmma
+// (C7511).
+template <bool adds, int count>
+LOCAS_DEVICE void put_floats(float* floats, const float (&sums)[count], int64_t row, int64_t rows, int col, int cols,
+                             float one) {
+  const int first_col = col + ptx::lane_index() % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const LanePairs pairs(floats, row, rows, col, cols, half);
+    const int64_t lane_row = row + warp_row() + half * 8 + ptx::lane_index() / 4;
+    const int columns = lane_row < rows ? cols - first_col : 0;
+    float* to = floats + lane_row * cols + first_col;
 #pragma unroll
-    for (int first = 0; first < 2 * count; first += 8 * kPairs) {
-      Elements<float, 2> before[kPairs];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-        if (first + 8 * i < pairs.columns) before[i] = ptx::load(pairs.at(first + 8 * i));
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const float* sum = sums + (first + 8 * i) / 2 + half * 2;
-        if (first + 8 * i < pairs.columns)
-          ptx::store(pairs.at(first + 8 * i), Elements<float, 2>{before[i].at[0] + sum[0], before[i].at[1] + sum[1]});
-      }
+    for (int i = 0; i < 2 * count; i += 8) {
+      const float first = one * sums[i / 2 + half * 2], second = one * sums[i / 2 + half * 2 + 1];
+      if (i >= columns) continue;
+      if constexpr (adds) ptx::add(to + i, first, second);
+      else ptx::store(reinterpret_cast<Elements<float, 2>*>(to + i), {first, second});
     }
   }
 }

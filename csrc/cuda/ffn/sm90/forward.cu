@@ -41,6 +41,7 @@ struct GluFfnHidden {
     ptx::TensorMap hidden, gate_out, up_out;
     const T *gate_bias, *up_bias;
     int neurons;  // of the buffers
+    uint32_t stage_bytes;
     float scale;
   };
   struct Params : NeuronTiles<Tile, Source, kNeurons> {
@@ -81,7 +82,8 @@ struct GluFfnHidden {
                 const Place at = p.place_of(unit);
                 const int first_row = Tile::kPingPong ? 0 : consumer * Tile::kRows;
                 with_activation(p.activation, [&]<Activation act>() {
-                  write<act>(stores, at.source, sums, at.token + first_row, at.neuron, p.saves);
+                  if (p.saves) write<act, true>(stores, at.source, sums, at.token + first_row, at.neuron);
+                  else write<act, false>(stores, at.source, sums, at.token + first_row, at.neuron);
                 });
               });
           stores.finish();
@@ -99,31 +101,39 @@ struct GluFfnHidden {
     return ptx::pack<T>(first, second);
   }
 
-  template <Activation act>
+  template <Activation act, bool saves>
   static LOCAS_DEVICE void write(Stores& stores, const Source& to, const typename Tile::Sums& sums, int token,
-                                 int neuron, bool saves) {
+                                 int neuron) {
 #pragma unroll
     for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block)
 #pragma unroll
       for (int col = 0; col < kNeurons; col += kSlabCols) {
         if (neuron + col >= to.neurons) break;
         const int row = token + row_block * 64 + warp_row();
-        const auto part = [&](int i, int first, const T* bias) {
-          const int at = first + col / 2 + 2 * i;
-          return rounded_pair(sums[row_block][at], sums[row_block][at + 1], bias,
-                              neuron + col + i / 2 * 8 + ptx::lane_index() % 4 * 2, to.neurons);
+        const auto part = [&](int at, int first, const T* bias) {
+          return rounded_pair(sums[row_block][first + at], sums[row_block][first + at + 1], bias,
+                              neuron + at / 4 * 8 + ptx::lane_index() % 4 * 2, to.neurons);
         };
-        const auto gate = [&](int i) { return part(i, 0, to.gate_bias); };
-        const auto up = [&](int i) { return part(i, kNeurons / 2, to.up_bias); };
-        if (saves) {
-          stores.store(to.gate_out, row, neuron + col, gate);
-          stores.store(to.up_out, row, neuron + col, up);
+        const auto hidden_of = [&](int group, uint32_t (&gate)[4], uint32_t (&up)[4], uint32_t (&hidden)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = col / 2 + 8 * group + 2 * i;
+            const uint32_t g = gate[i] = part(at, 0, to.gate_bias), u = up[i] = part(at, kNeurons / 2, to.up_bias);
+            hidden[i] =
+                ptx::pack<T>(to.scale * half_activation<act>(ptx::first_of<T>(g)).value * ptx::first_of<T>(u),
+                             to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
+          }
+        };
+        if constexpr (saves) {
+          const auto all = [&](int group, uint32_t (&pairs)[3][4]) { hidden_of(group, pairs[0], pairs[1], pairs[2]); };
+          stores.store(row, neuron + col, all, to.gate_out, to.up_out, to.hidden);
+        } else {
+          const auto one = [&](int group, uint32_t (&pairs)[1][4]) {
+            uint32_t gate[4], up[4];
+            hidden_of(group, gate, up, pairs[0]);
+          };
+          stores.store(row, neuron + col, one, to.hidden);
         }
-        stores.store(to.hidden, row, neuron + col, [&](int i) {
-          const uint32_t g = gate(i), u = up(i);
-          return ptx::pack<T>(to.scale * half_activation<act>(ptx::first_of<T>(g)).value * ptx::first_of<T>(u),
-                              to.scale * half_activation<act>(ptx::second_of<T>(g)).value * ptx::second_of<T>(u));
-        });
       }
   }
 };
@@ -141,12 +151,11 @@ struct GluFfnDown {
   };
   struct Shared {
     typename Tile::Shared tile;
-    typename Output::Shared output[Tile::kConsumers * 4];
+    typename Output::Stores::Shared stores[Tile::kConsumers * 4];
   };
 
   static LOCAS_DEVICE void run(const Params& p, unsigned char* dynamic) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
-    Output::initialise_slices(shared.output);
     specialise<Tile>(
         shared.tile,
         [&] {
@@ -158,7 +167,7 @@ struct GluFfnDown {
           });
         },
         [&](int consumer) {
-          typename Output::Stores stores{shared.output[Output::consumer_warp()].stores};
+          typename Output::Stores stores{shared.stores[ptx::uniform(ptx::warp_index()) - 4]};
           consume<Tile>(
               shared.tile, p, consumer,
               [&](int unit, auto& ring, typename Tile::Sums& sums, auto&& pass_turn) {
@@ -172,7 +181,7 @@ struct GluFfnDown {
                   multiply_blocks<Tile, Major::k, Major::mn>(shared.tile, ring, sums, consumer, last - middle,
                                                              middle > first, pass_turn);
               },
-              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, shared.output, unit, sums, consumer); });
+              [&](int unit, const typename Tile::Sums& sums) { p.write(stores, unit, sums, consumer); });
           stores.finish();
         });
   }
@@ -197,27 +206,30 @@ void launch_hidden(const GluFfnForwardParams& ffn, Queue queue) {
   using Kernel = GluFfnHidden<Tile>;
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
+  const int rows = loaded_rows(Tile::kM, ffn.tokens());
   const auto source = [&](const Matrix& gate, const Matrix& up, int64_t first, int64_t neurons, const void* gate_bias,
                           const void* up_bias, float scale) {
     const auto out = [&](const Matrix& to) { return map_or_none<T>(columns_of<T>(to, first, neurons), kSlabBox); };
-    return typename Kernel::Source{map_or_none<T>(gate, operand_box(Kernel::kNeurons)),
-                                   map_or_none<T>(up, operand_box(Kernel::kNeurons)),
+    const int weight_rows = loaded_rows(Kernel::kNeurons, neurons);
+    return typename Kernel::Source{map_or_none<T>(gate, operand_box(weight_rows)),
+                                   map_or_none<T>(up, operand_box(weight_rows)),
                                    out(ffn.hidden),
                                    out(ffn.gate),
                                    out(ffn.up),
                                    static_cast<const T*>(gate_bias),
                                    static_cast<const T*>(up_bias),
                                    static_cast<int>(neurons),
+                                   bytes_of_rows<T>(rows, 2 * weight_rows),
                                    scale};
   };
   typename Kernel::Params p;
-  p.x = tensor_map<T>(ffn.x, operand_box(Tile::kM));
+  p.x = tensor_map<T>(ffn.x, operand_box(rows));
   p.host = source(w.gate, w.up, 0, w.m(), w.gate_bias, w.up_bias, 1.0f);
   p.memory = source(w.memory_gate, w.memory_key, w.m(), w.padded_r(), nullptr, nullptr, ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), w.m(), w.padded_r());
   p.saves = ffn.gate.data != nullptr;
   p.activation = ffn.activation;
-  launch_units<Kernel, Tile>(p, false, queue);
+  launch_units<Kernel>(p, false, queue);
 }
 
 template <class Tile, bool sliced>
@@ -226,14 +238,14 @@ void launch_down(const GluFfnForwardParams& ffn, int splits, Queue queue) {
   using T = typename Tile::T;
   const FfnWeights& w = ffn.weights;
   typename Kernel::Params p;
-  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(Tile::kM));
-  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(Tile::kM));
-  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
-  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
   p.host_blocks = static_cast<int>(divide_up(w.m(), kBlockK));
   p.set(ffn.y, w.down_bias, w.d(), p.host_blocks + divide_up(w.r(), kBlockK), splits, ffn.workspace);
   p.units = p.tile_units();
-  launch_units<Kernel, Tile>(p, true, queue);
+  p.hidden = tensor_map<T>(columns_of<T>(ffn.hidden, 0, w.m()), operand_box(p.rows));
+  p.memory_hidden = map_or_none<T>(columns_of<T>(ffn.hidden, w.m(), w.padded_r()), operand_box(p.rows));
+  p.down = tensor_map<T>(w.down, k_major_box<Tile>);
+  p.value = map_or_none<T>(w.memory_value, kMnMajorBox);
+  launch_units<Kernel>(p, true, queue);
 }
 
 }  // namespace
@@ -248,7 +260,7 @@ void glu_ffn_hidden(const GluFfnForwardParams& p, int tile, Queue queue) {
 void glu_ffn_down(const GluFfnForwardParams& p, int tile, int splits, Queue queue) {
   with_half_type(p.dtype, [&]<class T>() {
     with_tile<T, kDownTiles, output_stage_bytes>(static_cast<TileKind>(tile), [&]<class Tile>() {
-      with_sliced<Tile>(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
+      with_sliced(splits, [&]<bool sliced>() { launch_down<Tile, sliced>(p, splits, queue); });
     });
     if (splits > 1) add_slices<T>({p.workspace, splits, p.weights.down_bias, p.y}, queue);
   });

@@ -8,7 +8,7 @@
 
 namespace locas::cuda::sm90 {
 
-// Source: its `neurons` and what else the kernel has of it.
+// Source: its `neurons`, the `stage_bytes` of its K-blocks, and what else the kernel has of it.
 template <class Tile, class Source, int kNeurons>
 struct NeuronTiles : EachInTurn {
   Source host, memory;
@@ -16,6 +16,7 @@ struct NeuronTiles : EachInTurn {
 
   LOCAS_DEVICE int first_block(int) const { return 0; }
   LOCAS_DEVICE int last_block(int) const { return blocks; }
+  LOCAS_DEVICE uint32_t stage_bytes(int unit) const { return place_of(unit).source.stage_bytes; }
 
   struct Place {
     const Source& source;

@@ -7,8 +7,6 @@
 //      cooperative: both consumers have their half of the rows of one unit
 //      ping-pong:   each has a unit of its own, so that one stores its sums while the other multiplies
 //
-// A tile may be for a cluster of CTAs, which have a slice of K each; epilogue.cuh adds their sums.
-//
 // A stage holds the A and the B tile of one K-block of 64, in slabs of 8192 bytes with the 128-byte swizzle of
 // ptx/wgmma.cuh:
 //
@@ -22,7 +20,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/bulk_tensor.cuh"
-#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/thread.cuh"
 #include "cuda/ptx/warpgroup.cuh"
@@ -37,7 +34,7 @@ constexpr int kBlockK = 64;
 
 enum class Schedule { cooperative, ping_pong };
 
-template <class T_, int M, int N, int Stages, Schedule schedule_, int Slices = 1>
+template <class T_, int M, int N, int Stages, Schedule schedule_>
 struct Tile {
   using T = T_;
   static constexpr int kM = M, kN = N, kStages = Stages;
@@ -47,7 +44,6 @@ struct Tile {
   static constexpr int kRows = kPingPong ? M : M / kConsumers;  // of a consumer
   static constexpr int kRowBlocks = kRows / 64;
   static constexpr int kConsumerWarps = kPingPong ? 4 : 8;  // that use a stage
-  static constexpr int kSlices = Slices;                    // CTAs of a cluster
   static constexpr int kBRows = (N + 63) / 64 * 64;         // whole slabs of 64, also where B is K-major
   static_assert(kRows % 64 == 0 && kRowBlocks * N / 2 <= 192, "the sums must fit the registers of a consumer");
 
@@ -95,8 +91,7 @@ LOCAS_DEVICE void initialise(typename Tile::Shared& shared) {
     for (uint64_t& turn : shared.turn) ptx::mbarrier_init(&turn, Tile::kConsumerWarps);
     ptx::mbarrier_init_fence();
   }
-  if constexpr (Tile::kSlices > 1) ptx::sync_cluster();
-  else ptx::sync_threads();
+  ptx::sync_threads();
 }
 
 // Consumer 0 or 1, or -1 for the producer.
@@ -107,25 +102,39 @@ struct EachInTurn {
   int units;
   LOCAS_DEVICE int first_unit() const { return ptx::block_index(); }
   LOCAS_DEVICE int next_unit(int unit) const { return unit + ptx::block_count(); }
+  LOCAS_DEVICE int turn(int unit) const { return unit / ptx::block_count(); }
 };
 
 // The producer's part, which one thread runs: loads_of(unit) gives a function load(block, stage, full) that starts the
-// copies of a K-block of the unit; its blocks are work.first_block(unit) to work.last_block(unit) - 1. What a unit alone
-// decides belongs into loads_of: the divisions of a tile's place would take a good part of a K-block's time.
+// copies of a K-block of the unit, work.stage_bytes(unit) in all; its blocks are work.first_block(unit) to
+// work.last_block(unit) - 1. What a unit alone decides belongs into loads_of: the divisions of a tile's place would take a
+// good part of a K-block's time.
 template <class Tile, class Work, class LoadsOf>
 LOCAS_DEVICE void produce(typename Tile::Shared& shared, const Work& work, LoadsOf&& loads_of) {
   RingPosition<Tile::kStages> ring;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit)) {
     const int last = work.last_block(unit);
+    const uint32_t bytes = work.stage_bytes(unit);
     auto load = loads_of(unit);
     for (int block = work.first_block(unit); block < last; ++block) {
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
       uint64_t* full = &shared.full[ring.stage];
-      ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);
+      ptx::mbarrier_arrive_expect(full, bytes);
       load(block, shared.stages[ring.stage], full);
       ring.next();
     }
   }
+}
+
+// The rows of a K-major tile that are loaded: not more than the operand has, as what a box has outside its matrix takes
+// its time too. The others stay what they are, and nothing stores their sums.
+inline int loaded_rows(int of_tile, int64_t of_operand) {
+  return of_operand < of_tile ? static_cast<int>(of_operand) : of_tile;
+}
+// What comes into a stage by so many rows of A and of B.
+template <class T>
+constexpr uint32_t bytes_of_rows(int a, int b) {
+  return (a + b) * kBlockK * sizeof(T);
 }
 
 // The B tile of rows of K, whole.
@@ -142,19 +151,14 @@ LOCAS_DEVICE void load_mn_major(typename Tile::Stage& stage, const ptx::TensorMa
     ptx::bulk_tensor_load(stage.b + slab * 64 * kBlockK, from, col + slab * 64, k, full);
 }
 
-struct NothingBefore {
-  LOCAS_DEVICE void operator()(int) const {}
-};
-
 // The consumers' part: multiply(unit, ring, sums, pass_turn) goes over the K-blocks of a unit and calls pass_turn when its
-// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows. prepare(unit) is called
-// before its turn.
+// last multiplications have begun; store(unit, sums) gets the sums of this consumer's rows.
 //
 // In ping-pong the turns also keep a consumer from waiting for a stage that is two rounds of the ring ahead, which its
 // parity would take for filled.
-template <class Tile, class Work, class Multiply, class Store, class Prepare = NothingBefore>
+template <class Tile, class Work, class Multiply, class Store>
 LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int consumer, Multiply&& multiply,
-                          Store&& store, Prepare&& prepare = {}) {
+                          Store&& store) {
   RingPosition<Tile::kStages> ring;
   int turn = 0;
   for (int unit = work.first_unit(); unit < work.units; unit = work.next_unit(unit), ++turn) {
@@ -163,7 +167,6 @@ LOCAS_DEVICE void consume(typename Tile::Shared& shared, const Work& work, int c
       ring.skip(last - first);
       continue;
     }
-    prepare(unit);
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait(&shared.turn[consumer], turn / 2 % 2 ^ (consumer == 0 ? 1 : 0));
     typename Tile::Sums sums;
     multiply(unit, ring, sums, [&] {
@@ -220,14 +223,21 @@ LOCAS_DEVICE void multiply_blocks(typename Tile::Shared& shared, RingPosition<Ti
   if (held >= 0) release<Tile>(shared, held);
 }
 
-// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups.
-template <class Tile, class Producer, class Consumer>
-LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer) {
+// The kernel's frame: `producer` runs in one thread, `consumer(index)` in the two warpgroups, and a `fetcher`, if there is
+// one, in a thread of another warp.
+template <class Tile, class Producer, class Consumer, class... Fetcher>
+LOCAS_DEVICE void specialise(typename Tile::Shared& shared, Producer&& producer, Consumer&& consumer,
+                             Fetcher&&... fetcher) {
+  static_assert(sizeof...(fetcher) <= 1);
   initialise<Tile>(shared);
   const int index = consumer_index();
   if (index < 0) {
     ptx::return_registers<24>();
-    if (ptx::uniform(ptx::warp_index()) == 0 && ptx::elect_one()) producer();
+    const int warp = ptx::uniform(ptx::warp_index());
+    if (warp <= static_cast<int>(sizeof...(fetcher)) && ptx::elect_one()) {
+      if (warp == 0) producer();
+      else (fetcher(), ...);
+    }
   } else {
     ptx::take_registers<240>();
     consumer(index);
@@ -248,18 +258,16 @@ LOCAS_DEVICE TileIndex tile_index(int index, int tiles_m, int tiles_n) {
   return {first_m + within % group_m, within / group_m};
 }
 
-// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays. Of slices, each CTA has one.
-template <class Tile>
-int block_count_for(int units, Queue queue) {
-  if (Tile::kSlices > 1) return static_cast<int>(divide_up(units, Tile::kSlices)) * Tile::kSlices;
+// There are at most as many CTAs as multiprocessors: a CTA fills one, and stays.
+inline int block_count_for(int units, Queue queue) {
   const int most = multiprocessor_count(queue);
   return units < most ? units : most;
 }
-template <class Kernel, class Tile>
+template <class Kernel>
 void launch_units(const typename Kernel::Params& p, bool programmatic, Queue queue) {
   static_assert(sizeof(typename Kernel::Shared) <= 227 * 1024, "what a block can have on sm_90");
-  launch<Kernel>(block_count_for<Tile>(p.units, queue), sizeof(typename Kernel::Shared), queue, p,
-                 {.programmatic = programmatic, .cluster = Tile::kSlices});
+  launch<Kernel>(block_count_for(p.units, queue), sizeof(typename Kernel::Shared), queue, p,
+                 {.programmatic = programmatic});
 }
 
 }  // namespace locas::cuda::sm90

@@ -22,14 +22,15 @@ namespace locas::cuda::sm90 {
 struct Target {
   int multiprocessors;
   int least_blocks;  // K-blocks of a slice, at least
-  int clusters;      // of four CTAs, at one time
 };
-constexpr Target kH100{132, 8, 30};
+constexpr Target kH100{132, 6};
 #ifdef __CUDACC__
 constexpr Target kTarget = kH100;
 #else
-constexpr Target kTarget{3, 1, 1};  // small tests meet several units per CTA, and slices
+constexpr Target kTarget{3, 1};  // small tests meet several units per CTA, and slices
 #endif
+
+constexpr int kFlopsAClock = 4096;  // of a multiprocessor's tensor cores
 
 // By number in kTiles.
 enum class TileKind {
@@ -38,54 +39,64 @@ enum class TileKind {
   m128n128,
   m128n128_ping_pong,
   m128n64,
-  m128n128_4_slices,
+  m64n192_ping_pong,
+  m64n128_ping_pong,
+  m64n64_ping_pong,
 };
-constexpr int kTileKinds = 6;
+constexpr int kTileKinds = 8;
 struct TileShape {
   int m, n;
   Schedule schedule;
   double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
-  int slices = 1;   // of K, in a cluster
 };
 constexpr TileShape kTiles[kTileKinds] = {
-    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.0},
+    {128, 192, Schedule::cooperative, 1.0},  {128, 192, Schedule::ping_pong, 1.03},
     {128, 128, Schedule::cooperative, 1.06}, {128, 128, Schedule::ping_pong, 1.03},
-    {128, 64, Schedule::cooperative, 1.5},   {128, 128, Schedule::cooperative, 1.06, 4}};
+    {128, 64, Schedule::cooperative, 1.25},  {64, 192, Schedule::ping_pong, 1.4},
+    {64, 128, Schedule::ping_pong, 1.45},    {64, 64, Schedule::ping_pong, 1.8}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: each is the fastest somewhere.
-constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n128_ping_pong, TileKind::m128n192,
-                                     TileKind::m128n128, TileKind::m128n64};
+constexpr TileKind kHiddenTiles[] = {TileKind::m128n192_ping_pong,
+                                     TileKind::m128n128_ping_pong,
+                                     TileKind::m128n192,
+                                     TileKind::m128n128,
+                                     TileKind::m128n64,
+                                     TileKind::m64n192_ping_pong,
+                                     TileKind::m64n128_ping_pong,
+                                     TileKind::m64n64_ping_pong};
 constexpr TileKind kDownTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
-                                   TileKind::m128n128_4_slices};
-constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192_ping_pong, TileKind::m128n192, TileKind::m128n128_ping_pong,
-                                         TileKind::m128n128, TileKind::m128n64};
+                                   TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
+constexpr TileKind kHiddenGradTiles[] = {TileKind::m128n192, TileKind::m128n128_ping_pong, TileKind::m128n128,
+                                         TileKind::m128n64,  TileKind::m64n128_ping_pong,  TileKind::m64n64_ping_pong};
 constexpr TileKind kInputGradTiles[] = {TileKind::m128n128, TileKind::m128n128_ping_pong, TileKind::m128n64,
-                                        TileKind::m128n128_4_slices};
-
-// What SlicedSums has in shared memory (epilogue.cuh).
-constexpr int received_bytes(const TileShape& tile) { return tile.m * tile.n * 4 / tile.slices * (tile.slices - 1); }
+                                        TileKind::m64n128_ping_pong, TileKind::m64n64_ping_pong};
 
 // Shared memory for the stages, beside what the epilogue has.
 constexpr int kSharedBytes = 226 * 1024;
-constexpr int output_stage_bytes(const TileShape& tile) { return kSharedBytes - 8 * 3 * 1024 - received_bytes(tile); }
+constexpr int output_stage_bytes(const TileShape&) { return kSharedBytes - 8 * 3 * 1024; }
 
-// Pieces of gate and up, of so many columns, that a warp has on their way (backward.cu).
+// K3's ring of pieces of gate and up, 64 rows of so many columns each: no more than a tile of each consumer has
+// (backward.cu).
 constexpr int kGateUpCols = 64;
-constexpr int gate_up_pieces(int n) { return n > kGateUpCols ? 2 : 1; }
+constexpr int gate_up_pieces(int m, int n, Schedule schedule) {
+  return std::min(4, m / 64 * (n / kGateUpCols) * (schedule == Schedule::ping_pong ? 2 : 1));
+}
 constexpr int hidden_grad_stage_bytes(const TileShape& tile) {
-  return kSharedBytes - 8 * (2 * gate_up_pieces(tile.n) + 1) * 16 * kGateUpCols * 2;
+  return kSharedBytes - gate_up_pieces(tile.m, tile.n, tile.schedule) * 2 * 64 * kGateUpCols * 2;
 }
 
 // As many stages as fit.
 template <class T, TileKind kind, int (*stage_bytes)(const TileShape&)>
 using TileOf = Tile<T, shape_of(kind).m, shape_of(kind).n,
                     stage_bytes(shape_of(kind)) / ((shape_of(kind).m + (shape_of(kind).n + 63) / 64 * 64) * 128),
-                    shape_of(kind).schedule, shape_of(kind).slices>;
+                    shape_of(kind).schedule>;
 
 struct Plan {
   TileKind kind;
-  int splits;
+  int splits;           // of K
+  int slot_splits = 1;  // of the tokens, K of the slots' gradients
+  double clocks = 0;    // what it is estimated to take
 };
 
 // Units of one kind, and the K-blocks of each.
@@ -93,22 +104,26 @@ struct Units {
   int64_t count, blocks;
 };
 
-// What the busiest of `ctas` CTAs does, where units of a product and of the slots' gradients share a grid: the product's
-// go to all in turn, the slots' to those that have one less, or to all where that ends sooner.
-struct Turn {
-  int64_t units, blocks;
-  int slots_from;  // the first CTA that takes units of the slots
+// Which CTA does what, where units of a product and of the slots' gradients share a grid: the product's go to all in turn.
+// Of the slots', `ahead` go to the CTAs that have one of the product less, and those behind them to all in turn.
+struct Turns {
+  int busy;  // CTAs with one more of the product
+  int64_t ahead;
+  int64_t units, blocks;  // the most of the product that a CTA has; K-blocks in all of the last to end
 };
-inline Turn longest_turn(const Units& product, const Units& slots, int ctas) {
+inline Turns turns_of(const Units& product, const Units& slots, int ctas) {
   const int64_t each = ctas > 0 ? product.count / ctas : 0;
-  const int busy = ctas > 0 ? static_cast<int>(product.count % ctas) : 0;
+  const int busy = ctas > 0 ? static_cast<int>(product.count % ctas) : 0, others = ctas - busy;
   const int64_t most = each + (busy > 0);
-  if (slots.count == 0) return {most, most * product.blocks, 0};
-  const int64_t of_idle = divide_up(slots.count, ctas - busy), of_all = divide_up(slots.count, ctas);
-  const int64_t idle_blocks = each * product.blocks + of_idle * slots.blocks, busy_blocks = most * product.blocks;
-  const int64_t all_blocks = busy_blocks + of_all * slots.blocks;
-  if (idle_blocks > all_blocks) return {most + of_all, all_blocks, 0};
-  return idle_blocks > busy_blocks ? Turn{each + of_idle, idle_blocks, busy} : Turn{most, busy_blocks, busy};
+  if (slots.count == 0) return {busy, 0, most, most * product.blocks};
+  const auto with_rounds = [&](int64_t rounds) {  // of slots' units while the busy ones have their last of the product
+    const int64_t ahead = std::min(slots.count, rounds * others);
+    const int64_t together = std::max(most * product.blocks, each * product.blocks + rounds * slots.blocks);
+    return Turns{busy, ahead, most, together + divide_up(slots.count - ahead, ctas) * slots.blocks};
+  };
+  const int64_t rounds = busy > 0 ? product.blocks / slots.blocks : 0;
+  const Turns within = with_rounds(rounds), beyond = with_rounds(rounds + 1);
+  return beyond.blocks < within.blocks ? beyond : within;
 }
 
 // A product of some tiles.
@@ -118,49 +133,40 @@ struct Product {
   Units slots{0, 0};
 };
 
-// Clock cycles. What slices cost: by launch, the floats that are written, read and added; in a cluster, those that one CTA
-// sends the others, and CTAs that begin when others have ended.
-inline double estimate(const TileShape& tile, const Product& product, int splits, double added, const Target& target) {
-  constexpr double kFlopsAClock = 4096, kSlicedSumsAClock = 1.5, kLaunch = 5000, kReadAClock = 1200;
-  constexpr double kSentAClock = 12, kNextCluster = 8000;
-  const bool ping_pong = tile.schedule == Schedule::ping_pong;
-  const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
-  const int slices = splits * tile.slices;
-  const Units units{product.tiles.count * slices, divide_up(product.tiles.blocks, slices)};
-  const int ctas = tile.slices > 1 ? target.clusters * tile.slices : target.multiprocessors;
-  const Turn turn = longest_turn(units, product.slots, ctas);
-  const double sums = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / tile.slices;
-  const double epilogue = sums / (splits > 1 ? kSlicedSumsAClock : product.sums_a_clock);
-  const double by_launch = splits > 1 ? kLaunch + splits * added / kReadAClock : 0.0;
-  const int64_t clusters = divide_up(units.count, ctas);  // one behind the other
-  const double in_cluster =
-      clusters * received_bytes(tile) / kSentAClock + (tile.slices > 1 ? clusters - 1 : 0) * kNextCluster;
-  return turn.blocks * block + (ping_pong ? 1 : turn.units) * epilogue + by_launch + in_cluster;
+// Clock cycles of the launch that adds slices of so many bytes, each of which is written and read.
+inline double adding(int slices, double bytes) {
+  constexpr double kLaunch = 2500, kBytesAClock = 1000;
+  return slices > 1 ? kLaunch + slices * bytes / kBytesAClock : 0.0;
 }
 
-// The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile; `added`: bytes of
-// a slice.
+// Clock cycles. slice: bytes of one.
+inline double estimate(const TileShape& tile, const Product& product, int splits, double slice, const Target& target) {
+  const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
+  const Units units{product.tiles.count * splits, divide_up(product.tiles.blocks, splits)};
+  const Turns turns = turns_of(units, product.slots, target.multiprocessors);
+  const bool ping_pong = tile.schedule == Schedule::ping_pong;
+  const double epilogue = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / product.sums_a_clock;
+  return turns.blocks * block + (ping_pong ? 1 : turns.units) * epilogue + adding(splits, slice);
+}
+
+// The best of some tiles and of 1 to `most_splits` slices. product(tile): what it comes to with a tile.
 template <int count, class F>
-Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, double added, const Target& target) {
+Plan best_plan(const TileKind (&kinds)[count], int64_t tokens, F&& product, int most_splits, double slice,
+               const Target& target) {
   Plan best{kinds[0], 1};
-  double least = -1.0;
   for (int splits = 1; splits <= most_splits; splits *= 2)
     for (const TileKind kind : kinds) {
-      const TileShape& tile = shape_of(kind);
-      if (tile.slices > 1 && splits > 1) continue;
-      const Product of_tile = product(tile);
-      const int slices = splits * tile.slices;
-      if (slices > 1 && of_tile.tiles.blocks < slices * target.least_blocks) continue;
-      const double clocks = estimate(tile, of_tile, splits, added, target);
-      if (least >= 0.0 && clocks >= least) continue;
-      least = clocks;
-      best = {kind, splits};
+      if (shape_of(kind).m < 128 && tokens > shape_of(kind).m) continue;  // the weights would be loaded once more
+      const Product of_tile = product(shape_of(kind));
+      if (splits > 1 && of_tile.tiles.blocks < splits * target.least_blocks) continue;
+      const double clocks = estimate(shape_of(kind), of_tile, splits, slice, target);
+      if (best.clocks == 0 || clocks < best.clocks) best = {kind, splits, 1, clocks};
     }
   return best;
 }
 
-constexpr int kMostSplits = 4;
-constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.3;  // of the epilogues of a warpgroup
+constexpr int kMostSplits = 8, kMostSlotSplits = 16;
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 2.5;  // of the epilogues of a warpgroup
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
@@ -169,7 +175,7 @@ inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& tar
     const int64_t tiles_n = divide_up(sizes.m, neurons) + divide_up(sizes.padded_r(), neurons);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kSumsAClock};
   };
-  return best_plan(kHiddenTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenTiles, tokens, product, 1, 0.0, target);
 }
 
 // K2: K is cut into slices where the tiles alone would leave multiprocessors idle.
@@ -178,7 +184,7 @@ inline Plan down_plan(int64_t tokens, const FfnSizes& sizes, const Target& targe
   const auto product = [&](const TileShape& tile) {
     return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks}, kSumsAClock};
   };
-  return best_plan(kDownTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+  return best_plan(kDownTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
 }
 
 // K3: host and memory apart.
@@ -187,24 +193,33 @@ inline Plan hidden_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target
     const int64_t tiles_n = divide_up(sizes.m, tile.n) + divide_up(sizes.padded_r(), tile.n);
     return Product{{divide_up(tokens, tile.m) * tiles_n, divide_up(sizes.d, kBlockK)}, kHiddenGradSumsAClock};
   };
-  return best_plan(kHiddenGradTiles, product, 1, 0.0, target);
+  return best_plan(kHiddenGradTiles, tokens, product, 1, 0.0, target);
 }
 
-// What a unit of the slots takes beside its K-blocks, in K-blocks: it reads the floats that its sums are added to.
-constexpr int slots_epilogue_blocks(int m, int n) { return 6000 * 4096 / (2 * m * n * kBlockK); }
+// The slots' units of K4, of tiles m x n and with the tokens in slices. What one takes beside its K-blocks is counted as
+// K-blocks too.
+inline Units slot_units(int m, int n, int64_t tokens, int64_t d, int64_t r, int slices) {
+  constexpr int64_t kEpilogue = 2000;  // clock cycles
+  return {divide_up(3 * divide_up(r, 64), m / 64) * divide_up(d, n) * slices,
+          divide_up(divide_up(tokens, kBlockK), slices) + kEpilogue * kFlopsAClock / (2 * 128 * n * kBlockK)};
+}
 
 // K4: dx in slices like K2, and the slots' gradients beside it.
 inline Plan input_grad_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
-  const int64_t slot_blocks = divide_up(sizes.r, kBlockK);
-  const int64_t blocks = 2 * (divide_up(sizes.m, kBlockK) + slot_blocks);
-  const auto product = [&](const TileShape& tile) {
-    const int64_t tiles_n = divide_up(sizes.d, tile.n);
-    return Product{{divide_up(tokens, tile.m) * tiles_n, blocks},
-                   kSumsAClock,
-                   {(slot_blocks + divide_up(slot_blocks, 2)) * tiles_n,
-                    divide_up(tokens, kBlockK) + slots_epilogue_blocks(tile.m, tile.n)}};
-  };
-  return best_plan(kInputGradTiles, product, kMostSplits, tokens * sizes.d * 4.0, target);
+  const int64_t blocks = 2 * (divide_up(sizes.m, kBlockK) + divide_up(sizes.r, kBlockK));
+  Plan best{kInputGradTiles[0], 1};
+  for (int slices = 1; slices <= std::min<int64_t>(kMostSlotSplits, divide_up(tokens, kBlockK)); slices *= 2) {
+    const auto product = [&](const TileShape& tile) {
+      return Product{{divide_up(tokens, tile.m) * divide_up(sizes.d, tile.n), blocks},
+                     kSumsAClock,
+                     slot_units(tile.m, tile.n, tokens, sizes.d, sizes.r, slices)};
+    };
+    Plan plan = best_plan(kInputGradTiles, tokens, product, kMostSplits, tokens * sizes.d * 4.0, target);
+    plan.slot_splits = slices;
+    plan.clocks += adding(slices, 3 * sizes.r * sizes.d * 4.0);
+    if (best.clocks == 0 || plan.clocks < best.clocks) best = plan;
+  }
+  return best;
 }
 
 // Calls f with the tile type, one of `kinds`.

@@ -9,7 +9,7 @@
 namespace locas::cuda::sm90 {
 namespace {
 
-constexpr int64_t kMostDecodeTokens = 32;  // above, tiles take less on an H200; sm80's own bound is higher
+constexpr int64_t kMostDecodeTokens = 16;  // above, tiles take less; sm80's own bound is higher
 static_assert(kMostDecodeTokens <= sm80::kMostDecodeTokens);
 
 // Whether a tensor map can describe the matrix: its rows do not overlap and lie less than 2^40 bytes apart.
