@@ -142,7 +142,7 @@ LearningRate = Annotated[float | None, option(number(low=0), "Learning rate of t
 Epochs = Annotated[int | None, option(integer(1), "Learning passes over each chunk; default: 1.", panel=LEARNING)]
 Paper = Annotated[
     bool,
-    flag("Defaults are the paper's: scale paper, a learning rate of 0.004 that stays, adamw.", "--paper", panel=LEARNING),
+    flag("Defaults are the paper's: scale paper, plain adamw, a learning rate of 0.004 that stays.", "--paper", panel=LEARNING),
 ]
 Rehome = Annotated[
     bool,
@@ -211,7 +211,7 @@ class LearningOptions:
     cautious: Annotated[
         bool | None,
         flag(
-            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: not.",
+            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: yes, but with sgd.",
             "--cautious/--no-cautious",
             panel=LEARNING,
         ),

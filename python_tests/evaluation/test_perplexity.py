@@ -118,7 +118,7 @@ def test_results_json_is_complete(study, texts):
         "gate_learning_rate": None,
         "value_learning_rate": None,
         "decay_after": 10,
-        "cautious": False,
+        "cautious": True,
         "seed": 0,
         "rehome": False,
         "context_gradient": False,

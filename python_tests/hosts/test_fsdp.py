@@ -75,7 +75,8 @@ def mixed_precision(ids):
 
 def all_hosts(ids):
     learn_in_step("llama", ids, True, {}, {})
-    learn_in_step("llama", ids, False, {}, {"context_gradient": True, "optimizer": "adamw", "learning_rate": 1e-2})
+    adamw = {"optimizer": None, "learning_rate": None, "update": locas.Backprop.paper(learning_rate=1e-2)}
+    learn_in_step("llama", ids, False, {}, {"context_gradient": True, **adamw})
     learn_in_step("phi3", ids, True, {"layers": []}, {})  # the model alone
     learn_in_step(
         "gpt2", ids, False, {"layers": [1], "root": False}, {"update": "write", "learning_rate": None, "optimizer": None}

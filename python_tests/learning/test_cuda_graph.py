@@ -18,8 +18,7 @@ from locas_ext.learning.graph_step import GraphStep
     [
         {},
         {"optimizer": "sgd", "learning_rate": 0.5},
-        {"optimizer": "adamw"},
-        {"learning_rate": None, "update": locas.Backprop(learning_rate=2e-2, cautious=True)},
+        {"learning_rate": None, "update": locas.Backprop.paper(learning_rate=2e-2)},
         {"context_gradient": True},
         {"bos": True},
         {"epochs": 3},

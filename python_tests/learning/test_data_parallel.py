@@ -70,7 +70,7 @@ def learn_all(texts, beginning, sharded, window, stride, optimizer, rate, epochs
     plain = PlainMemory(model, memory.slots, memory.scale, optimizer=optimizer, learning_rate=rate)
     if sharded:
         shard(model)
-    update = backprop(optimizer=optimizer, learning_rate=rate, epochs=epochs, decay_after=None)
+    update = backprop(optimizer=optimizer, learning_rate=rate, epochs=epochs, decay_after=None, cautious=False)
     report = memory.memorize(texts[rank], window=window, stride=stride, progress=False, update=update, title=f"text {rank}")
     nlls = memorize_together(plain, texts, window, stride, epochs)
     assert relative_distance(memory.slots, plain.stacked()) < 1e-4

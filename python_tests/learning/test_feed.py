@@ -15,7 +15,7 @@ RUN = dict(window=16, stride=8, progress=False)
 WRITE = locas.Write(epsilon=0.05, capacity=24, compress_to=9)
 MEMORIES = {
     "glu": (lambda: attached()[1], dict(learning_rate=1e-2)),
-    "glu adamw": (lambda: attached()[1], dict(learning_rate=1e-2, optimizer="adamw")),
+    "glu adamw": (lambda: attached()[1], dict(update=locas.Backprop.paper())),
     "glu sgd, 2 epochs": (lambda: attached()[1], dict(learning_rate=0.3, optimizer="sgd", epochs=2)),
     "glu with context gradient": (lambda: attached()[1], dict(context_gradient=True)),
     "glu bfloat16": (lambda: attached(dtype=torch.bfloat16)[1], {}),

@@ -23,7 +23,7 @@ def interrupted(chunks, error=Stop, **changes):
     [
         {},
         dict(optimizer="sgd", learning_rate=0.3),
-        dict(optimizer="adamw"),
+        dict(learning_rate=None, update=locas.Backprop.paper()),
         dict(epochs=2),
         dict(context_gradient=True),
         dict(bos=True),

@@ -64,7 +64,7 @@ def test_a_record_is_json_and_comes_back(asked):
 
 def test_a_record_names_what_is_not_the_papers():
     record = json.loads(json.dumps(Settings(16, 4).to_record()))
-    assert (record["optimizer"], record["decay_after"]) == ("shampoo", 10)
+    assert (record["optimizer"], record["decay_after"], record["cautious"]) == ("shampoo", 10, True)
     assert Settings.from_record(record) == Settings(16, 4)
     del record["decay_after"]
     assert Settings.from_record(record).update == locas.Backprop(decay_after=None)
@@ -105,9 +105,11 @@ def test_flat_arguments_are_short_for_backprop():
 
 
 def test_the_papers_settings_and_the_defaults():
-    papers = dict(learning_rate=4e-3, epochs=1, optimizer="adamw", decay_after=None)
+    papers = dict(learning_rate=4e-3, epochs=1, optimizer="adamw", decay_after=None, cautious=False)
     assert locas.Backprop.paper() == locas.Backprop(**papers) != locas.Backprop()
-    assert locas.Backprop() == locas.Backprop(learning_rate=6e-3, epochs=1, optimizer="shampoo", decay_after=10)
+    ours = dict(learning_rate=6e-3, epochs=1, optimizer="shampoo", decay_after=10, cautious=True)
+    assert locas.Backprop() == locas.Backprop(**ours)
+    assert locas.Backprop(optimizer="sgd").cautious is False  # which has no mean of gradients
     assert locas.LocasConfig() == locas.LocasConfig.paper(scale="host") != locas.LocasConfig.paper()
     assert locas.Backprop.paper(epochs=2).epochs == 2
     config = locas.LocasConfig.paper(rank=16)
