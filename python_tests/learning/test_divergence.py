@@ -16,7 +16,8 @@ from locas_ext.state import memory_state
 from locas_ext.state.memory_state import MemoryState
 
 HARD = random_ids(160, seed=3)
-STEEP = dict(window=64, stride=16, learning_rate=1.0, progress=False)  # 250 times the default
+STEEP = dict(window=64, stride=16, update=locas.Backprop.paper(learning_rate=1.0), progress=False)  # 250 times the paper's
+PLAIN = {**SETTINGS, "learning_rate": None, "update": locas.Backprop.paper(learning_rate=1e-2)}
 S, WINDOW = STEEP["stride"], STEEP["window"]
 
 
@@ -101,7 +102,7 @@ def good_then_bad(memory, chunks=20, **settings):
             with torch.no_grad():
                 memory.slots.mul_(-60)
 
-    return memory.memorize(repeated_text(16, chunks // 2 + 6), **SETTINGS, callback=spoil, **settings)
+    return memory.memorize(repeated_text(16, chunks // 2 + 6), **PLAIN, callback=spoil, **settings)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_what_was_learned_before_it_went_wrong_is_kept(context, chunks, version)
         report = good_then_bad(memory, chunks, on_divergence="stop", context=context)
     assert report.chunks[-1].end <= 8 * chunks + 40 and memory.tokens_seen == 8 * version
     _, short = attached()
-    short.memorize(repeated_text(16, chunks)[: 8 * version], **SETTINGS, context=context)
+    short.memorize(repeated_text(16, chunks)[: 8 * version], **PLAIN, context=context)
     for each in (memory, short):
         each.feed(repeated_text(16, chunks)[8 * version :][:40], progress=False, on_divergence="ignore")
     assert_states(memory, states(short))
@@ -208,7 +209,8 @@ def test_a_run_with_a_cuda_graph_too(page, captures):
         memory = diverging(clip=clip)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            report = memory.memorize(page, **{**STEEP, "learning_rate": 1.0 if mode == "stop" else 4e-3}, on_divergence=mode)
+            steep = STEEP if mode == "stop" else {**STEEP, "update": locas.Backprop.paper()}
+            report = memory.memorize(page, **steep, on_divergence=mode)
         assert len(caught) == (mode == "stop") and (report.diverged is not None) == (mode == "stop")
         if mode == "ignore":
             plain = (states(memory), report.graph)
