@@ -33,6 +33,11 @@ def clip_rows_(rows: Tensor, arena: SlotArena, part: slice) -> Tensor:
     return rows.div_((lengths / longest).clamp_min(1.0))
 
 
+def _as_kernels_write(arena: SlotArena) -> Tensor:
+    """The slots without their version counter: whoever learns that an update was made counts it."""
+    return arena.slots.data
+
+
 def _put_where(finite: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
     """Copies the second of each pair into the first, unless finite is 0."""
     for old, new in pairs:
@@ -54,7 +59,7 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
         rate, (beta1, beta2) = _per_plane(learning_rate, arena), betas
         correction1, correction2 = 1 - beta1 ** arena.step.double(), 1 - beta2 ** arena.step.double()
         for part in arena.learning_parts():
-            slots, grad = arena.slots[part], arena.grad[part] * gradient_scale
+            slots, grad = _as_kernels_write(arena)[part], arena.grad[part] * gradient_scale
             states = arena.on_demand("exp_avg")[part], arena.on_demand("exp_avg_sq")[part]
             first, second = torch.lerp(grad, states[0], beta1), torch.lerp(grad.square(), states[1], beta2)
             step = (first / correction1) / ((second / correction2).sqrt() + eps)
@@ -94,7 +99,7 @@ def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scal
     for arena in state.arenas:
         rate = _per_plane(learning_rate, arena)
         for part in arena.learning_parts():
-            slots, step = arena.slots[part], arena.grad[part] * gradient_scale
+            slots, step = _as_kernels_write(arena)[part], arena.grad[part] * gradient_scale
             pairs = []
             if momentum:
                 step = momentum * arena.on_demand("momentum_buffer")[part] + step

@@ -57,7 +57,7 @@ def test_the_default_warns_and_ignore_says_nothing(page, tmp_path):
 def test_refused_in_one_line_before_anything_is_made(page, tmp_path, capsys):
     for options, complaint in (
         (["--on-divergence", "no"], "--on-divergence is 'no'; expected one of warn, stop, ignore"),
-        (["--init", "activation", "--scale", "host", "--rank", 4], "init='activation' with scale='host' diverges"),
+        (["--init", "activation", "--rank", 4, "--learning-rate", 1e-3], "init='activation' with scale='host' diverges"),
     ):
         assert memorize(page, tmp_path / "c", *options) == 2
         err = capsys.readouterr().err
