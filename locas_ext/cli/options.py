@@ -209,7 +209,7 @@ class LearningOptions:
     cautious: Annotated[
         bool | None,
         flag(
-            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: not.",
+            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: with shampoo.",
             "--cautious/--no-cautious",
             panel=LEARNING,
         ),

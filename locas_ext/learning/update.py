@@ -37,7 +37,7 @@ class Backprop:
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
         cautious: bool: whether each step moves only numbers whose gradient has the sign of AdamW's mean of gradients, and
-            those the more, the fewer they are; with "adamw" and "shampoo"
+            those the more, the fewer they are; with "adamw" and "shampoo"; None: with "shampoo"
         process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
             parallel; docs/distributed.md); None: this process learns alone
 
@@ -58,14 +58,14 @@ class Backprop:
     gate_learning_rate: float | None = None
     value_learning_rate: float | None = None
     decay_after: int | None = None
-    cautious: bool = False
+    cautious: bool | None = None
     process_group: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "learning_rate": number("learning_rate", self.learning_rate, 0, MOST_RATE),
             "epochs": integer("epochs", self.epochs, 1, MOST_COUNT),
-            "cautious": boolean("cautious", self.cautious),
+            "cautious": self.optimizer == "shampoo" if self.cautious is None else boolean("cautious", self.cautious),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
