@@ -1,11 +1,12 @@
 """Memorizing a text against reading it with context truncation, chunk by chunk.
 
-The text is memorized over windows that are read anew and over a kept context. The baselines (baselines.py) read the same full
-windows. On the CPU every one of them runs once after each chunk, with unpatched copies of the host, so that whatever disturbs
-the machine disturbs all arms. On CUDA one host serves all arms, one after another, so that a large one fits, and each
-arm's peak of GPU memory is its own; they run in CUDA graphs and eagerly, and so does memorizing. The ratios are to the
-faster kind of truncation, in a graph where there is one, and to truncation by the same host kernels. With --stride 1 a
-decode step of the plain host is an arm too.
+The text is memorized over windows that are read anew and over a kept context, with --contexts gradient also with the gradient
+through the context. Temp-LoRA learns for its published two epochs per chunk, and on CUDA also for one. The baselines
+(baselines.py) read the same full windows. On the CPU every one of them runs once after each chunk, with unpatched copies of
+the host, so that whatever disturbs the machine disturbs all arms. On CUDA one host serves all arms, one after another, so
+that a large one fits, and each arm's peak of GPU memory is its own; they run in CUDA graphs and eagerly, and so does
+memorizing. The ratios are to the faster kind of truncation, in a graph where there is one, and to truncation by the same
+host kernels. With --stride 1 a decode step of the plain host is an arm too.
 """
 
 import argparse
@@ -39,7 +40,11 @@ Score = Callable[[Tensor], float]  # from the ids of a full window to their summ
 Build = Callable[[torch.nn.Module], AbstractContextManager[Score]]
 BY_KERNELS = "truncation, host kernels", "truncation, graph, host kernels"
 TEMP_LORA = "Temp-LoRA"  # arms of this name change their host
-CONTEXTS = {"recompute": "memorizing", "keep": "memorizing, context kept"}
+CONTEXTS = {
+    "recompute": "memorizing",
+    "keep": "memorizing, context kept",
+    "gradient": "memorizing, gradient through the context",
+}
 
 
 @dataclass
@@ -62,9 +67,9 @@ class Measured:
 
 # ---- the arms ---------------------------------------------------------------------------------------------------
 @contextmanager
-def _adapted(host, arguments, runner: Callable) -> Iterator[Score]:
+def _adapted(host, arguments, runner: Callable, epochs: int = 2) -> Iterator[Score]:
     with lora(host, arguments.rank) as parameters:
-        yield runner(TempLora(host, parameters, arguments.window, arguments.stride, runner is graphed))
+        yield runner(TempLora(host, parameters, arguments.window, arguments.stride, runner is graphed, epochs))
 
 
 def _decoding(host, arguments) -> AbstractContextManager[Score]:
@@ -104,6 +109,8 @@ def builders(arguments) -> dict[str, Build]:
         arms["decoding" + suffix] = partial(_decoding, arguments=arguments)
     if importlib.util.find_spec("peft") is not None:
         arms[TEMP_LORA + suffix] = partial(_adapted, arguments=arguments, runner=first)
+        if on_gpu:
+            arms[f"{TEMP_LORA}, 1 epoch{suffix}"] = partial(_adapted, arguments=arguments, runner=first, epochs=1)
         if on_gpu and not arguments.graphs_only:
             arms[TEMP_LORA + ", eager"] = partial(_adapted, arguments=arguments, runner=eager)
     return arms
@@ -127,7 +134,8 @@ def memorizing(
                 behind(ids[chunk.end - window : chunk.end].to(arguments.device))
         resumed = time.perf_counter()
 
-    said = memory.memorize(ids, window=window, stride=stride, context=context, progress=False, callback=note)
+    reading = {"context": "keep"} if context == "keep" else {"context_gradient": context == "gradient"}
+    said = memory.memorize(ids, window=window, stride=stride, **reading, progress=False, callback=note)
     memory.detach()
     measured.more = {"cuda_graph": asdict(said.graph), "host_kernels": asdict(said.host_kernels)}
     print(f"{CONTEXTS[context]}: CUDA graph: {said.graph}; host kernels: {said.host_kernels}", flush=True)
@@ -243,7 +251,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--rank", type=int, default=64, help="of the memory, and of Temp-LoRA's adapter")
     parser.add_argument("--rehome", action="store_true", help="attach with rehome=True")
-    parser.add_argument("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="how the text is memorized")
+    parser.add_argument(
+        "--contexts", nargs="+", choices=CONTEXTS, default=["recompute", "keep"], help="how the text is memorized"
+    )
     parser.add_argument("--graphs-only", action="store_true", help="on CUDA nothing eagerly")
     arguments = parse(parser)
     check(parser, arguments)

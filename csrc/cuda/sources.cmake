@@ -14,7 +14,6 @@ set(LOCAS_CUDA_SM80
   ffn/sm80/backward.cu
   ffn/sm80/decode.cu
   ffn/sm80/decode_backward.cu
-  ffn/sm80/decode_cooperative.cu
   ffn/sm80/forward.cu
   ffn/sm80/table.cpp)
 set(LOCAS_CUDA_SM90

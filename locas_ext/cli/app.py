@@ -17,7 +17,7 @@ from .failures import Failure, failure
 from .grouped import grouped
 from .streams import let_go
 
-_PANELS = 72  # columns under which panels of options would cut the options' names
+_PANELS = 76  # columns under which panels of options would cut the options' names
 
 app = typer.Typer(
     add_completion=False,

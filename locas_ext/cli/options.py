@@ -24,7 +24,7 @@ HOST, READING, MEMORY, LEARNING, WRITING = (
 TEMP_LORA, RUN = "Temp-LoRA", "This run"
 
 
-_WIDEST = 22  # a longer list of choices goes from the column of kinds into the help text
+_WIDEST = 13  # a longer list of choices goes from the column of kinds into the help text
 
 
 def option(kind: Kind, help: str, *names: str, panel: str = RUN) -> Any:
@@ -206,6 +206,14 @@ class LearningOptions:
         float | None, option(number(low=0), "Learning rate of value rows; default: that of all.", panel=LEARNING)
     ] = None
     decay_after: DecayAfter = None
+    cautious: Annotated[
+        bool | None,
+        flag(
+            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: not.",
+            "--cautious/--no-cautious",
+            panel=LEARNING,
+        ),
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """Those that the command line or the file says."""

@@ -35,7 +35,7 @@ def by_plane(update: Backprop) -> bool:
 
 def forms_gradient(update: Backprop) -> bool:
     """Whether the update needs the gradient itself, whatever the kernels could form it from."""
-    return by_plane(update) or update.optimizer == "shampoo"
+    return by_plane(update) or update.optimizer == "shampoo" or update.cautious
 
 
 def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:
@@ -76,7 +76,8 @@ def update_slots(attachment: Attachment, update: Backprop, rates: Tensor, finite
     """One update from the gradient in the arenas. rates: [1] or [planes]; finite: as in `adamw_step`."""
     state = attachment.state
     clip, scale = bool(attachment.config.clip), 1.0 / loss_scale(state)
-    OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite)
+    rule = {"cautious": True} if update.cautious else {}  # sgd has no such
+    OPTIMIZERS[update.optimizer](state, rates, clip=clip, gradient_scale=scale, finite=finite, **rule)
 
 
 def measured(loss: Tensor, state: MemoryState, leaving: Leaving | None = None) -> Tensor:

@@ -74,18 +74,20 @@ def adamw_step(
     gradient_scale: float = 1.0,
     finite: torch.Tensor | None = None,
     shampoo: bool = False,
+    cautious: bool = False,
 ) -> None:
     """AdamW with bias correction on the arenas' gradient times gradient_scale, then the row clip.
 
     shampoo: whether the step of value rows is preconditioned (shampoo.py)
+    cautious: whether only numbers move whose gradient and mean of gradients have the same sign
     finite: [] int64, 1 or 0, on the arena's device; at 0 nothing happens. Whoever passes it calls state.finish_update()
     when the host knows that it was 1. A captured graph passes it, and the learning rate as a tensor.
     """
     _allocate(state, "exp_avg", "exp_avg_sq", *(["value_gram"] if shampoo else []))
     for arena in state.arenas:
         arena.step += 1 if finite is None else finite
-    if shampoo or _by_plane(state, learning_rate, clip):
-        adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo)
+    if shampoo or cautious or _by_plane(state, learning_rate, clip):
+        adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo, cautious)
         return
     for arena in state.arenas:
         _scale_gradient(arena, gradient_scale)

@@ -11,6 +11,8 @@ from locas_ext.state.slot_rows import of_first
 
 from .shampoo import preconditioned
 
+_LEAST_SHARE = 1e-3
+
 
 def _per_plane(rate: float | Tensor, arena: SlotArena) -> Tensor:
     """A learning rate, or one per plane [planes], as float32 [planes or 1, 1, 1] on the arena's device."""
@@ -46,7 +48,7 @@ def _finish(state: MemoryState, finite: Tensor | None) -> None:
         state.finish_update()
 
 
-def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo) -> None:
+def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_scale, finite, shampoo, cautious) -> None:
     """`adamw_step` where planes have rates, lengths or steps of their own."""
     for arena in state.arenas:
         rate, (beta1, beta2) = _per_plane(learning_rate, arena), betas
@@ -59,6 +61,8 @@ def adamw_planes(state, learning_rate, betas, eps, weight_decay, clip, gradient_
             pairs = [(states[0], first), (states[1], second)]
             if shampoo:
                 pairs.append(_shampoo_(step, grad, first, arena, part, state.ranks))
+            if cautious:
+                step = _cautious(step, grad, first, arena, state.ranks)
             new = (slots - rate * (step + weight_decay * slots)).float()
             _put_where(finite, *pairs, (slots, clip_rows_(new, arena, part) if clip else new))
     _finish(state, finite)
@@ -73,6 +77,16 @@ def _shampoo_(
     rows = torch.stack([tensor[:, VALUE, :used] for tensor in (grad, mean, step)])
     new, step[:, VALUE, :used] = preconditioned(gram, rows, ranks)
     return gram, new
+
+
+def _cautious(step: Tensor, grad: Tensor, mean: Tensor, arena: SlotArena, ranks: Ranks | None) -> Tensor:
+    """The step where gradient and mean have the same sign, divided by the share of a plane's numbers where they have."""
+    agree = grad.sign() * mean.sign() > 0
+    share = agree.sum((-2, -1), keepdim=True, dtype=torch.float32)  # unused slots have no gradient
+    if ranks is not None:
+        ranks.add_up(share)
+    share /= (arena.used or arena.capacity) * arena.processes * arena.slots.shape[-1]
+    return step * agree / share.clamp_min(_LEAST_SHARE)
 
 
 def sgd_planes(state, learning_rate, momentum, weight_decay, clip, gradient_scale, finite) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from locas_ext.checks import MOST_COUNT, MOST_SIZE, integer, number, one_of
+from locas_ext.checks import MOST_COUNT, MOST_SIZE, boolean, integer, number, one_of
 from locas_ext.config import MOST_RATE, MOST_SLOT
 
 from .optimizers import OPTIMIZERS
@@ -20,6 +20,7 @@ BACKPROP_NUMBERS = (
     "gate_learning_rate",
     "value_learning_rate",
     "decay_after",
+    "cautious",
 )
 
 
@@ -35,12 +36,14 @@ class Backprop:
         gate_learning_rate, value_learning_rate: float from 0 to 1e6: of gate and value rows; None: learning_rate
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
+        cautious: bool: whether each step moves only numbers whose gradient has the sign of AdamW's mean of gradients, and
+            those the more, the fewer they are; with "adamw" and "shampoo"
         process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
             parallel; docs/distributed.md); None: this process learns alone
 
     Raises:
         TypeError: a value is of another type
-        ValueError: a value is out of range, or this process is not in the group
+        ValueError: a value is out of range, cautious is True with "sgd", or this process is not in the group
 
     Source: arXiv 2602.05085, section 3; docs/method.md, "Learning".
 
@@ -55,12 +58,14 @@ class Backprop:
     gate_learning_rate: float | None = None
     value_learning_rate: float | None = None
     decay_after: int | None = None
+    cautious: bool = False
     process_group: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "learning_rate": number("learning_rate", self.learning_rate, 0, MOST_RATE),
             "epochs": integer("epochs", self.epochs, 1, MOST_COUNT),
+            "cautious": boolean("cautious", self.cautious),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
@@ -68,6 +73,10 @@ class Backprop:
         if self.decay_after is not None:
             checked["decay_after"] = integer("decay_after", self.decay_after, 1, MOST_COUNT)
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if checked["cautious"] and self.optimizer == "sgd":
+            raise ValueError(
+                "cautious is True, but optimizer is 'sgd', which has no mean of gradients; expected 'adamw' or 'shampoo'"
+            )
         if self.process_group is not None:
             _check_group(self.process_group)
         for name, value in checked.items():
@@ -90,7 +99,7 @@ class Backprop:
         >>> locas.Backprop.paper(epochs=2).learning_rate
         0.004
         """
-        own: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None}
+        own: dict[str, Any] = {"gate_learning_rate": None, "value_learning_rate": None, "decay_after": None, "cautious": False}
         return cls(**{"learning_rate": 4e-3, "epochs": 1, "optimizer": "adamw", **own, **changes})
 
 

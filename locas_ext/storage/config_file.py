@@ -72,6 +72,7 @@ _BACKPROP = {  # where they are not the paper's
     "gate_learning_rate": _RATE,
     "value_learning_rate": _RATE,
     "decay_after": integer(1, MOST_COUNT),
+    "cautious": boolean,
 }
 _TEXTS = {"texts": integer(2, MOST_SIZE)}  # where several are learned at once only
 _DTYPE = {"dtype": matching("[a-z0-9_]{1,32}", "a dtype such as bfloat16")}  # the host's; earlier versions do not say it

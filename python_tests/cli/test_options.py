@@ -121,7 +121,7 @@ def test_an_option_keeps_its_name_whatever_its_metavar_is():
         assert all(opt == opt.lower() for parameter in options(name).values() for opt in parameter.opts if opt[:1] == "-")
 
 
-@pytest.mark.parametrize("columns", [40, 60, 71, 72, 120])
+@pytest.mark.parametrize("columns", [40, 60, 75, 76, 120])
 def test_names_of_options_are_cut_on_no_terminal(columns):
     result = subprocess.run(
         [sys.executable, "-m", "locas_ext", "memorize", "--help"],

@@ -21,9 +21,9 @@ CHANGED = {
     "backend": (["--backend", "reference"], "backend: reference", {"config": {"backend": "reference"}}),
     "rehome": (["--rehome"], "rehome: true", {"rehome": True}),
     "optimizer": (
-        ["--optimizer", "sgd", "--learning-rate", "0.5"],
-        "optimizer: sgd\nlearning-rate: 0.5",
-        {"learning": {"optimizer": "sgd", "learning_rate": 0.5}},
+        ["--optimizer", "shampoo", "--learning-rate", "0.01", "--cautious"],
+        "optimizer: shampoo\nlearning-rate: 0.01\ncautious: true",
+        {"learning": {"optimizer": "shampoo", "learning_rate": 0.01, "cautious": True}},
     ),
     "context_gradient": (["--context-gradient"], "context_gradient: true", {"context_gradient": True}),
     "context": (
@@ -74,7 +74,7 @@ def test_a_config_file_says_the_same(tmp_path, monkeypatch):
     from_file, *others = [task.locas for task in tasks]
     config = locas.LocasConfig(layers=[-1, 0], backend="reference")
     kept = {"context": "keep", "sinks": 3, "refresh_every": 2}
-    assert from_file == locas_settings(config, {"optimizer": "sgd", "learning_rate": 0.5}, True, True, kept)
+    assert from_file == locas_settings(config, CHANGED["optimizer"][2]["learning"], True, True, kept)
     assert others == [from_file] * 3
 
 
@@ -86,6 +86,7 @@ def test_a_config_file_says_the_same(tmp_path, monkeypatch):
         (["--layers", "first"], "--layers is 'first'; expected layer indices"),
         (["--backend", "tpu"], "--backend is 'tpu'; expected one of auto, fused, matmul, reference"),
         (["--optimizer", "lion"], "--optimizer is 'lion'; expected one of adamw, sgd, shampoo"),
+        (["--optimizer", "sgd", "--cautious"], "cautious is True, but optimizer is 'sgd'"),
         (["--rehome", "--backend", "reference"], "rehome is True, but the backend is 'reference'"),
         (["--sinks", "3"], "--sinks is given, but --context is recompute; expected --context keep"),
         (["--context", "keep", "--context-gradient"], "context_gradient is True, but context is 'keep'"),

@@ -118,6 +118,7 @@ def test_results_json_is_complete(study, texts):
         "gate_learning_rate": None,
         "value_learning_rate": None,
         "decay_after": None,
+        "cautious": False,
         "seed": 0,
         "rehome": False,
         "context_gradient": False,

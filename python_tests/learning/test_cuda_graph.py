@@ -19,6 +19,7 @@ from locas_ext.learning.graph_step import GraphStep
         {},
         {"optimizer": "sgd", "learning_rate": 0.5},
         {"optimizer": "shampoo"},
+        {"learning_rate": None, "update": locas.Backprop(learning_rate=2e-2, cautious=True)},
         {"context_gradient": True},
         {"bos": True},
         {"epochs": 3},

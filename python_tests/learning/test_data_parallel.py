@@ -330,7 +330,7 @@ def replayed(texts):
 
 def own_rules(text):
     """On one text for all, ranks learn what one process does: with rates by kind of row that fade, and clipped at lengths."""
-    rates = dict(gate_learning_rate=5e-3, value_learning_rate=2e-2, decay_after=3, epochs=2, optimizer="shampoo")
+    rates = dict(gate_learning_rate=5e-3, value_learning_rate=2e-2, decay_after=3, epochs=2, optimizer="shampoo", cautious=True)
     slots = []
     for changes in (dict(process_group=None), {}):
         _, memory = attached(clip=1.05, row_length="host")

@@ -101,6 +101,8 @@ def test_rates_of_planes_and_how_they_fade():
         (dict(gate_learning_rate="x"), "gate_learning_rate is 'x'"),
         (dict(decay_after=0), "decay_after is 0"),
         (dict(optimizer="lion"), "optimizer is 'lion'"),
+        (dict(cautious=1), "cautious is 1"),
+        (dict(cautious=True, optimizer="sgd"), "cautious is True, but optimizer is 'sgd'.*expected 'adamw' or 'shampoo'"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong, message):
@@ -140,10 +142,10 @@ def test_no_rate_of_a_memory_that_bears_little_may_be_high():
 OWN = dict(gate_learning_rate=1e-3, value_learning_rate=2e-2, decay_after=5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_with_settings_of_its_own_is_resumed_bit_for_bit(tmp_path, optimizer):
+@pytest.mark.parametrize("optimizer, cautious", [("adamw", True), ("sgd", False)])
+def test_a_run_with_settings_of_its_own_is_resumed_bit_for_bit(tmp_path, optimizer, cautious):
     config = locas.LocasConfig(rank=4, scale="host", clip=1.5, row_length="host")
-    update = locas.Backprop(learning_rate=4e-3, optimizer=optimizer, **OWN)
+    update = locas.Backprop(learning_rate=4e-3, optimizer=optimizer, cautious=cautious, **OWN)
     whole = locas.attach(tiny_model(), config)
     whole.memorize(TEXT[:64], 16, 4, update=update, progress=False)
     half = locas.attach(tiny_model(), config)
@@ -157,8 +159,9 @@ def test_a_run_with_settings_of_its_own_is_resumed_bit_for_bit(tmp_path, optimiz
     half.save_pretrained(tmp_path, optimizer=True)
     again = locas.load(tiny_model(), tmp_path)
     assert again.config == locas.LocasConfig(**{**config.to_dict(), "layers": again.config.layers})
-    with pytest.raises(ValueError, match=r"decay_after was 5, is None"):
+    with pytest.raises(ValueError, match=r"decay_after was 5, is None") as raised:
         again.memorize(TEXT[:64], 16, 4, update=locas.Backprop(**{**OWN, "decay_after": None}), progress=False, resume=tmp_path)
+    assert ("cautious was True, is False" in str(raised.value)) == cautious
     again.memorize(TEXT[:64], 16, 4, update=update, progress=False, resume=tmp_path)
     assert torch.equal(again.slots, whole.slots)
 

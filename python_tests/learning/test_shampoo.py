@@ -1,4 +1,4 @@
-"""optimizer="shampoo": the step of value rows against its rule in float64, and its state as the memory's others."""
+"""Shampoo's step of value rows and cautious steps against their rules in float64; Shampoo's state as the memory's others."""
 
 import random
 
@@ -14,6 +14,7 @@ from locas_ext.learning.shampoo import inverse_root
 from locas_ext.state.memory_state import MemoryState
 
 LEARN = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
+CAUTIOUS = locas.Backprop(learning_rate=1e-2, optimizer="shampoo", cautious=True)
 
 
 def by_eigenvalues(matrix):
@@ -23,9 +24,10 @@ def by_eigenvalues(matrix):
 
 
 class Reference:
-    """The rule in float64 for each layer's slots [l, planes, r, d]."""
+    """The rules in float64 for each layer's slots [l, planes, r, d]."""
 
-    def __init__(self, slots):
+    def __init__(self, slots, shampoo=True, cautious=False):
+        self.shampoo, self.cautious = shampoo, cautious
         self.slots, self.first, self.second = slots.double(), torch.zeros_like(slots).double(), torch.zeros_like(slots).double()
         self.gram, self.updates = torch.zeros(len(slots), slots.shape[2], slots.shape[2], dtype=torch.float64), 0
 
@@ -33,13 +35,21 @@ class Reference:
         self.updates += 1
         self.first, self.second = 0.9 * self.first + 0.1 * gradient, 0.999 * self.second + 0.001 * gradient**2
         step = self.first / (1 - 0.9**self.updates) / ((self.second / (1 - 0.999**self.updates)).sqrt() + 1e-8)
-        values, r = gradient[:, -1], gradient.shape[2]
-        self.gram = 0.95 * self.gram + 0.05 * values @ values.mT
-        for layer, gram in enumerate(self.gram):
-            way = by_eigenvalues(gram / gram.trace() + 1e-3 / r * torch.eye(r, dtype=torch.float64)) @ self.first[layer, -1]
-            step[layer, -1] = way * (step[layer, -1].norm() / way.norm())
+        if self.shampoo:
+            self.precondition(step[:, -1], gradient[:, -1], self.first[:, -1])
+        if self.cautious:
+            for numbers, opposed in zip(step.flatten(0, 1), (gradient * self.first <= 0).flatten(0, 1), strict=True):
+                numbers[opposed] = 0
+                numbers /= max(1 - opposed.sum() / opposed.numel(), 1e-3)
         self.slots -= rate * step
         self.slots /= self.slots.norm(dim=-1, keepdim=True).clamp_min(1)
+
+    def precondition(self, step, values, mean):
+        self.gram = 0.95 * self.gram + 0.05 * values @ values.mT
+        for number, gram in enumerate(self.gram):
+            damping = 1e-3 / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+            way = by_eigenvalues(gram / gram.trace() + damping) @ mean[number]
+            step[number] = way * (step[number].norm() / way.norm())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 13, 90])
@@ -55,11 +65,12 @@ def test_the_inverse_root_is_that_of_eigenvalues(rows, kind):
 
 
 @pytest.mark.parametrize("planes", [2, 3])
-def test_the_rule(planes):
+@pytest.mark.parametrize("optimizer, cautious", [("shampoo", False), ("shampoo", True), ("adamw", True)])
+def test_the_rule(optimizer, cautious, planes):
     layers, r, d = random.randint(1, 4), random.randint(1, 9), random.randint(9, 40)
     state = MemoryState(tuple(range(layers)), planes, r, d, [1.0] * layers, [torch.device("cpu")] * layers, torch.float32)
     state.set_slots(torch.randn(layers, planes, r, d) / 9, version=1)
-    reference = Reference(state.arenas[0].slots)
+    reference, rule = Reference(state.arenas[0].slots, optimizer == "shampoo", cautious), {"cautious": True} if cautious else {}
     for number in range(1, 6):
         if planes == 2 and number == 3:
             state.resize(r + 3)  # room that nothing is in
@@ -68,17 +79,20 @@ def test_the_rule(planes):
         )
         gradient *= 10 ** random.uniform(-6, 1)
         state.arenas[0].grad[:, :, :r] = gradient
-        OPTIMIZERS["shampoo"](state, 0.1 / number, clip=True, gradient_scale=0.5)
+        OPTIMIZERS[optimizer](state, 0.1 / number, clip=True, gradient_scale=0.5, **rule)
         reference.step(gradient.double() * 0.5, 0.1 / number)
         torch.testing.assert_close(state.arenas[0].slots[:, :, :r].double(), reference.slots, rtol=1e-4, atol=1e-5)
-    assert not state.arenas[0].slots[:, :, r:].any() and state.arenas[0].value_gram.shape == (layers, *[state.capacity] * 2)
+    assert not state.arenas[0].slots[:, :, r:].any()
+    if optimizer == "shampoo":
+        assert state.arenas[0].value_gram.shape == (layers, *[state.capacity] * 2)
 
 
-def test_without_a_gradient_nothing_moves():
+@pytest.mark.parametrize("rule", [{}, {"cautious": True}], ids=str)
+def test_without_a_gradient_nothing_moves(rule):
     state = MemoryState((0, 1), 3, 4, 8, [1.0] * 2, [torch.device("cpu")] * 2, torch.float32)
     state.set_slots(torch.randn(2, 3, 4, 8) / 9, version=1)
     before = state.arenas[0].slots.clone()
-    OPTIMIZERS["shampoo"](state, 0.1, clip=True, gradient_scale=1.0)
+    OPTIMIZERS["shampoo"](state, 0.1, clip=True, gradient_scale=1.0, **rule)
     assert torch.equal(state.arenas[0].slots, before)
 
 
@@ -88,7 +102,7 @@ def test_slots_that_come_and_go():
     twin = memory.fork()
     twin.state.resize(13)
     for each in (memory, twin):
-        each.memorize(TEXT[:32], **STEPS, optimizer="shampoo")
+        each.memorize(TEXT[:32], **{**STEPS, "learning_rate": None}, update=CAUTIOUS)
     assert torch.equal(written(memory), written(twin))  # unused room is of no consequence
     gram = memory.state.tensors()["value_gram"].clone()
     assert gram.shape == (2, 13, 13) and torch.equal(twin.state.whole("value_gram"), gram)

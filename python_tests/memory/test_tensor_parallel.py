@@ -38,9 +38,9 @@ APART = 5e-3  # AdamW makes a whole step of a gradient near zero, whose sign the
 
 
 def own_rules():
-    """What LEARN says, with rates by kind of row that fade, and value rows whose steps depend on those of other processes."""
+    """What LEARN says, with rates by kind of row that fade, and steps that depend on the slots of other processes."""
     rates = dict(learning_rate=2e-2, gate_learning_rate=1e-2, value_learning_rate=4e-2, decay_after=3)
-    update = locas.Backprop(optimizer="shampoo", **rates)
+    update = locas.Backprop(optimizer="shampoo", cautious=True, **rates)
     return dict(learning_rate=None, update=update)
 
 

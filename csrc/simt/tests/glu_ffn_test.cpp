@@ -1,4 +1,4 @@
-// glu_ffn (K1-K4, D1 and D2, D) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
+// glu_ffn (K1-K4, D1 and D2, DB) and neuron_importance: the fused FFN with memory against float64, over shapes that fit no
 // tile.
 //
 // Small integers make every product and sum exact, so that one wrong index shows as a difference; normal numbers then
@@ -363,7 +363,7 @@ std::string run_each(const FfnKernels& kernels, int64_t least_tokens, int64_t mo
   return std::to_string(cases) + " shapes, " + std::to_string(kSeeds) + " seeds";
 }
 
-// The sm80 family with one of its forwards, on a device without room for its cooperative kernels.
+// The sm80 family with one of its forwards, on a device without room for its cooperative kernel.
 FfnKernels with_forward(void (*forward)(const GluFfnForwardParams&, cuda::Queue)) {
   FfnKernels kernels = cuda::sm80::table;
   kernels.glu_ffn_forward = forward;
@@ -379,22 +379,7 @@ FfnKernels tiles() {
   kernels.glu_ffn_forward_workspace = cuda::sm80::glu_ffn_tiles_workspace;
   return kernels;
 }
-FfnKernels decode() {
-  return with_forward([](const GluFfnForwardParams& p, cuda::Queue queue) {
-    simt::set_cooperative_launches(false);
-    cuda::sm80::glu_ffn_forward_decode(p, queue);
-    simt::set_cooperative_launches(true);
-  });
-}
-// The forward of at most 8 tokens as one kernel, and the backward where the plan has it so.
-FfnKernels decode_cooperative() {
-  FfnKernels kernels = cuda::sm80::table;
-  kernels.glu_ffn_forward = [](const GluFfnForwardParams& p, cuda::Queue queue) {
-    if (p.tokens() > 8) return cuda::sm80::glu_ffn_forward(p, queue);
-    if (!cuda::sm80::glu_ffn_forward_decode_cooperative(p, queue)) fail("one kernel is refused");
-  };
-  return kernels;
-}
+FfnKernels decode() { return with_forward(cuda::sm80::glu_ffn_forward_decode); }
 
 LOCAS_TEST(narrow_tiles, "glu_ffn with narrow tiles") { return run_each(tiles(), 1, 16, 1); }
 LOCAS_TEST(small_tiles, "glu_ffn with small tiles") { return run_each(tiles(), 17, 100, 2); }
@@ -420,12 +405,12 @@ LOCAS_TEST(long_rows, "glu_ffn_decode with long rows") {
   return "20 shapes, 10 seeds";
 }
 
-LOCAS_TEST(one_kernel, "glu_ffn_decode as one kernel") {
+LOCAS_TEST(decode_backward, "glu_ffn_decode_backward") {
   Random& random = fresh();
   int seed = 0;
   for_each_seed([&] {
-    if (seed % 5 < 3) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), decode_cooperative(), random);
-    else exact_case<f16>(draw_shape(random, 1, seed % 5 == 3 ? 8 : 32, Activation::relu), decode_cooperative(), random);
+    if (seed % 5 < 3) rounded_case<bf16>(draw_long_rows(random, 8 << seed % 5), cuda::sm80::table, random);
+    else exact_case<f16>(draw_shape(random, 1, seed % 5 == 3 ? 8 : 32, Activation::relu), cuda::sm80::table, random);
     ++seed;
   });
   return "10 shapes, 10 seeds";

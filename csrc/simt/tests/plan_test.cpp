@@ -1,7 +1,6 @@
 // The plans of the forward against what was measured on an H200 (r = 64, bf16).
 #include <vector>
 
-#include "cuda/ffn/sm80/plan.cuh"
 #include "cuda/ffn/sm90/plan.cuh"
 #include "simt/tests/harness.h"
 
@@ -66,25 +65,6 @@ LOCAS_TEST(plan, "plans of the sm90 family") {
   for (const Measured& at : kHidden) expect_fast("hidden", at, cuda::sm90::hidden_plan);
   for (const Measured& at : kDown) expect_fast("down", at, cuda::sm90::down_plan);
   return std::to_string(std::size(kHidden) + std::size(kDown)) + " products";
-}
-
-// Microseconds of each pass in two kernels and in one, from bench/results/decode_h200.json.
-LOCAS_TEST(plan_decode, "plans of few tokens") {
-  struct Measured {
-    int64_t d, tokens;
-    double forward[2], backward[2];
-  };
-  const Measured measured[] = {
-      {1024, 1, {13.2, 14.0}, {30.7, 21.3}},  {1024, 8, {15.6, 16.3}, {28.5, 20.2}},
-      {1024, 32, {19.8, 25.7}, {31.5, 28.1}}, {1024, 64, {26.6, 45.7}, {31.6, 38.8}},
-      {2048, 1, {32.9, 27.9}, {54.2, 39.7}},  {2048, 8, {32.6, 31.5}, {56.3, 43.1}},
-      {2048, 32, {40.8, 52.3}, {58.7, 60.5}}, {2048, 64, {59.2, 92.6}, {63.5, 87.9}},
-  };
-  for (const auto& [d, tokens, forward, backward] : measured)
-    if (cuda::sm80::is_cooperative_forward(tokens, d) != (forward[1] < forward[0]) ||
-        cuda::sm80::is_cooperative_backward(tokens, d) != (backward[1] < backward[0]))
-      fail("d %d, T %d: the slower kernels are planned", static_cast<int>(d), static_cast<int>(tokens));
-  return std::to_string(std::size(measured)) + " shapes";
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ struct GluFfnInputAndSlotsGrad {
 }  // namespace
 
 int64_t glu_ffn_backward_workspace(int64_t tokens, const FfnSizes& sizes) {
-  const int splits = is_cooperative_backward(tokens, sizes.d) ? decode_input_splits(sizes.d) : 1;
+  const int splits = is_cooperative_backward(tokens) ? decode_input_splits(sizes.d) : 1;
   return std::max<int64_t>(backward_plan(tokens, sizes).workspace, splits > 1 ? splits * tokens * sizes.d : 0);
 }
 
@@ -202,21 +202,19 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
   const FfnWeights& w = p.weights;
   const Plan plan = backward_plan(p.tokens(), w.sizes());
   const bool needs_dx = p.dx.data != nullptr;
-  const bool done = needs_dx && is_cooperative_backward(p.tokens(), w.d()) &&  // dx and what the slots' gradients need
-                    glu_ffn_input_grad_decode_cooperative(p, queue);
+  if (needs_dx && is_cooperative_backward(p.tokens()) && glu_ffn_backward_decode_cooperative(p, queue)) return;
   with_half_type(p.dtype, [&]<class T>() {
-    if (!done)
-      with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
-        using Kernel = GluFfnHiddenGrad<Tile>;
-        const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
-        const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
-                                             host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
-        launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
-                       params);
-      });
+    with_hidden_tile<T>(plan.hidden, [&]<class Tile>() {
+      using Kernel = GluFfnHiddenGrad<Tile>;
+      const int host_tiles = needs_dx ? static_cast<int>(divide_up(w.m(), Tile::kN)) : 0;
+      const typename Kernel::Params params{p, static_cast<int>(divide_up(p.tokens(), Tile::kM)), host_tiles,
+                                           host_tiles + static_cast<int>(divide_up(w.padded_r(), Tile::kN))};
+      launch<Kernel>(static_cast<int64_t>(params.tiles_m) * params.tiles_n, sizeof(typename Kernel::Shared), queue,
+                     params);
+    });
     with_tile<T>(plan.sum, [&]<class Tile>() {
       using Kernel = GluFfnInputAndSlotsGrad<Tile>;
-      const int tiles_m = needs_dx && !done ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
+      const int tiles_m = needs_dx ? static_cast<int>(divide_up(p.tokens(), Tile::kM)) : 0;
       const typename Kernel::Params params{p,
                                            tiles_m,
                                            static_cast<int>(divide_up(w.d(), Tile::kN)),
@@ -225,9 +223,9 @@ void glu_ffn_backward(const GluFfnBackwardParams& p, Queue queue) {
                                            static_cast<int>(divide_up(w.d(), Kernel::Slots::kN))};
       const int slot_tiles = p.slots_grad.data ? 3 * params.slot_tiles_m * params.slot_tiles_n : 0;
       const int64_t blocks = static_cast<int64_t>(tiles_m) * params.tiles_n * plan.splits + slot_tiles;
-      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = !done});
+      if (blocks > 0) launch<Kernel>(blocks, sizeof(typename Kernel::Shared), queue, params, {.programmatic = true});
     });
-    if (needs_dx && !done && plan.splits > 1) {
+    if (needs_dx && plan.splits > 1) {
       add_slices<T>({p.workspace, plan.splits, nullptr, p.dx}, queue);
     }
   });

@@ -11,11 +11,9 @@ constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
-// decode_cooperative.cu: the same for at most 8 tokens as one kernel; false, and nothing is launched, where the device
-// cannot hold all its blocks at once.
-bool glu_ffn_forward_decode_cooperative(const GluFfnForwardParams&, Queue);
-// decode_backward.cu: all of the backward but the slots' gradient, in the same way; at most 32 tokens.
-bool glu_ffn_input_grad_decode_cooperative(const GluFfnBackwardParams&, Queue);
+// decode_backward.cu: the backward with dx as one kernel, for at most 32 tokens; false, and nothing is launched, where the
+// device cannot hold all its blocks at once.
+bool glu_ffn_backward_decode_cooperative(const GluFfnBackwardParams&, Queue);
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
 int64_t glu_ffn_tiles_workspace(int64_t tokens, const FfnSizes&);
 

@@ -1,6 +1,6 @@
 // What a launch of the sm80 family looks like: decode or tiles, which tile, how many slices of K, how much workspace.
 // All of it is decided here, from the shape alone, so that results repeat bit for bit on every device that has room for
-// the cooperative kernels; the numbers are for the 132 multiprocessors of an H100.
+// the cooperative kernel; the numbers are for the 132 multiprocessors of an H100.
 #pragma once
 
 #include <algorithm>
@@ -77,10 +77,17 @@ inline Plan backward_plan(int64_t tokens, const FfnSizes& s) {
 // each on a GPU of its own and over eager.
 inline bool is_decode(int64_t tokens) { return tokens <= kMostDecodeTokens; }
 
-// Whether a pass of few tokens is one cooperative kernel, on a device that has room for it. The bounds lie between where it
-// took less time than two on an H200 and where it did not: measured were 1, 8, 32 and 64 tokens, d = 1024 and 2048.
-inline bool is_cooperative_forward(int64_t tokens, int64_t d) { return tokens <= 8 && d >= 1536; }
-inline bool is_cooperative_backward(int64_t tokens, int64_t d) { return tokens <= (d <= 1024 ? 32 : 16); }
+// Whether the backward is one cooperative kernel, on a device that has room for it.
+inline bool is_cooperative_backward(int64_t tokens) { return tokens <= 32; }
+
+// Of decode's first product: CTAs that are on a multiprocessor at once, and strips of 8 neurons that a CTA takes: so many
+// that all CTAs run at once, as a second wave of them would leave multiprocessors idle.
+constexpr int decode_hidden_residents(int64_t tokens) { return tokens <= 8 ? 3 : tokens <= 32 ? 2 : 1; }
+inline int decode_hidden_groups(int64_t tokens, int64_t neurons) {
+  const int fewest = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 3;
+  const bool at_once = divide_up(neurons, 8 * fewest) <= decode_hidden_residents(tokens) * kMultiprocessors;
+  return std::min(3, at_once ? fewest : fewest + 1);
+}
 
 // Groups of 16 channels that a CTA of decode's second product takes: of many tokens, which each CTA reads whole, two,
 // unless that leaves multiprocessors idle.
@@ -90,7 +97,7 @@ inline int decode_down_groups(int64_t tokens, int64_t d) {
 
 // Ranges of K that the input's gradient is cut into where it is one kernel, so that all multiprocessors have a part of it.
 inline int decode_input_splits(int64_t d) {
-  return std::max<int>(1, static_cast<int>(kMultiprocessors / divide_up(d, 32)));
+  return std::max<int>(1, static_cast<int>(kMultiprocessors / divide_up(d, 64)));
 }
 
 constexpr int kImportanceRows = 64;  // of the small tile: importance is asked for once per memory
