@@ -211,7 +211,7 @@ class LearningOptions:
     cautious: Annotated[
         bool | None,
         flag(
-            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: yes, but with sgd.",
+            "Move only numbers whose gradient has the sign of the optimizer's mean of gradients; default: with shampoo.",
             "--cautious/--no-cautious",
             panel=LEARNING,
         ),

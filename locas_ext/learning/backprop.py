@@ -35,7 +35,7 @@ def by_plane(update: Backprop) -> bool:
 
 def forms_gradient(update: Backprop) -> bool:
     """Whether the update needs the gradient itself, whatever the kernels could form it from."""
-    return by_plane(update) or update.optimizer == "shampoo" or update.cautious is True
+    return by_plane(update) or update.optimizer == "shampoo" or bool(update.cautious)
 
 
 def rates_of(update: Backprop, planes: int, updates: int) -> list[float]:

@@ -1,7 +1,7 @@
 """The step of value rows preconditioned from the left, as Shampoo does with one of its two factors, as long as AdamW's.
 
     L <- 0.95 L + 0.05 G Gᵀ             [r, r] of each layer, G [r, d] the gradient of its value rows, of all processes
-    (L / tr L + 0.001 / r)^(-1/2) M     M [r, d] AdamW's mean of gradients
+    (L / tr L + 0.01 / r)^(-1/2) M     M [r, d] AdamW's mean of gradients
 
 Slots of a layer that answer the same tokens have gradients that are alike: each one's step then goes the way that the
 others do not.
@@ -15,7 +15,7 @@ from torch import Tensor
 from locas_ext.ops.ranks import Ranks
 
 _DECAY = 0.95
-_DAMPING = 1e-3
+_DAMPING = 1e-2
 _CLOSE = 1e-9
 
 

@@ -39,7 +39,7 @@ class Backprop:
         decay_after: int >= 1: the learning rates are divided by sqrt(1 + u / decay_after), u the updates that the memory
             has learned by; None: they stay
         cautious: bool: whether each step moves only numbers whose gradient has the sign of AdamW's mean of gradients, and
-            those the more, the fewer they are; None: with "adamw" and "shampoo", which have such a mean
+            those the more, the fewer they are; with "adamw" and "shampoo"; None: with "shampoo"
         process_group: a torch.distributed.ProcessGroup: its ranks learn one memory, each from a text of its own (data
             parallel; docs/distributed.md); None: this process learns alone
 
@@ -67,6 +67,7 @@ class Backprop:
         checked: dict[str, Any] = {
             "learning_rate": number("learning_rate", self.learning_rate, 0, MOST_RATE),
             "epochs": integer("epochs", self.epochs, 1, MOST_COUNT),
+            "cautious": self.optimizer == "shampoo" if self.cautious is None else boolean("cautious", self.cautious),
         }
         for name in ("gate_learning_rate", "value_learning_rate"):
             if (rate := getattr(self, name)) is not None:
@@ -74,7 +75,6 @@ class Backprop:
         if self.decay_after is not None:
             checked["decay_after"] = integer("decay_after", self.decay_after, 1, MOST_COUNT)
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        checked["cautious"] = self.optimizer != "sgd" if self.cautious is None else boolean("cautious", self.cautious)
         if checked["cautious"] and self.optimizer == "sgd":
             raise ValueError(
                 "cautious is True, but optimizer is 'sgd', which has no mean of gradients; expected 'adamw' or 'shampoo'"

@@ -109,7 +109,7 @@ def test_the_papers_settings_and_the_defaults():
     assert locas.Backprop.paper() == locas.Backprop(**papers) != locas.Backprop()
     ours = dict(learning_rate=6e-3, epochs=1, optimizer="shampoo", decay_after=10, cautious=True)
     assert locas.Backprop() == locas.Backprop(**ours)
-    assert locas.Backprop(optimizer="sgd").cautious is False  # which has no mean of gradients
+    assert not locas.Backprop(optimizer="adamw").cautious and not locas.Backprop(optimizer="sgd").cautious
     assert locas.LocasConfig() == locas.LocasConfig.paper(scale="host") != locas.LocasConfig.paper()
     assert locas.Backprop.paper(epochs=2).epochs == 2
     config = locas.LocasConfig.paper(rank=16)

@@ -47,7 +47,7 @@ class Reference:
     def precondition(self, step, values, mean):
         self.gram = 0.95 * self.gram + 0.05 * values @ values.mT
         for number, gram in enumerate(self.gram):
-            damping = 1e-3 / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+            damping = 1e-2 / len(gram) * torch.eye(len(gram), dtype=torch.float64)
             way = by_eigenvalues(gram / gram.trace() + damping) @ mean[number]
             step[number] = way * (step[number].norm() / way.norm())
 

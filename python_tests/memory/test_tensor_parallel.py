@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     torch.accelerator.current_accelerator() is not None,
     reason="transformers splits hosts over accelerators",
 )
-LEARN = dict(window=24, stride=8, learning_rate=2e-2, progress=False)
+LEARN = dict(window=24, stride=8, update=locas.Backprop.paper(learning_rate=2e-2), progress=False)
 KEEP = dict(LEARN, context=locas.Keep(sinks=2, refresh_every=None))
 RANK = 6
 OWN_CONFIG = dict(rank=RANK, clip=1.05, row_length="host")
@@ -40,8 +40,7 @@ APART = 5e-3  # AdamW makes a whole step of a gradient near zero, whose sign the
 def own_rules():
     """What LEARN says, with rates by kind of row that fade, and steps that depend on the slots of other processes."""
     rates = dict(learning_rate=2e-2, gate_learning_rate=1e-2, value_learning_rate=4e-2, decay_after=3)
-    update = locas.Backprop(optimizer="shampoo", cautious=True, **rates)
-    return dict(learning_rate=None, update=update)
+    return dict(update=locas.Backprop(optimizer="shampoo", cautious=True, **rates))
 
 
 def split_host(path):

@@ -76,11 +76,7 @@ struct GluFfnHiddenGrad {
   };
   struct Params : NeuronTiles<Tile, Source, Tile::kN> {
     ptx::TensorMap dy, memory_hidden;
-    int tokens;
     Activation activation;
-
-    // Whether there is any of the 64 rows and kGateUpCols columns from there on.
-    LOCAS_DEVICE bool has(const Source& of, int row, int col) const { return row < tokens && col < of.neurons; }
   };
   using Place = typename Params::Place;
   struct Shared {
@@ -129,7 +125,7 @@ struct GluFfnHiddenGrad {
     else load_mn_major<Tile>(stage, at.source.weight, at.neuron, k, full);
   }
 
-  // Of pieces that lie outside the ring only keeps the place.
+  // Of pieces without neurons the ring only keeps the place.
   static LOCAS_DEVICE void fetch_gate_and_up(Ring& ring, const Params& p) {
     RingPosition<Ring::kPieces> to;
     for (int unit = p.first_unit(); unit < p.units; unit = p.next_unit(unit)) {
@@ -140,7 +136,7 @@ struct GluFfnHiddenGrad {
         typename Ring::Piece& piece = ring.pieces[to.stage];
         uint64_t* full = ring.full_at(p.turn(unit), index);
         ptx::mbarrier_wait(&ring.empty[to.stage], to.phase ^ 1);
-        if (!p.has(at.source, row, col)) {
+        if (col >= at.source.neurons) {
           ptx::mbarrier_arrive(full);
           continue;
         }
@@ -168,12 +164,11 @@ struct GluFfnHiddenGrad {
       for (int row_block = 0; row_block < Tile::kRowBlocks; ++row_block) {
         const int of_tile = Tile::kPingPong ? row_block : consumer, index = column * Ring::kRowBlocks + of_tile;
         const int slot = (turn * Ring::kOfTile + index) % Ring::kPieces;
-        const int first_row = at.token + of_tile * 64, row = first_row + warp * 16;
-        const int col = at.neuron + column * kGateUpCols;
+        const int row = at.token + of_tile * 64 + warp * 16, col = at.neuron + column * kGateUpCols;
         typename Ring::WarpRows &gate = ring.pieces[slot].gate[warp], &up = ring.pieces[slot].up[warp];
-        const bool is_there = p.has(at.source, first_row, col);
+        const bool has_neurons = col < at.source.neurons;
         ptx::mbarrier_wait(ring.full_at(turn, index), Ring::parity_at(turn));
-        if (is_there) {
+        if (has_neurons) {
           uint32_t gates[kGroups][4];
 #pragma unroll
           for (int group = 0; group < kGroups; ++group) ptx::ldmatrix_x4(gates[group], gate.row(group));
@@ -183,7 +178,7 @@ struct GluFfnHiddenGrad {
         }
         ptx::sync_warp();
         if (leads && leaving >= 0) release();
-        if (leads && is_there) {
+        if (leads && has_neurons) {
           ptx::bulk_tensor_store(at.source.d_gate, col, row, gate.at);
           ptx::bulk_tensor_store(at.source.d_up, col, row, up.at);
           ptx::bulk_commit();
@@ -415,7 +410,6 @@ void launch_hidden_grad(const GluFfnBackwardParams& ffn, Queue queue) {
   p.host = source(tensor_map<T>(w.down, kMnMajorBox), Tile::kBRows, 0, w.m(), 1.0f);
   p.memory = source(map_or_none<T>(w.memory_value, operand_box(slots)), slots, w.m(), w.padded_r(), ffn.scale);
   p.set_sizes(ffn.tokens(), w.d(), ffn.dx.data ? w.m() : 0, w.padded_r());
-  p.tokens = static_cast<int>(ffn.tokens());
   p.activation = ffn.activation;
   launch_units<Kernel>(p, false, queue);
 }
