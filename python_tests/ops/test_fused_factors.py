@@ -17,7 +17,7 @@ def a_learning_memory(backend, dtype=torch.bfloat16, layers=None):
     model, memory = attached("llama")
     memory.detach()
     model = model.to("cuda", dtype)
-    return model, locas.attach(model, locas.LocasConfig(rank=6, layers=layers, backend=backend))
+    return model, locas.attach(model, locas.LocasConfig.paper(rank=6, layers=layers, backend=backend))
 
 
 class TestFactors:
@@ -36,8 +36,8 @@ class TestFactors:
             monkeypatch.setattr(slot_updates, "MOST_FACTOR_TOKENS", 64 if factors else 0)
             used.clear()
             _, memory = a_learning_memory("fused", dtype)
-            rate = 0.02 if optimizer == "adamw" else 0.5
-            report = memory.memorize(TEXT, window=24, stride=7, learning_rate=rate, optimizer=optimizer, progress=False)
+            update = locas.Backprop.paper(optimizer=optimizer, learning_rate=0.02 if optimizer == "adamw" else 0.5)
+            report = memory.memorize(TEXT, window=24, stride=7, update=update, progress=False)
             assert bool(used) == factors and memory.slots.norm(dim=-1).max() <= 1 + 1e-5
             results[factors] = report.perplexity, memory.slots.clone()
         assert results[True][0] == pytest.approx(results[False][0], rel=2e-2)
@@ -78,12 +78,12 @@ class TestFactors:
         from support.helpers import TEXT
 
         _, memory = a_learning_memory("fused")
-        memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
+        memory.memorize(TEXT[:40], window=24, stride=8, update=locas.Backprop.paper(), progress=False)
         before, version = memory.slots.clone(), memory.version
         keep = SlotFactors.keep
         spoiled = lambda self, d_gate, *others: keep(self, d_gate * float("inf"), *others)
         monkeypatch.setattr(SlotFactors, "keep", spoiled)
         with pytest.raises(locas.LocasError, match="the gradient is not finite"):
-            memory.memorize(TEXT[:40], window=24, stride=8, progress=False)
+            memory.memorize(TEXT[:40], window=24, stride=8, update=locas.Backprop.paper(), progress=False)
         assert torch.equal(memory.slots, before) and memory.version == version
         assert all(arena.factors is None for arena in memory.state.arenas) and scope_of(memory.state) == Scope()
