@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+import locas_ext as locas
 from locas_ext.learning.chunk_attention import _AS_SDPA, NAME, ChunkAttentionFunction, chunk_attention
 from locas_ext.learning.host_kernels.norms import FastLayerNorm, FastRMSNorm, NormFunction, fast_norm
 
@@ -131,7 +132,7 @@ def test_the_hosts_attention_setting_is_given_back():
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_memorizing_agrees_with_the_hosts_own_attention_and_norms(family):
     """The same run with an eager-attention host, which takes neither shortcut of the attention."""
-    settings = dict(window=24, stride=8, learning_rate=1e-2, progress=False)
+    settings = dict(window=24, stride=8, update=locas.Backprop.paper(learning_rate=1e-2), progress=False)
     _, fast = attached(family)
     _, slow = attached(family, model_settings={"attn_implementation": "eager"})
     a, b = fast.memorize(TEXT, **settings), slow.memorize(TEXT, **settings)

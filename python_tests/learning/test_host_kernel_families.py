@@ -22,8 +22,7 @@ def memorized(family, monkeypatch, dtype=torch.float32, update=None, kernels=Tru
         if not kernels:
             changed.setattr("locas_ext.learning.host_kernels.kernels.host_kernels", lambda *arguments: "off in this test")
         memory = locas.attach(tiny(family, **settings).to(dtype), config_for(family))
-        how = {"learning_rate": 1e-2} if update is None else {"update": update}
-        return memory, memory.memorize(text(), **SETTINGS, **how)
+        return memory, memory.memorize(text(), **SETTINGS, update=update or locas.Backprop.paper(learning_rate=1e-2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

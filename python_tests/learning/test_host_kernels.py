@@ -15,7 +15,7 @@ from locas_ext.learning.host_kernels import find, kernels
 from locas_ext.learning.host_kernels.kernels import Level, fast_reader
 
 ALL = ("norms", "residuals", "attention", "loss")
-SETTINGS = dict(window=32, stride=8, learning_rate=1e-2, progress=False)
+SETTINGS = dict(window=32, stride=8, update=locas.Backprop.paper(learning_rate=1e-2), progress=False)
 
 
 def text(n=60, seed=3):
