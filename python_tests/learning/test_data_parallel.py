@@ -341,7 +341,7 @@ def own_rules(text):
     assert_same_bits(memory)
     changes = dict(decay_after=3) if dist.get_rank() else {}
     error = error_of(memory.memorize, text, **LEARN, update=backprop(**changes))
-    assert "decay_after is 3 on rank 1 and None on rank 0" in error, error
+    assert "decay_after is 3 on rank 1 and 10 on rank 0" in error, error
 
 
 def replayed_by_all_rules(texts):
