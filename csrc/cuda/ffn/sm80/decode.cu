@@ -282,15 +282,15 @@ void down(const GluFfnForwardParams& p, Queue queue) {
 void glu_ffn_forward_decode(const GluFfnForwardParams& p, Queue queue) {
   const int64_t tokens = p.tokens();
   const int hidden_groups = decode_hidden_groups(tokens, p.weights.m() + p.weights.padded_r());
-  const int down_groups = decode_down_groups(tokens, p.weights.d());
+  const int down_groups = decode_down_groups(p.weights.d());
   with_half_type(p.dtype, [&]<class T>() {
     if (tokens <= 8) hidden_groups == 1 ? hidden<T, 1, 1>(p, queue) : hidden<T, 1, 2>(p, queue);
     else if (tokens <= 16) hidden_groups == 2 ? hidden<T, 2, 2>(p, queue) : hidden<T, 2, 3>(p, queue);
-    else if (tokens <= 32) hidden<T, 4, 3>(p, queue);
+    else if (tokens <= 32) hidden_groups == 2 ? hidden<T, 4, 2>(p, queue) : hidden<T, 4, 3>(p, queue);
     else hidden<T, 8, 3>(p, queue);
     if (tokens <= 8) down<T, 1, 1>(p, queue);
     else if (tokens <= 16) down<T, 2, 1>(p, queue);
-    else if (tokens <= 32) down_groups == 1 ? down<T, 4, 1>(p, queue) : down<T, 4, 2>(p, queue);
+    else if (tokens <= 32) down<T, 4, 1>(p, queue);
     else down_groups == 1 ? down<T, 8, 1>(p, queue) : down<T, 8, 2>(p, queue);
   });
 }

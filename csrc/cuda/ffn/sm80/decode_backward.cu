@@ -1,4 +1,4 @@
-// glu_ffn_backward as one kernel, for at most 32 tokens, by CTAs that are all resident and wait for each other.
+// glu_ffn_backward as one kernel, for at most 16 tokens, by CTAs that are all resident and wait for each other.
 //
 //      CTA     64 neurons at a time:      sync_grid   the slots' gradients; 64 channels and a      sync_grid   dx, the sum
 //              d_gate, d_up from dy                   range of K at a time: d_gate W_gate +                    of the ranges
@@ -23,7 +23,6 @@
 namespace locas::cuda::sm80 {
 namespace {
 
-constexpr int kMostThreads = 512;  // of a CTA
 // Bytes of weights that are on their way to a CTA.
 #ifdef __CUDACC__
 constexpr int kBytesAhead = 192 << 10;  // which GPUs of 8.0, 8.6 or 12.0 do not have
@@ -186,8 +185,7 @@ struct GluFfnDecodeBackward {
   using T = T_;
   using Params = DecodeBackwardParams;
   static constexpr const char* name = "glu_ffn_decode_backward";
-  static constexpr int threads = kTokenBlocks <= 2 ? kMostThreads : kMostThreads / 2;  // registers for the sums
-  static constexpr int min_blocks = 1, kWarps = threads / 32;
+  static constexpr int threads = 512, min_blocks = 1, kWarps = threads / 32;
   using Panels = PanelQueue<T, kWarps>;
   using Sums = sm80::Sums<kTokenBlocks, kGroups>;
   struct Shared {
@@ -372,8 +370,7 @@ bool glu_ffn_backward_decode_cooperative(const GluFfnBackwardParams& p, Queue qu
   const DecodeBackwardParams params{p, decode_input_splits(p.weights.d())};
   return with_half_type(p.dtype, [&]<class T>() {
     if (p.tokens() <= 8) return launch_resident<GluFfnDecodeBackward<T, 1>>(params, queue);
-    if (p.tokens() <= 16) return launch_resident<GluFfnDecodeBackward<T, 2>>(params, queue);
-    return launch_resident<GluFfnDecodeBackward<T, 4>>(params, queue);
+    return launch_resident<GluFfnDecodeBackward<T, 2>>(params, queue);
   });
 }
 
