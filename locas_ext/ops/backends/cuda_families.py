@@ -89,5 +89,5 @@ class Faster(NamedTuple):
 FASTER = {
     "sm80": Faster("H200, bench/results/ffn_h200.json", {1024: ((1, 64),), 2048: ((1, 32),)}),
     # Up to 16 tokens these are sm80's kernels.
-    "sm90": Faster("H200, bench/results/ffn_h200.json", {1024: ((1, None),), 2048: ((1, 32), (64, None))}),
+    "sm90": Faster("H200, bench/results/ffn_h200.json", {1024: ((1, None),), 2048: ((1, None),)}),
 }
