@@ -11,7 +11,7 @@ constexpr int64_t kMostDecodeTokens = 64;
 void glu_ffn_forward(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_tiles(const GluFfnForwardParams&, Queue);
 void glu_ffn_forward_decode(const GluFfnForwardParams&, Queue);
-// decode_backward.cu: the backward with dx as one kernel, for at most 32 tokens; false, and nothing is launched, where the
+// decode_backward.cu: the backward with dx as one kernel, for at most 16 tokens; false, and nothing is launched, where the
 // device cannot hold all its blocks at once.
 bool glu_ffn_backward_decode_cooperative(const GluFfnBackwardParams&, Queue);
 int64_t glu_ffn_forward_workspace(int64_t tokens, const FfnSizes&);
