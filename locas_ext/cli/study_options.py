@@ -49,7 +49,7 @@ class StudyOptions:
     ] = True
     batch: Annotated[int, option(integer(1), "Questions per update.", panel=STUDY)] = 64
     top_k: Annotated[int, option(integer(1), "Likeliest tokens of the host that are kept at each place.", panel=STUDY)] = 32
-    gold: Annotated[float, option(number(low=0, high=1), "With --loss kl, the share of the answer itself.", panel=STUDY)] = 0.0
+    gold: Annotated[float, option(number(low=0, high=1), "With --loss kl, the share of the answer itself.", panel=STUDY)] = 0.5
     updates: Annotated[int, option(integer(1), "Updates at least, however few the questions.", panel=STUDY)] = 200
     recalled: Annotated[
         float, option(number(above=0, below=1), "From which probability on a token counts as learned.", panel=STUDY)

@@ -1,5 +1,6 @@
 """Online memorization: score a chunk, learn from it, continue (docs/method.md, "The online protocol")."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locas_ext.caller import caller_stacklevel
 from locas_ext.checks import boolean, one_of
 from locas_ext.errors import LocasError
 from locas_ext.hosts.text_config import bos_token_id
@@ -31,6 +33,8 @@ from .update import Backprop
 
 Callback = Callable[[Chunk], None] | None
 
+_MANY_SLOTS = 512
+
 
 def _check(progress: bool, callback: Callback, on_divergence: str) -> None:
     boolean("progress", progress)
@@ -48,6 +52,18 @@ def _check_first_chunk(attachment: Attachment, settings: ResolvedSettings, ids: 
         raise ValueError(
             f"init='activation' takes one token per slot: rank is {config.rank}, but the first chunk has "
             f"{first_chunk} tokens; use a stride of at least the rank"
+        )
+
+
+def _warn_of_many_slots(attachment: Attachment, settings: ResolvedSettings) -> None:
+    """Shampoo takes the root of an r x r matrix of each layer in every update."""
+    state = attachment.state
+    slots = state.shape[2] * state.processes
+    if isinstance(settings.update, Backprop) and settings.update.optimizer == "shampoo" and slots > _MANY_SLOTS:
+        warnings.warn(
+            f"optimizer is 'shampoo', which takes about 60 r^3 operations per layer and update: {60.0 * slots**3:.1g} with the "
+            f"memory's {slots:,} slots; optimizer='adamw' takes none of them",
+            stacklevel=caller_stacklevel(),
         )
 
 
@@ -99,6 +115,7 @@ def _begun(
     bos = bos_token_id(host.model) if resolved.protocol.bos else None
     if saved is None:
         _check_first_chunk(attachment, resolved, ids)
+    _warn_of_many_slots(attachment, resolved)
     if on_divergence != "ignore":
         check_rate(attachment.config, resolved.update)
     if saved is None:

@@ -56,7 +56,7 @@ def test_topk_clones_the_most_active_neurons(family):
 @pytest.mark.parametrize("family", TWO_LAYER)
 def test_the_scale_is_the_mean_length_of_the_output_columns_over_the_rank(family):
     model = tiny(family)
-    memory = locas.attach(model, locas.LocasConfig(rank=3, variant="mlp"))
+    memory = locas.attach(model, locas.LocasConfig.paper(rank=3, variant="mlp"))
     for (_, last), tau in zip(projections(model), memory.scale, strict=False):
         columns = last.weight.T if family == "gpt2" else last.weight
         columns = columns.T if columns.shape[0] != 32 else columns

@@ -140,3 +140,13 @@ def test_a_memory_that_bears_little_bears_no_higher_rate_of_shampoo():
     _, memory = attached(rank=4, init="activation", scale="host")
     with pytest.raises(ValueError, match="learning_rate is 0.01, at which init='activation'"):
         memory.memorize(TEXT[:32], **LEARN, optimizer="shampoo")
+
+
+def test_many_slots_are_warned_of(monkeypatch):
+    _, memory = attached()
+    slots = memory.slots.shape[2]
+    monkeypatch.setattr("locas_ext.learning.memorize._MANY_SLOTS", slots - 1)
+    with pytest.warns(UserWarning, match=rf"'shampoo'.*60 r\^3.*memory's {slots} slots"):
+        memory.memorize(TEXT[:16], **LEARN, optimizer="shampoo")
+    monkeypatch.setattr("locas_ext.learning.memorize._MANY_SLOTS", slots)
+    memory.memorize(TEXT[:16], **LEARN, optimizer="shampoo")  # warnings are errors here

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from support.fused import on_gpu
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
@@ -62,6 +63,10 @@ def test_a_model_memorizes_on_the_gpu(dtype):
     assert torch.equal(model.to("cuda")(ids[None, :64].cuda()).logits, before)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="earlier ones may fetch a layer's keys before they have been put away",
+)
 def test_a_cache_that_is_kept_on_the_cpu():
     model = qwen3(layers=3).cuda()
     memory = locas.attach(model, locas.LocasConfig(rank=16, scale=0.5))

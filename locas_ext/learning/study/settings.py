@@ -65,7 +65,7 @@ class StudySettings:
     batch: int = 64
     learning_rate: float = 5e-3
     top_k: int = 32
-    gold: float = 0.0
+    gold: float = 0.5
     recalled: float = 0.7
     raw: float = 0.5
     raw_first: float = 0.3
