@@ -45,12 +45,13 @@ constexpr int kTileKinds = 6;
 struct TileShape {
   int m, n;
   Schedule schedule;
-  double slowness;  // of its multiplications: small tiles load more, and their loads come late more often
+  double slowness;      // of its multiplications: small tiles load more, and their loads come late more often
+  double slowdown = 0;  // more of it from a CTA's second unit on
 };
 constexpr TileShape kTiles[kTileKinds] = {
-    {128, 192, Schedule::cooperative, 1.14}, {128, 128, Schedule::cooperative, 1.03},
-    {128, 128, Schedule::ping_pong, 1.0},    {128, 64, Schedule::cooperative, 1.2},
-    {64, 128, Schedule::ping_pong, 1.18},    {64, 64, Schedule::ping_pong, 1.26}};
+    {128, 192, Schedule::cooperative, 1.14}, {128, 128, Schedule::cooperative, 1.02},
+    {128, 128, Schedule::ping_pong, 1.0},    {128, 64, Schedule::cooperative, 1.25},
+    {64, 128, Schedule::ping_pong, 1.18},    {64, 64, Schedule::ping_pong, 1.26, 0.4}};
 constexpr const TileShape& shape_of(TileKind kind) { return kTiles[static_cast<int>(kind)]; }
 
 // The tiles that a product is compiled for: without one of them some measured shape takes over 3% longer.
@@ -127,18 +128,19 @@ struct Product {
 
 // Clock cycles of adding slices of so many bytes, each of which is written and read. The launch is a programmatic one.
 inline double adding(int slices, double bytes) {
-  constexpr double kBytesAClock = 900;
+  constexpr double kBytesAClock = 950;
   return slices > 1 ? slices * bytes / kBytesAClock : 0.0;
 }
 
 // Clock cycles. slice: bytes of one.
 inline double estimate(const TileShape& tile, const Product& product, int splits, double slice, const Target& target) {
-  const double block = tile.slowness * 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
+  const double block = 2.0 * tile.m * tile.n * kBlockK / kFlopsAClock;
   const Units units{product.tiles.count * splits, divide_up(product.tiles.blocks, splits)};
   const Turns turns = turns_of(units, product.slots, target.multiprocessors);
   const bool ping_pong = tile.schedule == Schedule::ping_pong;
   const double epilogue = tile.m * tile.n / (ping_pong ? 1.0 : 2.0) / product.sums_a_clock;
-  return turns.blocks * block + (ping_pong ? 1 : turns.units) * epilogue + turns.units * product.exposed +
+  const double blocks = turns.blocks * tile.slowness + (turns.units - 1) * units.blocks * tile.slowdown;
+  return blocks * block + (ping_pong ? 1 : turns.units) * epilogue + turns.units * product.exposed +
          adding(splits, slice);
 }
 
@@ -158,7 +160,7 @@ Plan best_plan(const TileKind (&kinds)[count], F&& product, int most_splits, dou
 
 constexpr int kMostSplits = 8, kMostSlotSplits = 16;
 // Of the epilogues of a warpgroup. K3's moves four matrices, and ping-pong hides not all of it.
-constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 2.0, kHiddenGradExposed = 1000;
+constexpr double kSumsAClock = 4.3, kHiddenGradSumsAClock = 1.7, kHiddenGradExposed = 500;
 
 // K1: a tile has n / 2 neurons, host and memory apart.
 inline Plan hidden_plan(int64_t tokens, const FfnSizes& sizes, const Target& target = kTarget) {
