@@ -39,6 +39,8 @@ def build(library: Path) -> None:
     ]
     if any([process.wait() for process in processes]):
         raise SystemExit("nvcc failed")
+    check = str(ROOT / "csrc" / "cuda" / "check_host_calls.cmake")
+    subprocess.run(["cmake", "-DNM=nm", f"-DOBJECTS={','.join(map(str, objects))}", "-P", check], check=True)
     part = library.with_suffix(f".{os.getpid()}")
     subprocess.run([nvcc, "-shared", *map(str, objects), "-o", str(part)], check=True)
     part.rename(library)
