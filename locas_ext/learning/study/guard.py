@@ -136,9 +136,8 @@ class GuardRows:
     def of_words(self, words: Sequence[str]) -> list[Row]:
         """Answers to questions about those words that the vocabulary has whole: the host has read them often."""
         known = [word for word in words if len(self.prompter.encode(f" {word}")) == 1]
-        forms = (_OF_WORDS[(number + 3 * turn) % len(_OF_WORDS)] for number in range(len(known)) for turn in range(_PER_WORD))
-        words_in_turn = (word for word in known for _ in range(_PER_WORD))
-        return self._answered([form.format(word) for form, word in zip(forms, words_in_turn, strict=True)])
+        asked = [(number + 3 * turn, word) for number, word in enumerate(known) for turn in range(_PER_WORD)]
+        return self._answered([_OF_WORDS[form % len(_OF_WORDS)].format(word) for form, word in asked])
 
     def shuffled(self, rows: Sequence[Row]) -> list[Row]:
         return random.Random(self.seed).sample(rows, len(rows))
